@@ -1,0 +1,235 @@
+"""From the command line and YAML to a config, with all that is wrong said at once.
+
+Order: defaults < the options stored with a run < ``--config file.yaml`` < flags. jsonargparse makes the help text and
+checks the types; this module adds what it lacks: every bad setting in one answer, each by its flag's name, and the
+nearest name for an unknown one. Nothing heavy is imported, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from onecard.config import Problem, problems_of, refuse
+from onecard.console import ConfigError, nearest, say
+
+Config = TypeVar("Config")
+CONFIG_FLAG, PRINT_FLAG = "config", "print_config"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting: its name, the group of the config that holds it ('' for the config itself), type and default."""
+
+    name: str
+    group: str
+    type: Any
+    default: Any
+    bare: str | None  # the value that the flag means when none is typed after it
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def is_text(self) -> bool:
+        return self.type is str or (type(None) in get_args(self.type) and str in get_args(self.type))
+
+
+def options_of(config_class: type) -> dict[str, Option]:
+    """Every option of a config class by name, in order of declaration; groups are flattened."""
+    found: dict[str, Option] = {}
+    holders = [("", config_class())]
+    holders += [(f.name, getattr(holders[0][1], f.name)) for f in fields(config_class)]
+    for group, holder in holders:
+        if not is_dataclass(holder):
+            continue
+        types = get_type_hints(type(holder))
+        for item in fields(holder):
+            value = getattr(holder, item.name)
+            if is_dataclass(value):
+                continue
+            bare = "true" if types[item.name] is bool else item.metadata.get("bare")
+            found[item.name] = Option(item.name, group, types[item.name], value, bare)
+    return found
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    defaults: Mapping[str, Any] | None = None,
+    stored: Callable[[Mapping[str, Any]], Path | None] | None = None,
+) -> Config:
+    """Turn a command line into a checked config.
+
+    Args:
+        config_class: a dataclass of scalar fields, or of groups that are such dataclasses.
+        argv: words after the program's name; `None` reads `sys.argv`.
+        description: first lines of the help text.
+        defaults: values that this program starts from instead of the class's own.
+        stored: given the settings typed so far, the path of a YAML file with the options of an earlier run, or None.
+
+    Raises:
+        ConfigError: with every unknown name, wrong type and contradiction found, not only the first.
+        SystemExit: with 0, after ``--help`` and ``--print_config``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = options_of(config_class)
+    parser = _parser(config_class, options, description, dict(defaults or {}))
+    if any(word in ("-h", "--help") for word in words):
+        parser.print_help()
+        raise SystemExit(0)
+
+    problems: list[Problem] = []
+    typed, yaml_files = _read_words(words, options, problems)
+    values = {name: option.default for name, option in options.items()} | dict(defaults or {})
+    from_files: dict[str, Any] = {}
+    for file in yaml_files:
+        from_files |= _read_yaml(Path(file), options, problems, strict=True)
+    flags = _checked(typed, options, parser, problems)
+    if stored is not None and (run_file := stored({**from_files, **flags})) is not None:
+        # An earlier run may hold options that this program does not have; only the shared ones count.
+        values |= _checked(_read_yaml(run_file, options, problems, strict=False), options, parser, problems)
+    values |= _checked(from_files, options, parser, problems)
+    values |= flags
+    config = _build(config_class, options, values)
+    refuse(problems + _config_problems(config))
+    if any(word == f"--{PRINT_FLAG}" for word in words):
+        say(to_yaml(config).rstrip())
+        raise SystemExit(0)
+    return config
+
+
+def to_yaml(config: object) -> str:
+    """The config as flat YAML that ``--config`` reads back."""
+    values: dict[str, Any] = {}
+    for name, option in options_of(type(config)).items():
+        holder = getattr(config, option.group) if option.group else config
+        values[name] = getattr(holder, name)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _config_problems(config: object) -> list[Problem]:
+    own = config.problems() if hasattr(config, "problems") else []
+    return own + problems_of(config)
+
+
+def _parser(config_class: type, options: Mapping[str, Option], description: str, defaults: dict[str, Any]) -> Any:
+    """A jsonargparse parser whose help groups options as the config does."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        description=description or (config_class.__doc__ or "").split("\n")[0],
+        exit_on_error=False,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",
+    )
+    parser.add_argument(f"--{CONFIG_FLAG}", type=str, metavar="FILE", help="YAML file of options; flags win over it.")
+    parser.add_argument(f"--{PRINT_FLAG}", action="store_true", help="Print the resolved options as YAML and exit.")
+    holders = [config_class] if any(not o.group for o in options.values()) else []
+    example = config_class()
+    holders += [type(getattr(example, f.name)) for f in fields(config_class) if is_dataclass(getattr(example, f.name))]
+    for holder in holders:
+        parser.add_class_arguments(holder, nested_key=None)
+    parser.set_defaults({**{name: option.default for name, option in options.items()}, **defaults})
+    return parser
+
+
+def _read_words(
+    words: Sequence[str], options: Mapping[str, Option], problems: list[Problem]
+) -> tuple[dict[str, Any], list[str]]:
+    """Split the command line into settings by name (values still as typed) and YAML files."""
+    typed: dict[str, Any] = {}
+    yaml_files: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        name, has_value, value = word[2:].partition("=")
+        if not word.startswith("--") or not name:
+            problems.append((word, "is not an option; options start with -- and are listed by --help"))
+            continue
+        if name == PRINT_FLAG:
+            continue
+        has_more = position < len(words) and not words[position].startswith("--")
+        if not has_value and has_more:
+            value, has_value = words[position], "="
+            position += 1
+        if name != CONFIG_FLAG and name not in options:
+            problems.append((f"--{name}", f"no such option{_nearest_flag(name, options)}"))
+        elif not has_value and (name == CONFIG_FLAG or options[name].bare is None):
+            problems.append((f"--{name}", "needs a value"))
+        elif name == CONFIG_FLAG:
+            yaml_files.append(value)
+        else:
+            typed[name] = value if has_value else options[name].bare
+    return typed, yaml_files
+
+
+def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem], *, strict: bool) -> dict[str, Any]:
+    """The settings of one YAML file; with `strict`, unknown keys are problems, else they are passed over."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise ConfigError(f"--{CONFIG_FLAG}", f"cannot read {path}: {reason.strerror or reason}") from reason
+    except (yaml.YAMLError, UnicodeDecodeError) as reason:
+        raise ConfigError(f"--{CONFIG_FLAG}", f"{path} is not YAML: {reason}") from reason
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--{CONFIG_FLAG}", f"{path} must hold `option: value` lines, not a {type(content).__name__}")
+    unknown = [str(key) for key in content if key not in options]
+    if strict:
+        for key in unknown:
+            problems.append((f"{path}: {key}", f"no such option{_nearest_flag(key, options)}"))
+    return {key: value for key, value in content.items() if key in options}
+
+
+def _checked(
+    raw: Mapping[str, Any], options: Mapping[str, Option], parser: Any, problems: list[Problem]
+) -> dict[str, Any]:
+    """Values of the right type; each that is not becomes a problem."""
+    good: dict[str, Any] = {}
+    for name, value in raw.items():
+        option = options[name]
+        if option.is_text and isinstance(value, str):
+            # Taken as typed: an instruction such as "a: b" must not be read as YAML.
+            good[name] = value
+            continue
+        try:
+            words = [f"--{name}={value}"] if isinstance(value, str) else None
+            parsed = parser.parse_args(words) if words else parser.parse_object({name: value})
+            good[name] = parsed[name]
+        except Exception:  # jsonargparse raises several kinds; each means that the value does not fit the type
+            problems.append((option.flag, f"{value!r} is not {_expected(option.type)}"))
+    return good
+
+
+def _expected(kind: Any) -> str:
+    """What a type asks for, in words: `one of 4, 8, 16, 32`, `a whole number`."""
+    choices = [c for c in get_args(kind) if c is not type(None)]
+    if choices and not isinstance(choices[0], type) and get_origin(kind) is not None:
+        return "one of " + ", ".join(map(str, choices))
+    plain = choices[0] if choices else kind
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(plain, str(plain))
+
+
+def _nearest_flag(name: str, options: Mapping[str, Option]) -> str:
+    hint = nearest(name.replace("-", "_"), list(options))
+    return hint.replace("did you mean ", "did you mean --")
+
+
+def _build(config_class: type[Config], options: Mapping[str, Option], values: Mapping[str, Any]) -> Config:
+    config = config_class()
+    for name, option in options.items():
+        holder = getattr(config, option.group) if option.group else config
+        setattr(holder, name, values[name])
+    return config

@@ -1,0 +1,343 @@
+"""Every option of every command, declared once.
+
+A field's docstring is its help text; flags, YAML keys and documentation derive from these classes (see `cli.py`).
+This module knows types, defaults and which settings contradict one another. It does not know the disk, the card or
+the model, and it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from onecard.console import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEFAULT_BASE = str(REPOSITORY / "sample" / "tiny-llama")
+
+Problem = tuple[str, str]  # (flag, what is wrong with it)
+
+
+@dataclass
+class ModelOptions:
+    """The base model and how it lies in memory."""
+
+    model_path: str = DEFAULT_BASE
+    """Base model: a directory in Hugging Face form or a Hub id; auto (generate.py): the one the adapter names."""
+    bits: Literal[4, 8, 16, 32] = 4
+    """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8), 16 or 32."""
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Number format of the arithmetic. auto: bf16 where the card has it natively, fp16 on older cards, fp32 on CPU."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel. auto lets transformers choose; sdpa works on every card."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass: about 30 % slower, several times less activation memory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: only architectures of transformers itself are loaded."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if not self.model_path:
+            found.append(("--model_path", "is empty; give a directory or a Hub id"))
+        if self.bits == 32 and self.dtype in ("fp16", "bf16"):
+            found.append(("--bits", f"32 contradicts --dtype {self.dtype}; use --bits 16 or --dtype fp32"))
+        if self.bits == 16 and self.dtype == "fp32":
+            found.append(("--bits", "16 contradicts --dtype fp32; use --bits 32 or another --dtype"))
+        return found
+
+
+@dataclass
+class DataOptions:
+    """What is learned from, and how it is put into words."""
+
+    data_path: str = str(REPOSITORY / "sample" / "merge_sample.json")
+    """Training data: a json, jsonl, csv, parquet or txt file, a folder of these, or a Hub dataset id."""
+    prompt_type: str = "auto"
+    """Prompt template: auto, alpaca, vicuna-chat, chatml, llama-2, llama-3, mistral, none, or a .jinja file."""
+    dialogue: bool = False
+    """The data are conversations: where --prompt_type auto finds no template in the tokenizer, it takes vicuna-chat."""
+    cutoff_len: int = 1024
+    """Longest sample in tokens. Longer ones lose whole oldest turns, then the end of the answer."""
+    train_on: Literal["all", "last", "everything"] = "all"
+    """Which tokens are learned: all answers, the last answer only, or every token, prompts too."""
+    test_size: float = 0.05
+    """Rows kept for evaluation: a count (200) or a fraction (0.05); 0 turns evaluation off."""
+    strict: bool = False
+    """End at the first bad record instead of skipping and counting it."""
+    cache_path: str | None = None
+    """Folder for encoded data; the default is a folder `onecard` in the user's cache directory."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if not self.data_path:
+            found.append(("--data_path", "is empty; give a file, a folder or a Hub dataset id"))
+        if self.cutoff_len < 8:
+            found.append(("--cutoff_len", f"{self.cutoff_len} tokens leave no room for an answer; use 8 or more"))
+        if self.test_size < 0 or (self.test_size > 1 and self.test_size != int(self.test_size)):
+            found.append(("--test_size", f"{self.test_size} is neither a fraction (0.05), a count (200) nor 0"))
+        return found
+
+
+@dataclass
+class LoraOptions:
+    """The adapter that is trained while the base stays frozen."""
+
+    lora_r: int = 8
+    """Rank of the adapter matrices."""
+    lora_alpha: int = 16
+    """Scale of the adapter: its output is multiplied by alpha / r (rsLoRA: alpha / sqrt(r))."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapter. Above 0 the random masks depend on how a step is cut into micro-batches."""
+    lora_target_modules: str = "all-linear"
+    """Layers that get an adapter: all-linear, or names with commas between them (q_proj,v_proj)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r): keeps high ranks trainable (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters: better at low rank, slower (arXiv:2402.09353)."""
+    lora_init: Literal["default", "pissa", "loftq"] = "default"
+    """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948) or loftq (arXiv:2310.08659)."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.lora_r < 1:
+            found.append(("--lora_r", f"{self.lora_r} would train nothing; use 1 or more"))
+        if self.lora_alpha < 1:
+            found.append(("--lora_alpha", f"{self.lora_alpha} would switch the adapter off; use 1 or more"))
+        if not 0 <= self.lora_dropout < 1:
+            found.append(("--lora_dropout", f"{self.lora_dropout} is not a probability below 1"))
+        if not self.lora_target_modules.strip(", "):
+            found.append(("--lora_target_modules", "is empty; use all-linear or names such as q_proj,v_proj"))
+        return found
+
+
+@dataclass
+class TrainOptions:
+    """One run: how long, in which steps, what is saved and what is told."""
+
+    output_path: str = "outputs/my-first-adapter"
+    """Directory of the run: adapter, checkpoints, log and options."""
+    num_epoch: float = 3
+    """Passes over the training data."""
+    max_steps: int = 0
+    """End after so many optimizer steps whatever --num_epoch says; 0: no limit."""
+    total_batch: int = 32
+    """Samples per optimizer step, over all GPUs. This decides the result; the micro-batch does not."""
+    micro_batch: int = 0
+    """Most rows that pass through the model at once; 0: only --micro_tokens limits. A matter of memory alone."""
+    micro_tokens: int = 0
+    """Most tokens, padding included, that pass at once; 0: 4096 unless --micro_batch is given."""
+    learning_rate: float = 2e-4
+    """Highest learning rate."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """Optimizer. The 8-bit ones keep their state in a quarter of the memory; paged ones can move it to RAM."""
+    loraplus_ratio: float = 0.0
+    """LoRA+: learning rate of the B matrices as a multiple of the A matrices' (arXiv:2402.12354); 0: off."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of all steps in which the learning rate rises from 0."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0; above 0 it takes the place of --warmup_ratio."""
+    seed: int = 42
+    """Decides the order of the data, the split, the adapter's start and dropout."""
+    log_steps: int = 10
+    """Write a row to log.jsonl every so many steps."""
+    log_samples: bool = False
+    """Write the record ids of each step into log.jsonl, every step."""
+    eval_steps: int = 200
+    """Evaluate every so many steps (and at the end)."""
+    save_steps: int = 200
+    """Save a checkpoint every so many steps (and at the end)."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay, at least 2; the best one stays besides."""
+    final_weights: Literal["last", "best"] = "last"
+    """Which weights the run directory ends with: the last step's, or those of the lowest evaluation loss."""
+    resume_from_checkpoint: str = field(default="auto", metadata={"bare": "auto"})
+    """auto goes on from the newest whole checkpoint in --output_path, if any; a directory: from that one; or none."""
+    init_adapter: str | None = None
+    """Start a new run from trained adapter weights: a directory or a Hub id."""
+    lora_remote_checkpoint: str | None = None
+    """The same as --init_adapter, under the name that users of older kits know."""
+    from_data_beginning: bool = False
+    """With a resumed run: keep weights and optimizer, but start at the first step of this (perhaps new) data."""
+    accept_changes: str = ""
+    """Go on although these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed (some of them)."""
+    wandb: bool = False
+    """Send the log to Weights & Biases as well (pip install wandb)."""
+    wandb_project: str = "onecard"
+    """Project name on Weights & Biases."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard as well, into OUTPUT_PATH/tensorboard."""
+    deepspeed: str | None = None
+    """DeepSpeed configuration (json) for several GPUs; start with `accelerate launch` or `torchrun`."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    @property
+    def start_adapter(self) -> str | None:
+        """Where a new run takes its first adapter weights from, or None for fresh ones."""
+        return self.init_adapter or self.lora_remote_checkpoint
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        for name in ("total_batch", "log_steps", "eval_steps", "save_steps"):
+            if getattr(self, name) < 1:
+                found.append((f"--{name}", f"{getattr(self, name)} is too small; use 1 or more"))
+        for name in (
+            "max_steps",
+            "micro_batch",
+            "micro_tokens",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "seed",
+        ):
+            if getattr(self, name) < 0:
+                found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
+        if self.num_epoch <= 0 and not self.max_steps:
+            found.append(("--num_epoch", f"{self.num_epoch} would train nothing; use more than 0, or --max_steps"))
+        if not 0 < self.learning_rate < 10:
+            found.append(("--learning_rate", f"{self.learning_rate} is outside 0..10; 2e-4 is usual for LoRA"))
+        if not 0 <= self.warmup_ratio < 1:
+            found.append(("--warmup_ratio", f"{self.warmup_ratio} is not a share of the steps; use 0 up to below 1"))
+        if self.loraplus_ratio and self.loraplus_ratio < 1:
+            found.append(("--loraplus_ratio", f"{self.loraplus_ratio}: use 0 (off) or 1 and above; 16 is usual"))
+        if self.keep_checkpoints < 2:
+            found.append(("--keep_checkpoints", f"{self.keep_checkpoints}: the last two always stay; use 2 or more"))
+        if not self.output_path:
+            found.append(("--output_path", "is empty; give a directory for the run"))
+        if self.init_adapter and self.lora_remote_checkpoint:
+            found.append(("--lora_remote_checkpoint", "is another name of --init_adapter; give only one of them"))
+        if self.deepspeed and "8bit" in self.optimizer:
+            found.append(("--optimizer", f"{self.optimizer} does not work under DeepSpeed; use adamw"))
+        found.extend(self._change_problems())
+        return found
+
+    def _change_problems(self) -> list[Problem]:
+        known = {"base", "data", "template", "lora", "bits", "batch", "seed"}
+        unknown = sorted(set(filter(None, self.accept_changes.replace(" ", "").split(","))) - known)
+        if not unknown:
+            return []
+        return [("--accept_changes", f"{', '.join(unknown)} is unknown; known are {', '.join(sorted(known))}")]
+
+
+@dataclass
+class SamplingOptions:
+    """How an answer is chosen, token by token."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; higher is more varied."""
+    top_p: float = 1.0
+    """Sample only from the likeliest tokens that together reach this probability."""
+    top_k: int = 0
+    """Sample only from so many likeliest tokens; 0: from all."""
+    num_beams: int = 1
+    """Beams of beam search; 1: none."""
+    repetition_penalty: float = 1.0
+    """Above 1 words that already stand there become less likely."""
+    no_repeat_ngram_size: int = 0
+    """No run of so many tokens appears twice; 0: off."""
+    seed: int = 42
+    """Seed of the sampling."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.max_new_tokens < 1:
+            found.append(("--max_new_tokens", f"{self.max_new_tokens} leaves no room for an answer; use 1 or more"))
+        if self.temperature < 0:
+            found.append(("--temperature", f"{self.temperature} is negative; 0 is greedy, 0.7 is usual"))
+        if not 0 < self.top_p <= 1:
+            found.append(("--top_p", f"{self.top_p} is not a probability above 0"))
+        for name in ("top_k", "no_repeat_ngram_size", "seed"):
+            if getattr(self, name) < 0:
+                found.append((f"--{name}", f"{getattr(self, name)} is negative; 0 turns it off"))
+        if self.num_beams < 1:
+            found.append(("--num_beams", f"{self.num_beams}: use 1 (no beam search) or more"))
+        if self.repetition_penalty <= 0:
+            found.append(("--repetition_penalty", f"{self.repetition_penalty}: use 1 (off) or a little more"))
+        return found
+
+
+@dataclass
+class FinetuneConfig:
+    """Everything one training run needs; see the classes of its fields."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+
+@dataclass
+class AskOptions:
+    """Which trained model answers, and what it is asked."""
+
+    lora_path: str | None = None
+    """Adapter: a run directory, one of its checkpoints, or a Hub id. Without it the base model answers."""
+    prompt_type: str = "auto"
+    """Prompt template. auto takes the one stored with the adapter."""
+    instruction: str | None = None
+    """One instruction to answer; without it and without --data_path an interactive loop begins."""
+    input: str = ""
+    """Text that goes with --instruction."""
+    system: str = ""
+    """System prompt."""
+    data_path: str | None = None
+    """Questions to answer: a file in any shape that training reads; answers in it are ignored."""
+    output_path: str | None = None
+    """With --data_path: jsonl file for the answers. Run again to go on where it stopped."""
+    batch_size: int = 8
+    """Questions answered at once from --data_path."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.batch_size < 1:
+            found.append(("--batch_size", f"{self.batch_size} answers nothing; use 1 or more"))
+        if self.data_path and not self.output_path:
+            found.append(("--output_path", "is missing; --data_path needs a jsonl file for the answers"))
+        if self.output_path and not self.data_path:
+            found.append(("--data_path", "is missing; --output_path only goes with a file of questions"))
+        if self.instruction is not None and self.data_path:
+            found.append(("--instruction", "and --data_path contradict each other; give one of them"))
+        if self.input and self.instruction is None:
+            found.append(("--input", "goes with --instruction"))
+        return found
+
+
+@dataclass
+class GenerateConfig:
+    """Everything `generate.py` needs; see the classes of its fields."""
+
+    ask: AskOptions = field(default_factory=AskOptions)
+    model: ModelOptions = field(default_factory=lambda: ModelOptions(model_path="auto"))
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+
+def problems_of(config: object) -> list[Problem]:
+    """All contradictions in a config and in its groups, in the order of their declaration."""
+    found: list[Problem] = []
+    for group in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, group.name)
+        if hasattr(value, "problems"):
+            found.extend(value.problems())
+    return found
+
+
+def refuse(problems: list[Problem]) -> None:
+    """Raise one ConfigError that lists all `problems`; does nothing when there are none."""
+    if len(problems) == 1:
+        raise ConfigError(*problems[0])
+    if problems:
+        listed = "\n".join(f"  {flag}: {message}" for flag, message in problems)
+        raise ConfigError("", f"{len(problems)} settings cannot work:\n{listed}")

@@ -1,0 +1,131 @@
+"""What a person reads: messages on the terminal and errors that say what to do next.
+
+Knows nothing of models or data. Everything the library prints goes through :func:`say` and :func:`warn`; everything
+it refuses is an :class:`OneCardError`, which :func:`run_main` turns into one readable message and an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+
+class OneCardError(Exception):
+    """Something the person at the keyboard can mend. The text says what, where, which value and what to do next.
+
+    `exit_code` is what the process ends with: 1 for a failed run, 2 for settings that cannot work.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(OneCardError):
+    """A setting that cannot work; carries the flag's name, such as ``--lora_r``."""
+
+    exit_code = 2
+
+    def __init__(self, flag: str, message: str) -> None:
+        self.flag = flag
+        super().__init__(f"{flag}: {message}" if flag else message)
+
+
+class DataError(OneCardError):
+    """Data that cannot be used; carries the file and, where one is to blame, the line (counted from 1)."""
+
+    def __init__(self, message: str, file: str | None = None, line: int | None = None) -> None:
+        self.file, self.line = file, line
+        place = f"{file}:{line}: " if file and line else f"{file}: " if file else ""
+        super().__init__(place + message)
+
+
+class CheckpointError(OneCardError):
+    """A checkpoint that cannot be written or trusted. `disk_full` is true where room or rights were missing."""
+
+    def __init__(self, message: str, *, disk_full: bool = False) -> None:
+        self.disk_full = disk_full
+        super().__init__(message)
+
+
+class ModelError(OneCardError):
+    """A base model or an adapter that cannot be loaded, trained or saved."""
+
+
+class Stopped(OneCardError):
+    """The run was asked to stop and has saved itself; `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+def say(message: str = "") -> None:
+    """Print one line on standard output, at once; only the first process of several speaks."""
+    if not quiet_rank():
+        _write(sys.stdout, message)
+
+
+def warn(message: str) -> None:
+    """Print one line on standard error, marked as a warning; only the first process of several speaks."""
+    if not quiet_rank():
+        _write(sys.stderr, _coloured("warning: ", "33", sys.stderr) + message)
+
+
+def error(message: str) -> None:
+    """Print one line on standard error, marked as an error."""
+    _write(sys.stderr, _coloured("error: ", "31", sys.stderr) + message)
+
+
+def quiet_rank() -> bool:
+    """True on every process of a multi-process run but the first, whose words are enough."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The words ' (did you mean X?)' for the closest of `known`, or an empty string when none is close."""
+    match = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:
+    """Run `main` and turn what it raises into an exit code; tracebacks are shown only with ``--debug``.
+
+    An error the library foresaw is one message. One it did not foresee is one message too, with the advice to run
+    again with ``--debug``; hiding it would be worse than a long text, so its type is named.
+    """
+    debug = "--debug" in sys.argv if debug is None else debug
+    try:
+        main()
+        return 0
+    except OneCardError as reason:
+        if debug:
+            raise
+        tell = warn if isinstance(reason, Stopped) else error
+        tell(str(reason))
+        return reason.exit_code
+    except KeyboardInterrupt:
+        error("interrupted before there was anything to save")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`... | head`); nothing of ours is broken.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as reason:
+        if debug:
+            raise
+        error(f"{type(reason).__name__}: {reason}")
+        error("this was not foreseen; run again with --debug for the traceback")
+        return 1
+
+
+def _coloured(text: str, code: str, stream: object) -> str:
+    is_terminal = getattr(stream, "isatty", lambda: False)()
+    return f"\x1b[{code}m{text}\x1b[0m" if is_terminal and "NO_COLOR" not in os.environ else text
+
+
+def _write(stream: object, message: str) -> None:
+    # A Windows console in a legacy code page cannot show Chinese; losing a character beats losing the run.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    safe = message.encode(encoding, "replace").decode(encoding)
+    print(safe, file=stream, flush=True)  # type: ignore[call-overload]
