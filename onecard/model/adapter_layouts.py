@@ -1,0 +1,162 @@
+"""Adapter files as they are found: today's PEFT form and the older ones that earlier kits left behind.
+
+Returns plain tensors under today's names and says what had to be assumed. It does not know peft or the model that the
+tensors belong to: `adapters.py` does, and checks them against it. Nothing pickled is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from onecard.console import ModelError
+from onecard.model.files import locate, safetensors_header
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+# Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
+WEIGHT_NAMES = (WEIGHTS, "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
+LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
+                      r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight|\.bias)?")
+
+
+@dataclass
+class AdapterFiles:
+    """An adapter as found: tensors under PEFT's names, where its configuration lies (if any), what was assumed."""
+
+    directory: Path
+    weights: Path
+    tensors: dict[str, Tensor]
+    config_directory: Path | None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_adapter(source: str | Path) -> AdapterFiles:
+    """Read an adapter: run directory, checkpoint, older layout or Hub id.
+
+    Raises ModelError: not found, damaged, code in a pickle, no LoRA tensors, NaN or Inf in them.
+    """
+    notes: list[str] = []
+    directory = _directory_of(str(source), notes)
+    weights = next(directory / name for name in WEIGHT_NAMES if (directory / name).is_file())
+    found = _read_tensors(weights)
+    tensors = {_todays_name(key): tensor for key, tensor in found.items() if "lora_" in key}
+    if not tensors:
+        raise ModelError(f"{weights} holds no LoRA tensors ({len(found)} others): it is no adapter, or it was saved "
+                         "empty")
+    others = {key: tensor for key, tensor in found.items() if "lora_" not in key}
+    if weights.name.startswith("adapter_model"):  # such as a head trained in full (modules_to_save)
+        tensors |= others
+    elif others:
+        notes.append(f"{weights.name} holds {len(others)} tensors that are not LoRA's; they were left out")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(f"{weights} holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as {broken[0]}: "
+                         "the run that wrote it diverged; take an earlier checkpoint")
+    if weights.name != WEIGHTS:
+        notes.append(f"older layout: read {weights.name}")
+    return AdapterFiles(directory, weights, tensors, _config_directory(directory, notes), notes)
+
+
+def infer_config(files: AdapterFiles, assumed_alpha: int | None) -> dict[str, Any]:
+    """Return LoRA settings read off the tensors' shapes, for an adapter without adapter_config.json.
+
+    lora_A (r, in) gives r, names give the targets; alpha is in no shape: `assumed_alpha`, or 2 r as
+    most recipes have it.
+    """
+    ranks = {name.removeprefix(PREFIX).rsplit(".lora_A", 1)[0]: tensor.shape[0]
+             for name, tensor in files.tensors.items() if ".lora_A" in name}
+    if not ranks:
+        raise ModelError(f"{files.weights} has no lora_A tensor, so its rank cannot be inferred; add its {CONFIG}")
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = assumed_alpha or 2 * r
+    advice = "" if assumed_alpha else " (2 r); give --lora_alpha if it was another"
+    files.notes.append(f"no {CONFIG}: took r = {r} and {len(ranks)} target layers from the shapes, and assumed "
+                       f"lora_alpha = {alpha}{advice}")
+    return {
+        "r": r, "lora_alpha": alpha, "target_modules": sorted(ranks), "task_type": "CAUSAL_LM",
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
+        "use_dora": any(".lora_magnitude_vector" in name for name in files.tensors),
+    }
+
+
+def find_config(source: str | Path) -> Path | None:
+    """Return the directory with an adapter's adapter_config.json without reading its weights; None: it has none."""
+    return _config_directory(_directory_of(str(source), []), [])
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return adapter_config.json of `directory`. Raises ModelError when it is no JSON object."""
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise ModelError(f"{directory / CONFIG} cannot be read as JSON ({reason}); copy it again") from reason
+    if not isinstance(config, dict):
+        raise ModelError(f"{directory / CONFIG} holds no JSON object; copy it again")
+    return config
+
+
+def _directory_of(source: str, notes: list[str]) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file() and path.name in (*WEIGHT_NAMES, CONFIG):
+        path = path.parent
+    if not path.is_dir():
+        path = locate(source, what="adapter", patterns=(CONFIG, "adapter_model.*"))
+    if _has_weights(path):
+        return path
+    checkpoints = sorted((p for p in path.glob("checkpoint-*") if p.name[11:].isdigit() and _has_weights(p)),
+                         key=lambda p: int(p.name[11:]))
+    if checkpoints:
+        notes.append(f"{path} has no finished adapter; took its newest checkpoint, {checkpoints[-1].name}")
+        return checkpoints[-1]
+    present = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
+    raise ModelError(f"{path} holds no adapter ({WEIGHTS}); it holds: {present}")
+
+
+def _has_weights(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in WEIGHT_NAMES)
+
+
+def _config_directory(directory: Path, notes: list[str]) -> Path | None:
+    """Where adapter_config.json lies: beside the weights, or one up where a checkpoint has none of its own."""
+    if (directory / CONFIG).is_file():
+        return directory
+    if directory.name.startswith("checkpoint-") and (directory.parent / CONFIG).is_file():
+        notes.append(f"{directory.name} has no {CONFIG}; took the one of {directory.parent}")
+        return directory.parent
+    return None
+
+
+def _read_tensors(weights: Path) -> dict[str, Tensor]:
+    if weights.suffix == ".safetensors":
+        safetensors_header(weights)
+        return load_file(weights)
+    try:
+        content = torch.load(weights, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as reason:
+        raise ModelError(f"{weights} is refused: it is no plain pickle of tensors but holds code, or it is damaged. "
+                         "Nothing in it was run; ask its author for safetensors") from reason
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as reason:
+        raise ModelError(f"{weights} is damaged ({str(reason).splitlines()[0]}); copy it again") from reason
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(f"{weights} holds something else than named tensors; it is no adapter")
+    return content
+
+
+def _todays_name(key: str) -> str:
+    """`module.model...q_proj.lora_A.default.weight` -> `base_model.model.model...q_proj.lora_A.weight`."""
+    match = LORA_KEY.fullmatch(key.removeprefix("module."))
+    if match is None:
+        return key
+    module = match["module"].removeprefix(PREFIX)
+    return f"{PREFIX}{module}.{match['kind']}{match['end'] or ''}"

@@ -1,0 +1,322 @@
+"""LoRA adapters on a frozen base: attach, load, save, restore. The only file that imports peft.
+
+Knows tensor names, shapes and PEFT's files. It does not know data, steps or optimizers. What it writes is plain PEFT:
+`PeftModel.from_pretrained(base, directory)` gives the same logits without this project, whatever the start was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from onecard.config import LoraOptions
+from onecard.console import ConfigError, ModelError, nearest, warn
+from onecard.model import adapter_starts
+from onecard.model.adapter_layouts import (
+    CONFIG,
+    WEIGHTS,
+    AdapterFiles,
+    find_config,
+    infer_config,
+    read_adapter,
+    read_config,
+)
+from onecard.model.quantization import n_elements, weight_bits
+
+ADAPTER = "default"
+PISSA = "pissa_niter_16"  # randomised SVD, 16 iterations: seconds per layer instead of minutes, as PEFT recommends
+LISTED = 10  # differences shown to a person
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A model with a trained adapter, and what had to be assumed about the adapter's files."""
+
+    model: PeftModel
+    notes: list[str]
+
+
+# PiSSA's first matrices by model. The saved form is the difference to them, so they live as long as the model does.
+_pissa_starts: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
+    """Attach fresh fp32 adapters; everything else stays frozen.
+
+    pissa: https://arxiv.org/abs/2404.02948 (16 and 32 bits) loftq: https://arxiv.org/abs/2310.08659 (4 bits)
+    rslora: https://arxiv.org/abs/2312.03732 dora: https://arxiv.org/abs/2402.09353
+    Raises ModelError for layers that do not exist (with the nearest names), ConfigError for contradicting options.
+    """
+    linear = linear_layers(model)
+    _check_start(options, linear)
+    start: Any = PISSA if options.lora_init == "pissa" else True
+    config = LoraConfig(
+        r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
+        target_modules=_targets(model, options.lora_target_modules, linear), use_rslora=options.use_rslora,
+        use_dora=options.use_dora, init_lora_weights=start,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()), task_type="CAUSAL_LM",
+    )
+    with _repeatable(model, options.lora_init == "pissa"):
+        peft_model = _attach(model, config)
+    if options.lora_init == "loftq":
+        adapter_starts.start_loftq(peft_model, ADAPTER)
+    if options.lora_init == "pissa":
+        _pissa_starts[peft_model] = {name: tensor.clone() for name, tensor in _live_tensors(peft_model).items()}
+    _check_trainable(peft_model)
+    return peft_model
+
+
+def load_adapter(model: nn.Module, source: str | Path, *, trainable: bool,
+                 assumed_alpha: int | None = None) -> LoadedAdapter:
+    """Attach a trained adapter from a run, a checkpoint, an older layout or the Hub.
+
+    `assumed_alpha` is used only for files that do not say it. Raises ModelError that lists every name and shape which
+    differs from what this base needs; the base is then left as it was.
+    """
+    files = read_adapter(source)
+    config = _config_of(files, trainable, assumed_alpha)
+    try:
+        peft_model = _attach(model, config)
+    except ValueError as reason:
+        raise ModelError(f"{files.directory} does not fit this base: {str(reason).splitlines()[0]}") from reason
+    differences = _differences(_live_tensors(peft_model), files.tensors)
+    if differences:
+        peft_model.unload()
+        raise ModelError(_mismatch(files, differences, model))
+    set_peft_model_state_dict(peft_model, files.tensors, ADAPTER)
+    _compare(_live_tensors(peft_model), files.tensors, files.weights)
+    if trainable:
+        _check_trainable(peft_model)
+    return LoadedAdapter(peft_model, files.notes)
+
+
+def save_adapter(model: nn.Module, directory: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, then reopen both and compare names, shapes, values.
+
+    A PiSSA start is converted: [A | A0] and [B | -B0] at twice the rank are exactly what training added to the base.
+    Raises ModelError for an adapter that is empty or not finite: nothing is written then.
+    """
+    peft_model = unwrap(model)
+    tensors, config = _saved_form(peft_model)
+    _refuse_useless(tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(directory))
+    # peft writes sets in the order of their hashes; sorted, the same adapter gives the same file.
+    written = read_config(directory)
+    written |= {key: sorted(written[key]) for key in ("target_modules", "modules_to_save")
+                if isinstance(written.get(key), list)}
+    (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
+    if read_config(directory).get("r") != config.r:
+        raise ModelError(f"{directory / CONFIG} says another rank than was written; check the disk")
+
+
+def restore_adapter(model: nn.Module, directory: Path) -> None:
+    """Put the values that `save_adapter` wrote back into the live adapter, bit for bit, in place.
+
+    The parameters stay the same objects, so an optimizer keeps its hold on them. Raises ModelError that lists what
+    differs between the files and the live adapter (another rank, other targets, another base).
+    """
+    peft_model = unwrap(model)
+    files = read_adapter(directory)
+    expected, _ = _saved_form(peft_model)
+    differences = _differences(expected, files.tensors)
+    if differences:
+        raise ModelError(_mismatch(files, differences, peft_model))
+    tensors = files.tensors
+    if peft_model in _pissa_starts:
+        tensors, start = adapter_starts.split_pissa(files.tensors)
+        adapter_starts.rebase_pissa(peft_model, ADAPTER, _pissa_starts[peft_model], start)
+        _pissa_starts[peft_model] = start
+    set_peft_model_state_dict(peft_model, tensors, ADAPTER)
+    _compare(_live_tensors(peft_model), tensors, files.weights)
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """One line: how many weights are trained, of how many, and on which layers."""
+    peft_model = unwrap(model)
+    n_all = sum(n_elements(parameter) for parameter in peft_model.parameters())
+    n_trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+    layers = [name.split(".lora_A.")[0] for name, _ in peft_model.named_parameters() if ".lora_A." in name]
+    kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+    config: Any = peft_model.peft_config[ADAPTER]
+    return (f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): rank {config.r} on "
+            f"{len(layers)} layers ({kinds})")
+
+
+def base_of_adapter(source: str | Path) -> str | None:
+    """Return the base model that an adapter's files name (a directory or a Hub id), or None where they do not."""
+    directory = find_config(source)
+    return read_config(directory).get("base_model_name_or_path") or None if directory else None
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """Return the linear layers of a base by name, quantised ones and GPT-2's Conv1D among them, the head not."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {name.removesuffix(".base_layer"): module for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not head and ".lora_" not in name}
+
+
+def unwrap(model: Any) -> PeftModel:
+    """Return the PeftModel inside DDP and the like. Raises ModelError when there is none."""
+    while not isinstance(model, PeftModel) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    if not isinstance(model, PeftModel):
+        raise ModelError(f"{type(model).__name__} has no adapter; call add_lora or load_adapter first")
+    return model
+
+
+def _attach(model: Any, config: LoraConfig) -> PeftModel:
+    linear = linear_layers(model).values()
+    if config.use_dora and any(layer.weight.device.type == "cpu" and weight_bits(layer) == 8 for layer in linear):
+        raise ConfigError("--use_dora", "does not work with --bits 8 on CPU: peft loses the scales of 8-bit weights "
+                          "there; use --bits 4, 16 or 32")
+    with warnings.catch_warnings():
+        # Between peft and transformers, and of no use to the person who trains: peft asks under the old name.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
+
+
+def _check_start(options: LoraOptions, linear: dict[str, nn.Module]) -> None:
+    if options.lora_init == "default":
+        return
+    bits = min((weight_bits(layer) for layer in linear.values()), default=16)
+    if options.use_dora:
+        raise ConfigError("--use_dora", f"and --lora_init {options.lora_init} contradict each other: both decide what "
+                          "the first weights are; use one of them")
+    if options.lora_init == "pissa" and bits < 16:
+        raise ConfigError("--lora_init", f"pissa moves part of the base weights into the adapter, which {bits}-bit "
+                          "weights cannot follow; use --bits 16 or 32, or loftq with --bits 4")
+    if options.lora_init == "loftq" and bits != 4:
+        raise ConfigError("--lora_init", f"loftq makes up for the error of 4-bit weights; this base has {bits} bits; "
+                          "use --bits 4, or --lora_init default")
+
+
+def _targets(model: nn.Module, wanted: str, linear: dict[str, nn.Module]) -> list[str]:
+    """Check the names of --lora_target_modules against the model; one wrong name among right ones is an error too."""
+    if wanted.strip() == "all-linear":
+        if not linear:
+            raise ModelError(f"{type(model).__name__} has no linear layers outside its head: nothing would be trained")
+        # Short names make a config that people can read, and that does not silently fit half of a deeper base.
+        short = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        others = (name for name, _ in model.named_modules() if name not in linear)
+        return sorted(linear) if any(name.rsplit(".", 1)[-1] in short for name in others) else short
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    unknown = [name for name in names if not any(full == name or full.endswith(f".{name}") for full in linear)]
+    if unknown or not names:
+        listed = ", ".join(f"{name}{nearest(name, known)}" for name in unknown) or "nothing"
+        raise ModelError(f"--lora_target_modules names no linear layer of {type(model).__name__}: {listed}; it has "
+                         f"{', '.join(known)}. Nothing would be trained there")
+    return names
+
+
+@contextmanager
+def _repeatable(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """PiSSA's start depends on the base alone, whatever was drawn before: a resumed run must meet the same one."""
+    if not wanted:
+        yield
+        return
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _check_trainable(peft_model: PeftModel) -> None:
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    if not trained:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(peft_model.get_base_model())})
+        raise ModelError(f"0 trainable parameters: no adapter was attached; the linear layers are {', '.join(known)}")
+    wrong = {parameter.dtype for parameter in trained} - {torch.float32}
+    if wrong:
+        raise ModelError(f"adapters must be fp32 to be trained, but some are {wrong}; please report this model")
+
+
+def _live_tensors(peft_model: PeftModel) -> dict[str, Tensor]:
+    # save_embedding_layers: the default "auto" would ask the Hub for the base's vocabulary size.
+    state = get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _saved_form(peft_model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Return the tensors on CPU and the configuration as they belong into files that need no changed base."""
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in _live_tensors(peft_model).items()}
+    config: Any = replace(peft_model.peft_config[ADAPTER], inference_mode=True, init_lora_weights=True)  # type: ignore
+    if peft_model not in _pissa_starts:
+        return tensors, config
+    tensors = adapter_starts.join_pissa(tensors, _pissa_starts[peft_model])
+    alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)  # so that the scaling stays what it was
+    return tensors, replace(config, r=2 * config.r, lora_alpha=alpha)
+
+
+def _refuse_useless(tensors: dict[str, Tensor]) -> None:
+    if not tensors or any(tensor.numel() == 0 for tensor in tensors.values()):
+        raise ModelError("the adapter is empty: there is nothing to save, so nothing was written")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(f"the adapter holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as "
+                         f"{broken[0]}; it was not written")
+    second = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
+    if second and not any(tensor.any() for tensor in second):
+        warn("the adapter is saved untrained: every lora_B is zero, so the model answers like its base")
+
+
+def _config_of(files: AdapterFiles, trainable: bool, assumed_alpha: int | None) -> LoraConfig:
+    if files.config_directory is None:
+        return LoraConfig(**infer_config(files, assumed_alpha), inference_mode=not trainable)
+    stored = read_config(files.config_directory)
+    kind = stored.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ModelError(f"{files.directory} is a {kind} adapter; only LORA adapters can be loaded here")
+    start = stored.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda")):
+        raise ModelError(f"{files.directory} was started with {start} and saved unconverted: it needs a changed base. "
+                         "Convert it with peft's path_initial_model_for_weight_conversion first")
+    try:
+        config: Any = PeftConfig.from_pretrained(str(files.config_directory))
+        # The base it is attached to now is named anew; a start such as "gaussian" no longer matters.
+        return replace(config, base_model_name_or_path=None, inference_mode=not trainable, init_lora_weights=True)
+    except (ValueError, TypeError, KeyError) as reason:
+        raise ModelError(f"{files.config_directory / CONFIG} cannot be used: {str(reason).splitlines()[0]}") from reason
+
+
+def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    lines = [f"{name}: missing in the files" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"{name}: this base has no such layer" for name in sorted(found.keys() - expected.keys())]
+    lines += [f"{name}: {tuple(found[name].shape)} in the files, {tuple(expected[name].shape)} needed here"
+              for name in sorted(expected.keys() & found.keys()) if found[name].shape != expected[name].shape]
+    return lines
+
+
+def _mismatch(files: AdapterFiles, differences: list[str], model: Any) -> str:
+    trained_on = read_config(files.config_directory).get("base_model_name_or_path") if files.config_directory else None
+    here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    rest = f"\n  ... and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+    return (f"{files.directory} does not fit: it was trained on {trained_on or 'an unknown base'}, here is {here}; "
+            f"{len(differences)} tensors differ:\n  " + "\n  ".join(differences[:LISTED]) + rest)
+
+
+def _compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+    """Raise ModelError unless both hold the same names, shapes and values (fp16 files as the fp32 they become)."""
+    differences = _differences(expected, found)
+    if not differences:
+        differences = [f"{name}: other values" for name, tensor in expected.items()
+                       if not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype))]
+    if differences:
+        raise ModelError(f"{where} does not hold what it should after a check: {'; '.join(differences[:3])}; "
+                         "check the disk")

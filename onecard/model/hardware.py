@@ -1,0 +1,141 @@
+"""Which device this process computes on, and in which number format.
+
+Knows device names, memory sizes and what a card can do natively. It does not know the model beyond the name of its
+family, and it places nothing: `load.py` does.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from onecard.console import ConfigError
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Families whose activations leave the range of fp16 (65504), by the start of `model_type`. Gemma was trained in bf16
+# and adds up to five digits in its residual stream; T5 overflows in its feed-forward layers.
+# https://huggingface.co/docs/transformers/model_doc/gemma3  https://github.com/huggingface/transformers/issues/9295
+FP16_FRAGILE_FAMILIES = ("gemma", "recurrent_gemma", "t5", "mt5", "umt5")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device: `total_bytes` is its own memory (the machine's RAM for CPU), `capability` the CUDA one (8, 6)."""
+
+    device: torch.device
+    name: str
+    total_bytes: int
+    bf16_native: bool
+    capability: tuple[int, int] | None
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def detect(device: str = "auto") -> Hardware:
+    """Return the device for this process: `auto` takes the GPU if there is one; torchrun's LOCAL_RANK picks which.
+
+    Raises ConfigError for a name that is unknown and for a GPU that is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ConfigError("--device", f"{device} is unknown; use auto, cpu, cuda or cuda:N")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return _cpu()
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_gpus == 0:
+        raise ConfigError("--device", f"{device} asks for a GPU, but PyTorch sees none; use --device cpu, or install "
+                          "the driver and a CUDA build of PyTorch")
+    index = _gpu_index(device)
+    if index >= n_gpus:
+        raise ConfigError("--device", f"GPU number {index} is asked for, but there are {n_gpus} (counted from 0)")
+    return _gpu(index)
+
+
+def choose_dtype(requested: str, bits: int, hardware: Hardware, model_type: str) -> tuple[torch.dtype, str]:
+    """Return the number format of the arithmetic and of everything unquantised, and the reason for a person to read.
+
+    requested: auto, fp16, bf16 or fp32. bits: bits per base weight. Raises ConfigError for what cannot work, such as
+    bf16 on a card that only emulates it, or a family that overflows in fp16.
+
+        RTX 3090, auto, 4 bits, llama  -> bf16        RTX 2080 Ti, auto, 4 bits, gemma2  -> fp32
+        RTX 2080 Ti, auto, 16, llama   -> fp16        CPU, auto, 16 bits                 -> bf16
+    """
+    if requested != "auto" and requested not in DTYPES:
+        raise ConfigError("--dtype", f"{requested} is unknown; use auto, fp16, bf16 or fp32")
+    if requested == "fp32" and bits == 16:
+        raise ConfigError("--bits", "16 contradicts --dtype fp32; use --bits 32 or another --dtype")
+    if requested in ("fp16", "bf16") and bits == 32:
+        raise ConfigError("--bits", f"32 contradicts --dtype {requested}; use --bits 16 or --dtype fp32")
+    if bits == 32:
+        return torch.float32, "fp32, because --bits 32 was asked for"
+    if requested != "auto":
+        _refuse_dtype(requested, bits, hardware, model_type)
+        return DTYPES[requested], f"{requested}, because --dtype {requested} was asked for"
+    if not hardware.is_gpu:
+        return _cpu_dtype(bits)
+    return _gpu_dtype(bits, hardware, model_type)
+
+
+def is_fragile_in_fp16(model_type: str) -> bool:
+    """True for families whose activations overflow in fp16."""
+    return model_type.startswith(FP16_FRAGILE_FAMILIES)
+
+
+def _gpu_index(device: str) -> int:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if ":" not in device:
+        return local_rank
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--device", f"{device} would put every process on the same GPU; use --device auto and "
+                          "choose the cards with CUDA_VISIBLE_DEVICES")
+    return int(device.split(":")[1])
+
+
+def _cpu() -> Hardware:
+    name = platform.processor() or platform.machine() or "CPU"
+    return Hardware(torch.device("cpu"), name, psutil.virtual_memory().total, bf16_native=True, capability=None)
+
+
+def _gpu(index: int) -> Hardware:
+    properties = torch.cuda.get_device_properties(index)
+    with torch.cuda.device(index):  # is_bf16_supported asks the current device
+        bf16_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Hardware(torch.device("cuda", index), properties.name, properties.total_memory, bf16_native,
+                    (properties.major, properties.minor))
+
+
+def _cpu_dtype(bits: int) -> tuple[torch.dtype, str]:
+    if bits == 16:
+        return torch.bfloat16, "bf16, because --bits 16 on CPU needs a range that trains without a loss scaler"
+    return torch.float32, f"fp32, which every CPU computes natively; the base weights lie there in {bits} bits"
+
+
+def _gpu_dtype(bits: int, hardware: Hardware, model_type: str) -> tuple[torch.dtype, str]:
+    if hardware.bf16_native:
+        return torch.bfloat16, f"bf16, because {hardware.name} computes it natively"
+    if not is_fragile_in_fp16(model_type):
+        return torch.float16, f"fp16 with a loss scaler, because {hardware.name} has no native bf16"
+    if bits == 16:
+        raise ConfigError("--bits", f"16 cannot work here: {model_type} overflows in fp16 and {hardware.name} has no "
+                          "native bf16; use --bits 4 or 8 (then the arithmetic is fp32), or --bits 32")
+    return torch.float32, (f"fp32 (slower), because {model_type} overflows in fp16 and {hardware.name} has no "
+                           "native bf16")
+
+
+def _refuse_dtype(requested: str, bits: int, hardware: Hardware, model_type: str) -> None:
+    if requested == "bf16" and not hardware.bf16_native:
+        raise ConfigError("--dtype", f"bf16 is only emulated on {hardware.name}, slowly; use fp16 or auto")
+    if requested != "fp16":
+        return
+    if not hardware.is_gpu:
+        raise ConfigError("--dtype", "fp16 training needs a GPU; on CPU use bf16 or fp32")
+    if is_fragile_in_fp16(model_type):
+        other = "auto" if hardware.bf16_native else "fp32 with --bits 4 or 8" if bits != 16 else "--bits 4"
+        raise ConfigError("--dtype", f"{model_type} overflows in fp16 (NaN after a few steps); use {other}")

@@ -1,0 +1,199 @@
+"""The base model and its tokenizer, from a directory or the Hub onto this card, frozen.
+
+Knows bits, dtypes and every way in which a download can be wrong. It does not know adapters, data or training. The
+decoder layer stays the unit that is loaded, placed and recomputed; nothing here wraps or patches one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import InvalidVersion, Version
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from onecard.config import ModelOptions
+from onecard.console import ConfigError, ModelError, nearest, say, warn
+from onecard.model.files import base_fingerprint, check_weights, locate, read_json
+from onecard.model.hardware import Hardware, choose_dtype
+from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config
+
+__all__ = ["LoadedBase", "base_fingerprint", "load_base", "load_tokenizer"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json",
+                   "spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base model in eval mode, the dtype of its arithmetic, why that one, and which base it is."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    dtype_reason: str
+    fingerprint: str
+
+
+def load_tokenizer(model_path: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a base model or of a run directory. Raises ModelError when there is none."""
+    directory = locate(model_path, what="tokenizer", with_code=trust_remote_code)
+    if not any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise ModelError(f"{directory} holds no tokenizer (tokenizer.json or tokenizer.model); copy the tokenizer "
+                         "files of the base model beside its weights")
+    try:
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as reason:  # tokenizers raises bare Exception for a damaged tokenizer.json
+        raise ModelError(f"the tokenizer in {directory} cannot be loaded: {_first_line(reason)}") from reason
+
+
+def load_base(options: ModelOptions, hardware: Hardware) -> LoadedBase:
+    """Load the base model onto `hardware.device`, frozen, in `options.bits`; nothing in it is ever upcast.
+
+    Norms stay in the model's dtype: every family computes them in fp32 inside and they are not trained. The base's own
+    dropout is off: frozen weights need none, and its masks would depend on how a step is cut into micro-batches. The
+    model keeps its key-value cache on for generation; `loss.summed_loss` turns it off per call.
+
+    Raises ModelError (files missing, damaged, unknown or unsafe) and ConfigError (bits, dtype, attention kernel).
+    """
+    directory = locate(options.model_path, with_code=options.trust_remote_code)
+    config = _checked_config(directory, options)
+    files = check_weights(directory)
+    if files[0].suffix == ".bin":
+        say(f"{directory} holds pickled weights; they are read as plain tensors, and code in them is refused")
+    dtype, reason = choose_dtype(options.dtype, options.bits, hardware, str(config.get("model_type", "")))
+    model = _load(options, directory, config, dtype, hardware.device)
+    model.requires_grad_(False)
+    model.eval()
+    if options.bits < 16 and not hardware.is_gpu:
+        keep_one_arithmetic_on_cpu(model)
+    if options.gradient_checkpointing:
+        _checkpoint_layers(model)
+    return LoadedBase(model, dtype, reason, base_fingerprint(options.model_path))
+
+
+def _checked_config(directory: Path, options: ModelOptions) -> dict[str, Any]:
+    """Return config.json after checking that this transformers can load it as a causal language model."""
+    if not (directory / "config.json").is_file():
+        what = "a LoRA adapter; its base goes into --model_path" if (directory / "adapter_config.json").is_file() \
+            else "no model in Hugging Face form (config.json is missing)"
+        raise ModelError(f"{directory} holds {what}")
+    config = read_json(directory / "config.json")
+    family = str(config.get("model_type"))
+    if "auto_map" in config and options.trust_remote_code:
+        return config
+    if family in transformers.CONFIG_MAPPING:
+        _check_causal(directory, family)
+        return config
+    if "auto_map" in config:
+        raise ModelError(f"{directory} brings its own Python code (model type {family!r}); read that code, and if you "
+                         "trust it, add --trust_remote_code true")
+    written = str(config.get("transformers_version", ""))
+    if _is_newer(written):
+        raise ModelError(f"{directory} is too new: model type {family!r} was written by transformers {written}, and "
+                         f"{transformers.__version__} does not know it; install a newer transformers")
+    known = nearest(family, list(transformers.CONFIG_MAPPING))
+    raise ModelError(f"{directory / 'config.json'} names the model type {family!r}, which transformers "
+                     f"{transformers.__version__} does not know{known}")
+
+
+def _check_causal(directory: Path, family: str) -> None:
+    if transformers.CONFIG_MAPPING[family] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{directory} is a {family} model, which is no causal language model: it cannot be trained "
+                         "to continue text")
+
+
+def _is_newer(written: str) -> bool:
+    try:
+        return Version(written) > Version(transformers.__version__)
+    except InvalidVersion:
+        return False
+
+
+def _quantization(options: ModelOptions, directory: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """What to quantise with; None for a checkpoint that lies in these bits already."""
+    stored = config.get("quantization_config")
+    if not stored:
+        return quantization_config(options.bits, dtype)
+    method = stored.get("quant_method", "bitsandbytes")
+    bits = 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else stored.get("bits", "unknown")
+    if method == "bitsandbytes" and bits == options.bits:
+        return None
+    advice = f"use --bits {bits}" if method == "bitsandbytes" else "take the model's unquantised form"
+    raise ConfigError("--bits", f"{options.bits} does not go with {directory}: its weights are quantised already "
+                      f"({method}, {bits} bits); {advice}")
+
+
+def _load(options: ModelOptions, directory: Path, config: dict[str, Any], dtype: torch.dtype,
+          device: torch.device) -> PreTrainedModel:
+    arguments: dict[str, Any] = {
+        "dtype": dtype, "device_map": {"": device}, "trust_remote_code": options.trust_remote_code,
+        "local_files_only": True, "weights_only": True, "output_loading_info": True,
+    }
+    quantization = _quantization(options, directory, config, dtype)
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    if options.attn_implementation != "auto":
+        arguments["attn_implementation"] = options.attn_implementation
+    try:
+        arguments |= _no_dropout(options)
+        # By the name that was given, not by the directory it lies in: adapters remember a Hub id, not a cache path.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(options.model_path, **arguments)
+    except pickle.UnpicklingError as reason:
+        raise ModelError(f"{directory} holds pickled weights with code inside; refused, nothing was run") from reason
+    except torch.OutOfMemoryError as reason:
+        raise ModelError(f"{options.model_path} in {options.bits} bits does not fit on {device}; use fewer --bits or "
+                         f"a smaller model ({_first_line(reason)})") from reason
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as reason:
+        raise _explained(reason, options, directory) from reason
+    model, report = loaded
+    _check_complete(report, directory)
+    return model
+
+
+def _no_dropout(options: ModelOptions) -> dict[str, float]:
+    """The dropout settings of this base that are above 0 (GPT-2: `resid_pdrop`, ...), each as 0."""
+    config = AutoConfig.from_pretrained(options.model_path, trust_remote_code=options.trust_remote_code,
+                                        local_files_only=True)
+    return {name: 0.0 for name, value in config.to_dict().items()
+            if "drop" in name and isinstance(value, float) and value > 0}
+
+
+def _explained(reason: Exception, options: ModelOptions, directory: Path) -> ModelError | ConfigError:
+    text = _first_line(reason)
+    if options.attn_implementation != "auto" and ("attention" in text.lower() or "flash" in text.lower()):
+        return ConfigError("--attn_implementation", f"{options.attn_implementation} cannot be used here: {text}")
+    if "size mismatch" in str(reason) or "ignore_mismatched_sizes" in str(reason):
+        text = "tensors in its weights have other shapes than its config.json says"
+    return ModelError(f"{directory} cannot be loaded: {text}")
+
+
+def _check_complete(report: dict[str, Any], directory: Path) -> None:
+    """Transformers fills missing weights with random numbers and goes on; nobody wants to train on those."""
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        raise ModelError(f"{directory} lacks {len(missing)} tensors that its config.json calls for, such as "
+                         f"{', '.join(missing[:3])}; the copy is incomplete or the config belongs to another model")
+    mismatched = sorted(str(entry) for entry in report.get("mismatched_keys", ()))
+    if mismatched:
+        raise ModelError(f"{directory} has {len(mismatched)} tensors of other shapes than its config.json says: "
+                         f"{'; '.join(mismatched[:3])}")
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass; it takes effect in train mode only."""
+    if not model.supports_gradient_checkpointing:
+        warn(f"{type(model).__name__} cannot recompute its layers; training it takes more memory")
+        return
+    # transformers 5.23 renamed the method and deprecates the old name; 5.20 has only the old one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # Not reentrant: gradients then reach adapters although the embedding's output needs none.
+    enable({"use_reentrant": False})
+
+
+def _first_line(reason: BaseException) -> str:
+    lines = [line for line in str(reason).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(reason).__name__

@@ -1,0 +1,112 @@
+"""Base weights in 4 or 8 bits and optimizers with 8-bit state: everything that touches bitsandbytes.
+
+The only file that imports it, and only inside functions: a run with 16 or 32 bits never does. Knows tensors and
+modules; does not know where weights come from (`load.py`) or what is trained on them (`adapters.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from onecard.console import ConfigError
+
+OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+
+
+def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return what transformers needs to load weights in `bits`: NF4 with double quantisation, LLM.int8, or None.
+
+    The head and tied embeddings stay in `dtype`. https://arxiv.org/abs/2305.14314 https://arxiv.org/abs/2208.07339
+    """
+    if bits == 4:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=dtype)
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def quantized_linear_types() -> tuple[type[nn.Module], ...]:
+    """The module classes whose weights lie in 4 or 8 bits."""
+    import bitsandbytes
+
+    return (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+
+
+def weight_bits(module: nn.Module) -> int:
+    """Bits per weight of one linear layer: 4, 8, or those of its dtype."""
+    kind = type(module).__name__
+    if kind in ("Linear4bit", "Linear8bitLt"):
+        return 4 if kind == "Linear4bit" else 8
+    return module.weight.element_size() * 8  # type: ignore[operator]
+
+
+def n_elements(parameter: torch.Tensor) -> int:
+    """Number of weights in a parameter; a 4-bit one stores two in each byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def dequantize_4bit(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the weights (out, in) that a 4-bit parameter stands for, in fp32."""
+    import bitsandbytes
+
+    state: Any = parameter.quant_state  # type: ignore[attr-defined]
+    return bitsandbytes.functional.dequantize_4bit(parameter.data, state).float()
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Return the class for adamw, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit. Raises ConfigError."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    if name not in OPTIMIZERS:
+        raise ConfigError("--optimizer", f"{name} is unknown; use adamw, {', '.join(OPTIMIZERS)}")
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, OPTIMIZERS[name])
+
+
+def keep_one_arithmetic_on_cpu(model: nn.Module) -> None:
+    """Let quantised layers on a CPU compute in eval mode exactly as they do in train mode. Call it once, after loading.
+
+    bitsandbytes repacks a 4-bit weight at its first forward in eval mode on CPUs with AVX512-BF16 and never back: from
+    then on training would go through a kernel without gradients (evaluate once, and the layers below learn from wrong
+    ones), and answers are rounded to bf16. 8-bit layers change to int8 arithmetic in eval mode. The flag that decides
+    is the layer's own train mode, which means nothing else there, so it is set before each forward.
+    """
+    for module in model.modules():
+        if isinstance(module, quantized_linear_types()):
+            module.register_forward_pre_hook(_in_train_mode)
+
+
+def _in_train_mode(module: nn.Module, _inputs: Any) -> None:
+    module.train()
+
+
+@contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Drop two sentences of bitsandbytes that nobody can act on, inside the `with` block only.
+
+    - At every layer of every step in 8 bits: that inputs are cast to fp16. The cast is the method.
+    - When it is imported (peft does that) on a CPU with AVX512-BF16: that it cannot fetch a kernel for the packed
+      weights which `keep_one_arithmetic_on_cpu` avoids. So import `adapters.py` inside the block, too.
+    """
+    loggers = [logging.getLogger(f"bitsandbytes.{name}") for name in ("autograd._functions", "backends.cpu.ops")]
+
+    def worth_saying(record: logging.LogRecord) -> bool:  # a new one each time, so that blocks may be nested
+        return not any(words in str(record.msg) for words in ("inputs will be cast", "from kernels-community"))
+
+    for logger in loggers:
+        logger.addFilter(worth_saying)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(worth_saying)
