@@ -26,8 +26,10 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 # Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
 WEIGHT_NAMES = (WEIGHTS, "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
-LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
-                      r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight|\.bias)?")
+LORA_KEY = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight|\.bias)?"
+)
 
 
 @dataclass
@@ -52,8 +54,9 @@ def read_adapter(source: str | Path) -> AdapterFiles:
     found = _read_tensors(weights)
     tensors = {_todays_name(key): tensor for key, tensor in found.items() if "lora_" in key}
     if not tensors:
-        raise ModelError(f"{weights} holds no LoRA tensors ({len(found)} others): it is no adapter, or it was saved "
-                         "empty")
+        raise ModelError(
+            f"{weights} holds no LoRA tensors ({len(found)} others): it is no adapter, or it was saved empty"
+        )
     others = {key: tensor for key, tensor in found.items() if "lora_" not in key}
     if weights.name.startswith("adapter_model"):  # such as a head trained in full (modules_to_save)
         tensors |= others
@@ -61,8 +64,10 @@ def read_adapter(source: str | Path) -> AdapterFiles:
         notes.append(f"{weights.name} holds {len(others)} tensors that are not LoRA's; they were left out")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ModelError(f"{weights} holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as {broken[0]}: "
-                         "the run that wrote it diverged; take an earlier checkpoint")
+        raise ModelError(
+            f"{weights} holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as {broken[0]}: "
+            "the run that wrote it diverged; take an earlier checkpoint"
+        )
     if weights.name != WEIGHTS:
         notes.append(f"older layout: read {weights.name}")
     return AdapterFiles(directory, weights, tensors, _config_directory(directory, notes), notes)
@@ -74,17 +79,25 @@ def infer_config(files: AdapterFiles, assumed_alpha: int | None) -> dict[str, An
     lora_A (r, in) gives r, names give the targets; alpha is in no shape: `assumed_alpha`, or 2 r as
     most recipes have it.
     """
-    ranks = {name.removeprefix(PREFIX).rsplit(".lora_A", 1)[0]: tensor.shape[0]
-             for name, tensor in files.tensors.items() if ".lora_A" in name}
+    ranks = {
+        name.removeprefix(PREFIX).rsplit(".lora_A", 1)[0]: tensor.shape[0]
+        for name, tensor in files.tensors.items()
+        if ".lora_A" in name
+    }
     if not ranks:
         raise ModelError(f"{files.weights} has no lora_A tensor, so its rank cannot be inferred; add its {CONFIG}")
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = assumed_alpha or 2 * r
     advice = "" if assumed_alpha else " (2 r); give --lora_alpha if it was another"
-    files.notes.append(f"no {CONFIG}: took r = {r} and {len(ranks)} target layers from the shapes, and assumed "
-                       f"lora_alpha = {alpha}{advice}")
+    files.notes.append(
+        f"no {CONFIG}: took r = {r} and {len(ranks)} target layers from the shapes, and assumed "
+        f"lora_alpha = {alpha}{advice}"
+    )
     return {
-        "r": r, "lora_alpha": alpha, "target_modules": sorted(ranks), "task_type": "CAUSAL_LM",
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "task_type": "CAUSAL_LM",
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
         "use_dora": any(".lora_magnitude_vector" in name for name in files.tensors),
     }
@@ -114,8 +127,10 @@ def _directory_of(source: str, notes: list[str]) -> Path:
         path = locate(source, what="adapter", patterns=(CONFIG, "adapter_model.*"))
     if _has_weights(path):
         return path
-    checkpoints = sorted((p for p in path.glob("checkpoint-*") if p.name[11:].isdigit() and _has_weights(p)),
-                         key=lambda p: int(p.name[11:]))
+    checkpoints = sorted(
+        (p for p in path.glob("checkpoint-*") if p.name[11:].isdigit() and _has_weights(p)),
+        key=lambda p: int(p.name[11:]),
+    )
     if checkpoints:
         notes.append(f"{path} has no finished adapter; took its newest checkpoint, {checkpoints[-1].name}")
         return checkpoints[-1]
@@ -144,8 +159,10 @@ def _read_tensors(weights: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(weights, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as reason:
-        raise ModelError(f"{weights} is refused: it is no plain pickle of tensors but holds code, or it is damaged. "
-                         "Nothing in it was run; ask its author for safetensors") from reason
+        raise ModelError(
+            f"{weights} is refused: it is no plain pickle of tensors but holds code, or it is damaged. "
+            "Nothing in it was run; ask its author for safetensors"
+        ) from reason
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as reason:
         raise ModelError(f"{weights} is damaged ({str(reason).splitlines()[0]}); copy it again") from reason
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

@@ -93,8 +93,11 @@ class _OriginalWeights:
         self.files: dict[str, Path] = {}
         for file in weight_files(locate(model.config._name_or_path)):
             if file.suffix != ".safetensors":
-                raise ConfigError("--lora_init", f"loftq reads the base's weights one by one, which {file.name} does "
-                                  "not allow; convert the base to safetensors, or use --lora_init default")
+                raise ConfigError(
+                    "--lora_init",
+                    f"loftq reads the base's weights one by one, which {file.name} does "
+                    "not allow; convert the base to safetensors, or use --lora_init default",
+                )
             with safe_open(file, framework="pt") as opened:
                 self.files |= dict.fromkeys(opened.keys(), file)
 

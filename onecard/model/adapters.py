@@ -64,10 +64,15 @@ def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
     _check_start(options, linear)
     start: Any = PISSA if options.lora_init == "pissa" else True
     config = LoraConfig(
-        r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
-        target_modules=_targets(model, options.lora_target_modules, linear), use_rslora=options.use_rslora,
-        use_dora=options.use_dora, init_lora_weights=start,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()), task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=_targets(model, options.lora_target_modules, linear),
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        init_lora_weights=start,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
+        task_type="CAUSAL_LM",
     )
     with _repeatable(model, options.lora_init == "pissa"):
         peft_model = _attach(model, config)
@@ -79,8 +84,9 @@ def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
     return peft_model
 
 
-def load_adapter(model: nn.Module, source: str | Path, *, trainable: bool,
-                 assumed_alpha: int | None = None) -> LoadedAdapter:
+def load_adapter(
+    model: nn.Module, source: str | Path, *, trainable: bool, assumed_alpha: int | None = None
+) -> LoadedAdapter:
     """Attach a trained adapter from a run, a checkpoint, an older layout or the Hub.
 
     `assumed_alpha` is used only for files that do not say it. Raises ModelError that lists every name and shape which
@@ -117,8 +123,9 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
     config.save_pretrained(str(directory))
     # peft writes sets in the order of their hashes; sorted, the same adapter gives the same file.
     written = read_config(directory)
-    written |= {key: sorted(written[key]) for key in ("target_modules", "modules_to_save")
-                if isinstance(written.get(key), list)}
+    written |= {
+        key: sorted(written[key]) for key in ("target_modules", "modules_to_save") if isinstance(written.get(key), list)
+    }
     (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
     if read_config(directory).get("r") != config.r:
@@ -154,8 +161,10 @@ def describe_trainable(model: nn.Module) -> str:
     layers = [name.split(".lora_A.")[0] for name, _ in peft_model.named_parameters() if ".lora_A." in name]
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
     config: Any = peft_model.peft_config[ADAPTER]
-    return (f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): rank {config.r} on "
-            f"{len(layers)} layers ({kinds})")
+    return (
+        f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): rank {config.r} on "
+        f"{len(layers)} layers ({kinds})"
+    )
 
 
 def base_of_adapter(source: str | Path) -> str | None:
@@ -167,8 +176,11 @@ def base_of_adapter(source: str | Path) -> str | None:
 def linear_layers(model: Any) -> dict[str, Any]:
     """Return the linear layers of a base by name, quantised ones and GPT-2's Conv1D among them, the head not."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {name.removesuffix(".base_layer"): module for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not head and ".lora_" not in name}
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and ".lora_" not in name
+    }
 
 
 def unwrap(model: Any) -> PeftModel:
@@ -183,8 +195,10 @@ def unwrap(model: Any) -> PeftModel:
 def _attach(model: Any, config: LoraConfig) -> PeftModel:
     linear = linear_layers(model).values()
     if config.use_dora and any(layer.weight.device.type == "cpu" and weight_bits(layer) == 8 for layer in linear):
-        raise ConfigError("--use_dora", "does not work with --bits 8 on CPU: peft loses the scales of 8-bit weights "
-                          "there; use --bits 4, 16 or 32")
+        raise ConfigError(
+            "--use_dora",
+            "does not work with --bits 8 on CPU: peft loses the scales of 8-bit weights there; use --bits 4, 16 or 32",
+        )
     with warnings.catch_warnings():
         # Between peft and transformers, and of no use to the person who trains: peft asks under the old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -196,14 +210,23 @@ def _check_start(options: LoraOptions, linear: dict[str, nn.Module]) -> None:
         return
     bits = min((weight_bits(layer) for layer in linear.values()), default=16)
     if options.use_dora:
-        raise ConfigError("--use_dora", f"and --lora_init {options.lora_init} contradict each other: both decide what "
-                          "the first weights are; use one of them")
+        raise ConfigError(
+            "--use_dora",
+            f"and --lora_init {options.lora_init} contradict each other: both decide what "
+            "the first weights are; use one of them",
+        )
     if options.lora_init == "pissa" and bits < 16:
-        raise ConfigError("--lora_init", f"pissa moves part of the base weights into the adapter, which {bits}-bit "
-                          "weights cannot follow; use --bits 16 or 32, or loftq with --bits 4")
+        raise ConfigError(
+            "--lora_init",
+            f"pissa moves part of the base weights into the adapter, which {bits}-bit "
+            "weights cannot follow; use --bits 16 or 32, or loftq with --bits 4",
+        )
     if options.lora_init == "loftq" and bits != 4:
-        raise ConfigError("--lora_init", f"loftq makes up for the error of 4-bit weights; this base has {bits} bits; "
-                          "use --bits 4, or --lora_init default")
+        raise ConfigError(
+            "--lora_init",
+            f"loftq makes up for the error of 4-bit weights; this base has {bits} bits; "
+            "use --bits 4, or --lora_init default",
+        )
 
 
 def _targets(model: nn.Module, wanted: str, linear: dict[str, nn.Module]) -> list[str]:
@@ -220,8 +243,10 @@ def _targets(model: nn.Module, wanted: str, linear: dict[str, nn.Module]) -> lis
     unknown = [name for name in names if not any(full == name or full.endswith(f".{name}") for full in linear)]
     if unknown or not names:
         listed = ", ".join(f"{name}{nearest(name, known)}" for name in unknown) or "nothing"
-        raise ModelError(f"--lora_target_modules names no linear layer of {type(model).__name__}: {listed}; it has "
-                         f"{', '.join(known)}. Nothing would be trained there")
+        raise ModelError(
+            f"--lora_target_modules names no linear layer of {type(model).__name__}: {listed}; it has "
+            f"{', '.join(known)}. Nothing would be trained there"
+        )
     return names
 
 
@@ -269,8 +294,10 @@ def _refuse_useless(tensors: dict[str, Tensor]) -> None:
         raise ModelError("the adapter is empty: there is nothing to save, so nothing was written")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ModelError(f"the adapter holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as "
-                         f"{broken[0]}; it was not written")
+        raise ModelError(
+            f"the adapter holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as "
+            f"{broken[0]}; it was not written"
+        )
     second = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
     if second and not any(tensor.any() for tensor in second):
         warn("the adapter is saved untrained: every lora_B is zero, so the model answers like its base")
@@ -285,8 +312,10 @@ def _config_of(files: AdapterFiles, trainable: bool, assumed_alpha: int | None) 
         raise ModelError(f"{files.directory} is a {kind} adapter; only LORA adapters can be loaded here")
     start = stored.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(("pissa", "olora", "corda")):
-        raise ModelError(f"{files.directory} was started with {start} and saved unconverted: it needs a changed base. "
-                         "Convert it with peft's path_initial_model_for_weight_conversion first")
+        raise ModelError(
+            f"{files.directory} was started with {start} and saved unconverted: it needs a changed base. "
+            "Convert it with peft's path_initial_model_for_weight_conversion first"
+        )
     try:
         config: Any = PeftConfig.from_pretrained(str(files.config_directory))
         # The base it is attached to now is named anew; a start such as "gaussian" no longer matters.
@@ -298,8 +327,11 @@ def _config_of(files: AdapterFiles, trainable: bool, assumed_alpha: int | None) 
 def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
     lines = [f"{name}: missing in the files" for name in sorted(expected.keys() - found.keys())]
     lines += [f"{name}: this base has no such layer" for name in sorted(found.keys() - expected.keys())]
-    lines += [f"{name}: {tuple(found[name].shape)} in the files, {tuple(expected[name].shape)} needed here"
-              for name in sorted(expected.keys() & found.keys()) if found[name].shape != expected[name].shape]
+    lines += [
+        f"{name}: {tuple(found[name].shape)} in the files, {tuple(expected[name].shape)} needed here"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+    ]
     return lines
 
 
@@ -307,16 +339,22 @@ def _mismatch(files: AdapterFiles, differences: list[str], model: Any) -> str:
     trained_on = read_config(files.config_directory).get("base_model_name_or_path") if files.config_directory else None
     here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     rest = f"\n  ... and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
-    return (f"{files.directory} does not fit: it was trained on {trained_on or 'an unknown base'}, here is {here}; "
-            f"{len(differences)} tensors differ:\n  " + "\n  ".join(differences[:LISTED]) + rest)
+    return (
+        f"{files.directory} does not fit: it was trained on {trained_on or 'an unknown base'}, here is {here}; "
+        f"{len(differences)} tensors differ:\n  " + "\n  ".join(differences[:LISTED]) + rest
+    )
 
 
 def _compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
     """Raise ModelError unless both hold the same names, shapes and values (fp16 files as the fp32 they become)."""
     differences = _differences(expected, found)
     if not differences:
-        differences = [f"{name}: other values" for name, tensor in expected.items()
-                       if not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype))]
+        differences = [
+            f"{name}: other values"
+            for name, tensor in expected.items()
+            if not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype))
+        ]
     if differences:
-        raise ModelError(f"{where} does not hold what it should after a check: {'; '.join(differences[:3])}; "
-                         "check the disk")
+        raise ModelError(
+            f"{where} does not hold what it should after a check: {'; '.join(differences[:3])}; check the disk"
+        )

@@ -54,8 +54,10 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises ModelError when there are none, or when an index names files that are missing.
     """
-    for single, index in (("model.safetensors", "model.safetensors.index.json"),
-                          ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
         if (directory / single).is_file():
             return [directory / single]
         if (directory / index).is_file():
@@ -131,8 +133,10 @@ def _indexed(directory: Path, index: Path) -> list[Path]:
     files = [directory / Path(name).name for name in sorted(set(map(str, weight_map.values())))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ModelError(f"{directory} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:5])}; "
-                         "copy or download them again")
+        raise ModelError(
+            f"{directory} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing[:5])}; "
+            "copy or download them again"
+        )
     return files
 
 
@@ -175,14 +179,20 @@ def _from_hub(name: str, what: str, patterns: tuple[str, ...], *, weights_wanted
             found = download((*patterns, "*.bin"))
         return found
     except GatedRepoError as reason:
-        raise ModelError(f"{what} {name} asks for your consent: accept its terms on its Hub page, then `hf auth login`"
-                         ) from reason
+        raise ModelError(
+            f"{what} {name} asks for your consent: accept its terms on its Hub page, then `hf auth login`"
+        ) from reason
     except RepositoryNotFoundError as reason:
-        raise ModelError(f"{what} {name} is neither a directory here{_nearest_directory(Path(name))} nor a model on "
-                         "the Hub (or it is private: `hf auth login`)") from reason
+        raise ModelError(
+            f"{what} {name} is neither a directory here{_nearest_directory(Path(name))} nor a model on "
+            "the Hub (or it is private: `hf auth login`)"
+        ) from reason
     except LocalEntryNotFoundError as reason:
-        raise ModelError(f"{what} {name} is neither a directory here{_nearest_directory(Path(name))} nor in the Hub "
-                         "cache, and the Hub cannot be reached; go online, or give a directory") from reason
+        raise ModelError(
+            f"{what} {name} is neither a directory here{_nearest_directory(Path(name))} nor in the Hub "
+            "cache, and the Hub cannot be reached; go online, or give a directory"
+        ) from reason
     except (HfHubHTTPError, OSError) as reason:
-        raise ModelError(f"{what} {name} cannot be downloaded: {str(reason).splitlines()[0]}; try again, or give a "
-                         "directory") from reason
+        raise ModelError(
+            f"{what} {name} cannot be downloaded: {str(reason).splitlines()[0]}; try again, or give a directory"
+        ) from reason

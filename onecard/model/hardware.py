@@ -50,8 +50,11 @@ def detect(device: str = "auto") -> Hardware:
         return _cpu()
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if n_gpus == 0:
-        raise ConfigError("--device", f"{device} asks for a GPU, but PyTorch sees none; use --device cpu, or install "
-                          "the driver and a CUDA build of PyTorch")
+        raise ConfigError(
+            "--device",
+            f"{device} asks for a GPU, but PyTorch sees none; use --device cpu, or install "
+            "the driver and a CUDA build of PyTorch",
+        )
     index = _gpu_index(device)
     if index >= n_gpus:
         raise ConfigError("--device", f"GPU number {index} is asked for, but there are {n_gpus} (counted from 0)")
@@ -93,8 +96,11 @@ def _gpu_index(device: str) -> int:
     if ":" not in device:
         return local_rank
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        raise ConfigError("--device", f"{device} would put every process on the same GPU; use --device auto and "
-                          "choose the cards with CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            "--device",
+            f"{device} would put every process on the same GPU; use --device auto and "
+            "choose the cards with CUDA_VISIBLE_DEVICES",
+        )
     return int(device.split(":")[1])
 
 
@@ -107,8 +113,13 @@ def _gpu(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)
     with torch.cuda.device(index):  # is_bf16_supported asks the current device
         bf16_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Hardware(torch.device("cuda", index), properties.name, properties.total_memory, bf16_native,
-                    (properties.major, properties.minor))
+    return Hardware(
+        torch.device("cuda", index),
+        properties.name,
+        properties.total_memory,
+        bf16_native,
+        (properties.major, properties.minor),
+    )
 
 
 def _cpu_dtype(bits: int) -> tuple[torch.dtype, str]:
@@ -123,10 +134,14 @@ def _gpu_dtype(bits: int, hardware: Hardware, model_type: str) -> tuple[torch.dt
     if not is_fragile_in_fp16(model_type):
         return torch.float16, f"fp16 with a loss scaler, because {hardware.name} has no native bf16"
     if bits == 16:
-        raise ConfigError("--bits", f"16 cannot work here: {model_type} overflows in fp16 and {hardware.name} has no "
-                          "native bf16; use --bits 4 or 8 (then the arithmetic is fp32), or --bits 32")
-    return torch.float32, (f"fp32 (slower), because {model_type} overflows in fp16 and {hardware.name} has no "
-                           "native bf16")
+        raise ConfigError(
+            "--bits",
+            f"16 cannot work here: {model_type} overflows in fp16 and {hardware.name} has no "
+            "native bf16; use --bits 4 or 8 (then the arithmetic is fp32), or --bits 32",
+        )
+    return torch.float32, (
+        f"fp32 (slower), because {model_type} overflows in fp16 and {hardware.name} has no native bf16"
+    )
 
 
 def _refuse_dtype(requested: str, bits: int, hardware: Hardware, model_type: str) -> None:

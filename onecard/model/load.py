@@ -7,6 +7,7 @@ decoder layer stays the unit that is loaded, placed and recomputed; nothing here
 from __future__ import annotations
 
 import pickle
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,17 @@ from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_
 
 __all__ = ["LoadedBase", "base_fingerprint", "load_base", "load_tokenizer"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json",
-                   "spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,10 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a base model or of a run directory. Raises ModelError when there is none."""
     directory = locate(model_path, what="tokenizer", with_code=trust_remote_code)
     if not any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES):
-        raise ModelError(f"{directory} holds no tokenizer (tokenizer.json or tokenizer.model); copy the tokenizer "
-                         "files of the base model beside its weights")
+        raise ModelError(
+            f"{directory} holds no tokenizer (tokenizer.json or tokenizer.model); copy the tokenizer "
+            "files of the base model beside its weights"
+        )
     try:
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as reason:  # tokenizers raises bare Exception for a damaged tokenizer.json
@@ -78,8 +90,11 @@ def load_base(options: ModelOptions, hardware: Hardware) -> LoadedBase:
 def _checked_config(directory: Path, options: ModelOptions) -> dict[str, Any]:
     """Return config.json after checking that this transformers can load it as a causal language model."""
     if not (directory / "config.json").is_file():
-        what = "a LoRA adapter; its base goes into --model_path" if (directory / "adapter_config.json").is_file() \
+        what = (
+            "a LoRA adapter; its base goes into --model_path"
+            if (directory / "adapter_config.json").is_file()
             else "no model in Hugging Face form (config.json is missing)"
+        )
         raise ModelError(f"{directory} holds {what}")
     config = read_json(directory / "config.json")
     family = str(config.get("model_type"))
@@ -89,21 +104,28 @@ def _checked_config(directory: Path, options: ModelOptions) -> dict[str, Any]:
         _check_causal(directory, family)
         return config
     if "auto_map" in config:
-        raise ModelError(f"{directory} brings its own Python code (model type {family!r}); read that code, and if you "
-                         "trust it, add --trust_remote_code true")
+        raise ModelError(
+            f"{directory} brings its own Python code (model type {family!r}); read that code, and if you "
+            "trust it, add --trust_remote_code true"
+        )
     written = str(config.get("transformers_version", ""))
     if _is_newer(written):
-        raise ModelError(f"{directory} is too new: model type {family!r} was written by transformers {written}, and "
-                         f"{transformers.__version__} does not know it; install a newer transformers")
+        raise ModelError(
+            f"{directory} is too new: model type {family!r} was written by transformers {written}, and "
+            f"{transformers.__version__} does not know it; install a newer transformers"
+        )
     known = nearest(family, list(transformers.CONFIG_MAPPING))
-    raise ModelError(f"{directory / 'config.json'} names the model type {family!r}, which transformers "
-                     f"{transformers.__version__} does not know{known}")
+    raise ModelError(
+        f"{directory / 'config.json'} names the model type {family!r}, which transformers "
+        f"{transformers.__version__} does not know{known}"
+    )
 
 
 def _check_causal(directory: Path, family: str) -> None:
     if transformers.CONFIG_MAPPING[family] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{directory} is a {family} model, which is no causal language model: it cannot be trained "
-                         "to continue text")
+        raise ModelError(
+            f"{directory} is a {family} model, which is no causal language model: it cannot be trained to continue text"
+        )
 
 
 def _is_newer(written: str) -> bool:
@@ -123,21 +145,31 @@ def _quantization(options: ModelOptions, directory: Path, config: dict[str, Any]
     if method == "bitsandbytes" and bits == options.bits:
         return None
     advice = f"use --bits {bits}" if method == "bitsandbytes" else "take the model's unquantised form"
-    raise ConfigError("--bits", f"{options.bits} does not go with {directory}: its weights are quantised already "
-                      f"({method}, {bits} bits); {advice}")
+    raise ConfigError(
+        "--bits",
+        f"{options.bits} does not go with {directory}: its weights are quantised already "
+        f"({method}, {bits} bits); {advice}",
+    )
 
 
-def _load(options: ModelOptions, directory: Path, config: dict[str, Any], dtype: torch.dtype,
-          device: torch.device) -> PreTrainedModel:
+def _load(
+    options: ModelOptions, directory: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     arguments: dict[str, Any] = {
-        "dtype": dtype, "device_map": {"": device}, "trust_remote_code": options.trust_remote_code,
-        "local_files_only": True, "weights_only": True, "output_loading_info": True,
+        "dtype": dtype,
+        "device_map": {"": device},
+        "trust_remote_code": options.trust_remote_code,
+        "local_files_only": True,
+        "weights_only": True,
+        "output_loading_info": True,
     }
     quantization = _quantization(options, directory, config, dtype)
     if quantization is not None:
         arguments["quantization_config"] = quantization
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a bar that redraws itself fills a log file
     try:
         arguments |= _no_dropout(options)
         # By the name that was given, not by the directory it lies in: adapters remember a Hub id, not a cache path.
@@ -145,8 +177,10 @@ def _load(options: ModelOptions, directory: Path, config: dict[str, Any], dtype:
     except pickle.UnpicklingError as reason:
         raise ModelError(f"{directory} holds pickled weights with code inside; refused, nothing was run") from reason
     except torch.OutOfMemoryError as reason:
-        raise ModelError(f"{options.model_path} in {options.bits} bits does not fit on {device}; use fewer --bits or "
-                         f"a smaller model ({_first_line(reason)})") from reason
+        raise ModelError(
+            f"{options.model_path} in {options.bits} bits does not fit on {device}; use fewer --bits or "
+            f"a smaller model ({_first_line(reason)})"
+        ) from reason
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as reason:
         raise _explained(reason, options, directory) from reason
     model, report = loaded
@@ -156,10 +190,14 @@ def _load(options: ModelOptions, directory: Path, config: dict[str, Any], dtype:
 
 def _no_dropout(options: ModelOptions) -> dict[str, float]:
     """The dropout settings of this base that are above 0 (GPT-2: `resid_pdrop`, ...), each as 0."""
-    config = AutoConfig.from_pretrained(options.model_path, trust_remote_code=options.trust_remote_code,
-                                        local_files_only=True)
-    return {name: 0.0 for name, value in config.to_dict().items()
-            if "drop" in name and isinstance(value, float) and value > 0}
+    config = AutoConfig.from_pretrained(
+        options.model_path, trust_remote_code=options.trust_remote_code, local_files_only=True
+    )
+    return {
+        name: 0.0
+        for name, value in config.to_dict().items()
+        if "drop" in name and isinstance(value, float) and value > 0
+    }
 
 
 def _explained(reason: Exception, options: ModelOptions, directory: Path) -> ModelError | ConfigError:
@@ -175,12 +213,16 @@ def _check_complete(report: dict[str, Any], directory: Path) -> None:
     """Transformers fills missing weights with random numbers and goes on; nobody wants to train on those."""
     missing = sorted(report.get("missing_keys", ()))
     if missing:
-        raise ModelError(f"{directory} lacks {len(missing)} tensors that its config.json calls for, such as "
-                         f"{', '.join(missing[:3])}; the copy is incomplete or the config belongs to another model")
+        raise ModelError(
+            f"{directory} lacks {len(missing)} tensors that its config.json calls for, such as "
+            f"{', '.join(missing[:3])}; the copy is incomplete or the config belongs to another model"
+        )
     mismatched = sorted(str(entry) for entry in report.get("mismatched_keys", ()))
     if mismatched:
-        raise ModelError(f"{directory} has {len(mismatched)} tensors of other shapes than its config.json says: "
-                         f"{'; '.join(mismatched[:3])}")
+        raise ModelError(
+            f"{directory} has {len(mismatched)} tensors of other shapes than its config.json says: "
+            f"{'; '.join(mismatched[:3])}"
+        )
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:

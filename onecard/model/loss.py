@@ -55,8 +55,10 @@ def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> T
         return model(**inputs).logits[:, positions]
     logits = model(**inputs, logits_to_keep=positions).logits
     if logits.shape[1] != n_positions:
-        raise ModelError(f"{type(model).__name__} gave logits for {logits.shape[1]} positions of {n_seq}, but "
-                         f"{n_positions} were asked for: its logits_to_keep does not take a list of positions")
+        raise ModelError(
+            f"{type(model).__name__} gave logits for {logits.shape[1]} positions of {n_seq}, but "
+            f"{n_positions} were asked for: its logits_to_keep does not take a list of positions"
+        )
     return logits
 
 

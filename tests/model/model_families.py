@@ -8,9 +8,18 @@ import torch
 import transformers as tf
 
 VOCAB = 128
-SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SIZES_MHA = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 
 
@@ -27,11 +36,20 @@ def family_configs() -> dict[str, tf.PretrainedConfig]:
         "gemma3_text": tf.Gemma3TextConfig(**gemma, query_pre_attn_scalar=16, sliding_window=32),
         "phi": tf.PhiConfig(**SIZES),
         "phi3": tf.Phi3Config(**SIZES),
-        "bloom": tf.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0,
-                                bos_token_id=1, eos_token_id=2),
+        "bloom": tf.BloomConfig(
+            vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        ),
         "gpt_neox": tf.GPTNeoXConfig(**SIZES_MHA),
-        "gpt2": tf.GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64, pad_token_id=0,
-                              bos_token_id=1, eos_token_id=2),
+        "gpt2": tf.GPT2Config(
+            vocab_size=VOCAB,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
         "cohere": tf.CohereConfig(**SIZES, logit_scale=0.25),
         "granite": tf.GraniteConfig(**SIZES, logits_scaling=8.0),
     }

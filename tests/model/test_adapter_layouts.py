@@ -52,7 +52,8 @@ def test_checkpoint_without_config(spelling, today, load_family, tmp_path) -> No
     rename = {
         "plain": lambda key: key,  # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
         "default": lambda key: key.replace("lora_A.weight", "lora_A.default.weight").replace(
-            "lora_B.weight", "lora_B.default.weight"),
+            "lora_B.weight", "lora_B.default.weight"
+        ),
         "wrapped": lambda key: f"module.{key}",
         "bare": lambda key: key.removeprefix("base_model.model."),
     }[spelling]
@@ -134,8 +135,9 @@ class Malicious:
 @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin"])
 def test_code_in_a_pickle_is_refused_and_not_run(name, zipped, today, load_family, tmp_path) -> None:
     ran = tmp_path / "ran"
-    torch.save({**tensors_of(today), "x.lora_A.weight": Malicious(ran)}, tmp_path / name,
-               _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {**tensors_of(today), "x.lora_A.weight": Malicious(ran)}, tmp_path / name, _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(ModelError, match=r"holds code.*Nothing in it was run"):
         load_adapter(load_family("llama").model, tmp_path, trainable=False)
     assert not ran.exists()
@@ -143,12 +145,15 @@ def test_code_in_a_pickle_is_refused_and_not_run(name, zipped, today, load_famil
     assert ran.read_text(encoding="utf-8") == "code ran"  # so it would have run
 
 
-@pytest.mark.parametrize(("content", "word"), [
-    ({"base_model.model.lm_head.weight": torch.zeros(2)}, "no LoRA tensors"),
-    ({}, "no LoRA tensors"),
-    ([torch.zeros(2)], "something else than named tensors"),
-    ({"a.lora_B.weight": torch.zeros(2, 2)}, "no lora_A"),
-])
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ({"base_model.model.lm_head.weight": torch.zeros(2)}, "no LoRA tensors"),
+        ({}, "no LoRA tensors"),
+        ([torch.zeros(2)], "something else than named tensors"),
+        ({"a.lora_B.weight": torch.zeros(2, 2)}, "no lora_A"),
+    ],
+)
 def test_files_that_are_no_adapter(content, word, load_family, tmp_path) -> None:
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match=word):

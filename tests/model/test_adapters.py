@@ -44,8 +44,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def plain(directory: Path, adapter: Path, bits: int = 32) -> torch.nn.Module:
     quantization = {"quantization_config": quantization_config(bits, torch.float32)} if bits < 16 else {}
-    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map={"": "cpu"},
-                                                             **quantization)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, device_map={"": "cpu"}, **quantization
+    )
     # A base straight from transformers computes quantised layers otherwise in eval mode on some CPUs; see there.
     keep_one_arithmetic_on_cpu(base)
     return peft.PeftModel.from_pretrained(base, adapter).eval()
@@ -57,12 +58,16 @@ def trained_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 # --- what is attached
 
-@pytest.mark.parametrize(("wanted", "words"), [
-    ("q_porj", ["q_porj (did you mean q_proj?)"]),
-    ("q_proj,v_poj", ["v_poj (did you mean v_proj?)"]),
-    ("embed_tokens", ["embed_tokens"]),
-    (",", ["nothing"]),
-])
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("q_porj", ["q_porj (did you mean q_proj?)"]),
+        ("q_proj,v_poj", ["v_poj (did you mean v_proj?)"]),
+        ("embed_tokens", ["embed_tokens"]),
+        (",", ["nothing"]),
+    ],
+)
 def test_names_that_do_not_exist(wanted, words, load_family) -> None:
     with pytest.raises(ModelError) as caught:
         add_lora(load_family("llama").model, LoraOptions(lora_target_modules=wanted))
@@ -97,10 +102,15 @@ def test_description_counts_4_bit_weights_whole(load_family) -> None:
 # --- starts and variants: what is saved works on the untouched base
 
 VARIANTS = [
-    (32, {"use_rslora": True}), (4, {"use_rslora": True, "lora_alpha": 8}), (32, {"use_dora": True}),
-    (4, {"use_dora": True}), (32, {"lora_init": "pissa"}),
-    (32, {"lora_init": "pissa", "use_rslora": True}), (4, {"lora_init": "loftq"}),
-    (4, {"lora_init": "loftq", "use_rslora": True, "lora_alpha": 4}), (32, {"lora_dropout": 0.1}),
+    (32, {"use_rslora": True}),
+    (4, {"use_rslora": True, "lora_alpha": 8}),
+    (32, {"use_dora": True}),
+    (4, {"use_dora": True}),
+    (32, {"lora_init": "pissa"}),
+    (32, {"lora_init": "pissa", "use_rslora": True}),
+    (4, {"lora_init": "loftq"}),
+    (4, {"lora_init": "loftq", "use_rslora": True, "lora_alpha": 4}),
+    (32, {"lora_dropout": 0.1}),
 ]
 
 
@@ -159,15 +169,18 @@ def test_loftq_is_nearer_to_the_original(family, options, load_family, family_di
     assert visited == {"llama": 14, "gpt2": 8}[family]
 
 
-@pytest.mark.parametrize(("bits", "options", "flag", "word"), [
-    (4, {"lora_init": "pissa"}, "--lora_init", "--bits 16 or 32"),
-    (8, {"lora_init": "pissa"}, "--lora_init", "8-bit"),
-    (8, {"lora_init": "loftq"}, "--lora_init", "--bits 4"),
-    (32, {"lora_init": "loftq"}, "--lora_init", "--bits 4"),
-    (32, {"lora_init": "pissa", "use_dora": True}, "--use_dora", "contradict"),
-    (4, {"lora_init": "loftq", "use_dora": True}, "--use_dora", "contradict"),
-    (8, {"use_dora": True}, "--use_dora", "--bits 8 on CPU"),
-])
+@pytest.mark.parametrize(
+    ("bits", "options", "flag", "word"),
+    [
+        (4, {"lora_init": "pissa"}, "--lora_init", "--bits 16 or 32"),
+        (8, {"lora_init": "pissa"}, "--lora_init", "8-bit"),
+        (8, {"lora_init": "loftq"}, "--lora_init", "--bits 4"),
+        (32, {"lora_init": "loftq"}, "--lora_init", "--bits 4"),
+        (32, {"lora_init": "pissa", "use_dora": True}, "--use_dora", "contradict"),
+        (4, {"lora_init": "loftq", "use_dora": True}, "--use_dora", "contradict"),
+        (8, {"use_dora": True}, "--use_dora", "--bits 8 on CPU"),
+    ],
+)
 def test_combinations_that_cannot_work(bits, options, flag, word, load_family) -> None:
     with pytest.raises(ConfigError) as caught:
         add_lora(load_family("llama", bits).model, LoraOptions(**options))
@@ -175,6 +188,7 @@ def test_combinations_that_cannot_work(bits, options, flag, word, load_family) -
 
 
 # --- saving
+
 
 def test_saved_files_are_repeatable_and_name_their_base(load_family, family_directory, tmp_path) -> None:
     model = train(add_lora(load_family("llama").model, LoraOptions()))
@@ -248,6 +262,7 @@ def test_inside_a_wrapper(load_family, tmp_path) -> None:
 
 # --- loading and restoring
 
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_loaded_adapter_trains_only_when_asked(trainable, load_family, tmp_path) -> None:
     model = train(add_lora(load_family("llama", 4).model, LoraOptions(lora_dropout=0.1)))
@@ -264,9 +279,11 @@ def test_loaded_adapter_trains_only_when_asked(trainable, load_family, tmp_path)
 def test_another_base_is_refused_with_the_differences(load_family, tmp_path, cpu) -> None:
     save_adapter(train(add_lora(load_family("llama").model, LoraOptions()), steps=1), tmp_path / "adapter")
     sizes = {"wide": {"intermediate_size": 192}, "short": {"num_hidden_layers": 1}, "long": {"num_hidden_layers": 3}}
-    words = {"wide": ["mlp.down_proj.lora_A.weight: (8, 128) in the files, (8, 192) needed here", "6 tensors differ"],
-             "short": ["layers.1.mlp.down_proj.lora_A.weight: this base has no such layer", "and 4 more"],
-             "long": ["layers.2.mlp.down_proj.lora_A.weight: missing in the files"]}
+    words = {
+        "wide": ["mlp.down_proj.lora_A.weight: (8, 128) in the files, (8, 192) needed here", "6 tensors differ"],
+        "short": ["layers.1.mlp.down_proj.lora_A.weight: this base has no such layer", "and 4 more"],
+        "long": ["layers.2.mlp.down_proj.lora_A.weight: missing in the files"],
+    }
     for name, changes in sizes.items():
         base = load_family("llama", model_path=save_family("llama", tmp_path / name, **changes)).model
         before = logits(base)
@@ -279,9 +296,18 @@ def test_another_base_is_refused_with_the_differences(load_family, tmp_path, cpu
         load_adapter(load_family("bloom").model, tmp_path / "adapter", trainable=True)
 
 
-@pytest.mark.parametrize(("bits", "options"), [(4, {}), (16, {}), (32, {"lora_init": "pissa"}),
-                                               (16, {"lora_init": "pissa"}), (4, {"lora_init": "loftq"}),
-                                               (4, {"use_dora": True}), (8, {})])
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [
+        (4, {}),
+        (16, {}),
+        (32, {"lora_init": "pissa"}),
+        (16, {"lora_init": "pissa"}),
+        (4, {"lora_init": "loftq"}),
+        (4, {"use_dora": True}),
+        (8, {}),
+    ],
+)
 def test_restore_is_bitwise_and_in_place(bits, options, load_family, tmp_path) -> None:
     model = train(add_lora(load_family("llama", bits).model, LoraOptions(lora_r=4, **options)))
     wanted, answer = trained_values(model), logits(model)
@@ -335,8 +361,11 @@ def test_other_kinds_of_adapter_are_refused(load_family, tmp_path) -> None:
     save_adapter(train(add_lora(load_family("llama").model, LoraOptions()), steps=1), tmp_path)
     config = tmp_path / "adapter_config.json"
     good = json.loads(config.read_text(encoding="utf-8"))
-    for change, word in (({"peft_type": "IA3"}, "IA3 adapter"), ({"init_lora_weights": "pissa"}, "unconverted"),
-                         ({"r": -1}, "cannot be used|does not fit")):
+    for change, word in (
+        ({"peft_type": "IA3"}, "IA3 adapter"),
+        ({"init_lora_weights": "pissa"}, "unconverted"),
+        ({"r": -1}, "cannot be used|does not fit"),
+    ):
         config.write_text(json.dumps({**good, **change}), encoding="utf-8")
         with pytest.raises(ModelError, match=word):
             load_adapter(load_family("llama").model, tmp_path, trainable=True)

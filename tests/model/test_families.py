@@ -65,8 +65,11 @@ def test_family_trains_saves_and_reopens(family, bits, load_family, family_direc
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name), name
         assert not parameter.requires_grad or parameter.dtype == torch.float32, name
-    adapted = {name.split(".lora_A")[0].removeprefix("base_model.model.")
-               for name, _ in model.named_parameters() if ".lora_A" in name}
+    adapted = {
+        name.split(".lora_A")[0].removeprefix("base_model.model.")
+        for name, _ in model.named_parameters()
+        if ".lora_A" in name
+    }
     assert adapted == set(linear)  # all linear layers, the head not
     assert f"on {len(linear)} layers" in describe_trainable(model)
 

@@ -49,8 +49,10 @@ def edit_config(directory: Path, **changes) -> None:
 
 # --- what is loaded
 
-@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.float32), (8, torch.float32), (16, torch.bfloat16),
-                                             (32, torch.float32)])
+
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(4, torch.float32), (8, torch.float32), (16, torch.bfloat16), (32, torch.float32)]
+)
 def test_frozen_and_never_upcast(bits, dtype, family_directory, cpu) -> None:
     base = load(family_directory("llama"), cpu, bits=bits)
     assert base.dtype == dtype and base.dtype_reason.startswith({torch.bfloat16: "bf16"}.get(dtype, "fp32"))
@@ -96,7 +98,8 @@ def test_layers_stay_whole(load_family) -> None:
 
 def test_checkpoint_quantised_before_is_taken_as_it_is(family_directory, cpu, tmp_path) -> None:
     source = AutoModelForCausalLM.from_pretrained(
-        family_directory("llama"), quantization_config=quantization_config(4, torch.float32), device_map={"": "cpu"})
+        family_directory("llama"), quantization_config=quantization_config(4, torch.float32), device_map={"": "cpu"}
+    )
     source.save_pretrained(tmp_path)
     model = load(tmp_path, cpu, bits=4).model
     ids = torch.arange(3, 20)[None]
@@ -121,6 +124,7 @@ def test_shards_and_bf16_on_disk(tmp_path, cpu) -> None:
 
 
 # --- what is refused, and how
+
 
 def test_missing_directory_names_the_nearest(llama, cpu) -> None:
     refused(llama.parent / "tiny-lama", cpu, "no directory", "did you mean", "tiny-llama")
@@ -181,12 +185,15 @@ def test_unknown_too_new_not_causal_and_own_code(llama, cpu) -> None:
 
 
 def test_own_code_runs_with_the_flag_only(llama, cpu) -> None:
-    edit_config(llama, model_type="own_llama", auto_map={"AutoConfig": "own.OwnConfig",
-                                                         "AutoModelForCausalLM": "own.OwnModel"})
+    edit_config(
+        llama, model_type="own_llama", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    )
     (llama / "own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
-        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n", encoding="utf-8")
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+        encoding="utf-8",
+    )
     refused(llama, cpu, "its own Python code")
     assert type(load(llama, cpu, trust_remote_code=True).model).__name__ == "OwnModel"
 
@@ -220,6 +227,7 @@ def test_attention_kernel_that_is_not_there(llama, cpu) -> None:
 
 # --- tokenizer
 
+
 def test_tokenizer(llama) -> None:
     with pytest.raises(ModelError, match="holds no tokenizer"):
         load_tokenizer(str(llama))
@@ -232,6 +240,7 @@ def test_tokenizer(llama) -> None:
 
 
 # --- fingerprint
+
 
 def test_fingerprint_tells_bases_apart(llama, family_directory, tmp_path) -> None:
     same = base_fingerprint(str(llama))
@@ -272,10 +281,22 @@ def test_hub_id_without_network_is_one_clear_line(offline, family_directory, tmp
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("a" * 40, encoding="utf-8")
     # A port where nobody listens stands for "no network" on machines that have one.
-    environment = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1",
-                   "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", OFFLINE, "cached"], cwd=REPOSITORY, env=environment,
-                          capture_output=True, text=True, timeout=120, check=False)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": offline,
+        "HF_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, "cached"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and all("some-org/some-model" in line for line in errors), done.stderr

@@ -42,7 +42,7 @@ def test_the_sum_does_not_depend_on_how_a_step_is_cut(load_family) -> None:
     model = load_family("llama").model
     batch = small_batch()
     whole, n_whole = summed_loss(model, batch)
-    parts = [summed_loss(model, {key: value[row:row + 1] for key, value in batch.items()}) for row in range(3)]
+    parts = [summed_loss(model, {key: value[row : row + 1] for key, value in batch.items()}) for row in range(3)]
     assert len(parts) == 3 and sum(n for _, n in parts) == n_whole
     assert abs(sum(loss.item() for loss, _ in parts) - whole.item()) / n_whole < 1e-6
 
@@ -63,7 +63,8 @@ def test_nothing_to_learn_is_zero_loss_and_zero_gradient(length, load_family) ->
     model = add_lora(load_family("llama").model, LoraOptions(lora_r=4)).train()
     ids = torch.full((1, length), 5)
     loss, n_supervised = summed_loss(
-        model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)})
+        model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
+    )
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert n_supervised == 0 and loss.item() == 0.0 and gradients
@@ -154,10 +155,21 @@ def test_gradient_hooks_of_ddp_fire(family_directory, tmp_path) -> None:
     script.write_text(DDP, encoding="utf-8")
     rendezvous = (tmp_path / "rendezvous").as_posix()
     processes = [
-        subprocess.Popen([sys.executable, str(script), str(root), str(Path(__file__).parent),
-                          str(family_directory("llama")), str(rank), rendezvous],
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(script),
+                str(root),
+                str(Path(__file__).parent),
+                str(family_directory("llama")),
+                str(rank),
+                rendezvous,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         for rank in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]

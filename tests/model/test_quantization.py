@@ -97,7 +97,8 @@ def test_layers_are_set_to_train_mode_whatever_the_cpu_does(load_family) -> None
 def test_int8_says_nothing_about_casts(family_directory, caplog) -> None:
     """A base straight from transformers, since ours does not even meet the sentence on a CPU."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        family_directory("llama"), quantization_config=quantization_config(8, torch.float32), device_map={"": "cpu"})
+        family_directory("llama"), quantization_config=quantization_config(8, torch.float32), device_map={"": "cpu"}
+    )
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     with caplog.at_level(logging.WARNING):
         with quiet_bitsandbytes():
@@ -113,13 +114,21 @@ def test_int8_says_nothing_about_casts(family_directory, caplog) -> None:
 @pytest.mark.slow  # a process of its own
 def test_importing_everything_says_nothing() -> None:
     """On a CPU with AVX512-BF16 bitsandbytes would; elsewhere this holds anyway."""
-    script = ("import sys; from onecard.model.quantization import quiet_bitsandbytes\n"
-              "assert 'bitsandbytes' not in sys.modules and 'peft' not in sys.modules\n"
-              "with quiet_bitsandbytes():\n    import onecard.model.adapters\n"
-              "assert 'bitsandbytes' in sys.modules\n")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=Path(__file__).resolve().parents[2],
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-                          check=False)
+    script = (
+        "import sys; from onecard.model.quantization import quiet_bitsandbytes\n"
+        "assert 'bitsandbytes' not in sys.modules and 'peft' not in sys.modules\n"
+        "with quiet_bitsandbytes():\n    import onecard.model.adapters\n"
+        "assert 'bitsandbytes' in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
