@@ -1,0 +1,99 @@
+"""Rendering chat templates exactly as Hugging Face does, without transformers.
+
+The environment follows `transformers/utils/chat_template_utils.py` (v5): a sandbox, trim_blocks, lstrip_blocks, loop
+controls, `raise_exception`, `strftime_now`, `tojson` that keeps characters readable, and a tolerated `generation` tag.
+https://huggingface.co/docs/transformers/chat_templating_writing
+
+Knows Jinja. Does not know which templates exist or where answers begin.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from onecard.console import ConfigError, DataError
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %} ... {% endgeneration %}`` marks answers for other programs; here it is only tolerated."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own convention)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
+
+    def _as_it_is(self, caller: Any) -> str:
+        return caller()
+
+
+def render_chat(
+    jinja: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str], add_generation_prompt: bool
+) -> str:
+    """The rendered text. Raises DataError when the template refuses these messages, such as two user turns in a row."""
+    try:
+        return compile_chat_template(jinja).render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **special_tokens,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as reason:
+        raise DataError(f"the prompt template refuses it: {reason}") from reason
+
+
+@lru_cache(maxsize=32)
+def compile_chat_template(jinja: str) -> jinja2.Template:
+    """The compiled template. Raises ConfigError with the line of a syntax error."""
+    try:
+        return _environment().from_string(jinja)
+    except jinja2.TemplateSyntaxError as reason:
+        raise ConfigError(
+            "--prompt_type", f"the template is broken at line {reason.lineno}: {reason.message}"
+        ) from reason
+
+
+@lru_cache(maxsize=32)
+def reads_input(jinja: str) -> bool:
+    """Whether the template reads `message.input`, the second field of an alpaca record, by itself."""
+    tree = _environment().parse(jinja)
+    by_dot = any(node.attr == "input" for node in tree.find_all(jinja2.nodes.Getattr))
+    constants = (node.arg for node in tree.find_all(jinja2.nodes.Getitem))
+    return by_dot or any(isinstance(arg, jinja2.nodes.Const) and arg.value == "input" for arg in constants)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
