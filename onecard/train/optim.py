@@ -1,0 +1,66 @@
+"""The optimizer and the course of its learning rate.
+
+Both are ordinary torch objects: the optimizer's state lies in the checkpoint, and the learning rate is a pure function
+of the step, so a resumed run cannot drift. Knows nothing of data, loss or checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from onecard.config import TrainOptions
+from onecard.model.quantization import optimizer_class
+
+
+def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """AdamW in the asked-for form over the trainable parameters only.
+
+    With ``--loraplus_ratio`` the B matrices (and magnitude vectors stay with A) learn that many times faster than the
+    A matrices: LoRA+, https://arxiv.org/abs/2402.12354. Parameters are sorted by name, so the state's order does not
+    depend on how the model was built.
+    """
+    named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    fast = [p for name, p in named if options.loraplus_ratio and "lora_B" in name]
+    fast_ids = {id(p) for p in fast}
+    plain = [p for _, p in named if id(p) not in fast_ids]
+    groups = [{"params": plain, "lr": options.learning_rate}]
+    if fast:
+        groups.append({"params": fast, "lr": options.learning_rate * options.loraplus_ratio})
+    make: Any = optimizer_class(options.optimizer)
+    return make(groups, lr=options.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay)
+
+
+def warmup_steps(options: TrainOptions, total_steps: int) -> int:
+    """Steps of rising learning rate: ``--warmup_steps``, or ``--warmup_ratio`` of all steps, rounded up."""
+    return options.warmup_steps or math.ceil(options.warmup_ratio * total_steps)
+
+
+def learning_rate_factor(options: TrainOptions, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of step 0, 1, ... as a share of the highest one.
+
+    It rises in equal parts over the warm-up, whose first step is already above 0, then falls to 0 at `total_steps`
+    (linear, cosine) or stays (constant). For 2 warm-up steps of 6, linear: 0.5, 1, 1, 0.75, 0.5, 0.25.
+    """
+    warmup = warmup_steps(options, total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        share = (step - warmup) / max(1, total_steps - warmup)
+        if options.schedule == "linear":
+            return max(0.0, 1.0 - share)
+        if options.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+        return 1.0
+
+    return factor
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, total_steps: int) -> LambdaLR:
+    """The schedule of `learning_rate_factor`, stepped once per optimizer step, for every parameter group."""
+    return LambdaLR(optimizer, learning_rate_factor(options, total_steps))

@@ -1,0 +1,201 @@
+"""What a run tells: the progress bar, log.jsonl, the loss curve, and W&B or TensorBoard when asked for.
+
+Only the first process of a multi-process run reports. Nothing leaves the machine unless ``--wandb`` is typed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from onecard.console import ConfigError, say, warn
+
+LOG_NAME = "log.jsonl"
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of log.jsonl; a last line that a kill left half-written is passed over."""
+    path = run_dir / LOG_NAME
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Reporter:
+    """Everything a person or a program can watch while a run goes on.
+
+    Args:
+        run_dir: where log.jsonl and loss.png go.
+        total_steps: optimizer steps of the whole run.
+        first_step: steps already done. Rows of log.jsonl beyond it belong to work that was lost, and are dropped.
+        enabled: False on every process but the first, which makes all methods do nothing.
+    """
+
+    def __init__(self, run_dir: Path, total_steps: int, first_step: int, enabled: bool = True) -> None:
+        self.run_dir, self.total_steps, self.enabled = run_dir, total_steps, enabled
+        self.sinks: list[Any] = []
+        self._last_tokens, self._last_time, self._warned = 0, time.monotonic(), False
+        if not enabled:
+            return
+        self._keep_rows_up_to(first_step)
+        self._log = (run_dir / LOG_NAME).open("a", encoding="utf-8")
+        # A bar redraws itself and would fill a log file, so a file gets one line per logged step instead.
+        self.is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not self.is_terminal
+        )
+
+    def step(self, row: dict[str, Any], *, to_file: bool, tokens_seen: int) -> None:
+        """Show one optimizer step; with `to_file` also log it. `row` needs step, epoch, loss and learning_rate."""
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        speed = (tokens_seen - self._last_tokens) / max(1e-9, now - self._last_time)
+        self._last_tokens, self._last_time = tokens_seen, now
+        row = {**row, "tokens_per_s": round(speed, 1)}
+        peak_gib = row.get("peak_bytes", 0) / 2**30
+        memory = f" {peak_gib:.2f}GiB" if peak_gib else ""
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f} {speed:,.0f}tok/s{memory}", refresh=False)
+        self._bar.update(1)
+        if not to_file:
+            return
+        self._write(row)
+        if not self.is_terminal:
+            say(
+                f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
+                f"lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
+            )
+
+    def event(self, row: dict[str, Any], message: str | None = None) -> None:
+        """Log something that happened at a step (an evaluation, a resume) and say it."""
+        if not self.enabled:
+            return
+        self._write(row)
+        if message:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Finish the bar, flush the files and draw loss.png."""
+        if not self.enabled:
+            return
+        self._bar.close()
+        self._log.close()
+        for sink in self.sinks:
+            sink.close()
+        try:
+            draw_loss(self.run_dir)
+        except OSError as reason:
+            warn(f"loss.png was not written: {reason}")
+
+    def _keep_rows_up_to(self, step: int) -> None:
+        path = self.run_dir / LOG_NAME
+        rows = [row for row in read_log(self.run_dir) if row.get("step", 0) <= step]
+        if path.is_file():
+            scratch = path.with_name(f".{LOG_NAME}.partial")
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            scratch.replace(path)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        try:
+            self._log.write(json.dumps(row) + "\n")
+            self._log.flush()
+        except OSError as reason:
+            # A full disk must not end the run: the log can be redrawn, the night cannot.
+            if not self._warned:
+                warn(f"{LOG_NAME} cannot be written ({reason}); training goes on")
+            self._warned = True
+        for sink in self.sinks:
+            sink.log(row)
+
+
+def draw_loss(run_dir: Path) -> Path | None:
+    """Draw training and evaluation loss over the steps into loss.png; None when there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    rows = read_log(run_dir)
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    if not train and not held_out:
+        return None
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each logged step")
+        axes.plot(steps, _smooth(losses), color="#1f4e8c", linewidth=2, label="training, running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="#c8561b", linewidth=2, label="evaluation")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per supervised token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = run_dir / "loss.png"
+    figure.savefig(path)
+    return path
+
+
+def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
+    """Exponential running mean with the start corrected, as Adam does, so that it does not begin at zero."""
+    smoothed, mean = [], 0.0
+    for count, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**count))
+    return smoothed
+
+
+class TensorBoardSink:
+    """Numbers of each row into OUTPUT_PATH/tensorboard."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """Numbers of each row to Weights & Biases; the run continues under the same id after a resume."""
+
+    def __init__(self, run_dir: Path, project: str, settings: dict[str, Any]) -> None:
+        import wandb
+
+        id_file = run_dir / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        self._run = wandb.init(
+            project=project, id=id_file.read_text(encoding="utf-8"), resume="allow", dir=str(run_dir), config=settings
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._run.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_sinks(*, wandb: bool, tensorboard: bool) -> None:
+    """Say before anything is loaded that a reporting package is missing. Raises ConfigError with the remedy."""
+    from importlib.util import find_spec
+
+    for wanted, package in ((wandb, "wandb"), (tensorboard, "tensorboard")):
+        if wanted and find_spec(package) is None:
+            raise ConfigError(f"--{package}", f"needs the package {package}: pip install {package}")

@@ -1,0 +1,62 @@
+"""One run per directory: a lock that dies with its process.
+
+The lock is the operating system's (through filelock), so a killed run leaves nothing to clean up; the process id in
+the file beside it is only there to be told to a person. Knows nothing of checkpoints. In a run of several processes
+only the first takes the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from onecard.console import CheckpointError
+
+LOCK = ".run.lock"
+OWNER = ".run.pid"  # a file of its own: on Windows nobody else can read a locked one
+
+
+class RunLock:
+    """Context manager that holds `run_dir` for this process.
+
+    Raises: CheckpointError when another run holds it (its process id is named), or the directory cannot be written.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = Path(run_dir)
+        self._lock = FileLock(str(self.run_dir / LOCK))
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            (self.run_dir / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        except Timeout:
+            raise CheckpointError(
+                f"{self.run_dir} is in use by another run ({self._owner()}). Wait until that one ends, "
+                "stop it, or give another --output_path."
+            ) from None
+        except OSError as reason:
+            self._lock.release()
+            raise CheckpointError(
+                f"{self.run_dir} cannot be written ({reason.strerror or reason}). Give another --output_path, "
+                "or make room or get the right to write there.",
+                disk_full=True,
+            ) from reason
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Remove the name first: once the lock is open another run may have written its own.
+        with contextlib.suppress(OSError):
+            (self.run_dir / OWNER).unlink()
+        self._lock.release()
+
+    def _owner(self) -> str:
+        try:
+            return (self.run_dir / OWNER).read_text(encoding="utf-8").strip() or "process unknown"
+        except (OSError, ValueError):
+            return "process unknown"

@@ -1,0 +1,92 @@
+"""The directory of one run: what is in it, and how it is kept complete enough to resume, chat and export from.
+
+adapter_model.safetensors adapter_config.json   the trained adapter, plain PEFT files (when the run has ended)
+tokenizer files, chat_template.jinja            how text becomes ids; the prompt of training, chat and export
+onecard.yaml                                    the resolved options
+trainer_state.json manifest.json                where the run ended and what it was a run of; sizes and hashes
+log.jsonl loss.png                              what happened on the way
+checkpoint-N/                                   see checkpoint.py
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onecard.console import quiet_rank, say, warn
+from onecard.train.checkpoint import CheckpointStore
+from onecard.train.manifest import move
+from onecard.train.run_lock import RunLock
+from onecard.train.state import STATE_NAME, TrainerState
+
+OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
+ADAPTER_PREFIX = "adapter_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run directory tells about itself from its first minute on."""
+
+    options_yaml: str
+    tokenizer: Any
+    template_jinja: str
+
+    def write(self, directory: Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+        # After the tokenizer's files: its own template must not be the one that is found here.
+        (directory / TEMPLATE_NAME).write_text(self.template_jinja, encoding="utf-8", newline="")
+        (directory / OPTIONS_NAME).write_text(self.options_yaml, encoding="utf-8")
+
+
+class RunDirectory:
+    """One run's directory. Only the first process of several writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = CheckpointStore(path)
+
+    def locked(self) -> AbstractContextManager[Any]:
+        """Hold the directory for this run; raises CheckpointError when another run has it."""
+        return nullcontext() if quiet_rank() else RunLock(self.path)
+
+    def write_settings(self, settings: Settings) -> None:
+        """Put tokenizer, template and options in place, so that even a killed run can be chatted with."""
+        if quiet_rank():
+            return
+        partial = self.path / ".settings.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            settings.write(partial)
+            for file in sorted(partial.iterdir()):
+                move(file, self.path / file.name)
+        except OSError as reason:
+            warn(f"the settings could not be written to {self.path} ({reason}); they follow at the end")
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def publish(self, settings: Settings, state: TrainerState, *, final_weights: str) -> None:
+        """Put the adapter of the last (or best) checkpoint and all else that the directory promises in place.
+
+        The manifest with the hashes comes last. Raises CheckpointError when that cannot be written: then the run has
+        not succeeded.
+        """
+        if quiet_rank():
+            return
+        step = state.best_step if final_weights == "best" and state.best_step is not None else state.step
+        checkpoint = self.path / f"checkpoint-{step}"
+
+        def write(directory: Path) -> None:
+            settings.write(directory)
+            for file in checkpoint.iterdir():
+                if file.name.startswith(ADAPTER_PREFIX) or file.name == STATE_NAME:
+                    shutil.copyfile(file, directory / file.name)
+
+        self.store.publish(write)
+        say(f"adapter of step {step} saved in {self.path}")
+        if state.best_step is not None and state.best_step != step:
+            best = f"{state.best_loss:.4f} at step {state.best_step}"
+            say(f"the lowest evaluation loss was {best}: checkpoint-{state.best_step}")

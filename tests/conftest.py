@@ -1,0 +1,56 @@
+"""Fixtures that every test may use; each costs its time once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+# Two cores run the tests; torch's own threads would only fight each other over matrices this small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights with a SentencePiece tokenizer, as a directory."""
+    return tiny.save_tiny_llama(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture(scope="session")
+def sp_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A Llama-style tokenizer: real SentencePiece BPE with byte fallback."""
+    from transformers import AutoTokenizer
+
+    directory = tiny.save_sentencepiece_tokenizer(tmp_path_factory.mktemp("sp"))
+    (directory / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def bytelevel_tokenizer():
+    """A byte-level BPE tokenizer in the manner of GPT-2 and Qwen, with ChatML's control tokens and no BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet)
+    core.train_from_iterator(tiny.CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 alpaca records of ragged length."""
+    return tiny.write_instructions(tmp_path_factory.mktemp("data") / "instructions.json")

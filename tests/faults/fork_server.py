@@ -1,0 +1,182 @@
+"""Starts of the whole program in well under a second, each in a process of its own that may be killed.
+
+Importing torch takes seconds, and the fault tests start the program hundreds of times. So one server imports
+everything once, stays single-threaded, and forks a child for each start; the child does what `finetune.py` does after
+parsing and ends with the exit code that the real program would have.
+
+Requests and answers are lines of JSON on standard input and output:
+    {"start": {"base", "data", "output", "options", "log", "file_limit_bytes"}} -> {"pid": 4711}
+    {"wait": 4711} -> {"code": -9}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CHILD_LIMIT_S = 120
+
+
+@dataclass
+class Start:
+    """One started program."""
+
+    server: ForkServer
+    pid: int
+    log: Path
+    started_s: float = field(default_factory=time.monotonic)
+
+    def wait(self) -> int:
+        """The exit code; minus the signal's number for a process that a signal ended."""
+        code = self.server.ask({"wait": self.pid})["code"]
+        self.server.running.discard(self.pid)
+        return code
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
+    def has_ended(self) -> bool:
+        """True once the process is only waiting to be asked for its exit code."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+    def output(self) -> str:
+        """What it has printed until now, on both streams."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+    def wait_for(self, text: str) -> bool:
+        """Return as soon as `text` has been printed, with True; or with False when the program ended without it."""
+        until_s = time.monotonic() + CHILD_LIMIT_S
+        while text not in self.output():
+            if self.has_ended():
+                return text in self.output()
+            assert time.monotonic() < until_s, f"{text!r} was never printed:\n{self.output()}"
+            time.sleep(0.002)
+        return True
+
+
+class ForkServer:
+    """The test's side: start programs, wait for them."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.n_starts = scratch, 0
+        self.running: set[int] = set()
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        threads["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator starts one at import
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.fork_server"], cwd=REPOSITORY, env={**os.environ, **threads},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def start(
+        self, base: Path, data: Path, output: Path, options: dict[str, Any], *, file_limit_bytes: int = 0
+    ) -> Start:
+        """Start one run; see `tiny.config_for` for the options."""
+        self.n_starts += 1
+        log = self.scratch / f"start-{self.n_starts}.log"
+        paths = {"base": str(base), "data": str(data), "output": str(output), "log": str(log)}
+        order = {**paths, "options": options, "file_limit_bytes": file_limit_bytes}
+        pid = self.ask({"start": order})["pid"]
+        self.running.add(pid)
+        return Start(self, pid, log)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        for pid in self.running:  # a failed test may have left a stopped one, which would hold the pipe for ever
+            os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+def serve() -> None:
+    """The server's side: answer until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an import prints must not be taken for an answer
+    import_everything()
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    assert threads == 1, f"{threads} threads: a fork would copy locks that nobody opens"
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            answer = {"pid": fork(request["start"])}
+        else:
+            answer = {"code": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def import_everything() -> None:
+    """Import what a run imports, but not run anything, which would start threads."""
+    names = [
+        "onecard.train.setup",
+        "transformers.models.llama.modeling_llama",
+        "transformers.integrations.sdpa_attention",
+    ]
+    names += [
+        "transformers.models.llama.tokenization_llama",
+        "sentencepiece.sentencepiece_model_pb2",
+        "PIL.JpegImagePlugin",
+    ]
+    names += ["tests.tiny", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo", "pyarrow.dataset"]
+    for name in ["onecard.recipes", "onecard.train.loop", "onecard.train.rundir", *names]:
+        importlib.import_module(name)
+
+
+def fork(order: dict[str, Any]) -> int:
+    """Fork a child that does one run; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 98
+    try:
+        log = os.open(order["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        signal.alarm(CHILD_LIMIT_S)
+        code = run_once(order)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise AssertionError("unreachable")
+
+
+def run_once(order: dict[str, Any]) -> int:
+    """What finetune.py does once its options are parsed."""
+    from onecard.console import run_main
+    from onecard.recipes import finetune
+    from tests import tiny
+
+    if order["file_limit_bytes"]:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit_bytes"],) * 2)
+    config = tiny.config_for(Path(order["base"]), Path(order["data"]), Path(order["output"]), **order["options"])
+
+    def main() -> None:
+        finetune(config)
+
+    return run_main(main)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,158 @@
+"""DeepSpeed's ZeRO gives the same run as one plain process, stops and goes on, and never takes a step that is NaN."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from onecard.config import FinetuneConfig
+from onecard.recipes import finetune
+from tests import tiny
+from tests.launching import checkpoints, fail, finish, launch, python_path, torchrun
+from tests.runs import assert_same_end
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("deepspeed") is None, reason="deepspeed is not installed (requirements-deepspeed.txt)"
+    ),
+]
+
+OPTIONS = {"total_batch": 5, "micro_batch": 2, "num_epoch": 2, "test_size": 4, "eval_steps": 100, "learning_rate": 1e-3,
+           "save_steps": 100}  # fmt: skip
+# As written for the Trainer of transformers; the bucket is smaller than the adapter, so several are filled.
+USUAL = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000, "overlap_comm": True,
+                          "contiguous_gradients": True, "round_robin_gradients": True},
+    "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000,
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
+}  # fmt: skip
+Configured = Callable[..., FinetuneConfig]
+
+
+@pytest.fixture(scope="module")
+def configured(tiny_base: Path, instructions: Path) -> Configured:
+    def make(directory: Path, zero: dict | None = None, **changes: object) -> FinetuneConfig:
+        config = tiny.config_for(tiny_base, instructions, directory / "run", **{**OPTIONS, **changes})
+        if zero is not None:
+            directory.mkdir(exist_ok=True)
+            (directory / "zero.json").write_text(json.dumps(zero), encoding="utf-8")
+            config.train.deepspeed = str(directory / "zero.json")
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_process(configured: Configured, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finetune(configured(tmp_path_factory.mktemp("one")))
+
+
+@pytest.fixture(scope="module")
+def zero2(configured: Configured, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed ZeRO-2 run of two processes, with the checkpoint of every step."""
+    directory = tmp_path_factory.mktemp("zero2")
+    finish(launch(torchrun(2), configured(directory, USUAL, save_steps=1, keep_checkpoints=10), directory))
+    return directory / "run"
+
+
+def assert_close(one: Path, other: Path, *, loss: float = 1e-6) -> None:
+    expected, got = tiny.losses_of(one), tiny.losses_of(other)
+    assert len(got) == 8
+    assert [step for step, _ in got] == [step for step, _ in expected]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(got, expected, strict=True)) < loss
+    weights = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
+    assert tiny.largest_difference(*weights) < 1e-4
+
+
+def test_zero2_equals_one_plain_process(one_process: Path, zero2: Path) -> None:
+    assert_close(one_process, zero2)
+
+
+def test_zero1_with_loraplus_and_state_in_ram(configured: Configured, tmp_path: Path) -> None:
+    """Two parameter groups, and optimizer state that lies in RAM: also the same."""
+    plain = finetune(configured(tmp_path / "plain", loraplus_ratio=4.0))
+    zero = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    config = configured(tmp_path / "zero", zero, loraplus_ratio=4.0)
+    finish(launch(torchrun(2), config, tmp_path / "zero"))
+    assert_close(plain, tmp_path / "zero" / "run", loss=2e-6)
+
+
+def test_ctrl_c_and_on(configured: Configured, zero2: Path, tmp_path: Path) -> None:
+    config = configured(tmp_path, USUAL)
+    fail(launch(torchrun(2), config, tmp_path, trouble="SIGINT-to-group", at_step=3))
+    assert checkpoints(tmp_path / "run") == ["checkpoint-4"]
+    finish(launch(torchrun(2), config, tmp_path))
+    assert_same_end(zero2, tmp_path / "run")
+
+
+def cut(run: Path, directory: Path, step: int) -> Path:
+    """A copy of a run as if it had been killed right after `step` was saved."""
+    copy = Path(shutil.copytree(run, directory))
+    for path in copy.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+def test_zero_goes_on_without_deepspeed(configured: Configured, zero2: Path, one_process: Path, tmp_path: Path) -> None:
+    run = cut(zero2, tmp_path / "run", 4)
+    finetune(configured(tmp_path))
+    assert_close(one_process, run)
+
+
+def test_plain_run_goes_on_as_zero(configured: Configured, one_process: Path, tmp_path: Path) -> None:
+    whole = finetune(configured(tmp_path / "plain", save_steps=1, keep_checkpoints=10))
+    run = cut(whole, tmp_path / "run", 4)
+    finish(launch(torchrun(2), configured(tmp_path, USUAL), tmp_path))
+    assert_close(one_process, run)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"), [("nan-loss", "the loss is nan"), ("nan-gradient", "the gradient norm is")]
+)
+def test_nan_ends_the_run_and_is_not_taken(
+    trouble: str, told: str, configured: Configured, zero2: Path, tmp_path: Path
+) -> None:
+    output = fail(launch(torchrun(2), configured(tmp_path, USUAL), tmp_path, trouble=trouble, at_step=4))
+    assert f"step 4: {told}" in output, output[-4000:]
+    assert "instructions.json" in output
+    assert checkpoints(tmp_path / "run") == ["checkpoint-3"]
+    expected, kept = zero2 / "checkpoint-3", tmp_path / "run" / "checkpoint-3"
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        assert (expected / name).read_bytes() == (kept / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("zero", "told"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "stages 1 and 2 work"),
+        ({"zero_optimization": {"stage": 2, "reduce_bukket_size": 5}}, "DeepSpeed refuses this configuration"),
+    ],
+)
+def test_refused(zero: dict, told: str, configured: Configured, tmp_path: Path) -> None:
+    output = fail(launch(torchrun(1), configured(tmp_path, zero), tmp_path))
+    assert "error: --deepspeed" in output
+    assert told in output
+
+
+def test_fp16_scale(tmp_path: Path) -> None:
+    """No 16-bit run on CPU uses fp16, so the scale is tried on a model of one layer."""
+    script = Path(__file__).parent / "zero_fp16.py"
+    command = [sys.executable, "-m", *torchrun(1), str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": python_path()}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "OK" in done.stdout

@@ -1,0 +1,119 @@
+"""Two processes (gloo on CPU) give the same run as one; two "machines" do too."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from onecard.recipes import finetune
+from tests import tiny
+from tests.launching import checkpoints, fail, finish, free_port, launch, torchrun
+from tests.runs import assert_same_end, run_and_stop
+
+SHARED = {"total_batch": 5, "micro_batch": 2, "num_epoch": 2, "test_size": 4, "eval_steps": 3, "learning_rate": 1e-3}
+# Nothing is saved but at the end and when the run is stopped: so a checkpoint on the way is that of the signal.
+STOPPED = {**SHARED, "save_steps": 100, "eval_steps": 100}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    expected, got = tiny.losses_of(one), tiny.losses_of(other)
+    assert len(got) == 8
+    assert [step for step, _ in got] == [step for step, _ in expected]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(got, expected, strict=True)) < 1e-6
+    weights = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
+    assert tiny.largest_difference(*weights) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finetune(tiny.config_for(tiny_base, instructions, tmp_path_factory.mktemp("one") / "run", **SHARED))
+
+
+def test_two_processes_equal_one(one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    """The last step of each epoch has 5 samples for 2 processes, and 24 - 4 = 20 rows are 4 steps: none fits evenly."""
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **SHARED)
+    finish(launch(torchrun(2), config, tmp_path))
+    assert_same_run(one_process, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_machines_equal_one(one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **SHARED)
+    port = str(free_port())
+    machines = []
+    for rank in range(2):
+        home = tmp_path / f"machine-{rank}"
+        launcher = ["torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"]
+        machines.append(launch([*launcher, "--master_addr", "127.0.0.1", "--master_port", port], config, home))
+    finish(*machines)
+    assert_same_run(one_process, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_equals_one(one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **SHARED)
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    finish(launch(launcher, config, tmp_path))
+    assert_same_run(one_process, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of two processes that stopped ones are held against."""
+    directory = tmp_path_factory.mktemp("two")
+    finish(launch(torchrun(2), tiny.config_for(tiny_base, instructions, directory / "run", **STOPPED), directory))
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that SIGTERM to torchrun ended after step 4 of 8."""
+    directory = tmp_path_factory.mktemp("stopped")
+    config = tiny.config_for(tiny_base, instructions, directory / "run", **STOPPED)
+    output = fail(launch(torchrun(2), config, directory, trouble="SIGTERM-to-torchrun", at_step=3))
+    assert "after step 4 of 8; checkpoint-4 is saved" in output, output[-4000:]
+    assert checkpoints(directory / "run") == ["checkpoint-4"]
+    return directory / "run"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_costs_nothing(
+    stopped: Path, two_processes: Path, tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    finish(launch(torchrun(2), tiny.config_for(tiny_base, instructions, run, **STOPPED), tmp_path))
+    assert_same_end(two_processes, run)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_one(
+    stopped: Path, one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    finetune(tiny.config_for(tiny_base, instructions, run, **STOPPED))
+    assert_same_run(one_process, run)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_as_two(
+    one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **STOPPED)
+    run_and_stop(config, monkeypatch, after_steps=4)
+    finish(launch(torchrun(2), config, tmp_path))
+    assert_same_run(one_process, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["SIGINT-to-group", "SIGINT-to-one-worker"])
+def test_ctrl_c_stops_all_processes_at_one_step(
+    trouble: str, two_processes: Path, tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **STOPPED)
+    fail(launch(torchrun(2), config, tmp_path, trouble=trouble, at_step=3))
+    assert checkpoints(tmp_path / "run") == ["checkpoint-4"]
+    finish(launch(torchrun(2), config, tmp_path))
+    assert_same_end(two_processes, tmp_path / "run")

@@ -1,0 +1,124 @@
+"""The loop's rarer branches: evaluation, the best checkpoint, a loss that is not finite, steps left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from onecard.config import TrainOptions
+from onecard.console import OneCardError
+from onecard.recipes import finetune
+from onecard.train.loop import total_steps
+from onecard.train.reporting import read_log
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "expected"),
+    [({"num_epoch": 3}, 10, 9), ({"num_epoch": 0.5}, 10, 2), ({"num_epoch": 3, "max_steps": 4}, 10, 4),
+     ({"num_epoch": 1, "max_steps": 50}, 10, 3), ({"num_epoch": 0, "max_steps": 50}, 10, 50)],
+)  # fmt: skip
+def test_total_steps(options: dict, n: int, expected: int) -> None:
+    assert total_steps(TrainOptions(total_batch=4, **options), n) == expected
+
+
+def test_evaluation_finds_and_keeps_the_best_checkpoint(tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    """The rate is so high that the loss falls first and rises later: the best step is in the middle."""
+    config = tiny.config_for(
+        tiny_base, instructions, tmp_path / "run", total_batch=4, num_epoch=6, test_size=4, eval_steps=3,
+        save_steps=100, learning_rate=0.03, schedule="constant", final_weights="best",
+    )  # fmt: skip
+    run = finetune(config)
+    evaluations = {row["step"]: row["eval_loss"] for row in read_log(run) if "eval_loss" in row}
+    assert sorted(evaluations) == list(range(3, 31, 3))
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert (run / f"checkpoint-{best}").is_dir()
+    state = json.loads((run / "checkpoint-30" / "trainer_state.json").read_text())
+    assert (state["best_step"], state["best_loss"]) == (best, evaluations[best])
+    published = tiny.tensors_of(run / "adapter_model.safetensors")
+    assert tiny.same_tensors(published, tiny.tensors_of(run / f"checkpoint-{best}" / "adapter_model.safetensors"))
+
+
+def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Path, instructions: Path) -> None:
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM
+
+    from onecard.model.load import load_tokenizer
+    from onecard.text.dataset import encode_dataset
+    from onecard.text.encode import IGNORE_INDEX, EncodeSettings
+    from onecard.text.template import load_template
+    from onecard.train.evaluate import evaluation_loss
+
+    tokenizer = load_tokenizer(str(tiny_base))
+    template = load_template("alpaca", tokenizer)
+    data = encode_dataset(str(instructions), template, tokenizer, EncodeSettings(256), instructions.parent)
+    samples = [data[i] for i in range(7)]
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).train()
+    loss_sum, n_tokens = 0.0, 0
+    for sample in samples:
+        logits = model(torch.tensor([sample.input_ids])).logits[0, :-1].detach()
+        labels = torch.tensor(sample.labels[1:])
+        loss_sum += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
+        n_tokens += int((labels != IGNORE_INDEX).sum())
+    got = evaluation_loss(model, samples, Accelerator(cpu=True), micro_batch=3, micro_tokens=0)
+    assert got == pytest.approx(loss_sum / n_tokens, abs=1e-5)
+    assert model.training
+
+
+def test_a_poisoned_record_ends_the_run_and_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    """One token's embedding is NaN, so exactly the records that hold it give a loss that is not finite."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in tiny_base.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    token = AutoTokenizer.from_pretrained(base)("法", add_special_tokens=False).input_ids[-1]
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+
+    rows = [{"instruction": f"say {i}", "output": str(i)} for i in range(24)]
+    rows[13]["instruction"] = "法"
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    config = tiny.config_for(base, data, tmp_path / "run", total_batch=2, save_steps=100)
+    with pytest.raises(OneCardError, match=r"(?s)the loss is nan.*data\.jsonl:14") as raised:
+        finetune(config)
+    assert raised.value.exit_code == 1
+    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"))
+    done = [step for step, _ in tiny.losses_of(tmp_path / "run")]
+    if done:  # the record was not in the very first step
+        assert [path.name for path in checkpoints] == [f"checkpoint-{done[-1]}"]
+        adapter = tiny.tensors_of(checkpoints[-1] / "adapter_model.safetensors")
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values())
+    assert done, "the poisoned record came first; choose another one, or the test shows nothing"
+
+
+def test_a_short_last_step_counts_its_own_tokens_only(tiny_base: Path, tmp_path: Path) -> None:
+    """5 samples in steps of 4: the second step holds one sample and its loss is that sample's own mean."""
+    data = tiny.write_instructions(tmp_path / "data.json", n=5)
+    run = finetune(tiny.config_for(tiny_base, data, tmp_path / "run", total_batch=4, log_samples=True))
+    assert [len(row["samples"]) for row in read_log(run)] == [4, 1]
+
+
+def test_endless_overflow_ends_the_run(tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch) -> None:
+    """A scaler that leaves out every step learns nothing all night; some steps left out are normal."""
+    from onecard.train import loop
+
+    real_step, n_steps = loop.take_step, 0
+
+    def overflowing(*args, **kwargs):
+        nonlocal n_steps
+        n_steps += 1
+        return dataclasses.replace(real_step(*args, **kwargs), skipped=n_steps != 10)
+
+    monkeypatch.setattr(loop, "take_step", overflowing)
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", total_batch=1, num_epoch=3, save_steps=100)
+    with pytest.raises(OneCardError, match=r"step 60: the gradients overflowed fp16 in 50 steps in a row"):
+        finetune(config)

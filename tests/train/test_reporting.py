@@ -1,0 +1,96 @@
+"""What a run writes down: rows, the curve, and what happens to rows of work that was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from onecard.console import ConfigError
+from onecard.train.reporting import Reporter, check_sinks, draw_loss, read_log
+
+
+def row(step: int, loss: float = 1.0) -> dict:
+    return {"step": step, "epoch": step / 10, "loss": loss, "learning_rate": 1e-3}
+
+
+def test_rows_beyond_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
+    first = Reporter(tmp_path, total_steps=10, first_step=0)
+    for step in range(1, 6):
+        first.step(row(step), to_file=True, tokens_seen=step)
+    first.close()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "lo')  # a kill in the middle of a line
+    second = Reporter(tmp_path, total_steps=10, first_step=3)
+    second.step(row(4, loss=9.0), to_file=True, tokens_seen=4)
+    second.close()
+    assert [(r["step"], r["loss"]) for r in read_log(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 9.0)]
+
+
+def test_steps_that_are_not_due_are_not_written(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, total_steps=4, first_step=0)
+    for step in range(1, 5):
+        reporter.step(row(step), to_file=step % 2 == 0, tokens_seen=step)
+    reporter.close()
+    assert [r["step"] for r in read_log(tmp_path)] == [2, 4]
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full answers every write with ENOSPC, as a full disk does."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    reporter = Reporter(tmp_path, total_steps=4, first_step=0)
+    reporter._log.close()
+    reporter._log = full = Path("/dev/full").open("w")  # noqa: SIM115
+    reporter.step(row(1), to_file=True, tokens_seen=1)
+    reporter.step(row(2), to_file=True, tokens_seen=2)
+    with contextlib.suppress(OSError):
+        full.close()
+    reporter._log = (tmp_path / "log.jsonl").open("a")
+    reporter.close()
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_the_curve_is_a_picture_with_both_losses(tmp_path: Path) -> None:
+    lines = [row(step, loss=5 / step) for step in range(1, 30)] + [{"step": 29, "eval_loss": 0.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    picture = draw_loss(tmp_path)
+    assert picture is not None
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 10_000
+
+
+def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
+    assert draw_loss(tmp_path) is None
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, total_steps=4, first_step=0, enabled=False)
+    reporter.step(row(1), to_file=True, tokens_seen=1)
+    reporter.event({"step": 1}, "said")
+    reporter.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"--wandb: .*pip install wandb"):
+        check_sinks(wandb=True, tensorboard=False)
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from onecard.train.reporting import TensorBoardSink
+
+    reporter = Reporter(tmp_path, total_steps=2, first_step=0)
+    reporter.sinks.append(TensorBoardSink(tmp_path))
+    for step in (1, 2):
+        reporter.step(row(step, loss=3.0 / step), to_file=True, tokens_seen=step)
+    reporter.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.0), (2, 1.5)]

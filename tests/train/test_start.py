@@ -1,0 +1,138 @@
+"""Where a run starts: what is gone on from, what is refused, and what the three ways to begin mean."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from onecard.console import CheckpointError, ConfigError, ModelError
+from onecard.recipes import finetune
+from tests import tiny
+from tests.runs import final_checkpoint, run_and_stop
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps that has ended; copy it before changing it."""
+    return finetune(tiny.config_for(tiny_base, instructions, tmp_path_factory.mktemp("finished") / "run"))
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that may be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def state_of(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def test_a_finished_run_given_again_changes_nothing(again: Path, tiny_base: Path, instructions: Path, capsys) -> None:
+    before = tiny.tensors_of(again / "adapter_model.safetensors")
+    finetune(tiny.config_for(tiny_base, instructions, again))
+    assert tiny.same_tensors(before, tiny.tensors_of(again / "adapter_model.safetensors"))
+    assert "already done its 3 steps" in capsys.readouterr().out
+
+
+def test_more_epochs_go_on_with_the_same_run(again: Path, tiny_base: Path, instructions: Path) -> None:
+    finetune(tiny.config_for(tiny_base, instructions, again, num_epoch=2))
+    assert [step for step, _ in tiny.losses_of(again)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_none_refuses_to_overwrite_a_run(again: Path, tiny_base: Path, instructions: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--resume_from_checkpoint: none, but .* holds checkpoint-3"):
+        finetune(tiny.config_for(tiny_base, instructions, again, resume_from_checkpoint="none"))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"lora_r": 4}, "lora"), ({"bits": 4}, "bits"), ({"prompt_type": "chatml"}, "template"),
+     ({"train_on": "everything"}, "data"), ({"total_batch": 4}, "batch"), ({"seed": 1}, "seed")],
+)  # fmt: skip
+def test_another_run_is_refused_with_the_difference(
+    change: dict, name: str, again: Path, tiny_base: Path, instructions: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"(?s)differs from this command:.*  {name}: then .*, now "):
+        finetune(tiny.config_for(tiny_base, instructions, again, num_epoch=2, **change))
+
+
+def test_edited_data_is_refused_unless_asked_for(again: Path, tiny_base: Path, tmp_path: Path) -> None:
+    edited = tiny.write_instructions(tmp_path / "edited.json", n=23)
+    with pytest.raises(CheckpointError, match=r"--accept_changes data"):
+        finetune(tiny.config_for(tiny_base, edited, again, num_epoch=2))
+    finetune(tiny.config_for(tiny_base, edited, again, num_epoch=2, accept_changes="data"))
+    assert len(tiny.losses_of(again)) == 6
+
+
+def test_another_base_is_refused(again: Path, instructions: Path, tmp_path: Path) -> None:
+    other = tiny.save_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"  base: then "):
+        finetune(tiny.config_for(other, instructions, again, num_epoch=2))
+
+
+def test_a_named_checkpoint_of_the_same_run_is_gone_back_to(
+    again: Path, tiny_base: Path, instructions: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Once: the same command given again after a stop goes on from what was done since."""
+    options = {"resume_from_checkpoint": str(again / "checkpoint-2"), "num_epoch": 2}
+    config = tiny.config_for(tiny_base, instructions, again, **options)
+    straight = tiny.losses_of(again)
+    run_and_stop(config, monkeypatch, after_steps=2)
+    assert (again / "checkpoint-3.abandoned").is_dir()
+    capsys.readouterr()
+    finetune(config)
+    assert "checkpoint-4, which came from checkpoint-2" in capsys.readouterr().out
+    assert [step for step, _ in tiny.losses_of(again)] == [1, 2, 3, 4, 5, 6]
+    assert tiny.losses_of(again)[:2] == straight[:2]
+
+
+def test_from_data_beginning_keeps_weights_and_optimizer_but_not_the_position(
+    finished: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    new_data = tiny.write_instructions(tmp_path / "new.json", n=16)
+    options = {"resume_from_checkpoint": str(finished / "checkpoint-3"), "from_data_beginning": True}
+    run = finetune(tiny.config_for(tiny_base, new_data, tmp_path / "next", **options))
+    state = state_of(final_checkpoint(run))
+    assert state["step"] == 2
+    import torch
+
+    moments = torch.load(final_checkpoint(run) / "optimizer.pt", weights_only=True)["state"]
+    assert {float(entry["step"]) for entry in moments.values()} == {5.0}  # 3 old steps and 2 new ones
+
+
+def test_from_data_beginning_needs_another_run(again: Path, tiny_base: Path, instructions: Path) -> None:
+    for typed in ("auto", str(again / "checkpoint-2")):
+        config = tiny.config_for(tiny_base, instructions, again, from_data_beginning=True, resume_from_checkpoint=typed)
+        with pytest.raises(ConfigError, match="--from_data_beginning: needs"):
+            finetune(config)
+
+
+@pytest.mark.parametrize("flag", ["init_adapter", "lora_remote_checkpoint"])
+def test_init_adapter_starts_a_new_run_from_trained_weights(
+    flag: str, finished: Path, tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", learning_rate=1e-9, **{flag: str(finished)})
+    run = finetune(config)
+    state = state_of(final_checkpoint(run))
+    assert (state["step"], state["best_step"]) == (3, None)
+    weights = [tiny.tensors_of(path / "adapter_model.safetensors") for path in (finished, run)]
+    assert tiny.largest_difference(*weights) < 1e-6
+
+
+def test_init_adapter_that_is_not_there_is_named(tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no-such-run"):
+        finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", init_adapter=str(tmp_path / "no-such-run")))
+
+
+def test_the_run_directory_is_complete(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    wanted = {"adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "onecard.yaml",
+              "manifest.json", "log.jsonl", "loss.png", "tokenizer.json", "trainer_state.json"}  # fmt: skip
+    assert wanted <= names
+    wanted = {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
+              "trainer_state.json", "manifest.json"}  # fmt: skip
+    assert wanted <= {path.name for path in (finished / "checkpoint-3").iterdir()}
+    assert [path.name for path in sorted(finished.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-3"]
