@@ -1,0 +1,23 @@
+#!/usr/bin/env python3
+"""Ask a model: one --instruction, a file of them (--data_path), or one after another. `--help` lists every option."""
+
+import sys
+
+from onecard.cli import parse
+from onecard.config import GenerateConfig
+from onecard.console import run_main
+from onecard.talk.run_files import stored_options
+
+
+def main() -> None:
+    # The run knows its base model; what is typed wins over that.
+    config = parse(GenerateConfig, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path")))
+
+    # Imported after the options are known to be good: torch takes seconds to load.
+    from onecard.recipes import generate
+
+    generate(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,55 @@
+"""What a run directory tells about the model in it, read before anything heavy is loaded.
+
+A run keeps its tokenizer, template and options beside the adapter; a checkpoint inside it has only weights, so there
+the directory above is asked. Imports no torch: `generate.py --help` goes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# Not trust_remote_code: running foreign code is decided by who types the command, never by a file that was copied.
+# Not device: the run may come from another machine.
+STORED_NAMES = ("model_path", "bits", "dtype", "attn_implementation")
+
+
+def run_directory(lora_path: str | None) -> Path | None:
+    """The directory with the run's files for an adapter that was typed, or None where there is none."""
+    if lora_path is None:
+        return None
+    path = Path(lora_path).expanduser()
+    path = path.parent if path.is_file() else path
+    candidates = [path, path.resolve().parent] if path.name.startswith("checkpoint-") else [path]
+    kept = (OPTIONS_NAME, TEMPLATE_NAME, *TOKENIZER_NAMES)
+    return next((where for where in candidates if any((where / name).is_file() for name in kept)), None)
+
+
+def stored_options(lora_path: str | None) -> dict[str, Any]:
+    """The options about the base model that the run was trained with; empty where nothing readable is stored."""
+    run = run_directory(lora_path)
+    if run is None:
+        return {}
+    try:
+        stored = yaml.safe_load((run / OPTIONS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(stored, Mapping):
+        return {}
+    kinds = {"bits": int}
+    return {name: stored[name] for name in STORED_NAMES if isinstance(stored.get(name), kinds.get(name, str))}
+
+
+def stored_template(run: Path | None) -> str | None:
+    """The template that the run was trained with, as a path for `load_template`."""
+    return str(run / TEMPLATE_NAME) if run is not None and (run / TEMPLATE_NAME).is_file() else None
+
+
+def has_tokenizer(run: Path | None) -> bool:
+    """Whether the run keeps tokenizer files of its own."""
+    return run is not None and any((run / name).is_file() for name in TOKENIZER_NAMES)

@@ -1,0 +1,103 @@
+"""When an answer ends, and what of the generated tokens is shown.
+
+An answer ends at a stop id (the template's end token), at a stop text, or when its room is used up. Knows token ids
+and the tokenizer's decode. It does not know models or templates. Nothing is stripped from a text but what ended it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+FinishReason = Literal["stop", "length"]
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no whole character
+LONGEST_CUT_CHARACTER = 3  # bytes of a UTF-8 character that can stand there without the last one
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An answer's text, why it ended, and how many tokens were generated for it, the end itself included."""
+
+    text: str
+    reason: FinishReason
+    n_tokens: int
+
+
+class StopAtText(StoppingCriteria):
+    """Ends the rows in whose newest tokens a stop text stands.
+
+    Only the tail is decoded at each step: a stop text of n bytes lies in the last n tokens, and one more goes before
+    them because SentencePiece drops the space in front of the first. Keeps no state, so it serves beams as well.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any, n_prompt: int) -> None:
+        self._texts, self._tokenizer, self._n_prompt = texts, tokenizer, n_prompt
+        self._n_tail = max(len(text.encode("utf-8")) for text in texts) + 1
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """input_ids (rows, prompt + new) -> (rows,), True where the row is done."""
+        start = max(self._n_prompt, input_ids.shape[1] - self._n_tail)
+        tails = [decode(ids, self._tokenizer) for ids in input_ids[:, start:].tolist()]
+        hits = [any(text in tail for text in self._texts) for tail in tails]
+        return torch.tensor(hits, dtype=torch.bool, device=input_ids.device)
+
+
+class RoomUsedUp(StoppingCriteria):
+    """Ends each row at a length of its own, so that a long prompt does not shorten the answers beside it."""
+
+    def __init__(self, rooms: Sequence[int], n_prompt: int) -> None:
+        self._rooms, self._n_prompt = torch.tensor(rooms), n_prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """input_ids (rows, prompt + new), several beams of a row one after another -> (rows,)."""
+        rooms = self._rooms.repeat_interleave(len(input_ids) // len(self._rooms)).to(input_ids.device)
+        return input_ids.shape[1] - self._n_prompt >= rooms
+
+
+def decode(ids: Sequence[int], tokenizer: Any) -> str:
+    """The exact text of these ids, without control tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def ended_answer(
+    new_ids: Sequence[int], tokenizer: Any, *, stop_ids: Sequence[int], stop_texts: Sequence[str], room: int
+) -> Ended:
+    """What is shown of a row's new ids, padding behind its end included.
+
+    stop id 2, ids  7 8 9 2 0 0        -> text of 7 8 9, "stop", 4 tokens
+    stop text "\\nUser:", text "Yes.\\nUser: and"  -> "Yes.", "stop"
+    room 3, ids 7 8 226                 -> text of 7 8, "length": 226 alone is no whole character
+    """
+    ids = list(new_ids[:room])
+    end = next((place for place, token_id in enumerate(ids) if token_id in stop_ids), None)
+    answer = ids if end is None else ids[:end]
+    text = decode(answer, tokenizer)
+    cut = _first_stop(text, stop_texts)
+    if cut is not None:
+        # The shortest beginning that holds a stop text; more tokens never make it go away.
+        lengths = range(1, len(answer) + 1)
+        n_tokens = 1 + bisect_left(
+            lengths, True, key=lambda n: _first_stop(decode(answer[:n], tokenizer), stop_texts) is not None
+        )
+        return Ended(text[:cut], "stop", n_tokens)
+    if end is not None:
+        return Ended(text, "stop", end + 1)
+    return Ended(without_cut_character(text), "length", len(ids))
+
+
+def without_cut_character(text: str) -> str:
+    """The text without the bytes of a last character that is not whole yet: "猫\\ufffd\\ufffd" -> "猫"."""
+    n_cut = len(text) - len(text.rstrip(REPLACEMENT))
+    return text[: len(text) - min(n_cut, LONGEST_CUT_CHARACTER)]
+
+
+def _first_stop(text: str, stop_texts: Sequence[str]) -> int | None:
+    """Where the first stop text begins, or None."""
+    found = [place for place in (text.find(stop) for stop in stop_texts) if place >= 0]
+    return min(found, default=None)

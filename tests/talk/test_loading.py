@@ -1,0 +1,88 @@
+"""A run directory is enough: base, bits, template and tokenizer come from it, and nothing that should not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from onecard.config import DEFAULT_BASE, ModelOptions, SamplingOptions
+from onecard.console import ConfigError, ModelError
+from onecard.talk.generation import generate_batch
+from onecard.talk.loading import base_path, load_talker
+from onecard.talk.run_files import run_directory, stored_options
+from onecard.text.template import FOLDER
+
+AUTO = ModelOptions(model_path="auto", bits=32, device="cpu")
+
+
+def test_the_run_says_which_base_and_how_it_lies_in_memory_and_no_more(run_dir, lively_base) -> None:
+    expected = {"model_path": str(lively_base), "bits": 32, "dtype": "auto"}
+    for path in (run_dir, run_dir / "checkpoint-3", run_dir / "adapter_model.safetensors"):
+        assert stored_options(str(path)) == expected
+    assert stored_options(None) == {}
+    assert stored_options("someone/adapter-on-the-hub") == {}
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "bits: four\nmodel_path: 3", "{broken", "\udcff"])
+def test_damaged_stored_options_count_for_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "onecard.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert stored_options(str(tmp_path)) == {}
+
+
+def test_template_and_tokenizer_are_the_runs_own(run_dir, lively_base, questions) -> None:
+    talker, depends_on = load_talker(AUTO, str(run_dir), "auto")
+    assert talker.template.jinja == (FOLDER / "chatml.jinja").read_text(encoding="utf-8")
+    from_checkpoint, same = load_talker(AUTO, str(run_dir / "checkpoint-3"), "auto")
+    assert from_checkpoint.template == talker.template
+    assert same == depends_on
+    sampling = SamplingOptions(max_new_tokens=8)
+    answers = [generate_batch(t.model, t.tokenizer, t.template, questions, sampling) for t in (talker, from_checkpoint)]
+    assert answers[0] == answers[1]
+    options = ModelOptions(model_path=str(lively_base), bits=32, device="cpu")
+    base, without = load_talker(options, None, "chatml")
+    assert generate_batch(base.model, base.tokenizer, base.template, questions, sampling) != answers[0]
+    assert without["adapter"] is None
+    assert {name for name in without if without[name] != depends_on[name]} == {"adapter"}
+
+
+def test_the_stored_template_counts_where_the_tokenizer_comes_from_the_base(run_dir, tmp_path: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"):
+        shutil.copy(run_dir / name, tmp_path)
+    talker, _ = load_talker(AUTO, str(tmp_path), "auto")
+    assert talker.template.jinja == (FOLDER / "chatml.jinja").read_text(encoding="utf-8")
+
+
+def test_a_template_that_was_typed_wins_over_the_stored_one(run_dir) -> None:
+    talker, _ = load_talker(AUTO, str(run_dir), "alpaca")
+    assert talker.template.name == "alpaca"
+
+
+def test_the_tokenizer_is_the_runs_own_where_the_base_has_none(run_dir, lively_base, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(lively_base, base)
+    for file in list(base.glob("tokenizer*")):
+        file.unlink()
+    options = ModelOptions(model_path=str(base), bits=32, device="cpu")
+    talker, _ = load_talker(options, str(run_dir), "auto")
+    assert talker.tokenizer("Hi", add_special_tokens=False)["input_ids"]
+    with pytest.raises(ModelError):
+        load_talker(options, None, "alpaca")
+
+
+def test_the_base_is_the_one_that_the_adapter_names(run_dir, lively_base, tmp_path: Path) -> None:
+    assert base_path("auto", str(run_dir)) == str(lively_base)
+    assert base_path("given", str(run_dir)) == "given"
+    assert base_path("auto", None) == DEFAULT_BASE
+    shutil.copy(run_dir / "adapter_model.safetensors", tmp_path)
+    with pytest.raises(ConfigError, match="does not name its base model"):
+        base_path("auto", str(tmp_path))
+
+
+def test_a_plain_adapter_without_the_runs_files_has_no_run_directory(run_dir, tmp_path: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(run_dir / name, tmp_path)
+    assert run_directory(str(tmp_path)) is None
+    talker, _ = load_talker(AUTO, str(tmp_path), "auto")
+    assert talker.template.name == "alpaca"
