@@ -65,7 +65,7 @@ def parse(
     *,
     description: str = "",
     defaults: Mapping[str, Any] | None = None,
-    stored: Callable[[Mapping[str, Any]], Path | None] | None = None,
+    stored: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Config:
     """Turn a command line into a checked config.
 
@@ -74,7 +74,7 @@ def parse(
         argv: words after the program's name; `None` reads `sys.argv`.
         description: first lines of the help text.
         defaults: values that this program starts from instead of the class's own.
-        stored: given the settings typed so far, the path of a YAML file with the options of an earlier run, or None.
+        stored: given the settings typed so far, the options that an earlier run stored; they win over defaults only.
 
     Raises:
         ConfigError: with every unknown name, wrong type and contradiction found, not only the first.
@@ -92,11 +92,10 @@ def parse(
     values = {name: option.default for name, option in options.items()} | dict(defaults or {})
     from_files: dict[str, Any] = {}
     for file in yaml_files:
-        from_files |= _read_yaml(Path(file), options, problems, strict=True)
+        from_files |= _read_yaml(Path(file), options, problems)
     flags = _checked(typed, options, parser, problems)
-    if stored is not None and (run_file := stored({**from_files, **flags})) is not None:
-        # An earlier run may hold options that this program does not have; only the shared ones count.
-        values |= _checked(_read_yaml(run_file, options, problems, strict=False), options, parser, problems)
+    if stored is not None:
+        values |= _checked(stored({**from_files, **flags}), options, parser, problems)
     values |= _checked(from_files, options, parser, problems)
     values |= flags
     config = _build(config_class, options, values)
@@ -174,8 +173,8 @@ def _read_words(
     return typed, yaml_files
 
 
-def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem], *, strict: bool) -> dict[str, Any]:
-    """The settings of one YAML file; with `strict`, unknown keys are problems, else they are passed over."""
+def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem]) -> dict[str, Any]:
+    """The settings of one YAML file; unknown keys become problems."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as reason:
@@ -187,9 +186,8 @@ def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem
     if not isinstance(content, dict):
         raise ConfigError(f"--{CONFIG_FLAG}", f"{path} must hold `option: value` lines, not a {type(content).__name__}")
     unknown = [str(key) for key in content if key not in options]
-    if strict:
-        for key in unknown:
-            problems.append((f"{path}: {key}", f"no such option{_nearest_flag(key, options)}"))
+    for key in unknown:
+        problems.append((f"{path}: {key}", f"no such option{_nearest_flag(key, options)}"))
     return {key: value for key, value in content.items() if key in options}
 
 
