@@ -14,6 +14,9 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 PYTHON="$(run_python)"
 
+# torchrun kills its processes 30 s after Ctrl-C; a step and its checkpoint may take longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+
 n_gpus="${N_GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | grep -c "^GPU" || true)}"
 [ "$n_gpus" -gt 0 ] || n_gpus=2
 # shellcheck disable=SC2086  # TORCHRUN_OPTIONS is a list of words

@@ -18,6 +18,7 @@ LAYERS = {"console": 0, "config": 0, "cli": 0, "text": 1, "model": 2, "train": 3
 SOLE_IMPORTERS = {
     "peft": "onecard/model/adapters.py",
     "bitsandbytes": "onecard/model/quantization.py",
+    "deepspeed": "onecard/train/deepspeed_engine.py",
     "gradio": "onecard/talk/web.py",
     "gptqmodel": "onecard/export/gptq.py",
     "gguf": "onecard/export/gguf.py",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class WandbSink:
 
         id_file = run_dir / "wandb_id.txt"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         self._run = wandb.init(
             project=project, id=id_file.read_text(encoding="utf-8"), resume="allow", dir=str(run_dir), config=settings
         )
