@@ -41,7 +41,7 @@ def make(
 
     Args:
         output_path: directory of the model; created, files in it are replaced.
-        steps: optimizer steps of 3072 tokens; 2 is enough to see that all works.
+        steps: optimizer steps of 128 documents; 2 is enough to see that all works.
         seed: seed of the corpus and of the weights; the split and the sample files do not depend on it.
         vocab_size: pieces of the tokenizer, a multiple of 64.
         sample_path: directory of merge_sample.json and held_out.json; the parent of output_path when not given.

@@ -70,6 +70,14 @@ def main() -> None:
     # The run knows its base model; what is typed wins over that.
     config = parse(ScoreConfig, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path")))
 
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    with quiet_bitsandbytes():
+        say(scored(config))
+
+
+def scored(config: ScoreConfig) -> str:
+    """Answer every question with and without the adapter; the report, ready to print."""
     from onecard.talk.loading import load_talker
     from onecard.talk.scoring import read_cases, score
 
@@ -83,7 +91,7 @@ def main() -> None:
             scores["before" if options.lora_path else "base"] = score(talker, cases, batch_size=options.batch_size)
     if options.lora_path:
         scores["after"] = score(talker, cases, batch_size=options.batch_size)
-    say(as_json(options, cases, scores) if options.json else as_tables(options, cases, scores))
+    return as_json(options, cases, scores) if options.json else as_tables(options, cases, scores)
 
 
 def as_json(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]) -> str:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from onecard.config import FinetuneConfig, TrainOptions
-from onecard.console import CheckpointError, ConfigError, say, warn
+from onecard.console import CheckpointError, ConfigError, quiet_rank, say, warn
 from onecard.model.adapters import add_lora, load_adapter
 from onecard.model.files import locate, read_json
 from onecard.model.hardware import Hardware, choose_dtype
@@ -32,6 +32,9 @@ from onecard.train.rundir import RunDirectory
 from onecard.train.state import TrainerState, differences, read_state
 
 MIXED_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
+
+
+GONE_BACK_NAME = "gone_back_to.txt"
 
 
 class SampleView:
@@ -122,11 +125,11 @@ def find_start(options: TrainOptions, directory: RunDirectory) -> Found | None:
     inside = typed not in ("auto", "none") and Path(typed).resolve().parent == directory.path.resolve()
     if inside and options.from_data_beginning:
         raise ConfigError("--from_data_beginning", "needs an --output_path of its own; the checkpoint lies in this one")
-    own = directory.store.newest_whole()
     if inside:
-        return _gone_back(Path(typed), own, directory)
+        return _gone_back(Path(typed), directory)
+    own = directory.store.newest_whole()
     if own is None:
-        return None if typed in ("auto", "none") else _explicit(_newest_in(Path(typed)))
+        return None if typed in ("auto", "none") else _named(_newest_in(Path(typed)))
     if typed == "none":
         hint = "give another --output_path, or let the run go on with --resume_from_checkpoint auto"
         raise ConfigError("--resume_from_checkpoint", f"none, but {directory.path} holds {own.path.name}; {hint}")
@@ -218,24 +221,36 @@ def _continued(config: FinetuneConfig, stored: TrainerState, fresh: TrainerState
     if stored.total_steps != fresh.total_steps:
         warn(f"the run was planned for {stored.total_steps} steps, now for {fresh.total_steps}: the schedule changes")
     stored.total_steps, stored.identity = fresh.total_steps, fresh.identity
-    if Path(options.resume_from_checkpoint).name == found.path.name:
-        stored.resumed_from = found.path.name
     if stored.step >= stored.total_steps:
         say(f"this run has already done its {stored.total_steps} steps; a larger --num_epoch would go on")
     return stored
 
 
-def _gone_back(path: Path, newest: Found | None, directory: RunDirectory) -> Found:
+def _gone_back(path: Path, directory: RunDirectory) -> Found:
     """An older checkpoint of this very run; newer ones are set aside, unless they came from it already.
 
     So the same command can be given again after a kill without losing what was done since it went back.
     """
-    if newest is not None and newest.path.name != path.name and read_state(newest.path).resumed_from == path.name:
-        say(f"going on from {newest.path}, which came from {path.name}")
+    if path.is_dir():
+        _explicit(path)  # a damaged one is refused before anything is renamed
+    newest = directory.store.newest_whole()
+    mark = directory.path / GONE_BACK_NAME
+    came_from = mark.read_text(encoding="utf-8") if mark.is_file() else None
+    if newest is not None and newest.path.name != path.name and came_from == path.name:
+        say(f"it was gone back to before; going on from {newest.path}, which came from it")
         return newest
-    found = _explicit(path)
+    found = _named(path)
     for name in directory.store.set_aside_newer(found.step):
         warn(f"going back to step {found.step}: a newer checkpoint is now {name}")
+    if not quiet_rank():
+        mark.write_text(path.name, encoding="utf-8")
+    return found
+
+
+def _named(path: Path) -> Found:
+    """As `_explicit`, and say so."""
+    found = _explicit(path)
+    say(f"going on from {path}")
     return found
 
 
@@ -246,7 +261,6 @@ def _explicit(path: Path) -> Found:
     problems = verify(path, require_manifest=False)
     if problems:
         raise CheckpointError(f"--resume_from_checkpoint: {path} is broken: {'; '.join(problems)}")
-    say(f"going on from {path}")
     return Found(path, read_state(path).step)
 
 

@@ -36,8 +36,6 @@ class TrainerState:
     """Step of the lowest evaluation loss so far."""
     best_loss: float | None = None
     """That loss."""
-    resumed_from: str | None = None
-    """The checkpoint of this run that was last gone back to by name, if any."""
     total_steps: int = 0
     """Steps that the whole run was planned for; the schedule depends on it."""
     identity: dict[str, Any] = field(default_factory=dict)
