@@ -2,8 +2,8 @@
 # From nothing to a fine-tuned model that answers: makes .venv, fine-tunes the embedded base in 4-bit on the sample
 # instructions and shows what it learned. Run again, it reuses the environment and the finished run.
 #
-# Card: none needed. Time after the install: under 3 minutes on two CPU cores. Memory: under 2 GB of RAM
-# (estimated, not measured).
+# Card: none needed. Time: about 2 minutes on two CPU cores, the install included (measured once, packages near by).
+# Memory: under 2 GB of RAM (estimated, not measured).
 #
 #   bash scripts/quickstart.sh              other words go to finetune.py, such as --max_steps 20
 #

@@ -270,27 +270,19 @@ def run(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-def child_cpu_s() -> float:
-    """CPU seconds of all processes started and ended so far; infinite where the system does not tell (Windows)."""
-    times = os.times()
-    return times.children_user + times.children_system if os.name == "posix" else float("inf")
-
-
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_help_is_instant(entry: str) -> None:
-    best_s = best_cpu_s = float("inf")
+    best_s = float("inf")
     n_runs = 0
-    # The best of five. Other work on the machine makes a process wait for its turn, which is not our time: then the
-    # CPU time, which waiting leaves alone, has to keep to the same limit.
+    # The best of five: other work on the machine makes a process wait for its turn, which is not our time.
     while n_runs < 5 and best_s >= HELP_LIMIT_S:
-        start, start_cpu = time.perf_counter(), child_cpu_s()
+        start = time.perf_counter()
         done = run(entry, "--help")
         best_s = min(best_s, time.perf_counter() - start)
-        best_cpu_s = min(best_cpu_s, child_cpu_s() - start_cpu)
         n_runs += 1
         assert done.returncode == 0, done.stderr
         assert "--model_path" in done.stdout
-    assert min(best_s, best_cpu_s) < HELP_LIMIT_S, f"best of {n_runs}: {best_s:.3f} s, {best_cpu_s:.3f} s of CPU"
+    assert best_s < HELP_LIMIT_S, f"best of {n_runs}: {best_s:.3f} s"
 
 
 @pytest.mark.parametrize("entry", [*ENTRIES, *TOOLS])

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from onecard.console import ModelError
-
-IGNORE_INDEX = -100
+from onecard.text.encode import IGNORE_INDEX
 
 
 def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:

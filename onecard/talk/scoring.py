@@ -14,12 +14,12 @@ import torch
 
 from onecard.config import SamplingOptions
 from onecard.console import DataError
-from onecard.model.loss import IGNORE_INDEX, summed_loss
+from onecard.model.loss import summed_loss
 from onecard.talk.answers import answer_safely
 from onecard.talk.generation import Row, Talker, longest_sequence, padding_id
 from onecard.text.batches import collate, micro_batches
 from onecard.text.conversation import Conversation
-from onecard.text.encode import Dropped, Encoded, EncodeSettings, encode_prompt, encode_sample
+from onecard.text.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_prompt, encode_sample
 from onecard.text.sources import ReadReport, read
 
 # An answer may be right in other tokens than the reference's; beyond this many it is wrong already.

@@ -32,8 +32,6 @@ from onecard.train.rundir import RunDirectory
 from onecard.train.state import TrainerState, differences, read_state
 
 MIXED_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
-
-
 GONE_BACK_NAME = "gone_back_to.txt"
 
 
