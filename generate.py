@@ -4,7 +4,7 @@
 import sys
 
 from onecard.cli import parse
-from onecard.config import GenerateConfig
+from onecard.config_talk import GenerateConfig
 from onecard.console import run_main
 from onecard.talk.run_files import stored_options
 

@@ -7,6 +7,7 @@ nearest name for an unknown one. Nothing heavy is imported, so ``--help`` answer
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -39,6 +40,11 @@ class Option:
     @property
     def is_text(self) -> bool:
         return self.type is str or (type(None) in get_args(self.type) and str in get_args(self.type))
+
+    @property
+    def is_text_list(self) -> bool:
+        """Whether each time the flag is given adds a text."""
+        return self.type == list[str]
 
 
 def options_of(config_class: type) -> dict[str, Option]:
@@ -168,9 +174,22 @@ def _read_words(
             problems.append((f"--{name}", "needs a value"))
         elif name == CONFIG_FLAG:
             yaml_files.append(value)
+        elif options[name].is_text_list:
+            typed[name] = [*typed.get(name, []), *_texts(value)]
         else:
             typed[name] = value if has_value else options[name].bare
     return typed, yaml_files
+
+
+def _texts(word: str) -> list[str]:
+    """A word as a list of texts: a JSON list of strings is one; all else is one text, in which \\n is a new line."""
+    try:
+        listed = json.loads(word)
+    except ValueError:
+        listed = None
+    if isinstance(listed, list) and all(isinstance(text, str) for text in listed):
+        return listed
+    return [word.replace("\\n", "\n")]
 
 
 def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem]) -> dict[str, Any]:
@@ -201,6 +220,9 @@ def _checked(
         if option.is_text and isinstance(value, str):
             # Taken as typed: an instruction such as "a: b" must not be read as YAML.
             good[name] = value
+            continue
+        if option.is_text_list and isinstance(value, list) and all(isinstance(text, str) for text in value):
+            good[name] = list(value)
             continue
         try:
             words = [f"--{name}={value}"] if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Every option of every command, declared once.
+"""Every option of training, and of the base model, declared once; those of talking are in `config_talk.py`.
 
 A field's docstring is its help text; flags, YAML keys and documentation derive from these classes (see `cli.py`).
 This module knows types, defaults and which settings contradict one another. It does not know the disk, the card or
@@ -7,6 +7,7 @@ the model, and it imports nothing heavy.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,8 @@ class ModelOptions:
     """Attention kernel. auto lets transformers choose; sdpa works on every card."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: about 30 % slower, several times less activation memory."""
+    max_memory: str | None = None
+    """Spread the model over several GPUs, with so much of each: 0:10GiB,1:10GiB,cpu:30GiB (chat and generation)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: only architectures of transformers itself are loaded."""
 
@@ -44,6 +47,8 @@ class ModelOptions:
             found.append(("--model_path", "is empty; give a directory or a Hub id"))
         if self.bits == 32 and self.dtype in ("fp16", "bf16"):
             found.append(("--bits", f"32 contradicts --dtype {self.dtype}; use --bits 16 or --dtype fp32"))
+        if self.max_memory is not None and memory_map(self.max_memory) is None:
+            found.append(("--max_memory", f"{self.max_memory!r} is not of the form 0:10GiB,1:10GiB,cpu:30GiB"))
         if self.bits == 16 and self.dtype == "fp32":
             found.append(("--bits", "16 contradicts --dtype fp32; use --bits 32 or another --dtype"))
         return found
@@ -229,45 +234,6 @@ class TrainOptions:
 
 
 @dataclass
-class SamplingOptions:
-    """How an answer is chosen, token by token."""
-
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time; higher is more varied."""
-    top_p: float = 1.0
-    """Sample only from the likeliest tokens that together reach this probability."""
-    top_k: int = 0
-    """Sample only from so many likeliest tokens; 0: from all."""
-    num_beams: int = 1
-    """Beams of beam search; 1: none."""
-    repetition_penalty: float = 1.0
-    """Above 1 words that already stand there become less likely."""
-    no_repeat_ngram_size: int = 0
-    """No run of so many tokens appears twice; 0: off."""
-    seed: int = 42
-    """Seed of the sampling."""
-
-    def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        if self.max_new_tokens < 1:
-            found.append(("--max_new_tokens", f"{self.max_new_tokens} leaves no room for an answer; use 1 or more"))
-        if self.temperature < 0:
-            found.append(("--temperature", f"{self.temperature} is negative; 0 is greedy, 0.7 is usual"))
-        if not 0 < self.top_p <= 1:
-            found.append(("--top_p", f"{self.top_p} is not a probability above 0"))
-        for name in ("top_k", "no_repeat_ngram_size", "seed"):
-            if getattr(self, name) < 0:
-                found.append((f"--{name}", f"{getattr(self, name)} is negative; 0 turns it off"))
-        if self.num_beams < 1:
-            found.append(("--num_beams", f"{self.num_beams}: use 1 (no beam search) or more"))
-        if self.repetition_penalty <= 0:
-            found.append(("--repetition_penalty", f"{self.repetition_penalty}: use 1 (off) or a little more"))
-        return found
-
-
-@dataclass
 class FinetuneConfig:
     """Everything one training run needs; see the classes of its fields."""
 
@@ -277,51 +243,16 @@ class FinetuneConfig:
     train: TrainOptions = field(default_factory=TrainOptions)
 
 
-@dataclass
-class AskOptions:
-    """Which trained model answers, and what it is asked."""
-
-    lora_path: str | None = None
-    """Adapter: a run directory, one of its checkpoints, or a Hub id. Without it the base model answers."""
-    prompt_type: str = "auto"
-    """Prompt template. auto takes the one stored with the adapter."""
-    instruction: str | None = None
-    """One instruction to answer; without it and without --data_path an interactive loop begins."""
-    input: str = ""
-    """Text that goes with --instruction."""
-    system: str = ""
-    """System prompt."""
-    data_path: str | None = None
-    """Questions to answer: a file in any shape that training reads; answers in it are ignored."""
-    output_path: str | None = None
-    """With --data_path: jsonl file for the answers. Run again to go on where it stopped."""
-    batch_size: int = 8
-    """Questions answered at once from --data_path."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        if self.batch_size < 1:
-            found.append(("--batch_size", f"{self.batch_size} answers nothing; use 1 or more"))
-        if self.data_path and not self.output_path:
-            found.append(("--output_path", "is missing; --data_path needs a jsonl file for the answers"))
-        if self.output_path and not self.data_path:
-            found.append(("--data_path", "is missing; --output_path only goes with a file of questions"))
-        if self.instruction is not None and self.data_path:
-            found.append(("--instruction", "and --data_path contradict each other; give one of them"))
-        if self.input and self.instruction is None:
-            found.append(("--input", "goes with --instruction"))
-        return found
-
-
-@dataclass
-class GenerateConfig:
-    """Everything `generate.py` needs; see the classes of its fields."""
-
-    ask: AskOptions = field(default_factory=AskOptions)
-    model: ModelOptions = field(default_factory=lambda: ModelOptions(model_path="auto"))
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+def memory_map(text: str) -> dict[int | str, str] | None:
+    """--max_memory as accelerate takes it: "0:10GiB,cpu:30GiB" -> {0: "10GiB", "cpu": "30GiB"}; None if it is wrong."""
+    found: dict[int | str, str] = {}
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+|cpu):(\d+(?:\.\d+)?[KMG]i?B)", part)
+        if match is None:
+            return None
+        place, amount = match.groups()
+        found[place if place == "cpu" else int(place)] = amount
+    return found
 
 
 def problems_of(config: object) -> list[Problem]:

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from onecard import cli
-from onecard.config import FinetuneConfig, GenerateConfig
+from onecard.config import FinetuneConfig
+from onecard.config_talk import GenerateConfig
 from onecard.console import say
 
 
@@ -85,15 +86,15 @@ def _generate(config: GenerateConfig) -> None:
 
     ask, sampling = config.ask, config.sampling
     n_questions = survey(ask.data_path) if ask.data_path else 0
-    talker, depends_on = load_talker(config.model, ask.lora_path, ask.prompt_type)
+    talker, depends_on = load_talker(config.model, config.talker.lora_path, config.talker.prompt_type)
 
     def answer(instruction: str, number: int) -> Generation:
-        turns = with_system([Turn("user", instruction, ask.input)], ask.system)
+        turns = with_system([Turn("user", instruction, ask.input)], config.talker.system)
         return answer_rows(talker, [prepare(talker, turns, sampling, number=number)], sampling)[0]
 
     if ask.data_path and ask.output_path:
-        depends_on |= {"questions": data_fingerprint(ask.data_path), **asdict(sampling), "system": ask.system}
-        job = Job(talker, ask.data_path, n_questions, sampling, ask.batch_size, ask.system)
+        depends_on |= {"questions": data_fingerprint(ask.data_path), **asdict(sampling), "system": config.talker.system}
+        job = Job(talker, ask.data_path, n_questions, sampling, ask.batch_size, config.talker.system)
         with AnswerFile(Path(ask.output_path), depends_on) as answers:
             tally = answer_questions(job, answers)
         say(f"{tally.line()}; all {n_questions} are in {ask.output_path}")

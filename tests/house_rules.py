@@ -14,7 +14,18 @@ from pathlib import PurePosixPath
 
 Offence = tuple[int, str]  # (line, what is wrong)
 
-LAYERS = {"console": 0, "config": 0, "cli": 0, "text": 1, "model": 2, "train": 3, "talk": 3, "export": 3, "recipes": 4}
+LAYERS = {
+    "console": 0,
+    "config": 0,
+    "config_talk": 0,
+    "cli": 0,
+    "text": 1,
+    "model": 2,
+    "train": 3,
+    "talk": 3,
+    "export": 3,
+    "recipes": 4,
+}
 SOLE_IMPORTERS = {
     "peft": "onecard/model/adapters.py",
     "bitsandbytes": "onecard/model/quantization.py",
@@ -176,7 +187,7 @@ def text_is_plain(file: SourceFile) -> Iterator[Offence]:
 
 def options_are_light(file: SourceFile) -> Iterator[Offence]:
     """cli, config and console import the standard library, yaml and jsonargparse only, so `--help` is instant."""
-    if file.layer not in ("cli", "config", "console"):
+    if file.layer not in ("cli", "config", "config_talk", "console"):
         return
     for line, module in imports(file):
         name = module.split(".")[0]

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from onecard import cli
-from onecard.config import FinetuneConfig, GenerateConfig
+from onecard.config import FinetuneConfig
+from onecard.config_talk import ChatConfig, GenerateConfig, ServeConfig
 from onecard.console import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -119,7 +120,7 @@ def test_print_config_shows_the_resolved_options(capsys: pytest.CaptureFixture, 
 def test_text_is_taken_as_typed(words: str) -> None:
     config = cli.parse(GenerateConfig, [f"--instruction={words}", f"--system={words}"])
     assert config.ask.instruction == words
-    assert config.ask.system == words
+    assert config.talker.system == words
 
 
 def test_numbers_and_switches() -> None:
@@ -224,12 +225,26 @@ def test_yaml_that_holds_objects_is_not_run(tmp_path: Path) -> None:
 # --- every option of every command -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config_class", [FinetuneConfig, GenerateConfig])
+@pytest.mark.parametrize("config_class", [FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig])
 def test_every_option_takes_a_flag(config_class: type) -> None:
     options = cli.options_of(config_class)
     words = [f"--{name}={option.default}" for name, option in options.items() if option.default is not None]
     assert cli.parse(config_class, words) == config_class()
-    assert len(words) >= {FinetuneConfig: 45, GenerateConfig: 18}[config_class]
+    assert len(words) >= {FinetuneConfig: 45}.get(config_class, 28)
+
+
+def test_a_flag_for_texts_may_be_repeated_and_takes_a_json_list_too(tmp_path: Path) -> None:
+    def stops(*words: str) -> list[str]:
+        return cli.parse(GenerateConfig, list(words)).sampling.stop
+
+    assert stops() == []
+    assert stops("--stop", "[INST]", "--stop=\\nUser:", "--stop", "a: b") == ["[INST]", "\nUser:", "a: b"]
+    assert stops("--stop", '["x", "y\\n"]', "--stop", "z") == ["x", "y\n", "z"]
+    (tmp_path / "c.yaml").write_text("stop: [x, 'y z']", encoding="utf-8")
+    assert stops("--config", str(tmp_path / "c.yaml")) == ["x", "y z"]
+    (tmp_path / "c.yaml").write_text("stop: {x: 1}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="--stop"):
+        stops("--config", str(tmp_path / "c.yaml"))
 
 
 @dataclass

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from onecard import cli
-from onecard.config import FinetuneConfig, GenerateConfig
+from onecard.config import FinetuneConfig
+from onecard.config_talk import GenerateConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md"]

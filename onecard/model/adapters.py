@@ -109,6 +109,11 @@ def load_adapter(
     return LoadedAdapter(peft_model, files.notes)
 
 
+def remove_adapter(model: Any) -> Any:
+    """Return the base without its adapter, ready for another one; a base alone is returned as it is."""
+    return model.unload() if isinstance(model, PeftModel) else model
+
+
 def save_adapter(model: nn.Module, directory: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, then reopen both and compare names, shapes, values.
 

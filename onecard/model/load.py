@@ -17,7 +17,7 @@ import transformers
 from packaging.version import InvalidVersion, Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from onecard.config import ModelOptions
+from onecard.config import ModelOptions, memory_map
 from onecard.console import ConfigError, ModelError, nearest, say, warn
 from onecard.model.files import base_fingerprint, check_weights, locate, read_json
 from onecard.model.hardware import Hardware, choose_dtype
@@ -157,7 +157,7 @@ def _load(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        "device_map": {"": device},
+        **_placement(options, device),
         "trust_remote_code": options.trust_remote_code,
         "local_files_only": True,
         "weights_only": True,
@@ -186,6 +186,18 @@ def _load(
     model, report = loaded
     _check_complete(report, directory)
     return model
+
+
+def _placement(options: ModelOptions, device: torch.device) -> dict[str, Any]:
+    """Where the layers go: all on one device, or over several as far as each one's share reaches."""
+    if options.max_memory is None:
+        return {"device_map": {"": device}}
+    shares = memory_map(options.max_memory) or {}
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = [place for place in shares if isinstance(place, int) and place >= n_gpus]
+    if missing:
+        raise ConfigError("--max_memory", f"names GPU {missing[0]}, but there are {n_gpus} (counted from 0)")
+    return {"device_map": "auto", "max_memory": shares}
 
 
 def _no_dropout(options: ModelOptions) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from onecard.config import SamplingOptions
+from onecard.config_talk import SamplingOptions
 from onecard.console import ConfigError, DataError, ModelError, Stopped, say, warn
 from onecard.talk.answer_file import AnswerFile, answer_row
 from onecard.talk.generation import Generation, Row, Talker, answer_rows, prepare

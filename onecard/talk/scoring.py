@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from onecard.config import SamplingOptions
+from onecard.config_talk import SamplingOptions
 from onecard.console import DataError
 from onecard.model.loss import summed_loss
 from onecard.talk.answers import answer_safely

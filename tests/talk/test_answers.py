@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.config import SamplingOptions
+from onecard.config_talk import SamplingOptions
 from onecard.console import ConfigError, DataError, ModelError, Stopped
 from onecard.talk import answers as answers_module
 from onecard.talk.answer_file import AnswerFile

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onecard.config import DEFAULT_BASE, ModelOptions, SamplingOptions
+from onecard.config import DEFAULT_BASE, ModelOptions
+from onecard.config_talk import SamplingOptions
 from onecard.console import ConfigError, ModelError
 from onecard.talk.generation import generate_batch
 from onecard.talk.loading import base_path, load_talker
