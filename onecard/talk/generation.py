@@ -1,25 +1,58 @@
-"""Answers from a model: prompts in, whole answers out, many at once.
+"""Answers from a model: prompts in, answers out, whole or while they are being written.
+
+One generator for every face: `stream` types an answer live, `answer_rows` gives many whole ones, and both run the same
+call of `model.generate` with the same settings; the hooks that watch it change nothing.
 
 Prompts are padded on the left by hand and masked; `model.generate` derives the positions from the mask. What it is fed
-comes from `encode_prompt`, the same door that training uses. Does not know files (answers.py) or terminals.
+comes from `encode_prompt`, the same door that training uses. Does not know files (answers.py), queues and adapters
+(engine.py) or terminals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from onecard.config import SamplingOptions
-from onecard.console import DataError
-from onecard.talk.sampling import generation_config, logits_processors, seeded
-from onecard.talk.stopping import FinishReason, RoomUsedUp, StopAtText, ended_answer
+from onecard.config_talk import SamplingOptions
+from onecard.console import ConfigError, DataError
+from onecard.talk.decoding import decode
+from onecard.talk.sampling import CacheOptions, generation_config, logits_processors, seeded
+from onecard.talk.stopping import Ended, FinishReason, RoomUsedUp, StopAtText, answer_so_far, ended_answer
+from onecard.talk.watching import (
+    CollectLogprobs,
+    EndWhenTold,
+    Left,
+    SeeBeams,
+    SeeLogprobs,
+    SeeTokens,
+    TokenLogprob,
+    Watch,
+    leaving_early,
+)
 from onecard.text.conversation import Turn
 from onecard.text.encode import encode_prompt
 from onecard.text.template import Template
+
+# Thirty pictures a second look continuous, and leave the processor to the model.
+INTERVAL_SECONDS = 1 / 30
+
+
+class ContextTooLong(DataError):
+    """A prompt that leaves no room for an answer. `limit` counts prompt and answer together, in tokens."""
+
+    def __init__(self, n_prompt_tokens: int, limit: int) -> None:
+        self.n_prompt_tokens, self.limit = n_prompt_tokens, limit
+        super().__init__(
+            f"the prompt has {n_prompt_tokens} tokens, and the model reads at most {limit}, answer included: shorten it"
+        )
 
 
 @dataclass(frozen=True)
@@ -33,12 +66,40 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """Tokens of the prompt, and of the answer so far with its end token."""
+
+    n_prompt_tokens: int = 0
+    n_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """An answer so far.
+
+    text: the whole best answer so far, because beams rewrite themselves; with one beam each text begins with the one
+        before it. beams: all running beams, the best first, if they were asked for.
+    finish_reason: None until the last chunk, whose text is what `model.generate` returned.
+    logprobs: of the tokens shown so far, if they were asked for.
+    place: above 0 while the request waits for its turn: so many are in front of it, itself included.
+    """
+
+    text: str = ""
+    beams: tuple[str, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage = field(default_factory=Usage)
+    logprobs: tuple[TokenLogprob, ...] = ()
+    place: int = 0
+
+
+@dataclass(frozen=True)
 class Talker:
     """A model that answers, with the tokenizer and the template that it was trained with."""
 
     model: Any
     tokenizer: Any
     template: Template
+    cache: CacheOptions = field(default_factory=CacheOptions)
 
 
 @dataclass(frozen=True)
@@ -48,6 +109,209 @@ class Row:
     ids: list[int]
     room: int
     number: int = 0
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What is wanted while an answer is being written. top_logprobs: None for no log-probabilities, else how many."""
+
+    show_beams: bool = False
+    top_logprobs: int | None = None
+    interval_seconds: float = INTERVAL_SECONDS
+    max_seconds: float = math.inf
+
+
+def stream(
+    talker: Talker,
+    turns: Sequence[Turn],
+    sampling: SamplingOptions,
+    watching: Watching | None = None,
+    cancel: threading.Event | None = None,
+) -> Iterator[Chunk]:
+    """Answer the last user turn, chunk by chunk; the last chunk has a `finish_reason`.
+
+    Closing the iterator, or setting `cancel` from any thread, stops the model within a second. Raises ContextTooLong,
+    and what `model.generate` raises, such as `torch.OutOfMemoryError`.
+    """
+    row = prepare(talker, turns, sampling)
+    for (chunk,) in stream_rows(talker, [row], sampling, watching, cancel):
+        yield chunk
+
+
+def stream_rows(
+    talker: Talker,
+    rows: Sequence[Row],
+    sampling: SamplingOptions,
+    watching: Watching | None = None,
+    cancel: threading.Event | None = None,
+) -> Iterator[list[Chunk]]:
+    """`stream` for several prepared rows at once: one list per step, with one chunk per row."""
+    watching = watching or Watching()
+    if watching.top_logprobs is not None and sampling.num_beams > 1:
+        raise ConfigError("--num_beams", "with several beams there are no log-probabilities of single tokens")
+    call = Call(talker, rows, sampling, watching)
+    watch = Watch(call.n_prompt, cancel or threading.Event(), time.monotonic() + watching.max_seconds)
+    thread = GenerateThread(call, watch)
+    thread.start()
+    chunks = [Chunk(usage=Usage(len(row.ids))) for row in rows]
+    try:
+        for snapshot in watch.snapshots(watching.interval_seconds):
+            if watch.must_end:
+                break
+            chunks = call.chunks(snapshot, chunks)
+            yield chunks
+    finally:
+        watch.abandoned = True
+        thread.join()
+    yield call.last_chunks(thread.result(), chunks, cancelled=watch.cancel.is_set())
+
+
+class Call:
+    """One call of `model.generate` for some rows: its arguments, and the reading of what comes out of it."""
+
+    def __init__(
+        self, talker: Talker, rows: Sequence[Row], sampling: SamplingOptions, watching: Watching | None = None
+    ) -> None:
+        self.talker, self.rows, self.sampling = talker, rows, sampling
+        self.stop_ids = talker.template.stop_ids(talker.tokenizer)
+        self.stop_texts = [*talker.template.stop_strings(talker.tokenizer), *sampling.stop]
+        self.pad_id = padding_id(talker.tokenizer, self.stop_ids)
+        self.n_prompt = max((len(row.ids) for row in rows), default=0)
+        self.shows_beams = watching is not None and watching.show_beams and sampling.num_beams > 1
+        wants_logprobs = watching is not None and watching.top_logprobs is not None
+        self.logprobs = SeeLogprobs(len(rows), watching.top_logprobs or 0) if watching and wants_logprobs else None
+
+    def run(self, watch: Watch | None = None) -> list[list[int]]:
+        """The new ids of each row, or of its beams, best first, if they are shown; with padding behind the end."""
+        talker, numbers = self.talker, [row.number for row in self.rows]
+        device = talker.model.device
+        input_ids, attention_mask = pad_left([row.ids for row in self.rows], self.pad_id)
+        early = nullcontext() if watch is None or talker.cache.compile else leaving_early(talker.model, watch)
+        with torch.inference_mode(), seeded(self.sampling, numbers, device), early:
+            sequences = talker.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=generation_config(
+                    self.sampling,
+                    stop_ids=self.stop_ids,
+                    pad_id=self.pad_id,
+                    max_new_tokens=max(row.room for row in self.rows),
+                    num_return_sequences=self.sampling.num_beams if self.shows_beams else 1,
+                    cache=talker.cache,
+                ),
+                logits_processor=self._processors(watch, numbers),
+                stopping_criteria=self._criteria(watch),
+            )
+        new_ids: list[list[int]] = sequences[:, self.n_prompt :].tolist()
+        return new_ids
+
+    def answers(self, new_ids: Sequence[Sequence[int]]) -> list[Ended]:
+        """What is shown of each row's returned ids (best beams only)."""
+        n_beams = len(new_ids) // len(self.rows)
+        return [ended_answer(ids, **self._ends(row)) for row, ids in zip(self.rows, new_ids[::n_beams], strict=True)]
+
+    def chunks(self, snapshot: Sequence[Sequence[int]], before: Sequence[Chunk]) -> list[Chunk]:
+        """One chunk per row from the ids of a moment, several beams of a row one after another."""
+        n_beams = len(snapshot) // len(self.rows)
+        chunks = []
+        for k, (row, old) in enumerate(zip(self.rows, before, strict=True)):
+            beams = snapshot[k * n_beams : (k + 1) * n_beams]
+            ended = answer_so_far(beams[0], **self._ends(row))
+            texts = self._beam_texts(row, beams, finished=False)
+            # A tokenizer whose decode takes something back: with one beam, what was shown stays.
+            text = ended.text if n_beams > 1 or ended.text.startswith(old.text) else old.text
+            logprobs = self._shown_logprobs(k, beams[0], text)
+            chunks.append(Chunk(text, texts, None, Usage(len(row.ids), ended.n_tokens), logprobs))
+        return chunks
+
+    def last_chunks(
+        self, new_ids: Sequence[Sequence[int]] | None, before: Sequence[Chunk], *, cancelled: bool
+    ) -> list[Chunk]:
+        """The chunks that end the answer. `new_ids` is None when generation was left early: what was shown stays."""
+        if new_ids is None:
+            reason: FinishReason = "cancelled" if cancelled else "length"
+            return [Chunk(old.text, old.beams, reason, old.usage, old.logprobs) for old in before]
+        n_beams = len(new_ids) // len(self.rows)
+        chunks = []
+        for k, (row, ended) in enumerate(zip(self.rows, self.answers(new_ids), strict=True)):
+            beams = new_ids[k * n_beams : (k + 1) * n_beams]
+            texts = self._beam_texts(row, beams, finished=True)
+            logprobs = self._shown_logprobs(k, beams[0][: ended.n_tokens], ended.text)
+            usage = Usage(len(row.ids), ended.n_tokens)
+            chunks.append(Chunk(ended.text, texts, ended.reason, usage, logprobs))
+        return chunks
+
+    def _ends(self, row: Row) -> dict[str, Any]:
+        return {
+            "tokenizer": self.talker.tokenizer,
+            "stop_ids": self.stop_ids,
+            "stop_texts": self.stop_texts,
+            "room": row.room,
+        }
+
+    def _beam_texts(self, row: Row, beams: Sequence[Sequence[int]], *, finished: bool) -> tuple[str, ...]:
+        if not self.shows_beams:
+            return ()
+        read = ended_answer if finished else answer_so_far
+        return tuple(read(ids, **self._ends(row)).text for ids in beams)
+
+    def _shown_logprobs(self, k: int, ids: Sequence[int], text: str) -> tuple[TokenLogprob, ...]:
+        """Those of the tokens whose text is shown: not of the end token, nor of what is held back."""
+        if self.logprobs is None:
+            return ()
+        n_shown = min(len(ids), len(self.logprobs.rows[k]))
+        n_shown = next((n for n in range(n_shown) if ids[n] in self.stop_ids), n_shown)
+        while n_shown and len(decode(ids[:n_shown], self.talker.tokenizer)) > len(text):
+            n_shown -= 1
+        return tuple(self.logprobs.rows[k][:n_shown])
+
+    def _processors(self, watch: Watch | None, numbers: Sequence[int]) -> LogitsProcessorList:
+        processors = LogitsProcessorList([self.logprobs] if self.logprobs else [])
+        processors.extend(logits_processors(self.sampling, numbers))
+        if watch is not None and self.sampling.num_beams > 1:
+            processors.append(SeeBeams(watch))
+        return processors
+
+    def _criteria(self, watch: Watch | None) -> StoppingCriteriaList:
+        criteria = StoppingCriteriaList([RoomUsedUp([row.room for row in self.rows], self.n_prompt)])
+        if self.stop_texts:
+            criteria.append(StopAtText(self.stop_texts, self.talker.tokenizer, self.n_prompt))
+        if self.logprobs:
+            criteria.append(CollectLogprobs(self.logprobs))
+        if watch is not None:
+            criteria.append(EndWhenTold(watch))
+            if self.sampling.num_beams == 1:
+                criteria.append(SeeTokens(watch))
+        return criteria
+
+
+class GenerateThread(threading.Thread):
+    """Runs a call beside the thread that reads the answer."""
+
+    def __init__(self, call: Call, watch: Watch) -> None:
+        super().__init__(name="onecard-generate", daemon=True)
+        self._call, self._watch = call, watch
+        self._new_ids: list[list[int]] | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            new_ids = self._call.run(self._watch)
+            # Out of time, `generate` returns what it has, and the answer counts as cut.
+            self._new_ids = new_ids if not self._watch.must_end else None
+        except Left:
+            pass
+        except BaseException as reason:
+            self._error = reason
+        finally:
+            self._watch.finish()
+
+    def result(self) -> list[list[int]] | None:
+        """The new ids, or None when generation was left early. Raises what generation raised."""
+        error, self._error = self._error, None  # an exception that keeps itself alive would keep its tensors alive
+        if error is not None:
+            raise error
+        return self._new_ids
 
 
 def generate_batch(
@@ -60,7 +324,7 @@ def generate_batch(
     """Answer the last user turn of each conversation; one generation each, in order.
 
     Greedy answers equal those of the conversations asked one by one (in fp32; in 16 bits the padding changes the last
-    bits of the scores). Raises DataError for a prompt longer than the model can read.
+    bits of the scores). Raises ContextTooLong for a prompt longer than the model can read.
     """
     talker = Talker(model, tokenizer, template)
     rows = [prepare(talker, turns, sampling, number=number) for number, turns in enumerate(conversations)]
@@ -68,12 +332,12 @@ def generate_batch(
 
 
 def prepare(talker: Talker, turns: Sequence[Turn], sampling: SamplingOptions, *, number: int = 0) -> Row:
-    """The row for a conversation. Raises DataError when its prompt leaves no room for an answer."""
+    """The row for a conversation. Raises ContextTooLong when its prompt leaves no room for an answer."""
     ids = encode_prompt(turns, talker.template, talker.tokenizer)
     limit = longest_sequence(talker.model)
     room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(ids))
-    if room < 1:
-        raise DataError(f"the prompt has {len(ids)} tokens, and the model reads at most {limit}: shorten the question")
+    if limit is not None and room < 1:
+        raise ContextTooLong(len(ids), limit)
     return Row(ids, room, number)
 
 
@@ -81,31 +345,11 @@ def answer_rows(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions) 
     """Answer prepared rows in one call of `model.generate`, in order."""
     if not rows:
         return []
-    tokenizer, template = talker.tokenizer, talker.template
-    stop_ids, stop_texts = template.stop_ids(tokenizer), template.stop_strings(tokenizer)
-    pad_id = padding_id(tokenizer, stop_ids)
-    device = talker.model.device
-    input_ids, attention_mask = pad_left([row.ids for row in rows], pad_id)
-    n_prompt = input_ids.shape[1]
-    stopping = StoppingCriteriaList([RoomUsedUp([row.room for row in rows], n_prompt)])
-    if stop_texts:
-        stopping.append(StopAtText(stop_texts, tokenizer, n_prompt))
-    numbers = [row.number for row in rows]
-    with torch.inference_mode(), seeded(sampling, numbers, device):
-        sequences = talker.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            generation_config=generation_config(
-                sampling, stop_ids=stop_ids, pad_id=pad_id, max_new_tokens=max(row.room for row in rows)
-            ),
-            logits_processor=logits_processors(sampling, numbers),
-            stopping_criteria=stopping,
-        )
-    answers = []
-    for row, new_ids in zip(rows, sequences[:, n_prompt:].tolist(), strict=True):
-        ended = ended_answer(new_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, room=row.room)
-        answers.append(Generation(ended.text, ended.reason, len(row.ids), ended.n_tokens))
-    return answers
+    call = Call(talker, rows, sampling)
+    return [
+        Generation(ended.text, ended.reason or "length", len(row.ids), ended.n_tokens)
+        for row, ended in zip(rows, call.answers(call.run()), strict=True)
+    ]
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

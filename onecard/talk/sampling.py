@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -27,7 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from onecard.config import SamplingOptions
+from onecard.config_talk import SamplingOptions
 
 Mode = Literal["greedy", "sample", "beam", "beam-sample"]
 
@@ -39,8 +41,34 @@ def mode_of(sampling: SamplingOptions) -> Mode:
     return "sample" if sampling.temperature > 0 else "greedy"
 
 
+@dataclass(frozen=True)
+class CacheOptions:
+    """The key-value cache: `static` reserves it at once; `compile`, which needs that, compiles decoding on a GPU.
+
+    Compiled without CUDA graphs: those belong to the thread that recorded them, and answers come from several.
+    """
+
+    static: bool = False
+    compile: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What these are to `GenerationConfig`. Left alone, transformers compiles whenever the cache is static."""
+        settings: dict[str, Any] = {"disable_compile": not self.compile}
+        if self.static:
+            settings["cache_implementation"] = "static"
+        if self.compile:
+            settings["compile_config"] = CompileConfig(mode="default", fullgraph=False)
+        return settings
+
+
 def generation_config(
-    sampling: SamplingOptions, *, stop_ids: Sequence[int], pad_id: int, max_new_tokens: int
+    sampling: SamplingOptions,
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    num_return_sequences: int = 1,
+    cache: CacheOptions | None = None,
 ) -> GenerationConfig:
     """What `model.generate` needs for this mode.
 
@@ -50,6 +78,7 @@ def generation_config(
     is_beam_sample = mode_of(sampling) == "beam-sample"
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min(sampling.min_new_tokens, max_new_tokens) or None,
         num_beams=sampling.num_beams,
         # Plain sampling is done by `PickByRow`; generate itself then takes the one token left.
         do_sample=is_beam_sample,
@@ -63,10 +92,11 @@ def generation_config(
         no_repeat_ngram_size=sampling.no_repeat_ngram_size,
         length_penalty=1.0,
         early_stopping=False,
-        num_return_sequences=1,
+        num_return_sequences=num_return_sequences,
         eos_token_id=list(stop_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
+        **(cache or CacheOptions()).settings(),
     )
 
 

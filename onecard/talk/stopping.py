@@ -1,7 +1,7 @@
 """When an answer ends, and what of the generated tokens is shown.
 
 An answer ends at a stop id (the template's end token), at a stop text, or when its room is used up. Knows token ids
-and the tokenizer's decode. It does not know models or templates. Nothing is stripped from a text but what ended it.
+and their text (`decoding.py`). It does not know models or templates. Nothing is stripped from a text but what ended it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-FinishReason = Literal["stop", "length"]
-REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no whole character
-LONGEST_CUT_CHARACTER = 3  # bytes of a UTF-8 character that can stand there without the last one
+from onecard.talk.decoding import decode, without_cut_character, without_open_end
+
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """An answer's text, why it ended, and how many tokens were generated for it, the end itself included."""
+    """An answer's text, why it ended (None: it has not), and the number of its tokens, the end included."""
 
     text: str
-    reason: FinishReason
+    reason: FinishReason | None
     n_tokens: int
 
 
@@ -60,11 +60,6 @@ class RoomUsedUp(StoppingCriteria):
         return input_ids.shape[1] - self._n_prompt >= rooms
 
 
-def decode(ids: Sequence[int], tokenizer: Any) -> str:
-    """The exact text of these ids, without control tokens."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
 def ended_answer(
     new_ids: Sequence[int], tokenizer: Any, *, stop_ids: Sequence[int], stop_texts: Sequence[str], room: int
 ) -> Ended:
@@ -91,10 +86,14 @@ def ended_answer(
     return Ended(without_cut_character(text), "length", len(ids))
 
 
-def without_cut_character(text: str) -> str:
-    """The text without the bytes of a last character that is not whole yet: "猫\\ufffd\\ufffd" -> "猫"."""
-    n_cut = len(text) - len(text.rstrip(REPLACEMENT))
-    return text[: len(text) - min(n_cut, LONGEST_CUT_CHARACTER)]
+def answer_so_far(
+    new_ids: Sequence[int], tokenizer: Any, *, stop_ids: Sequence[int], stop_texts: Sequence[str], room: int
+) -> Ended:
+    """`ended_answer` while more tokens may come: `reason` None, and nothing in the text that they can still change."""
+    ended = ended_answer(new_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, room=room)
+    if ended.reason == "stop" or len(new_ids) >= room:
+        return ended
+    return Ended(without_open_end(ended.text, stop_texts), None, ended.n_tokens)
 
 
 def _first_stop(text: str, stop_texts: Sequence[str]) -> int | None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.config import SamplingOptions
+from onecard.config_talk import SamplingOptions
 from onecard.console import DataError
+from onecard.talk.decoding import decode
 from onecard.talk.generation import Row, Talker, answer_rows, generate_batch, pad_left, padding_id, prepare
 from onecard.text.conversation import Turn
 from onecard.text.encode import encode_prompt
@@ -38,7 +39,7 @@ def test_the_model_is_fed_what_training_would_feed_it(talker, questions) -> None
         ids = torch.tensor([encode_prompt(question, talker.template, talker.tokenizer)])
         for _ in range(12):  # the plainest greedy search: no cache, no padding, no generate
             ids = torch.cat([ids, talker.model(ids).logits[:, -1:].argmax(-1)], dim=1)
-        expected = talker.tokenizer.decode(ids[0, -12:], skip_special_tokens=True)
+        expected = decode(ids[0, -12:].tolist(), talker.tokenizer)
         assert answer.text == expected.rstrip("\ufffd")
 
 

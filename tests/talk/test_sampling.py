@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from onecard.config import SamplingOptions
+from onecard.config_talk import SamplingOptions
 from onecard.talk.sampling import PickByRow, generation_config, logits_processors, mode_of, seeded
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.talk.stopping import RoomUsedUp, StopAtText, decode, ended_answer, without_cut_character
+from onecard.talk.decoding import decode, without_cut_character
+from onecard.talk.stopping import RoomUsedUp, StopAtText, ended_answer
 
 TEXTS = [
     "Yes.\n### Instruction:\nmore", "好的。\nUser: 再见", "a\nUser:b\nUser:c", " \n\nUser: leading blanks", "User:",

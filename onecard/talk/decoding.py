@@ -1,0 +1,78 @@
+"""Token ids to text, exactly: what has been shown is never taken back, and no half character is shown.
+
+Knows the tokenizer's decode and how tokenizers spell single bytes. It does not know when an answer ends
+(`stopping.py`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no whole character
+LONGEST_CUT_CHARACTER = 3  # bytes of a UTF-8 character that can stand there without the last one
+
+_byte_tokens: weakref.WeakKeyDictionary[Any, Mapping[int, int]] = weakref.WeakKeyDictionary()
+
+
+def decode(ids: Sequence[int], tokenizer: Any) -> str:
+    """The exact text of these ids, without control tokens.
+
+    The text of a beginning, its replacement characters at the end aside, is a beginning of the text. SentencePiece's
+    byte tokens need help there: its decoder gives up a whole run of bytes when one of them fits nowhere.
+
+        <0xE4> <0xBD> <0xA0> <0xE5>   decoder alone: "����"   here: "你�"
+    """
+    values = _byte_values(tokenizer)
+    repaired = ids if values.keys().isdisjoint(ids) else _repaired(ids, values)
+    return str(tokenizer.decode(list(repaired), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def without_cut_character(text: str) -> str:
+    """The text without the bytes of a last character that is not whole yet: "猫\\ufffd\\ufffd" -> "猫"."""
+    n_cut = len(text) - len(text.rstrip(REPLACEMENT))
+    return text[: len(text) - min(n_cut, LONGEST_CUT_CHARACTER)]
+
+
+def without_open_end(text: str, stop_texts: Sequence[str]) -> str:
+    """The text without what more tokens may still change: a last character cut off, the beginning of a stop text.
+
+    stops "\\nUser:":  "Yes.\\nUs" -> "Yes."      "Yes.\\n\\n" -> "Yes.\\n"      "好\\ufffd" -> "好"
+    """
+    text = text.rstrip(REPLACEMENT)
+    n_open = 0
+    for stop in stop_texts:
+        lengths = range(min(len(stop) - 1, len(text)), n_open, -1)
+        n_open = next((length for length in lengths if text.endswith(stop[:length])), n_open)
+    return text[: len(text) - n_open]
+
+
+def _repaired(ids: Sequence[int], values: Mapping[int, int]) -> list[int]:
+    """The ids with every run of byte tokens made valid UTF-8: U+FFFD, in bytes, for what fits nowhere."""
+    tokens = {value: token_id for token_id, value in values.items()}
+    repaired: list[int] = []
+    run = bytearray()
+    for token_id in [*ids, None]:
+        if token_id is not None and token_id in values:
+            run.append(values[token_id])
+            continue
+        if run:
+            repaired += [tokens[value] for value in run.decode("utf-8", "replace").encode("utf-8")]
+            run.clear()
+        if token_id is not None:
+            repaired.append(token_id)
+    return repaired
+
+
+def _byte_values(tokenizer: Any) -> Mapping[int, int]:
+    """Token id -> byte, for tokenizers with the byte tokens <0x00> to <0xFF> of SentencePiece; empty for others."""
+    known = _byte_tokens.get(tokenizer)
+    if known is None:
+        names = [f"<0x{value:02X}>" for value in range(256)]
+        ids = tokenizer.convert_tokens_to_ids(names)
+        known = {token_id: value for value, token_id in enumerate(ids) if token_id is not None}
+        if len(known) < 256 or tokenizer.decode([ids[value] for value in "你".encode()]).strip() != "你":
+            known = {}
+        _byte_tokens[tokenizer] = known
+    return known
