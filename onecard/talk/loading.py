@@ -13,7 +13,7 @@ from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
 from onecard.talk.generation import Talker
 from onecard.talk.run_files import has_tokenizer, run_directory, stored_template
-from onecard.text.template import load_template
+from onecard.text.template import Template, load_template
 
 
 def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[Talker, dict[str, Any]]:
@@ -23,11 +23,7 @@ def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) 
     The tokenizer and, for `prompt_type` "auto", the template are the run's own. Raises ModelError and ConfigError.
     """
     options = replace(options, model_path=base_path(options.model_path, lora_path), gradient_checkpointing=False)
-    run = run_directory(lora_path)
-    tokenizer = load_tokenizer(
-        str(run) if has_tokenizer(run) else options.model_path, trust_remote_code=options.trust_remote_code
-    )
-    template = load_template((prompt_type == "auto" and stored_template(run)) or prompt_type, tokenizer)
+    tokenizer, template = load_words(options, lora_path, prompt_type)
     loaded = load_base(options, detect(options.device))
     model: Any = loaded.model
     if lora_path is not None:
@@ -44,6 +40,15 @@ def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) 
         "template": hashlib.sha256(template.jinja.encode("utf-8")).hexdigest(),
     }
     return Talker(model, tokenizer, template), depends_on
+
+
+def load_words(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[Any, Template]:
+    """The tokenizer and the template that go with an adapter, or with the base alone."""
+    run = run_directory(lora_path)
+    tokenizer = load_tokenizer(
+        str(run) if has_tokenizer(run) else options.model_path, trust_remote_code=options.trust_remote_code
+    )
+    return tokenizer, load_template((prompt_type == "auto" and stored_template(run)) or prompt_type, tokenizer)
 
 
 def base_path(model_path: str, lora_path: str | None) -> str:

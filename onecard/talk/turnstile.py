@@ -1,0 +1,73 @@
+"""One at a time, first come first served: who waits for the model, and how many are in front of whom.
+
+Knows tickets and threads. It does not know models or requests.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+from onecard.console import OneCardError
+
+LOOK_SECONDS = 0.05  # how soon a waiting request notices that it was cancelled
+PLACE_SECONDS = 0.5  # how often it tells its place
+
+
+class Busy(OneCardError):
+    """Nobody more may wait. `retry_after_seconds` is a guess from how long the last requests took."""
+
+    def __init__(self, n_waiting: int, retry_after_seconds: int) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(
+            f"the model is busy and {n_waiting} requests are waiting already; try again in "
+            f"{retry_after_seconds} seconds (--max_queue sets how many may wait)"
+        )
+
+
+class Turnstile:
+    """Lets one request in at a time, in the order in which they came; at most `max_waiting` wait."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._line: list[object] = []  # the first one is inside
+        self._changed = threading.Condition()
+        self._seconds_each = 5.0
+
+    def join(self) -> object:
+        """A ticket; give it back with `leave`, whatever happens. Raises Busy."""
+        ticket = object()
+        with self._changed:
+            n_waiting = max(len(self._line) - 1, 0)
+            if self._line and n_waiting >= self._max_waiting:
+                raise Busy(n_waiting, max(1, round(self._seconds_each * len(self._line))))
+            self._line.append(ticket)
+        return ticket
+
+    def wait(self, ticket: object, cancel: threading.Event) -> Iterator[int]:
+        """How many are in front, about twice a second, until it is this ticket's turn or `cancel` is set."""
+        told = 0.0
+        while not cancel.is_set():
+            with self._changed:
+                place = self._line.index(ticket)
+                if place == 0:
+                    return
+                self._changed.wait(LOOK_SECONDS)
+            if time.monotonic() - told >= PLACE_SECONDS:
+                told = time.monotonic()
+                yield place
+
+    def leave(self, ticket: object, seconds: float = 0.0) -> None:
+        """Let the next one in; `seconds` is how long this one was inside, 0 if it never was."""
+        with self._changed:
+            self._line.remove(ticket)
+            if seconds:
+                self._seconds_each += (seconds - self._seconds_each) / 4
+            self._changed.notify_all()
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait, the one inside not counted."""
+        with self._changed:
+            return max(len(self._line) - 1, 0)
