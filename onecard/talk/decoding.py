@@ -29,6 +29,18 @@ def decode(ids: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode(list(repaired), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def decode_after(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str:
+    """The text that `ids` add behind `before`: SentencePiece drops the space in front of the first word it decodes.
+
+    before "What", ids "▁is ▁it"  ->  " is it"; without before "is it"
+    """
+    if not before:
+        return decode(ids, tokenizer)
+    beginning = decode(before, tokenizer).rstrip(REPLACEMENT)
+    both = decode([*before, *ids], tokenizer)
+    return both[len(beginning) :] if both.startswith(beginning) else decode(ids, tokenizer)
+
+
 def without_cut_character(text: str) -> str:
     """The text without the bytes of a last character that is not whole yet: "猫\\ufffd\\ufffd" -> "猫"."""
     n_cut = len(text) - len(text.rstrip(REPLACEMENT))

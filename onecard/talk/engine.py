@@ -22,7 +22,7 @@ from onecard.config import ModelOptions
 from onecard.config_talk import LimitOptions, SamplingOptions, TalkerOptions
 from onecard.console import ConfigError, DataError, ModelError
 from onecard.talk.generation import Chunk, ContextTooLong, Row, Talker, Watching, longest_sequence, stream_rows
-from onecard.talk.reading import embed, score
+from onecard.talk.reading import Check, embed, score
 from onecard.talk.turnstile import Busy, Turnstile
 from onecard.talk.voices import Voice, Voices, open_voices
 from onecard.talk.watching import TokenLogprob
@@ -145,7 +145,7 @@ class Engine:
             raise LimitExceeded("--max_choices", f"{len(prompts)} texts at once; {self.limits.max_choices} are allowed")
         for ids in prompts:
             self._check_prompt(ids)
-        return self._alone(adapter, cancel, lambda talker: [embed(talker.model, ids) for ids in prompts])
+        return self._alone(adapter, cancel, lambda talker, check: [embed(talker.model, ids, check) for ids in prompts])
 
     def score(
         self,
@@ -157,7 +157,7 @@ class Engine:
         """What the model thinks of each of the prompt's own tokens; None for the first, which follows nothing."""
         self._check_prompt(prompt_ids)
         self._check_top(top_logprobs)
-        return self._alone(adapter, cancel, lambda talker: score(talker.model, prompt_ids, top_logprobs))
+        return self._alone(adapter, cancel, lambda talker, check: score(talker.model, prompt_ids, top_logprobs, check))
 
     def close(self) -> None:
         """Cancel all requests; later ones are refused with ModelError."""
@@ -177,7 +177,7 @@ class Engine:
             talker = self._voices.use(request.adapter, request.prompt_type)
             yield from stream_rows(talker, rows, request.sampling, watching, cancel)
 
-    def _alone(self, adapter: str, cancel: threading.Event | None, work: Callable[[Talker], Result]) -> Result:
+    def _alone(self, adapter: str, cancel: threading.Event | None, work: Callable[[Talker, Check], Result]) -> Result:
         """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
         cancel = cancel or threading.Event()
         self._voices.get(adapter)
@@ -186,11 +186,18 @@ class Engine:
         try:
             for _ in self._turnstile.wait(ticket, cancel):
                 pass
-            if cancel.is_set():
-                raise ModelError("the request was cancelled while it waited")
             begun = time.monotonic()
+            deadline = begun + (self.limits.max_request_seconds or math.inf)
+
+            def check() -> None:
+                if cancel.is_set():
+                    raise ModelError("the request was cancelled")
+                if time.monotonic() >= deadline:
+                    raise ModelError("this takes longer than --max_request_seconds allows; send less at once")
+
+            check()
             with memory_errors("the texts do not fit into memory; send shorter ones, or fewer at once"):
-                return work(self._voices.use(adapter))
+                return work(self._voices.use(adapter), check)
         finally:
             self._leave(ticket, cancel, begun)
 
@@ -226,7 +233,8 @@ class Engine:
                 raise LimitExceeded("--num_beams", "with several beams there are no log-probabilities of tokens")
         ids = self._prompt_ids(request, voice)
         room = min(sampling.max_new_tokens, self.context_limit - len(ids))
-        return [Row(ids, room, request.number + k) for k in range(request.n)]
+        continues = request.prompt_ids is not None
+        return [Row(ids, room, request.number + k, continues) for k in range(request.n)]
 
     def _prompt_ids(self, request: Request, voice: Voice) -> list[int]:
         if request.prompt_ids is not None:

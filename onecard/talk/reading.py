@@ -5,17 +5,18 @@ Knows one model and token ids. It does not know queues, limits (engine.py) or ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from onecard.talk.watching import TokenLogprob, token_logprobs
 
+Check = Callable[[], None]  # called between pieces; raises when nobody waits any more
 PIECE_TOKENS = 256  # logits of so many positions exist at once: 128 MB for a vocabulary of 128k
 
 
-def embed(model: Any, ids: Sequence[int]) -> list[float]:
+def embed(model: Any, ids: Sequence[int], check: Check) -> list[float]:
     """The mean over the tokens of the last hidden states, scaled to length 1. (hidden,)
 
     Mean pooling, as for sentence embeddings (https://arxiv.org/abs/1908.10084); the model was not trained for it, so
@@ -25,6 +26,7 @@ def embed(model: Any, ids: Sequence[int]) -> list[float]:
     cache = None
     with torch.inference_mode():
         for start in range(0, len(ids), PIECE_TOKENS):
+            check()
             piece = torch.tensor([list(ids[start : start + PIECE_TOKENS])], device=model.device)
             out = model(input_ids=piece, past_key_values=cache, use_cache=True, output_hidden_states=True)
             cache = out.past_key_values
@@ -33,7 +35,7 @@ def embed(model: Any, ids: Sequence[int]) -> list[float]:
     return [float(value) for value in vector.tolist()]
 
 
-def score(model: Any, ids: Sequence[int], n_top: int) -> list[TokenLogprob | None]:
+def score(model: Any, ids: Sequence[int], n_top: int, check: Check) -> list[TokenLogprob | None]:
     """The log-probability of each token after those before it, with the `n_top` likeliest; None for the first.
 
     ids A B C  ->  [None, log p(B | A), log p(C | A B)]
@@ -42,6 +44,7 @@ def score(model: Any, ids: Sequence[int], n_top: int) -> list[TokenLogprob | Non
     cache = None
     with torch.inference_mode():
         for start in range(0, len(ids) - 1, PIECE_TOKENS):
+            check()
             read = list(ids[start : min(start + PIECE_TOKENS, len(ids) - 1)])
             piece = torch.tensor([read], device=model.device)
             out = model(input_ids=piece, past_key_values=cache, use_cache=True)

@@ -12,8 +12,11 @@ from typing import Any
 
 import yaml
 
+from onecard.console import ConfigError
+
 OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")
 # Not trust_remote_code: running foreign code is decided by who types the command, never by a file that was copied.
 # Not device: the run may come from another machine.
 STORED_NAMES = ("model_path", "bits", "dtype", "attn_implementation")
@@ -53,3 +56,26 @@ def stored_template(run: Path | None) -> str | None:
 def has_tokenizer(run: Path | None) -> bool:
     """Whether the run keeps tokenizer files of its own."""
     return run is not None and any((run / name).is_file() for name in TOKENIZER_NAMES)
+
+
+def adapters_in(folder: str) -> dict[str, str]:
+    """The adapters of a folder by the name of theirs, sorted. Raises ConfigError when there is none."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ConfigError("--adapters_path", f"{folder} is not a folder")
+    found = {
+        inner.name: str(inner)
+        for inner in sorted(path.iterdir())
+        if inner.is_dir() and any((inner / name).is_file() for name in ADAPTER_FILES)
+    }
+    if not found:
+        raise ConfigError("--adapters_path", f"{folder} holds no folder with an adapter in it (adapter_config.json)")
+    return found
+
+
+def stored_by_first(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """`stored_options` of the adapter that was typed, else of the first one in the folder that was typed."""
+    lora_path, folder = typed.get("lora_path"), typed.get("adapters_path")
+    if lora_path is None and folder is not None:
+        lora_path = next(iter(adapters_in(folder).values()))
+    return stored_options(lora_path)

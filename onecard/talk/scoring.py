@@ -16,7 +16,8 @@ from onecard.config_talk import SamplingOptions
 from onecard.console import DataError
 from onecard.model.loss import summed_loss
 from onecard.talk.answers import answer_safely
-from onecard.talk.generation import Row, Talker, longest_sequence, padding_id
+from onecard.talk.call import Row, Talker, padding_id
+from onecard.talk.generation import longest_sequence
 from onecard.text.batches import collate, micro_batches
 from onecard.text.conversation import Conversation
 from onecard.text.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_prompt, encode_sample

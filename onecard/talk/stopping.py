@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from onecard.talk.decoding import decode, without_cut_character, without_open_end
+from onecard.talk.decoding import decode, decode_after, without_cut_character, without_open_end
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -61,9 +61,15 @@ class RoomUsedUp(StoppingCriteria):
 
 
 def ended_answer(
-    new_ids: Sequence[int], tokenizer: Any, *, stop_ids: Sequence[int], stop_texts: Sequence[str], room: int
+    new_ids: Sequence[int],
+    tokenizer: Any,
+    *,
+    stop_ids: Sequence[int],
+    stop_texts: Sequence[str],
+    room: int,
+    before: Sequence[int] = (),
 ) -> Ended:
-    """What is shown of a row's new ids, padding behind its end included.
+    """What is shown of a row's new ids, padding behind its end included; `before`: ids whose text the answer continues.
 
     stop id 2, ids  7 8 9 2 0 0        -> text of 7 8 9, "stop", 4 tokens
     stop text "\\nUser:", text "Yes.\\nUser: and"  -> "Yes.", "stop"
@@ -72,13 +78,15 @@ def ended_answer(
     ids = list(new_ids[:room])
     end = next((place for place, token_id in enumerate(ids) if token_id in stop_ids), None)
     answer = ids if end is None else ids[:end]
-    text = decode(answer, tokenizer)
+    text = decode_after(before, answer, tokenizer)
     cut = _first_stop(text, stop_texts)
     if cut is not None:
         # The shortest beginning that holds a stop text; more tokens never make it go away.
         lengths = range(1, len(answer) + 1)
         n_tokens = 1 + bisect_left(
-            lengths, True, key=lambda n: _first_stop(decode(answer[:n], tokenizer), stop_texts) is not None
+            lengths,
+            True,
+            key=lambda n: _first_stop(decode_after(before, answer[:n], tokenizer), stop_texts) is not None,
         )
         return Ended(text[:cut], "stop", n_tokens)
     if end is not None:
@@ -87,10 +95,16 @@ def ended_answer(
 
 
 def answer_so_far(
-    new_ids: Sequence[int], tokenizer: Any, *, stop_ids: Sequence[int], stop_texts: Sequence[str], room: int
+    new_ids: Sequence[int],
+    tokenizer: Any,
+    *,
+    stop_ids: Sequence[int],
+    stop_texts: Sequence[str],
+    room: int,
+    before: Sequence[int] = (),
 ) -> Ended:
     """`ended_answer` while more tokens may come: `reason` None, and nothing in the text that they can still change."""
-    ended = ended_answer(new_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, room=room)
+    ended = ended_answer(new_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, room=room, before=before)
     if ended.reason == "stop" or len(new_ids) >= room:
         return ended
     return Ended(without_open_end(ended.text, stop_texts), None, ended.n_tokens)

@@ -19,10 +19,9 @@ from onecard.console import ConfigError, ModelError, nearest, warn
 from onecard.model.adapters import load_adapter, remove_adapter
 from onecard.talk.generation import Talker
 from onecard.talk.loading import base_path, load_talker, load_words
+from onecard.talk.run_files import adapters_in
 from onecard.talk.sampling import CacheOptions
 from onecard.text.template import BUILT_IN, Template, load_template
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -129,21 +128,6 @@ def open_voices(
     if found and first is not None and name_of(base) not in {**typed, **others}:
         others[name_of(base)] = None
     return Voices(replace(options, model_path=base), talker_options, {**typed, **others})
-
-
-def adapters_in(folder: str) -> dict[str, str]:
-    """The adapters of a folder by the name of theirs, sorted. Raises ConfigError when there is none."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ConfigError("--adapters_path", f"{folder} is not a folder")
-    found = {
-        inner.name: str(inner)
-        for inner in sorted(path.iterdir())
-        if inner.is_dir() and any((inner / name).is_file() for name in ADAPTER_FILES)
-    }
-    if not found:
-        raise ConfigError("--adapters_path", f"{folder} holds no folder with an adapter in it (adapter_config.json)")
-    return found
 
 
 def name_of(path: str) -> str:

@@ -106,24 +106,18 @@ class SeeBeams(LogitsProcessor):
         return scores
 
 
-class SeeTokens(StoppingCriteria):
-    """Shows the rows, newest tokens included, to a watch and ends nothing."""
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._watch.offer(input_ids)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 class EndWhenTold(StoppingCriteria):
-    """Ends all rows when the watch says so: `generate` then returns as if they had ended by themselves."""
+    """Ends all rows when the watch says so: `generate` then returns as if they had ended by themselves.
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    shows: hand the rows, their newest tokens included, to the watch as well.
+    """
+
+    def __init__(self, watch: Watch, *, shows: bool) -> None:
+        self._watch, self._shows = watch, shows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self._shows:
+            self._watch.offer(input_ids)
         return torch.full((len(input_ids),), self._watch.must_end, dtype=torch.bool, device=input_ids.device)
 
 

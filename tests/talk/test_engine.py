@@ -246,3 +246,28 @@ def test_closing_cancels_what_runs_and_refuses_what_comes(options: ModelOptions)
     assert list(chunks)[-1][0].finish_reason == "cancelled"
     with pytest.raises(ModelError, match="shut down"):
         answer(engine)
+
+
+def test_a_completion_goes_on_in_the_prompts_words_with_the_space_between(engine: Engine, talker) -> None:
+    tokenizer = talker.tokenizer
+    n_spaces = 0
+    for k in range(12):
+        ids = [1, *tokenizer(f"The quick brown fox {k}", add_special_tokens=False)["input_ids"]]
+        sampling = SamplingOptions(max_new_tokens=6, temperature=2.0, seed=k)
+        chunk = answer(engine, turns=(), prompt_ids=tuple(ids), sampling=sampling, top_logprobs=0)
+        new = [entry.token_id for entry in chunk.logprobs]
+        whole = tokenizer.decode([*ids, *new], skip_special_tokens=True)
+        if "\ufffd" not in whole:
+            assert tokenizer.decode(ids, skip_special_tokens=True) + chunk.text == whole
+            n_spaces += chunk.text.startswith(" ")
+    assert n_spaces >= 1
+
+
+def test_reading_can_be_cancelled_and_has_its_time(options: ModelOptions) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    engine = open_engine(options, TalkerOptions(), LimitOptions(max_request_seconds=1e-6))
+    with pytest.raises(ModelError, match="cancelled"):
+        engine.embed([[1, 5]], cancel=cancel)
+    with pytest.raises(ModelError, match="max_request_seconds"):
+        engine.score([1, 5, 6])

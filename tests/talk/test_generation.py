@@ -12,8 +12,9 @@ import torch
 
 from onecard.config_talk import SamplingOptions
 from onecard.console import DataError
+from onecard.talk.call import pad_left, padding_id
 from onecard.talk.decoding import decode
-from onecard.talk.generation import Row, Talker, answer_rows, generate_batch, pad_left, padding_id, prepare
+from onecard.talk.generation import Row, Talker, answer_rows, generate_batch, prepare
 from onecard.text.conversation import Turn
 from onecard.text.encode import encode_prompt
 from onecard.text.template import Template, load_template

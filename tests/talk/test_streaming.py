@@ -12,7 +12,8 @@ import torch
 
 from onecard.config_talk import SamplingOptions
 from onecard.console import ConfigError
-from onecard.talk.generation import Call, Row, Watching, prepare, stream, stream_rows
+from onecard.talk.call import Call
+from onecard.talk.generation import Row, Watching, prepare, stream, stream_rows
 from onecard.talk.sampling import generation_config, logits_processors, mode_of, seeded
 from onecard.talk.watching import Watch, decoder_layers
 from onecard.text.conversation import Turn
