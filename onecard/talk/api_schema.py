@@ -1,0 +1,312 @@
+"""The bodies that go in and out, as models that check themselves and describe themselves in the OpenAPI document.
+
+Names, types and bounds are OpenAI's (https://platform.openai.com/docs/api-reference), with additions of this
+server's. Does not know what a value does to an answer (`api_requests.py`) or which limits the server was started with.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, FailFast, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
+
+MOST_ALTERNATIVES = 20
+MOST_STOPS = 16
+LONGEST_STOP = 1000  # characters
+BIGGEST = 2**31 - 1
+
+# Parameters of OpenAI's that change nothing here, with the values by which a client says that it does not need them.
+# None and, where the type has one, its empty value are neutral everywhere.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 0, 1),
+    "dimensions": (None,),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "metadata": (None, {}),
+    "modalities": (None, [], ["text"]),
+    "moderation": (None,),
+    "parallel_tool_calls": (None, False, True),
+    "prediction": (None,),
+    "presence_penalty": (None, 0),
+    "prompt_cache_key": (None, ""),
+    "prompt_cache_options": (None, {}),
+    "prompt_cache_retention": (None,),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "safety_identifier": (None, ""),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+# What clients send back of an earlier answer's message, and what has no meaning here.
+NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "name": (None,),
+    "reasoning_content": (None, ""),
+    "refusal": (None, ""),
+    "tool_call_id": (None,),
+    "tool_calls": (None, []),
+}
+
+TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
+TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        TOKEN_IDS,
+        {"type": "array", "items": TOKEN_IDS, "minItems": 1},
+    ]
+}
+STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+STOP = {"anyOf": [STOP_TEXT, {"type": "array", "items": STOP_TEXT, "maxItems": MOST_STOPS}, {"type": "null"}]}
+
+
+def close_request(schema: dict[str, Any]) -> None:
+    """Say in the document what `api_requests.check_names` does: other names are refused, neutral values are not."""
+    schema["additionalProperties"] = False
+    for name, values in NEUTRAL.items():
+        note = {"description": "Not supported; only these values are taken.", "enum": list(values)}
+        schema["properties"].setdefault(name, note)
+
+
+def close_message(schema: dict[str, Any]) -> None:
+    """The same for one message."""
+    schema["additionalProperties"] = False
+    for name, values in NEUTRAL_IN_MESSAGE.items():
+        schema["properties"].setdefault(name, {"description": "Not supported.", "enum": list(values)})
+
+
+class Message(BaseModel):
+    """One message of the conversation. Contents are texts; several text parts are joined."""
+
+    model_config = {"extra": "allow", "json_schema_extra": close_message}
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Any, WithJsonSchema(CONTENT)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides the answer."""
+
+    model_config = {"extra": "forbid"}
+
+    include_usage: StrictBool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class SamplingParameters(BaseModel):
+    """How answers are chosen; what is left out is as the server was started. The last five are this server's own."""
+
+    model: StrictStr
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[Any, WithJsonSchema(STOP)] = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    user: StrictStr | None = None
+    top_k: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+    repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    num_beams: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    no_repeat_ngram_size: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+
+
+class ChatRequest(SamplingParameters):
+    """POST /v1/chat/completions."""
+
+    model_config = {"extra": "allow", "json_schema_extra": close_request}
+
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+
+
+class CompletionRequest(SamplingParameters):
+    """POST /v1/completions."""
+
+    model_config = {"extra": "allow", "json_schema_extra": close_request}
+
+    prompt: Annotated[Any, WithJsonSchema(PROMPT)]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    echo: StrictBool | None = None
+
+
+class EmbeddingRequest(BaseModel):
+    """POST /v1/embeddings."""
+
+    model_config = {"extra": "allow", "json_schema_extra": close_request}
+
+    model: StrictStr
+    input: Annotated[Any, WithJsonSchema(PROMPT)]
+    encoding_format: Literal["float", "base64"] | None = None
+    user: StrictStr | None = None
+
+
+class UsageBody(BaseModel):
+    """Tokens; with several choices the prompt counts once and the answers together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Alternative(BaseModel):
+    """A token that could have stood there. `bytes` are those of its text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenInfo(Alternative):
+    """A token of the answer."""
+
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities in the form of chat."""
+
+    content: list[TokenInfo]
+    refusal: None = None
+
+
+class ChatAnswer(BaseModel):
+    """What the assistant said."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of `n` answers."""
+
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageBody
+    system_fingerprint: str
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities in the form of completions; all four lists have one entry per token."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(BaseModel):
+    """One of `n` continuations of one prompt."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    """The answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageBody
+    system_fingerprint: str
+
+
+class Embedding(BaseModel):
+    """One vector: numbers, or base64 of little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The answer of /v1/embeddings."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class ModelCard(BaseModel):
+    """A name that `model` may have."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "onecard"
+
+
+class ModelList(BaseModel):
+    """The answer of /v1/models; the first is the one the server was started with."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """The answer of /health."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; `param` is the field that is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorDetail
