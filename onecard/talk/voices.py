@@ -113,11 +113,12 @@ def open_voices(
 ) -> Voices:
     """Load the model, and find the adapters of a folder. Raises ConfigError and ModelError.
 
-    The first name is the adapter's that was typed, else the base's; with a folder, its adapters and the base follow.
+    The first name is the adapter that was typed, else the first of the folder, else the base; the others of the
+    folder follow, and the base.
     """
     first = talker_options.lora_path
     found = adapters_in(adapters_path) if adapters_path else {}
-    if options.model_path == "auto" and first is None and found:
+    if first is None and found:
         first = next(iter(found.values()))
     base = base_path(options.model_path, first)
     typed = {model_name or name_of(first or base): first}

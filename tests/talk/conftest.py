@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 
@@ -61,3 +63,17 @@ def run_dir(lively_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
               "data_path": "train.json", "output_path": str(run), "trust_remote_code": True, "seed": 7}  # fmt: skip
     (run / "onecard.yaml").write_text(yaml.safe_dump(stored), encoding="utf-8")
     return run
+
+
+@pytest.fixture(scope="session")
+def adapters_folder(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters for the same base, one of them with other weights and another template, and clutter."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(run_dir, folder / "first")
+    shutil.copytree(run_dir, folder / "second", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    weights = folder / "second" / "adapter_model.safetensors"
+    tensors = {name: -2 * value for name, value in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    (folder / "notes").mkdir()
+    (folder / "readme.txt").write_text("not an adapter", encoding="utf-8")
+    return folder

@@ -68,7 +68,7 @@ def test_half_a_character_does_not_stop_the_saving(tmp_path: Path) -> None:
 
 
 def test_a_template_out_of_a_file_is_not_named() -> None:
-    assert "prompt_type" not in json.loads(to_json(Chat(prompt_type="/home/me/my.jinja")))
+    assert "prompt_type" not in json.loads(to_json(Chat(prompt_type="/data/me/my.jinja")))
 
 
 def test_saving_replaces_the_whole_file_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,22 +33,6 @@ def engine(options: ModelOptions) -> Engine:
     return open_engine(options, TalkerOptions(prompt_type="alpaca"), LimitOptions(max_queue=2, max_beams=4))
 
 
-@pytest.fixture(scope="module")
-def folder(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters for the same base, one of them with other weights and another template, and clutter."""
-    import safetensors.torch
-
-    folder = tmp_path_factory.mktemp("adapters")
-    shutil.copytree(run_dir, folder / "first")
-    shutil.copytree(run_dir, folder / "second", ignore=shutil.ignore_patterns("chat_template.jinja"))
-    weights = folder / "second" / "adapter_model.safetensors"
-    tensors = {name: -2 * value for name, value in safetensors.torch.load_file(weights).items()}
-    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
-    (folder / "notes").mkdir()
-    (folder / "readme.txt").write_text("not an adapter", encoding="utf-8")
-    return folder
-
-
 def answer(engine: Engine, **request) -> Chunk:
     return list(engine.stream(Request(**{"turns": ASK, "sampling": BRIEF, **request})))[-1][0]
 
@@ -176,12 +160,14 @@ def test_other_faults_are_not_taken_for_memory(engine: Engine) -> None:
     assert answer(engine).text
 
 
-def test_adapters_are_switched_by_name_each_with_its_own_words(options: ModelOptions, folder: Path) -> None:
+def test_adapters_are_switched_by_name_each_with_its_own_words(options: ModelOptions, adapters_folder: Path) -> None:
     alone = {
-        name: answer(open_engine(options, TalkerOptions(lora_path=str(folder / name)), LimitOptions()))
+        name: answer(open_engine(options, TalkerOptions(lora_path=str(adapters_folder / name)), LimitOptions()))
         for name in ("first", "second")
     }
-    engine = open_engine(options, TalkerOptions(lora_path=str(folder / "second")), LimitOptions(), str(folder))
+    engine = open_engine(
+        options, TalkerOptions(lora_path=str(adapters_folder / "second")), LimitOptions(), str(adapters_folder)
+    )
     base = engine.names[2]
     assert engine.names == ("second", "first", Path(options.model_path).name)
     assert alone["first"].text != alone["second"].text
@@ -195,9 +181,9 @@ def test_adapters_are_switched_by_name_each_with_its_own_words(options: ModelOpt
 
 
 def test_an_adapter_that_does_not_load_leaves_the_one_before(
-    options: ModelOptions, folder: Path, tmp_path: Path
+    options: ModelOptions, adapters_folder: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(folder, tmp_path / "mixed")
+    shutil.copytree(adapters_folder, tmp_path / "mixed")
     (tmp_path / "mixed" / "second" / "adapter_model.safetensors").write_bytes(b"damaged")
     engine = open_engine(options, TalkerOptions(), LimitOptions(), str(tmp_path / "mixed"))
     before = answer(engine)

@@ -160,7 +160,7 @@ def test_who_waits_hears_so_and_is_then_answered(server: Running) -> None:
     ("reason", "status", "code"),
     [
         (OutOfMemory("lower --max_new_tokens"), 503, "out_of_memory"),
-        (ModelError("broken /home/me/adapter"), 500, "model_error"),
+        (ModelError("broken /data/me/adapter"), 500, "model_error"),
         (ValueError("prompt: SECRET"), 500, "internal_error"),
     ],
 )
@@ -182,7 +182,7 @@ def test_errors_before_and_after_the_first_piece(
         assert "choices" in events[0]
         assert "[DONE]" not in events
     assert "SECRET" not in answer.text
-    assert "/home/me" not in answer.text
+    assert "/data/me" not in answer.text
     printed = capfd.readouterr()
     assert "SECRET" not in printed.out + printed.err
     assert "Traceback" not in printed.err
