@@ -1,4 +1,4 @@
-"""The stories, each on one screen: fine-tune a model; ask a model.
+"""The stories, each on one screen: fine-tune a model, ask it, chat with it, serve it.
 
 A recipe strings the parts together and decides nothing else; what a part does is told in its own module. Heavy
 libraries are imported inside the recipes, after the options are known to be good.
@@ -6,12 +6,13 @@ libraries are imported inside the recipes, after the options are known to be goo
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from onecard import cli
 from onecard.config import FinetuneConfig
-from onecard.config_talk import GenerateConfig
+from onecard.config_talk import ChatConfig, GenerateConfig, PageOptions, ServeConfig
 from onecard.console import say
 
 
@@ -76,29 +77,131 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _generate(config: GenerateConfig) -> None:
-    from onecard.talk.answer_file import AnswerFile
-    from onecard.talk.answers import Job, answer_questions, survey, with_system
-    from onecard.talk.generation import Generation, answer_rows, prepare
+    if config.ask.web:
+        return _ask_page(config)
+    if config.ask.data_path and config.ask.output_path:
+        return _answer_file(config)
+    return _ask(config)
+
+
+def _ask(config: GenerateConfig) -> None:
+    """Answer one instruction, or whoever sits at the keyboard."""
+    from onecard.talk.answers import with_system
+    from onecard.talk.generation import Chunk, Watching, prepare, stream_rows
     from onecard.talk.loading import load_talker
+    from onecard.talk.sampling import CacheOptions
     from onecard.talk.terminal import answer_once, interact
     from onecard.text.conversation import Turn
-    from onecard.text.sources import data_fingerprint
 
     ask, sampling = config.ask, config.sampling
-    n_questions = survey(ask.data_path) if ask.data_path else 0
-    talker, depends_on = load_talker(config.model, config.talker.lora_path, config.talker.prompt_type)
+    talker, _ = load_talker(config.model, config.talker.lora_path, config.talker.prompt_type)
+    talker = replace(talker, cache=CacheOptions(config.talker.static_cache, config.talker.compile))
 
-    def answer(instruction: str, number: int) -> Generation:
+    def answer(instruction: str, number: int) -> Iterator[Chunk]:
         turns = with_system([Turn("user", instruction, ask.input)], config.talker.system)
-        return answer_rows(talker, [prepare(talker, turns, sampling, number=number)], sampling)[0]
+        row = prepare(talker, turns, sampling, number=number)
+        for (chunk,) in stream_rows(talker, [row], sampling, Watching(show_beams=ask.show_beams)):
+            yield chunk
 
-    if ask.data_path and ask.output_path:
-        depends_on |= {"questions": data_fingerprint(ask.data_path), **asdict(sampling), "system": config.talker.system}
-        job = Job(talker, ask.data_path, n_questions, sampling, ask.batch_size, config.talker.system)
-        with AnswerFile(Path(ask.output_path), depends_on) as answers:
-            tally = answer_questions(job, answers)
-        say(f"{tally.line()}; all {n_questions} are in {ask.output_path}")
-    elif ask.instruction is not None:
-        answer_once(answer, ask.instruction)
+    rewrites = sampling.num_beams > 1
+    if ask.instruction is not None:
+        answer_once(answer, ask.instruction, rewrites=rewrites)
     else:
-        interact(answer)
+        interact(answer, rewrites=rewrites)
+
+
+def _answer_file(config: GenerateConfig) -> None:
+    """Answer a file of questions, going on where an earlier start was cut off."""
+    from onecard.talk.answer_file import AnswerFile
+    from onecard.talk.answers import Job, answer_questions, survey
+    from onecard.talk.loading import load_talker
+    from onecard.text.sources import data_fingerprint
+
+    ask, sampling, system = config.ask, config.sampling, config.talker.system
+    data_path, output_path = str(ask.data_path), str(ask.output_path)
+    n_questions = survey(data_path)
+    talker, depends_on = load_talker(config.model, config.talker.lora_path, config.talker.prompt_type)
+    depends_on |= {"questions": data_fingerprint(data_path), **asdict(sampling), "system": system}
+    job = Job(talker, data_path, n_questions, sampling, ask.batch_size, system)
+    with AnswerFile(Path(output_path), depends_on) as answers:
+        tally = answer_questions(job, answers)
+    say(f"{tally.line()}; all {n_questions} are in {output_path}")
+
+
+def _ask_page(config: GenerateConfig) -> None:
+    """Open the page for single questions."""
+    from onecard.talk.engine import open_engine
+    from onecard.talk.page_examples import questions
+    from onecard.talk.web import ask_page, launch
+
+    engine = open_engine(config.model, config.talker, config.limits)
+    blocks = ask_page(
+        engine,
+        config.sampling,
+        config.page,
+        system=config.talker.system,
+        show_beams=config.ask.show_beams,
+        examples=questions(),
+    )
+    launch(blocks, config.page, max_body_bytes=config.limits.max_body_bytes)
+
+
+def chat(config: ChatConfig) -> None:
+    """Chat with a model: on a page in the browser, or in the terminal.
+
+    Raises OneCardError with what to do next; faults of single answers are told there and end nothing.
+    """
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    with quiet_bitsandbytes():
+        _chat(config)
+
+
+def _chat(config: ChatConfig) -> None:
+    from onecard.talk.engine import open_engine
+
+    chat, talker = config.chat, config.talker
+    engine = open_engine(config.model, talker, config.limits, chat.adapters_path)
+    if chat.cli:
+        from onecard.talk.session import Session
+        from onecard.talk.terminal_chat import chat_in_terminal
+
+        session = Session(system=talker.system)
+        chat_in_terminal(engine, session, config.sampling, show_beams=chat.show_beams, load=chat.load_chat)
+    else:
+        from onecard.talk.page_examples import first_messages
+        from onecard.talk.web import chat_page, launch
+
+        blocks = chat_page(
+            engine, config.sampling, config.page, system=talker.system, show_beams=chat.show_beams,
+            examples=first_messages(),
+        )  # fmt: skip
+        launch(blocks, config.page, max_body_bytes=config.limits.max_body_bytes)
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve a model over the OpenAI API, and the chat page beside it if it is wanted, until Ctrl-C or SIGTERM.
+
+    Raises OneCardError with what to do next; faults of single requests go to their clients.
+    """
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    with quiet_bitsandbytes():
+        _serve(config)
+
+
+def _serve(config: ServeConfig) -> None:
+    from onecard.talk.engine import open_engine
+    from onecard.talk.server import build_app, run_server
+
+    options, talker = config.serve, config.talker
+    engine = open_engine(config.model, talker, config.limits, options.adapters_path, options.model_name)
+    app = build_app(engine, options, config.limits, config.sampling, talker.system)
+    if options.web:
+        from onecard.talk.page_examples import first_messages
+        from onecard.talk.web import chat_page, mount
+
+        page = PageOptions(host=options.host, language=options.language)
+        blocks = chat_page(engine, config.sampling, page, system=talker.system, examples=first_messages())
+        mount(app, blocks)
+    run_server(app, options.host, options.port)

@@ -1,0 +1,137 @@
+"""A real Chromium, and pages to open in it: one browser and one server per module, a context of its own per test.
+
+Skipped, with the reason printed, where there is no Chromium or no playwright. ONECARD_SCREENSHOTS=<run
+directory> writes what the README shows into docs/screenshots/.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "docs" / "screenshots"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium with a user-data folder of its own."""
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not there; apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=str(CHROMIUM), headless=True, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def shared_context(browser: Any) -> Any:
+    """One context for all tests that need no other, so that the page's scripts are fetched and compiled once."""
+    return browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US")
+
+
+class Opener:
+    """Opens pages, and remembers what they asked of foreign hosts and what went wrong in them."""
+
+    def __init__(self, browser: Any, shared: Any) -> None:
+        self._browser, self._shared = browser, shared
+        self._pages: list[Any] = []
+        self._urls: set[str] = set()
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+
+    def __call__(self, url: str, **options: Any) -> Any:
+        """A page that is ready; with options for a context of its own, else a tab of the shared one."""
+        viewport = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
+        context = self._browser.new_context(**(viewport | options)) if options else self._shared
+        page = context.new_page()
+        page.set_default_timeout(8000)
+        page.on("request", lambda request: self.foreign.append(request.url) if is_foreign(request.url) else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self._pages.append(page)
+        self._urls.add(url)
+        page.goto(url)
+        page.wait_for_selector("#oc-submit")
+        page.wait_for_function("window.onecard && onecard.is_ready()")
+        return page
+
+    def close(self) -> None:
+        """Close everything and forget what was stored; a tab of the next test would take up a chat of this one."""
+        for page in [*self._shared.pages, *self._pages]:
+            page.close()
+            if page.context is not self._shared:
+                page.context.close()
+        for url in self._urls:
+            page = self._shared.new_page()
+            page.route("**/*", lambda route: route.fulfill(body="", content_type="text/html"))
+            page.goto(url)
+            page.evaluate("localStorage.clear()")
+            page.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, shared_context: Any) -> Iterator[Opener]:
+    """open_page(url) -> a page; foreign requests and errors in it fail the test."""
+    opener = Opener(browser, shared_context)
+    yield opener
+    opener.close()
+    assert opener.foreign == []
+    assert opener.errors == []
+
+
+def is_foreign(url: str) -> bool:
+    return not url.startswith(("http://127.0.0.1:", "data:", "blob:"))
+
+
+@contextmanager
+def serving(web_page: Any, **options: Any) -> Iterator[str]:
+    """The address of a page that is served from a thread of this process."""
+    import uvicorn
+
+    from onecard.config_talk import PageOptions
+    from onecard.talk import web
+    from onecard.talk.listening import open_socket
+    from onecard.talk.page_server import Doors, page_application
+
+    page = PageOptions(**options)
+    doors = Doors(lambda app: web.mount(app, web_page, auth=page.auth), web.public_link)
+    application = page_application(doors, page, max_body_bytes=2_000_000)
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
+    with open_socket("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join(10)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "") -> Any:
+    """The first true value of `condition`, which is asked again and again for so long."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"not within {seconds} s: {what or condition}"
+        time.sleep(0.02)
+
+
+def shot(page: Any, name: str) -> None:
+    """A picture for the documents."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.mouse.move(2, 2)
+    page.evaluate("scrollTo(0, 0); document.querySelector('#oc-side').scrollTop = 0; document.activeElement.blur()")
+    page.wait_for_timeout(400)
+    page.screenshot(path=str(SCREENSHOTS / name))

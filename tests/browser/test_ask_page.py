@@ -1,0 +1,173 @@
+"""The page for single questions, and a chat, in Chromium over the real engine: the tiny base model of the project."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import serving, shot, wait_until
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PICTURES_OF = os.environ.get("ONECARD_SCREENSHOTS") or None  # a run directory, such as that of scripts/quickstart.sh
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Any]:
+    from onecard.config import ModelOptions
+    from onecard.config_talk import LimitOptions, TalkerOptions
+    from onecard.talk.engine import open_engine
+
+    model = ModelOptions(
+        model_path=str(REPOSITORY / "sample" / "tiny-llama"), bits=32, device="cpu", gradient_checkpointing=False
+    )
+    engine = open_engine(model, TalkerOptions(lora_path=PICTURES_OF), LimitOptions(max_beams=4))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def flagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("flags") / "flagged.jsonl"
+
+
+@pytest.fixture(scope="module")
+def url(engine: Any, flagged: Path) -> Iterator[str]:
+    from onecard.config_talk import PageOptions, SamplingOptions
+    from onecard.talk import page_examples, web
+
+    blocks = web.ask_page(
+        engine, SamplingOptions(max_new_tokens=24), PageOptions(), examples=page_examples.questions(), flag_path=flagged
+    )
+    with serving(blocks) as address:
+        yield address
+
+
+def set_number(page: Any, name: str, value: float) -> None:
+    box = page.locator(f"#oc-{name} input[type=number]")
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def finished(page: Any) -> str:
+    wait_until(lambda: "tokens/s" in page.inner_text("#oc-status") and page.is_visible("#oc-submit"), 20)
+    return page.input_value("#oc-answer textarea")
+
+
+def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> None:
+    from onecard.config_talk import SamplingOptions
+    from onecard.talk.engine import Request
+    from onecard.text.conversation import Turn
+
+    page = open_page(url)
+    page.click("text=Find the job in the text.")
+    wait_until(lambda: "nurse" in page.input_value("#oc-input textarea"))
+    set_number(page, "num_beams", 3)
+    page.check("#oc-show_beams input")
+    page.click("#oc-submit")
+    answer = finished(page)
+    turns = (Turn("user", "Find the job in the text.", page.input_value("#oc-input textarea")),)
+    request = Request(turns, sampling=SamplingOptions(max_new_tokens=24, num_beams=3), show_beams=True)
+    last = list(engine.stream(request))[-1][0]
+    assert answer == last.text
+    assert page.locator("#oc-beams textarea:visible").count() == 3
+    shown = page.locator("#oc-beams textarea:visible").evaluate_all("all => all.map(area => area.value)")
+    assert tuple(shown) == last.beams
+
+
+def test_copy_and_flag(open_page: Any, url: str, flagged: Path) -> None:
+    page = open_page(url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#oc-flag")
+    wait_until(lambda: page.is_visible("#oc-note") and "no finished answer" in page.inner_text("#oc-note"))
+    assert not flagged.exists()
+    page.fill("#oc-instruction textarea", "Translate morning into Chinese. <b>")
+    page.click("#oc-submit")
+    answer = finished(page)
+    page.click("#oc-answer button")
+    assert page.evaluate("navigator.clipboard.readText()") == answer
+    page.fill("#oc-comment textarea", "很好")
+    page.click("#oc-flag")
+    wait_until(lambda: "entry 1 of flagged.jsonl" in page.inner_text("#oc-note"))
+    entry = json.loads(flagged.read_text(encoding="utf-8"))
+    assert (entry["instruction"], entry["output"], entry["comment"]) == (
+        "Translate morning into Chinese. <b>", answer, "很好",
+    )  # fmt: skip
+    assert entry["sampling"]["max_new_tokens"] == 24
+
+
+def test_the_real_engine_in_a_chat(open_page: Any, engine: Any) -> None:
+    from onecard.config_talk import PageOptions, SamplingOptions
+    from onecard.talk import web
+    from tests.browser.test_chat_page import ask, at_rest, bubbles, send
+
+    sampling = SamplingOptions(max_new_tokens=400, min_new_tokens=400, temperature=1.0)
+    with serving(web.chat_page(engine, sampling, PageOptions())) as address:
+        page = open_page(address)
+        send(page, "What is the capital of France?")
+        wait_until(lambda: len(bubbles(page)) == 2 and len(bubbles(page)[-1]) > 30)
+        page.click("#oc-stop")
+        at_rest(page)
+        partial = bubbles(page)[-1]
+        assert "stopped" in page.inner_text("#oc-status")
+        set_number(page, "min_new_tokens", 0)
+        set_number(page, "max_new_tokens", 12)
+        ask(page, "And the capital of Brazil?")
+        assert bubbles(page)[1] == partial
+        assert "context" in page.inner_text("#oc-status")
+
+
+def test_a_password_is_asked_for(browser: Any, engine: Any) -> None:
+    import httpx
+
+    from onecard.config_talk import PageOptions, SamplingOptions
+    from onecard.talk import web
+
+    page = PageOptions(auth="me:secret")
+    with serving(web.ask_page(engine, SamplingOptions(), page), auth="me:secret") as address:
+        for path in ("config", "gradio_api/queue/data?session_hash=x"):
+            assert httpx.get(address + path).status_code == 401, path
+        refused = httpx.post(address + "gradio_api/queue/join", json={"fn_index": 0, "data": [], "session_hash": "x"})
+        assert refused.status_code == 401
+        assert httpx.post(address + "login", data={"username": "me", "password": "wrong"}).status_code == 400
+        context = browser.new_context()
+        tab = context.new_page()
+        tab.goto(address)
+        tab.fill("input[type=text], textarea", "me")
+        tab.fill("input[type=password]", "secret")
+        tab.click("button")
+        tab.wait_for_selector("#oc-submit", timeout=8000)
+        context.close()
+
+
+@pytest.mark.skipif(PICTURES_OF is None, reason="ONECARD_SCREENSHOTS=<run directory> renews the pictures in docs/")
+def test_pictures_for_the_documents(open_page: Any, url: str, engine: Any) -> None:
+    from onecard.config_talk import PageOptions, SamplingOptions
+    from onecard.talk import web
+    from tests.browser.test_chat_page import ask
+
+    page = open_page(url, viewport={"width": 1280, "height": 940})
+    page.click("text=Translate morning into Chinese.")
+    wait_until(lambda: "morning" in page.input_value("#oc-instruction textarea"))
+    set_number(page, "num_beams", 3)
+    page.check("#oc-show_beams input")
+    page.click("#oc-submit")
+    finished(page)
+    shot(page, "ask_beams.png")
+    # One question each: what the quickstart teaches is single questions.
+    english, chinese = ["What is the capital of France?"], ["法国的首都是哪里？"]
+    phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+    dark = {"locale": "zh-CN", "color_scheme": "dark"}
+    with serving(web.chat_page(engine, SamplingOptions(max_new_tokens=200), PageOptions())) as address:
+        for name, options, questions in (
+            ("chat.png", {"locale": "en-US"}, english), ("chat_zh_dark.png", dark, chinese),
+            ("chat_phone.png", phone, english),
+        ):  # fmt: skip
+            page = open_page(address, **options)
+            for question in questions:
+                ask(page, question)
+            shot(page, name)
