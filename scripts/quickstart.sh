@@ -32,8 +32,8 @@ cat <<END
 
 Ask it one thing:
   $shown generate.py --lora_path $output --instruction "What is the capital of Poland?"
-Talk to it, one question after another:
-  $shown generate.py --lora_path $output
+Chat with it in the browser (or here, with --cli):
+  $shown chat.py --lora_path $output
 Train on your own data, on your own card (see README.md):
   $shown finetune.py --model_path Qwen/Qwen2.5-7B-Instruct --data_path my_data.json --output_path outputs/mine
 END

@@ -20,11 +20,12 @@ import yaml
 
 from onecard import cli
 from onecard.config import FinetuneConfig
-from onecard.config_talk import GenerateConfig
+from onecard.config_talk import ChatConfig, GenerateConfig, ServeConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md"]
 SCRIPTS = sorted(path.name for path in (REPOSITORY / "scripts").glob("*.sh") if path.name != "environment.sh")
+TALKING = ("generate.sh", "chat_7B.sh", "chat_cli.sh", "serve.sh")
 RECIPES = [name for name in SCRIPTS if name not in ("quickstart.sh", "test.sh")]
 TOOLS = sorted(path.name for path in (REPOSITORY / "tools").glob("*.py"))
 SETTINGS = sorted(path.name for path in (REPOSITORY / "config-sample").glob("*.yaml"))
@@ -66,6 +67,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run in ("mine", "quickstart", "finetune-4bit"):
         (root / "outputs" / run).mkdir(parents=True)
         (root / "outputs" / run / "onecard.yaml").write_text(cli.to_yaml(FinetuneConfig()), encoding="utf-8")
+        (root / "outputs" / run / "adapter_config.json").write_text("{}", encoding="utf-8")
     # In place of Python: starts it, and makes every program end once its options are read.
     dry = root / "dry-python"
     dry.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" --print_config\n', encoding="utf-8")
@@ -119,7 +121,8 @@ def test_commands_were_found() -> None:
     assert len(found["README.md"]) >= 15
     assert len(found["CONTRIBUTING.md"]) >= 3
     programs = {word for _, line in COMMANDS for word in shlex.split(line) if word.endswith((".py", ".sh"))}
-    assert {"finetune.py", "finetune_chat.py", "generate.py", "scripts/quickstart.sh", "scripts/test.sh"} <= programs
+    assert {"finetune.py", "finetune_chat.py", "generate.py", "chat.py", "tools/serve.py"} <= programs
+    assert {"scripts/quickstart.sh", "scripts/test.sh"} <= programs
 
 
 def test_installations_name_real_files() -> None:
@@ -143,7 +146,7 @@ def test_both_languages_give_the_same_commands_and_sections() -> None:
 
 
 @needs_bash
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("generate.sh", "finetune_continue.sh")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*TALKING, "finetune_continue.sh")])
 def test_training_recipe_starts(stage: Path, name: str) -> None:
     # From another folder: the sample's files are found, results land where one stands. Words are handed on.
     start_elsewhere = f"mkdir -p elsewhere && cd elsewhere && N_GPUS=1 bash ../scripts/{name} --lora_alpha 7"
@@ -157,9 +160,17 @@ def test_training_recipe_starts(stage: Path, name: str) -> None:
 
 
 @needs_bash
-def test_generate_and_continue_recipes_start(stage: Path) -> None:
-    shown = shown_options(start(stage, "LORA_PATH=outputs/mine bash scripts/generate.sh --max_new_tokens 7"))
-    assert (shown["lora_path"], shown["max_new_tokens"]) == ("outputs/mine", 7)
+def test_talking_and_continue_recipes_start(stage: Path) -> None:
+    for name in TALKING:
+        shown = shown_options(start(stage, f"LORA_PATH=outputs/mine bash scripts/{name} --max_new_tokens 7"))
+        assert (shown["lora_path"], shown["max_new_tokens"]) == ("outputs/mine", 7)
+        assert shown_options(start(stage, f"bash scripts/{name}"))["lora_path"] == "outputs/quickstart"
+    assert shown_options(start(stage, "bash scripts/chat_cli.sh"))["cli"] is True
+    assert shown_options(start(stage, "bash scripts/serve.sh"))["web"] is True
+    shown = shown_options(start(stage, "MODEL_PATH='a b' bash scripts/chat_7B.sh"))
+    assert (shown["model_path"], shown["lora_path"], shown["bits"]) == ("a b", None, 4)
+    shown = shown_options(start(stage, "ADAPTERS_PATH=outputs bash scripts/chat_7B.sh"))
+    assert (shown["adapters_path"], shown["lora_path"]) == ("outputs", None)
     shown = shown_options(
         start(stage, "OUTPUT_PATH=outputs/mine NUM_EPOCH=9 bash scripts/finetune_continue.sh --seed 3")
     )
@@ -282,7 +293,11 @@ def test_every_path_in_the_documents_exists() -> None:
 
 
 def test_every_flag_in_the_documents_exists() -> None:
-    known = {f"--{name}" for config in (FinetuneConfig, GenerateConfig) for name in cli.options_of(config)}
+    known = {
+        f"--{name}"
+        for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig)
+        for name in cli.options_of(config)
+    }
     known |= {"--config", "--print_config", "--help", "--all", "--examples"}
     # of pip, torchrun and pytest
     known |= {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
