@@ -82,8 +82,6 @@ ENGLISH = {
     "note.loaded": "Loaded {n} messages.",
     "note.no_adapter": "The chat was held with the adapter {name}, which is not loaded here.",
     "note.clamped": "Some parameters were outside what is allowed here and were moved to the nearest value.",
-    "note.lost": "The server does not answer. What you see is kept in this browser; "
-    "the page comes back by itself when the server does.",
     "note.too_large": "This file is too large for a chat.",
     # The page of single questions.
     "instruction": "Instruction",
@@ -169,7 +167,6 @@ CHINESE = {
     "note.loaded": "已载入 {n} 条消息。",
     "note.no_adapter": "这段对话用的适配器 {name} 没有在这里加载。",
     "note.clamped": "有些参数超出了这里允许的范围，已改为最接近的值。",
-    "note.lost": "服务器没有响应。您看到的内容已保存在本浏览器中；服务器恢复后页面会自动回来。",
     "note.too_large": "这个文件太大，不像是对话。",
     "instruction": "指令",
     "instruction.hint": "要模型做什么？",
