@@ -53,7 +53,7 @@ class BenchmarkOptions:
     new_tokens: int = 256
     """Length of each answer, which no end token cuts short."""
     threads: int = 1
-    """Threads of torch on a CPU. With more, those of the two ways get into each other's way, and that is measured."""
+    """Threads of torch on a CPU. With two on a busy two-core machine the ratios scattered; see docs/benchmarks.md."""
     rounds: int = 15
     """Times that plain and streamed answers are compared; medians are reported."""
     output: str = str(ROOT / "benchmarks" / "results" / "streaming.json")
