@@ -75,9 +75,9 @@ class TalkerOptions:
     system: str = ""
     """System prompt."""
     static_cache: bool = False
-    """Reserve the key-value cache at once, at full length: steadier memory, and what --compile needs."""
+    """Reserve the key-value cache at once, at full length, which --compile needs."""
     compile: bool = False
-    """Compile the decoding step (GPU only): a minute of waiting at first, faster tokens afterwards."""
+    """Compile the decoding step (GPU only): the first answer waits for that. What it gains was not measured yet."""
     debug: bool = False
     """Show tracebacks."""
 
