@@ -207,7 +207,10 @@ def _attach(model: Any, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # Between peft and transformers, and of no use to the person who trains: peft asks under the old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
+    if not any(weight_bits(layer) == 8 for layer in linear) and hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()  # peft switches it on; see `load.py`
+    return peft_model
 
 
 def _check_start(options: LoraOptions, linear: dict[str, nn.Module]) -> None:

@@ -83,7 +83,7 @@ def load_base(options: ModelOptions, hardware: Hardware) -> LoadedBase:
     if options.bits < 16 and not hardware.is_gpu:
         keep_one_arithmetic_on_cpu(model)
     if options.gradient_checkpointing:
-        _checkpoint_layers(model)
+        _checkpoint_layers(model, reentrant=options.bits == 8)
     return LoadedBase(model, dtype, reason, base_fingerprint(options.model_path))
 
 
@@ -237,15 +237,24 @@ def _check_complete(report: dict[str, Any], directory: Path) -> None:
         )
 
 
-def _checkpoint_layers(model: PreTrainedModel) -> None:
-    """Recompute each decoder layer in the backward pass; it takes effect in train mode only."""
+def _checkpoint_layers(model: PreTrainedModel, *, reentrant: bool) -> None:
+    """Recompute each decoder layer in the backward pass; it takes effect in train mode only.
+
+    Reentrant for 8-bit weights: bitsandbytes keeps the input of each 8-bit layer where no checkpoint sees it, so a
+    first pass that records a graph would hold the inputs of all layers. A reentrant one records none.
+    """
     if not model.supports_gradient_checkpointing:
         warn(f"{type(model).__name__} cannot recompute its layers; training it takes more memory")
         return
     # transformers 5.23 renamed the method and deprecates the old name; 5.20 has only the old one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    # Not reentrant: gradients then reach adapters although the embedding's output needs none.
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": reentrant})
+    # Through a reentrant checkpoint no gradient reaches the adapters unless its input needs one. Elsewhere that would
+    # only keep the embeddings' output alive: transformers switches it on for all.
+    if reentrant:
+        model.enable_input_require_grads()
+    else:
+        model.disable_input_require_grads()
 
 
 def _first_line(reason: BaseException) -> str:
