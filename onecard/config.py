@@ -133,11 +133,11 @@ class TrainOptions:
     micro_batch: int = 0
     """Most rows that pass through the model at once; 0: only --micro_tokens limits. A matter of memory alone."""
     micro_tokens: int = 0
-    """Most tokens, padding included, that pass at once; 0: 4096 unless --micro_batch is given."""
+    """Most tokens, padding included, that pass at once; 0: chosen by the plan unless --micro_batch is given."""
     learning_rate: float = 2e-4
     """Highest learning rate."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """Optimizer. The 8-bit ones keep their state in a quarter of the memory; paged ones can move it to RAM."""
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
+    """auto: adamw where it fits, else paged_adamw_8bit: a quarter of the memory, and paged ones can move to RAM."""
     loraplus_ratio: float = 0.0
     """LoRA+: learning rate of the B matrices as a multiple of the A matrices' (arXiv:2402.12354); 0: off."""
     weight_decay: float = 0.0
@@ -234,6 +234,43 @@ class TrainOptions:
 
 
 @dataclass
+class MemoryOptions:
+    """How the run is made to fit; what is auto is chosen by the plan, which prints its reasons."""
+
+    vram: float = 0.0
+    """GiB of the card that the run may use; 0: all that is free."""
+    loss_chunk: int = 0
+    """Supervised tokens whose logits exist at once; 0: chosen by the plan; -1: all of a micro-batch."""
+    offload_activations: Literal["auto", "on", "off"] = "auto"
+    """Keep the inputs of the layers in RAM until their gradients are computed."""
+    offload_embeddings: Literal["auto", "on", "off"] = "auto"
+    """Keep the frozen input embeddings in RAM."""
+    head_bits: Literal["auto", "4", "8", "16"] = "auto"
+    """Bits of the frozen output head; 4 and 8 change the logits a little."""
+    mlp_tile: int = 0
+    """Tokens that pass through an MLP at once; 0: chosen by the plan; -1: all of a micro-batch."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: norms, rotary positions and MLPs from liger-kernel (pip install liger-kernel; Triton, not on Turing)."""
+    pretend_turing: bool = False
+    """Treat any card as one of the Turing generation: fp16 with a scaler, no bf16, no FlashAttention."""
+    rehearsal: bool = True
+    """Before the first step, try the largest micro-batch that the data can make."""
+    ignore_plan: bool = False
+    """Start although the plan says that it does not fit."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.vram < 0:
+            found.append(("--vram", f"{self.vram:g} GiB is negative; give the card's memory, or 0 for what is free"))
+        for name in ("loss_chunk", "mlp_tile"):
+            if getattr(self, name) < -1:
+                found.append((f"--{name}", f"{getattr(self, name)} is no number of tokens; 0: by the plan, -1: all"))
+        if self.kernels == "liger" and self.pretend_turing:
+            found.append(("--kernels", "liger does not go with --pretend_turing: it needs a newer card; use torch"))
+        return found
+
+
+@dataclass
 class FinetuneConfig:
     """Everything one training run needs; see the classes of its fields."""
 
@@ -241,6 +278,12 @@ class FinetuneConfig:
     data: DataOptions = field(default_factory=DataOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+
+    def problems(self) -> list[Problem]:
+        if self.memory.offload_activations == "on" and not self.model.gradient_checkpointing:
+            return [("--offload_activations", "on needs --gradient_checkpointing true: it keeps the inputs of layers")]
+        return []
 
 
 def memory_map(text: str) -> dict[int | str, str] | None:

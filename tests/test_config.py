@@ -14,6 +14,7 @@ from onecard.config import (
     DataOptions,
     FinetuneConfig,
     LoraOptions,
+    MemoryOptions,
     ModelOptions,
     TrainOptions,
     problems_of,
@@ -33,7 +34,7 @@ from onecard.config_talk import (
 )
 from onecard.console import ConfigError
 
-TRAINING = [ModelOptions, DataOptions, LoraOptions, TrainOptions]
+TRAINING = [ModelOptions, DataOptions, LoraOptions, TrainOptions, MemoryOptions]
 TALKING = [SamplingOptions, TalkerOptions, AskOptions, ChatOptions, PageOptions, ServeOptions, LimitOptions]
 
 # The flags that users of this kind of kit already type; renaming one breaks their scripts.
@@ -109,6 +110,9 @@ REFUSED = [
     (TrainOptions, {"init_adapter": "a", "lora_remote_checkpoint": "b"}, ["--lora_remote_checkpoint"]),
     (TrainOptions, {"deepspeed": "a.json", "optimizer": "adamw_8bit"}, ["--optimizer"]),
     (TrainOptions, {"accept_changes": "data,colour"}, ["--accept_changes"]),
+    (MemoryOptions, {"vram": -1.0}, ["--vram"]),
+    (MemoryOptions, {"loss_chunk": -2, "mlp_tile": -2}, ["--loss_chunk", "--mlp_tile"]),
+    (MemoryOptions, {"kernels": "liger", "pretend_turing": True}, ["--kernels"]),
     (SamplingOptions, {"max_new_tokens": 0}, ["--max_new_tokens"]),
     (SamplingOptions, {"temperature": -0.1}, ["--temperature"]),
     (SamplingOptions, {"top_p": 0.0}, ["--top_p"]),

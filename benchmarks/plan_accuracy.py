@@ -1,0 +1,280 @@
+#!/usr/bin/env python
+"""How right the memory plan is: planned against measured peaks over models x bits x length x batch x rank.
+
+    python benchmarks/plan_accuracy.py [--split held_out]
+
+Each row is one real optimizer step of a model with random weights, and one evaluation at the same limits. On a card the
+measurement is torch's own: `max_memory_allocated` for tensors, `max_memory_reserved` beside it. On a CPU it is every
+allocation of torch, by its profiler, at toy sizes. No constant of the plan was fitted to the held-out rows.
+Writes benchmarks/results/plan_accuracy.json: every row, mean and worst errors, the machine and the versions.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # Started as a script, Python sees only the script's own folder.
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
+from onecard.cli import parse  # noqa: E402
+from onecard.console import run_main, say  # noqa: E402
+
+TOY = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "vocab_size": 1500, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# family or model, rows, length, and the rest of a setup by name. "fit": looked at while the plan was written.
+TOY_ROWS: dict[str, list[tuple[str, int, int, dict[str, Any]]]] = {
+    "fit": [
+        ("llama", 2, 256, {"bits": 32, "loss_chunk": 128}),
+        ("llama", 2, 256, {"bits": 8, "loss_chunk": 128}),
+        ("qwen2", 4, 128, {"bits": 4, "rank": 64, "loss_chunk": 32}),
+        ("gemma2", 2, 256, {"bits": 16, "loss_chunk": 128}),
+        ("phi3", 2, 256, {"bits": 32, "loss_chunk": 128, "mlp_tile": 64}),
+    ],
+    "held_out": [  # drawn after the last change of the arithmetic
+        ("llama", 2, 272, {"bits": 4, "rank": 28, "loss_chunk": 72}),
+        ("llama", 5, 112, {"bits": 8, "rank": 14, "loss_chunk": 160}),
+        ("llama", 1, 576, {"bits": 16, "rank": 20, "loss_chunk": 88, "head_bits": 4}),
+        ("qwen2", 3, 208, {"bits": 8, "rank": 36, "loss_chunk": 0, "optimizer": "adamw_8bit"}),
+        ("qwen3", 2, 344, {"bits": 32, "rank": 28, "loss_chunk": 120, "head_bits": 8}),
+        ("mistral", 3, 900, {"bits": 4, "rank": 12, "loss_chunk": 300, "offload_activations": True}),
+        ("gemma", 4, 136, {"bits": 16, "rank": 24, "loss_chunk": 64, "mlp_tile": 128}),
+        ("gemma2", 2, 184, {"bits": 4, "rank": 40, "loss_chunk": 56}),
+        ("granite", 3, 152, {"bits": 16, "rank": 28, "loss_chunk": 140}),
+        ("cohere", 1, 416, {"bits": 32, "rank": 20, "loss_chunk": 60}),
+        ("phi3", 2, 240, {"bits": 4, "rank": 36, "loss_chunk": 110}),
+    ],
+}
+CARD_ROWS: dict[str, list[tuple[str, int, int, dict[str, Any]]]] = {
+    "fit": [
+        ("llama-3.1-8b", 2, 2048, {"bits": 4, "rank": 32}),
+        ("qwen2.5-0.5b", 4, 512, {"bits": 8, "rank": 16}),
+        ("qwen2.5-1.5b", 1, 4096, {"bits": 4, "rank": 16}),
+    ],
+    "held_out": [
+        ("llama-3.1-8b", 1, 8192, {"bits": 4, "rank": 16, "offload_activations": True}),
+        ("llama-3.1-8b", 4, 512, {"bits": 8, "rank": 16}),
+        ("llama-3.2-1b", 4, 1024, {"bits": 16, "rank": 64}),
+        ("llama-3.2-3b", 2, 3072, {"bits": 8, "rank": 32, "optimizer": "adamw_8bit"}),
+        ("qwen2.5-7b", 1, 4096, {"bits": 4, "rank": 8, "loss_chunk": 256, "head_bits": 4}),
+        ("qwen2.5-1.5b", 8, 512, {"bits": 4, "rank": 8, "loss_chunk": 0}),
+        ("gemma-2-2b", 2, 1024, {"bits": 4, "rank": 16}),
+        ("mistral-7b-v0.3", 1, 6144, {"bits": 4, "rank": 24, "mlp_tile": 2048}),
+    ],
+}
+
+
+@dataclass
+class BenchmarkOptions:
+    """What is measured."""
+
+    split: str = "all"
+    """fit, held_out or all: the rows that are measured."""
+    device: str = "auto"
+    """auto, cpu or cuda:N."""
+    output: str = str(RESULTS / "plan_accuracy.json")
+    """Where the result is written."""
+
+
+def main() -> None:
+    options = parse(BenchmarkOptions, description=__doc__)
+
+    import torch
+
+    from onecard.model.hardware import detect
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    hardware = detect(options.device)
+    table = CARD_ROWS if hardware.is_gpu else TOY_ROWS
+    results = []
+    for split in [name for name in table if options.split in (name, "all")]:
+        for name, rows, length, rest in table[split]:
+            with quiet_bitsandbytes():
+                results.append({"split": split, **measure(name, rows, length, rest, hardware)})
+            gc.collect()
+            if hardware.is_gpu:
+                torch.cuda.empty_cache()
+    summary = {split: summarise([row for row in results if row["split"] == split]) for split in table}
+    tell(results, summary)
+    write_result(options.output, {"summary": summary, "rows": results, "machine": machine(str(hardware.device))})
+
+
+def measure(name: str, rows: int, length: int, rest: dict[str, Any], hardware: Any) -> dict[str, Any]:
+    """One step and one evaluation of one row, beside their plan; sizes in bytes."""
+    from benchmarks.random_models import config_of
+    from onecard.model.architecture import architecture_of
+    from onecard.model.memory import Setup, account
+
+    config = config_of(name) if hardware.is_gpu else toy_config(name)
+    setup = Setup(**{"element_bytes": element_bytes(rest["bits"], hardware), "rows": rows, "length": length,
+                     "on_gpu": hardware.is_gpu, **rest})  # fmt: skip
+    planned = account(architecture_of(config, name=name), setup)
+    found = peaks(config, setup, hardware)
+    training = found["training_bytes"]
+    row = {"model": name, "setup": asdict(setup), "planned_bytes": planned.tensor_bytes, **found,
+           "ratio": round(planned.tensor_bytes / training, 4),
+           "evaluation_ratio": round(planned.tensor_bytes / found["evaluation_bytes"], 4)}  # fmt: skip
+    if "reserved_bytes" in found:
+        row |= {"planned_card_bytes": planned.card_bytes,
+                "reserved_ratio": round(planned.card_bytes / found["reserved_bytes"], 4)}  # fmt: skip
+    say(f"{name}, {setup.bits} bits, {rows} x {length}, rank {setup.rank}: planned / measured {row['ratio']:.4f}")
+    return row
+
+
+def toy_config(family: str, **changes: Any) -> dict[str, Any]:
+    """A family's config at a size that a CPU trains in a second; multiples of 64, as 4-bit blocks want."""
+    config = {"model_type": family, **TOY}
+    if family in ("qwen3", "gemma", "gemma2", "gemma3_text", "glm4"):
+        config["head_dim"] = 32
+    if family == "granite":
+        config |= {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
+    return config | changes
+
+
+def element_bytes(bits: int, hardware: Any) -> int:
+    """Bytes of one number of the arithmetic, as `hardware.choose_dtype` would have it."""
+    return 2 if bits == 16 or (hardware.is_gpu and bits < 32) else 4
+
+
+def peaks(config: dict[str, Any], setup: Any, hardware: Any) -> dict[str, int]:
+    """The most bytes of tensors in one training step and in one evaluation of as many rows, at the same limits."""
+    from onecard.train.evaluate import evaluation_loss
+    from onecard.train.step import take_step
+
+    run = real_run(config, setup, hardware)
+    take_step(run)  # the first makes what stays: quantisation's own tensors, the check of the loss
+    limits = run.limits
+
+    def evaluate() -> None:
+        evaluation_loss(run.model, list(run.train_samples)[: setup.rows], run.accelerator,
+                        micro_batch=limits.micro_batch, loss_chunk=limits.loss_chunk)  # fmt: skip
+
+    if hardware.is_gpu:
+        training, reserved = _peak_on_card(lambda: take_step(run))
+        evaluation, _ = _peak_on_card(evaluate)
+        return {"training_bytes": training, "evaluation_bytes": evaluation, "reserved_bytes": reserved}
+    from tests.live_memory import held_bytes, peak_bytes
+
+    held = held_bytes(run.plain_model, run.optimizer)
+    training = held + peak_bytes(lambda: take_step(run))
+    return {"training_bytes": training, "evaluation_bytes": held + peak_bytes(evaluate)}
+
+
+def _peak_on_card(work: Callable[[], object]) -> tuple[int, int]:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
+    """A run of `onecard.train` over random token ids, put together as `setup` says; every step is two micro-batches.
+
+    Two, because the gradients of the adapter are there from the second on: the plan counts them.
+    """
+    import numpy as np
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import AutocastKwargs
+
+    from benchmarks.random_models import random_base
+    from onecard.config import LoraOptions, ModelOptions, TrainOptions
+    from onecard.model.adapters import add_lora
+    from onecard.model.head import quantize_head
+    from onecard.model.offload import embeddings_to_ram
+    from onecard.text.encode import Encoded
+    from onecard.train.optim import allocate_state, build_optimizer, build_schedule
+    from onecard.train.recovery import Limits
+    from onecard.train.run import Run
+    from onecard.train.step import use_limits
+
+    options = ModelOptions(bits=setup.bits, gradient_checkpointing=setup.gradient_checkpointing)
+    base = random_base(config, options, hardware)
+    if setup.eager_attention:
+        base.model.set_attn_implementation("eager")
+    if setup.head_bits < 16:
+        quantize_head(base.model, setup.head_bits, base.dtype)
+    if setup.offload_embeddings:
+        embeddings_to_ram(base.model, hardware.device)
+    plain = add_lora(
+        base.model, LoraOptions(lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout)
+    )
+    train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer)
+    optimizer = build_optimizer(plain, train)
+    allocate_state(optimizer)
+    AcceleratorState._reset_state(True)
+    mixed = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(base.dtype), "no")
+    accelerator = Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed,
+                              kwargs_handlers=[AutocastKwargs(cache_enabled=False)])  # fmt: skip
+    model, stepped = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
+    ids = np.random.default_rng(0).integers(3, config["vocab_size"], (2 * setup.rows, setup.length)).tolist()
+    samples = Samples(Encoded(row, [-100, *row[1:]], str(number), number) for number, row in enumerate(ids))
+    run = Run(train, model, plain, stepped, build_schedule(optimizer, train, 10), accelerator, samples, [], None)  # type: ignore[arg-type]
+    use_limits(run, Limits(setup.rows, 0, setup.loss_chunk, setup.offload_activations, setup.mlp_tile))
+    plain.train()
+    return run
+
+
+class Samples(list[Any]):
+    """Encoded rows in memory, with the two arrays that a step asks for."""
+
+    @property
+    def lengths(self) -> Any:
+        """Tokens of each row."""
+        import numpy as np
+
+        return np.array([len(sample.input_ids) for sample in self])
+
+    @property
+    def supervised(self) -> Any:
+        """Tokens of each row that are learned."""
+        return self.lengths - 1
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Errors in percent of what was measured: mean of their sizes, the worst over and the worst under."""
+    errors = [100 * (row["ratio"] - 1) for row in rows]
+    if not errors:
+        return None
+    return {
+        "n": len(errors),
+        "mean": round(sum(abs(error) for error in errors) / len(errors), 2),
+        "worst_over": round(max([0.0, *errors]), 2),
+        "worst_under": round(max([0.0, *(-error for error in errors)]), 2),
+    }
+
+
+def tell(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Print what was found."""
+    mib = 2**20
+    say_table(
+        ["split", "model", "bits", "rows x length", "rank", "planned MiB", "measured", "ratio", "evaluation"],
+        [
+            (row["split"], row["model"], row["setup"]["bits"], f"{row['setup']['rows']} x {row['setup']['length']}",
+             row["setup"]["rank"], f"{row['planned_bytes'] / mib:.1f}", f"{row['training_bytes'] / mib:.1f}",
+             row["ratio"], f"{row['evaluation_bytes'] / mib:.1f}")
+            for row in rows
+        ],
+    )  # fmt: skip
+    for split, found in summary.items():
+        if found:
+            say(f"{split}: {found['n']} rows, mean error {found['mean']} %, worst over {found['worst_over']} %, "
+                f"worst under {found['worst_under']} %")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,273 @@
+"""The arithmetic of memory: what a run holds on the card, part by part, from numbers alone.
+
+`account` adds up what lies there from the first step to the last (weights, adapter, gradients, optimizer) and the worst
+moment of a step: the loss, or one layer that is computed again for its gradients, as `layer_memory.py` plays it. Every
+number is bytes of tensors. What is not a tensor, the CUDA context and the allocator's slack, is a part of its own with
+assumed sizes that no card has confirmed yet.
+
+It knows an `Architecture` and a `Setup`; it does not know cards, options or which setup is best: `plan.py` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onecard.model.architecture import Architecture, Linear
+from onecard.model.families import ALWAYS_EAGER, CHANGED_EMBEDDINGS, COUNTED, LLAMA, STYLES
+from onecard.model.layer_memory import FP32, LinearShape, Shape, layer_peak, loss_peak, stack_peak
+from onecard.model.offload import CHUNK_BYTES, MIN_BYTES
+
+GIB = 2**30
+RNG_BYTES = 5056  # each checkpoint keeps the state of the CPU's generator; it lies in RAM
+IDS_BYTES = 8  # token ids, labels and masks are int64
+
+# Assumed, not measured: what a process holds before its first tensor (context, kernels, cuBLAS workspaces), and what
+# the caching allocator keeps beyond the tensors, as a share of what comes and goes.
+CUDA_CONTEXT_BYTES = GIB // 2
+SLACK_SHARE = 0.05
+
+# NF4 with double quantisation (arXiv:2305.14314): an 8-bit scale for each 64 weights, an fp32 one for each 256 scales,
+# one offset, and two tables of 16 and 256 numbers for each layer.
+NF4_BLOCK, NF4_SUPERBLOCK, NF4_TABLE_BYTES = 64, 256, FP32 * (1 + 16 + 256)
+# 8-bit Adam (arXiv:2110.02861): two bytes per weight and an fp32 scale for each 256; small tensors keep fp32 state.
+ADAM8_BLOCK, ADAM8_SMALLEST = 256, 4096
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run uses the card: all that decides its memory besides the model."""
+
+    bits: int
+    element_bytes: int
+    """Of the arithmetic and of everything unquantised: 2 (fp16, bf16) or 4 (fp32)."""
+    rows: int
+    """Of the largest micro-batch."""
+    length: int
+    """Its tokens per row, padding included."""
+    rank: int = 8
+    targets: str = "all-linear"
+    """As --lora_target_modules."""
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    """Above 0, its masks are kept for the backward pass."""
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = True
+    loss_chunk: int = 1024
+    """Supervised tokens whose logits exist at once; 0: all."""
+    offload_activations: bool = False
+    offload_embeddings: bool = False
+    head_bits: int = 16
+    """4 or 8: the output head is quantised, too."""
+    mlp_tile: int = 0
+    """Tokens that pass through an MLP at once; 0: all."""
+    eager_attention: bool = False
+    """Scores of all pairs of tokens exist at once."""
+    repeats_kv: bool = False
+    """Keys and values are copied for every query head, as the kernel of older cards needs them."""
+    on_gpu: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch, padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes and what they are. `place` is card or RAM; what comes and goes within a step is `transient`."""
+
+    name: str
+    n_bytes: int
+    place: str = "card"
+    transient: bool = False
+
+
+@dataclass(frozen=True)
+class Account:
+    """All parts of one setup."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def card_bytes(self) -> int:
+        """The peak on the card: tensors, context and slack."""
+        return sum(part.n_bytes for part in self.parts if part.place == "card")
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The peak of tensors on the card alone: what `torch.cuda.max_memory_allocated` would say."""
+        return sum(p.n_bytes for p in self.parts if p.place == "card" and p.name not in (CONTEXT, SLACK))
+
+    @property
+    def ram_bytes(self) -> int:
+        """What lies in the machine's RAM instead of on the card."""
+        return sum(part.n_bytes for part in self.parts if part.place == "RAM")
+
+
+CONTEXT, SLACK = "CUDA context (assumed)", "allocator slack (assumed)"
+
+
+def account(model: Architecture, setup: Setup) -> Account:
+    """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment."""
+    parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup)]
+    if setup.on_gpu:
+        moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
+        parts += [Part(CONTEXT, CUDA_CONTEXT_BYTES), Part(SLACK, int(moving * SLACK_SHARE))]
+    return Account(tuple(part for part in parts if part.n_bytes))
+
+
+def is_counted(model: Architecture) -> bool:
+    """Whether the activations of this family were counted against real steps; else they are an estimate."""
+    return model.model_type in COUNTED
+
+
+def linear_bytes(n_in: int, n_out: int, bits: int, element_bytes: int) -> int:
+    """One linear layer's weight (n_out, n_in) in `bits`, with the constants that quantisation needs."""
+    n_weights = n_in * n_out
+    if bits == 4:
+        blocks = -(-n_weights // NF4_BLOCK)
+        return -(-n_weights // 2) + blocks + -(-blocks // NF4_SUPERBLOCK) * FP32 + NF4_TABLE_BYTES
+    if bits == 8:
+        return n_weights + n_out * FP32
+    return n_weights * element_bytes
+
+
+def adapter_shapes(model: Architecture, setup: Setup) -> list[tuple[Linear, tuple[int, ...]]]:
+    """The linear layers that get an adapter, and how many weights each tensor of one such adapter has."""
+    wanted = [name.strip().rsplit(".", 1)[-1] for name in setup.targets.split(",")]
+    everywhere = setup.targets.strip() == "all-linear"
+    found = []
+    for linear in model.linears:
+        if everywhere or linear.name in wanted:
+            magnitude = (linear.n_out,) if setup.use_dora else ()
+            found.append((linear, (setup.rank * linear.n_in, setup.rank * linear.n_out, *magnitude)))
+    return found
+
+
+def n_trained(model: Architecture, setup: Setup) -> int:
+    """Weights of the adapter."""
+    return sum(linear.count * sum(sizes) for linear, sizes in adapter_shapes(model, setup))
+
+
+def optimizer_bytes(model: Architecture, setup: Setup) -> int:
+    """The state of the optimizer: two numbers per trained weight."""
+    total = 0
+    for linear, sizes in adapter_shapes(model, setup):
+        for size in sizes:
+            small = "8bit" not in setup.optimizer or size < ADAM8_SMALLEST
+            state = 2 * size * FP32 if small else 2 * (size + -(-size // ADAM8_BLOCK) * FP32)
+            total += linear.count * state
+    return total
+
+
+def _weights(model: Architecture, setup: Setup) -> list[Part]:
+    attention, mlp = (
+        sum(
+            linear.count * (linear_bytes(linear.n_in, linear.n_out, setup.bits, setup.element_bytes)
+                            + linear.bias * linear.n_out * setup.element_bytes)
+            for linear in linears
+        )
+        for linears in split_linears(model)
+    )  # fmt: skip
+    head = model.hidden_size * model.vocab_size if setup.head_bits < 16 or not model.tied else 0
+    head_bits = setup.head_bits if setup.head_bits < 16 else 16
+    embeddings = model.n_embedding * setup.element_bytes
+    # A head tied to the embeddings keeps them on the card, unless it has a quantised copy of its own.
+    in_ram = setup.offload_embeddings and (not model.tied or setup.head_bits < 16)
+    bits = f"{setup.bits} bits"
+    return [
+        Part(f"base: attention, {bits}", attention),
+        Part(f"base: MLP, {bits}", mlp),
+        Part(_embedding_name(model, setup), embeddings, "RAM" if in_ram else "card"),
+        Part(f"output head{f', {head_bits} bits' if head_bits < 16 else ''}", head and linear_bytes(
+            model.hidden_size, model.vocab_size, head_bits, setup.element_bytes)),
+        Part("norms and the rest", model.n_other * setup.element_bytes),
+    ]  # fmt: skip
+
+
+def _embedding_name(model: Architecture, setup: Setup) -> str:
+    return "embeddings and head, tied" if model.tied and setup.head_bits >= 16 else "embeddings"
+
+
+def _training(model: Architecture, setup: Setup) -> list[Part]:
+    trained = n_trained(model, setup)
+    return [
+        Part(f"adapter, rank {setup.rank}, fp32", trained * FP32),
+        Part("its gradients, fp32", trained * FP32),
+        Part(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
+    ]
+
+
+def _activations(model: Architecture, setup: Setup) -> list[Part]:
+    """What one micro-batch needs beside the weights, at its worst moment."""
+    shape = shape_of(model, setup)
+    hidden = shape.hidden_bytes
+    loss = loss_peak(shape, model.vocab_size, setup.loss_chunk, setup.head_bits)
+    positions = 2 * setup.length * model.head_dim * setup.element_bytes
+    if shape.eager:
+        positions += setup.tokens * setup.length * setup.element_bytes * (2 if model.model_type == "gemma2" else 1)
+    if not setup.on_gpu and setup.gradient_checkpointing:
+        n_tiles = -(-setup.tokens // shape.tile_tokens) if shape.tile_tokens else 0
+        positions += RNG_BYTES * (model.n_layers + n_tiles)
+    # Ids, labels and mask; shifted labels, which of them are learned, and their places.
+    batch = Part("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
+    if not setup.gradient_checkpointing:
+        kept, worst = stack_peak(shape, model.n_layers)
+        moment = Part("all layers at their worst moment", max(worst, kept + loss), transient=True)
+        return [batch, moment]
+    # Reentrant checkpoints (8 bits) need the embeddings' output as a leaf, and autograd holds on to leaves.
+    leaf = hidden if setup.bits == 8 else 0
+    inputs = model.n_layers * hidden + (leaf if model.model_type in CHANGED_EMBEDDINGS else 0)
+    layer, at_loss, at_layer = layer_peak(shape), inputs, inputs
+    in_ram = 0
+    if setup.offload_activations and hidden >= MIN_BYTES:
+        # While the loss is computed none of them is on the card, while a layer is, its own and the next one's.
+        at_loss, at_layer = leaf, min(inputs, 2 * hidden + leaf)
+        # The input of the last norm goes to RAM as well; each takes whole buffers there.
+        last = shape.tokens * model.hidden_size * FP32
+        # So does what a chunked loss keeps for the backward pass: the gradient of the last hidden state.
+        sent = [*[hidden] * model.n_layers, last, *([hidden] if setup.loss_chunk else [])]
+        in_ram = sum(-(-size // CHUNK_BYTES) * CHUNK_BYTES for size in sent)
+    layer_is_worst = at_layer + layer >= at_loss + loss
+    return [
+        batch,
+        Part("inputs of all layers", at_layer if layer_is_worst else at_loss, transient=True),
+        Part("inputs of all layers", in_ram, "RAM"),
+        Part("one layer, computed again" if layer_is_worst else "the loss and its gradient",
+             layer if layer_is_worst else loss, transient=True),
+    ]  # fmt: skip
+
+
+def shape_of(model: Architecture, setup: Setup) -> Shape:
+    """One decoder layer of the model under this setup, as `layer_memory.py` plays it."""
+    adapted = {linear for linear, _ in adapter_shapes(model, setup)}
+    (*attention_in, attention_out), (*mlp_in, mlp_out) = (
+        [LinearShape(linear.n_in, linear.n_out, setup.rank if linear in adapted else 0) for linear in linears]
+        for linears in split_linears(model)
+    )
+    return Shape(
+        rows=setup.rows, length=setup.length, hidden_size=model.hidden_size, n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads, head_dim=model.head_dim, attention_in=tuple(attention_in),
+        attention_out=attention_out, mlp_in=tuple(mlp_in), mlp_out=mlp_out, element_bytes=setup.element_bytes,
+        bits=setup.bits, style=STYLES.get(model.model_type, LLAMA),
+        gated=sum(s.n_out for s in mlp_in) > mlp_out.n_in, repeats_kv=setup.repeats_kv,
+        checkpointed=setup.gradient_checkpointing, drops=setup.lora_dropout > 0,
+        eager=setup.eager_attention or model.model_type in ALWAYS_EAGER,
+        tile_tokens=setup.mlp_tile if model.model_type != "bloom" else 0, on_gpu=setup.on_gpu,
+    )  # fmt: skip
+
+
+ATTENTION_IN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
+ATTENTION_OUT = ("o_proj", "dense", "out_proj")
+
+
+def split_linears(model: Architecture) -> tuple[list[Linear], list[Linear]]:
+    """The linear layers of attention and of the MLP, each in the order of the forward pass, the way out last."""
+    known = ATTENTION_IN + ATTENTION_OUT
+    outs = [linear for linear in model.linears if linear.n_in == model.intermediate_size and linear.name not in known]
+    out = (outs or model.linears)[-1]
+    wide = (model.intermediate_size, 2 * model.intermediate_size)
+    ins = [linear for linear in model.linears if linear.n_out in wide and linear.name not in known and linear != out]
+    attention = [linear for linear in model.linears if linear not in [*ins, out]]
+    # Phi-3 names its way out before its way in.
+    return sorted(attention, key=lambda linear: linear.name in ATTENTION_OUT), [*ins, out]
