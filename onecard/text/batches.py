@@ -16,6 +16,10 @@ import torch
 from onecard.console import ConfigError
 from onecard.text.encode import IGNORE_INDEX, Encoded
 
+# Matrix products of fewer rows leave a card waiting; below this share of the longest row a row is mostly padding.
+BUSY_TOKENS = 1024
+SHORTEST_SHARE = 0.8
+
 
 @dataclass(frozen=True)
 class StepSamples:
@@ -64,7 +68,8 @@ def micro_batches(
     """The step's samples, longest first, cut into what is run at once.
 
     micro_batch limits rows, micro_tokens limits rows x longest (padding counts); 0 is no limit. A row longer than the
-    budget stands alone. The longest come first, so that a step that does not fit fails at once.
+    budget stands alone. The longest come first, so that a step that does not fit fails at once. With a token budget a
+    micro-batch also ends before rows that would be mostly padding, once it holds enough to keep a card busy.
 
     lengths [9, 3, 5, 4], indices [0, 1, 2, 3], micro_tokens 10 -> [0], [2, 3], [1]    (9; 2 x 5; 3)
     """
@@ -78,9 +83,20 @@ def micro_batches(
             n_rows = min(n_rows, micro_batch)
         if micro_tokens:
             n_rows = min(n_rows, max(1, micro_tokens // longest))
+            n_rows = _without_padding(lengths[order[start : start + n_rows]])
         micros.append(order[start : start + n_rows])
         start += n_rows
     return micros
+
+
+def _without_padding(lengths: np.ndarray) -> int:
+    """How many of these rows, longest first, go together: all, or those before the first that is much shorter.
+
+    lengths [400, 390, 380, 200, 150] -> 3, since 3 x 400 tokens are enough and 200 is less than 0.8 x 400.
+    """
+    enough = -(-BUSY_TOKENS // max(1, int(lengths[0])))
+    shorter = np.flatnonzero(lengths < SHORTEST_SHARE * lengths[0])
+    return int(max(enough, shorter[0])) if len(shorter) and enough < len(lengths) else len(lengths)
 
 
 def share_for_rank(

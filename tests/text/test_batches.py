@@ -78,6 +78,17 @@ def test_micro_batches_worked_example():
     assert [micro.tolist() for micro in micros] == [[0], [2, 3], [1]]
 
 
+def test_a_budget_does_not_fill_a_micro_batch_with_padding():
+    lengths = np.array([400, 390, 380, 200, 150, 100, 90, 80, 70, 60])
+    cut = [list(lengths[micro]) for micro in micro_batches(np.arange(10), lengths, micro_tokens=4096)]
+    assert cut == [[400, 390, 380], [200, 150, 100, 90, 80, 70], [60]]
+    # Rows of nearly one length stay together, and so do those that are too few to keep a card busy.
+    assert len(micro_batches(np.arange(9), np.full(9, 400) - np.arange(9), micro_tokens=4096)) == 1
+    assert len(micro_batches(np.arange(4), np.array([250, 100, 50, 10]), micro_tokens=4096)) == 1
+    # A limit of rows alone is kept as it was given.
+    assert [len(micro) for micro in micro_batches(np.arange(10), lengths, micro_batch=5)] == [5, 5]
+
+
 @given(lengths=lengths_lists, world_size=st.integers(1, 5), tokens=st.integers(1, 900), told=st.booleans())
 def test_shares_are_equal_in_number_and_lose_nothing(lengths, world_size, tokens, told):
     array = np.array(lengths, np.int32)
