@@ -32,27 +32,43 @@ def finetune(config: FinetuneConfig) -> Path:
 def _finetune(config: FinetuneConfig) -> Path:
     from onecard.model.adapters import describe_trainable
     from onecard.model.hardware import detect
-    from onecard.train.loop import train
+    from onecard.train.fit import cap_memory, first_plan, keep_choices, settle
+    from onecard.train.loop import report_events, train
+    from onecard.train.rehearsal import rehearse
     from onecard.train.reporting import check_sinks
     from onecard.train.rundir import RunDirectory, Settings
-    from onecard.train.setup import build_accelerator, build_run, open_reporter, prepare_data, start_position
+    from onecard.train.setup import (
+        build_accelerator,
+        build_run,
+        open_reporter,
+        prepare_data,
+        start_position,
+        stored_choices,
+    )
 
     check_sinks(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
     config.model.model_path = _findable(config.model.model_path)
     directory = RunDirectory(Path(config.train.output_path))
     with directory.locked():
-        hardware = detect(config.model.device)
-        accelerator = build_accelerator(config, hardware)
+        hardware = detect(config.model.device, pretend_turing=config.memory.pretend_turing)
+        cap_memory(hardware, config.memory.vram)
+        first = first_plan(config, hardware)
+        accelerator = build_accelerator(config, hardware, first.model.model_type)
         found = start_position(config, directory, accelerator)
         data = prepare_data(config, accelerator)
-        run = build_run(config, hardware, accelerator, data, found, directory)
+        fitted, plan = settle(keep_choices(config, stored_choices(found)), hardware, first, data.longest)
+        run = build_run(fitted, hardware, accelerator, data, found, directory)
+        run.planned_bytes = plan.account.card_bytes
         say(describe_trainable(run.plain_model))
         settings = Settings(cli.to_yaml(config), data.tokenizer, data.template.jinja)
         directory.write_settings(settings)
         reporter = open_reporter(config, run, directory)
         try:
+            if config.memory.rehearsal:
+                rehearse(run)
             state = train(run, reporter)
         finally:
+            report_events(run, reporter)
             reporter.close()
         directory.publish(settings, state, final_weights=config.train.final_weights)
     return directory.path

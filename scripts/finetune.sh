@@ -15,5 +15,5 @@ exec "$PYTHON" "$ROOT/finetune.py" \
     --model_path "${MODEL_PATH:-$ROOT/sample/tiny-llama}" \
     --data_path "${DATA_PATH:-$ROOT/sample/merge_sample.json}" \
     --output_path "${OUTPUT_PATH:-outputs/finetune}" \
-    --bits 16 --micro_tokens 2048 \
+    --bits 16 \
     "$@"

@@ -15,5 +15,5 @@ exec "$PYTHON" "$ROOT/finetune_chat.py" \
     --model_path "${MODEL_PATH:-$ROOT/sample/tiny-llama}" \
     --data_path "${DATA_PATH:-$ROOT/sample/chat_sample.json}" \
     --output_path "${OUTPUT_PATH:-outputs/finetune-chat}" \
-    --bits 4 --optimizer paged_adamw_8bit --micro_tokens 1024 \
+    --bits 4 \
     "$@"

@@ -24,5 +24,5 @@ exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$n_gpus" ${TORCHRUN_OP
     --model_path "${MODEL_PATH:-$ROOT/sample/tiny-llama}" \
     --data_path "${DATA_PATH:-$ROOT/sample/merge_sample.json}" \
     --output_path "${OUTPUT_PATH:-outputs/finetune-multi-gpu}" \
-    --bits 4 --micro_tokens 1024 \
+    --bits 4 \
     "$@"

@@ -18,5 +18,5 @@ exec "$PYTHON" "$ROOT/finetune.py" \
     --init_adapter "${INIT_ADAPTER:-outputs/finetune-4bit}" \
     --data_path "${DATA_PATH:-$ROOT/sample/merge_sample.json}" \
     --output_path "${OUTPUT_PATH:-outputs/finetune-others-continue}" \
-    --bits 4 --optimizer paged_adamw_8bit --micro_tokens 1024 \
+    --bits 4 \
     "$@"

@@ -21,6 +21,7 @@ import yaml
 from onecard import cli
 from onecard.config import FinetuneConfig
 from onecard.config_talk import ChatConfig, GenerateConfig, ServeConfig
+from tools.plan_memory import PlanOptions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md"]
@@ -295,7 +296,7 @@ def test_every_path_in_the_documents_exists() -> None:
 def test_every_flag_in_the_documents_exists() -> None:
     known = {
         f"--{name}"
-        for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig)
+        for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig, PlanOptions)
         for name in cli.options_of(config)
     }
     known |= {"--config", "--print_config", "--help", "--all", "--examples"}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
 from onecard.console import ConfigError
 
+TURING = (7, 5)  # CUDA capability
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Families whose activations leave the range of fp16 (65504), by the start of `model_type`. Gemma was trained in bf16
@@ -38,10 +39,16 @@ class Hardware:
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def has_flash_attention(self) -> bool:
+        """FlashAttention needs Ampere; older cards have the memory-efficient kernel, and a CPU has its own."""
+        return self.capability is None or self.capability >= (8, 0)
 
-def detect(device: str = "auto") -> Hardware:
+
+def detect(device: str = "auto", *, pretend_turing: bool = False) -> Hardware:
     """Return the device for this process: `auto` takes the GPU if there is one; torchrun's LOCAL_RANK picks which.
 
+    pretend_turing: describe a GPU as one of the Turing generation (no bf16, no FlashAttention), whatever it is.
     Raises ConfigError for a name that is unknown and for a GPU that is not there.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
@@ -58,7 +65,8 @@ def detect(device: str = "auto") -> Hardware:
     index = _gpu_index(device)
     if index >= n_gpus:
         raise ConfigError("--device", f"GPU number {index} is asked for, but there are {n_gpus} (counted from 0)")
-    return _gpu(index)
+    found = _gpu(index)
+    return replace(found, bf16_native=False, capability=TURING) if pretend_turing else found
 
 
 def choose_dtype(requested: str, bits: int, hardware: Hardware, model_type: str) -> tuple[torch.dtype, str]:

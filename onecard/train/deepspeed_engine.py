@@ -66,6 +66,9 @@ class LossScale:
 class DeepSpeedEngine:
     """Backward and step through DeepSpeed; the same interface as `engine.Engine`."""
 
+    can_repeat = False
+    needs_every_turn = True
+
     def __init__(self, accelerator: Any, model: Any, optimizer: ShardedOptimizer) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
 

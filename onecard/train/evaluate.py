@@ -2,39 +2,104 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from onecard.console import ModelError
 from onecard.model.loss import summed_loss
 from onecard.text.batches import collate, micro_batches, share_for_rank
 from onecard.text.encode import Encoded
+from onecard.train.recovery import SMALLEST_CHUNK, give_back_memory, is_out_of_memory, padded_tokens
+
+MAX_FAILURES = 3  # of one row, at a chunk of logits that cannot be made smaller
+TOO_LONG = "a single held-out row does not fit in memory; use a shorter --cutoff_len, or --test_size 0"
 
 
-def evaluation_loss(model: torch.nn.Module, samples: list[Encoded], accelerator: Any, **limits: int) -> float:
+@dataclass
+class Room:
+    """What has been found not to fit in evaluation, so that it is not tried again; each process finds its own."""
+
+    too_many_tokens: float = math.inf
+    """Of a micro-batch, padding included."""
+    loss_chunk: int = 0
+    """Supervised tokens whose logits did fit; 0: as in training."""
+
+
+def evaluation_loss(
+    model: torch.nn.Module,
+    samples: list[Encoded],
+    accelerator: Any,
+    *,
+    micro_batch: int = 0,
+    micro_tokens: int = 0,
+    loss_chunk: int = 0,
+    room: Room | None = None,
+    told: Callable[[str], None] = lambda change: None,
+) -> float:
     """Mean cross-entropy in nats per supervised token over `samples`; the same number on every process.
 
     Args:
         model: any causal LM, wrapped or not; it is put back into training mode if it was in it.
         samples: encoded held-out rows.
         accelerator: moves the batches and sums over processes.
-        limits: `micro_batch` and `micro_tokens`, as in training.
+        micro_batch, micro_tokens, loss_chunk: limits, as in training; room: what did not fit before, and now.
+        told: is given words each time that memory ran out.
+
+    Raises ModelError when a single row does not fit.
     """
     was_training = model.training
     model.eval()
     lengths = np.array([len(sample.input_ids) for sample in samples])
-    micros = micro_batches(np.arange(len(samples)), lengths, **limits)
+    micros = micro_batches(np.arange(len(samples)), lengths, micro_batch=micro_batch, micro_tokens=micro_tokens)
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, lengths)
+    waiting = [micro for micro in mine if micro is not None]
     total = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        for micro in mine:
-            if micro is None:
-                continue
-            batch = collate([samples[i] for i in micro], pad_id=0)
-            loss_sum, supervised = summed_loss(model, {k: v.to(accelerator.device) for k, v in batch.items()})
-            total += torch.tensor([float(loss_sum), supervised], dtype=torch.float64)
+    room, n_failures = room or Room(), 0
+    loss_chunk = min(room.loss_chunk or loss_chunk, loss_chunk or room.loss_chunk)
+    while waiting:
+        micro = waiting.pop(0)
+        half = len(micro) // 2
+        if half and padded_tokens(micro, lengths) >= room.too_many_tokens:
+            waiting[:0] = [micro[:half], micro[half:]]
+            continue
+        found = _loss_of([samples[i] for i in micro], model, accelerator.device, loss_chunk)
+        if found is not None:
+            total, n_failures = total + found, 0
+            continue
+        give_back_memory()
+        waiting.insert(0, micro)
+        if half:
+            room.too_many_tokens = padded_tokens(micro, lengths)
+            told(f"fewer than {room.too_many_tokens:,} tokens at once")
+            continue
+        most = min(loss_chunk or int(lengths[micro[0]]), int(lengths[micro[0]]))
+        n_failures += most // 2 < SMALLEST_CHUNK
+        if n_failures > MAX_FAILURES:
+            raise ModelError(TOO_LONG)
+        if most // 2 < SMALLEST_CHUNK:
+            told("the same once more")
+            continue
+        loss_chunk = room.loss_chunk = most // 2
+        told(f"logits of {loss_chunk} tokens at once")
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
     model.train(was_training)
     return float(total[0] / total[1])
+
+
+def _loss_of(samples: list[Encoded], model: torch.nn.Module, device: Any, loss_chunk: int) -> torch.Tensor | None:
+    """The summed loss and the supervised tokens, float64 (2,); None when memory ran out."""
+    try:
+        with torch.no_grad():
+            batch = {name: tensor.to(device) for name, tensor in collate(samples, pad_id=0).items()}
+            loss_sum, supervised = summed_loss(model, batch, chunk_tokens=loss_chunk)
+            return torch.tensor([float(loss_sum), supervised], dtype=torch.float64)
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
+    return None

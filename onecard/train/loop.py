@@ -1,7 +1,7 @@
 """One run, top to bottom.
 
-next step's samples -> micro-batches -> loss per supervised token of the *whole* step -> clip -> optimizer -> schedule
--> log -> maybe evaluate -> maybe save. `accelerate` brings mixed precision, the fp16 scaler, several GPUs and
+next step (`step.py`: samples -> micro-batches -> loss per supervised token of the *whole* step -> clip -> optimizer ->
+schedule) -> log -> maybe evaluate -> maybe save. `accelerate` brings mixed precision, the fp16 scaler, several GPUs and
 DeepSpeed. An optimizer step is a set of samples; how it is cut into micro-batches and spread over processes changes
 memory and speed, never the result.
 """
@@ -9,87 +9,25 @@ memory and speed, never the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
 from onecard.config import TrainOptions
-from onecard.console import CheckpointError, OneCardError, Stopped, warn
-from onecard.model.loss import summed_loss
-from onecard.text.batches import collate, micro_batches, share_for_rank, step_samples, steps_per_epoch
+from onecard.console import CheckpointError, Stopped, warn
+from onecard.text.batches import step_samples, steps_per_epoch
 from onecard.text.encode import Encoded
-from onecard.train.checkpoint import CheckpointStore
-from onecard.train.deepspeed_engine import DeepSpeedEngine
-from onecard.train.engine import Engine
 from onecard.train.evaluate import evaluation_loss
 from onecard.train.interrupts import Interrupts
 from onecard.train.reporting import Reporter
-from onecard.train.state import TrainerState, restore_state, seed_step, write_state
+from onecard.train.run import Event, Run
+from onecard.train.state import TrainerState, restore_state, write_state
+from onecard.train.step import NotFinite, StepResult, take_step
 
-DEFAULT_MICRO_TOKENS = 4096
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
 MAX_SKIPPED_IN_A_ROW = 50
-
-
-@dataclass
-class Run:
-    """Everything that one run is made of. The recipe fills it; `train` uses it up."""
-
-    options: TrainOptions
-    model: Any
-    """The adapter over the base, as accelerate prepared it."""
-    plain_model: Any
-    """The same without a wrapper: what is saved."""
-    optimizer: Any
-    schedule: Any
-    accelerator: Any
-    train_samples: Any
-    """A sequence of `Encoded`, with `lengths` and `supervised` arrays of the same order."""
-    test_samples: list[Encoded]
-    store: CheckpointStore
-    state: TrainerState = field(default_factory=TrainerState)
-
-    @cached_property
-    def engine(self) -> Engine | DeepSpeedEngine:
-        """Backward and step, plain or through DeepSpeed."""
-        if self.options.deepspeed:
-            return DeepSpeedEngine(self.accelerator, self.model, self.optimizer)
-        return Engine(self.accelerator, self.model, self.optimizer, self.options.max_grad_norm)
-
-    @property
-    def limits(self) -> dict[str, int]:
-        """How much passes through the model at once."""
-        tokens = self.options.micro_tokens or (0 if self.options.micro_batch else DEFAULT_MICRO_TOKENS)
-        return {"micro_batch": self.options.micro_batch, "micro_tokens": tokens}
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the adapter, by file name."""
-        scaler = self.engine.scaler
-        objects = {"optimizer.pt": self.optimizer, "scheduler.pt": self.schedule}
-        return {**objects, "scaler.pt": scaler} if scaler is not None else objects
-
-
-class NotFinite(OneCardError):
-    """A step whose loss or gradient is NaN or Inf; it was not taken."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    learning_rate: float
-    skipped: bool
-    stop: bool
 
 
 def total_steps(options: TrainOptions, n_samples: int) -> int:
@@ -108,6 +46,7 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     """
     options, state = run.options, run.state
     run.model.train()
+    report_events(run, reporter)  # those of the rehearsal
     saved_step, skipped_in_a_row = state.step, 0
     with Interrupts() as interrupts:
         while state.step < state.total_steps:
@@ -118,9 +57,11 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise NotFinite(_overflowing(state.step))
+            report_events(run, reporter)
             _report(run, reporter, result)
             last = state.step == state.total_steps
             improved = (last or state.step % options.eval_steps == 0) and _evaluate(run, reporter)
+            report_events(run, reporter)
             # One process alone may stop for a signal that came since; several must have agreed within the step.
             stop = result.stop or (run.accelerator.num_processes == 1 and interrupts.requested is not None)
             if improved or last or stop or state.step % options.save_steps == 0:
@@ -140,40 +81,6 @@ def _step_or_keep(run: Run, saved_step: int, interrupts: Interrupts) -> StepResu
         if saved_step != run.state.step:
             save(run, final=False)
         raise
-
-
-def take_step(run: Run, asked_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
-    """One optimizer step over the samples that (seed, step) names, whatever the number of processes.
-
-    The loss is the sum over all micro-batches of all processes, divided by the supervised tokens of the whole step.
-    For samples with 3 and 5 answer tokens it is (sum of 8 losses) / 8, whether they pass together or one by one.
-    """
-    options, accelerator, data = run.options, run.accelerator, run.train_samples
-    chosen = step_samples(run.state.step, len(data), options.total_batch, options.seed)
-    lengths = data.lengths[chosen.indices]
-    supervised = int(data.supervised[chosen.indices].sum())
-    micros = share_for_rank(
-        micro_batches(chosen.indices, data.lengths, **run.limits),
-        accelerator.process_index,
-        accelerator.num_processes,
-        data.lengths,
-    )
-    seed_step(options.seed, run.state.step, accelerator.process_index)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for position, micro in enumerate(micros):
-        is_last = position == len(micros) - 1
-        with run.engine.gathering(is_last):
-            loss_sum += _backward(run, micro, supervised, is_last)
-    loss, stop = _agree(accelerator, loss_sum, asked_to_stop())
-    if not math.isfinite(loss):
-        raise NotFinite(_not_finite(run, chosen.indices, f"the loss is {loss}"))
-    norm = run.engine.clip()
-    if not math.isfinite(norm) and not run.engine.has_scaler:
-        raise NotFinite(_not_finite(run, chosen.indices, f"the gradient norm is {norm}"))
-    learning_rate = run.optimizer.param_groups[0]["lr"]
-    skipped = run.engine.step()
-    run.schedule.step()
-    return StepResult(loss, norm, int(lengths.sum()), learning_rate, skipped, stop)
 
 
 def save(run: Run, *, final: bool) -> int | None:
@@ -219,37 +126,19 @@ def resume(run: Run, directory: Path, *, from_data_beginning: bool = False) -> N
             group["lr"] = rate
 
 
-def _backward(run: Run, micro: np.ndarray | None, supervised: int, is_last: bool) -> torch.Tensor:
-    """Forward and backward of one micro-batch; returns its share of the step's loss, detached.
-
-    `None` stands for a process that got fewer micro-batches than the others: it computes one with weight 0, because
-    every process has to take part in the exchange of gradients.
-    """
-    accelerator = run.accelerator
-    samples = [run.train_samples[int(i)] for i in (micro if micro is not None else [0])]
-    batch = {name: t.to(accelerator.device) for name, t in collate(samples, pad_id=0).items()}
-    with accelerator.autocast():
-        loss_sum, _ = summed_loss(run.model, batch)
-    loss = loss_sum / max(1, supervised) * (micro is not None)
-    run.engine.backward(loss, is_last)
-    return loss.detach()
-
-
-def _agree(accelerator: Any, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
-    """The step's loss over all processes, and whether any of them was asked to stop: all must stop at one step."""
-    if accelerator.num_processes == 1:
-        return float(loss), stop
-    both = torch.stack([loss.float(), torch.tensor(float(stop), device=loss.device)])
-    both = accelerator.reduce(both, reduction="sum")
-    return float(both[0]), bool(both[1] > 0)
-
-
 def _known_to_all(accelerator: Any, failure: CheckpointError | None) -> CheckpointError | None:
     """What kept the first process from saving, on every process: they must go on, or end, together."""
     if accelerator.num_processes == 1:
         return failure
     told = broadcast_object_list([None if failure is None else (str(failure), failure.disk_full)])[0]
     return failure if failure is not None or told is None else CheckpointError(told[0], disk_full=told[1])
+
+
+def report_events(run: Run, reporter: Reporter) -> None:
+    """Report what happened since the last time, each event once."""
+    while run.events:
+        event = run.events.pop(0)
+        reporter.event(event.row, event.message)
 
 
 def _report(run: Run, reporter: Reporter, result: StepResult) -> None:
@@ -265,9 +154,8 @@ def _report(run: Run, reporter: Reporter, result: StepResult) -> None:
     if torch.cuda.is_available():
         row["peak_bytes"] = torch.cuda.max_memory_reserved()
     if options.log_samples:
-        row["samples"] = _records(
-            run, step_samples(state.step - 1, len(data), options.total_batch, options.seed).indices
-        )
+        chosen = step_samples(state.step - 1, len(data), options.total_batch, options.seed)
+        row["samples"] = run.records(chosen.indices)
     due = state.step % options.log_steps == 0 or state.step == state.total_steps or options.log_samples
     reporter.step(row, to_file=due, tokens_seen=state.tokens_seen)
 
@@ -277,7 +165,7 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     state = run.state
     if not run.test_samples:
         return False
-    loss = evaluation_loss(run.model, run.test_samples, run.accelerator, **run.limits)
+    loss = evaluate(run, run.test_samples)
     improved = state.best_loss is None or loss < state.best_loss
     if improved:
         state.best_step, state.best_loss = state.step, loss
@@ -286,22 +174,19 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     return improved
 
 
+def evaluate(run: Run, samples: list[Encoded]) -> float:
+    """The loss of held-out samples per supervised token, under the run's limits."""
+
+    def told(change: str) -> None:
+        message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
+        run.events.append(Event({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
+
+    limits: dict[str, Any] = {**run.limits.cut, "loss_chunk": run.limits.loss_chunk, "room": run.evaluation_room}
+    return evaluation_loss(run.model, samples, run.accelerator, **limits, told=told)
+
+
 def _overflowing(step: int) -> str:
     return (
         f"step {step}: the gradients overflowed fp16 in {MAX_SKIPPED_IN_A_ROW} steps in a row, so nothing is learned.\n"
         "This model does not bear fp16: use --dtype fp32, or --dtype bf16 on a card that has it."
-    )
-
-
-def _records(run: Run, indices: np.ndarray) -> list[str]:
-    return [run.train_samples[int(i)].record for i in indices]
-
-
-def _not_finite(run: Run, indices: np.ndarray, what: str) -> str:
-    run.engine.forget()
-    records = "\n  ".join(_records(run, indices))
-    return (
-        f"step {run.state.step + 1}: {what}. This step was not taken; the newest checkpoint is finite.\n"
-        f"The step's records are:\n  {records}\n"
-        "Look at them with tools/inspect_data.py. Are they sound, then lower --learning_rate, or use --dtype fp32."
     )

@@ -14,7 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from onecard.config import TrainOptions
-from onecard.model.quantization import optimizer_class
+from onecard.model.quantization import allocate_bitsandbytes_state, optimizer_class
 
 
 def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
@@ -31,8 +31,54 @@ def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.opti
     groups = [{"params": plain, "lr": options.learning_rate}]
     if fast:
         groups.append({"params": fast, "lr": options.learning_rate * options.loraplus_ratio})
-    make: Any = optimizer_class(options.optimizer)
-    return make(groups, lr=options.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay)
+    make: Any = optimizer_class("adamw" if options.optimizer == "auto" else options.optimizer)
+    # Fused: the plain one makes copies as large as all adapters, and a step that ran out of memory half-way through
+    # could not be taken back.
+    fused = {"fused": True} if make is torch.optim.AdamW and all(p.is_cuda for _, p in named) else {}
+    settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": options.weight_decay, **fused}
+    return make(groups, lr=options.learning_rate, **settings)
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its state now, all zeros, as the first step would: it is then in the rehearsal's peak.
+
+    The state that a step makes of it is the same, bit for bit. For AdamW of torch and the optimizers of bitsandbytes.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        allocate_bitsandbytes_state(optimizer)
+        return
+    stored = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    stored["state"] = {
+        number: {
+            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)
+        }
+        for number, parameter in enumerate(parameters)
+    }  # fmt: skip
+    optimizer.load_state_dict(stored)
+
+
+def tidy_loaded_state(optimizer: Any) -> None:
+    """Let the state that an optimizer of bitsandbytes was given take no more of the card than its own did.
+
+    Loading gives each tensor a table of its own, and puts paged state onto the card for good; here they share one
+    again, and paged state returns into paged memory. Values stay as they are. Others are left alone.
+    """
+    tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for name, table in (("qmap1", "dynamic"), ("qmap2", "udynamic")):
+            if name in state:
+                own = optimizer.name2qmap[table]
+                state[name] = tables.setdefault((name, parameter.device), own.to(parameter.device))
+        for name in ("state1", "state2"):
+            if name in state and getattr(optimizer, "is_paged", False) and parameter.is_cuda:
+                state[name] = _paged(optimizer, parameter, state[name])
+
+
+def _paged(optimizer: Any, parameter: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
+    buffer = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
+    torch.cuda.synchronize(parameter.device)  # it is being filled with zeros
+    return buffer.copy_(loaded)
 
 
 def warmup_steps(options: TrainOptions, total_steps: int) -> int:

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 
 from onecard.config import FinetuneConfig, TrainOptions
 from onecard.console import CheckpointError, ConfigError, quiet_rank, say, warn
 from onecard.model.adapters import add_lora, load_adapter
-from onecard.model.files import locate, read_json
+from onecard.model.attention import avoid_flash
 from onecard.model.hardware import Hardware, choose_dtype
-from onecard.model.load import base_fingerprint, load_base, load_tokenizer
+from onecard.model.head import quantize_head
+from onecard.model.kernels import use_liger
+from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tokenizer
+from onecard.model.offload import embeddings_to_ram
 from onecard.text.batches import split
 from onecard.text.dataset import cache_directory, encode_dataset
 from onecard.text.encode import Encoded, EncodeSettings
@@ -25,11 +28,14 @@ from onecard.text.template import Template, load_template
 from onecard.train.checkpoint import Found, verify
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
-from onecard.train.loop import Run, resume, total_steps
-from onecard.train.optim import build_optimizer, build_schedule
+from onecard.train.fit import choices_of, limits_of
+from onecard.train.loop import resume, total_steps
+from onecard.train.optim import allocate_state, build_optimizer, build_schedule, tidy_loaded_state
 from onecard.train.reporting import Reporter, TensorBoardSink, WandbSink
+from onecard.train.run import Run
 from onecard.train.rundir import RunDirectory
 from onecard.train.state import TrainerState, differences, read_state
+from onecard.train.step import use_limits
 
 MIXED_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
 GONE_BACK_NAME = "gone_back_to.txt"
@@ -59,21 +65,27 @@ class Data:
     test: list[Encoded]
     fingerprint: str
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, held-out ones included."""
+        return max(int(self.train.lengths.max()), *(len(sample.input_ids) for sample in self.test), 1)
 
-def build_accelerator(config: FinetuneConfig, hardware: Hardware) -> Accelerator:
-    """The accelerator of this process, in the number format that suits the card; which and why is said.
 
-    Raises ModelError for a base that cannot be found, ConfigError for a format that the card does not have.
+def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: str) -> Accelerator:
+    """The accelerator of this process, in the number format that suits the card and the family; which and why is said.
+
+    Raises ConfigError for a format that the card does not have.
     """
     model = config.model
     if config.train.deepspeed:
-        check_deepspeed(config.train)  # first: the next line may download a base
-    base = read_json(locate(model.model_path, with_code=model.trust_remote_code) / "config.json")
-    dtype, reason = choose_dtype(model.dtype, model.bits, hardware, str(base.get("model_type", "")))
+        check_deepspeed(config.train)
+    dtype, reason = choose_dtype(model.dtype, model.bits, hardware, model_type)
     say(f"{hardware.name}: {model.bits}-bit base, arithmetic in {str(dtype).removeprefix('torch.')} ({reason})")
     # Under DeepSpeed the accelerator only connects the processes; see train/deepspeed_engine.py.
     mixed_precision = "no" if config.train.deepspeed else MIXED_PRECISION[dtype]
-    return Accelerator(cpu=hardware.device.type == "cpu", mixed_precision=mixed_precision)
+    # Autocast would keep a 16-bit copy of every adapter from its first use to the end of the forward pass.
+    no_copies = AutocastKwargs(cache_enabled=False)
+    return Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed_precision, kwargs_handlers=[no_copies])
 
 
 def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Data:
@@ -137,16 +149,25 @@ def find_start(options: TrainOptions, directory: RunDirectory) -> Found | None:
     return own
 
 
+def stored_choices(found: Found | None) -> dict[str, Any]:
+    """What the run that goes on has chosen before; nothing for a new one."""
+    return read_state(found.path).choices if found is not None else {}
+
+
 def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator, data: Data, found: Found | None,
               directory: RunDirectory) -> Run:  # fmt: skip
-    """Load the base, add or restore the adapter, build the optimizer, and check that it is the same run."""
+    """Load the base, add or restore the adapter, build the optimizer, and check that it is the same run.
+
+    `config` is one that `fit.settle` has filled in.
+    """
     options = config.train
     identity = run_identity(config, data)
     planned = total_steps(options, len(data.train))
-    state = TrainerState(total_steps=planned, identity=identity)
+    state = TrainerState(total_steps=planned, identity=identity, choices=choices_of(config))
     if found is not None:
         state = _continued(config, read_state(found.path), state, found)
     base = load_base(config.model, hardware)
+    _prepare_base(config, hardware, base)
     torch.manual_seed(options.seed)  # the adapter's first values
     plain = _adapter(config, base.model, found)
     optimizer = build_optimizer(plain, options)
@@ -154,11 +175,31 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     if options.deepspeed:
         model, stepper = prepare(plain, optimizer, deepspeed_config(options), base.dtype, accelerator.device)
     else:
-        model, stepper = accelerator.prepare(plain, optimizer)
+        # evaluation_mode: not inside DistributedDataParallel; see `engine.Engine`.
+        model, stepper = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
+        if found is None:
+            # Only now: accelerate puts what it finds onto the card, and paged state would no longer be paged.
+            allocate_state(optimizer)
     run = Run(options, model, plain, stepper, schedule, accelerator, data.train, data.test, directory.store, state)
+    if config.memory.offload_embeddings == "on":
+        embeddings_to_ram(plain, accelerator.device)
+    use_limits(run, limits_of(config))
     if found is not None:
         resume(run, found.path, from_data_beginning=options.from_data_beginning)
+        tidy_loaded_state(optimizer)
     return run
+
+
+def _prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -> None:
+    """What the plan wants of the base before adapters are attached."""
+    if config.memory.head_bits in ("4", "8"):
+        bits: Any = int(config.memory.head_bits)
+        saved = quantize_head(base.model, bits, base.dtype)
+        say(f"the head lies in {config.memory.head_bits} bits ({saved / 2**20:+,.0f} MiB freed)")
+    if hardware.is_gpu and not hardware.has_flash_attention:
+        avoid_flash(base.model)
+    if config.memory.kernels == "liger":
+        use_liger(base.model, hardware)
 
 
 def run_identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
@@ -218,7 +259,7 @@ def _continued(config: FinetuneConfig, stored: TrainerState, fresh: TrainerState
         return fresh
     if stored.total_steps != fresh.total_steps:
         warn(f"the run was planned for {stored.total_steps} steps, now for {fresh.total_steps}: the schedule changes")
-    stored.total_steps, stored.identity = fresh.total_steps, fresh.identity
+    stored.total_steps, stored.identity, stored.choices = fresh.total_steps, fresh.identity, fresh.choices
     if stored.step >= stored.total_steps:
         say(f"this run has already done its {stored.total_steps} steps; a larger --num_epoch would go on")
     return stored

@@ -40,6 +40,8 @@ class TrainerState:
     """Steps that the whole run was planned for; the schedule depends on it."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What must not change between the parts of one run; see `differences`."""
+    choices: dict[str, Any] = field(default_factory=dict)
+    """What the first plan chose and the run keeps: the optimizer and the head's bits."""
 
 
 def seed_step(seed: int, step: int, process: int) -> None:

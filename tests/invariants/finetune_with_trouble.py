@@ -4,7 +4,8 @@ TROUBLE       SIGTERM-to-torchrun   as `kill` and job schedulers do: torchrun pa
               SIGINT-to-group       as Ctrl-C in a terminal does: torchrun and all in its group get it
               SIGINT-to-one-worker  only the second process hears of it; the others must agree to stop
               nan-loss, nan-gradient  in the second process only
-TROUBLE_STEP  the step after which the signal is sent, or in which the NaN appears
+              out-of-memory         in the second process only, in its first micro-batch of the step, once
+TROUBLE_STEP  the step after which the signal is sent, in which the NaN appears or memory runs out
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 import finetune
 from onecard.console import run_main
-from onecard.train import loop
+from onecard.train import loop, step
 
 KIND, STEP, RANK = os.environ["TROUBLE"], int(os.environ["TROUBLE_STEP"]), int(os.environ.get("RANK", "0"))
 
@@ -42,10 +45,19 @@ def step_then_signal(run: Any, asked_to_stop: Any) -> Any:
     return result
 
 
-def loss_then_nan(model: Any, batch: Any) -> Any:
-    loss, n_supervised = real_loss(model, batch)
+def loss_then_nan(model: Any, batch: Any, **settings: Any) -> Any:
+    loss, n_supervised = real_loss(model, batch, **settings)
     if current_step == STEP - 1 and RANK == 1:
         loss = loss * float("nan") if KIND == "nan-loss" else loss + (loss * 0).sqrt()  # its slope there is not finite
+    return loss, n_supervised
+
+
+def loss_without_memory(model: Any, batch: Any, **settings: Any) -> Any:
+    global current_step
+    loss, n_supervised = real_loss(model, batch, **settings)
+    if current_step == STEP - 1 and RANK == 1:
+        current_step = -1
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return loss, n_supervised
 
 
@@ -56,10 +68,12 @@ def step_counted(run: Any, asked_to_stop: Any) -> Any:
 
 
 if __name__ == "__main__":
-    current_step = 0
-    real_step, real_loss = loop.take_step, loop.summed_loss
+    current_step = -1  # the rehearsal is none
+    real_step, real_loss = loop.take_step, step.summed_loss
     if KIND.startswith("nan"):
-        loop.take_step, loop.summed_loss = step_counted, loss_then_nan
+        loop.take_step, step.summed_loss = step_counted, loss_then_nan
+    elif KIND == "out-of-memory":
+        loop.take_step, step.summed_loss = step_counted, loss_without_memory
     else:
         loop.take_step = step_then_signal
     sys.exit(run_main(finetune.main))

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from onecard.config import REPOSITORY, TrainOptions
 from onecard.console import CheckpointError, ConfigError
 from onecard.train import deepspeed_config as settings
 from onecard.train.deepspeed_engine import Autocast, Layout, LossScale, ShardedOptimizer, join_states, split_state
+from onecard.train.engine import Engine
 
 Written = Callable[[Any], TrainOptions]
 
@@ -200,3 +202,30 @@ def test_only_one_file_imports_deepspeed() -> None:
     files = [path for path in (REPOSITORY / "onecard").rglob("*.py") if "import deepspeed" in path.read_text("utf-8")]
     assert [path.name for path in files] == ["deepspeed_engine.py"]
     assert importlib.util.find_spec("onecard.train.deepspeed_engine") is not None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_left_out_after_an_overflow_is_counted(fused: bool) -> None:
+    """A fused optimizer is called after an overflow, too, and changes nothing: it must count as left out."""
+    model = torch.nn.Linear(2, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+    class Scaled:
+        """What accelerate's optimizer does under fp16."""
+
+        def step(self) -> None:
+            scaler.step(optimizer)
+            scaler.update()
+
+        def zero_grad(self) -> None:
+            optimizer.zero_grad()
+
+    engine = Engine(SimpleNamespace(scaler=scaler, num_processes=1), model, Scaled(), max_grad_norm=1.0)
+    before = model.weight.detach().clone()
+    for factor, left_out in ((torch.inf, True), (1.0, False)):
+        scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+        scaler.unscale_(optimizer)
+        assert engine.step() is left_out
+        assert torch.equal(before, model.weight) is left_out
+    assert scaler.get_scale() == 4.0

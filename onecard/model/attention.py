@@ -1,0 +1,51 @@
+"""Attention for cards without FlashAttention: the memory-efficient kernel, whatever the number of key heads.
+
+Where queries share key heads (GQA), transformers asks SDPA to do the sharing, which only FlashAttention can; a Turing
+card would fall back to the plain kernel, whose scores take (heads, seq, seq). Here keys and values are repeated first,
+which costs two hidden states of a layer and keeps the efficient kernel. Knows one function of transformers' attention
+interface; does not know models. https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "onecard_sdpa"
+# In this order of preference; the plain kernel remains for shapes that the efficient one refuses.
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def avoid_flash(model: PreTrainedModel) -> bool:
+    """Let `model` use the function below where it uses SDPA; False where it has an attention of its own."""
+    if getattr(model.config, "_attn_implementation", None) not in ("sdpa", NAME):
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention without FlashAttention; `options` are those of transformers' own function.
+
+    query (batch, heads, seq, dim), key and value (batch, key heads, seq, dim), attention_mask (batch, 1, seq, seq) or
+    None for plain causal attention -> (batch, seq, heads, dim), None.
+    """
+    n_groups = query.shape[1] // key.shape[1]
+    if n_groups > 1:
+        key, value = (side.repeat_interleave(n_groups, dim=1) for side in (key, value))
+    # In the place of the module, since its `num_key_value_groups` would have them repeated once more.
+    as_repeated: Any = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    with sdpa_kernel(KERNELS) if query.device.type == "cuda" else nullcontext():
+        out, _ = sdpa_attention_forward(as_repeated, query, key, value, attention_mask, **options)
+    return out, None

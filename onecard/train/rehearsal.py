@@ -1,0 +1,115 @@
+"""Before the first step: the largest micro-batches that the data can make, forward, backward and in evaluation.
+
+These are the one with the most tokens and, where another one it is, the longest row, whose attention is the largest.
+
+What does not fit is found in the first minute and not in the fourth hour; the limits are then made smaller at once
+(`recovery.py`). Weights, optimizer and random numbers are left as they were. Knows the loop's `Run`; does not know how
+memory was planned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from onecard.console import say
+from onecard.model.memory import GIB
+from onecard.text.batches import steps_per_epoch
+from onecard.train.loop import evaluate
+from onecard.train.recovery import Limits
+from onecard.train.run import Run
+from onecard.train.step import accumulate, make_room
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The largest micro-batch: `rows` rows of `length` tokens."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return self.rows * self.length
+
+
+def worst_micro_batch(lengths: np.ndarray, limits: Limits, total_batch: int) -> Worst:
+    """The micro-batch with the most padded tokens that `limits` allow for samples of these lengths.
+
+    lengths [900, 250, 250, 250, 250], 1,000 tokens: [250 x 4] is larger than [900]. In steps of 2 samples it is [900].
+    """
+    longest_first = np.sort(lengths)[::-1].astype(np.int64)
+    n_shorter = len(lengths) - np.searchsorted(-longest_first, -longest_first, side="left")
+    rows = np.minimum(n_shorter, total_batch)
+    if limits.micro_batch:
+        rows = np.minimum(rows, limits.micro_batch)
+    if limits.micro_tokens:
+        rows = np.minimum(rows, np.maximum(1, limits.micro_tokens // np.maximum(1, longest_first)))
+    best = int(np.argmax(rows * longest_first))
+    return Worst(int(rows[best]), int(longest_first[best]))
+
+
+def rehearse(run: Run) -> None:
+    """Try the worst micro-batch of training and of evaluation; say the peak beside the plan's, and how long it takes.
+
+    Raises ModelError, with the plan beside what happened, when not even the smallest limits fit.
+    """
+    if run.options.deepspeed:
+        say("no rehearsal under DeepSpeed, which cannot forget gradients")
+        return
+    on_gpu = run.accelerator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    run.model.train()  # layers are computed again in this mode only
+    lengths = run.train_samples.lengths
+    started = time.monotonic()
+    worst = _fitting(run, lambda: worst_micro_batch(lengths, run.limits, run.options.total_batch))
+    seconds = (time.monotonic() - started) / 2
+    if worst.length < int(lengths.max()):
+        _fitting(run, lambda: Worst(1, int(lengths.max())))
+    run.engine.forget()
+    if run.test_samples:
+        of_test = np.array([len(sample.input_ids) for sample in run.test_samples])
+        largest = worst_micro_batch(of_test, run.limits, len(of_test))
+        evaluate(run, [run.test_samples[int(i)] for i in _rows(of_test, largest)])
+    said = f"rehearsed {worst.rows} x {worst.length:,} tokens"
+    if on_gpu:
+        peak = torch.cuda.max_memory_reserved()
+        said += f": peak {peak / GIB:.2f} GiB reserved, {run.planned_bytes / GIB:.2f} GiB planned"
+        torch.cuda.reset_peak_memory_stats()
+    say(f"{said}; {_duration(run, worst.tokens / max(seconds, 1e-9))}")
+
+
+def _fitting(run: Run, worst_now: Callable[[], Worst]) -> Worst:
+    """Forward and backward of the worst micro-batch, under smaller limits until it passes; returns the one that did."""
+    while True:
+        worst = worst_now()
+        rows = _rows(run.train_samples.lengths, worst)
+        # Twice, so that the second meets the gradients of the first, as in a step.
+        failed = [any(accumulate(run, [rows], worst.tokens)[1] for _ in range(2))]
+        if not any(gather_object(failed)):
+            run.n_failures = 0
+            return worst
+        make_room(run, np.full(worst.rows, worst.length))
+
+
+def _duration(run: Run, tokens_per_s: float) -> str:
+    """The rest of the run at this speed. The first pass is the slowest, so it is an upper estimate."""
+    n_samples = len(run.train_samples)
+    per_step = float(run.train_samples.lengths.sum()) / steps_per_epoch(n_samples, run.options.total_batch)
+    left = (run.state.total_steps - run.state.step) * per_step / run.accelerator.num_processes
+    minutes = left / tokens_per_s / 60
+    span = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"
+    return f"at its speed the run would take at most about {span}"
+
+
+def _rows(lengths: np.ndarray, worst: Worst) -> np.ndarray:
+    """Samples that make a micro-batch of this size."""
+    fitting = np.flatnonzero(lengths <= worst.length)
+    return fitting[np.argsort(-lengths[fitting].astype(np.int64), kind="stable")[: worst.rows]]

@@ -1,0 +1,76 @@
+"""What one run is made of, and what its steps tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from onecard.config import TrainOptions
+from onecard.model.offload import ActivationOffload
+from onecard.text.encode import Encoded
+from onecard.train.checkpoint import CheckpointStore
+from onecard.train.deepspeed_engine import DeepSpeedEngine
+from onecard.train.engine import Engine
+from onecard.train.evaluate import Room
+from onecard.train.recovery import Limits
+from onecard.train.state import TrainerState
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to report once: a row of log.jsonl, and words."""
+
+    row: dict[str, Any]
+    message: str
+
+
+@dataclass
+class Run:
+    """Everything that one run is made of. The recipe fills it; `train` uses it up."""
+
+    options: TrainOptions
+    model: Any
+    """The adapter over the base, as accelerate prepared it."""
+    plain_model: Any
+    """The same without a wrapper: what is saved."""
+    optimizer: Any
+    schedule: Any
+    accelerator: Any
+    train_samples: Any
+    """A sequence of `Encoded`, with `lengths` and `supervised` arrays of the same order."""
+    test_samples: list[Encoded]
+    store: CheckpointStore
+    state: TrainerState = field(default_factory=TrainerState)
+    limits: Limits = field(default_factory=Limits)
+    """How much passes through the model at once; smaller after memory ran out."""
+    offload: ActivationOffload | None = None
+    """Where the layers' inputs wait, if they do."""
+    evaluation_room: Room = field(default_factory=Room)
+    """What does not fit in evaluation."""
+    planned_bytes: int = 0
+    """What the plan said the card would hold at most."""
+    events: list[Event] = field(default_factory=list)
+    """What happened and has not been reported yet."""
+    n_failures: int = 0
+    """Times that memory ran out in the present step, at limits that could not be made smaller."""
+
+    @cached_property
+    def engine(self) -> Engine | DeepSpeedEngine:
+        """Backward and step, plain or through DeepSpeed."""
+        if self.options.deepspeed:
+            return DeepSpeedEngine(self.accelerator, self.model, self.optimizer)
+        return Engine(self.accelerator, self.model, self.optimizer, self.options.max_grad_norm)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the adapter, by file name."""
+        scaler = self.engine.scaler
+        objects = {"optimizer.pt": self.optimizer, "scheduler.pt": self.schedule}
+        return {**objects, "scaler.pt": scaler} if scaler is not None else objects
+
+    def records(self, indices: np.ndarray) -> list[str]:
+        """The names of samples, as a person finds them in the data."""
+        return [self.train_samples[int(i)].record for i in indices]

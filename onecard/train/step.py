@@ -1,0 +1,226 @@
+"""One optimizer step: its samples in micro-batches, the gradients, the clipping, the update.
+
+The loss of a step is per supervised token of the whole step, whatever the cut and the number of processes. When memory
+runs out, the gradients are forgotten, the limits are made smaller (`recovery.py`) and the step is done again. Knows a
+`Run`; does not know schedules of saving and evaluating, which are `loop.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from onecard.console import ModelError, OneCardError
+from onecard.model.adapters import unwrap
+from onecard.model.loss import summed_loss
+from onecard.model.offload import ActivationOffload
+from onecard.model.tiling import tile_mlps
+from onecard.text.batches import collate, micro_batches, share_for_rank, step_samples
+from onecard.train.recovery import Limits, give_back_memory, is_out_of_memory, smaller
+from onecard.train.run import Event, Run
+from onecard.train.state import seed_step
+
+MAX_FAILURES = 3  # of one step, at limits that cannot be made smaller
+SMALLER_HINT = (
+    "use a shorter --cutoff_len, fewer --bits, --head_bits 4 or a smaller --lora_r; tools/plan_memory.py shows what "
+    "each gives. The newest checkpoint is whole"
+)
+
+
+class NotFinite(OneCardError):
+    """A step whose loss or gradient is NaN or Inf; it was not taken."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of gathering a step's gradients; they count for nothing where memory ran out."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+    out_of_memory: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    learning_rate: float
+    skipped: bool
+    stop: bool
+
+
+def take_step(run: Run, asked_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
+    """One optimizer step over the samples that (seed, step) names, whatever the number of processes.
+
+    The loss is the sum over all micro-batches of all processes, divided by the supervised tokens of the whole step.
+    For samples with 3 and 5 answer tokens it is (sum of 8 losses) / 8, whether they pass together or one by one.
+    """
+    options, data = run.options, run.train_samples
+    chosen = step_samples(run.state.step, len(data), options.total_batch, options.seed)
+    attempt = _gather_gradients(run, chosen.indices, asked_to_stop)
+    while attempt.out_of_memory:
+        make_room(run, data.lengths[chosen.indices])
+        attempt = _gather_gradients(run, chosen.indices, asked_to_stop)
+    run.n_failures = 0
+    loss, norm = attempt.loss, attempt.grad_norm
+    if not math.isfinite(loss):
+        raise NotFinite(_not_finite(run, chosen.indices, f"the loss is {loss}"))
+    if not math.isfinite(norm) and not run.engine.has_scaler:
+        raise NotFinite(_not_finite(run, chosen.indices, f"the gradient norm is {norm}"))
+    learning_rate = run.optimizer.param_groups[0]["lr"]
+    skipped = _apply(run)
+    run.schedule.step()
+    tokens = int(data.lengths[chosen.indices].sum())
+    return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.stop)
+
+
+def _gather_gradients(run: Run, indices: np.ndarray, asked_to_stop: Callable[[], bool]) -> Attempt:
+    """Forward and backward of a step's samples in micro-batches, and the clipping; the same however they are cut.
+
+    Done again after a failure it draws the same random numbers, so it is the same step.
+    """
+    accelerator, data = run.accelerator, run.train_samples
+    supervised = int(data.supervised[indices].sum())
+    micros = share_for_rank(
+        micro_batches(indices, data.lengths, **run.limits.cut),
+        accelerator.process_index,
+        accelerator.num_processes,
+        data.lengths,
+    )
+    seed_step(run.options.seed, run.state.step, accelerator.process_index)
+    loss_sum, failure = accumulate(run, micros, supervised)
+    loss, stop, out_of_memory = _agree(accelerator, loss_sum, asked_to_stop(), failure)
+    if out_of_memory or not math.isfinite(loss):
+        return Attempt(loss, math.nan, stop, out_of_memory)
+    try:
+        return Attempt(loss, run.engine.clip(), stop, False)
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
+        if accelerator.num_processes > 1 or not run.engine.can_repeat:
+            place = f"out of memory at step {run.state.step + 1} while the gradients were put together"
+            raise ModelError(f"{place}, which several processes cannot repeat; {SMALLER_HINT}") from reason
+    return Attempt(loss, math.nan, stop, True)
+
+
+def _apply(run: Run) -> bool:
+    """The optimizer's update; True when the fp16 scaler left it out. Half an update cannot be taken back."""
+    try:
+        return run.engine.step()
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
+        place = f"out of memory inside the optimizer at step {run.state.step + 1}, which cannot be done twice"
+        raise ModelError(f"{place}: {_in_use(run)}; {SMALLER_HINT}, and the same command goes on from it") from reason
+
+
+def accumulate(run: Run, micros: Sequence[np.ndarray | None], supervised: int) -> tuple[torch.Tensor, bool]:
+    """Add the gradients of micro-batches to those that are there; the loss, and whether memory ran out on the way."""
+    loss_sum = torch.zeros((), device=run.accelerator.device)
+    try:
+        for position, micro in enumerate(micros):
+            is_last = position == len(micros) - 1
+            if micro is None and not run.engine.needs_every_turn:
+                continue
+            with run.engine.gathering(is_last), run.offload or nullcontext():
+                loss_sum += _backward(run, micro, supervised, is_last)
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
+        if not run.engine.can_repeat:
+            raise ModelError(f"out of memory, and DeepSpeed cannot repeat a step; {SMALLER_HINT}") from reason
+        return torch.zeros((), device=run.accelerator.device), True
+    return loss_sum, False
+
+
+def make_room(run: Run, lengths: np.ndarray) -> None:
+    """After memory ran out over samples of these lengths: forget the gradients and make the limits smaller.
+
+    At the smallest limits the same is tried once more, since others may use the card, too. Raises ModelError then.
+    """
+    run.engine.forget()
+    give_back_memory()
+    found = smaller(run.limits, lengths, can_offload=_is_checkpointed(run))
+    run.n_failures += found is None
+    if found is None and run.n_failures > MAX_FAILURES:
+        place = f"out of memory at step {run.state.step + 1} with nothing left to make smaller"
+        raise ModelError(f"{place}: {_in_use(run)}; {SMALLER_HINT}")
+    change = "the same once more" if found is None else found[1]
+    if found is not None:
+        use_limits(run, found[0])
+    message = f"step {run.state.step + 1}: out of memory; {change}. The result does not change."
+    run.events.append(Event({"step": run.state.step + 1, "event": "out_of_memory", "change": change}, message))
+
+
+def use_limits(run: Run, limits: Limits) -> None:
+    """Let what the limits say take effect: offload and tiles included."""
+    if limits.offload_activations and run.offload is None:
+        run.offload = ActivationOffload(run.plain_model, run.accelerator.device)
+    if limits.mlp_tile != run.limits.mlp_tile:
+        tile_mlps(run.plain_model, limits.mlp_tile)
+    run.limits = limits
+
+
+def _backward(run: Run, micro: np.ndarray | None, supervised: int, is_last: bool) -> torch.Tensor:
+    """Forward and backward of one micro-batch; returns its share of the step's loss, detached.
+
+    `None` stands for a process that got fewer micro-batches than the others under DeepSpeed: it computes one with
+    weight 0, because there every process has to take part in each exchange of gradients.
+    """
+    accelerator = run.accelerator
+    samples = [run.train_samples[int(i)] for i in (micro if micro is not None else [0])]
+    batch = {name: t.to(accelerator.device) for name, t in collate(samples, pad_id=0).items()}
+    with accelerator.autocast():
+        loss_sum, _ = summed_loss(run.model, batch, chunk_tokens=run.limits.loss_chunk)
+    if run.offload is not None:
+        run.offload.turn_back()
+    loss = loss_sum / max(1, supervised) * (micro is not None)
+    run.engine.backward(loss, is_last)
+    return loss.detach()
+
+
+def _agree(accelerator: Any, loss: torch.Tensor, stop: bool, failed: bool) -> tuple[float, bool, bool]:
+    """The step's loss over all processes, and whether any was asked to stop, or ran out of memory: all do alike."""
+    if accelerator.num_processes == 1:
+        return float(loss), stop, failed
+    flags = torch.tensor([float(stop), float(failed)], device=loss.device)
+    every = accelerator.reduce(torch.cat([loss.float()[None], flags]), reduction="sum")
+    return float(every[0]), bool(every[1] > 0), bool(every[2] > 0)
+
+
+def _is_checkpointed(run: Run) -> bool:
+    """Whether the layers are computed again in the backward pass."""
+    base: Any = unwrap(run.plain_model).get_base_model()
+    # transformers 5.23 renamed it and warns of the old name; 5.20 has only the old one.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(getattr(base, next((name for name in names if hasattr(type(base), name)), ""), False))
+
+
+def _in_use(run: Run) -> str:
+    """The plan beside the measurement."""
+    planned = f"{run.planned_bytes / 2**30:.2f} GiB were planned"
+    if run.accelerator.device.type != "cuda":
+        return planned
+    free, total = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_reserved()
+    return f"{planned}, the peak was {peak / 2**30:.2f}, and {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
+
+
+def _not_finite(run: Run, indices: np.ndarray, what: str) -> str:
+    run.engine.forget()
+    records = "\n  ".join(run.records(indices))
+    return (
+        f"step {run.state.step + 1}: {what}. This step was not taken; the newest checkpoint is finite.\n"
+        f"The step's records are:\n  {records}\n"
+        "Look at them with tools/inspect_data.py. Are they sound, then lower --learning_rate, or use --dtype fp32."
+    )

@@ -1,0 +1,188 @@
+"""Attention without FlashAttention gives what transformers' own gives; a card may be described as an older one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from onecard.console import ConfigError
+from onecard.model import kernels
+from onecard.model.attention import NAME, attend, avoid_flash
+from onecard.model.hardware import Hardware, choose_dtype, detect
+from onecard.model.kernels import use_liger
+from onecard.model.load import LoadedBase
+from onecard.model.loss import summed_loss
+from tests.model.model_families import small_batch
+
+Loads = Callable[..., LoadedBase]
+
+
+class Attention(nn.Module):
+    def __init__(self, n_groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups, self.is_causal = n_groups, True
+
+
+def masked(rows: int, n_queries: int, n_keys: int) -> torch.Tensor:
+    """Causal, and the last keys of each row but the first are pads."""
+    mask = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries).expand(rows, 1, -1, -1).clone()
+    for row in range(1, rows):
+        mask[row, :, :, -row:] = False
+        mask[row, :, :, 0] = True  # no row of scores is empty
+    return mask
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("n_queries", "n_keys", "with_mask"),
+    [(12, 12, False), (12, 12, True), (1, 12, False), (1, 12, True), (5, 12, True), (5, 12, False)],
+)
+def test_it_is_the_same_function(key_heads: int, n_queries: int, n_keys: int, with_mask: bool) -> None:
+    """Values and gradients; 5 queries and 12 keys without a mask are an empty static cache."""
+    sizes = [(3, 8, n_queries, 16), (3, key_heads, n_keys, 16), (3, key_heads, n_keys, 16)]
+    results = []
+    for function in (sdpa_attention_forward, attend):
+        torch.manual_seed(1)
+        inputs = [torch.randn(size, requires_grad=True) for size in sizes]
+        mask = masked(3, n_queries, n_keys) if with_mask else None
+        out, weights = function(Attention(8 // key_heads), *inputs, mask, scaling=0.3, dropout=0.0)  # type: ignore
+        assert weights is None
+        (out * torch.arange(16)).sum().backward()
+        results.append([out, *(tensor.grad for tensor in inputs)])
+    assert len(results[0]) == 4
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_soft_cap_is_refused_as_before() -> None:
+    query = torch.randn(1, 2, 4, 16)
+    with pytest.raises(ValueError, match="softcap"):
+        attend(Attention(1), query, query, query, None, softcap=50.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma3_text", "phi3", "gpt_neox"])
+def test_a_whole_model(family: str, load_family: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss and the same gradients, and it is this function that was called."""
+    batch, results, n_calls = small_batch(), [], 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        return attend(*args, **options)
+
+    monkeypatch.setattr("onecard.model.attention.attend", counted)
+    for changed in (False, True):
+        model = load_family(family, attn_implementation="sdpa", gradient_checkpointing=False).model
+        if changed:
+            assert avoid_flash(model) and avoid_flash(model), "twice does no harm"
+            assert model.config._attn_implementation == NAME
+        inner = next(layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+        inner.requires_grad_(True)
+        loss, _ = summed_loss(model, batch, chunk_tokens=8)
+        loss.backward()
+        answers = model.generate(batch["input_ids"][:, :4], max_new_tokens=5, do_sample=False, use_cache=True)
+        results.append((loss.detach(), inner.weight.grad, answers))
+    assert n_calls >= 2 + 2 * 5, "the model does not ask this function"
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+    assert torch.equal(results[0][2], results[1][2])
+
+
+def test_another_attention_is_left_alone(load_family: Loads) -> None:
+    model = load_family("gemma2", attn_implementation="eager").model
+    assert not avoid_flash(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that seems to have an RTX 3090."""
+    found = SimpleNamespace(name="RTX 3090", total_memory=24 * 2**30, major=8, minor=6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: pytest.MonkeyPatch.context())
+
+
+@pytest.mark.usefixtures("card")
+def test_a_new_card_that_pretends_to_be_old() -> None:
+    real, pretended = detect(), detect(pretend_turing=True)
+    assert real.bf16_native and real.has_flash_attention
+    assert not pretended.bf16_native and not pretended.has_flash_attention
+    assert (pretended.name, pretended.total_bytes) == (real.name, real.total_bytes)
+    assert choose_dtype("auto", 4, pretended, "llama")[0] == torch.float16
+    with pytest.raises(ConfigError, match="--dtype"):
+        choose_dtype("bf16", 4, pretended, "llama")
+
+
+def test_a_cpu_has_nothing_to_pretend() -> None:
+    assert detect("cpu", pretend_turing=True) == detect("cpu")
+
+
+CARD = Hardware(torch.device("cuda", 0), "RTX 3090", 24 * 2**30, bf16_native=True, capability=(8, 6))
+
+
+@pytest.mark.parametrize(
+    ("hardware", "installed", "told"),
+    [
+        (CARD, False, "pip install liger-kernel"),
+        (replace(CARD, name="RTX 2080 Ti", capability=(7, 5)), True, "not RTX 2080 Ti"),
+        (detect("cpu"), True, "Ampere generation or newer"),
+    ],
+)
+def test_liger_is_refused(
+    hardware: Hardware, installed: bool, told: str, load_family: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object() if installed else None)
+    with pytest.raises(ConfigError, match=told) as refused:
+        use_liger(load_family("llama").model, hardware)
+    assert str(refused.value).startswith("--kernels")
+
+
+def test_liger_gets_all_but_the_loss(load_family: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[dict[str, bool]] = []
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+
+    def known(model: Any, what: Any) -> None:
+        wanted.append(what)
+        plain = model.model.norm.forward
+
+        def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            return plain(x)
+
+        forward.__module__ = "liger_kernel.transformers.rms_norm"
+        model.model.norm.forward = MethodType(forward, model.model.norm)
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", known)
+    use_liger(load_family("llama").model, CARD)
+    assert {name for name, on in wanted[0].items() if on} == {"rope", "rms_norm", "swiglu"}
+    assert not wanted[0]["cross_entropy"] and not wanted[0]["fused_linear_cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (None, "does not know llama"),  # it only writes to its log
+        (TypeError("got an unexpected keyword argument 'swiglu'"), "does not know llama: got an"),
+        (ImportError("liger-kernel >= 0.3.0 is not available"), "cannot be used: liger-kernel >= 0.3.0"),
+    ],
+)
+def test_liger_that_does_nothing(
+    reason: Exception | None, told: str, load_family: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apply(model: Any, what: Any) -> None:
+        if reason is not None:
+            raise reason
+
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", apply)
+    with pytest.raises(ConfigError, match=told):
+        use_liger(load_family("llama").model, CARD)
