@@ -1,0 +1,233 @@
+#!/usr/bin/env python
+"""The longest context per gigabyte: one row of as many tokens as a real training step takes on a card of that size.
+
+    python benchmarks/context_per_vram.py                          (a card: Llama-3.1-8B, rank 32, fp16, as on Turing)
+    python benchmarks/context_per_vram.py --vram 11 --tries 6
+
+The process is capped (`torch.cuda.set_per_process_memory_fraction`); the CUDA context is taken off the cap as the plan
+assumes it. The plan's longest context is tried first, then a little more or less. A length counts when two steps,
+forward, backward and optimizer, end without running out of memory once. Without a card the table is only planned, and
+a toy is trained at its planned longest context, its peak beside the plan. Writes results/context_per_vram.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # Started as a script, Python sees only the script's own folder.
+    sys.path.insert(0, str(ROOT))
+
+from onecard.cli import parse  # noqa: E402
+from onecard.config import (  # noqa: E402
+    DataOptions,
+    FinetuneConfig,
+    LoraOptions,
+    MemoryOptions,
+    ModelOptions,
+    TrainOptions,
+)
+from onecard.console import run_main, say  # noqa: E402
+
+# Published by Unsloth for Llama-3.1-8B, QLoRA, rank 32 on all linear layers, padded, one row; beside it plain Hugging
+# Face with FlashAttention-2 (0: out of memory). https://unsloth.ai/blog/llama3-3
+PUBLISHED = {8: (2_972, 0), 12: (21_848, 932), 16: (40_724, 2_551), 24: (78_475, 5_789)}
+STRAIGHT_LINE = {11: 17_100}  # nobody publishes 11 GB; a straight line through Unsloth's figures
+TOY = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4,
+       "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 8016, "max_position_embeddings": 131072,
+       "tie_word_embeddings": False}  # fmt: skip
+
+
+@dataclass
+class ContextOptions:
+    """What is measured."""
+
+    model_path: str = "Llama-3.1-8B"
+    """A known model's name; its weights are random."""
+    vram: str = "8,11,12,16,24"
+    """Sizes of cards in GiB, with commas between them."""
+    lora_r: int = 32
+    """Rank of the adapter on all linear layers."""
+    tries: int = 5
+    """Lengths tried for each size."""
+    minutes: float = 20.0
+    """Time for each size; no further length is begun after it."""
+    toy_mib: int = 48
+    """Without a card: the size, in MiB, for which the toy's longest context is planned and run once."""
+    device: str = "auto"
+    """auto, cpu or cuda:N."""
+    output: str = str(ROOT / "benchmarks" / "results" / "context_per_vram.json")
+    """Where the result is written."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(ContextOptions, argv, description=__doc__ or "")
+
+    from benchmarks.machine import machine, say_table, write_result
+    from onecard.model.hardware import detect
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    hardware = detect(options.device, pretend_turing=True)
+    sizes = [float(word) for word in options.vram.split(",")]
+    with quiet_bitsandbytes():
+        rows = [row_of(options, hardware, gib) for gib in sizes]
+        toy = None if hardware.is_gpu else toy_row(options, hardware)
+    header = ["card, GiB", "planned tokens", "and RAM, GiB", "measured tokens", "peak reserved, GiB", "tokens/s",
+              "Unsloth", "ratio of measured", "plain Hugging Face + FA2"]  # fmt: skip
+    say_table(header, [[row[name] for name in ROW] for row in rows])
+    if toy is not None:
+        say("Planned only: there is no card here, so no length was measured and no ratio is given.")
+        say_table(list(toy), [list(toy.values())])
+    given = asdict(options) | {"output": Path(options.output).name}
+    write_result(options.output, {"options": given, "rows": rows, "toy": toy, "machine": machine(str(hardware.device))})
+
+
+ROW = ("gib", "planned", "planned_ram_gib", "measured", "reserved_gib", "tokens_per_s", "unsloth", "ratio", "plain")
+
+
+def row_of(options: ContextOptions, hardware: Any, gib: float) -> dict[str, Any]:
+    """One size of card: planned, and where there is one, measured."""
+    from onecard.model.architecture import architecture_of
+    from onecard.model.memory import GIB
+    from onecard.model.plan import Card, longest_context
+
+    config = config_for(options.model_path, options.lora_r, gib)
+    card = Card(f"{gib:g} GiB", int(gib * GIB), 1 << 40)
+    planned = longest_context(architecture_of(options.model_path), config, card, element_bytes=2)
+    tried: list[dict[str, Any]] = []
+    if hardware.is_gpu and planned:
+        tried = search(config, hardware, planned, options)
+    best = max((each for each in tried if each["passed"]), key=lambda each: each["tokens"], default=None)
+    unsloth, plain = PUBLISHED.get(int(gib), (STRAIGHT_LINE.get(int(gib)), None)) if gib == int(gib) else (None, None)
+    measured = best["tokens"] if best else None
+    return {
+        "gib": gib, "planned": planned, "planned_ram_gib": ram_gib(config, card, planned), "measured": measured,
+        "reserved_gib": best["reserved_gib"] if best else None, "tokens_per_s": best["tokens_per_s"] if best else None,
+        "unsloth": unsloth, "unsloth_is_a_straight_line": int(gib) in STRAIGHT_LINE,
+        "ratio": round(measured / unsloth, 3) if measured and unsloth else None,
+        "plain": "out of memory" if plain == 0 else plain, "tried": tried,
+    }  # fmt: skip
+
+
+def ram_gib(config: FinetuneConfig, card: Any, length: int) -> float:
+    """GiB of RAM that the plan for one row of `length` tokens asks for."""
+    from onecard.model.architecture import architecture_of
+    from onecard.model.memory import GIB
+    from onecard.model.plan import make_plan
+
+    config = replace(config, data=replace(config.data, cutoff_len=max(8, length)))
+    plan = make_plan(architecture_of(config.model.model_path), config, card, element_bytes=2)
+    return round(plan.account.ram_bytes / GIB, 2)
+
+
+def config_for(model: str, rank: int, gib: float) -> FinetuneConfig:
+    """One row at a time, fp16, everything else by the plan."""
+    return FinetuneConfig(
+        ModelOptions(model_path=model, bits=4),
+        DataOptions(),
+        LoraOptions(lora_r=rank),
+        # Two rows in a step: the second meets the gradients of the first.
+        TrainOptions(total_batch=2, micro_batch=1, max_steps=100),
+        MemoryOptions(vram=gib, pretend_turing=True, ignore_plan=True),
+    )
+
+
+def search(config: FinetuneConfig, hardware: Any, planned: int, options: ContextOptions) -> list[dict[str, Any]]:
+    """Try the planned length, then lengths above the longest that passed and below the shortest that did not."""
+    tried: list[dict[str, Any]] = []
+    begun, length = time.monotonic(), planned
+    while len(tried) < options.tries and (not tried or time.monotonic() - begun < 60 * options.minutes):
+        tried.append(try_length(config, hardware, length))
+        say(f"{config.memory.vram:g} GiB, {length:,} tokens: {'passed' if tried[-1]['passed'] else 'out of memory'}")
+        length = next_length(tried)
+    return tried
+
+
+def next_length(tried: list[dict[str, Any]]) -> int:
+    """Half-way between what passed and what did not; 5 % further while only one of the two is known."""
+    low = max((each["tokens"] for each in tried if each["passed"]), default=0)
+    high = min((each["tokens"] for each in tried if not each["passed"]), default=0)
+    if not high:
+        return low + max(1, low // 20)
+    return (low + high) // 2 if low else high - max(1, high // 20)
+
+
+def try_length(config: FinetuneConfig, hardware: Any, length: int) -> dict[str, Any]:
+    """Two steps of rows of `length` tokens under the cap of `config.memory.vram`, on a base of its own."""
+    import torch
+
+    from benchmarks.random_models import base_model
+    from benchmarks.synthetic_run import random_samples
+    from onecard.console import ModelError
+    from onecard.model.architecture import architecture_of
+    from onecard.model.memory import CUDA_CONTEXT_BYTES, GIB
+    from onecard.train.fit import cap_memory
+    from onecard.train.recovery import give_back_memory, is_out_of_memory
+
+    give_back_memory()
+    cap_memory(hardware, config.memory.vram - CUDA_CONTEXT_BYTES / GIB)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = None
+    try:
+        model = architecture_of(config.model.model_path)
+        base = base_model(config.model, hardware)
+        seconds, _, _ = step_at(config, hardware, model, base, random_samples([length] * 2, model.vocab_size))
+    except (RuntimeError, MemoryError, ModelError) as reason:
+        if not is_out_of_memory(reason) and "out of memory" not in str(reason):
+            raise
+    peak = torch.cuda.max_memory_reserved() / GIB
+    give_back_memory()
+    speed = round(2 * length / seconds, 1) if seconds else None
+    return {"tokens": length, "passed": seconds is not None, "reserved_gib": round(peak, 3), "tokens_per_s": speed}
+
+
+def step_at(
+    config: FinetuneConfig, hardware: Any, model: Any, base: Any, samples: Any
+) -> tuple[float | None, Any, Any]:
+    """Two steps under the plan for these samples: seconds of the second (None: memory ran out), the run, the plan."""
+    from benchmarks.synthetic_run import build_run, plan_for
+    from onecard.train.fit import settle
+    from onecard.train.step import take_step
+
+    length = int(samples.lengths.max())
+    config = replace(config, data=replace(config.data, cutoff_len=length))
+    first = plan_for(config, model, hardware, length)
+    filled, plan = settle(config, hardware, first, length)
+    run = build_run(filled, hardware, base, samples)
+    take_step(run)
+    begun = time.perf_counter()
+    take_step(run)
+    # A step that was repeated in smaller pieces does not count here, although a real run would go on.
+    return (None if run.events else time.perf_counter() - begun), run, plan
+
+
+def toy_row(options: ContextOptions, hardware: Any) -> dict[str, Any]:
+    """A toy's longest context for a card of a few MiB, run once; the profiler's peak beside the plan."""
+    from benchmarks.random_models import random_base
+    from benchmarks.synthetic_run import planned_peak, random_samples, run_peak
+    from onecard.model.architecture import architecture_of
+    from onecard.model.plan import Card, longest_context
+    from onecard.train.step import take_step
+
+    config = config_for("toy", options.lora_r, options.toy_mib / 1024)
+    config = replace(config, memory=replace(config.memory, pretend_turing=False))
+    model = architecture_of(TOY)
+    card = Card("toy", options.toy_mib << 20, 1 << 40, is_gpu=False, repeats_kv=False)
+    length = longest_context(model, config, card, element_bytes=4)
+    base, samples = random_base(TOY, config.model, hardware), random_samples([length] * 2, model.vocab_size)
+    _, run, plan = step_at(config, hardware, model, base, samples)
+    planned = planned_peak(plan.account)
+    measured = run_peak(run, lambda: take_step(run), embeddings_in_ram=False)
+    mib = {"planned MiB": planned.tensor_bytes / 2**20, "measured MiB": measured.tensor_bytes / 2**20}
+    return {"toy card, MiB": options.toy_mib, "planned tokens": length,
+            **{name: round(value, 2) for name, value in mib.items()},
+            "measured / planned": round(measured.tensor_bytes / planned.tensor_bytes, 4)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

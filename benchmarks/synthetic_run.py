@@ -1,0 +1,150 @@
+"""A real `Run` over made-up samples and a base in memory: what the benchmarks of memory and speed step through.
+
+The same parts in the same order as `setup.build_run`, without files, checkpoints or a tokenizer. Also how the peak of a
+piece of work is measured on each kind of device. It does not know which settings are worth comparing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from onecard.config import FinetuneConfig
+from onecard.model.adapters import add_lora
+from onecard.model.architecture import Architecture
+from onecard.model.hardware import Hardware, choose_dtype
+from onecard.model.load import LoadedBase, load_tokenizer
+from onecard.model.memory import CONTEXT, Account
+from onecard.model.offload import embeddings_to_ram
+from onecard.model.plan import Plan, make_plan
+from onecard.text.dataset import encode_dataset
+from onecard.text.encode import IGNORE_INDEX, Encoded, EncodeSettings
+from onecard.text.template import load_template
+from onecard.train.checkpoint import CheckpointStore
+from onecard.train.fit import card_of, limits_of
+from onecard.train.optim import allocate_state, build_optimizer, build_schedule
+from onecard.train.run import Run
+from onecard.train.setup import _prepare_base, build_accelerator
+from onecard.train.state import TrainerState
+from onecard.train.step import use_limits
+from tests.live_memory import held_bytes, peak_bytes
+
+SPECIAL_IDS = 3  # the first ids of a vocabulary are control tokens
+
+
+class Samples(Sequence[Encoded]):
+    """Encoded samples as a run takes them: with `lengths` and `supervised` in the same order."""
+
+    def __init__(self, samples: Sequence[Encoded]) -> None:
+        self.samples = list(samples)
+        self.lengths = np.array([len(sample.input_ids) for sample in samples])
+        # The first token of a row is predicted by nothing.
+        self.supervised = np.array([sum(n != IGNORE_INDEX for n in sample.labels[1:]) for sample in samples])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.samples[int(position)]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes of tensors on the card during some work, weights included, and what waits in RAM meanwhile.
+
+    reserved_bytes: what the allocator held; None without a card. There the "card" is all that was not sent to RAM.
+    """
+
+    tensor_bytes: int
+    ram_bytes: int = 0
+    reserved_bytes: int | None = None
+
+
+def random_samples(lengths: Sequence[int], vocab_size: int, *, seed: int = 0) -> Samples:
+    """Samples of these lengths whose every token is learned: the most that the loss can ask for."""
+    made = []
+    for number, length in enumerate(lengths):
+        ids = np.random.RandomState([seed, number]).randint(SPECIAL_IDS, vocab_size, length).tolist()
+        made.append(Encoded(ids, list(ids), f"random:{number}", number))
+    return Samples(made)
+
+
+def samples_of(data_path: str, tokenizer_path: Path, cutoff_len: int) -> Samples:
+    """Real records, encoded with a small tokenizer whose ids every larger vocabulary has, too. Caches nothing."""
+    tokenizer = load_tokenizer(str(tokenizer_path))
+    template = load_template("auto", tokenizer)
+    with TemporaryDirectory() as cache:
+        dataset = encode_dataset(data_path, template, tokenizer, EncodeSettings(cutoff_len), Path(cache))
+        return Samples([dataset[number] for number in range(len(dataset))])
+
+
+def plan_for(config: FinetuneConfig, model: Architecture, hardware: Hardware, longest: int) -> Plan:
+    """The plan for samples of `longest` tokens, with what is typed in `config` and nothing said."""
+    dtype, _ = choose_dtype(config.model.dtype, config.model.bits, hardware, model.model_type)
+    card = card_of(hardware, config.memory.vram)
+    config = replace(config, data=replace(config.data, cutoff_len=longest))
+    return make_plan(model, config, card, element_bytes=dtype.itemsize)
+
+
+def build_run(config: FinetuneConfig, hardware: Hardware, base: LoadedBase, samples: Samples) -> Run:
+    """A run that is ready for `step.take_step`, as `setup.build_run` makes one. `config` has every choice filled in."""
+    options = config.train
+    # One of its own: an accelerator keeps every optimizer that it ever prepared, and so their models.
+    accelerator = build_accelerator(config, hardware, str(base.model.config.model_type))
+    _prepare_base(config, hardware, base)
+    torch.manual_seed(options.seed)
+    plain = add_lora(base.model, config.lora)
+    optimizer = build_optimizer(plain, options)
+    schedule = build_schedule(optimizer, options, options.max_steps)
+    allocate_state(optimizer)
+    model, stepper = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
+    state = TrainerState(total_steps=options.max_steps)
+    store = CheckpointStore(Path("unused"))
+    run = Run(options, model, plain, stepper, schedule, accelerator, samples, [], store, state)
+    if config.memory.offload_embeddings == "on":
+        embeddings_to_ram(plain, accelerator.device)
+    use_limits(run, limits_of(config))
+    run.model.train()
+    return run
+
+
+def peak_of(work: Callable[[], object], device: torch.device, *holders: Any) -> Peak:
+    """The peak of `work`, done once before so that libraries, optimizers and buffers in RAM have taken what they keep.
+
+    On a card: what the allocator says. On a CPU: what models and optimizers among `holders` hold, and what torch's
+    profiler sees come and go.
+    """
+    work()
+    if device.type != "cuda":
+        return Peak(held_bytes(*holders) + peak_bytes(work))
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return Peak(peaks[0], reserved_bytes=peaks[1])
+
+
+def run_peak(run: Run, work: Callable[[], object], *, embeddings_in_ram: bool) -> Peak:
+    """The peak of `work`, which steps through `run`. Without a card the embeddings "in RAM" are where they were."""
+    device = run.accelerator.device
+    peak = peak_of(work, device, run.plain_model, run.optimizer.optimizer)
+    base = run.plain_model.get_base_model()
+    embeddings, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    moved = embeddings.nbytes if embeddings_in_ram and embeddings is not head else 0
+    waiting = run.offload.host_bytes if run.offload is not None else 0
+    on_card = peak.tensor_bytes - (moved if device.type != "cuda" else 0)
+    return replace(peak, tensor_bytes=on_card, ram_bytes=moved + waiting)
+
+
+def planned_peak(account: Account) -> Peak:
+    """What the plan says of the same."""
+    context = sum(part.n_bytes for part in account.parts if part.name == CONTEXT)
+    return Peak(account.tensor_bytes, account.ram_bytes, account.card_bytes - context)
