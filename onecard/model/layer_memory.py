@@ -220,7 +220,9 @@ def linear(tape: Tape, x: Sized, layer: LinearShape, shape: Shape, *, is_last: b
     """A frozen linear layer with its adapter beside it: base(x) + scaling * B(A(x)). is_last: of its decoder layer."""
     out_bytes = shape.tokens * layer.n_out * shape.element_bytes
     unpacked = layer.n_in * layer.n_out * shape.element_bytes if shape.bits in (4, 8) else 0
-    out = tape.op([x], out_bytes, Back(temporary=unpacked, gives_views=True), temporary=unpacked)
+    whole_numbers = shape.tokens * (layer.n_in + layer.n_out * FP32)  # of 8 bits: the input, and the product in int32
+    forward = whole_numbers if shape.bits == 8 and shape.on_gpu else unpacked
+    out = tape.op([x], out_bytes, Back(temporary=unpacked, gives_views=True), temporary=forward)
     if shape.bits == 4:
         out = tape.op([out], out_bytes, PASSES_ON)  # PEFT clones the result of 4-bit layers
     if shape.bits == 8:
@@ -231,15 +233,13 @@ def linear(tape: Tape, x: Sized, layer: LinearShape, shape: Shape, *, is_last: b
     if shape.casts_adapter_input:
         side = whole = tape.op([x], x.n_bytes * FP32 // shape.element_bytes)
     if shape.drops:
-        mask = tape.new(side.n_bytes if not shape.on_gpu else x.n_bytes // shape.element_bytes)
-        side = tape.op([side], side.n_bytes, Back([mask]))
-        del mask
+        mask_bytes = x.n_bytes // shape.element_bytes if shape.on_gpu else side.n_bytes
+        side = tape.op([side], side.n_bytes, Back([tape.new(mask_bytes)]))
     if shape.casts_adapter_input:
         side = tape.op([side], x.n_bytes)
     x = side
     del side
-    narrow_bytes = shape.tokens * layer.rank * shape.element_bytes
-    narrow = tape.op([x], narrow_bytes, _adapter(tape, x, layer.n_in, layer, shape))
+    narrow = tape.op([x], shape.tokens * layer.rank * shape.element_bytes, _adapter(tape, x, layer.n_in, layer, shape))
     adapter = _adapter(tape, narrow, layer.n_out, layer, shape)
     if is_last and shape.stops_early:
         tape.stop()
