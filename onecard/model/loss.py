@@ -190,8 +190,8 @@ def _chunked_loss(
     flat = targets.flatten().to(hidden.device)
     rows = (flat != IGNORE_INDEX).nonzero().squeeze(1)
     tokens, states = _Tokens(rows, flat[rows], chunk_tokens), hidden.flatten(0, 1)
-    if torch.is_grad_enabled():
-        trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
+    if torch.is_grad_enabled() and (states.requires_grad or trained):
         loss: Any = _ChunkedLoss.apply(head, tokens, states, *trained)
         return loss, len(rows)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 
 import onecard.model.loss
@@ -310,7 +311,9 @@ def test_evaluation_in_16_bits_outside_of_autocast(base_dtype, head_dtype, load_
     model = adapted(load_family("llama").model).eval()
     model.get_base_model().to(base_dtype)
     model.get_output_embeddings().to(head_dtype)
+    AcceleratorState._reset_state(True)  # accelerate has one number format per process; other tests have others
     wrapped = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
+    AcceleratorState._reset_state(True)
     with torch.no_grad():
         expected, n_supervised = summed_loss(wrapped, small_batch())
         loss, _ = summed_loss(wrapped, small_batch(), chunk_tokens=4)
