@@ -24,7 +24,7 @@ from onecard.model.adapters import linear_layers
 from onecard.model.architecture import find_known
 from onecard.model.files import read_json
 from onecard.model.hardware import Hardware, choose_dtype
-from onecard.model.load import LoadedBase, _checkpoint_layers, load_base
+from onecard.model.load import LoadedBase, checkpoint_layers, load_base
 from onecard.model.quantization import quantize_linear
 
 STD = 0.02  # of random weights: activations then stay far inside fp16
@@ -69,7 +69,7 @@ def random_base(config: dict[str, Any], options: ModelOptions, hardware: Hardwar
     model.requires_grad_(False)
     model.eval()
     if options.gradient_checkpointing:
-        _checkpoint_layers(model, reentrant=options.bits == 8)
+        checkpoint_layers(model, reentrant=options.bits == 8)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise ModelError(f"{type(model).__name__}: {left[0]} got no values; random_models.py cannot build this family")

@@ -30,7 +30,7 @@ from onecard.train.checkpoint import CheckpointStore
 from onecard.train.fit import card_of, limits_of
 from onecard.train.optim import allocate_state, build_optimizer, build_schedule
 from onecard.train.run import Run
-from onecard.train.setup import _prepare_base, build_accelerator
+from onecard.train.setup import build_accelerator, prepare_base
 from onecard.train.state import TrainerState
 from onecard.train.step import use_limits
 from tests.live_memory import held_bytes, peak_bytes
@@ -97,7 +97,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, base: LoadedBase, samp
     options = config.train
     # One of its own: an accelerator keeps every optimizer that it ever prepared, and so their models.
     accelerator = build_accelerator(config, hardware, str(base.model.config.model_type))
-    _prepare_base(config, hardware, base)
+    prepare_base(config, hardware, base)
     torch.manual_seed(options.seed)
     plain = add_lora(base.model, config.lora)
     optimizer = build_optimizer(plain, options)

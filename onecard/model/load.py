@@ -23,7 +23,7 @@ from onecard.model.files import base_fingerprint, check_weights, locate, read_js
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config
 
-__all__ = ["LoadedBase", "base_fingerprint", "load_base", "load_tokenizer"]
+__all__ = ["LoadedBase", "base_fingerprint", "checkpoint_layers", "load_base", "load_tokenizer"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,7 +83,7 @@ def load_base(options: ModelOptions, hardware: Hardware) -> LoadedBase:
     if options.bits < 16 and not hardware.is_gpu:
         keep_one_arithmetic_on_cpu(model)
     if options.gradient_checkpointing:
-        _checkpoint_layers(model, reentrant=options.bits == 8)
+        checkpoint_layers(model, reentrant=options.bits == 8)
     return LoadedBase(model, dtype, reason, base_fingerprint(options.model_path))
 
 
@@ -237,7 +237,7 @@ def _check_complete(report: dict[str, Any], directory: Path) -> None:
         )
 
 
-def _checkpoint_layers(model: PreTrainedModel, *, reentrant: bool) -> None:
+def checkpoint_layers(model: PreTrainedModel, *, reentrant: bool) -> None:
     """Recompute each decoder layer in the backward pass; it takes effect in train mode only.
 
     Reentrant for 8-bit weights: bitsandbytes keeps the input of each 8-bit layer where no checkpoint sees it, so a

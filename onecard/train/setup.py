@@ -167,7 +167,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     if found is not None:
         state = _continued(config, read_state(found.path), state, found)
     base = load_base(config.model, hardware)
-    _prepare_base(config, hardware, base)
+    prepare_base(config, hardware, base)
     torch.manual_seed(options.seed)  # the adapter's first values
     plain = _adapter(config, base.model, found)
     optimizer = build_optimizer(plain, options)
@@ -190,7 +190,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     return run
 
 
-def _prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -> None:
+def prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -> None:
     """What the plan wants of the base before adapters are attached."""
     if config.memory.head_bits in ("4", "8"):
         bits: Any = int(config.memory.head_bits)

@@ -29,7 +29,7 @@ from onecard.train.state import seed_step
 MAX_FAILURES = 3  # of one step, at limits that cannot be made smaller
 SMALLER_HINT = (
     "use a shorter --cutoff_len, fewer --bits, --head_bits 4 or a smaller --lora_r; tools/plan_memory.py shows what "
-    "each gives. The newest checkpoint is whole"
+    "each gives. What was saved stays whole"
 )
 
 
