@@ -19,6 +19,7 @@ LAYERS = {
     "config": 0,
     "config_talk": 0,
     "cli": 0,
+    "manifest": 0,
     "text": 1,
     "model": 2,
     "train": 3,

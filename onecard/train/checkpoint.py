@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from onecard import manifest
 from onecard.console import CheckpointError, warn
-from onecard.train import manifest
 
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _SET_ASIDE = re.compile(r"checkpoint-\d+\.broken(-\d+)?")

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from onecard.console import quiet_rank, say, warn
+from onecard.manifest import move
 from onecard.train.checkpoint import CheckpointStore
-from onecard.train.manifest import move
 from onecard.train.run_lock import RunLock
 from onecard.train.state import STATE_NAME, TrainerState
 

@@ -1,0 +1,203 @@
+"""The tensors of a model directory: read one at a time, written in shards, never all in memory.
+
+Knows safetensors, their index, and pickled weights of older models (read as plain tensors, mapped from the disk). Does
+not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from onecard.console import ModelError
+from onecard.model.files import check_weights, safetensors_header
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as its file's header tells it."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Weights:
+    """The tensors of one model directory, by name in the order of their files.
+
+    >>> weights = open_weights(directory)
+    >>> for name, tensor in weights: ...        # one file is open at a time; each tensor owns its memory
+    """
+
+    def __init__(self, directory: Path, entries: dict[str, Entry]) -> None:
+        self.directory, self.entries = directory, entries
+        self._file: Path | None = None
+        self._open: Any = None
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.n_bytes for entry in self.entries.values())
+
+    @property
+    def largest_file_bytes(self) -> int:
+        """Size of the largest weight file: what "one shard" means for this model."""
+        return max(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, in its own memory. Raises ModelError when the model has none of this name."""
+        if name not in self.entries:
+            raise ModelError(f"{self.directory} has no tensor {name}")
+        entry = self.entries[name]
+        if entry.file != self._file:
+            self.close()
+            self._open = _open_file(entry.file)
+            self._file = entry.file
+        tensor = self._open[name] if isinstance(self._open, dict) else self._open.get_tensor(name)
+        return tensor.clone()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.entries:
+            yield name, self.read(name)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the open file, so that it can be replaced on Windows and its pages leave the memory."""
+        self._file = self._open = None
+
+
+def open_weights(directory: Path) -> Weights:
+    """Look at a model directory's weights without loading them.
+
+    Raises ModelError: no weights, missing shards, truncated or damaged files, code in a pickle, one name twice.
+    """
+    entries: dict[str, Entry] = {}
+    for file in check_weights(directory):
+        for entry in _entries_of(file):
+            if entry.name in entries:
+                raise ModelError(
+                    f"{directory} holds {entry.name} twice: in {entries[entry.name].file.name}, {file.name}"
+                )
+            entries[entry.name] = entry
+    if not entries:
+        raise ModelError(f"{directory} holds weight files without a tensor in them; copy or download them again")
+    return Weights(directory, entries)
+
+
+def read_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped from the disk where its format allows. Raises ModelError.
+
+    Code inside is refused and nothing of it runs. https://docs.pytorch.org/docs/stable/generated/torch.load.html
+    """
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch before 1.6 cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as reason:
+        raise ModelError(
+            f"{file} is refused: it is no plain pickle of tensors but holds code, or it is damaged. Nothing in it was "
+            "run; ask its author for safetensors"
+        ) from reason
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as reason:
+        raise ModelError(f"{file} is damaged ({str(reason).splitlines()[0]}); copy it again") from reason
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(f"{file} holds something else than named tensors")
+    return {str(name): tensor.detach() for name, tensor in content.items()}
+
+
+class ShardWriter:
+    """Writes tensors into safetensors files of at most `max_shard_bytes` each, with the index that names them.
+
+    Holds one shard in memory. `add` copies nothing that is contiguous already. Names of files are those of the Hub:
+    model.safetensors, or model-00001-of-00003.safetensors and model.safetensors.index.json.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+        self.directory, self.max_shard_bytes = directory, max_shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes, self._total_bytes = 0, 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; a full shard goes to the disk first. A tensor larger than a shard gets its own."""
+        if self._held and self._held_bytes + tensor.nbytes > self.max_shard_bytes:
+            self._flush()
+        self._held[name] = tensor.detach().cpu().contiguous()
+        self._held_bytes += tensor.nbytes
+
+    def finish(self) -> list[Path]:
+        """Write the last shard and the index; returns the weight files."""
+        self._flush()
+        n = len(self._shards)
+        if n == 1:
+            (self.directory / _unfinished(0)).replace(self.directory / "model.safetensors")
+            return [self.directory / "model.safetensors"]
+        names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        for i, name in enumerate(names):
+            (self.directory / _unfinished(i)).replace(self.directory / name)
+        weight_map = {tensor: name for name, held in zip(names, self._shards, strict=True) for tensor in held}
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        text = json.dumps(index, indent=2) + "\n"
+        (self.directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        return [self.directory / name for name in names]
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        file = self.directory / _unfinished(len(self._shards))
+        save_file(self._held, file, metadata={"format": "pt"})
+        self._shards.append(list(self._held))
+        self._total_bytes += self._held_bytes
+        self._held, self._held_bytes = {}, 0
+
+
+def copy_small_files(source: Path, target: Path) -> list[str]:
+    """Copy what lies beside the weights (configs, tokenizer, templates, licence, code); returns the names."""
+    copied = []
+    for file in sorted(source.iterdir()):
+        is_small = file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES)
+        if is_small:
+            shutil.copyfile(file, target / file.name)
+            copied.append(file.name)
+    return copied
+
+
+def _entries_of(file: Path) -> list[Entry]:
+    if file.suffix != ".safetensors":
+        return [Entry(name, file, tuple(t.shape), t.dtype) for name, t in read_pickled(file).items()]
+    header = {name: entry for name, entry in safetensors_header(file).items() if name != "__metadata__"}
+    unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
+    if unknown:
+        raise ModelError(f"{file} holds numbers of the kind {', '.join(unknown)}, which are not known here")
+    in_order = sorted(header, key=lambda name: header[name]["data_offsets"])
+    return [Entry(name, file, tuple(header[name]["shape"]), DTYPES[header[name]["dtype"]]) for name in in_order]
+
+
+def _open_file(file: Path) -> Any:
+    return safe_open(file, framework="pt") if file.suffix == ".safetensors" else read_pickled(file)
+
+
+def _unfinished(number: int) -> str:
+    return f".shard-{number:05d}.safetensors"
