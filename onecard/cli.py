@@ -112,6 +112,31 @@ def parse(
     return config
 
 
+def parse_verb(
+    verbs: Mapping[str, type[Any]], argv: Sequence[str] | None = None, *, description: str = ""
+) -> tuple[str, Any]:
+    """The verb that stands first on a command line (`weight_diff.py make ...`), and its checked config.
+
+    Args:
+        verbs: the config class of each verb; the first line of its docstring is the verb's help.
+
+    Raises as `parse` does, and ConfigError for a missing or unknown verb.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = words[0] if words else ""
+    if verb in verbs:
+        about = (verbs[verb].__doc__ or "").split("\n")[0]
+        return verb, parse(verbs[verb], words[1:], description=f"{verb}: {about}\n\n{description}".strip())
+    if any(word in ("-h", "--help") for word in words):
+        lines = [f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in verbs.items()]
+        say("\n".join([description.strip(), "", "Verbs, each with its own --help:", *lines]).strip())
+        raise SystemExit(0)
+    listed = ", ".join(verbs)
+    if not verb or verb.startswith("--"):
+        raise ConfigError("", f"say first what to do: {listed}")
+    raise ConfigError("", f"{verb!r} is none of {listed}{nearest(verb, list(verbs))}")
+
+
 def to_yaml(config: object) -> str:
     """The config as flat YAML that ``--config`` reads back."""
     values: dict[str, Any] = {}

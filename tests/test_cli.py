@@ -336,3 +336,31 @@ def test_finetune_chat_starts_from_its_own_defaults() -> None:
     assert Path(shown["data_path"]).is_file()
     assert shown["output_path"] != plain["output_path"]
     assert set(shown) == set(plain)
+
+
+@dataclass
+class Make:
+    """Make a thing."""
+
+    path: str = "here"
+    """Where."""
+
+
+def test_a_verb_stands_first(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = {"make": Make, "verify": Make}
+    verb, config = cli.parse_verb(verbs, ["verify", "--path", "there"])
+    assert (verb, config.path) == ("verify", "there")
+    with pytest.raises(ConfigError, match=r"'maek' is none of make, verify \(did you mean make\?\)"):
+        cli.parse_verb(verbs, ["maek", "--path", "there"])
+    for words in ([], ["--path", "there"]):
+        with pytest.raises(ConfigError, match="say first what to do: make, verify"):
+            cli.parse_verb(verbs, words)
+    with pytest.raises(SystemExit) as ended:
+        cli.parse_verb(verbs, ["--help"], description="About it.")
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "About it." in shown
+    assert "make       Make a thing." in shown
+    with pytest.raises(SystemExit):
+        cli.parse_verb(verbs, ["make", "--help"])
+    assert "--path" in capsys.readouterr().out
