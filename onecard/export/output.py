@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,13 @@ def new_directory(
         needed_bytes: about what will be written; refused at once where the disk has less.
 
     Raises:
-        ConfigError: the target exists and `overwrite` is false, is or holds an input, or another export writes it.
+        ConfigError: the target exists and `overwrite` is false, is a file, is or holds an input, or another export
+            writes it.
         ModelError: no room or no right to write.
     """
+    target = _plain(target)
+    if target.is_file():
+        raise ConfigError(OUTPUT_FLAG, f"{target} is a file; give a directory")
     with _staged(target, overwrite, inputs, needed_bytes) as partial:
         partial.mkdir(parents=True)
         yield partial
@@ -47,8 +52,22 @@ def new_file(
     target: Path, *, overwrite: bool = False, inputs: Sequence[Path] = (), needed_bytes: int = 0
 ) -> Iterator[Path]:
     """The same for one file: gives the hidden path to write to. Raises as `new_directory` does."""
+    target = _plain(target)
+    if target.is_dir():
+        raise ConfigError(OUTPUT_FLAG, f"{target} is a directory; give the name of a file")
     with _staged(target, overwrite, inputs, needed_bytes) as partial:
         yield partial
+
+
+def _plain(target: Path) -> Path:
+    """The absolute path, without `..` and `~`."""
+    with contextlib.suppress(RuntimeError):  # ~ and a name that is no user's: then it is a file name
+        target = target.expanduser()
+    target = target.absolute()
+    target = target.resolve() if ".." in target.parts else target
+    if not target.name:
+        raise ConfigError(OUTPUT_FLAG, f"{target} is a whole disk; give a directory of its own")
+    return target
 
 
 @contextmanager
@@ -56,15 +75,14 @@ def _staged(target: Path, overwrite: bool, inputs: Sequence[Path], needed_bytes:
     # Imported here: it costs time, and --help goes through this module.
     from filelock import FileLock, Timeout
 
-    target = target.expanduser().absolute()
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        with _no_room_explained(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+    with _no_room_explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
             lock.acquire(timeout=0)
-    except Timeout as reason:
-        raise ConfigError(OUTPUT_FLAG, f"{target} is being written by another process; wait for it") from reason
+        except Timeout as reason:  # it is an OSError, so it is told in here
+            raise ConfigError(OUTPUT_FLAG, f"{target} is being written by another process; wait for it") from reason
     try:
         with _no_room_explained(target):
             _tidy(target, partial, old)
@@ -75,18 +93,19 @@ def _staged(target: Path, overwrite: bool, inputs: Sequence[Path], needed_bytes:
                 _make_durable(partial)
                 _publish(partial, target, old)
             finally:
-                _remove(partial)
+                _tidy(target, partial, old)
     finally:
-        lock.release()
-        with contextlib.suppress(OSError):  # another process may hold it by now
+        # Removed while it is held: once released, it may be another process's already. (Windows removes it itself.)
+        with contextlib.suppress(OSError):
             Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def _tidy(target: Path, partial: Path, old: Path) -> None:
-    """Clear what a killed start left behind. `old` is what stood at `target` while it was being replaced."""
+    """Clear what a start that ended half-way left behind. `old` is what stood at `target` while it was replaced."""
     _remove(partial)
-    if old.exists():
-        if target.exists():
+    if _is_there(old):
+        if _is_there(target):
             _remove(old)
         else:
             move(old, target)
@@ -97,8 +116,13 @@ def _check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None
     if any(place.resolve().is_relative_to(target.resolve()) for place in places):
         raise ConfigError(OUTPUT_FLAG, f"{target} is or holds what is read here; give a directory of its own")
     is_empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not overwrite and not is_empty:
+    if _is_there(target) and not overwrite and not is_empty:
         raise ConfigError(OUTPUT_FLAG, f"{target} exists already; give another place, or add --overwrite")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether the name is taken, be it by a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
 
 
 def _check_room(target: Path, needed_bytes: int) -> None:
@@ -123,7 +147,7 @@ def _make_durable(partial: Path) -> None:
 
 def _publish(partial: Path, target: Path, old: Path) -> None:
     """Put the new one in place of what was there, if anything: at every moment one of the two is whole."""
-    if target.is_dir():
+    if target.is_dir() or (partial.is_dir() and _is_there(target)):
         move(target, old)
     move(partial, target)
     sync_directory(target.parent)
@@ -145,19 +169,22 @@ def _no_room_explained(target: Path) -> Iterator[None]:
         raise
     except Exception as reason:
         if is_no_room(reason):
+            first_line = str(reason).partition("\n")[0]
             raise ModelError(
-                f"no room for {target}: the disk is full or takes no files ({str(reason).splitlines()[0]}); "
+                f"no room for {target}: the disk is full or takes no files ({first_line}); "
                 "nothing was left behind there, make room and start again"
             ) from reason
         if isinstance(reason, OSError):
-            raise ModelError(f"{target} cannot be written: {reason.strerror or reason}") from reason
+            # What is read meanwhile can fail, too: then its name is the one to tell.
+            place = f" ({reason.filename})" if reason.filename else ""
+            raise ModelError(f"{target} cannot be written: {reason.strerror or reason}{place}") from reason
         raise
 
 
 def parse_size(text: str, flag: str) -> int:
     """Bytes in a size such as 5GB, 500MB or 2GiB (B, KB, ... of 1000, KiB, ... of 1024). Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    n_bytes = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    n_bytes = int(Decimal(match[1]) * UNITS[match[2] or ""]) if match else 0
     if n_bytes < 1:
         raise ConfigError(flag, f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
     return n_bytes

@@ -9,25 +9,34 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from onecard.console import ModelError
-from onecard.model.files import check_weights, safetensors_header
+from onecard.manifest import MANIFEST
+from onecard.model.files import check_weights, read_json, safetensors_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
+LISTS_OF_FILES = (MANIFEST, "SHA256SUMS")  # true of the directory they were written for only
+
+# What torch.load raises for files that were cut or have flipped bits, found by cutting and flipping.
+UNREADABLE = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, AssertionError, TypeError),
+    *(struct.error, OverflowError),
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,10 @@ class Weights:
             self.close()
             self._open = _open_file(entry.file)
             self._file = entry.file
-        tensor = self._open[name] if isinstance(self._open, dict) else self._open.get_tensor(name)
+        try:
+            tensor = self._open[name] if isinstance(self._open, dict) else self._open.get_tensor(name)
+        except SafetensorError as reason:
+            raise _unreadable(entry.file, reason) from reason
         return tensor.clone()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -100,6 +112,7 @@ def open_weights(directory: Path) -> Weights:
                     f"{directory} holds {entry.name} twice: in {entries[entry.name].file.name}, {file.name}"
                 )
             entries[entry.name] = entry
+    _check_index(directory, entries)
     if not entries:
         raise ModelError(f"{directory} holds weight files without a tensor in them; copy or download them again")
     return Weights(directory, entries)
@@ -120,8 +133,8 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
             f"{file} is refused: it is no plain pickle of tensors but holds code, or it is damaged. Nothing in it was "
             "run; ask its author for safetensors"
         ) from reason
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as reason:
-        raise ModelError(f"{file} is damaged ({str(reason).splitlines()[0]}); copy it again") from reason
+    except UNREADABLE as reason:
+        raise _unreadable(file, reason) from reason
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{file} holds something else than named tensors")
     return {str(name): tensor.detach() for name, tensor in content.items()}
@@ -130,8 +143,9 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
 class ShardWriter:
     """Writes tensors into safetensors files of at most `max_shard_bytes` each, with the index that names them.
 
-    Holds one shard in memory. `add` copies nothing that is contiguous already. Names of files are those of the Hub:
-    model.safetensors, or model-00001-of-00003.safetensors and model.safetensors.index.json.
+    Holds one shard in memory. `add` copies nothing that is contiguous already, but what shares its memory with another
+    (tied weights, pieces of one tensor). Names of files are those of the Hub: model.safetensors, or
+    model-00001-of-00003.safetensors and model.safetensors.index.json. The header of a file, some KB, comes on top.
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
@@ -139,18 +153,33 @@ class ShardWriter:
         self._held: dict[str, Tensor] = {}
         self._held_bytes, self._total_bytes = 0, 0
         self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+        self._storages: set[int] = set()  # where the held tensors lie
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; a full shard goes to the disk first. A tensor larger than a shard gets its own."""
+        """Take one tensor; a full shard goes to the disk first. A tensor larger than a shard gets its own.
+
+        Raises ModelError for a name that was there before.
+        """
+        if name in self._names:
+            raise ModelError(f"{name} would be written twice into {self.directory}; the model names two tensors alike")
+        self._names.add(name)
         if self._held and self._held_bytes + tensor.nbytes > self.max_shard_bytes:
             self._flush()
-        self._held[name] = tensor.detach().cpu().contiguous()
+        held = tensor.detach().cpu().contiguous()
+        storage = held.untyped_storage()
+        if storage.nbytes() > held.nbytes or storage.data_ptr() in self._storages:
+            held = held.clone()  # a view would keep all of its tensor alive, and safetensors refuses shared memory
+        self._storages.add(held.untyped_storage().data_ptr())
+        self._held[name] = held
         self._held_bytes += tensor.nbytes
 
     def finish(self) -> list[Path]:
-        """Write the last shard and the index; returns the weight files."""
+        """Write the last shard and the index; returns the weight files. Raises ModelError when there is no tensor."""
         self._flush()
         n = len(self._shards)
+        if n == 0:
+            raise ModelError(f"there is no tensor to write into {self.directory}")
         if n == 1:
             (self.directory / _unfinished(0)).replace(self.directory / "model.safetensors")
             return [self.directory / "model.safetensors"]
@@ -171,6 +200,7 @@ class ShardWriter:
         self._shards.append(list(self._held))
         self._total_bytes += self._held_bytes
         self._held, self._held_bytes = {}, 0
+        self._storages = set()
 
 
 def copy_small_files(source: Path, target: Path) -> list[str]:
@@ -178,7 +208,7 @@ def copy_small_files(source: Path, target: Path) -> list[str]:
     copied = []
     for file in sorted(source.iterdir()):
         is_small = file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES)
-        if is_small:
+        if is_small and file.name not in LISTS_OF_FILES:
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
     return copied
@@ -188,6 +218,7 @@ def _entries_of(file: Path) -> list[Entry]:
     if file.suffix != ".safetensors":
         return [Entry(name, file, tuple(t.shape), t.dtype) for name, t in read_pickled(file).items()]
     header = {name: entry for name, entry in safetensors_header(file).items() if name != "__metadata__"}
+    _open_file(file)  # the library checks shapes, offsets and names against one another
     unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
     if unknown:
         raise ModelError(f"{file} holds numbers of the kind {', '.join(unknown)}, which are not known here")
@@ -195,8 +226,33 @@ def _entries_of(file: Path) -> list[Entry]:
     return [Entry(name, file, tuple(header[name]["shape"]), DTYPES[header[name]["dtype"]]) for name in in_order]
 
 
+def _check_index(directory: Path, entries: dict[str, Entry]) -> None:
+    """Raise ModelError where the index names tensors that its files do not hold, as after a mixed-up copy."""
+    files = {entry.file for entry in entries.values()}
+    kind = "model.safetensors" if any(file.suffix == ".safetensors" for file in files) else "pytorch_model.bin"
+    index = directory / f"{kind}.index.json"
+    if files == {directory / kind} or not index.is_file():
+        return
+    missing = sorted(map(str, read_json(index)["weight_map"].keys() - entries.keys()))
+    if missing:
+        raise ModelError(
+            f"{directory} lacks {len(missing)} tensors that {index.name} names, such as {missing[0]}; copy or download "
+            "its weight files again"
+        )
+
+
 def _open_file(file: Path) -> Any:
-    return safe_open(file, framework="pt") if file.suffix == ".safetensors" else read_pickled(file)
+    if file.suffix != ".safetensors":
+        return read_pickled(file)
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as reason:
+        raise _unreadable(file, reason) from reason
+
+
+def _unreadable(file: Path, reason: Exception) -> ModelError:
+    first_line = str(reason).partition("\n")[0]
+    return ModelError(f"{file} is damaged ({first_line}); copy or download it again")
 
 
 def _unfinished(number: int) -> str:
