@@ -210,9 +210,12 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
         quantize_head(base.model, setup.head_bits, base.dtype)
     if setup.offload_embeddings:
         embeddings_to_ram(base.model, hardware.device)
-    plain = add_lora(
-        base.model, LoraOptions(lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout)
-    )
+    lora = LoraOptions(
+        lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,
+        train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,
+    )  # fmt: skip
+    n_all = int(config["vocab_size"])
+    plain = add_lora(base.model, lora, new_ids=list(range(n_all - setup.n_new_tokens, n_all)))
     train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer)
     optimizer = build_optimizer(plain, train)
     allocate_state(optimizer)

@@ -104,6 +104,15 @@ class LoraOptions:
     """Weight-decomposed adapters: better at low rank, slower (arXiv:2402.09353)."""
     lora_init: Literal["default", "pissa", "loftq"] = "default"
     """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948) or loftq (arXiv:2310.08659)."""
+    train_new_tokens: bool = False
+    """Train the rows of new tokens as well, in embeddings and head (a base made by tools/expand_vocab.py apply)."""
+    train_embeddings: bool = False
+    """Train embeddings and head in full, in fp32: 16 bytes more for each of their weights, 10 with 8-bit Adam."""
+
+    @property
+    def trains_vocabulary(self) -> str:
+        """The flag of what is trained beside the adapter, or an empty text."""
+        return "--train_new_tokens" if self.train_new_tokens else "--train_embeddings" if self.train_embeddings else ""
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
@@ -115,6 +124,8 @@ class LoraOptions:
             found.append(("--lora_dropout", f"{self.lora_dropout} is not a probability below 1"))
         if not self.lora_target_modules.strip(", "):
             found.append(("--lora_target_modules", "is empty; use all-linear or names such as q_proj,v_proj"))
+        if self.train_new_tokens and self.train_embeddings:
+            found.append(("--train_new_tokens", "is contained in --train_embeddings; give only one of them"))
         return found
 
 
@@ -281,9 +292,19 @@ class FinetuneConfig:
     memory: MemoryOptions = field(default_factory=MemoryOptions)
 
     def problems(self) -> list[Problem]:
+        found: list[Problem] = []
         if self.memory.offload_activations == "on" and not self.model.gradient_checkpointing:
-            return [("--offload_activations", "on needs --gradient_checkpointing true: it keeps the inputs of layers")]
-        return []
+            text = "on needs --gradient_checkpointing true: it keeps the inputs of layers"
+            found.append(("--offload_activations", text))
+        flag = self.lora.trains_vocabulary
+        if flag and self.memory.offload_embeddings == "on":
+            found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
+        if flag and self.memory.head_bits in ("4", "8"):
+            found.append(("--head_bits", f"{self.memory.head_bits} contradicts {flag}: a quantised head cannot learn"))
+        if flag and self.train.start_adapter:
+            text = "contradicts --init_adapter: what that one trains, goes on; merge it first (tools/merge_lora.py)"
+            found.append((flag, text))
+        return found
 
 
 def memory_map(text: str) -> dict[int | str, str] | None:

@@ -84,6 +84,7 @@ REFUSED = [
     (DataOptions, {"test_size": -0.1}, ["--test_size"]),
     (DataOptions, {"test_size": 1.5}, ["--test_size"]),
     (LoraOptions, {"lora_r": 0}, ["--lora_r"]),
+    (LoraOptions, {"train_new_tokens": True, "train_embeddings": True}, ["--train_new_tokens"]),
     (LoraOptions, {"lora_alpha": 0}, ["--lora_alpha"]),
     (LoraOptions, {"lora_dropout": 1.0}, ["--lora_dropout"]),
     (LoraOptions, {"lora_target_modules": " , "}, ["--lora_target_modules"]),
@@ -202,6 +203,26 @@ def test_problems_of_all_groups_come_together() -> None:
         refuse(found[:1])
     assert single.value.flag == "--model_path"
     refuse([])
+
+
+@pytest.mark.parametrize("name", ["train_new_tokens", "train_embeddings"])
+@pytest.mark.parametrize(
+    ("group", "changes", "flag"),
+    [
+        ("memory", {"offload_embeddings": "on"}, "--offload_embeddings"),
+        ("memory", {"head_bits": "4"}, "--head_bits"),
+        ("memory", {"head_bits": "8"}, "--head_bits"),
+        ("train", {"init_adapter": "a"}, None),
+        ("train", {"lora_remote_checkpoint": "a"}, None),
+    ],
+)
+def test_what_a_trained_vocabulary_contradicts(name: str, group: str, changes: dict, flag: str | None) -> None:
+    example = FinetuneConfig()
+    setattr(example, group, replace(getattr(example, group), **changes))
+    assert example.problems() == []
+    setattr(example.lora, name, True)
+    (problem,) = example.problems()
+    assert problem[0] == (flag or f"--{name}") and f"--{name}" in " ".join(problem)
 
 
 def test_start_adapter_is_either_name() -> None:

@@ -14,10 +14,36 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from onecard.config import LoraOptions
 from onecard.console import ConfigError, ModelError
 from onecard.model.adapter_layouts import PREFIX
 from onecard.model.files import locate, weight_files
 from onecard.model.quantization import dequantize_4bit, weight_bits
+
+
+def check_start(options: LoraOptions, linear: dict[str, Any]) -> None:
+    """Raise ConfigError for a start that these linear layers, or the other options, cannot have."""
+    if options.lora_init == "default":
+        return
+    bits = min((weight_bits(layer) for layer in linear.values()), default=16)
+    if options.use_dora:
+        raise ConfigError(
+            "--use_dora",
+            f"and --lora_init {options.lora_init} contradict each other: both decide what "
+            "the first weights are; use one of them",
+        )
+    if options.lora_init == "pissa" and bits < 16:
+        raise ConfigError(
+            "--lora_init",
+            f"pissa moves part of the base weights into the adapter, which {bits}-bit "
+            "weights cannot follow; use --bits 16 or 32, or loftq with --bits 4",
+        )
+    if options.lora_init == "loftq" and bits != 4:
+        raise ConfigError(
+            "--lora_init",
+            f"loftq makes up for the error of 4-bit weights; this base has {bits} bits; "
+            "use --bits 4, or --lora_init default",
+        )
 
 
 @torch.no_grad()
@@ -50,6 +76,9 @@ def join_pissa(tensors: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str
     """
     joined = {}
     for name, tensor in tensors.items():
+        if name not in start:  # rows of tokens, whole embeddings
+            joined[name] = tensor
+            continue
         first = start[name].cpu()
         joined[name] = torch.cat([tensor, first]) if ".lora_A" in name else torch.cat([tensor, -first], dim=1)
     return joined
@@ -59,6 +88,9 @@ def split_pissa(joined: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     """Undo `join_pissa`: return the trained matrices and the first ones, bit for bit."""
     trained, start = {}, {}
     for name, tensor in joined.items():
+        if ".lora_" not in name:
+            trained[name] = tensor
+            continue
         dim, sign = (0, 1) if ".lora_A" in name else (1, -1)
         half = tensor.shape[dim] // 2
         trained[name] = tensor.narrow(dim, 0, half).contiguous()

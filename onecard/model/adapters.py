@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onecard.config import LoraOptions
 from onecard.console import ConfigError, ModelError, nearest, warn
-from onecard.model import adapter_starts
+from onecard.model import adapter_starts, adapter_tokens
 from onecard.model.adapter_layouts import (
     CONFIG,
     WEIGHTS,
@@ -53,15 +53,16 @@ class LoadedAdapter:
 _pissa_starts: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
 
-def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
-    """Attach fresh fp32 adapters; everything else stays frozen.
+def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | None = None) -> PeftModel:
+    """Attach fresh fp32 adapters; everything else stays frozen, but for what `adapter_tokens.py` knows of.
 
     pissa: https://arxiv.org/abs/2404.02948 (16 and 32 bits) loftq: https://arxiv.org/abs/2310.08659 (4 bits)
     rslora: https://arxiv.org/abs/2312.03732 dora: https://arxiv.org/abs/2402.09353
+    new_ids: for --train_new_tokens; None: those that the base's directory lists.
     Raises ModelError for layers that do not exist (with the nearest names), ConfigError for contradicting options.
     """
     linear = linear_layers(model)
-    _check_start(options, linear)
+    adapter_starts.check_start(options, linear)
     start: Any = PISSA if options.lora_init == "pissa" else True
     config = LoraConfig(
         r=options.lora_r,
@@ -73,13 +74,17 @@ def add_lora(model: nn.Module, options: LoraOptions) -> PeftModel:
         init_lora_weights=start,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
         task_type="CAUSAL_LM",
+        **adapter_tokens.config_settings(model, options, new_ids),
     )
     with _repeatable(model, options.lora_init == "pissa"):
         peft_model = _attach(model, config)
     if options.lora_init == "loftq":
         adapter_starts.start_loftq(peft_model, ADAPTER)
     if options.lora_init == "pissa":
-        _pissa_starts[peft_model] = {name: tensor.clone() for name, tensor in _live_tensors(peft_model).items()}
+        live = _live_tensors(peft_model)
+        _pissa_starts[peft_model] = {name: tensor.clone() for name, tensor in live.items() if ".lora_" in name}
+    adapter_tokens.train_in_fp32(peft_model)
+    adapter_tokens.check_both_ends(peft_model.get_base_model(), options)
     _check_trainable(peft_model)
     return peft_model
 
@@ -92,26 +97,47 @@ def load_adapter(
     `assumed_alpha` is used only for files that do not say it. Raises ModelError that lists every name and shape which
     differs from what this base needs; the base is then left as it was.
     """
-    files = read_adapter(source)
+    return attach_files(model, read_adapter(source), trainable=trainable, assumed_alpha=assumed_alpha)
+
+
+def attach_files(
+    model: nn.Module, files: AdapterFiles, *, trainable: bool, assumed_alpha: int | None = None
+) -> LoadedAdapter:
+    """`load_adapter` for files that were read already. On a model without memory (meta) only the adapter gets any."""
     config = _config_of(files, trainable, assumed_alpha)
+    adapter_tokens.check_indices(config.trainable_token_indices, model, files.directory)
+    has_no_memory = next(model.parameters()).is_meta
     try:
-        peft_model = _attach(model, config)
+        peft_model = _attach(model, config, has_no_memory=has_no_memory)
     except ValueError as reason:
         raise ModelError(f"{files.directory} does not fit this base: {str(reason).splitlines()[0]}") from reason
     differences = _differences(_live_tensors(peft_model), files.tensors)
     if differences:
-        peft_model.unload()
+        remove_adapter(peft_model)
         raise ModelError(_mismatch(files, differences, model))
-    set_peft_model_state_dict(peft_model, files.tensors, ADAPTER)
+    if trainable:
+        adapter_tokens.train_in_fp32(peft_model)
+    if has_no_memory:
+        _give_memory(peft_model, files.tensors)
+    else:
+        set_peft_model_state_dict(peft_model, files.tensors, ADAPTER)
     _compare(_live_tensors(peft_model), files.tensors, files.weights)
     if trainable:
         _check_trainable(peft_model)
+    else:
+        peft_model.requires_grad_(False)  # peft wakes the rows of tokens when it makes them fp32
     return LoadedAdapter(peft_model, files.notes)
 
 
 def remove_adapter(model: Any) -> Any:
     """Return the base without its adapter, ready for another one; a base alone is returned as it is."""
-    return model.unload() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel):
+        return model
+    originals = adapter_tokens.untouched_modules(model.get_base_model())
+    base: Any = model.unload()
+    for name, module in originals.items():  # peft leaves the trained copies of whole modules in their place
+        base.set_submodule(name, module)
+    return base
 
 
 def save_adapter(model: nn.Module, directory: Path) -> None:
@@ -146,7 +172,7 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
     peft_model = unwrap(model)
     files = read_adapter(directory)
     expected, _ = _saved_form(peft_model)
-    differences = _differences(expected, files.tensors)
+    differences = _differences(expected, files.tensors) or _other_tokens(peft_model, files)
     if differences:
         raise ModelError(_mismatch(files, differences, peft_model))
     tensors = files.tensors
@@ -168,7 +194,7 @@ def describe_trainable(model: nn.Module) -> str:
     config: Any = peft_model.peft_config[ADAPTER]
     return (
         f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): rank {config.r} on "
-        f"{len(layers)} layers ({kinds})"
+        f"{len(layers)} layers ({kinds}){adapter_tokens.describe(peft_model)}"
     )
 
 
@@ -197,7 +223,7 @@ def unwrap(model: Any) -> PeftModel:
     return model
 
 
-def _attach(model: Any, config: LoraConfig) -> PeftModel:
+def _attach(model: Any, config: LoraConfig, *, has_no_memory: bool = False) -> PeftModel:
     linear = linear_layers(model).values()
     if config.use_dora and any(layer.weight.device.type == "cpu" and weight_bits(layer) == 8 for layer in linear):
         raise ConfigError(
@@ -207,34 +233,11 @@ def _attach(model: Any, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # Between peft and transformers, and of no use to the person who trains: peft asks under the old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        peft_model = get_peft_model(model, config)
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")  # see `adapter_tokens.check_both_ends`
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=has_no_memory)
     if not any(weight_bits(layer) == 8 for layer in linear) and hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()  # peft switches it on; see `load.py`
     return peft_model
-
-
-def _check_start(options: LoraOptions, linear: dict[str, nn.Module]) -> None:
-    if options.lora_init == "default":
-        return
-    bits = min((weight_bits(layer) for layer in linear.values()), default=16)
-    if options.use_dora:
-        raise ConfigError(
-            "--use_dora",
-            f"and --lora_init {options.lora_init} contradict each other: both decide what "
-            "the first weights are; use one of them",
-        )
-    if options.lora_init == "pissa" and bits < 16:
-        raise ConfigError(
-            "--lora_init",
-            f"pissa moves part of the base weights into the adapter, which {bits}-bit "
-            "weights cannot follow; use --bits 16 or 32, or loftq with --bits 4",
-        )
-    if options.lora_init == "loftq" and bits != 4:
-        raise ConfigError(
-            "--lora_init",
-            f"loftq makes up for the error of 4-bit weights; this base has {bits} bits; "
-            "use --bits 4, or --lora_init default",
-        )
 
 
 def _targets(model: nn.Module, wanted: str, linear: dict[str, nn.Module]) -> list[str]:
@@ -284,6 +287,16 @@ def _live_tensors(peft_model: PeftModel) -> dict[str, Tensor]:
     # save_embedding_layers: the default "auto" would ask the Hub for the base's vocabulary size.
     state = get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _give_memory(peft_model: PeftModel, tensors: dict[str, Tensor]) -> None:
+    """Put `tensors` in the places of an adapter on the meta device, where peft itself would move them to the base."""
+    state = peft_model.state_dict(keep_vars=True)
+    places = get_peft_model_state_dict(peft_model, state, ADAPTER, save_embedding_layers=False)
+    given = {id(places[name]): tensor for name, tensor in tensors.items()}
+    # By identity: a tied pair is one tensor under two names.
+    values = {key: given[id(place)] for key, place in state.items() if id(place) in given}
+    peft_model.load_state_dict(values, strict=False, assign=True)
 
 
 def _saved_form(peft_model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
@@ -343,13 +356,23 @@ def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[
     return lines
 
 
+def _other_tokens(peft_model: PeftModel, files: AdapterFiles) -> list[str]:
+    """Rows of as many tokens fit in shape, whichever tokens they are."""
+    live: Any = peft_model.peft_config[ADAPTER]
+    stored = read_config(files.config_directory).get("trainable_token_indices") if files.config_directory else None
+    return ["trainable_token_indices: other tokens"] if stored != live.trainable_token_indices else []
+
+
 def _mismatch(files: AdapterFiles, differences: list[str], model: Any) -> str:
     trained_on = read_config(files.config_directory).get("base_model_name_or_path") if files.config_directory else None
     here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     rest = f"\n  ... and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
     return (
         f"{files.directory} does not fit: it was trained on {trained_on or 'an unknown base'}, here is {here}; "
-        f"{len(differences)} tensors differ:\n  " + "\n  ".join(differences[:LISTED]) + rest
+        f"{len(differences)} tensors differ:\n  "
+        + "\n  ".join(differences[:LISTED])
+        + rest
+        + adapter_tokens.vocabulary_hint(files.tensors, model)
     )
 
 

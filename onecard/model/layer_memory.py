@@ -110,10 +110,10 @@ def layer_peak(shape: Shape) -> int:
     return tape.peak_bytes
 
 
-def stack_peak(shape: Shape, n_layers: int) -> tuple[int, int]:
+def stack_peak(shape: Shape, n_layers: int, *, learns_input: bool = False) -> tuple[int, int]:
     """What `n_layers` layers without checkpoints keep for their gradients, and their worst moment in the backward."""
     tape = Tape()
-    x = tape.new(shape.hidden_bytes)  # the embeddings are frozen: the first layer's input needs no gradient
+    x = tape.new(shape.hidden_bytes, needs_grad=learns_input)  # of frozen embeddings it needs no gradient
     for _ in range(n_layers):
         x = decoder_layer(tape, x, shape)
     kept, end = tape.live_bytes - shape.hidden_bytes, x.node
@@ -122,7 +122,7 @@ def stack_peak(shape: Shape, n_layers: int) -> tuple[int, int]:
     return kept, tape.peak_bytes
 
 
-def loss_peak(shape: Shape, vocab_size: int, loss_chunk: int, head_bits: int) -> int:
+def loss_peak(shape: Shape, vocab_size: int, loss_chunk: int, head_bits: int, trained: tuple[int, int] = (0, 0)) -> int:
     """The worst moment from the last layer's output to its gradient: the norm, the head and the loss of every token.
 
     loss_chunk: tokens whose logits exist at once, see `loss.py`; 0: all, as cross-entropy does it otherwise.
@@ -131,7 +131,7 @@ def loss_peak(shape: Shape, vocab_size: int, loss_chunk: int, head_bits: int) ->
     x = tape.new(shape.hidden_bytes, needs_grad=True)
     y = _norm(tape, x, shape)
     del x
-    unpacked = shape.hidden_size * vocab_size * shape.element_bytes if head_bits < 16 else 0
+    unpacked = trained[1] + (shape.hidden_size * vocab_size * shape.element_bytes if head_bits < 16 else 0)
     if head_bits == 8 and shape.element_bytes != FP32 and not shape.on_gpu:
         # bitsandbytes on a CPU scales it in fp32 and makes a copy of that.
         unpacked += 2 * shape.hidden_size * vocab_size * FP32
@@ -141,11 +141,11 @@ def loss_peak(shape: Shape, vocab_size: int, loss_chunk: int, head_bits: int) ->
         chunk = n_rows * shape.hidden_size * shape.element_bytes
         by_bits = CAPPED_BYTES_PER_LOGIT if shape.style.caps_logits else CHUNK_BYTES_PER_LOGIT
         logits = n_rows * vocab_size * by_bits[8 * shape.element_bytes]
-        tape.use(2 * chunk + max(logits, n_rows * vocab_size * shape.element_bytes + unpacked))
+        tape.use(trained[0] + 2 * chunk + max(logits, n_rows * vocab_size * shape.element_bytes + unpacked))
     else:
         per_logit = PLAIN_BYTES_PER_LOGIT + FP32 * shape.style.caps_logits
         at_head = unpacked + shape.tokens * vocab_size * shape.element_bytes + shape.hidden_bytes
-        tape.use(max(shape.tokens * vocab_size * per_logit, at_head if unpacked else 0))
+        tape.use(trained[0] + max(shape.tokens * vocab_size * per_logit, at_head if unpacked else 0))
         gradient = tape.new(shape.hidden_bytes)
     end = y.node
     del y

@@ -19,11 +19,13 @@ import inspect
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, pad
 
 from onecard.console import ModelError, warn
@@ -223,12 +225,22 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any], *, chec
     def keep_result(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
         left.append(output.detach().clone())  # a clone, since a model may go on in place
 
-    hooks = [head.register_forward_pre_hook(keep_one)]
+    no_graph = ExitStack()  # of a token whose logits are not used: it would hold, or offload, a trained head's copies
+
+    def stop_graph(_module: nn.Module, _arguments: Any) -> None:
+        no_graph.enter_context(torch.no_grad())
+
+    def go_on(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        no_graph.close()
+
+    hooks = [head.register_forward_pre_hook(keep_one), head.register_forward_pre_hook(stop_graph)]
+    hooks.append(head.register_forward_hook(go_on))
     if check:
         hooks.append(head.register_forward_hook(keep_result))
     try:
         logits = _forward(model, **inputs).logits
     finally:
+        no_graph.close()
         for hook in hooks:
             hook.remove()
     if len(entered) != 1:
@@ -271,9 +283,11 @@ class _ChunkedLoss(torch.autograd.Function):
             loss += part
             if of_hidden is not None:
                 of_hidden[rows] = gradients.pop(0)  # type: ignore[assignment]
-            for whole, gradient in zip(of_trained, gradients, strict=True):
+            for whole in of_trained:
+                gradient = gradients.pop(0)
                 if gradient is not None:
                     whole += gradient
+                del gradient  # as large as the head: not two of them while the next chunk makes its own
         ctx.save_for_backward(of_hidden, *of_trained)
         return loss
 
@@ -293,7 +307,8 @@ def _learn_chunk(
     head: _Head, hidden: Tensor, wanted: Tensor, learned: list[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the summed loss of a chunk and SCALE times its gradients for `learned`; None for what is not used."""
-    with torch.enable_grad():
+    # What is saved here is needed at once; to offload it would send a trained head's 16-bit copy to RAM for each chunk.
+    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
         output = head.output(hidden)
     scores = output.detach()
     probabilities = head.finish(scores)
@@ -303,6 +318,10 @@ def _learn_chunk(
     scores.copy_(probabilities)  # the gradient in the dtype and in the memory of the output that it belongs to
     del probabilities
     return loss, list(torch.autograd.grad(output, learned, scores, allow_unused=True))
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _softmax_in_place(logits: Tensor, wanted: Tensor) -> Tensor:

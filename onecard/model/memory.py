@@ -48,6 +48,10 @@ class Setup:
     targets: str = "all-linear"
     """As --lora_target_modules."""
     use_dora: bool = False
+    train_embeddings: bool = False
+    """Copies of embeddings and head are trained in full, in fp32, beside the frozen ones."""
+    n_new_tokens: int = 0
+    """Rows of embeddings and head that are trained, in fp32."""
     lora_dropout: float = 0.0
     """Above 0, its masks are kept for the backward pass."""
     optimizer: str = "adamw"
@@ -65,6 +69,11 @@ class Setup:
     repeats_kv: bool = False
     """Keys and values are copied for every query head, as the kernel of older cards needs them."""
     on_gpu: bool = True
+
+    @property
+    def trains_vocabulary(self) -> bool:
+        """Whether embeddings and head get gradients, in full or in rows."""
+        return self.train_embeddings or self.n_new_tokens > 0
 
     @property
     def tokens(self) -> int:
@@ -144,19 +153,26 @@ def adapter_shapes(model: Architecture, setup: Setup) -> list[tuple[Linear, tupl
     return found
 
 
+def vocabulary_shapes(model: Architecture, setup: Setup) -> list[int]:
+    """How many weights of embeddings and head are trained, in each tensor; tied, they are one."""
+    n_rows = model.vocab_size if setup.train_embeddings else setup.n_new_tokens
+    return [n_rows * model.hidden_size] * (1 if model.tied else 2) if n_rows else []
+
+
 def n_trained(model: Architecture, setup: Setup) -> int:
-    """Weights of the adapter."""
-    return sum(linear.count * sum(sizes) for linear, sizes in adapter_shapes(model, setup))
+    """Weights of the adapter, and those of embeddings and head that are trained."""
+    of_adapter = sum(linear.count * sum(sizes) for linear, sizes in adapter_shapes(model, setup))
+    return of_adapter + sum(vocabulary_shapes(model, setup))
 
 
 def optimizer_bytes(model: Architecture, setup: Setup) -> int:
     """The state of the optimizer: two numbers per trained weight."""
+    every = [(size, linear.count) for linear, sizes in adapter_shapes(model, setup) for size in sizes]
+    every += [(size, 1) for size in vocabulary_shapes(model, setup)]
     total = 0
-    for linear, sizes in adapter_shapes(model, setup):
-        for size in sizes:
-            small = "8bit" not in setup.optimizer or size < ADAM8_SMALLEST
-            state = 2 * size * FP32 if small else 2 * (size + -(-size // ADAM8_BLOCK) * FP32)
-            total += linear.count * state
+    for size, count in every:
+        small = "8bit" not in setup.optimizer or size < ADAM8_SMALLEST
+        total += count * (2 * size * FP32 if small else 2 * (size + -(-size // ADAM8_BLOCK) * FP32))
     return total
 
 
@@ -190,10 +206,14 @@ def _embedding_name(model: Architecture, setup: Setup) -> str:
 
 
 def _training(model: Architecture, setup: Setup) -> list[Part]:
-    trained = n_trained(model, setup)
+    whole, trained = sum(vocabulary_shapes(model, setup)), n_trained(model, setup)
+    # Beside rows that are trained, peft keeps what they were.
+    kept = FP32 if setup.train_embeddings else 2 * FP32
+    name = "embeddings and head" if setup.train_embeddings else "rows of new tokens"
     return [
-        Part(f"adapter, rank {setup.rank}, fp32", trained * FP32),
-        Part("its gradients, fp32", trained * FP32),
+        Part(f"adapter, rank {setup.rank}, fp32", (trained - whole) * FP32),
+        Part(f"{name}, trained, fp32", whole * kept),
+        Part("gradients, fp32" if whole else "its gradients, fp32", trained * FP32),
         Part(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
     ]
 
@@ -202,7 +222,13 @@ def _activations(model: Architecture, setup: Setup) -> list[Part]:
     """What one micro-batch needs beside the weights, at its worst moment."""
     shape = shape_of(model, setup)
     hidden = shape.hidden_bytes
-    loss = loss_peak(shape, model.vocab_size, setup.loss_chunk, setup.head_bits)
+    matrix = model.hidden_size * model.vocab_size * FP32 if setup.train_embeddings else 0
+    # A tied matrix gets one gradient: the head's waits until the embeddings', the last of all, is there.
+    waiting = matrix if model.tied else 0
+    loss = loss_peak(shape, model.vocab_size, setup.loss_chunk, setup.head_bits, _trained_head(model, setup))
+    if not setup.on_gpu and "8bit" not in setup.optimizer:
+        # On a CPU torch's AdamW works with two copies of a matrix, and still holds one of the matrix before.
+        loss = max(loss, matrix * (2 if model.tied else 3))
     positions = 2 * setup.length * model.head_dim * setup.element_bytes
     if shape.eager:
         positions += setup.tokens * setup.length * setup.element_bytes * (2 if model.model_type == "gemma2" else 1)
@@ -212,13 +238,13 @@ def _activations(model: Architecture, setup: Setup) -> list[Part]:
     # Ids, labels and mask; shifted labels, which of them are learned, and their places.
     batch = Part("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
     if not setup.gradient_checkpointing:
-        kept, worst = stack_peak(shape, model.n_layers)
-        moment = Part("all layers at their worst moment", max(worst, kept + loss), transient=True)
+        kept, worst = stack_peak(shape, model.n_layers, learns_input=setup.trains_vocabulary)
+        moment = Part("all layers at their worst moment", max(worst + waiting, kept + loss), transient=True)
         return [batch, moment]
     # Reentrant checkpoints (8 bits) need the embeddings' output as a leaf, and autograd holds on to leaves.
-    leaf = hidden if setup.bits == 8 else 0
+    leaf = hidden if setup.bits == 8 and not setup.trains_vocabulary else 0
     inputs = model.n_layers * hidden + (leaf if model.model_type in CHANGED_EMBEDDINGS else 0)
-    layer, at_loss, at_layer = layer_peak(shape), inputs, inputs
+    layer, at_loss, at_layer = layer_peak(shape) + waiting, inputs, inputs
     in_ram = 0
     if setup.offload_activations and hidden >= MIN_BYTES:
         # While the loss is computed none of them is on the card, while a layer is, its own and the next one's.
@@ -236,6 +262,18 @@ def _activations(model: Architecture, setup: Setup) -> list[Part]:
         Part("one layer, computed again" if layer_is_worst else "the loss and its gradient",
              layer if layer_is_worst else loss, transient=True),
     ]  # fmt: skip
+
+
+def _trained_head(model: Architecture, setup: Setup) -> tuple[int, int]:
+    """What a trained head adds to the loss: bytes as long as a chunk of it lives, and bytes of its gradient."""
+    weights = model.hidden_size * model.vocab_size
+    if setup.train_embeddings:
+        summed = weights * FP32 if setup.loss_chunk else 0  # over the chunks
+        # Autocast makes a 16-bit copy; its gradient takes its place before that becomes fp32.
+        return summed + weights * setup.element_bytes * (setup.element_bytes < FP32), weights * FP32
+    # Peft puts the rows into a copy of the whole matrix, and takes theirs out of the gradient of that.
+    rows, copy = setup.n_new_tokens * model.hidden_size, weights * setup.element_bytes
+    return (copy + rows * FP32, copy + rows * setup.element_bytes) if rows else (0, 0)
 
 
 def shape_of(model: Architecture, setup: Setup) -> Shape:

@@ -14,6 +14,7 @@ from functools import partial
 
 from onecard.config import FinetuneConfig, MemoryOptions
 from onecard.console import ConfigError, nearest
+from onecard.model.adapter_tokens import read_new_tokens
 from onecard.model.architecture import Architecture
 from onecard.model.memory import GIB, Account, Setup, account
 
@@ -83,7 +84,7 @@ def make_plan(
 
     element_bytes: of the arithmetic, 2 or 4. longest_row: tokens of the longest sample where the data are known;
     0: --cutoff_len. The plan is returned whether it fits or not. Raises ConfigError for an adapter on layers that the
-    model does not have.
+    model does not have, and for --train_new_tokens of a base without a list of them.
     """
     _check_targets(model, config.lora.lora_target_modules)
     longest = min(longest_row or config.data.cutoff_len, config.data.cutoff_len)
@@ -163,6 +164,8 @@ def _first_setup(model: Architecture, config: FinetuneConfig, card: Card, elemen
         rank=config.lora.lora_r,
         targets=config.lora.lora_target_modules,
         use_dora=config.lora.use_dora,
+        train_embeddings=config.lora.train_embeddings,
+        n_new_tokens=len(read_new_tokens(config.model.model_path)) if config.lora.train_new_tokens else 0,
         lora_dropout=config.lora.lora_dropout,
         optimizer="adamw" if train.optimizer == "auto" else train.optimizer,
         gradient_checkpointing=config.model.gradient_checkpointing,
@@ -183,13 +186,14 @@ Step = Callable[[Setup], Iterator[tuple[Setup, Choice]]]
 def _steps(config: FinetuneConfig, card: Card, longest: int) -> list[Step]:
     """What may be given up, in this order; what was typed by hand is not among it."""
     memory, train = config.memory, config.train
+    frozen = not config.lora.trains_vocabulary
     free: list[tuple[bool, Step]] = [
         (not train.micro_tokens and not train.micro_batch, _smaller_budget),
         (memory.loss_chunk == 0, _smaller_chunks),
         (memory.offload_activations == "auto" and config.model.gradient_checkpointing and card.is_gpu, _offload),
         (train.optimizer == "auto" and not train.deepspeed, _small_optimizer),
-        (memory.offload_embeddings == "auto" and card.is_gpu, _embeddings_in_ram),
-        (memory.head_bits == "auto", partial(_small_head, may_move=memory.offload_embeddings == "auto")),
+        (memory.offload_embeddings == "auto" and card.is_gpu and frozen, _embeddings_in_ram),
+        (memory.head_bits == "auto" and frozen, partial(_small_head, may_move=memory.offload_embeddings == "auto")),
         (memory.mlp_tile == 0, _tiles),
     ]
     return [step for is_free, step in free if is_free]

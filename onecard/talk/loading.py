@@ -24,7 +24,7 @@ def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) 
     """
     options = replace(options, model_path=base_path(options.model_path, lora_path), gradient_checkpointing=False)
     tokenizer, template = load_words(options, lora_path, prompt_type)
-    loaded = load_base(options, detect(options.device))
+    loaded = load_base(options, detect(options.device), gptq=True)
     model: Any = loaded.model
     if lora_path is not None:
         adapter = load_adapter(model, lora_path, trainable=False)
@@ -67,7 +67,7 @@ def adapter_fingerprint(model: Any) -> str | None:
     """SHA-256 over the adapter's tensors, wherever they came from; None for a base model alone."""
     digest, n_tensors = hashlib.sha256(), 0
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if any(part in name for part in (".lora_", ".token_adapter.trainable_tokens", ".modules_to_save.")):
             n_tensors += 1
             digest.update(name.encode())
             digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())

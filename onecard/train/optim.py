@@ -26,11 +26,15 @@ def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.opti
     """
     named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
     fast = [p for name, p in named if options.loraplus_ratio and "lora_B" in name]
-    fast_ids = {id(p) for p in fast}
-    plain = [p for _, p in named if id(p) not in fast_ids]
-    groups = [{"params": plain, "lr": options.learning_rate}]
+    # Decay draws the matrices of LoRA back to the base, but rows and whole weights away from it: to zero.
+    whole = [p for name, p in named if "lora_" not in name]
+    others = {id(p) for p in [*fast, *whole]}
+    plain = [p for _, p in named if id(p) not in others]
+    groups: list[dict[str, Any]] = [{"params": plain, "lr": options.learning_rate}]
     if fast:
         groups.append({"params": fast, "lr": options.learning_rate * options.loraplus_ratio})
+    if whole:
+        groups.append({"params": whole, "lr": options.learning_rate, "weight_decay": 0.0})
     make: Any = optimizer_class("adamw" if options.optimizer == "auto" else options.optimizer)
     # Fused: the plain one makes copies as large as all adapters, and a step that ran out of memory half-way through
     # could not be taken back.

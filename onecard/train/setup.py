@@ -208,7 +208,8 @@ def run_identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
         "base": base_fingerprint(config.model.model_path),
         "data": data.fingerprint,
         "template": hashlib.sha256(data.template.jinja.encode()).hexdigest(),
-        "lora": asdict(config.lora),
+        # Options that came later stand there only when used: runs from before them go on.
+        "lora": {name: value for name, value in asdict(config.lora).items() if value or not name.startswith("train_")},
         "bits": config.model.bits,
         "batch": {"total_batch": config.train.total_batch, "test_size": config.data.test_size},
         "seed": config.train.seed,
