@@ -1,0 +1,341 @@
+"""Adapters merged into their base: a whole Hugging Face directory, written layer by layer.
+
+https://arxiv.org/abs/2106.09685 section 4.1: W + B A * scale; peft's own merge does it for every variant, in fp32, and
+the result is rounded once. Knows files, dtypes, tied heads, tokenizers and which base an adapter belongs to. Does not
+know how one layer is merged (`adapted.py`) or how the result is proven (`verify.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onecard.console import ConfigError, ModelError, say
+from onecard.export.adapted import Adapted, Stage, adapt
+from onecard.export.output import new_directory, progress
+from onecard.export.stored_base import TABLES, StoredBase, open_base
+from onecard.export.tensors import ShardWriter, copy_small_files
+from onecard.model.adapters import base_of_adapter
+from onecard.model.files import base_fingerprint
+from onecard.model.load import TOKENIZER_FILES, load_tokenizer
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TEMPLATE, STATE = "chat_template.jinja", "trainer_state.json"
+WORDS_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json",
+               TEMPLATE)  # fmt: skip
+PROGRAM_BYTES = int(0.7 * 2**30)  # Python with torch, transformers and peft
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How adapters are merged."""
+
+    dtype: str = "auto"
+    """fp16, bf16 or fp32; auto: what the base is stored in where that is a 16-bit type, else fp16."""
+    max_shard_bytes: int = 5 * 10**9
+    accept_other_base: bool = False
+    """Merge although the adapter was trained on another base."""
+    verify: bool = True
+    """Compare the logits of base and adapters with those of the reopened result."""
+    trust_remote_code: bool = False
+
+
+@dataclass
+class MergeReport:
+    """What was merged, and what was seen while doing so."""
+
+    directory: Path
+    dtype: str
+    adapters: list[str]
+    n_targets: int = 0
+    """Layers that an adapter targets."""
+    unchanged: list[str] = field(default_factory=list)
+    """Those that came out as they went in: their adapter was never trained, or moved them by less than one rounding."""
+    is_tied: bool = False
+    """Whether the result's head is its embeddings' weight."""
+    n_tensors: int = 0
+    total_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    proof: str = ""
+    """What the verification found, in one line; empty where there was none."""
+
+
+def merge_into(
+    directory: Path, base: str, adapters: Sequence[str], settings: MergeSettings = MergeSettings()
+) -> MergeReport:
+    """Write base + adapters, in their order, as a Hugging Face model into an existing empty `directory`.
+
+    One layer at a time has weights, in fp32; about one shard read and one being written are in memory. With
+    `settings.verify` the result is reopened and compared before this returns.
+
+    Raises ModelError and ConfigError: an adapter that does not fit or was trained on another base, a quantised base,
+    values that overflow in fp16, NaN, files missing or damaged, a result that does not agree with the adapters.
+    """
+    if not adapters:
+        raise ConfigError("--lora_path", "names no adapter; there is nothing to merge")
+    stored = open_base(base, trust_remote_code=settings.trust_remote_code)
+    dtype = target_dtype(stored, settings.dtype)
+    adapted = adapt(stored, adapters)
+    report = MergeReport(directory, NAMES[dtype], list(adapters), is_tied=stored.is_tied)
+    for stage in adapted.stages:
+        report.notes += [*stage.notes, *check_same_base(stage, base, accept=settings.accept_other_base)]
+    say(
+        f"merging {len(adapters)} adapter(s) into {len(adapted.targets)} layers of {base}, in {report.dtype}; this "
+        f"takes about {ram_bytes(adapted, settings) / 2**30:.1f} GiB of RAM"
+    )
+    _write_weights(adapted, dtype, settings, report)
+    _write_config(adapted, dtype, directory, is_tied=report.is_tied)
+    report.notes += _write_words(adapted, directory)
+    if adapted.rows != stored.rows:
+        report.notes.append(f"the vocabulary has {adapted.rows} rows now; the base has {stored.rows}")
+    if stored.is_tied and not report.is_tied:
+        report.notes.append(
+            "embeddings and head share their weight in the base, and the adapter changed one of them alone: the result "
+            "stores both (tie_word_embeddings is false), which keeps every logit"
+        )
+    if len(report.unchanged) == report.n_targets:
+        raise ModelError(
+            f"merging changed none of {report.n_targets} layers: the adapter was never trained, or all it does is lost "
+            f"in {report.dtype}"
+        )
+    if settings.verify:
+        from onecard.export.verify import verify_merge
+
+        report.proof = verify_merge(directory, stored, adapters, report)
+    return report
+
+
+def find_base(model_path: str, adapter: str) -> str:
+    """The base to merge into; "auto" is the one that the adapter names. Raises ConfigError where it names none."""
+    if model_path != "auto":
+        return model_path
+    named = base_of_adapter(adapter)
+    if named is None:
+        raise ConfigError("--model_path", f"is needed: the adapter {adapter} does not name its base model")
+    return named
+
+
+def target_dtype(base: StoredBase, wanted: str) -> torch.dtype:
+    """The dtype of the result. Raises ConfigError for a name that is none."""
+    if wanted == "auto":
+        return base.dtype if base.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    if wanted not in DTYPES:
+        raise ConfigError("--dtype", f"{wanted!r} is none of auto, {', '.join(DTYPES)}")
+    return DTYPES[wanted]
+
+
+def ram_bytes(adapted: Adapted, settings: MergeSettings) -> int:
+    """About what merging takes: a shard read (its pages count), one written and its copy on the way, the adapters."""
+    weights = adapted.base.weights
+    shard = min(settings.max_shard_bytes, weights.total_bytes)
+    held = sum(tensor.nbytes for stage in adapted.stages for tensor in stage.files.tensors.values())
+    layer = max(entry.n_bytes for entry in weights.entries.values())
+    return PROGRAM_BYTES + weights.largest_file_bytes + shard + held + 4 * layer
+
+
+def check_same_base(stage: Stage, base: str, *, accept: bool) -> list[str]:
+    """Compare the base's fingerprint with the one that the adapter's run kept; returns what could not be checked.
+
+    Raises ModelError for another base, unless that is accepted.
+    """
+    trained_on = _kept_fingerprint(stage.files.directory)
+    if trained_on is None:
+        return [f"{stage.files.directory} keeps no fingerprint of its base, so it could not be checked that this is it"]
+    if trained_on == base_fingerprint(base):
+        return []
+    told = (
+        f"{stage.files.directory} was trained on another base than {base}: the fingerprints of their files differ "
+        f"({trained_on[:12]} and {base_fingerprint(base)[:12]})"
+    )
+    if accept:
+        return [f"{told}; accepted"]
+    raise ModelError(
+        f"{told}. On other weights the adapter does something else than it learned. Give the base it was trained on; "
+        "or, if this is the same model in another form (other shards, another dtype, an adapter before this one merged "
+        "in), add --accept_other_base"
+    )
+
+
+def _kept_fingerprint(directory: Path) -> str | None:
+    checkpoints = sorted(directory.glob("checkpoint-*"))
+    above = [directory.parent] if directory.name.startswith("checkpoint-") else []
+    for place in (directory, *above, *checkpoints):
+        try:
+            state = json.loads((place / STATE).read_text(encoding="utf-8"))
+            kept = state["identity"]["base"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # absent, or of another kit's Trainer, whose file has the same name
+        if isinstance(kept, str):
+            return kept
+    return None
+
+
+def export_merged(
+    target: Path,
+    base: str,
+    adapters: Sequence[str],
+    settings: MergeSettings,
+    *,
+    file_format: str = "hf",
+    overwrite: bool = False,
+) -> MergeReport:
+    """`merge_into` a directory that gets its name only when everything is written and proven.
+
+    `file_format` hf: a Hugging Face directory; pth: consolidated.0x.pth and params.json, as LLaMA was published.
+    Raises as `merge_into` and `output.new_directory` do.
+    """
+    weights = open_base(base, trust_remote_code=settings.trust_remote_code)
+    itemsize = target_dtype(weights, settings.dtype).itemsize
+    n_bytes = sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in weights.weights.entries.values())
+    inputs = [weights.directory, *(Path(adapter).expanduser() for adapter in adapters)]
+    copies = 2 if file_format == "pth" else 1
+    with new_directory(target, overwrite=overwrite, inputs=inputs, needed_bytes=copies * n_bytes) as partial:
+        if file_format == "hf":
+            return merge_into(partial, base, adapters, settings)
+        from onecard.export.llama_pth import hf_to_pth
+
+        between = partial / ".hf"
+        between.mkdir()
+        report = merge_into(between, base, adapters, settings)
+        report.notes += hf_to_pth(between, partial) or []
+        shutil.rmtree(between)
+    return report
+
+
+def _write_weights(adapted: Adapted, dtype: torch.dtype, settings: MergeSettings, report: MergeReport) -> None:
+    """Write every tensor of the base, the merged ones in their place."""
+    writer = ShardWriter(report.directory, settings.max_shard_bytes)
+    for name, tensor in _tensors(adapted, dtype, report):
+        writer.add(name, tensor)
+        report.n_tensors += 1
+    report.total_bytes = sum(file.stat().st_size for file in writer.finish())
+
+
+def _tensors(adapted: Adapted, dtype: torch.dtype, report: MergeReport) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the result by their stored names, in the order of the base's files."""
+    base, weights, groups, done = adapted.base, adapted.base.weights, _groups(adapted), set[str]()
+    with progress("merging", weights.total_bytes, in_bytes=True) as move_on:
+        for name, entry in weights.entries.items():
+            group = groups.get(name, ())
+            if not group:
+                yield name, rounded(name, weights.read(name), kept_dtype(base, name, dtype))
+            elif group[0] not in done:
+                done.add(group[0])
+                yield from _stored(base, _merged_group(adapted, group, dtype, report), report)
+            move_on(entry.n_bytes)
+    weights.close()
+
+
+def _stored(base: StoredBase, merged: dict[str, Tensor], report: MergeReport) -> Iterator[tuple[str, Tensor]]:
+    """One group under its stored names; of a pair that is still one, the half that the files lacked stays out."""
+    embedding, head = merged.get(f"{base.embedding}.weight"), merged.get(f"{base.head}.weight")
+    if base.is_tied and embedding is not None and head is not None:
+        report.is_tied = torch.equal(embedding, head)
+    for parameter, tensor in merged.items():
+        own = base.own_name(parameter)
+        if own or not report.is_tied:
+            yield own or parameter, tensor
+
+
+def _groups(adapted: Adapted) -> dict[str, tuple[str, ...]]:
+    """The layers that are merged together, by the stored name of each of their tensors: one, or a tied pair."""
+    base, groups = adapted.base, dict[str, tuple[str, ...]]()
+    for module in adapted.touched:
+        is_pair = base.is_tied and module in adapted.vocabulary
+        group = tuple(adapted.vocabulary) if is_pair else (module,)
+        groups |= {base.required_name(parameter): group for parameter in adapted.parameters_of(module)}
+    return groups
+
+
+def _merged_group(
+    adapted: Adapted, group: tuple[str, ...], dtype: torch.dtype, report: MergeReport
+) -> dict[str, Tensor]:
+    """The final tensors of one layer, or of a tied pair, by their names in the model."""
+    base, result = adapted.base, dict[str, Tensor]()
+    for module in group:
+        is_changed = False
+        for name, tensor in adapted.merged(module).items():
+            stored = base.required_name(name)
+            result[name] = rounded(name, tensor, kept_dtype(base, stored, dtype))
+            is_changed = is_changed or not torch.equal(result[name], base.read(name).to(result[name].dtype))
+        if module in adapted.targets:
+            report.n_targets += 1
+            report.unchanged += [] if is_changed else [module]
+    return result
+
+
+def kept_dtype(base: StoredBase, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a stored tensor gets: `dtype`, but for integers, tables, and what was kept wider on purpose."""
+    stored = base.weights.entries[name].dtype
+    is_wider = stored != base.dtype and stored.itemsize > dtype.itemsize
+    return stored if not stored.is_floating_point or name.endswith(TABLES) or is_wider else dtype
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`. Raises ModelError, by its name, for NaN, Inf and what does not fit into fp16."""
+    result = tensor.to(dtype)
+    if not dtype.is_floating_point or torch.isfinite(result).all() or name.endswith(TABLES):
+        return result
+    if torch.isfinite(tensor).all():
+        raise ModelError(
+            f"{name} has values up to {float(tensor.abs().max()):.3g}, which do not fit into {NAMES.get(dtype, dtype)} "
+            "(65504 is the most); use --dtype bf16 or fp32"
+        )
+    raise ModelError(f"{name} holds NaN or Inf in the base; copy or download the base again")
+
+
+def _write_config(adapted: Adapted, dtype: torch.dtype, directory: Path, *, is_tied: bool) -> None:
+    """Copy what lies beside the base's weights; config.json says the new dtype, rows of vocabulary and tying."""
+    base = adapted.base
+    copy_small_files(base.directory, directory)
+    config = json.loads(json.dumps(base.config))
+    parts = [config, *(config[name] for name in ("text_config",) if isinstance(config.get(name), dict))]
+    for part in parts:
+        dtype_keys = [key for key in ("dtype", "torch_dtype") if key in part] or (["dtype"] if part is config else [])
+        part |= dict.fromkeys(dtype_keys, str(dtype).removeprefix("torch."))
+        part |= {"vocab_size": adapted.rows} if "vocab_size" in part else {}
+        part |= {"tie_word_embeddings": False} if base.is_tied and not is_tied else {}
+    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_words(adapted: Adapted, directory: Path) -> list[str]:
+    """Put the last adapter's tokenizer and template in place of the base's, where its run keeps them."""
+    source = adapted.stages[-1].files.directory
+    places = [source, source.parent] if source.name.startswith("checkpoint-") else [source]
+    run = next((place for place in places if list(_words(place, TOKENIZER_FILES))), None)
+    if run is not None:
+        for file in _words(directory, WORDS_FILES):
+            if file.name != TEMPLATE:
+                file.unlink()
+    for place in reversed(places):
+        for file in _words(place, WORDS_FILES if place == run else (TEMPLATE,)):
+            shutil.copyfile(file, directory / file.name)
+    if not list(_words(directory, TOKENIZER_FILES)):
+        return ["neither the run nor the base holds a tokenizer; copy one into the result before you use it"]
+    return _check_vocabulary(adapted, directory, run)
+
+
+def _words(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    for pattern in dict.fromkeys(patterns):
+        yield from sorted(directory.glob(pattern))
+
+
+def _check_vocabulary(adapted: Adapted, directory: Path, run: Path | None) -> list[str]:
+    tokenizer = load_tokenizer(str(directory), trust_remote_code=adapted.base.trust_remote_code)
+    n_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if n_tokens <= adapted.rows:
+        return []
+    told = f"the tokenizer of {run or adapted.base.directory} has {n_tokens} tokens, the model {adapted.rows} rows"
+    if run is None:
+        return [f"{told}: the last ones cannot be used, as in the base"]
+    raise ModelError(
+        f"{told}: tokens were added, and neither the base nor an adapter holds rows for them; merge into the base with "
+        "the grown vocabulary that the adapter was trained on"
+    )

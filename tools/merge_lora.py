@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Merge adapters into their base: a plain model that every program loads, in 16 bits, one shard in memory at a time.
+
+python tools/merge_lora.py --lora_path outputs/my-first-adapter --output_path outputs/my-first-model
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from onecard.cli import parse
+from onecard.config import Problem
+from onecard.console import ConfigError, run_main, say, warn
+from onecard.export.output import parse_size
+
+
+@dataclass
+class MergeOptions:
+    """What is merged, and how it is written."""
+
+    model_path: str = "auto"
+    """Base model: a directory or a Hub id. auto takes the one that the first adapter names."""
+    lora_path: str = ""
+    """Adapters, in the order in which they are merged, with commas between: runs, checkpoints or Hub ids."""
+    output_path: str = ""
+    """Directory of the result."""
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Type of the written weights. auto: the base's own where that has 16 bits, else fp16."""
+    max_shard_size: str = "5GB"
+    """Largest weight file, such as 5GB or 500MB; with --format hf."""
+    format: Literal["hf", "pth"] = "hf"
+    """hf: a Hugging Face directory. pth: consolidated.0x.pth with params.json, as LLaMA was published."""
+    accept_other_base: bool = False
+    """Merge although the adapter was trained on a base with other files."""
+    verify: bool = True
+    """Reopen the result and compare its logits with those of base and adapters; otherwise nothing is published."""
+    trust_remote_code: bool = False
+    """Run Python code that the base model brings along."""
+    overwrite: bool = False
+    """Replace what is at --output_path."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if not self.adapters():
+            found.append(("--lora_path", "names no adapter; give a run, a checkpoint or a Hub id"))
+        if not self.output_path:
+            found.append(("--output_path", "is missing; give the directory of the result"))
+        try:
+            parse_size(self.max_shard_size, "--max_shard_size")
+        except ConfigError as reason:
+            found.append((reason.flag, str(reason).removeprefix(f"{reason.flag}: ")))
+        return found
+
+    def adapters(self) -> list[str]:
+        return [path.strip() for path in self.lora_path.split(",") if path.strip()]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(MergeOptions, argv, description=__doc__ or "")
+
+    from onecard.export.merge import MergeSettings, export_merged, find_base
+
+    settings = MergeSettings(
+        dtype=options.dtype,
+        max_shard_bytes=parse_size(options.max_shard_size, "--max_shard_size"),
+        accept_other_base=options.accept_other_base,
+        verify=options.verify,
+        trust_remote_code=options.trust_remote_code,
+    )
+    report = export_merged(
+        Path(options.output_path),
+        find_base(options.model_path, options.adapters()[0]),
+        options.adapters(),
+        settings,
+        file_format=options.format,
+        overwrite=options.overwrite,
+    )
+    for note in report.notes:
+        warn(note)
+    say(f"{options.output_path}: {report.n_tensors} tensors in {report.dtype}, {report.total_bytes / 2**30:.2f} GiB")
+    say(report.proof or "not verified (--verify false)")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
