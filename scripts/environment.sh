@@ -62,6 +62,25 @@ prepare_venv() {
     [ $# -eq 1 ] || requirements_stamp "$1" >"$VENV/.installed-$1"
 }
 
+# prepare_gptq_venv: .venv-gptq, which is .venv and requirements-gptq.txt on top. It is apart because peft imports
+# gptqmodel wherever it finds it: every start of every program would take some seconds longer and print its banner.
+prepare_gptq_venv() {
+    local layer="$VENV-gptq" wanted
+    wanted="$(requirements_stamp requirements.txt requirements-dev.txt requirements-gptq.txt)"
+    if [ ! -f "$layer/.installed" ] || [ "$(cat "$layer/.installed")" != "$wanted" ]; then
+        rm -rf "$layer"
+        "$(venv_python)" -m venv --without-pip "$layer"
+        say "installing requirements-gptq.txt into .venv-gptq"
+        local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+        local python
+        python="$(VENV="$layer" venv_python)"
+        "$(venv_python)" -c "$packages" >"$("$python" -c "$packages")/onecard.pth"
+        "$(venv_python)" -m pip --python "$python" install --disable-pip-version-check --no-input \
+            --quiet --progress-bar off -r "$ROOT/requirements-gptq.txt" || fail "the install failed; see above"
+        printf '%s\n' "$wanted" >"$layer/.installed"
+    fi
+}
+
 # run_python: the Python that recipes use: $PYTHON if set, else .venv, else an activated environment.
 run_python() {
     if [ -n "${PYTHON:-}" ]; then

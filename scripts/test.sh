@@ -4,16 +4,19 @@
 #
 #   bash scripts/test.sh                    everything but the tests marked slow
 #   bash scripts/test.sh --all              the slow ones too
+#   bash scripts/test.sh --gptq             only the tests of GPTQ, which run in .venv-gptq (see environment.sh)
 #   bash scripts/test.sh tests/text -x      other words go to pytest
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-marks=(-m "not slow")
+slow="not slow"
+gptq_only=""
 words=()
 for word in "$@"; do
     case "$word" in
         -h | --help) print_header "${BASH_SOURCE[0]}"; exit 0 ;;
-        --all) marks=() ;;
+        --all) slow="(slow or not slow)" ;;
+        --gptq) gptq_only="yes" ;;
         *) words+=("$word") ;;
     esac
 done
@@ -24,11 +27,18 @@ cd "$ROOT"
 # Two processes share the cores better than torch's own threads do on models this small.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false PYTHONUTF8=1
 
-say "ruff"
-"$python" -m ruff check .
-"$python" -m ruff format --check .
-say "mypy"
-"$python" -m mypy
-say "pytest"
-"$python" -m pytest -q --durations=10 ${marks[@]+"${marks[@]}"} ${words[@]+"${words[@]}"}
+if [ -z "$gptq_only" ]; then
+    say "ruff"
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    say "mypy"
+    "$python" -m mypy
+    say "pytest"
+    "$python" -m pytest -q --durations=10 -m "$slow and not gptq" ${words[@]+"${words[@]}"}
+fi
+if [ -n "$gptq_only" ] || [ ${#words[@]} -eq 0 ]; then
+    prepare_gptq_venv
+    say "pytest, GPTQ"
+    "$(VENV="$VENV-gptq" venv_python)" -m pytest -q --durations=10 -m "$slow and gptq" ${words[@]+"${words[@]}"}
+fi
 say "all checks passed"

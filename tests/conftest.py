@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from tests import tiny
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("gptqmodel") is None:
+        missing = pytest.mark.skip(reason="gptqmodel is not installed: bash scripts/test.sh --gptq")
+        for item in items:
+            if item.get_closest_marker("gptq"):
+                item.add_marker(missing)
 
 
 @pytest.fixture(scope="session")

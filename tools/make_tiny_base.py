@@ -16,9 +16,8 @@ from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tiny_corpus import build
-
 from onecard.console import run_main, say
+from tools.tiny_corpus import build
 
 ROOT = Path(__file__).resolve().parent.parent
 N_TOKENIZER_DOCUMENTS = 40_000
@@ -46,8 +45,8 @@ def make(
         vocab_size: pieces of the tokenizer, a multiple of 64.
         sample_path: directory of merge_sample.json and held_out.json; the parent of output_path when not given.
     """
-    from tiny_corpus.pretrain import make_model
-    from tiny_corpus.tokenizer import make_tokenizer
+    from tools.tiny_corpus.pretrain import make_model
+    from tools.tiny_corpus.tokenizer import make_tokenizer
 
     documents = itertools.islice(build.documents(seed), N_TOKENIZER_DOCUMENTS)
     tokenizer = make_tokenizer(documents, vocab_size, output_path)

@@ -62,6 +62,9 @@ def weight_files(directory: Path) -> list[Path]:
             return [directory / single]
         if (directory / index).is_file():
             return _indexed(directory, directory / index)
+    named_by_autogptq = sorted(directory.glob("gptq_model-*.safetensors"))
+    if len(named_by_autogptq) == 1:
+        return named_by_autogptq
     present = ", ".join(sorted(p.name for p in directory.iterdir())[:12]) or "nothing"
     raise ModelError(f"{directory} holds no weights (model.safetensors or shards of it); it holds: {present}")
 

@@ -20,6 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from onecard.config import ModelOptions, memory_map
 from onecard.console import ConfigError, ModelError, nearest, say, warn
 from onecard.model.files import base_fingerprint, check_weights, locate, read_json
+from onecard.model.gptq_checkpoint import (
+    check_gptq_installed,
+    is_gptq,
+    quantised_model_config,
+    quiet_gptqmodel,
+    stored_quantization,
+)
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config
 
@@ -62,8 +69,13 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"the tokenizer in {directory} cannot be loaded: {_first_line(reason)}") from reason
 
 
-def load_base(options: ModelOptions, hardware: Hardware) -> LoadedBase:
+def load_base(
+    options: ModelOptions, hardware: Hardware, *, gptq: bool = False, dtype: torch.dtype | None = None
+) -> LoadedBase:
     """Load the base model onto `hardware.device`, frozen, in `options.bits`; nothing in it is ever upcast.
+
+    gptq: take weights in GPTQ form too, in the bits they lie in; they can answer and cannot be trained on.
+    dtype: what is not quantised takes this type, whatever this card computes best; for a model that is saved.
 
     Norms stay in the model's dtype: every family computes them in fp32 inside and they are not trained. The base's own
     dropout is off: frozen weights need none, and its masks would depend on how a step is cut into micro-batches. The
@@ -73,14 +85,28 @@ def load_base(options: ModelOptions, hardware: Hardware) -> LoadedBase:
     """
     directory = locate(options.model_path, with_code=options.trust_remote_code)
     config = _checked_config(directory, options)
+    stored = stored_quantization(directory, config)
+    in_gptq = gptq and is_gptq(stored)
+    if in_gptq and dtype is None and stored.get("bits") != options.bits:
+        say(f"{directory} holds GPTQ weights of {stored.get('bits')} bits; --bits {options.bits} does not change them")
     files = check_weights(directory)
     if files[0].suffix == ".bin":
         say(f"{directory} holds pickled weights; they are read as plain tensors, and code in them is refused")
-    dtype, reason = choose_dtype(options.dtype, options.bits, hardware, str(config.get("model_type", "")))
-    model = _load(options, directory, config, dtype, hardware.device)
+    bits = 4 if in_gptq else options.bits
+    reason = "as was asked for"
+    if dtype is None:
+        dtype, reason = choose_dtype(options.dtype, bits, hardware, str(config.get("model_type", "")))
+    if in_gptq:
+        check_gptq_installed(directory)
+        with quiet_gptqmodel():
+            model = _load(options, directory, dtype, hardware.device, stored=stored)
+    else:
+        quantization = _quantization(options, directory, stored, dtype)
+        kept = _bitsandbytes_in(stored, dtype) if quantization is None else {}
+        model = _load(options, directory, dtype, hardware.device, quantization=quantization, stored=kept)
     model.requires_grad_(False)
     model.eval()
-    if options.bits < 16 and not hardware.is_gpu:
+    if bits < 16 and not in_gptq and not hardware.is_gpu:
         keep_one_arithmetic_on_cpu(model)
     if options.gradient_checkpointing:
         checkpoint_layers(model, reentrant=options.bits == 8)
@@ -135,16 +161,15 @@ def _is_newer(written: str) -> bool:
         return False
 
 
-def _quantization(options: ModelOptions, directory: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
+def _quantization(options: ModelOptions, directory: Path, stored: dict[str, Any], dtype: torch.dtype) -> Any:
     """What to quantise with; None for a checkpoint that lies in these bits already."""
-    stored = config.get("quantization_config")
     if not stored:
         return quantization_config(options.bits, dtype)
     method = stored.get("quant_method", "bitsandbytes")
     bits = 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else stored.get("bits", "unknown")
     if method == "bitsandbytes" and bits == options.bits:
         return None
-    advice = f"use --bits {bits}" if method == "bitsandbytes" else "take the model's unquantised form"
+    advice = f"use --bits {bits}" if method == "bitsandbytes" else "take the model's unquantised form, with --bits 4"
     raise ConfigError(
         "--bits",
         f"{options.bits} does not go with {directory}: its weights are quantised already "
@@ -152,9 +177,21 @@ def _quantization(options: ModelOptions, directory: Path, config: dict[str, Any]
     )
 
 
+def _bitsandbytes_in(stored: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What a bitsandbytes checkpoint says, but with the arithmetic of this card: it may come from another one."""
+    return {**stored, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")} if stored else {}
+
+
 def _load(
-    options: ModelOptions, directory: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+    options: ModelOptions,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantization: Any = None,
+    stored: dict[str, Any],
 ) -> PreTrainedModel:
+    """Quantise to `quantization` while loading, or take weights that lie there quantised as `stored` says."""
     arguments: dict[str, Any] = {
         "dtype": dtype,
         **_placement(options, device),
@@ -163,7 +200,6 @@ def _load(
         "weights_only": True,
         "output_loading_info": True,
     }
-    quantization = _quantization(options, directory, config, dtype)
     if quantization is not None:
         arguments["quantization_config"] = quantization
     if options.attn_implementation != "auto":
@@ -171,7 +207,10 @@ def _load(
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a bar that redraws itself fills a log file
     try:
-        arguments |= _no_dropout(options)
+        if stored:
+            arguments["config"] = quantised_model_config(options, directory, stored, _no_dropout(options))
+        else:
+            arguments |= _no_dropout(options)
         # By the name that was given, not by the directory it lies in: adapters remember a Hub id, not a cache path.
         loaded: Any = AutoModelForCausalLM.from_pretrained(options.model_path, **arguments)
     except pickle.UnpicklingError as reason:

@@ -18,6 +18,13 @@ from transformers import BitsAndBytesConfig
 from onecard.console import ConfigError
 
 OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+# What `quiet_bitsandbytes` drops: parts of sentences, by the logger that says them.
+IDLE_WORDS = {
+    "bitsandbytes.autograd._functions": ("inputs will be cast",),
+    "bitsandbytes.backends.cpu.ops": ("from kernels-community",),
+    "torchao": ("Failed to load",),
+    "torch.utils._pytree": ("is an Enum subclass",),
+}
 
 
 def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -141,17 +148,19 @@ def _in_train_mode(module: nn.Module, _inputs: Any) -> None:
 
 @contextmanager
 def quiet_bitsandbytes() -> Iterator[None]:
-    """Drop two sentences of bitsandbytes that nobody can act on, inside the `with` block only.
+    """Drop sentences of bitsandbytes, and of what peft imports with it, that nobody can act on; inside the block only.
 
     - At every layer of every step in 8 bits: that inputs are cast to fp16. The cast is the method.
     - When it is imported (peft does that) on a CPU with AVX512-BF16: that it cannot fetch a kernel for the packed
       weights which `keep_one_arithmetic_on_cpu` avoids. So import `adapters.py` inside the block, too.
+    - When peft imports torchao, which gptqmodel brings along: that its kernels of other cards and Pythons do not load
+      here, and that it uses torch in a way that will be an error some day.
     """
-    loggers = [logging.getLogger(f"bitsandbytes.{name}") for name in ("autograd._functions", "backends.cpu.ops")]
 
     def worth_saying(record: logging.LogRecord) -> bool:  # a new one each time, so that blocks may be nested
-        return not any(words in str(record.msg) for words in ("inputs will be cast", "from kernels-community"))
+        return not any(words in str(record.msg) for words in IDLE_WORDS.get(record.name, ()))
 
+    loggers = [logging.getLogger(name) for name in IDLE_WORDS]
     for logger in loggers:
         logger.addFilter(worth_saying)
     try:

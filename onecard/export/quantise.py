@@ -1,0 +1,238 @@
+"""From a base, a merged model or base + adapter to a quantised directory, and what that cost in perplexity.
+
+Knows the order of the work and what is told. How weights are quantised is `gptq.py` and `bnb.py`, what they are fitted
+to `calibration.py`, how good they are `quality.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from onecard.config import ModelOptions
+from onecard.console import ConfigError, say, warn
+from onecard.export.bnb import check_same_weights, plain_weights, save_quantised, stored_dtype
+from onecard.export.calibration import (
+    Calibration,
+    CalibrationOptions,
+    Rows,
+    calibration_of,
+    data_rows,
+    text_rows,
+    texts_of,
+    upto,
+)
+from onecard.export.gptq import GptqSettings, check_source, quantise, quantised_layers
+from onecard.export.merge import MergeSettings, merge_into
+from onecard.export.output import new_directory, parse_size, progress
+from onecard.export.quality import perplexity, round_layers
+from onecard.export.quantise_options import CalibrationTextOptions, SourceOptions
+from onecard.export.tensors import open_weights
+from onecard.model.adapters import base_of_adapter
+from onecard.model.files import locate, read_json
+from onecard.model.hardware import Hardware, detect
+from onecard.model.load import load_base, load_tokenizer
+from onecard.text.template import load_template
+
+GOOD_SHARE = 0.04  # a 4-bit model whose perplexity rises by more has lost something that one notices
+SPARE_BYTES = int(1.5 * 2**30)  # what a forward takes beside the weights
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which model, and where the result goes. `adapter` is empty for a model that is taken as it is."""
+
+    base: str
+    adapter: str
+    target: Path
+    overwrite: bool = False
+    max_shard_bytes: int = 5 * 10**9
+    device: str = "auto"
+    batch_size: int = 4
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """What to fit to and to measure on: `texts` as plain text, or training data through a template.
+
+    packed: the texts follow one another in rows of full length. `held_out`: texts to measure on; None: some of the
+    texts are kept back for that.
+    """
+
+    texts: Callable[[], Iterable[str]] | None
+    data_path: str = ""
+    prompt_type: str = "auto"
+    packed: bool = True
+    held_out: Callable[[], Iterable[str]] | None = None
+
+
+def request_of(options: SourceOptions) -> Request:
+    """What the shared options of the tools ask for. Raises ConfigError: no base named, a size that is none."""
+    base = options.model_path
+    if not base:
+        base = base_of_adapter(options.lora_path) or ""
+    if not base:
+        raise ConfigError("--model_path", f"is needed: the adapter {options.lora_path} does not name its base model")
+    return Request(
+        base, options.lora_path, Path(options.output_path), options.overwrite,
+        parse_size(options.max_shard_size, "--max_shard_size"), options.device, options.batch_size,
+        options.trust_remote_code,
+    )  # fmt: skip
+
+
+def words_of(options: CalibrationTextOptions, embedded: Callable[[], Iterable[str]]) -> Words:
+    """The text that the options name; `embedded` is taken where they name none, each text in a row of its own."""
+    path = options.calibration_path
+    held_out = (lambda: texts_of(options.eval_path)) if options.eval_path else None
+    if options.calibration == "data":
+        return Words(None, path, options.prompt_type, held_out=held_out)
+    if path:
+        return Words(lambda: texts_of(path), held_out=held_out)
+    return Words(embedded, packed=False, held_out=held_out)
+
+
+@contextmanager
+def whole_model(request: Request, staging: Path) -> Iterator[Path]:
+    """The directory of the model to quantise; base and adapter are merged into a hidden folder that goes again."""
+    if not request.adapter:
+        yield locate(request.base, with_code=request.trust_remote_code)
+        return
+    folder = staging / ".merged"
+    folder.mkdir()
+    settings = MergeSettings(verify=False, trust_remote_code=request.trust_remote_code)
+    for note in merge_into(folder, request.base, [request.adapter], settings).notes:
+        warn(note)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def export_gptq(request: Request, settings: GptqSettings, words: Words, amount: CalibrationOptions) -> None:
+    """Write a GPTQ checkpoint, prove that it loads, and say what it costs in perplexity on held-out text.
+
+    Raises ConfigError, ModelError and DataError, each before the long work wherever that can be.
+    """
+    hardware = detect(request.device)
+    kept = request.target.expanduser().absolute()
+    kept = kept.with_name(f".{kept.name}.layers")
+    inputs = [path for path in (Path(request.base), Path(request.adapter or request.base)) if path.exists()]
+    with new_directory(request.target, overwrite=request.overwrite, inputs=inputs) as staging:
+        with whole_model(request, staging) as source:
+            before = check_source(source, settings)
+            text = rows_for(source, words, amount, request)
+            say(f"fitting to {text.n_tokens:,} tokens in {len(text.rows)} samples, on {hardware.name}")
+            quantise(source, text.rows, settings, staging, kept, request.max_shard_bytes)
+            names = quantised_layers(staging)
+            whole, rounded = _before(source, names, settings, text.held_out, hardware, request)
+        after = _measured(_load(staging, hardware, request, stored_dtype(before)), text.held_out, "GPTQ", request)
+        n_after = open_weights(staging).total_bytes
+    shutil.rmtree(kept, ignore_errors=True)
+    say(
+        f"quantised {len(names)} layers to {settings.bits} bits, {_group(settings.group_size)}: "
+        f"{before.total_bytes / 2**20:,.1f} MiB -> {n_after / 2**20:,.1f} MiB in {request.target}"
+    )
+    say(
+        f"perplexity on {len(text.held_out)} held-out samples: 16-bit {whole:.4g}, GPTQ {after:.4g} "
+        f"({after / whole - 1:+.1%}), plain rounding {rounded:.4g} ({rounded / whole - 1:+.1%})"
+    )
+    if after > rounded:
+        warn(
+            "GPTQ came out worse than rounding to the nearest: the calibration text is too little or unlike what is "
+            "measured; give more of it (--calibration_samples, --calibration_path)"
+        )
+    elif settings.bits >= 4 and after > whole * (1 + GOOD_SHARE):
+        warn(f"perplexity rose by more than {GOOD_SHARE:.0%}; try more text, a smaller --group_size or --desc_act")
+
+
+def export_bnb(request: Request, bits: Literal[4, 8], words: Words, amount: CalibrationOptions) -> None:
+    """Write a bitsandbytes checkpoint, prove that it comes back bit by bit, and say what it costs in perplexity."""
+    hardware = detect(request.device)
+    inputs = [path for path in (Path(request.base), Path(request.adapter or request.base)) if path.exists()]
+    with new_directory(request.target, overwrite=request.overwrite, inputs=inputs) as staging:
+        with whole_model(request, staging) as source:
+            before = plain_weights(source)
+            dtype = stored_dtype(before)
+            tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
+            length = min(amount.length, _longest(source))
+            texts = words.texts() if words.texts is not None else ()
+            held_out = upto(text_rows(texts, tokenizer, length, packed=words.packed), amount.n_held_out, length)
+            whole = _measured(_load_whole(source, hardware, request, dtype), held_out, "16-bit", request)
+            save_quantised(_options(source, request, bits), hardware, source, staging, request.max_shard_bytes)
+        model = load_base(_options(staging, request, bits), hardware).model
+        n_layers = check_same_weights(model, staging)
+        after = _measured(model, held_out, f"{bits}-bit", request)
+        n_after = open_weights(staging).total_bytes
+    say(
+        f"saved {n_layers} layers in {bits} bits: {before.total_bytes / 2**20:,.1f} MiB -> {n_after / 2**20:,.1f} MiB "
+        f"in {request.target}; read back, every quantised weight is the same bit by bit"
+    )
+    say(
+        f"perplexity on {len(held_out)} held-out samples: 16-bit {whole:.4g}, {bits}-bit {after:.4g} "
+        f"({after / whole - 1:+.1%}); load it with --bits {bits}"
+    )
+
+
+def rows_for(source: Path, words: Words, amount: CalibrationOptions, request: Request) -> Calibration:
+    """Token ids to fit to and to measure on, with the tokenizer of the model itself."""
+    tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
+    length = min(amount.length, _longest(source))
+    if words.texts is None:
+        template = load_template(words.prompt_type, tokenizer)
+        rows: Iterator[list[int]] = data_rows(words.data_path, template, tokenizer, length)
+    else:
+        rows = text_rows(words.texts(), tokenizer, length, packed=words.packed)
+    held_out: Rows | None = None
+    if words.held_out is not None:
+        held_out = upto(text_rows(words.held_out(), tokenizer, length), amount.n_held_out, length)
+    return calibration_of(rows, amount, held_out)
+
+
+def _longest(source: Path) -> int:
+    return int(read_json(source / "config.json").get("max_position_embeddings") or 2**20)
+
+
+def _group(size: int) -> str:
+    return "one group a row" if size == -1 else f"groups of {size}"
+
+
+def _options(directory: Path, request: Request, bits: Literal[4, 8, 16]) -> ModelOptions:
+    return ModelOptions(
+        model_path=str(directory), bits=bits, device=request.device, gradient_checkpointing=False,
+        trust_remote_code=request.trust_remote_code,
+    )  # fmt: skip
+
+
+def _before(
+    source: Path, names: list[str], settings: GptqSettings, rows: Rows, hardware: Hardware, request: Request
+) -> tuple[float, float]:
+    """Perplexity of the weights as they are, and of the same ones rounded to the nearest."""
+    model = _load_whole(source, hardware, request, stored_dtype(open_weights(source)))
+    whole = _measured(model, rows, "16-bit", request)
+    round_layers(model, names, settings.bits, settings.group_size, symmetric=settings.symmetric)
+    return whole, _measured(model, rows, "plain rounding", request)
+
+
+def _load_whole(source: Path, hardware: Hardware, request: Request, dtype: torch.dtype) -> Any:
+    """The unquantised model, on the card where it fits there and in RAM where it does not."""
+    needed = open_weights(source).total_bytes + SPARE_BYTES
+    if hardware.is_gpu and torch.cuda.mem_get_info(hardware.device)[0] < needed:
+        say("the 16-bit model does not fit on the card; it is measured on the CPU, which takes its time")
+        hardware = detect("cpu")
+    return _load(source, hardware, request, dtype)
+
+
+def _load(directory: Path, hardware: Hardware, request: Request, dtype: torch.dtype) -> Any:
+    # On a CPU in fp32, which holds 16-bit weights exactly and is the fastest there.
+    dtype = dtype if hardware.is_gpu else torch.float32
+    return load_base(_options(directory, request, 16), hardware, gptq=True, dtype=dtype).model
+
+
+def _measured(model: Any, rows: Rows, what: str, request: Request) -> float:
+    with progress(f"perplexity, {what}", len(rows)) as advance:
+        return perplexity(model, rows, batch_size=request.batch_size, tell=advance)

@@ -1,0 +1,119 @@
+"""Perplexity, plain rounding, and text kept apart: against closed forms and definitions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from onecard.config import ModelOptions
+from onecard.console import ConfigError, ModelError
+from onecard.export.calibration import CalibrationOptions, calibration_of, data_rows, text_rows, texts_of
+from onecard.export.quality import perplexity, round_layers, round_to_nearest
+from onecard.model.hardware import detect
+from onecard.model.load import load_base
+from onecard.text.template import load_template
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base):
+    return load_base(
+        ModelOptions(model_path=str(tiny_base), bits=32, gradient_checkpointing=False), detect("cpu")
+    ).model
+
+
+def test_perplexity_is_exp_of_the_mean_loss_of_all_tokens(model) -> None:
+    rows = [[1, 5, 9, 17], [1, 200], [1, 30, 31, 32, 33, 34, 35]]
+    total, n = 0.0, 0
+    for row in rows:
+        logs = torch.log_softmax(model(torch.tensor([row])).logits[0].double(), dim=-1)
+        for position in range(len(row) - 1):
+            total, n = total - float(logs[position, row[position + 1]]), n + 1
+    assert n == 10
+    for batch_size in (1, 3):  # padding changes nothing
+        assert math.isclose(perplexity(model, rows, batch_size=batch_size), math.exp(total / n), rel_tol=1e-5)
+
+
+def test_a_model_that_answers_nan_is_told(tiny_base) -> None:
+    broken = load_base(ModelOptions(model_path=str(tiny_base), bits=32), detect("cpu")).model
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="loss of nan"):
+        perplexity(broken, [[1, 2, 3]])
+
+
+def test_rounding_by_hand() -> None:
+    weight = torch.tensor([[-1.0, 0.1, 0.9, 1.0]])
+    step = torch.tensor(2 / 3).half().float()
+    assert torch.equal(round_to_nearest(weight, 2, -1), torch.tensor([[-2.0, 0, 1, 1]]) * step)
+    # asymmetric: from -1 to 1 as well here, but with the zero at round(1 / step) = 2 (1.5 rounds to even)
+    assert torch.equal(round_to_nearest(weight, 2, -1, symmetric=False), torch.tensor([[-2.0, 0, 1, 1]]) * step)
+    assert torch.equal(round_to_nearest(torch.zeros(2, 4), 4, 2), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rounding_stays_within_half_a_step_and_each_group_has_its_own(bits) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 40) * torch.tensor([1.0] * 16 + [100.0] * 16 + [0.01] * 8)
+    rounded = round_to_nearest(weight, bits, 16)
+    n_groups = 0
+    for start in range(0, 40, 16):  # the last group is shorter
+        group, result = weight[:, start : start + 16], rounded[:, start : start + 16]
+        step = 2 * group.abs().amax(dim=1, keepdim=True) / (2**bits - 1)
+        # the largest positive value has no level of its own: it is one step lower, so at most a step off
+        assert ((group - result).abs() <= step * (0.5 + 2**-9 * 2**bits) + (group > 0) * step / 2).all()
+        assert all(len(row.unique()) <= 2**bits for row in result)
+        n_groups += 1
+    assert n_groups == 3
+
+
+def test_only_named_layers_are_rounded(tiny_base) -> None:
+    model = load_base(ModelOptions(model_path=str(tiny_base), bits=32), detect("cpu")).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    round_layers(model, ["model.layers.0.mlp.up_proj"], 4, 32)
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match="no linear layer"):
+        round_layers(model, ["model.norm"], 4, 32)
+
+
+def test_text_in_rows(sp_tokenizer) -> None:
+    texts = ["The quick brown fox.", "中国的首都是北京。", "What is the capital of France? Paris."]
+    ids = [sp_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    alone = list(text_rows(texts, sp_tokenizer, 512, packed=False))
+    assert alone == [[1, *row] for row in ids]
+    packed = list(text_rows(texts * 20, sp_tokenizer, 16))
+    assert len(packed) > 20 and all(len(row) == 16 and row[0] == 1 for row in packed)
+    joined = [token for row in packed for token in row[1:]]
+    assert "首都是北京。\n\nWhat is" in sp_tokenizer.decode(joined)
+    assert list(text_rows(["Paris."], sp_tokenizer, 64)) == [
+        [1, *sp_tokenizer("Paris.", add_special_tokens=False)["input_ids"]]
+    ]
+    assert list(text_rows([], sp_tokenizer, 64)) == []
+
+
+def test_two_sides_never_meet() -> None:
+    rows = [[1, k % 500, k, *range(7)] for k in range(2000)] * 2  # every row twice
+    options = CalibrationOptions(n_rows=60, length=50, n_held_out=20, seed=1)
+    made = calibration_of(rows, options)
+    assert made.n_tokens >= 3000 and len(made.held_out) >= 100
+    assert not {tuple(row) for row in made.rows} & {tuple(row) for row in made.held_out}
+    assert made == calibration_of(rows, options)
+    assert made.rows != calibration_of(rows, CalibrationOptions(60, 50, 20, seed=2)).rows
+    given = calibration_of(rows, options, held_out=[[1, 2, 3]])
+    assert given.held_out == [[1, 2, 3]]
+    with pytest.raises(ConfigError, match=r"--calibration_path: gives .* tokens"):
+        calibration_of(rows[:100], options)
+    endless = calibration_of(([1, k, *range(8)] for k in itertools.count()), options)
+    assert endless.n_tokens >= 3000
+
+
+def test_data_go_through_the_template(sp_tokenizer, instructions) -> None:
+    template = load_template("alpaca", sp_tokenizer)
+    rows = list(data_rows(str(instructions), template, sp_tokenizer, 256))
+    assert len(rows) == 24 and all(row[0] == 1 for row in rows)
+    text = sp_tokenizer.decode(rows[3])
+    assert "### Instruction:" in text and "数到 3" in text  # record 3 is one of the Chinese ones
+    assert "数到 3" in list(texts_of(str(instructions)))[3]

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Save a model in 4 or 8 bits as bitsandbytes lays them, so that it is smaller on the disk and loads faster.
+
+python tools/quantize_bnb.py --lora_path outputs/my-first-adapter --bits 4 --output_path outputs/my-model-4bit
+
+Load it with the same --bits: in generate.py, chat.py and finetune.py. It is what --bits makes of the model at each
+start (NF4 with double quantisation, or LLM.int8), made once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from onecard.cli import parse
+from onecard.config import Problem
+from onecard.console import run_main
+from onecard.export.quantise_options import SourceOptions
+
+
+@dataclass
+class BnbOptions:
+    """How weights are quantised, and what the result is measured on."""
+
+    bits: Literal[4, 8] = 4
+    """Bits per weight: 4 (NF4 with double quantisation) or 8 (LLM.int8)."""
+    eval_path: str = ""
+    """Text to measure on: a file, a folder or a Hub data set. Without it: the corpus of sample/tiny-llama."""
+    eval_samples: int = 64
+    """Samples to measure on."""
+    eval_len: int = 512
+    """Longest sample in tokens."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        for name, least in (("eval_samples", 1), ("eval_len", 16)):
+            if getattr(self, name) < least:
+                found.append((f"--{name}", f"{getattr(self, name)} is too little; use {least} or more"))
+        return found
+
+
+@dataclass
+class BnbConfig:
+    """Everything this tool needs; see the classes of its fields."""
+
+    source: SourceOptions = field(default_factory=SourceOptions)
+    bnb: BnbOptions = field(default_factory=BnbOptions)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(BnbConfig, argv, description=__doc__)
+
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    with quiet_bitsandbytes():
+        quantize(config)
+
+
+def quantize(config: BnbConfig) -> None:
+    from onecard.export.calibration import CalibrationOptions, texts_of
+    from onecard.export.quantise import Words, export_bnb, request_of
+    from tools.tiny_corpus import build
+
+    options = config.bnb
+    if options.eval_path:
+        words = Words(lambda: texts_of(options.eval_path))
+    else:
+        # Statements only: the embedded base was hardly taught to foresee the questions of its corpus.
+        words = Words(lambda: (statement for statement, answer in build.documents(0) if not answer), packed=False)
+    amount = CalibrationOptions(length=options.eval_len, n_held_out=options.eval_samples)
+    export_bnb(request_of(config.source), options.bits, words, amount)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
