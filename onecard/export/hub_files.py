@@ -1,0 +1,184 @@
+"""What lies in a Hub repository, which of it is wanted, and what each way to fail means for a person.
+
+Knows the Hub's listing (names, sizes, hashes) and the habits of model repositories. Fetches no file; `download.py`
+does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from onecard.console import ConfigError, ModelError
+from onecard.export.checksums import is_inside
+
+OFFICIAL = "https://huggingface.co"
+HIDDEN = (".*", "*/.*")
+# The same weights in other forms, states of the training, and pictures: what most model repositories hold besides.
+PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl", "*.pickle")
+OTHER_FORMS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "*.mlmodel", "consolidated*")
+OTHER_FOLDERS = ("original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*", "gguf/*", "runs/*", "checkpoint-*/*")
+PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.mp4", "*.pdf")
+TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler.pt")
+NOT_NEEDED = (*HIDDEN, *PICKLES, *OTHER_FORMS, *OTHER_FOLDERS, *PICTURES, *TRAINING)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the Hub or a mirror; `endpoint` is empty for the environment's HF_ENDPOINT or the Hub itself."""
+
+    repo_id: str
+    repo_type: Literal["model", "dataset"] = "model"
+    revision: str = "main"
+    endpoint: str = ""
+
+    @property
+    def address(self) -> str:
+        """Where it is asked for, without a slash at the end."""
+        return (self.endpoint or os.environ.get("HF_ENDPOINT") or OFFICIAL).rstrip("/")
+
+    @property
+    def token(self) -> str | bool | None:
+        """What the Hub's library takes: None lets it find the stored login, which no mirror shall see."""
+        return None if self.address == OFFICIAL else os.environ.get("HF_TOKEN") or False
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file; `sha256` is empty for small ones, which git names by `blob_id` (SHA-1 of a header and the content)."""
+
+    name: str
+    n_bytes: int
+    blob_id: str
+    sha256: str
+
+    @property
+    def etag(self) -> str:
+        """The name of its content on the Hub and in the Hub's cache."""
+        return self.sha256 or self.blob_id
+
+    @property
+    def is_pickle(self) -> bool:
+        return _matches(self.name, PICKLES)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files that are wanted of one commit, and the names of those that are not."""
+
+    repository: Repository
+    commit: str
+    files: list[HubFile]
+    left_out: list[str]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(file.n_bytes for file in self.files)
+
+
+def list_files(repository: Repository, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Listing:
+    """Ask the Hub for names, sizes and hashes, and choose. One request; nothing is written.
+
+    Args:
+        include, exclude: patterns such as *.json; a `*` passes slashes, and `folder/` is all below it.
+
+    Raises:
+        ConfigError: no such repository or revision, a name that cannot be one, patterns that match nothing.
+        ModelError: no network, no answer, no right to see it, offline mode, file names that lead elsewhere.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+
+    if is_offline_mode():
+        raise ModelError("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded; unset it")
+    if not re.match("https?://", repository.address):
+        raise ConfigError("--endpoint", f"{repository.address} is no address; write it like {OFFICIAL}")
+    with explained(repository):
+        try:
+            found: Any = HfApi(endpoint=repository.address, token=repository.token).repo_info(
+                repository.repo_id, repo_type=repository.repo_type, revision=repository.revision, files_metadata=True,
+                timeout=30,
+            )  # fmt: skip
+            everything = [_hub_file(sibling) for sibling in found.siblings or []]
+        except (ValueError, KeyError, TypeError, AttributeError) as reason:
+            if type(reason).__module__.startswith("huggingface_hub"):
+                raise
+            raise ModelError(f"{repository.address} does not answer as a Hub does; check the address") from reason
+    for file in everything:
+        if not is_inside(file.name):
+            raise ModelError(f"{repository.repo_id} names a file {file.name!r}, outside of its directory; refused")
+    names = choose([file.name for file in everything], repository.repo_type, include, exclude)
+    wanted = [file for file in everything if file.name in names]
+    if not wanted:
+        few = ", ".join(file.name for file in everything[:8]) or "nothing"
+        raise ConfigError("--include", f"of {len(everything)} files none is wanted; {repository.repo_id} holds {few}")
+    left_out = [file.name for file in everything if file.name not in names]
+    return Listing(repository, str(found.sha), wanted, left_out)
+
+
+def choose(names: Sequence[str], repo_type: str, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    """The names that are wanted: what the patterns say; without --include what loading needs.
+
+    Of a model's weights safetensors are taken where there are any, else pickles, else GGUF, else whatever there is.
+    """
+    kept = [name for name in names if not _matches(name, exclude)]
+    if include:
+        return {name for name in kept if _matches(name, include)}
+    if repo_type != "model":
+        return {name for name in kept if not _matches(name, HIDDEN)}
+    needed = {name for name in kept if not _matches(name, NOT_NEEDED)}
+    if any(name.endswith(".safetensors") for name in needed):
+        return needed
+    kept = [name for name in kept if not _matches(name, (*HIDDEN, *PICTURES, *TRAINING))]
+    for patterns in (("*.bin",), PICKLES, ("*.gguf",)):
+        weights = {name for name in kept if _matches(name, patterns) and not _matches(name, OTHER_FOLDERS)}
+        if weights:
+            return needed | weights
+    return set(kept)
+
+
+@contextmanager
+def explained(repository: Repository) -> Iterator[None]:
+    """Turn what the Hub's library raises into one line with a remedy. Raises ConfigError and ModelError."""
+    from huggingface_hub import errors
+
+    what = f"{repository.repo_type} {repository.repo_id}"
+    try:
+        yield
+    except errors.GatedRepoError as reason:
+        raise ModelError(
+            f"{what} asks for your consent: accept its terms at {repository.address}/{repository.repo_id}, then set "
+            "HF_TOKEN or run `hf auth login`"
+        ) from reason
+    except errors.RevisionNotFoundError as reason:
+        raise ConfigError("--revision", f"{what} has no branch, tag or commit {repository.revision}") from reason
+    except errors.RepositoryNotFoundError as reason:
+        raise ConfigError(
+            "--repo_id", f"{repository.address} has no {what} (or it is private: set HF_TOKEN or run `hf auth login`)"
+        ) from reason
+    except errors.HFValidationError as reason:
+        raise ConfigError("--repo_id", f"{repository.repo_id!r} is no Hub id; write it like owner/name") from reason
+    except errors.HfHubHTTPError as reason:
+        raise ModelError(f"{what}: {_first_line(reason)}; try again, or another --endpoint") from reason
+    except (errors.HTTPError, errors.LocalEntryNotFoundError) as reason:
+        raise ModelError(
+            f"{repository.address} does not answer ({_first_line(reason)}); check the network, or name a mirror by "
+            "--endpoint. What is there already is kept, and the same command goes on from it"
+        ) from reason
+
+
+def _hub_file(sibling: Any) -> HubFile:
+    sha256 = sibling.lfs.sha256 if sibling.lfs else ""
+    return HubFile(str(sibling.rfilename), int(sibling.size), str(sibling.blob_id or ""), str(sha256))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
+
+
+def _first_line(reason: BaseException) -> str:
+    return str(reason).partition("\n")[0].strip() or type(reason).__name__
