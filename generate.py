@@ -9,9 +9,11 @@ from onecard.console import run_main
 from onecard.talk.run_files import stored_options
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     # The run knows its base model; what is typed wins over that.
-    config = parse(GenerateConfig, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path")))
+    config = parse(
+        GenerateConfig, argv, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path"))
+    )
 
     # Imported after the options are known to be good: torch takes seconds to load.
     from onecard.recipes import generate

@@ -6,6 +6,7 @@ loaded. `scripts/quickstart.sh` runs for real in the slow test at the end.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,6 @@ import yaml
 from onecard import cli
 from onecard.config import FinetuneConfig
 from onecard.config_talk import ChatConfig, GenerateConfig, ServeConfig
-from tools.plan_memory import PlanOptions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md"]
@@ -114,7 +115,7 @@ def test_command_starts(stage: Path, command: str) -> None:
         return
     done = start(stage, command)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert re.search(r"^(model_path|lora_path|data_path): ", done.stdout, re.MULTILINE)
+    assert re.search(r"^\w+_path: |^repo_id: |^debug: ", done.stdout, re.MULTILINE)
 
 
 def test_commands_were_found() -> None:
@@ -147,7 +148,9 @@ def test_both_languages_give_the_same_commands_and_sections() -> None:
 
 
 @needs_bash
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*TALKING, "finetune_continue.sh")])
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name not in (*TALKING, "finetune_continue.sh", "export.sh")]
+)
 def test_training_recipe_starts(stage: Path, name: str) -> None:
     # From another folder: the sample's files are found, results land where one stands. Words are handed on.
     start_elsewhere = f"mkdir -p elsewhere && cd elsewhere && N_GPUS=1 bash ../scripts/{name} --lora_alpha 7"
@@ -179,6 +182,17 @@ def test_talking_and_continue_recipes_start(stage: Path) -> None:
     refused = start(stage, "OUTPUT_PATH=outputs/nowhere bash scripts/finetune_continue.sh")
     assert refused.returncode == 1
     assert "outputs/nowhere holds no run" in refused.stderr
+
+
+@needs_bash
+def test_export_recipe_starts(stage: Path) -> None:
+    done = start(
+        stage, "LORA_PATH=outputs/mine OUTPUT_PATH='outputs/an export' bash scripts/export.sh --system 'Be brief.'"
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    for line in ("lora_path: outputs/mine", "output_path: outputs/an export/merged", "system: Be brief.",
+                 "model_path: outputs/an export/merged", "gguf_type: q8_0"):  # fmt: skip
+        assert line in done.stdout.splitlines()
 
 
 @needs_bash
@@ -293,13 +307,21 @@ def test_every_path_in_the_documents_exists() -> None:
     assert visited >= 45
 
 
+def tool_options() -> Iterator[type]:
+    """Every class of options that a tool declares itself."""
+    for name in TOOLS:
+        module = importlib.import_module(f"tools.{name.removesuffix('.py')}")
+        declared = [value for value in vars(module).values() if isinstance(value, type) and is_dataclass(value)]
+        yield from (kind for kind in declared if kind.__module__ == module.__name__)
+
+
 def test_every_flag_in_the_documents_exists() -> None:
     known = {
         f"--{name}"
-        for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig, PlanOptions)
+        for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig, *tool_options())
         for name in cli.options_of(config)
     }
-    known |= {"--config", "--print_config", "--help", "--all", "--examples"}
+    known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--examples"}
     # of pip, torchrun and pytest
     known |= {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     known |= {"--no-build-isolation"}

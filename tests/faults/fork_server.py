@@ -6,7 +6,10 @@ parsing and ends with the exit code that the real program would have.
 
 Requests and answers are lines of JSON on standard input and output:
     {"start": {"base", "data", "output", "options", "log", "file_limit_bytes"}} -> {"pid": 4711}
+    {"start": {"tool", "words", "watched", "kill_at", "log", "file_limit_bytes"}} -> {"pid": 4712}
     {"wait": 4711} -> {"code": -9}
+The second starts `tools/TOOL.py WORDS`, counts its disk operations under the folder `watched`, and kills it with
+SIGKILL at operation number `kill_at` (counted from 1; 0: never).
 """
 
 from __future__ import annotations
@@ -94,6 +97,17 @@ class ForkServer:
         self.running.add(pid)
         return Start(self, pid, log)
 
+    def start_tool(
+        self, tool: str, words: list[str], *, watched: Path, kill_at: int = 0, file_limit_bytes: int = 0
+    ) -> Start:
+        """Start one tool, to be killed at its `kill_at`-th disk operation; its last line counts the operations."""
+        self.n_starts += 1
+        log = self.scratch / f"start-{self.n_starts}.log"
+        order = {"tool": tool, "words": words, "watched": str(watched), "kill_at": kill_at, "log": str(log)}
+        pid = self.ask({"start": {**order, "file_limit_bytes": file_limit_bytes}})["pid"]
+        self.running.add(pid)
+        return Start(self, pid, log)
+
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -152,7 +166,7 @@ def fork(order: dict[str, Any]) -> int:
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         signal.alarm(CHILD_LIMIT_S)
-        code = run_once(order)
+        code = run_tool(order) if "tool" in order else run_once(order)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -166,16 +180,45 @@ def run_once(order: dict[str, Any]) -> int:
     from onecard.recipes import finetune
     from tests import tiny
 
-    if order["file_limit_bytes"]:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit_bytes"],) * 2)
+    limit_files(order["file_limit_bytes"])
     config = tiny.config_for(Path(order["base"]), Path(order["data"]), Path(order["output"]), **order["options"])
 
     def main() -> None:
         finetune(config)
 
     return run_main(main)
+
+
+def run_tool(order: dict[str, Any]) -> int:
+    """What `python tools/TOOL.py WORDS` does, killed at the disk operation that was asked for."""
+    from onecard.console import run_main
+
+    limit_files(order["file_limit_bytes"])
+    tool = importlib.import_module(f"tools.{order['tool']}")
+    watched, n_operations = order["watched"], 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal n_operations
+        if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate"):
+            return
+        if not any(isinstance(one, (str, os.PathLike)) and os.fspath(one).startswith(watched) for one in arguments):
+            return
+        n_operations += 1
+        if n_operations == order["kill_at"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    code = run_main(lambda: tool.main(order["words"]))
+    print(f"\n{n_operations} operations", flush=True)
+    return code
+
+
+def limit_files(n_bytes: int) -> None:
+    """Let no file grow over so many bytes, which looks like a full disk; 0: no limit."""
+    if n_bytes:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes,) * 2)
 
 
 if __name__ == "__main__":

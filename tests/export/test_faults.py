@@ -1,0 +1,181 @@
+"""Every tool that writes: killed at many of its disk operations, out of room, pointed at something broken.
+
+The rule is the same for all: the target is absent, or what it was before, or whole; started again, the tool succeeds;
+bad input is one clear line and an exit code that is not 0. "Whole" means: the same bytes as an undisturbed start wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.export.cases import BAD_INPUTS, CASES, BadInput, Case, Inputs, make_inputs
+from tests.faults.conftest import server  # noqa: F401  (the session's fork server)
+from tests.faults.fork_server import ForkServer
+
+GPTQ = {"quantize_gptq": [pytest.mark.gptq]}
+EVERY_CASE = [pytest.param(case, id=case.name, marks=GPTQ.get(case.tool, [])) for case in CASES]
+EVERY_BAD_INPUT = [pytest.param(bad, id=bad.name, marks=GPTQ.get(bad.tool, [])) for bad in BAD_INPUTS]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@dataclass
+class Undisturbed:
+    """What a start that nothing disturbed wrote, and in how many disk operations."""
+
+    digest: str
+    n_operations: int
+    largest_file_bytes: int
+
+
+_undisturbed: dict[str, Undisturbed] = {}
+
+
+def digest_of(target: Path) -> str:
+    """SHA-256 over names and bytes of a file, or of all files in a directory."""
+    digest = hashlib.sha256()
+    files = [target] if target.is_file() else sorted(path for path in target.rglob("*") if path.is_file())
+    assert files, f"{target} holds nothing"
+    for file in files:
+        digest.update(file.relative_to(target).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def start(server: ForkServer, case: Case, inputs: Inputs, room: Path, **more: int) -> tuple[int, str]:  # noqa: F811
+    """Run a case's tool with its target in `room`; the exit code and what was printed."""
+    started = server.start_tool(case.tool, case.words(inputs, room / case.target), watched=room, **more)
+    code = started.wait()
+    return code, started.output()
+
+
+def undisturbed(server: ForkServer, case: Case, inputs: Inputs, room: Path) -> Undisturbed:  # noqa: F811
+    if case.name not in _undisturbed:
+        room.mkdir()
+        code, printed = start(server, case, inputs, room)
+        assert code == 0, printed
+        target = room / case.target
+        files = [target] if target.is_file() else [path for path in target.rglob("*") if path.is_file()]
+        n_operations = int(re.findall(r"(\d+) operations", printed)[-1])
+        largest = max(path.stat().st_size for path in files)
+        _undisturbed[case.name] = Undisturbed(digest_of(target), n_operations, largest)
+    return _undisturbed[case.name]
+
+
+def kill_points(n_operations: int, *, few: bool) -> list[int]:
+    """Where to kill: the first operations, some in the middle, and all of the last, where names are given."""
+    middle = {1 + i * n_operations // 5 for i in range(5)}
+    last = set(range(max(1, n_operations - 8), n_operations + 1))
+    return [n_operations // 2, n_operations - 4] if few else sorted(middle | last)
+
+
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_killed_half_way(case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:  # noqa: F811
+    expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
+    room = tmp_path / "room"
+    room.mkdir()
+    n_absent = n_killed = 0
+    for kill_at in kill_points(expected.n_operations, few=case.takes_long):
+        code, printed = start(server, case, inputs, room, kill_at=kill_at)
+        assert code == -9, f"not killed at operation {kill_at}:\n{printed}"
+        n_killed += 1
+        target = room / case.target
+        if target.exists():
+            assert digest_of(target) == expected.digest, f"killed at {kill_at}: neither absent nor whole"
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        else:
+            n_absent += 1
+    assert n_killed >= (2 if case.takes_long else 8)
+    assert n_absent >= (2 if case.takes_long else 4)
+    code, printed = start(server, case, inputs, room)
+    assert code == 0, printed
+    assert digest_of(room / case.target) == expected.digest
+    assert [path.name for path in room.iterdir()] == [case.target], "something was left behind"
+
+
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_what_stands_there_is_kept_or_replaced_whole(
+    case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
+    room = tmp_path / "room"
+    target = room / case.target
+    old = target if case.is_file else target / "old.txt"
+    old.parent.mkdir(parents=True)
+    old.write_text("old", encoding="utf-8")
+    before = digest_of(target)
+
+    code, printed = start(server, case, inputs, room)
+    assert code == 2
+    assert "--overwrite" in printed and "exists already" in printed
+    assert digest_of(target) == before
+
+    replacing = Case(**{**vars(case), "words": lambda inputs, target: [*case.words(inputs, target), "--overwrite"]})
+    n_killed = n_whole = 0
+    points = range(max(1, expected.n_operations - 3), expected.n_operations + 3)
+    for kill_at in points[2:3] if case.takes_long else points:
+        code, printed = start(server, replacing, inputs, room, kill_at=kill_at)
+        n_killed += code == -9
+        # Between the two renames neither has the name; the next start puts the old one back.
+        if target.exists():
+            n_whole += digest_of(target) in (before, expected.digest)
+            assert digest_of(target) in (before, expected.digest)
+    assert n_killed >= (1 if case.takes_long else 3)
+    assert n_whole >= (0 if case.takes_long else 2)
+    code, printed = start(server, replacing, inputs, room)
+    assert code == 0, printed
+    assert digest_of(target) == expected.digest
+    assert [path.name for path in room.iterdir()] == [case.target]
+
+
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_no_room(case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:  # noqa: F811
+    """A file that may not grow to its full size stands for a disk that fills up on the way."""
+    expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
+    room = tmp_path / "room"
+    room.mkdir()
+    code, printed = start(server, case, inputs, room, file_limit_bytes=expected.largest_file_bytes // 2)
+    assert code == 1, printed
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "no room for" in errors[0], printed
+    assert "Traceback" not in printed
+    assert list(room.iterdir()) == [], "something was left behind"
+
+
+@pytest.mark.parametrize("bad", EVERY_BAD_INPUT)
+def test_bad_input_is_one_clear_line(
+    bad: BadInput, server: ForkServer, inputs: Inputs, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    room, scratch = tmp_path / "room", tmp_path / "scratch"
+    room.mkdir()
+    scratch.mkdir()
+    started = server.start_tool(bad.tool, bad.words(inputs, scratch, room / "target"), watched=room)
+    code, printed = started.wait(), started.output()
+    assert code in (1, 2), printed
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, printed
+    assert re.search(bad.says, errors[0]), errors[0]
+    assert "Traceback" not in printed and "not foreseen" not in printed
+    assert list(room.iterdir()) == [], "something was left behind"
+    assert not (scratch / "code-ran").exists(), "code inside a file was run"
+
+
+def test_every_tool_that_writes_is_tested() -> None:
+    """A new tool that goes through `onecard.export` must appear in `cases.py`."""
+    tools = Path(__file__).resolve().parents[2] / "tools"
+    writing = {
+        path.stem
+        for path in tools.glob("*.py")
+        if "onecard.export" in path.read_text(encoding="utf-8")
+    }  # fmt: skip
+    assert len(writing) >= 8
+    assert writing <= {case.tool for case in CASES} | {"doctor", "download"}
+    assert writing - {"doctor"} <= {bad.tool for bad in BAD_INPUTS}
