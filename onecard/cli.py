@@ -7,10 +7,15 @@ nearest name for an unknown one. Nothing heavy is imported, so ``--help`` answer
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -72,15 +77,17 @@ def parse(
     description: str = "",
     defaults: Mapping[str, Any] | None = None,
     stored: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    verb: str = "",
 ) -> Config:
     """Turn a command line into a checked config.
 
     Args:
         config_class: a dataclass of scalar fields, or of groups that are such dataclasses.
         argv: words after the program's name; `None` reads `sys.argv`.
-        description: first lines of the help text.
+        description: first lines of the help text; lines that begin with "python " stay lines of their own.
         defaults: values that this program starts from instead of the class's own.
         stored: given the settings typed so far, the options that an earlier run stored; they win over defaults only.
+        verb: the word before the options, for the help text; `parse_verb` has read it already.
 
     Raises:
         ConfigError: with every unknown name, wrong type and contradiction found, not only the first.
@@ -88,7 +95,7 @@ def parse(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     options = options_of(config_class)
-    parser = _parser(config_class, options, description, dict(defaults or {}))
+    parser = _parser(config_class, options, description, dict(defaults or {}), verb)
     if any(word in ("-h", "--help") for word in words):
         parser.print_help()
         raise SystemExit(0)
@@ -126,15 +133,25 @@ def parse_verb(
     verb = words[0] if words else ""
     if verb in verbs:
         about = (verbs[verb].__doc__ or "").split("\n")[0]
-        return verb, parse(verbs[verb], words[1:], description=f"{verb}: {about}\n\n{description}".strip())
+        return verb, parse(verbs[verb], words[1:], description=f"{verb}: {about}\n\n{description}".strip(), verb=verb)
     if any(word in ("-h", "--help") for word in words):
         lines = [f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in verbs.items()]
-        say("\n".join([description.strip(), "", "Verbs, each with its own --help:", *lines]).strip())
+        say("\n".join([_wrapped(description), "", "Verbs, each with its own --help:", *lines]).strip())
         raise SystemExit(0)
     listed = ", ".join(verbs)
     if not verb or verb.startswith("--"):
         raise ConfigError("", f"say first what to do: {listed}")
     raise ConfigError("", f"{verb!r} is none of {listed}{nearest(verb, list(verbs))}")
+
+
+def missing(options: object, *names: str) -> list[Problem]:
+    """The problems of settings that have no default and were not given."""
+    return [(f"--{name}", "is missing") for name in names if not getattr(options, name)]
+
+
+def comma_list(text: str) -> list[str]:
+    """The parts of a text with commas between them."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def to_yaml(config: object) -> str:
@@ -151,16 +168,22 @@ def _config_problems(config: object) -> list[Problem]:
     return own + problems_of(config)
 
 
-def _parser(config_class: type, options: Mapping[str, Option], description: str, defaults: dict[str, Any]) -> Any:
+def _parser(
+    config_class: type, options: Mapping[str, Option], description: str, defaults: dict[str, Any], verb: str
+) -> Any:
     """A jsonargparse parser whose help groups options as the config does."""
     import jsonargparse
 
+    class Formatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+        """Leaves the description as `_wrapped` made it."""
+
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        description=description or (config_class.__doc__ or "").split("\n")[0],
+        description=_wrapped(description or (config_class.__doc__ or "").split("\n")[0]),
+        formatter_class=Formatter,
         exit_on_error=False,
         allow_abbrev=False,
-        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",
+        usage=f"%(prog)s {verb} [--config FILE.yaml] [--OPTION VALUE ...]".replace("  ", " "),
     )
     parser.add_argument(f"--{CONFIG_FLAG}", type=str, metavar="FILE", help="YAML file of options; flags win over it.")
     parser.add_argument(f"--{PRINT_FLAG}", action="store_true", help="Print the resolved options as YAML and exit.")
@@ -171,6 +194,17 @@ def _parser(config_class: type, options: Mapping[str, Option], description: str,
         parser.add_class_arguments(holder, nested_key=None)
     parser.set_defaults({**{name: option.default for name, option in options.items()}, **defaults})
     return parser
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in the width of the terminal; empty lines and lines of a command stay as they are."""
+    width = shutil.get_terminal_size().columns - 2
+    is_prose = re.compile(r"(?!python )\S")
+    found: list[str] = []
+    for prose, lines in groupby(text.strip().splitlines(), lambda line: bool(is_prose.match(line))):
+        block = list(lines)
+        found += [textwrap.fill(" ".join(block), width)] if prose else block
+    return "\n".join(found)
 
 
 def _read_words(

@@ -88,6 +88,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def first_line(reason: BaseException) -> str:
+    """What an error of a library says, in one line; its type where it says nothing."""
+    return str(reason).strip().partition("\n")[0] or type(reason).__name__
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names with commas between them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:
     """Run `main` and turn what it raises into an exit code; tracebacks are shown only with ``--debug``.
 

@@ -275,6 +275,19 @@ def test_help_holds_each_docstring_and_default(capsys: pytest.CaptureFixture) ->
         assert words in shown
 
 
+def test_commands_in_a_description_keep_their_lines(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    description = (
+        "What it does," + " in many words" * 6 + ".\n\npython a.py --x " + "1" * 60 + "\npython a.py --y\nAnd a\nnote."
+    )
+    with pytest.raises(SystemExit):
+        cli.parse(Sample, ["--help"], description=description)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("python")] == ["python a.py --x " + "1" * 60, "python a.py --y"]
+    assert "And a note." in lines
+    assert max(len(line) for line in lines if not line.startswith("python")) <= 60
+
+
 # --- as a process ----------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +328,7 @@ def test_help_imports_nothing_heavy(entry: str) -> None:
     lines = run("-c", code).stdout.splitlines()
     loaded = set(lines[-1].split()[1:])
     assert lines[-2] == "LEFT 0"
-    assert "jsonargparse" in loaded  # the list is real
+    assert "onecard" in loaded  # the list is real
     assert not loaded & HEAVY
 
 
@@ -363,4 +376,6 @@ def test_a_verb_stands_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert "make       Make a thing." in shown
     with pytest.raises(SystemExit):
         cli.parse_verb(verbs, ["make", "--help"])
-    assert "--path" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert " make [--config FILE.yaml]" in shown
+    assert "--path" in shown

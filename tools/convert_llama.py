@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse_verb
+from onecard.cli import missing, parse_verb
 from onecard.config import Problem
-from onecard.console import ConfigError, run_main, say
+from onecard.console import run_main, say
+from onecard.export.output import new_directory, parse_size, size_problems
 
 
 @dataclass
@@ -26,7 +27,7 @@ class HfOptions:
     model_path: str = ""
     """Directory with consolidated.00.pth (all shards) and params.json."""
     output_path: str = ""
-    """Directory to write; it must not exist yet."""
+    """A new directory for the result."""
     max_shard_size: str = "5GB"
     """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
     max_positions: int = 0
@@ -39,10 +40,10 @@ class HfOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        found = _missing_paths(self.model_path, self.output_path)
+        found = missing(self, "model_path", "output_path")
         if self.max_positions < 0:
             found.append(("--max_positions", f"{self.max_positions} is negative; use 0 or more"))
-        return found + _size_problems(self.max_shard_size)
+        return found + size_problems(self.max_shard_size)
 
 
 @dataclass
@@ -52,7 +53,7 @@ class PthOptions:
     model_path: str = ""
     """A model directory or a Hub id."""
     output_path: str = ""
-    """Directory to write; it must not exist yet."""
+    """A new directory for the result."""
     n_shards: int = 0
     """Number of .pth files (one per GPU that runs them). 0: what Meta ships: 1, and 2, 4, 8 for 13B, 30B, 65B."""
     overwrite: bool = False
@@ -61,7 +62,7 @@ class PthOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        found = _missing_paths(self.model_path, self.output_path)
+        found = missing(self, "model_path", "output_path")
         if self.n_shards < 0:
             found.append(("--n_shards", f"{self.n_shards} is negative; use 0 or more"))
         return found
@@ -74,7 +75,7 @@ class ReshardOptions:
     model_path: str = ""
     """Directory with consolidated.00.pth (all shards) and params.json."""
     output_path: str = ""
-    """Directory to write; it must not exist yet."""
+    """A new directory for the result."""
     n_shards: int = 0
     """Number of .pth files to write."""
     overwrite: bool = False
@@ -83,7 +84,7 @@ class ReshardOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        found = _missing_paths(self.model_path, self.output_path)
+        found = missing(self, "model_path", "output_path")
         if self.n_shards < 1:
             found.append(("--n_shards", "say how many .pth files to write: 1 or more"))
         return found
@@ -96,7 +97,6 @@ def main(argv: list[str] | None = None) -> None:
     verb, options = parse_verb(VERBS, argv, description=__doc__ or "")
 
     from onecard.export.llama_pth import HfChoices, directory_of, hf_to_pth, open_checkpoint, pth_to_hf, reshard
-    from onecard.export.output import new_directory, parse_size
     from onecard.export.tensors import open_weights
     from onecard.model.files import locate
 
@@ -112,21 +112,6 @@ def main(argv: list[str] | None = None) -> None:
         else:
             told = reshard(source, partial, options.n_shards)
     say("\n".join([f"{source} -> {target}", *told]))
-
-
-def _missing_paths(model_path: str, output_path: str) -> list[Problem]:
-    given = {"--model_path": model_path, "--output_path": output_path}
-    return [(flag, "is missing") for flag, value in given.items() if not value]
-
-
-def _size_problems(size: str) -> list[Problem]:
-    from onecard.export.output import parse_size
-
-    try:
-        parse_size(size, "--max_shard_size")
-    except ConfigError as reason:
-        return [(reason.flag, str(reason).removeprefix(f"{reason.flag}: "))]
-    return []
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse
+from onecard.cli import comma_list, parse
 from onecard.config import Problem
 from onecard.console import run_main, say, warn
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     from onecard.export.hub_files import Repository, list_files
 
     repository = Repository(options.repo_id, options.repo_type, options.revision, options.endpoint)
-    listing = list_files(repository, _patterns(options.include), _patterns(options.exclude))
+    listing = list_files(repository, comma_list(options.include), comma_list(options.exclude))
     target = Path(options.output_path).expanduser() if options.output_path else None
     place = directory_place(target) if target else cache_place(listing)
     missing_bytes, free_bytes = place.missing_bytes(listing), place.free_bytes()
@@ -118,10 +118,6 @@ def _readable(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.2f} {unit}"
     return f"{n_bytes} B"
-
-
-def _patterns(text: str) -> list[str]:
-    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse_verb
+from onecard.cli import missing, parse_verb
 from onecard.config import Problem
-from onecard.console import ConfigError, run_main
-from onecard.export.output import parse_size
+from onecard.console import run_main
+from onecard.export.output import parse_size, size_problems
 
 
 @dataclass
@@ -52,7 +52,7 @@ class TrainOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        found = _missing(self, "data_path", "output_path")
+        found = missing(self, "data_path", "output_path")
         if self.vocab_size < 2:
             found.append(("--vocab_size", f"{self.vocab_size} is too few; use some thousands"))
         if self.kind == "bytelevel" and not self.tokenizer_path:
@@ -88,7 +88,7 @@ class MergeOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        found = _missing(self, "tokenizer_path", "new_path", "output_path")
+        found = missing(self, "tokenizer_path", "new_path", "output_path")
         if self.max_new < 0:
             found.append(("--max_new", f"{self.max_new} is negative; use 0 or more"))
         return found
@@ -114,18 +114,10 @@ class ApplyOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        found = _missing(self, "model_path", "tokenizer_path", "output_path")
+        found = missing(self, "model_path", "tokenizer_path", "output_path")
         if self.pad_to_multiple_of < 1:
             found.append(("--pad_to_multiple_of", f"{self.pad_to_multiple_of} is no multiple; use 1 for no padding"))
-        try:
-            parse_size(self.max_shard_size, "--max_shard_size")
-        except ConfigError as reason:
-            found.append(("--max_shard_size", str(reason).partition(": ")[2]))
-        return found
-
-
-def _missing(options: TrainOptions | MergeOptions | ApplyOptions, *names: str) -> list[Problem]:
-    return [(f"--{name}", "is needed") for name in names if not getattr(options, name)]
+        return found + size_problems(self.max_shard_size)
 
 
 def main(argv: list[str] | None = None) -> None:

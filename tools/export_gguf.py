@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse
+from onecard.cli import comma_list, parse
 from onecard.config import Problem
 from onecard.console import run_main
 from onecard.talk.run_files import stored_options
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     export_gguf(
         GgufSettings(
             model_path=options.model_path, output_path=Path(options.output_path), gguf_type=options.gguf_type,
-            adapters=_adapters(options.lora_path), prompt_type=options.prompt_type,
+            adapters=comma_list(options.lora_path), prompt_type=options.prompt_type,
             modelfile=config.ollama.modelfile, accept_other_base=options.accept_other_base,
             overwrite=options.overwrite,
             ollama=ModelfileSettings(config.ollama.system, config.ollama.parameters()),
@@ -123,13 +123,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def base_of_run(typed: Mapping[str, Any]) -> dict[str, Any]:
     """The base model that the run of the first adapter was trained on, where it says so."""
-    adapters = _adapters(str(typed.get("lora_path") or ""))
+    adapters = comma_list(str(typed.get("lora_path") or ""))
     stored = stored_options(adapters[0]) if adapters else {}
     return {name: value for name, value in stored.items() if name == "model_path"}
-
-
-def _adapters(text: str) -> list[str]:
-    return [path.strip() for path in text.split(",") if path.strip()]
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse
+from onecard.cli import comma_list, parse
 from onecard.config import Problem
-from onecard.console import ConfigError, run_main, say, warn
-from onecard.export.output import parse_size
+from onecard.console import run_main, say, warn
+from onecard.export.output import parse_size, size_problems
 
 
 @dataclass
@@ -48,18 +48,11 @@ class MergeOptions:
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
-        if not self.adapters():
+        if not comma_list(self.lora_path):
             found.append(("--lora_path", "names no adapter; give a run, a checkpoint or a Hub id"))
         if not self.output_path:
             found.append(("--output_path", "is missing; give the directory of the result"))
-        try:
-            parse_size(self.max_shard_size, "--max_shard_size")
-        except ConfigError as reason:
-            found.append((reason.flag, str(reason).removeprefix(f"{reason.flag}: ")))
-        return found
-
-    def adapters(self) -> list[str]:
-        return [path.strip() for path in self.lora_path.split(",") if path.strip()]
+        return found + size_problems(self.max_shard_size)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,10 +67,11 @@ def main(argv: list[str] | None = None) -> None:
         verify=options.verify,
         trust_remote_code=options.trust_remote_code,
     )
+    adapters = comma_list(options.lora_path)
     report = export_merged(
         Path(options.output_path),
-        find_base(options.model_path, options.adapters()[0]),
-        options.adapters(),
+        find_base(options.model_path, adapters[0]),
+        adapters,
         settings,
         file_format=options.format,
         overwrite=options.overwrite,
@@ -86,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         warn(note)
     say(f"{options.output_path}: {report.n_tensors} tensors in {report.dtype}, {report.total_bytes / 2**30:.2f} GiB")
     say(report.proof or "not verified (--verify false)")
+    if report.files_proof:
+        say(f"consolidated.0x.pth: {report.files_proof}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
     # Started as `python tools/plan_memory.py`, Python sees only the tool's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import parse  # noqa: E402
+from onecard.cli import comma_list, parse  # noqa: E402
 from onecard.config import (  # noqa: E402
     DataOptions,
     FinetuneConfig,
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     config = FinetuneConfig(options.model, options.data, options.lora, options.train, options.memory.of_a_run())
     cards = find_cards(options)
-    names = [name.strip() for name in options.models.split(",") if name.strip()] or [options.model.model_path]
+    names = comma_list(options.models) or [options.model.model_path]
     models = [architecture_of(name, trust_remote_code=options.model.trust_remote_code) for name in names]
     lengths = numbers(options.lengths, int) or [options.data.cutoff_len]
     configs = [replace(config, data=replace(config.data, cutoff_len=length)) for length in lengths]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from onecard.cli import parse
 from onecard.config import Problem
 from onecard.console import run_main
-from onecard.export.quantise_options import SourceOptions
+from onecard.export.quantize_options import SourceOptions
 
 
 @dataclass
@@ -62,17 +62,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def quantize(config: BnbConfig) -> None:
     from onecard.export.calibration import CalibrationOptions, texts_of
-    from onecard.export.quantise import Words, export_bnb, request_of
+    from onecard.export.quantize import TextSource, export_bnb, request_of
     from tools.tiny_corpus import build
 
     options = config.bnb
     if options.eval_path:
-        words = Words(lambda: texts_of(options.eval_path))
+        corpus = TextSource(lambda: texts_of(options.eval_path))
     else:
         # Statements only: the embedded base was hardly taught to foresee the questions of its corpus.
-        words = Words(lambda: (statement for statement, answer in build.documents(0) if not answer), packed=False)
+        corpus = TextSource(lambda: (statement for statement, answer in build.documents(0) if not answer), packed=False)
     amount = CalibrationOptions(length=options.eval_len, n_held_out=options.eval_samples)
-    export_bnb(request_of(config.source), options.bits, words, amount)
+    export_bnb(request_of(config.source), options.bits, corpus, amount)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from onecard.cli import parse
 from onecard.config import Problem
 from onecard.console import run_main
-from onecard.export.quantise_options import CalibrationTextOptions, SourceOptions
-
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
+from onecard.export.quantize_options import GROUP_SIZES, CalibrationTextOptions, SourceOptions
 
 
 @dataclass
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 def quantize(config: GptqConfig) -> None:
     from onecard.export.calibration import CalibrationOptions
     from onecard.export.gptq import GptqSettings
-    from onecard.export.quantise import export_gptq, request_of, words_of
+    from onecard.export.quantize import export_gptq, request_of, text_source_of
     from onecard.model.hardware import detect
     from tools.tiny_corpus import build
 
@@ -81,8 +79,8 @@ def quantize(config: GptqConfig) -> None:
     )  # fmt: skip
     amount = CalibrationOptions(text.calibration_samples, text.calibration_len, text.eval_samples, text.seed)
     # Statements only: the embedded base was hardly taught to foresee the questions of its corpus.
-    words = words_of(text, lambda: (statement for statement, answer in build.documents(text.seed) if not answer))
-    export_gptq(request_of(config.source), settings, words, amount)
+    corpus = text_source_of(text, lambda: (statement for statement, answer in build.documents(text.seed) if not answer))
+    export_gptq(request_of(config.source), settings, corpus, amount)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse_verb
+from onecard.cli import missing, parse_verb
 from onecard.config import Problem
-from onecard.console import ConfigError, run_main, say
+from onecard.console import run_main, say
+from onecard.export.output import new_directory, parse_size, size_problems
 
 
 @dataclass
@@ -29,7 +30,7 @@ class MakeOptions:
     tuned_path: str = ""
     """The tuned model (merged, not an adapter): a model directory or a Hub id."""
     output_path: str = ""
-    """Directory to write; it must not exist yet."""
+    """A new directory for the result."""
     mode: Literal["exact", "float"] = "exact"
     """exact: comes back bit for bit. float: tuned - base, which other programs read too; rounds."""
     max_shard_size: str = "5GB"
@@ -40,7 +41,7 @@ class MakeOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        return _missing(self, "base_path", "tuned_path", "output_path") + _size_problems(self.max_shard_size)
+        return missing(self, "base_path", "tuned_path", "output_path") + size_problems(self.max_shard_size)
 
 
 @dataclass
@@ -52,7 +53,7 @@ class RecoverOptions:
     diff_path: str = ""
     """The difference, of this tool or a classic float one: a directory or a Hub id."""
     output_path: str = ""
-    """Directory to write; it must not exist yet."""
+    """A new directory for the result."""
     new_rows: Literal["zeros", "mean"] = "zeros"
     """What a classic difference takes for the base's rows of added tokens: zeros (Vicuna), mean (Alpaca, WizardLM)."""
     max_shard_size: str = "5GB"
@@ -63,7 +64,7 @@ class RecoverOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        return _missing(self, "base_path", "diff_path", "output_path") + _size_problems(self.max_shard_size)
+        return missing(self, "base_path", "diff_path", "output_path") + size_problems(self.max_shard_size)
 
 
 @dataclass
@@ -82,7 +83,7 @@ class VerifyOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        return _missing(self, "base_path", "diff_path")
+        return missing(self, "base_path", "diff_path")
 
 
 VERBS = {"make": MakeOptions, "recover": RecoverOptions, "verify": VerifyOptions}
@@ -92,7 +93,6 @@ def main(argv: list[str] | None = None) -> None:
     verb, options = parse_verb(VERBS, argv, description=__doc__ or "")
 
     from onecard.export import weight_diff
-    from onecard.export.output import new_directory, parse_size
     from onecard.export.tensors import open_weights
     from onecard.model.files import locate
 
@@ -118,20 +118,6 @@ def base_name(base_path: str) -> str:
     """The name that a stranger can look for: a Hub id, or the directory's own name without the way to it."""
     path = Path(base_path)
     return path.resolve().name if path.is_dir() else base_path
-
-
-def _missing(options: object, *names: str) -> list[Problem]:
-    return [(f"--{name}", "is missing") for name in names if not getattr(options, name)]
-
-
-def _size_problems(size: str) -> list[Problem]:
-    from onecard.export.output import parse_size
-
-    try:
-        parse_size(size, "--max_shard_size")
-    except ConfigError as reason:
-        return [(reason.flag, str(reason).removeprefix(f"{reason.flag}: "))]
-    return []
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.console import ModelError
+from onecard.console import ModelError, first_line
 from onecard.export.stored_base import StoredBase
 from onecard.model.adapter_layouts import AdapterFiles, read_adapter, read_config
 from onecard.model.adapters import attach_files
@@ -64,8 +64,7 @@ class Stage:
             with torch.no_grad():
                 plain = _unwrapped(layer)
         except (RuntimeError, ValueError) as reason:  # a kind of adapter that peft cannot merge
-            first_line = str(reason).partition("\n")[0]
-            raise ModelError(f"{self.files.directory} cannot be merged into {module}: {first_line}") from reason
+            raise ModelError(f"{self.files.directory} cannot be merged into {module}: {first_line(reason)}") from reason
         return {f"{module}.{name}": parameter.detach() for name, parameter in plain.named_parameters()}
 
 

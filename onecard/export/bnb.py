@@ -5,7 +5,6 @@ Knows files and their check. How weights are quantised is `model/quantization.py
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,16 @@ import torch
 
 from onecard.config import ModelOptions
 from onecard.console import ModelError
+from onecard.export.stored_base import read_config, refuse_quantized
 from onecard.export.tensors import ShardWriter, Weights, copy_small_files, open_weights
-from onecard.model.files import read_json
-from onecard.model.gptq_checkpoint import stored_quantization
+from onecard.model.files import read_json, write_json
 from onecard.model.hardware import Hardware
 from onecard.model.load import load_base
 
 
 def plain_weights(directory: Path) -> Weights:
-    """The weights of a model that is not quantised yet, still on the disk. Raises ModelError for one that is."""
-    config_file = directory / "config.json"
-    stored = stored_quantization(directory, read_json(config_file)) if config_file.is_file() else {}
-    if stored:
-        raise ModelError(
-            f"{directory} is quantised already ({stored.get('quant_method', 'unknown')}); give the unquantised model"
-        )
+    """The weights of a model, still on the disk. Raises ModelError: no model, quantised already, damaged files."""
+    refuse_quantized(directory, read_config(directory), "give the unquantised model")
     return open_weights(directory)
 
 
@@ -38,7 +32,7 @@ def stored_dtype(weights: Weights) -> torch.dtype:
     return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float16
 
 
-def save_quantised(options: ModelOptions, hardware: Hardware, source: Path, target: Path, max_shard_bytes: int) -> None:
+def save_quantized(options: ModelOptions, hardware: Hardware, source: Path, target: Path, max_shard_bytes: int) -> None:
     """Quantise the model in `source` to `options.bits` (4 or 8) and write it into the directory `target`.
 
     It is saved before its first forward, which on some CPUs repacks 4-bit weights for good. What is not quantised
@@ -56,11 +50,15 @@ def save_quantised(options: ModelOptions, hardware: Hardware, source: Path, targ
     writer.finish()
     shutil.rmtree(written)
     copy_small_files(source, target)
+    write_config(source, target, dtype, quantised)
+
+
+def write_config(source: Path, target: Path, dtype: torch.dtype, quantization_config: dict[str, Any]) -> None:
+    """The config.json of `source` in `target`, with the dtype of what stays whole and how the rest is quantised."""
     config = read_json(source / "config.json")
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config |= {dtype_key: str(dtype).removeprefix("torch."), "quantization_config": quantised}
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (target / "config.json").write_text(text, encoding="utf-8", newline="\n")
+    config |= {dtype_key: str(dtype).removeprefix("torch."), "quantization_config": quantization_config}
+    write_json(target / "config.json", config)
 
 
 def check_same_weights(model: Any, directory: Path) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,7 +19,7 @@ from typing import Any
 from onecard.console import ConfigError, ModelError, Stopped
 from onecard.export.checksums import digest_of
 from onecard.export.hub_files import HubFile, Listing, explained
-from onecard.export.output import new_directory, progress
+from onecard.export.output import free_room_bytes, new_directory, progress
 from onecard.manifest import is_no_room, sync_file
 
 TRIES = 5  # in a row, without a single byte between them
@@ -45,8 +44,7 @@ class Place:
 
     def free_bytes(self) -> int:
         """Free room on the disk of this place, which need not exist yet."""
-        there = next(folder for folder in (self.root, *self.root.parents) if folder.is_dir())
-        return shutil.disk_usage(there).free
+        return free_room_bytes(self.root)
 
 
 def cache_place(listing: Listing) -> Place:

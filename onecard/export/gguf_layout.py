@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError
+from onecard.console import ModelError, few, first_line
+from onecard.export.stored_base import read_config, refuse_quantized
 from onecard.export.tensors import Entry
-from onecard.model.files import read_json
 
 # Family of config.json -> architecture of llama.cpp, which reads Mistral as a Llama.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -74,7 +74,7 @@ def read_layout(directory: Path) -> Layout:
     try:
         config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as reason:  # several kinds; each means that config.json cannot be used
-        raise ModelError(f"{directory}/config.json cannot be used: {str(reason).splitlines()[0]}") from reason
+        raise ModelError(f"{directory}/config.json cannot be used: {first_line(reason)}") from reason
     family = str(raw["model_type"])
     n_heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
     if hidden % n_heads and not getattr(config, "head_dim", None):
@@ -130,10 +130,10 @@ def check_tensors(directory: Path, layout: Layout, entries: Mapping[str, Entry])
     missing = sorted(shapes.keys() - entries.keys())
     unknown = sorted(entries.keys() - shapes.keys() - extra)
     if missing:
-        raise ModelError(f"{directory} lacks {_some(missing)}, which its config.json ({layout.family}) asks for")
+        raise ModelError(f"{directory} lacks {few(missing)}, which its config.json ({layout.family}) asks for")
     if unknown:
         raise ModelError(
-            f"{directory} holds {_some(unknown)}, which a plain {layout.family} model has not; an adapter must be "
+            f"{directory} holds {few(unknown)}, which a plain {layout.family} model has not; an adapter must be "
             "merged first, and a quantised model cannot be converted"
         )
     wrong = [name for name in shapes if entries[name].shape != shapes[name]]
@@ -174,17 +174,11 @@ def rope_divisors(layout: Layout) -> Tensor:
 
 
 def _checked_config(directory: Path) -> dict[str, Any]:
-    if not (directory / "config.json").is_file():
-        if (directory / "adapter_config.json").is_file():
-            raise ModelError(f"{directory} holds an adapter; give it as --lora_path, and its base as --model_path")
-        raise ModelError(f"{directory} holds no model in Hugging Face form (config.json is missing)")
-    raw = read_json(directory / "config.json")
+    raw = read_config(directory)
     family = str(raw.get("model_type"))
     if family not in FAMILIES:
         raise ModelError(f"{directory} is a {family} model; this tool writes GGUF for {', '.join(FAMILIES)}")
-    if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "some method")
-        raise ModelError(f"{directory} is quantised already ({method}); give the 16-bit model that it was made from")
+    refuse_quantized(directory, raw, "give the 16-bit model that it was made from")
     return raw
 
 
@@ -214,7 +208,3 @@ def _notes(config: Any) -> tuple[str, ...]:
         f"this model looks back {window} tokens; llama.cpp looks back over everything, so answers are the same up to "
         f"{window} tokens and may differ beyond",
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

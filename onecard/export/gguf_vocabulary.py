@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from onecard.console import ModelError, warn
+from onecard.export.vocabulary import SPACE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-SPACE = "\u2581"
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

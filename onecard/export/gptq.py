@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -23,16 +24,16 @@ from typing import Any, TextIO
 import torch
 import transformers
 
-from onecard.console import ConfigError, ModelError, say, warn
-from onecard.export.bnb import plain_weights, stored_dtype
+from onecard.console import ConfigError, ModelError, first_line, say, warn
+from onecard.export.bnb import plain_weights, stored_dtype, write_config
 from onecard.export.calibration import Rows
 from onecard.export.output import progress
+from onecard.export.quantize_options import GROUP_SIZES
 from onecard.export.tensors import Weights, copy_small_files, open_weights
 from onecard.manifest import is_no_room
-from onecard.model.files import base_fingerprint, read_json
-from onecard.model.gptq_checkpoint import QUANTIZE_CONFIG, check_gptq_installed, quiet_gptqmodel
+from onecard.model.files import base_fingerprint, read_json, write_json
+from onecard.model.gptq_checkpoint import QUANTIZE_CONFIG, quiet_gptqmodel
 
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 KEPT_BY_LAYER = ("llama", "qwen3_moe")  # the families whose half-done work gptqmodel 7.6 can keep
 NO_LAYERS = ("embed", "lm_head", "wte", "wpe", "norm", "router", "mlp.gate.")
 NOW_AT = re.compile(r"Quantizing layer (\d+) of (\d+)")
@@ -57,10 +58,9 @@ class GptqSettings:
 def check_source(directory: Path, settings: GptqSettings) -> Weights:
     """Look at config and headers before anything is loaded; returns the weights, still on the disk.
 
-    Raises ModelError and ConfigError: not installed, a family that gptqmodel does not know, weights that are quantised
+    Raises ModelError and ConfigError: a family that gptqmodel does not know, weights that are quantised
     already, layers too small for the bits or the group. Warns of a group that divides a layer's width with a rest.
     """
-    check_gptq_installed("quantize_gptq.py", "writes GPTQ weights")
     weights = plain_weights(directory)
     config = read_json(directory / "config.json")
     family = str(config.get("model_type"))
@@ -75,7 +75,7 @@ def check_source(directory: Path, settings: GptqSettings) -> Weights:
     return weights
 
 
-def quantise(source: Path, rows: Rows, settings: GptqSettings, target: Path, kept: Path, max_shard_bytes: int) -> None:
+def quantize(source: Path, rows: Rows, settings: GptqSettings, target: Path, kept: Path, max_shard_bytes: int) -> None:
     """Quantise the model in `source` and write it, with its tokenizer and template, into the directory `target`.
 
     rows: token ids to fit to. kept: a directory that outlives a kill; where the family allows, each finished layer
@@ -91,7 +91,7 @@ def quantise(source: Path, rows: Rows, settings: GptqSettings, target: Path, kep
     n_layers = int(read_json(source / "config.json").get("num_hidden_layers", 0))
     try:
         with progress("quantising layers", n_layers) as advance, _account_in(log, advance):
-            _run(source, rows, settings, written, kept, max_shard_bytes)
+            _run(source.absolute(), rows, settings, written.absolute(), kept.absolute(), max_shard_bytes)
     except torch.OutOfMemoryError as reason:
         raise ModelError(
             f"quantising does not fit on {settings.device}: use a smaller --batch_size or --calibration_len"
@@ -99,8 +99,7 @@ def quantise(source: Path, rows: Rows, settings: GptqSettings, target: Path, kep
     except (RuntimeError, ValueError, NotImplementedError, KeyError, TypeError, AttributeError) as reason:
         if is_no_room(reason):
             raise
-        first_line = (str(reason).strip() or type(reason).__name__).partition("\n")[0]
-        raise ModelError(f"gptqmodel cannot quantise {source}: {first_line} (its log: {log})") from reason
+        raise ModelError(f"gptqmodel cannot quantise {source}: {first_line(reason)} (its log: {log})") from reason
     copy_small_files(source, target)
     for file in sorted(written.iterdir()):
         if file.name.startswith("model") and ".safetensors" in file.name:
@@ -109,7 +108,7 @@ def quantise(source: Path, rows: Rows, settings: GptqSettings, target: Path, kep
     _write_configs(source, target, settings)
 
 
-def quantised_layers(directory: Path) -> list[str]:
+def quantized_layers(directory: Path) -> list[str]:
     """The names of the layers that lie quantised in a GPTQ checkpoint.
 
     Raises ModelError where there are none, or where a scale is NaN or infinite.
@@ -185,16 +184,20 @@ class _Account(io.TextIOBase):
 
 @contextmanager
 def _account_in(log: Path, advance: Callable[[int], Any]) -> Iterator[None]:
-    """Keep what gptqmodel and its company print off the terminal, in a file of its own."""
+    """Keep what gptqmodel and its company print and log off the terminal and the current folder, beside `log`."""
     speakers = [logging.getLogger(name) for name in ("logbar", "tokenicer.tokenicer")]
     levels = [speaker.level for speaker in speakers]
     transformers.utils.logging.disable_progress_bar()
+    here = Path.cwd()
     with log.open("a", encoding="utf-8") as file, quiet_gptqmodel(), redirect_stdout(_Account(file, advance)):
+        # gptqmodel keeps a second log in "logs" of the current folder and has no setting for it.
+        os.chdir(log.parent)
         for speaker, level in zip(speakers, (logging.INFO, logging.WARNING), strict=True):
             speaker.setLevel(level)
         try:
             yield
         finally:
+            os.chdir(here)
             for speaker, level in zip(speakers, levels, strict=True):
                 speaker.setLevel(level)
 
@@ -240,9 +243,5 @@ def _write_configs(source: Path, target: Path, settings: GptqSettings) -> None:
         "true_sequential": True, "lm_head": False, "quant_method": "gptq", "checkpoint_format": "gptq",
         "pack_dtype": "int32", "meta": {"quantizer": [f"gptqmodel:{gptqmodel.__version__}"]},
     }  # fmt: skip
-    config = read_json(source / "config.json")
-    dtype = str(stored_dtype(open_weights(source))).removeprefix("torch.")
-    config |= {"torch_dtype" if "torch_dtype" in config else "dtype": dtype, "quantization_config": stored}
-    for name, content in (("config.json", config), (QUANTIZE_CONFIG, stored)):
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (target / name).write_text(text, encoding="utf-8", newline="\n")
+    write_config(source, target, stored_dtype(open_weights(source)), stored)
+    write_json(target / QUANTIZE_CONFIG, stored)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from onecard.console import ConfigError, ModelError
+from onecard.console import ConfigError, ModelError, first_line
 from onecard.export.checksums import is_inside
 
 OFFICIAL = "https://huggingface.co"
@@ -163,10 +163,10 @@ def explained(repository: Repository) -> Iterator[None]:
     except errors.HFValidationError as reason:
         raise ConfigError("--repo_id", f"{repository.repo_id!r} is no Hub id; write it like owner/name") from reason
     except errors.HfHubHTTPError as reason:
-        raise ModelError(f"{what}: {_first_line(reason)}; try again, or another --endpoint") from reason
+        raise ModelError(f"{what}: {first_line(reason)}; try again, or another --endpoint") from reason
     except (errors.HTTPError, errors.LocalEntryNotFoundError) as reason:
         raise ModelError(
-            f"{repository.address} does not answer ({_first_line(reason)}); check the network, or name a mirror by "
+            f"{repository.address} does not answer ({first_line(reason)}); check the network, or name a mirror by "
             "--endpoint. What is there already is kept, and the same command goes on from it"
         ) from reason
 
@@ -178,7 +178,3 @@ def _hub_file(sibling: Any) -> HubFile:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
-
-
-def _first_line(reason: BaseException) -> str:
-    return str(reason).partition("\n")[0].strip() or type(reason).__name__

@@ -189,29 +189,31 @@ def params_of_config(config: Mapping[str, Any], place: str) -> Params:
 
 
 @dataclass(frozen=True)
-class Words:
-    """What config.json says beyond params.json: lengths in tokens, ids of tokens."""
+class SpecialIds:
+    """Ids of the tokens that begin and end a text; several may end one."""
 
-    max_positions: int
-    bos_id: int
-    eos_ids: int | list[int]
+    bos: int = 1
+    eos: int | list[int] = 2
 
 
-def config_of(params: Params, dtype: torch.dtype, tied: bool, words: Words) -> dict[str, Any]:
-    """A complete config.json, in words that transformers 4 and 5 and other programs read alike."""
+def config_of(params: Params, dtype: torch.dtype, *, tied: bool, max_positions: int, ids: SpecialIds) -> dict[str, Any]:
+    """A complete config.json, with the keys that transformers 4 and 5 and other programs read alike.
+
+    tied: whether the head is the embeddings. max_positions: the longest text in tokens, which params.json lacks.
+    """
     scaling = {"rope_type": "llama3", "factor": params.rope_factor, **SCALED_ROPE} if params.use_scaled_rope else None
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": words.bos_id,
-        "eos_token_id": words.eos_ids,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
         "head_dim": params.head_dim,
         "hidden_act": "silu",
         "hidden_size": params.dim,
         "initializer_range": 0.02,
         "intermediate_size": params.intermediate_size,
-        "max_position_embeddings": words.max_positions,
+        "max_position_embeddings": max_positions,
         "mlp_bias": False,
         "model_type": "llama",
         "num_attention_heads": params.n_heads,

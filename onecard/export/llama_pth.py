@@ -7,23 +7,23 @@ compared with its source bit for bit. What names and shapes mean is in `llama_la
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError, warn
+from onecard.console import ModelError, few, warn
 from onecard.export import llama_layout as layout
 from onecard.export.llama_layout import Params
-from onecard.export.llama_tokenizer import copy_tokenizer_model, is_tiktoken, tokenizer_model, write_hf_tokenizer
+from onecard.export.llama_tokenizer import copy_tokenizer_model, tokenizer_model, write_hf_tokenizer
 from onecard.export.output import progress
-from onecard.export.tensors import ShardWriter, Weights, open_weights, read_pickled
-from onecard.model.files import read_json
+from onecard.export.tensors import ShardWriter, Weights, open_weights, read_pickled, same_bits
+from onecard.export.vocabulary import is_tiktoken
+from onecard.model.files import read_json, write_json
 
 Shards: TypeAlias = list[dict[str, Tensor]]  # by Meta's name, one for each .pth file
 SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
@@ -125,11 +125,10 @@ def pth_to_hf(source: Path, directory: Path, max_shard_bytes: int, choices: HfCh
     files = writer.finish()
     ids, remarks = write_hf_tokenizer(checkpoint.tokenizer, directory, params, instruct=choices.instruct)
     positions, why = _max_positions(params, choices.max_positions)
-    words = layout.Words(positions, ids.bos, ids.eos)
-    config = layout.config_of(params, checkpoint.dtype, tied, words)
-    _write_json(directory / "config.json", config)
+    config = layout.config_of(params, checkpoint.dtype, tied=tied, max_positions=positions, ids=ids)
+    write_json(directory / "config.json", config)
     # What stops an answer is read from here; without the file, programs fall back to config.json.
-    _write_json(directory / "generation_config.json", {"bos_token_id": ids.bos, "eos_token_id": ids.eos})
+    write_json(directory / "generation_config.json", {"bos_token_id": ids.bos, "eos_token_id": ids.eos})
     proven = _compare(names, checkpoint.read, hf_reader(open_weights(directory), params), directory, len(files))
     _check_loads(directory, {layout.hf_name(name) for name in names})
     return [
@@ -189,7 +188,7 @@ def write_checkpoint(
 ) -> None:
     """Write params.json and `n_shards` files of what `read` gives by Meta's name."""
     layout.check_shards(params, n_shards, embeddings_dim, f"a LLaMA of width {params.dim}")
-    _write_json(directory / "params.json", layout.write_params(params))
+    write_json(directory / "params.json", layout.write_params(params))
     with progress("writing", n_shards * len(names)) as moved:
         for rank in range(n_shards):
             shard: dict[str, Tensor] = {}
@@ -209,13 +208,6 @@ def hf_reader(weights: Weights, params: Params) -> Callable[[str], Tensor]:
         return layout.to_pairs(name, weights.read(hf_name), params)
 
     return read
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """True when shape, kind of number and every bit agree (so NaN equals itself and 0.0 differs from -0.0)."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
 def _part(name: str, tensor: Tensor, rank: int, n_shards: int, params: Params, embeddings_dim: int) -> Tensor:
@@ -270,7 +262,7 @@ def _check_shard(file: Path, shard: dict[str, Tensor], checkpoint: Checkpoint) -
     lacking = sorted(expected - shard.keys() - optional)
     foreign = sorted(shard.keys() - expected - {layout.ROPE_TABLE})
     if lacking or foreign:
-        what = f"lacks {_some(lacking)}" if lacking else f"holds {_some(foreign)} besides"
+        what = f"lacks {few(lacking)}" if lacking else f"holds {few(foreign)} besides"
         raise ModelError(f"{file} does not fit params.json ({params.n_layers} layers): it {what}")
     for name in (name for name in layout.meta_names(params.n_layers) if name in shard):
         shape = list(layout.full_shape(name, params))
@@ -311,7 +303,7 @@ def _check_hf(weights: Weights, params: Params) -> None:
     lacking = sorted(expected.keys() - weights.entries.keys() - ({head} if is_tied else set()))
     foreign = [n for n in weights.entries if n not in expected and not n.endswith("rotary_emb.inv_freq")]
     if lacking or foreign:
-        what = f"lack {_some(lacking)}" if lacking else f"hold {_some(foreign)} besides"
+        what = f"lack {few(lacking)}" if lacking else f"hold {few(foreign)} besides"
         raise ModelError(f"{weights.directory}: the weights do not fit config.json; they {what}")
     for name, entry in weights.entries.items():
         if name in expected and entry.shape != expected[name]:
@@ -353,7 +345,7 @@ def _check_loads(directory: Path, names: set[str]) -> None:
     tied = set() if "lm_head.weight" in names else {"lm_head.weight"}
     wrong = sorted(n for n in shapes.keys() | written.keys() if n not in tied and shapes.get(n) != written.get(n))
     if wrong:
-        raise ModelError(f"{directory}: transformers expects other tensors than were written: {_some(wrong)}")
+        raise ModelError(f"{directory}: transformers expects other tensors than were written: {few(wrong)}")
 
 
 def _max_positions(params: Params, asked: int) -> tuple[int, str]:
@@ -369,11 +361,3 @@ def _max_positions(params: Params, asked: int) -> tuple[int, str]:
     if params.n_kv_heads != params.n_heads:
         return 4096, "LLaMA-2"
     return 2048, "LLaMA-1; params.json looks the same for LLaMA-2 7B and 13B: add --max_positions 4096 for those"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

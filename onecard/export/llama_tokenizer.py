@@ -6,15 +6,14 @@ Knows both files and what transformers wants beside config.json. Knows no weight
 from __future__ import annotations
 
 import base64
-import binascii
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onecard.console import ModelError
-from onecard.export.llama_layout import Params
+from onecard.export.llama_layout import Params, SpecialIds
+from onecard.export.vocabulary import is_tiktoken
+from onecard.model.files import write_json
 
 MODEL_FILE = "tokenizer.model"
 # How LLaMA-3 cuts text before merging: https://github.com/meta-llama/llama-models (models/llama3/tokenizer.py).
@@ -29,30 +28,10 @@ SPECIAL_3 = {0: BOS, 1: EOS, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9
 SPECIAL_31 = {**SPECIAL_3, 4: "<|finetune_right_pad_id|>", 8: END_OF_MESSAGE, 10: "<|python_tag|>"}
 
 
-@dataclass(frozen=True)
-class Ids:
-    """Ids of the tokens that begin and end a text; several may end one."""
-
-    bos: int = 1
-    eos: int | list[int] = 2
-
-
 def tokenizer_model(directory: Path, *, look_above: bool = True) -> Path | None:
     """The tokenizer.model of a directory of Meta's files; LLaMA-1 keeps it one folder above."""
     places = [directory, directory / "original", *([directory.resolve().parent] if look_above else [])]
     return next((place / MODEL_FILE for place in places if (place / MODEL_FILE).is_file()), None)
-
-
-def is_tiktoken(file: Path) -> bool:
-    """Whether a tokenizer.model is LLaMA-3's: lines of a base64 token and its rank."""
-    with file.open("rb") as stream:
-        words = stream.readline(512).split()
-    if len(words) != 2 or not words[1].isdigit():
-        return False
-    try:
-        return bool(base64.b64decode(words[0], validate=True))
-    except binascii.Error:
-        return False
 
 
 def copy_tokenizer_model(source: Path, target: Path) -> str | None:
@@ -61,23 +40,25 @@ def copy_tokenizer_model(source: Path, target: Path) -> str | None:
     if found is not None:
         shutil.copyfile(found, target / MODEL_FILE)
         return None
-    return f"{source} holds no {MODEL_FILE}, which Meta's programs read; put the base model's beside the .pth files"
+    return f"there is no {MODEL_FILE}, which Meta's programs read; put the base model's beside the .pth files"
 
 
-def write_hf_tokenizer(file: Path | None, directory: Path, params: Params, *, instruct: bool) -> tuple[Ids, list[str]]:
+def write_hf_tokenizer(
+    file: Path | None, directory: Path, params: Params, *, instruct: bool
+) -> tuple[SpecialIds, list[str]]:
     """Write what transformers needs of a tokenizer; returns the ids for config.json and remarks for the reader.
 
     Raises ModelError when the tokenizer is damaged or has more tokens than the model.
     """
     if file is None:
         missing = f"no {MODEL_FILE} was found, so the result has no tokenizer; put its tokenizer files there"
-        return Ids(), [missing]
+        return SpecialIds(), [missing]
     if is_tiktoken(file):
         return _write_tiktoken(file, directory, params, instruct)
     return _write_sentencepiece(file, directory, params)
 
 
-def _write_sentencepiece(file: Path, directory: Path, params: Params) -> tuple[Ids, list[str]]:
+def _write_sentencepiece(file: Path, directory: Path, params: Params) -> tuple[SpecialIds, list[str]]:
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -92,28 +73,28 @@ def _write_sentencepiece(file: Path, directory: Path, params: Params) -> tuple[I
     settings: dict[str, Any] = {f"{kind}_token": name for kind, name in names.items()}
     settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
     settings |= {"legacy": False, "clean_up_tokenization_spaces": False}
-    _write_json(directory / "tokenizer_config.json", settings)
-    return Ids(pieces.bos_id(), pieces.eos_id()), [
+    write_json(directory / "tokenizer_config.json", settings)
+    return SpecialIds(pieces.bos_id(), pieces.eos_id()), [
         f"SentencePiece tokenizer of {pieces.get_piece_size()} tokens copied"
     ]
 
 
-def _write_tiktoken(file: Path, directory: Path, params: Params, instruct: bool) -> tuple[Ids, list[str]]:
+def _write_tiktoken(file: Path, directory: Path, params: Params, instruct: bool) -> tuple[SpecialIds, list[str]]:
     ranks = _ranks(file)
     special = _special_names(SPECIAL_31 if params.use_scaled_rope else SPECIAL_3)
     _check_size(file, len(ranks) + len(special), params)
     id_of = {name: len(ranks) + place for place, name in enumerate(special)}
-    _write_json(directory / "tokenizer.json", _tokenizer_json(ranks, id_of))
+    write_json(directory / "tokenizer.json", _tokenizer_json(ranks, id_of))
     ends = [EOS, *([END_OF_MESSAGE] if END_OF_MESSAGE in special else []), END_OF_TURN] if instruct else [EOS]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": ends[-1],
         "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False,
     }  # fmt: skip
-    _write_json(directory / "tokenizer_config.json", settings)
+    write_json(directory / "tokenizer_config.json", settings)
     shutil.copyfile(file, _kept_aside(directory))
     ids = [id_of[name] for name in ends]
     remark = f"tiktoken tokenizer of {len(ranks)} + {len(special)} tokens written as tokenizer.json"
-    return Ids(id_of[BOS], ids if instruct else ids[0]), [remark]
+    return SpecialIds(id_of[BOS], ids if instruct else ids[0]), [remark]
 
 
 def _tokenizer_json(ranks: dict[bytes, int], id_of: dict[str, int]) -> dict[str, Any]:
@@ -205,7 +186,3 @@ def _check_size(file: Path, n_tokens: int, params: Params) -> None:
         raise ModelError(
             f"{file} has {n_tokens} tokens, but the model has rows for {params.vocab_size}; it belongs to another"
         )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

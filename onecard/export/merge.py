@@ -20,16 +20,18 @@ from onecard.console import ConfigError, ModelError, say
 from onecard.export.adapted import Adapted, Stage, adapt
 from onecard.export.output import new_directory, progress
 from onecard.export.stored_base import TABLES, StoredBase, open_base
-from onecard.export.tensors import ShardWriter, copy_small_files
+from onecard.export.tensors import ShardWriter, copy_small_files, own_memory
+from onecard.model.adapter_layouts import read_adapter
 from onecard.model.adapters import base_of_adapter
-from onecard.model.files import base_fingerprint
+from onecard.model.files import base_fingerprint, locate, write_json
 from onecard.model.load import TOKENIZER_FILES, load_tokenizer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TEMPLATE, STATE = "chat_template.jinja", "trainer_state.json"
-WORDS_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json",
-               TEMPLATE)  # fmt: skip
+TOKENIZER_AND_TEMPLATE = (
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json", TEMPLATE
+)  # fmt: skip
 PROGRAM_BYTES = int(0.7 * 2**30)  # Python with torch, transformers and peft
 
 
@@ -65,6 +67,8 @@ class MergeReport:
     notes: list[str] = field(default_factory=list)
     proof: str = ""
     """What the verification found, in one line; empty where there was none."""
+    files_proof: str = ""
+    """What comparing Meta's files with the merged weights found; empty where none were written."""
 
 
 def merge_into(
@@ -92,7 +96,7 @@ def merge_into(
     )
     _write_weights(adapted, dtype, settings, report)
     _write_config(adapted, dtype, directory, is_tied=report.is_tied)
-    report.notes += _write_words(adapted, directory)
+    report.notes += _write_tokenizer(adapted, directory)
     if adapted.rows != stored.rows:
         report.notes.append(f"the vocabulary has {adapted.rows} rows now; the base has {stored.rows}")
     if stored.is_tied and not report.is_tied:
@@ -108,6 +112,7 @@ def merge_into(
     if settings.verify:
         from onecard.export.verify import verify_merge
 
+        del adapted  # the proof reads the adapters anew; both at once would cost their size
         report.proof = verify_merge(directory, stored, adapters, report)
     return report
 
@@ -118,7 +123,12 @@ def find_base(model_path: str, adapter: str) -> str:
         return model_path
     named = base_of_adapter(adapter)
     if named is None:
+        read_adapter(adapter)  # what is no adapter at all is told as that
         raise ConfigError("--model_path", f"is needed: the adapter {adapter} does not name its base model")
+    try:
+        locate(named)
+    except ModelError as reason:
+        raise ConfigError("--model_path", f"is needed: {adapter} names a base that cannot be had: {reason}") from reason
     return named
 
 
@@ -204,7 +214,7 @@ def export_merged(
         between = partial / ".hf"
         between.mkdir()
         report = merge_into(between, base, adapters, settings)
-        report.notes += hf_to_pth(between, partial) or []
+        report.files_proof = "; ".join(hf_to_pth(between, partial))
         shutil.rmtree(between)
     return report
 
@@ -280,7 +290,7 @@ def kept_dtype(base: StoredBase, name: str, dtype: torch.dtype) -> torch.dtype:
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in `dtype`. Raises ModelError, by its name, for NaN, Inf and what does not fit into fp16."""
-    result = tensor.to(dtype)
+    result = tensor if tensor.dtype == dtype else own_memory(tensor.shape, dtype).copy_(tensor)
     if not dtype.is_floating_point or torch.isfinite(result).all() or name.endswith(TABLES):
         return result
     if torch.isfinite(tensor).all():
@@ -302,27 +312,50 @@ def _write_config(adapted: Adapted, dtype: torch.dtype, directory: Path, *, is_t
         part |= dict.fromkeys(dtype_keys, str(dtype).removeprefix("torch."))
         part |= {"vocab_size": adapted.rows} if "vocab_size" in part else {}
         part |= {"tie_word_embeddings": False} if base.is_tied and not is_tied else {}
-    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config)
 
 
-def _write_words(adapted: Adapted, directory: Path) -> list[str]:
+def _write_tokenizer(adapted: Adapted, directory: Path) -> list[str]:
     """Put the last adapter's tokenizer and template in place of the base's, where its run keeps them."""
     source = adapted.stages[-1].files.directory
     places = [source, source.parent] if source.name.startswith("checkpoint-") else [source]
-    run = next((place for place in places if list(_words(place, TOKENIZER_FILES))), None)
+    run = next((place for place in places if list(_matching(place, TOKENIZER_FILES))), None)
     if run is not None:
-        for file in _words(directory, WORDS_FILES):
-            if file.name != TEMPLATE:
+        kept = _still_true(adapted, directory, run)
+        for file in _matching(directory, TOKENIZER_AND_TEMPLATE):
+            if file.name != TEMPLATE and file.name not in kept:
                 file.unlink()
     for place in reversed(places):
-        for file in _words(place, WORDS_FILES if place == run else (TEMPLATE,)):
+        for file in _matching(place, TOKENIZER_AND_TEMPLATE if place == run else (TEMPLATE,)):
             shutil.copyfile(file, directory / file.name)
-    if not list(_words(directory, TOKENIZER_FILES)):
+    if not list(_matching(directory, TOKENIZER_FILES)):
         return ["neither the run nor the base holds a tokenizer; copy one into the result before you use it"]
     return _check_vocabulary(adapted, directory, run)
 
 
-def _words(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
+def _still_true(adapted: Adapted, directory: Path, run: Path) -> list[str]:
+    """Files of the base's tokenizer that the run lacks and that tell the same: tokenizer.model, in most cases.
+
+    A run that transformers 5 wrote holds tokenizer.json alone, but llama.cpp and Meta's programs read the other one.
+    Kept while both tokenizers give the same tokens the same ids; `directory` holds the base's files at this moment.
+    """
+    lacking = [file.name for file in _matching(directory, ("*.model", "*.tiktoken")) if not (run / file.name).is_file()]
+    original = adapted.base.directory / "original" / "tokenizer.model"  # where LLaMA-3 keeps Meta's own
+    if not list(_matching(directory, TOKENIZER_FILES)) or not (lacking or original.is_file()):
+        return []
+    one, other = (
+        load_tokenizer(str(place), trust_remote_code=adapted.base.trust_remote_code).get_vocab()
+        for place in (adapted.base.directory, run)
+    )
+    if one != other:
+        return []
+    if original.is_file():
+        (directory / "original").mkdir()
+        shutil.copyfile(original, directory / "original" / original.name)
+    return lacking
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
     for pattern in dict.fromkeys(patterns):
         yield from sorted(directory.glob(pattern))
 

@@ -14,7 +14,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from onecard.console import ConfigError, ModelError
+from onecard.config import Problem
+from onecard.console import ConfigError, ModelError, first_line
 from onecard.manifest import content_files, is_no_room, move, sync_directory, sync_file
 
 OUTPUT_FLAG = "--output_path"
@@ -125,8 +126,14 @@ def _is_there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
+def free_room_bytes(path: Path) -> int:
+    """Free room on the disk of a path that need not exist yet."""
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return shutil.disk_usage(there).free
+
+
 def _check_room(target: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(target.parent).free
+    free_bytes = free_room_bytes(target.parent)
     if needed_bytes > free_bytes:
         raise ModelError(
             f"{target} needs about {needed_bytes / 2**30:.2f} GiB, and its disk has {free_bytes / 2**30:.2f} GiB free; "
@@ -139,6 +146,8 @@ def _make_durable(partial: Path) -> None:
         sync_file(partial)
         return
     for path in content_files(partial):
+        # safetensors lets nobody but their owner read its files; a server that runs under another name must, too.
+        path.chmod(partial.stat().st_mode & 0o666)
         sync_file(path)
     for folder in (path for path in partial.rglob("*") if path.is_dir()):
         sync_directory(folder)
@@ -169,9 +178,8 @@ def _no_room_explained(target: Path) -> Iterator[None]:
         raise
     except Exception as reason:
         if is_no_room(reason):
-            first_line = str(reason).partition("\n")[0]
             raise ModelError(
-                f"no room for {target}: the disk is full or takes no files ({first_line}); "
+                f"no room for {target}: the disk is full or takes no files ({first_line(reason)}); "
                 "nothing was left behind there, make room and start again"
             ) from reason
         if isinstance(reason, OSError):
@@ -188,6 +196,15 @@ def parse_size(text: str, flag: str) -> int:
     if n_bytes < 1:
         raise ConfigError(flag, f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
     return n_bytes
+
+
+def size_problems(text: str, flag: str = "--max_shard_size") -> list[Problem]:
+    """What is wrong with a size that was typed, for the list of all that is wrong with a command line."""
+    try:
+        parse_size(text, flag)
+    except ConfigError as reason:
+        return [(flag, str(reason).removeprefix(f"{flag}: "))]
+    return []
 
 
 @contextmanager

@@ -6,7 +6,6 @@ but the tensor that is asked for; the model lies on the meta device.
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.console import ModelError
-from onecard.export.tensors import Weights, open_weights
+from onecard.console import ModelError, first_line
+from onecard.export.tensors import Weights, open_weights, own_memory
 from onecard.model.files import locate, read_json
+from onecard.model.gptq_checkpoint import stored_quantization
 
 # Tables that older files hold and that transformers computes anew; they are copied, and nothing is missed without them.
 TABLES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -37,7 +37,7 @@ class StoredBase:
 
     def build(self, rows: int | None = None) -> Any:
         """Another skeleton, with so many rows of vocabulary."""
-        model = _skeleton(self.directory, self.trust_remote_code)
+        model = build_skeleton(self.directory, trust_remote_code=self.trust_remote_code)
         if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)
         return model
@@ -96,7 +96,7 @@ class StoredBase:
     def read(self, parameter: str) -> Tensor:
         """One parameter in fp32. Raises as `required_name` does."""
         stored = self.weights.read(self.required_name(parameter))
-        return outside_heap(stored.shape).copy_(stored)
+        return own_memory(stored.shape, torch.float32).copy_(stored)
 
     def unknown_names(self) -> list[str]:
         """Tensors of the files that are no parameter or table of the model, such as experts stored one by one."""
@@ -111,23 +111,30 @@ def open_base(name: str, *, trust_remote_code: bool = False) -> StoredBase:
     Raises ModelError: no model there, quantised already, unknown family, missing or damaged files, other shapes.
     """
     directory = locate(name, with_code=trust_remote_code)
-    if not (directory / "config.json").is_file():
-        is_adapter = (directory / "adapter_config.json").is_file()
-        what = "a LoRA adapter; it goes into --lora_path" if is_adapter else "no model (config.json is missing)"
-        raise ModelError(f"{directory} holds {what}")
-    config = read_json(directory / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "bitsandbytes")
-        raise ModelError(
-            f"{directory} is quantised already ({method}), and adapters cannot be merged into it without loss; merge "
-            "into the unquantised model it was made from, and quantise the result"
-        )
+    config = read_config(directory)
+    refuse_quantized(directory, config, "merge into the model it was made from, and quantise the result")
     base = StoredBase(directory, config, open_weights(directory), trust_remote_code)
     base.skeleton = base.build()
     head = base.skeleton.get_output_embeddings()
     base.is_tied = head is not None and head.weight is base.skeleton.get_input_embeddings().weight
     _check_fits(base)
     return base
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a model directory. Raises ModelError where there is no model, or an adapter."""
+    if not (directory / "config.json").is_file():
+        is_adapter = (directory / "adapter_config.json").is_file()
+        what = "a LoRA adapter; give it as --lora_path" if is_adapter else "no model (config.json is missing)"
+        raise ModelError(f"{directory} holds {what}")
+    return read_json(directory / "config.json")
+
+
+def refuse_quantized(directory: Path, config: dict[str, Any], remedy: str) -> None:
+    """Raise ModelError, with what to do instead, for a model whose weights are packed in few bits."""
+    stored = stored_quantization(directory, config)
+    if stored:
+        raise ModelError(f"{directory} is quantised already ({stored.get('quant_method', 'unknown')}); {remedy}")
 
 
 def _check_fits(base: StoredBase) -> None:
@@ -153,22 +160,15 @@ def _check_fits(base: StoredBase) -> None:
         )
 
 
-def outside_heap(shape: torch.Size) -> Tensor:
-    """An fp32 tensor in pages of its own, which go back to the system at once when it is dropped.
-
-    glibc keeps what its heap once had: layers that come and go one by one, in turn with what stays, made the heap as
-    large as the whole model (6.4 GB where 1.9 GB were in use).
-    """
-    if shape.numel() < 2**18:
-        return torch.empty(shape)
-    return torch.frombuffer(mmap.mmap(-1, 4 * shape.numel()), dtype=torch.float32).reshape(shape)
-
-
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((name for name, module in model.named_modules() if wanted is not None and module is wanted), "")
 
 
-def _skeleton(directory: Path, trust_remote_code: bool) -> Any:
+def build_skeleton(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model of a config.json on the meta device, its computed tables on the CPU.
+
+    Raises ModelError for what transformers cannot build.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -177,8 +177,9 @@ def _skeleton(directory: Path, trust_remote_code: bool) -> Any:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as reason:
-        first_line = str(reason).partition("\n")[0]
-        raise ModelError(f"{directory} cannot be built as a causal language model: {first_line}") from reason
+        raise ModelError(
+            f"{directory} is no causal language model that transformers can build: {first_line(reason)}"
+        ) from reason
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()

@@ -6,7 +6,7 @@ not know what the tensors mean.
 
 from __future__ import annotations
 
-import json
+import mmap
 import pickle
 import shutil
 import struct
@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onecard.console import ModelError
+from onecard.console import ModelError, first_line
 from onecard.manifest import MANIFEST
-from onecard.model.files import check_weights, read_json, safetensors_header
+from onecard.model.files import check_weights, read_json, safetensors_header, write_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -31,6 +31,7 @@ DTYPES = {
 }  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
 LISTS_OF_FILES = (MANIFEST, "SHA256SUMS")  # true of the directory they were written for only
+PAGED_BYTES = 2**20  # from here on a tensor has pages of its own
 
 # What torch.load raises for files that were cut or have flipped bits, found by cutting and flipping.
 UNREADABLE = (
@@ -87,7 +88,7 @@ class Weights:
             tensor = self._open[name] if isinstance(self._open, dict) else self._open.get_tensor(name)
         except SafetensorError as reason:
             raise _unreadable(entry.file, reason) from reason
-        return tensor.clone()
+        return own_memory(tensor.shape, tensor.dtype).copy_(tensor)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.entries:
@@ -116,6 +117,18 @@ def open_weights(directory: Path) -> Weights:
     if not entries:
         raise ModelError(f"{directory} holds weight files without a tensor in them; copy or download them again")
     return Weights(directory, entries)
+
+
+def own_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of any values; a large one in pages of its own, which the system has back as soon as it is dropped.
+
+    glibc does not use freed aligned blocks again: read one after the other, the tensors of a model left its heap as
+    large as the whole model (6 GB where 1.9 GB were in use).
+    """
+    n_bytes = shape.numel() * dtype.itemsize
+    if n_bytes < PAGED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=dtype).reshape(shape)
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:
@@ -188,8 +201,7 @@ class ShardWriter:
             (self.directory / _unfinished(i)).replace(self.directory / name)
         weight_map = {tensor: name for name, held in zip(names, self._shards, strict=True) for tensor in held}
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        text = json.dumps(index, indent=2) + "\n"
-        (self.directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_json(self.directory / "model.safetensors.index.json", index)
         return [self.directory / name for name in names]
 
     def _flush(self) -> None:
@@ -201,6 +213,13 @@ class ShardWriter:
         self._total_bytes += self._held_bytes
         self._held, self._held_bytes = {}, 0
         self._storages = set()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """True when shape, kind of number and every bit agree (so NaN equals itself and 0.0 differs from -0.0)."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
 def copy_small_files(source: Path, target: Path) -> list[str]:
@@ -251,8 +270,7 @@ def _open_file(file: Path) -> Any:
 
 
 def _unreadable(file: Path, reason: Exception) -> ModelError:
-    first_line = str(reason).partition("\n")[0]
-    return ModelError(f"{file} is damaged ({first_line}); copy or download it again")
+    return ModelError(f"{file} is damaged ({first_line(reason)}); copy or download it again")
 
 
 def _unfinished(number: int) -> str:

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from onecard.console import DataError, ModelError
+from onecard.console import DataError, ModelError, first_line
 from onecard.export.adapted import Adapted, adapt, empty, fill, plain_name
 from onecard.export.output import progress
 from onecard.export.stored_base import StoredBase, open_base
@@ -269,13 +269,13 @@ def _load_whole(base: StoredBase, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.directory, dtype=dtype, trust_remote_code=base.trust_remote_code, local_files_only=True,
             weights_only=True, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as reason:
-        first_line = str(reason).partition("\n")[0]
-        raise ModelError(f"{base.directory} cannot be loaded: {first_line}") from reason
+        raise ModelError(f"{base.directory} cannot be loaded: {first_line(reason)}") from reason
+    model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
         raise ModelError(f"{base.directory} lacks {len(missing)} tensors, such as {missing[0]}")

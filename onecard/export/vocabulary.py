@@ -7,6 +7,8 @@ Knows texts, held-out texts and what a tokenizer directory holds. Does not know 
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import json
 import unicodedata
@@ -134,7 +136,9 @@ def locate_tokenizer(name: str) -> Path:
 
 def kind_of(directory: Path) -> Kind:
     """Which of the two kinds lies in a directory. Raises ModelError for any other, and where there is none."""
-    if (directory / "tokenizer.model").is_file() and _is_sentencepiece(directory / "tokenizer.model"):
+    model_file = directory / "tokenizer.model"
+    if model_file.is_file() and not is_tiktoken(model_file):
+        read_proto(model_file)
         return "sentencepiece"
     file = directory / "tokenizer.json"
     if not file.is_file():
@@ -173,13 +177,16 @@ def read_proto(file: Path) -> Any:
     return proto
 
 
-def _is_sentencepiece(file: Path) -> bool:
-    """False for LLaMA-3's tokenizer.model, which is a list of base64 texts; a broken one is an error."""
-    head = file.read_bytes()[:64].split(b"\n")[0].split(b" ")
-    if len(head) == 2 and head[1].isdigit():
+def is_tiktoken(file: Path) -> bool:
+    """Whether a tokenizer.model is LLaMA-3's: lines of a base64 token and its rank."""
+    with file.open("rb") as stream:
+        words = stream.readline(512).split()
+    if len(words) != 2 or not words[1].isdigit():
         return False
-    read_proto(file)
-    return True
+    try:
+        return bool(base64.b64decode(words[0], validate=True))
+    except binascii.Error:
+        return False
 
 
 def open_tokenizer(directory: Path) -> Any:

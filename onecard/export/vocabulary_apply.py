@@ -7,7 +7,6 @@ Knows tensors and config.json. Does not know how the tokenizer came to its new t
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +18,12 @@ from torch import Tensor
 
 from onecard.console import ConfigError, ModelError, say
 from onecard.export.output import new_directory, progress
-from onecard.export.tensors import ShardWriter, Weights, copy_small_files, open_weights
+from onecard.export.tensors import ShardWriter, Weights, copy_small_files, open_weights, same_bits
 from onecard.export.vocabulary import encode, locate_tokenizer, open_tokenizer
 from onecard.export.vocabulary_tables import Tables, find_tables
-from onecard.model.files import locate, read_json
+from onecard.model.adapter_tokens import FORMAT, NEW_TOKENS
+from onecard.model.files import locate, read_json, write_json
 
-NEW_TOKENS = "new_tokens.json"
 OF_OLD_FILES = (NEW_TOKENS, "manifest.json")  # speak of the files as they were
 # Of the old model: what would contradict the new tokenizer. The new one brings its own.
 TOKENIZER_FILES = (
@@ -183,7 +182,7 @@ def _write_config(file: Path, rows: NewRows) -> None:
             f"mismatched shapes: config.json says vocab_size {config['vocab_size']}, and the embeddings have "
             f"{rows.n_old} rows"
         )
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    write_json(file, config)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -195,12 +194,12 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 def _write_new_tokens(rows: NewRows, file: Path) -> None:
     """What `--train_new_tokens` reads: the ids of the rows that nothing has trained yet."""
     content = {
-        "format": 1,
+        "format": FORMAT,
         "first_new_id": rows.ids[0],
         "new_ids": rows.ids,
         "pieces": [rows.pieces[i] for i in rows.ids],
     }
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+    write_json(file, content)
 
 
 def _verify(weights: Weights, tables: Tables, rows: NewRows, partial: Path) -> None:
@@ -214,7 +213,7 @@ def _verify(weights: Weights, tables: Tables, rows: NewRows, partial: Path) -> N
             tensor = tensor[: rows.n_old]
             reused = [i for i in rows.ids if i < rows.n_old]
             old[reused] = tensor[reused]
-        if not torch.equal(as_bits(tensor), as_bits(old)):
+        if not same_bits(tensor, old):
             raise ModelError(f"{name} was not read back as it was written; check the disk and try again")
     weights.close()
     reopened = find_tables(partial, written)
@@ -224,11 +223,6 @@ def _verify(weights: Weights, tables: Tables, rows: NewRows, partial: Path) -> N
     lost: Sequence[str] = [piece for i, piece in rows.pieces.items() if vocab.get(piece) != i]
     if lost:
         raise ModelError(f"{len(lost)} new tokens are read with other ids beside the model, such as {lost[0]!r}")
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor: NaN equals itself there, and 0 differs from -0."""
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
 
 def _tell(tables: Tables, rows: NewRows, output_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from onecard.export.vocabulary import (
     table,
 )
 from onecard.export.vocabulary_growth import Growth
-from onecard.model.files import read_json
+from onecard.model.files import read_json, write_json
 
 # Beside the vocabulary itself; what else lies in a model's directory belongs to the model.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
@@ -125,7 +125,7 @@ def _write(old: Old, new_path: Path, partial: Path, max_new: int) -> tuple[Growt
     else:
         content["model"]["merges"] += bytelevel.as_listed(content, growth.joins)
     content["model"]["vocab"] |= old.vocab | fillers | new_ids
-    _write_json(partial / "tokenizer.json", content)
+    write_json(partial / "tokenizer.json", content)
     if (old.directory / "vocab.json").is_file():
         bytelevel.write_pair(content, partial)
     _copy_companions(old, partial)
@@ -204,8 +204,4 @@ def _copy_companions(old: Old, directory: Path) -> None:
     settings = read_json(file) if file.is_file() else {}
     # Without it the class would be looked up in config.json, which is the model's.
     settings.setdefault("tokenizer_class", type(old.tokenizer).__name__)
-    _write_json(file, settings)
-
-
-def _write_json(file: Path, content: Iterable[Any]) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
+    write_json(file, settings)

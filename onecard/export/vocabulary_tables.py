@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from onecard.console import ModelError
+from onecard.export.stored_base import build_skeleton, read_config, refuse_quantized
 from onecard.export.tensors import Weights
-from onecard.model.files import read_json
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ def find_tables(directory: Path, weights: Weights) -> Tables:
 
     Raises ModelError: no causal language model, quantised weights, missing tensors, mismatched shapes.
     """
-    model = _on_meta(directory)
+    refuse_quantized(directory, read_config(directory), "give the 16-bit model it was made from")
+    model = build_skeleton(directory)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     wanted: dict[str, torch.Tensor] = {}
     for module in (embeddings, head):
@@ -52,25 +52,6 @@ def find_tables(directory: Path, weights: Weights) -> Tables:
     _check_rest(model, names, n_rows, weights, directory)
     row_bytes = sum(weights.entries[n].n_bytes // n_rows for n in names)
     return Tables(tuple(names), n_rows, row_bytes, is_tied)
-
-
-def _on_meta(directory: Path) -> Any:
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory} holds no model in Hugging Face form (config.json is missing)")
-    raw = read_json(directory / "config.json")
-    if raw.get("quantization_config"):
-        raise ModelError(
-            f"{directory} is quantised; its rows cannot be averaged. Give the 16-bit model it was made from"
-        )
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as reason:
-        first = (str(reason).splitlines() or [type(reason).__name__])[0]
-        raise ModelError(f"{directory} is no causal language model that transformers can build: {first}") from reason
-    model.tie_weights()
-    return model
 
 
 def _name_in(model: Any, parameter: torch.Tensor) -> str:

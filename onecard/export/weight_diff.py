@@ -8,6 +8,7 @@ that proves who is who is in `weight_record`, the sums are in `weight_arithmetic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError
+from onecard.console import ModelError, few
 from onecard.export.output import progress
+from onecard.export.stored_base import read_config, refuse_quantized
 from onecard.export.tensors import Entry, ShardWriter, Weights, copy_small_files, open_weights
 from onecard.export.weight_arithmetic import NewRows, add_bits, add_floats, fit_rows, subtract_bits, subtract_floats
 from onecard.export.weight_record import (
@@ -26,11 +28,9 @@ from onecard.export.weight_record import (
     Record,
     check_base,
     known_of,
-    names_in_words,
     read_record,
     write_record,
 )
-from onecard.model.files import read_json
 
 Mode = Literal["exact", "float"]
 ROTARY_BUFFER = "rotary_emb.inv_freq"  # computed by every program that loads the model; old diffs hold its difference
@@ -108,7 +108,7 @@ def recover(
     written = open_weights(directory)
     wrong = [name for name, tensor in written if known.pop(name, None) != known_of(tensor)] + list(known)
     if wrong:
-        raise ModelError(f"{directory}: {names_in_words(wrong)} not written as computed; the disk may be failing")
+        raise ModelError(f"{directory}: {few(wrong)} not written as computed; the disk may be failing")
     proof = _proof(difference)
     return [*remarks, f"{len(written.entries)} tensors in {len(files)} file(s), opened again: {proof}"]
 
@@ -132,7 +132,7 @@ def _compare(base: Weights, difference: Difference, tuned: Weights | None) -> li
     if tuned is not None and set(names) != set(_without_buffers(tuned.entries)):
         odd = sorted(set(names) ^ set(_without_buffers(tuned.entries)))
         raise ModelError(
-            f"{tuned.directory} and {difference.weights.directory} do not hold the same tensors: {names_in_words(odd)}"
+            f"{tuned.directory} and {difference.weights.directory} do not hold the same tensors: {few(odd)}"
         )
     largest = 0.0
     with progress("verifying", len(names)) as moved:
@@ -160,7 +160,7 @@ def open_difference(path: Path, new_rows: NewRows = "zeros") -> Difference:
         return Difference(weights, None, new_rows)
     odd = sorted(record.stored ^ weights.entries.keys())
     if odd:
-        raise ModelError(f"{path} and its {RECORD} disagree: {names_in_words(odd)}; copy it again")
+        raise ModelError(f"{path} and its {RECORD} disagree: {few(odd)}; copy it again")
     return Difference(weights, record)
 
 
@@ -203,7 +203,7 @@ def check_before(base: Weights, difference: Difference) -> list[str]:
     ]
     only_base = [name for name in base.entries if name not in difference.weights.entries]
     if only_base:
-        lines.append(f"only in the base, not in the result: {names_in_words(only_base)}")
+        lines.append(f"only in the base, not in the result: {few(only_base)}")
     return lines
 
 
@@ -282,7 +282,17 @@ def _deviation(name: str, tensor: Tensor, tuned: Tensor, difference: Difference)
 
 
 def _check_relatives(base: Weights, tuned: Weights) -> None:
-    """Two models of which less than half can be compared are no base and its offspring."""
+    """Two models of which less than half can be compared, or whose layers differ in shape, are no base and offspring.
+
+    More tokens change the rows of embeddings and head, which belong to no numbered layer.
+    """
+    layers = [name for name in tuned.entries if name in base.entries and re.search(r"\.\d+\.", name)]
+    reshaped = next((name for name in layers if tuned.entries[name].shape != base.entries[name].shape), None)
+    if reshaped:
+        raise ModelError(
+            f"{tuned.directory} is not made from {base.directory}: {reshaped} is {tuned.entries[reshaped].shape} in the"
+            f" one, {base.entries[reshaped].shape} in the other; give the base that it was tuned from"
+        )
     related = [e for name, e in tuned.entries.items() if name in base.entries and _same_but_rows(e, base.entries[name])]
     if 2 * sum(entry.n_bytes for entry in related) < tuned.total_bytes:
         odd = next(name for name, entry in tuned.entries.items() if entry not in related)
@@ -295,9 +305,8 @@ def _check_relatives(base: Weights, tuned: Weights) -> None:
 
 def _check_plain(*paths: Path) -> None:
     for path in paths:
-        file = path / "config.json"
-        if file.is_file() and read_json(file).get("quantization_config"):
-            raise ModelError(f"{path} is quantised, and packed numbers have no float difference; use --mode exact")
+        if (path / "config.json").is_file():
+            refuse_quantized(path, read_config(path), "packed numbers have no float difference; use --mode exact")
 
 
 def _story(record: Record, base: Weights) -> list[str]:
@@ -306,13 +315,13 @@ def _story(record: Record, base: Weights) -> list[str]:
     told = [f"{len(names)} {counts[kind]}" for kind, names in by_kind.items() if names]
     lines = [f"{len(record.tuned)} tensors: {', '.join(told)}"]
     if by_kind["whole"]:
-        lines.append(f"without a counterpart in the base, stored whole: {names_in_words(by_kind['whole'])}")
+        lines.append(f"without a counterpart in the base, stored whole: {few(by_kind['whole'])}")
     resized = [n for n, known in record.base.items() if known.shape != record.tuned[n].shape]
     if resized:
-        lines.append(f"rows added or removed: {names_in_words(resized)}")
+        lines.append(f"rows added or removed: {few(resized)}")
     only_base = [name for name in base.entries if name not in record.tuned]
     if only_base:
-        lines.append(f"only in the base, not in the tuned model: {names_in_words(only_base)}")
+        lines.append(f"only in the base, not in the tuned model: {few(only_base)}")
     return lines
 
 

@@ -6,7 +6,6 @@ Knows names, shapes and hashes; not how differences are computed.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError
+from onecard.console import ModelError, few
 from onecard.export.tensors import DTYPES, Weights
-from onecard.model.files import read_json
+from onecard.model.files import read_json, write_json
 
 RECORD = "weight_diff.json"
 FORMAT = 1
@@ -70,7 +69,7 @@ def check_base(base: Weights, record: Record) -> None:
     """
     lacking = [name for name in record.base if name not in base.entries]
     if lacking:
-        raise ModelError(f"{base.directory} is not the base ({record.base_name}): it lacks {names_in_words(lacking)}")
+        raise ModelError(f"{base.directory} is not the base ({record.base_name}): it lacks {few(lacking)}")
     differing = [name for name in record.base if tuple(base.entries[name].shape) != record.base[name].shape]
     if not differing:
         in_order = [name for name in base.entries if name in record.base]
@@ -79,14 +78,13 @@ def check_base(base: Weights, record: Record) -> None:
     if differing:
         raise ModelError(
             f"{base.directory} is not the base of this difference: {len(differing)} of {len(record.base)} tensors "
-            f"differ ({names_in_words(differing)}); take the one that it was made from: {record.base_name}"
+            f"differ ({few(differing)}); take the one that it was made from: {record.base_name}"
         )
 
 
 def write_record(directory: Path, record: Record) -> None:
     """Write weight_diff.json into `directory`."""
-    text = json.dumps({"format": FORMAT, **asdict(record)}, indent=1) + "\n"
-    (directory / RECORD).write_text(text, encoding="utf-8")
+    write_json(directory / RECORD, {"format": FORMAT, **asdict(record)})
 
 
 def read_record(directory: Path) -> Record | None:
@@ -112,11 +110,6 @@ def read_record(directory: Path) -> Record | None:
     if not is_whole or used != record.base.keys() or record.mode not in MODES or set(record.kinds.values()) - {*KINDS}:
         raise ModelError(f"{file} is damaged: its lists do not agree; copy the difference again")
     return record
-
-
-def names_in_words(names: list[str]) -> str:
-    """The first three names and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _tensors(content: dict[str, Any]) -> dict[str, Known]:

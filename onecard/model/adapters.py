@@ -109,7 +109,7 @@ def attach_files(
     has_no_memory = next(model.parameters()).is_meta
     try:
         peft_model = _attach(model, config, has_no_memory=has_no_memory)
-    except ValueError as reason:
+    except (ValueError, TypeError) as reason:  # TypeError: a setting of another type in adapter_config.json
         raise ModelError(f"{files.directory} does not fit this base: {str(reason).splitlines()[0]}") from reason
     differences = _differences(_live_tensors(peft_model), files.tensors)
     if differences:

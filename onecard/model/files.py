@@ -49,6 +49,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object for people to read: indented, in UTF-8, with the same bytes on every system."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Return the weight files that will be loaded: safetensors where there are any, else pickled ones.
 

@@ -58,7 +58,7 @@ def check_gptq_installed(directory: Path | str, why: str = "holds GPTQ weights")
         )
 
 
-def quantised_model_config(
+def quantized_model_config(
     options: ModelOptions, directory: Path, stored: dict[str, Any], changes: dict[str, Any]
 ) -> Any:
     """The transformers config to load weights with that lie quantised as `stored` says.

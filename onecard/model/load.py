@@ -23,7 +23,7 @@ from onecard.model.files import base_fingerprint, check_weights, locate, read_js
 from onecard.model.gptq_checkpoint import (
     check_gptq_installed,
     is_gptq,
-    quantised_model_config,
+    quantized_model_config,
     quiet_gptqmodel,
     stored_quantization,
 )
@@ -87,6 +87,8 @@ def load_base(
     config = _checked_config(directory, options)
     stored = stored_quantization(directory, config)
     in_gptq = gptq and is_gptq(stored)
+    if in_gptq:
+        check_gptq_installed(directory)
     if in_gptq and dtype is None and stored.get("bits") != options.bits:
         say(f"{directory} holds GPTQ weights of {stored.get('bits')} bits; --bits {options.bits} does not change them")
     files = check_weights(directory)
@@ -97,7 +99,6 @@ def load_base(
     if dtype is None:
         dtype, reason = choose_dtype(options.dtype, bits, hardware, str(config.get("model_type", "")))
     if in_gptq:
-        check_gptq_installed(directory)
         with quiet_gptqmodel():
             model = _load(options, directory, dtype, hardware.device, stored=stored)
     else:
@@ -165,10 +166,24 @@ def _quantization(options: ModelOptions, directory: Path, stored: dict[str, Any]
     """What to quantise with; None for a checkpoint that lies in these bits already."""
     if not stored:
         return quantization_config(options.bits, dtype)
+    _check_stored_bits(options, directory, stored)
+    return None
+
+
+def check_stored_bits(options: ModelOptions) -> None:
+    """Raise ConfigError for a directory whose weights lie quantised in another form than --bits; loads nothing."""
+    directory = Path(options.model_path).expanduser()
+    config_file = directory / "config.json"
+    stored = stored_quantization(directory, read_json(config_file)) if config_file.is_file() else {}
+    if stored:
+        _check_stored_bits(options, directory, stored)
+
+
+def _check_stored_bits(options: ModelOptions, directory: Path, stored: dict[str, Any]) -> None:
     method = stored.get("quant_method", "bitsandbytes")
     bits = 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else stored.get("bits", "unknown")
     if method == "bitsandbytes" and bits == options.bits:
-        return None
+        return
     advice = f"use --bits {bits}" if method == "bitsandbytes" else "take the model's unquantised form, with --bits 4"
     raise ConfigError(
         "--bits",
@@ -208,7 +223,7 @@ def _load(
         transformers.utils.logging.disable_progress_bar()  # a bar that redraws itself fills a log file
     try:
         if stored:
-            arguments["config"] = quantised_model_config(options, directory, stored, _no_dropout(options))
+            arguments["config"] = quantized_model_config(options, directory, stored, _no_dropout(options))
         else:
             arguments |= _no_dropout(options)
         # By the name that was given, not by the directory it lies in: adapters remember a Hub id, not a cache path.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -252,6 +252,27 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any], *, chec
     if check and not torch.equal(way.finish(left[0]).to(left[0].dtype), logits.to(left[0])):
         return None
     return hidden, way
+
+
+def states_before_head(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """Return what enters the head for `input_ids` (batch, seq), and the way from such states to logits in fp32.
+
+    States are (batch, seq, hidden); the way takes (tokens, hidden). Pads stand on the right, as for `summed_loss`, and
+    no gradients are kept. None for a model whose logits cannot be computed here, such as one without a head.
+    """
+    inner = _innermost(model)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
+    with torch.no_grad():
+        found = (
+            _hidden_states(model, inner, inputs, check=inner not in _chunkable) if _chunkable.get(inner, True) else None
+        )
+    _chunkable[inner] = found is not None
+    if found is None:
+        return None
+    states, head = found
+    return states, lambda some: head.finish(head.output(some))
 
 
 @dataclass(frozen=True)

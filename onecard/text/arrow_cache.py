@@ -166,8 +166,8 @@ class _Content:
     def add(self, batch: pa.RecordBatch) -> None:
         for name, sizes in (("input_ids", "n_ids"), ("spans", "n_spans")):
             column = batch.column(name)
-            self._streams[name].update(column.values.to_numpy().astype("<i4"))
-            self._streams[sizes].update(np.diff(column.offsets.to_numpy()).astype("<i4"))
+            self._streams[name].update(column.values.to_numpy().astype("<i4").data)
+            self._streams[sizes].update(np.diff(column.offsets.to_numpy()).astype("<i4").data)
 
     def fingerprint(self) -> str:
         return hashlib.sha256("".join(stream.hexdigest() for stream in self._streams.values()).encode()).hexdigest()

@@ -17,6 +17,7 @@ from onecard.config import FinetuneConfig
 from onecard.console import ConfigError, say
 from onecard.model.architecture import Architecture, architecture_of
 from onecard.model.hardware import Hardware, choose_dtype
+from onecard.model.load import check_stored_bits
 from onecard.model.memory import CUDA_CONTEXT_BYTES, GIB
 from onecard.model.plan import Card, Plan, make_plan
 from onecard.model.plan_text import plan_lines
@@ -49,8 +50,10 @@ def cap_memory(hardware: Hardware, vram_gib: float) -> None:
 def first_plan(config: FinetuneConfig, hardware: Hardware) -> Plan:
     """Plan from config.json alone, for samples of --cutoff_len tokens; prints it.
 
-    Raises ModelError for a base that cannot be planned because it cannot be loaded either.
+    Raises ModelError for a base that cannot be planned because it cannot be loaded either, and ConfigError for one
+    whose weights lie quantised in another form than --bits.
     """
+    check_stored_bits(config.model)
     model = architecture_of(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
     plan = _plan(model, config, hardware)
     for line in plan_lines(plan):

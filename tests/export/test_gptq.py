@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +31,6 @@ from onecard.text.conversation import Turn
 from tests import tiny
 from tools import quantize_gptq
 
-gptq = pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="needs requirements-gptq.txt")
 ROOT = Path(__file__).resolve().parents[2]
 LITTLE = [
     "--calibration_samples",
@@ -60,7 +61,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantised(base, tmp_path_factory.mktemp("made") / "gptq")
+    """Made from within its own folder, where gptqmodel would leave its logs."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return quantised(base, folder / "gptq")
 
 
 def quantised(base: Path, target: Path, *words: str) -> Path:
@@ -107,7 +112,7 @@ def layers_in(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
 
 
-@gptq
+@pytest.mark.gptq
 def test_files_are_autogptq_v1(base, made) -> None:
     stored = json.loads((made / "quantize_config.json").read_text(encoding="utf-8"))
     config = json.loads((made / "config.json").read_text(encoding="utf-8"))
@@ -130,10 +135,10 @@ def test_files_are_autogptq_v1(base, made) -> None:
         error, rounding = (dequantised(tensors, layer, 4) - weight), round_to_nearest(weight, 4, 128) - weight
         assert error.norm() < 2 * rounding.norm()
     assert (made / "tokenizer.model").is_file()
-    assert sorted(made.parent.iterdir()) == [made]  # nothing hidden is left
+    assert sorted(made.parent.iterdir()) == [made]  # nothing hidden is left, and no log of gptqmodel's
 
 
-@gptq
+@pytest.mark.gptq
 def test_generate_answers_with_it(base, made) -> None:
     tensors = load_file(made / "model.safetensors")
     weights = {layer: dequantised(tensors, layer, 4) for layer in layers_in(tensors)}
@@ -145,20 +150,22 @@ def test_generate_answers_with_it(base, made) -> None:
     assert 1 <= answer.n_new_tokens <= 8
 
 
-@gptq
+@pytest.mark.gptq
 def test_other_bits_are_told_in_one_line(made, capsys) -> None:
     assert torch.equal(logits_of(made, bits=8), logits_of(made))
     out = capsys.readouterr().out
     assert out == f"{made} holds GPTQ weights of 4 bits; --bits 8 does not change them\n"
 
 
-@gptq
-def test_training_on_it_is_refused(made, instructions, tmp_path) -> None:
+@pytest.mark.parametrize("place", ["config.json", "quantize_config.json"])
+def test_training_on_it_is_refused_before_the_data_are_read(base, tmp_path, place) -> None:
     with pytest.raises(ConfigError, match=r"gptq, 4 bits.*unquantised form, with --bits 4"):
-        finetune(tiny.config_for(made, instructions, tmp_path / "run", bits=4))
+        finetune(
+            tiny.config_for(said_to_be_gptq(base, tmp_path, place), tmp_path / "no.json", tmp_path / "run", bits=4)
+        )
 
 
-@gptq
+@pytest.mark.gptq
 def test_plain_lora_trains_beside_gptqmodel(tiny_base, instructions, tmp_path) -> None:
     """Without optimum beside it, peft would refuse every adapter."""
     for name in ("gptqmodel", "optimum"):
@@ -168,26 +175,33 @@ def test_plain_lora_trains_beside_gptqmodel(tiny_base, instructions, tmp_path) -
     assert len(steps) == 3 and steps[-1][1] < steps[0][1]
 
 
-def test_without_gptqmodel_one_line_names_the_requirements(base, tmp_path, monkeypatch) -> None:
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    other = tmp_path / "gptq"
-    other.mkdir()
-    (other / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+def said_to_be_gptq(base: Path, folder: Path, place: str, bits: int = 4) -> Path:
+    """A copy of `base` with its plain weights, whose files say that they are GPTQ's."""
+    other = folder / "gptq"
+    shutil.copytree(base, other)
+    stored = {"quant_method": "gptq", "bits": bits, "group_size": 128}
+    if place == "config.json":
+        stored = {**json.loads((base / place).read_text(encoding="utf-8")), "quantization_config": stored}
+    (other / place).write_text(json.dumps(stored), encoding="utf-8")
+    return other
+
+
+def test_without_gptqmodel_one_line_names_the_requirements(base, tmp_path, monkeypatch, capsys) -> None:
+    other = said_to_be_gptq(base, tmp_path, "config.json", bits=3)
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "gptqmodel" else real(name, *rest)
     )
-    line = r"which needs gptqmodel: pip install -r requirements-gptq.txt"
+    line = r"which needs gptqmodel( and optimum)?: pip install -r requirements-gptq.txt"
     with pytest.raises(ModelError, match=line):
         load_base(ModelOptions(model_path=str(other)), detect("cpu"), gptq=True)
     with pytest.raises(ModelError, match=line):
-        quantised(base, tmp_path / "new")
+        quantised(base, tmp_path / "new", "--lora_path", "nowhere/adapter")  # and before it is merged
     assert not (tmp_path / "new").exists()
+    assert "".join(capsys.readouterr()) == ""
 
 
-@gptq
+@pytest.mark.gptq
 @pytest.mark.parametrize("name", ["gptq_model-4bit-128g.safetensors", "model.safetensors"])
 def test_old_autogptq_checkpoint(base, tmp_path, name) -> None:
     """Packed here, by the format's definition: config.json says nothing of it, quantize_config.json lies beside."""
@@ -216,7 +230,7 @@ def test_old_autogptq_checkpoint(base, tmp_path, name) -> None:
     torch.testing.assert_close(logits_of(tmp_path), reference_logits(base, weights), rtol=1e-4, atol=1e-4)
 
 
-@gptq
+@pytest.mark.gptq
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -234,7 +248,7 @@ def test_what_cannot_work_is_told_before_the_work(base, tmp_path, words, says) -
     assert list(tmp_path.iterdir()) == []
 
 
-@gptq
+@pytest.mark.gptq
 def test_too_little_text_small_layers_and_quantised_models(base, tiny_base, made, tmp_path) -> None:
     (tmp_path / "short.txt").write_text("Only this.", encoding="utf-8")
     with pytest.raises(ConfigError, match="--calibration_path: gives 9 tokens to fit to"):
@@ -248,7 +262,7 @@ def test_too_little_text_small_layers_and_quantised_models(base, tiny_base, made
     assert not (tmp_path / "new").exists()
 
 
-@gptq
+@pytest.mark.gptq
 @pytest.mark.slow  # some seconds each
 @pytest.mark.parametrize("words", [["--bits", "2"], ["--bits", "3"], ["--bits", "8"], ["--desc_act"],
                                    ["--group_size", "-1"], ["--sym", "false", "--group_size", "32"]])  # fmt: skip
@@ -261,21 +275,24 @@ def test_all_bits_and_orders_load(base, tmp_path, words) -> None:
     torch.testing.assert_close(logits_of(target), reference_logits(base, weights), rtol=1e-4, atol=1e-4)
 
 
-@gptq
+@pytest.mark.gptq
 @pytest.mark.slow  # a trained model
 @pytest.mark.timeout(1500)
 def test_gptq_beats_rounding_on_the_trained_base(tmp_path, capsys) -> None:
-    """The issue's bar: better than plain rounding, and within 4 % of 16 bits, at 4 bits in groups of 128."""
+    """The issue's bar: better than plain rounding, and within 4 % of 16 bits, at 4 bits in groups of 128.
+
+    Better is what stays closer to the 16-bit predictions; which perplexity is lower is luck where rounding costs less
+    than a percent (see `onecard/export/quality.py` and benchmarks/gptq_quality.py).
+    """
     words = ["--model_path", DEFAULT_BASE, "--output_path", str(tmp_path / "gptq"), "--device", "cpu"]
     quantize_gptq.main([*words, "--batch_size", "32"])
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity"))
-    whole, fitted, rounded = (
-        float(line.split(f"{what} ")[1].split(" ")[0].rstrip(",")) for what in ("16-bit", "GPTQ", "rounding")
-    )
-    assert fitted < rounded and fitted < 1.04 * whole
+    told = capsys.readouterr().out
+    whole, fitted = map(float, re.search(r"16-bit ([\d.]+), GPTQ ([\d.]+) ", told).groups())
+    of_gptq, of_rounding = map(float, re.search(r"token: GPTQ ([\d.]+), plain rounding ([\d.]+) ", told).groups())
+    assert fitted < 1.04 * whole and 0 < of_gptq < 0.6 * of_rounding
 
 
-@gptq
+@pytest.mark.gptq
 @pytest.mark.slow  # processes of their own
 @pytest.mark.skipif(sys.platform == "win32", reason="gptqmodel keeps no layers there")
 def test_killed_between_layers_it_goes_on(base, made, tmp_path) -> None:
@@ -293,7 +310,7 @@ def test_killed_between_layers_it_goes_on(base, made, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["g"]
 
 
-@gptq
+@pytest.mark.gptq
 @pytest.mark.slow
 def test_base_and_adapter_and_own_data(base, instructions, tmp_path, capsys) -> None:
     run = finetune(tiny.config_for(base, instructions, tmp_path / "run", learning_rate=3e-2))

@@ -15,7 +15,8 @@ import torch
 
 from onecard.console import run_main
 from onecard.export import llama_layout as layout
-from onecard.export.llama_pth import hf_to_pth, open_checkpoint, same_bits
+from onecard.export.llama_pth import hf_to_pth, open_checkpoint
+from onecard.export.tensors import same_bits
 from tests import tiny
 from tests.export import meta_llama
 from tests.export.meta_llama import LLAMA_1, LLAMA_2, LLAMA_3
@@ -326,7 +327,8 @@ def test_the_small_llama_3_2_are_stretched_further() -> None:
     factors = {(2048, 16): 32.0, (3072, 28): 32.0, (4096, 32): 8.0, (8192, 80): 8.0}
     for (dim, n_layers), factor in factors.items():
         params = layout.read_params({**small, "dim": dim, "n_layers": n_layers}, "")
-        config = layout.config_of(params, torch.bfloat16, False, layout.Words(131072, 128000, 128001))
+        ids = layout.SpecialIds(128000, 128001)
+        config = layout.config_of(params, torch.bfloat16, tied=False, max_positions=131072, ids=ids)
         assert config["rope_scaling"]["factor"] == factor
         assert params.rope_theta == 500000.0
         assert layout.params_of_config(config, "") == params
@@ -382,7 +384,7 @@ def test_a_missing_tokenizer_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     shutil.copytree(tiny_base, base)
     (base / "tokenizer.model").unlink()
     assert run("pth", "--model_path", base, "--output_path", tmp_path / "pth") == 0
-    assert "holds no tokenizer.model" in capsys.readouterr().err
+    assert "there is no tokenizer.model" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onecard.config import ModelOptions
 from onecard.config_talk import SamplingOptions
 from onecard.console import ConfigError, ModelError, run_main
-from onecard.export.merge import MergeSettings, export_merged, merge_into
+from onecard.export.merge import MergeSettings, export_merged, find_base, merge_into
 from onecard.export.tensors import open_weights
 from onecard.recipes import finetune
 from onecard.talk.generation import generate_batch
@@ -266,6 +266,8 @@ def test_a_run_of_ours_answers_the_same_once_it_is_merged(
     said = capsys.readouterr()
     assert "proven on the reopened files" in said.out and "fingerprint" not in said.err
     assert (merged / "chat_template.jinja").read_bytes() == (run / "chat_template.jinja").read_bytes()
+    # The run holds tokenizer.json alone; the base's other form is still true, and llama.cpp wants it.
+    assert not (run / "tokenizer.model").exists() and (merged / "tokenizer.model").is_file()
     questions = ("Count to 4", "数到 5")
     answers = []
     for model, adapter in ((str(tiny_base), str(run)), (str(merged), None)):
@@ -356,6 +358,17 @@ def test_bad_adapters(bases: dict[bool, Path], plain: Path, tmp_path: Path) -> N
         assert not (tmp_path / "result").exists(), adapter
     with pytest.raises(ConfigError, match="names no adapter"):
         merge_into(tmp_path, str(bases[False]), [], EXACT)
+    config = plain / "adapter_config.json"
+    for changes, message in (
+        ({"r": "eight"}, "does not fit this base"),
+        ({"base_model_name_or_path": str(tmp_path / "gone" / "base")}, "names a base that cannot be had"),
+    ):
+        odd = shutil.copytree(plain, tmp_path / next(iter(changes)))
+        (odd / config.name).write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), **changes}))
+        with pytest.raises((ModelError, ConfigError), match=message):
+            export_merged(tmp_path / "result", find_base("auto", str(odd)), [str(odd)], EXACT)
+    with pytest.raises(ModelError, match="holds no LoRA tensors"):
+        find_base("auto", str(bases[False]))
 
 
 def test_the_tool(bases: dict[bool, Path], plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,15 @@ def test_a_directory_appears_whole_and_alone(tmp_path: Path, name: str) -> None:
     assert contents(tmp_path) == {f"{name}/weights": "new", f"{name}/inner/more": "new"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+def test_what_a_directory_lets_others_read_its_files_do_too(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "model") as partial:
+        write(partial)
+        (partial / "weights").chmod(0o600)  # as safetensors does
+        expected = partial.stat().st_mode & 0o666
+    assert (tmp_path / "model" / "weights").stat().st_mode & 0o777 == expected
+
+
 def test_a_file_appears_whole_and_alone(tmp_path: Path) -> None:
     with new_file(tmp_path / "sub" / "a.gguf") as partial:
         partial.write_text("new", encoding="utf-8")

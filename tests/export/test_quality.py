@@ -11,10 +11,11 @@ import torch
 from onecard.config import ModelOptions
 from onecard.console import ConfigError, ModelError
 from onecard.export.calibration import CalibrationOptions, calibration_of, data_rows, text_rows, texts_of
-from onecard.export.quality import perplexity, round_layers, round_to_nearest
+from onecard.export.quality import quality_of, round_layers, round_to_nearest
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.text.template import load_template
+from tests.model.model_families import save_family
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,30 @@ def test_perplexity_is_exp_of_the_mean_loss_of_all_tokens(model) -> None:
             total, n = total - float(logs[position, row[position + 1]]), n + 1
     assert n == 10
     for batch_size in (1, 3):  # padding changes nothing
-        assert math.isclose(perplexity(model, rows, batch_size=batch_size), math.exp(total / n), rel_tol=1e-5)
+        assert math.isclose(
+            quality_of(model, rows, batch_size=batch_size).perplexity, math.exp(total / n), rel_tol=1e-5
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])  # the last two change what their heads give
+def test_divergence_is_that_of_the_whole_distributions(family, tmp_path) -> None:
+    directory = save_family(family, tmp_path)
+    options = ModelOptions(model_path=str(directory), bits=32, gradient_checkpointing=False)
+    model, other = (load_base(options, detect("cpu")).model for _ in range(2))
+    layers = [name for name, part in other.named_modules() if isinstance(part, torch.nn.Linear) and "mlp" in name]
+    round_layers(other, layers, 2, -1)
+    rows = [[1, 5, 9, 17], [1, 40], [1, 30, 31, 32, 33, 34, 35]]
+    total, n = 0.0, 0
+    for row in rows:
+        old, new = (torch.log_softmax(it(torch.tensor([row])).logits[0, :-1].double(), -1) for it in (model, other))
+        total, n = total + float((old.exp() * (old - new)).sum()), n + len(old)
+    assert n == 10 and total / n > 1e-4
+    for batch_size in (1, 3):
+        before = quality_of(model, rows, batch_size=batch_size)
+        after = quality_of(other, rows, before, batch_size=batch_size)
+        assert before.divergence == 0 and math.isclose(after.divergence, total / n, rel_tol=1e-3)
+        assert abs(quality_of(model, rows, before, batch_size=batch_size).divergence) < 1e-6
+        assert quality_of(other, rows, batch_size=batch_size).perplexity == after.perplexity
 
 
 def test_a_model_that_answers_nan_is_told(tiny_base) -> None:
@@ -41,7 +65,7 @@ def test_a_model_that_answers_nan_is_told(tiny_base) -> None:
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="loss of nan"):
-        perplexity(broken, [[1, 2, 3]])
+        quality_of(broken, [[1, 2, 3]])
 
 
 def test_rounding_by_hand() -> None:

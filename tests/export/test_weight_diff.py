@@ -405,7 +405,7 @@ def test_bad_models_are_refused(tmp_path: Path, published: Path, capsys: pytest.
     words = ("make", "--tuned_path", tuned, "--base_path")
     assert "is not made from" in refused(capsys, *words, gpt2, target=target)
     wide = model_of(tmp_path / "wide", {n: torch.cat([t, t], -1) for n, t in open_weights(published / "base")})
-    assert "the shape of model.embed_tokens.weight" in refused(capsys, *words, wide, target=target)
+    assert "model.layers.0.input_layernorm.weight is (32,)" in refused(capsys, *words, wide, target=target)
     proof = tmp_path / "it ran"
     hostile = tmp_path / "hostile"
     hostile.mkdir()

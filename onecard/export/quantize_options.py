@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onecard.config import Problem
+from onecard.export.output import size_problems
+
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # weights of a row that share a scale; -1: the whole row
 
 
 @dataclass
@@ -39,7 +42,7 @@ class SourceOptions:
             found.append(("--output_path", "is needed: the directory to write"))
         if self.batch_size < 1:
             found.append(("--batch_size", f"{self.batch_size} does nothing; use 1 or more"))
-        return found
+        return found + size_problems(self.max_shard_size)
 
 
 @dataclass

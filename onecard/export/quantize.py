@@ -1,4 +1,4 @@
-"""From a base, a merged model or base + adapter to a quantised directory, and what that cost in perplexity.
+"""From a base, a merged model or base + adapter to a quantised directory, and what that cost.
 
 Knows the order of the work and what is told. How weights are quantised is `gptq.py` and `bnb.py`, what they are fitted
 to `calibration.py`, how good they are `quality.py`.
@@ -17,7 +17,7 @@ import torch
 
 from onecard.config import ModelOptions
 from onecard.console import ConfigError, say, warn
-from onecard.export.bnb import check_same_weights, plain_weights, save_quantised, stored_dtype
+from onecard.export.bnb import check_same_weights, plain_weights, save_quantized, stored_dtype
 from onecard.export.calibration import (
     Calibration,
     CalibrationOptions,
@@ -28,14 +28,15 @@ from onecard.export.calibration import (
     texts_of,
     upto,
 )
-from onecard.export.gptq import GptqSettings, check_source, quantise, quantised_layers
+from onecard.export.gptq import GptqSettings, check_source, quantize, quantized_layers
 from onecard.export.merge import MergeSettings, merge_into
 from onecard.export.output import new_directory, parse_size, progress
-from onecard.export.quality import perplexity, round_layers
-from onecard.export.quantise_options import CalibrationTextOptions, SourceOptions
+from onecard.export.quality import Quality, quality_of, round_layers
+from onecard.export.quantize_options import CalibrationTextOptions, SourceOptions
 from onecard.export.tensors import open_weights
 from onecard.model.adapters import base_of_adapter
 from onecard.model.files import locate, read_json
+from onecard.model.gptq_checkpoint import check_gptq_installed
 from onecard.model.hardware import Hardware, detect
 from onecard.model.load import load_base, load_tokenizer
 from onecard.text.template import load_template
@@ -59,7 +60,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Words:
+class TextSource:
     """What to fit to and to measure on: `texts` as plain text, or training data through a template.
 
     packed: the texts follow one another in rows of full length. `held_out`: texts to measure on; None: some of the
@@ -87,15 +88,15 @@ def request_of(options: SourceOptions) -> Request:
     )  # fmt: skip
 
 
-def words_of(options: CalibrationTextOptions, embedded: Callable[[], Iterable[str]]) -> Words:
+def text_source_of(options: CalibrationTextOptions, embedded: Callable[[], Iterable[str]]) -> TextSource:
     """The text that the options name; `embedded` is taken where they name none, each text in a row of its own."""
     path = options.calibration_path
     held_out = (lambda: texts_of(options.eval_path)) if options.eval_path else None
     if options.calibration == "data":
-        return Words(None, path, options.prompt_type, held_out=held_out)
+        return TextSource(None, path, options.prompt_type, held_out=held_out)
     if path:
-        return Words(lambda: texts_of(path), held_out=held_out)
-    return Words(embedded, packed=False, held_out=held_out)
+        return TextSource(lambda: texts_of(path), held_out=held_out)
+    return TextSource(embedded, packed=False, held_out=held_out)
 
 
 @contextmanager
@@ -113,11 +114,12 @@ def whole_model(request: Request, staging: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def export_gptq(request: Request, settings: GptqSettings, words: Words, amount: CalibrationOptions) -> None:
-    """Write a GPTQ checkpoint, prove that it loads, and say what it costs in perplexity on held-out text.
+def export_gptq(request: Request, settings: GptqSettings, corpus: TextSource, amount: CalibrationOptions) -> None:
+    """Write a GPTQ checkpoint, prove that it loads, and say what it costs on held-out text.
 
     Raises ConfigError, ModelError and DataError, each before the long work wherever that can be.
     """
+    check_gptq_installed("quantize_gptq.py", "writes GPTQ weights")
     hardware = detect(request.device)
     kept = request.target.expanduser().absolute()
     kept = kept.with_name(f".{kept.name}.layers")
@@ -125,33 +127,25 @@ def export_gptq(request: Request, settings: GptqSettings, words: Words, amount: 
     with new_directory(request.target, overwrite=request.overwrite, inputs=inputs) as staging:
         with whole_model(request, staging) as source:
             before = check_source(source, settings)
-            text = rows_for(source, words, amount, request)
+            text = rows_for(source, corpus, amount, request)
             say(f"fitting to {text.n_tokens:,} tokens in {len(text.rows)} samples, on {hardware.name}")
-            quantise(source, text.rows, settings, staging, kept, request.max_shard_bytes)
-            names = quantised_layers(staging)
+            quantize(source, text.rows, settings, staging, kept, request.max_shard_bytes)
+            names = quantized_layers(staging)
             whole, rounded = _before(source, names, settings, text.held_out, hardware, request)
-        after = _measured(_load(staging, hardware, request, stored_dtype(before)), text.held_out, "GPTQ", request)
+        model = _load(staging, hardware, request, stored_dtype(before))
+        after = _measured(model, text.held_out, "GPTQ", request, whole)
         n_after = open_weights(staging).total_bytes
     shutil.rmtree(kept, ignore_errors=True)
     say(
         f"quantised {len(names)} layers to {settings.bits} bits, {_group(settings.group_size)}: "
         f"{before.total_bytes / 2**20:,.1f} MiB -> {n_after / 2**20:,.1f} MiB in {request.target}"
     )
-    say(
-        f"perplexity on {len(text.held_out)} held-out samples: 16-bit {whole:.4g}, GPTQ {after:.4g} "
-        f"({after / whole - 1:+.1%}), plain rounding {rounded:.4g} ({rounded / whole - 1:+.1%})"
-    )
-    if after > rounded:
-        warn(
-            "GPTQ came out worse than rounding to the nearest: the calibration text is too little or unlike what is "
-            "measured; give more of it (--calibration_samples, --calibration_path)"
-        )
-    elif settings.bits >= 4 and after > whole * (1 + GOOD_SHARE):
-        warn(f"perplexity rose by more than {GOOD_SHARE:.0%}; try more text, a smaller --group_size or --desc_act")
+    _say_quality(len(text.held_out), whole, {"GPTQ": after, "plain rounding": rounded})
+    _judge(whole, after, rounded, settings)
 
 
-def export_bnb(request: Request, bits: Literal[4, 8], words: Words, amount: CalibrationOptions) -> None:
-    """Write a bitsandbytes checkpoint, prove that it comes back bit by bit, and say what it costs in perplexity."""
+def export_bnb(request: Request, bits: Literal[4, 8], corpus: TextSource, amount: CalibrationOptions) -> None:
+    """Write a bitsandbytes checkpoint, prove that it comes back bit by bit, and say what it costs."""
     hardware = detect(request.device)
     inputs = [path for path in (Path(request.base), Path(request.adapter or request.base)) if path.exists()]
     with new_directory(request.target, overwrite=request.overwrite, inputs=inputs) as staging:
@@ -160,36 +154,34 @@ def export_bnb(request: Request, bits: Literal[4, 8], words: Words, amount: Cali
             dtype = stored_dtype(before)
             tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
             length = min(amount.length, _longest(source))
-            texts = words.texts() if words.texts is not None else ()
-            held_out = upto(text_rows(texts, tokenizer, length, packed=words.packed), amount.n_held_out, length)
+            texts = corpus.texts() if corpus.texts is not None else ()
+            held_out = upto(text_rows(texts, tokenizer, length, packed=corpus.packed), amount.n_held_out, length)
             whole = _measured(_load_whole(source, hardware, request, dtype), held_out, "16-bit", request)
-            save_quantised(_options(source, request, bits), hardware, source, staging, request.max_shard_bytes)
+            save_quantized(_options(source, request, bits), hardware, source, staging, request.max_shard_bytes)
         model = load_base(_options(staging, request, bits), hardware).model
         n_layers = check_same_weights(model, staging)
-        after = _measured(model, held_out, f"{bits}-bit", request)
+        after = _measured(model, held_out, f"{bits}-bit", request, whole)
         n_after = open_weights(staging).total_bytes
     say(
         f"saved {n_layers} layers in {bits} bits: {before.total_bytes / 2**20:,.1f} MiB -> {n_after / 2**20:,.1f} MiB "
         f"in {request.target}; read back, every quantised weight is the same bit by bit"
     )
-    say(
-        f"perplexity on {len(held_out)} held-out samples: 16-bit {whole:.4g}, {bits}-bit {after:.4g} "
-        f"({after / whole - 1:+.1%}); load it with --bits {bits}"
-    )
+    _say_quality(len(held_out), whole, {f"{bits}-bit": after})
+    say(f"load it with --bits {bits}")
 
 
-def rows_for(source: Path, words: Words, amount: CalibrationOptions, request: Request) -> Calibration:
+def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, request: Request) -> Calibration:
     """Token ids to fit to and to measure on, with the tokenizer of the model itself."""
     tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
     length = min(amount.length, _longest(source))
-    if words.texts is None:
-        template = load_template(words.prompt_type, tokenizer)
-        rows: Iterator[list[int]] = data_rows(words.data_path, template, tokenizer, length)
+    if corpus.texts is None:
+        template = load_template(corpus.prompt_type, tokenizer)
+        rows: Iterator[list[int]] = data_rows(corpus.data_path, template, tokenizer, length)
     else:
-        rows = text_rows(words.texts(), tokenizer, length, packed=words.packed)
+        rows = text_rows(corpus.texts(), tokenizer, length, packed=corpus.packed)
     held_out: Rows | None = None
-    if words.held_out is not None:
-        held_out = upto(text_rows(words.held_out(), tokenizer, length), amount.n_held_out, length)
+    if corpus.held_out is not None:
+        held_out = upto(text_rows(corpus.held_out(), tokenizer, length), amount.n_held_out, length)
     return calibration_of(rows, amount, held_out)
 
 
@@ -210,12 +202,12 @@ def _options(directory: Path, request: Request, bits: Literal[4, 8, 16]) -> Mode
 
 def _before(
     source: Path, names: list[str], settings: GptqSettings, rows: Rows, hardware: Hardware, request: Request
-) -> tuple[float, float]:
-    """Perplexity of the weights as they are, and of the same ones rounded to the nearest."""
+) -> tuple[Quality, Quality]:
+    """How good the weights are as they are, and the same ones rounded to the nearest."""
     model = _load_whole(source, hardware, request, stored_dtype(open_weights(source)))
     whole = _measured(model, rows, "16-bit", request)
     round_layers(model, names, settings.bits, settings.group_size, symmetric=settings.symmetric)
-    return whole, _measured(model, rows, "plain rounding", request)
+    return whole, _measured(model, rows, "plain rounding", request, whole)
 
 
 def _load_whole(source: Path, hardware: Hardware, request: Request, dtype: torch.dtype) -> Any:
@@ -233,6 +225,27 @@ def _load(directory: Path, hardware: Hardware, request: Request, dtype: torch.dt
     return load_base(_options(directory, request, 16), hardware, gptq=True, dtype=dtype).model
 
 
-def _measured(model: Any, rows: Rows, what: str, request: Request) -> float:
-    with progress(f"perplexity, {what}", len(rows)) as advance:
-        return perplexity(model, rows, batch_size=request.batch_size, tell=advance)
+def _measured(model: Any, rows: Rows, what: str, request: Request, before: Quality | None = None) -> Quality:
+    with progress(f"measuring, {what}", len(rows)) as advance:
+        return quality_of(model, rows, before, batch_size=request.batch_size, tell=advance)
+
+
+def _say_quality(n_samples: int, whole: Quality, made: dict[str, Quality]) -> None:
+    words = [f"16-bit {whole.perplexity:.4g}"]
+    words += [f"{name} {it.perplexity:.4g} ({it.perplexity / whole.perplexity - 1:+.1%})" for name, it in made.items()]
+    say(f"perplexity on {n_samples} held-out samples: {', '.join(words)}")
+    apart = [f"{name} {it.divergence:.3g}" for name, it in made.items() if it.divergence is not None]
+    if apart:
+        say(f"mean KL divergence from the 16-bit predictions, nats per token: {', '.join(apart)} (0: nothing changed)")
+
+
+def _judge(whole: Quality, after: Quality, rounded: Quality, settings: GptqSettings) -> None:
+    # Of the two, only the divergence is no matter of luck: where rounding costs little, the noise that it brings into
+    # the weights moves the perplexity up or down by more than the two differ.
+    if after.divergence is not None and rounded.divergence is not None and after.divergence > rounded.divergence:
+        warn(
+            "GPTQ changed the predictions more than rounding to the nearest: the calibration text is too little or "
+            "unlike what is measured; give more of it (--calibration_samples, --calibration_path)"
+        )
+    elif settings.bits >= 4 and after.perplexity > whole.perplexity * (1 + GOOD_SHARE):
+        warn(f"perplexity rose by more than {GOOD_SHARE:.0%}; try more text, a smaller --group_size or --desc_act")
