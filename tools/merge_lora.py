@@ -58,6 +58,13 @@ class MergeOptions:
 def main(argv: list[str] | None = None) -> None:
     options = parse(MergeOptions, argv, description=__doc__ or "")
 
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    with quiet_bitsandbytes():
+        merge(options)
+
+
+def merge(options: MergeOptions) -> None:
     from onecard.export.merge import MergeSettings, export_merged, find_base
 
     settings = MergeSettings(

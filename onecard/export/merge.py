@@ -222,14 +222,17 @@ def export_merged(
 def _write_weights(adapted: Adapted, dtype: torch.dtype, settings: MergeSettings, report: MergeReport) -> None:
     """Write every tensor of the base, the merged ones in their place."""
     writer = ShardWriter(report.directory, settings.max_shard_bytes)
-    for name, tensor in _tensors(adapted, dtype, report):
+    for name, tensor in merged_tensors(adapted, dtype, report):
         writer.add(name, tensor)
         report.n_tensors += 1
     report.total_bytes = sum(file.stat().st_size for file in writer.finish())
 
 
-def _tensors(adapted: Adapted, dtype: torch.dtype, report: MergeReport) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the result by their stored names, in the order of the base's files."""
+def merged_tensors(adapted: Adapted, dtype: torch.dtype, report: MergeReport) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the result by their stored names, in the order of the base's files.
+
+    Counts targets in `report` and says there whether head and embeddings are still one. Raises as `merge_into` does.
+    """
     base, weights, groups, done = adapted.base, adapted.base.weights, _groups(adapted), set[str]()
     with progress("merging", weights.total_bytes, in_bytes=True) as move_on:
         for name, entry in weights.entries.items():

@@ -83,6 +83,10 @@ def _staged(target: Path, overwrite: bool, inputs: Sequence[Path], needed_bytes:
         try:
             lock.acquire(timeout=0)
         except Timeout as reason:  # it is an OSError, so it is told in here
+            if not Path(lock.lock_file).exists():  # nobody holds it: it cannot be made
+                raise ModelError(
+                    f"{target} cannot be written: its folder takes no files; give another place"
+                ) from reason
             raise ConfigError(OUTPUT_FLAG, f"{target} is being written by another process; wait for it") from reason
     try:
         with _no_room_explained(target):

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 
+from onecard.cli import comma_list
 from onecard.config import ModelOptions
-from onecard.console import ConfigError, say, warn
+from onecard.console import say, warn
 from onecard.export.bnb import check_same_weights, plain_weights, save_quantized, stored_dtype
 from onecard.export.calibration import (
     Calibration,
@@ -29,12 +30,11 @@ from onecard.export.calibration import (
     upto,
 )
 from onecard.export.gptq import GptqSettings, check_source, quantize, quantized_layers
-from onecard.export.merge import MergeSettings, merge_into
+from onecard.export.merge import MergeSettings, find_base, merge_into
 from onecard.export.output import new_directory, parse_size, progress
 from onecard.export.quality import Quality, quality_of, round_layers
 from onecard.export.quantize_options import CalibrationTextOptions, SourceOptions
 from onecard.export.tensors import open_weights
-from onecard.model.adapters import base_of_adapter
 from onecard.model.files import locate, read_json
 from onecard.model.gptq_checkpoint import check_gptq_installed
 from onecard.model.hardware import Hardware, detect
@@ -47,16 +47,22 @@ SPARE_BYTES = int(1.5 * 2**30)  # what a forward takes beside the weights
 
 @dataclass(frozen=True)
 class Request:
-    """Which model, and where the result goes. `adapter` is empty for a model that is taken as it is."""
+    """Which model, and where the result goes. Without `adapters` the model is taken as it is."""
 
     base: str
-    adapter: str
+    adapters: tuple[str, ...]
     target: Path
     overwrite: bool = False
     max_shard_bytes: int = 5 * 10**9
     device: str = "auto"
     batch_size: int = 4
     trust_remote_code: bool = False
+    accept_other_base: bool = False
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The directories that are read."""
+        return [path for path in map(Path, (self.base, *self.adapters)) if path.exists()]
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,12 @@ class TextSource:
 
 def request_of(options: SourceOptions) -> Request:
     """What the shared options of the tools ask for. Raises ConfigError: no base named, a size that is none."""
-    base = options.model_path
-    if not base:
-        base = base_of_adapter(options.lora_path) or ""
-    if not base:
-        raise ConfigError("--model_path", f"is needed: the adapter {options.lora_path} does not name its base model")
+    adapters = comma_list(options.lora_path)
+    base = find_base(options.model_path or "auto", adapters[0]) if adapters else options.model_path
     return Request(
-        base, options.lora_path, Path(options.output_path), options.overwrite,
+        base, tuple(adapters), Path(options.output_path), options.overwrite,
         parse_size(options.max_shard_size, "--max_shard_size"), options.device, options.batch_size,
-        options.trust_remote_code,
+        options.trust_remote_code, options.accept_other_base,
     )  # fmt: skip
 
 
@@ -102,13 +105,16 @@ def text_source_of(options: CalibrationTextOptions, embedded: Callable[[], Itera
 @contextmanager
 def whole_model(request: Request, staging: Path) -> Iterator[Path]:
     """The directory of the model to quantise; base and adapter are merged into a hidden folder that goes again."""
-    if not request.adapter:
+    if not request.adapters:
         yield locate(request.base, with_code=request.trust_remote_code)
         return
     folder = staging / ".merged"
     folder.mkdir()
-    settings = MergeSettings(verify=False, trust_remote_code=request.trust_remote_code)
-    for note in merge_into(folder, request.base, [request.adapter], settings).notes:
+    # Not verified by logits: what follows measures the quantised result against this merge on held-out text.
+    settings = MergeSettings(
+        verify=False, accept_other_base=request.accept_other_base, trust_remote_code=request.trust_remote_code
+    )
+    for note in merge_into(folder, request.base, request.adapters, settings).notes:
         warn(note)
     yield folder
     shutil.rmtree(folder)
@@ -123,8 +129,7 @@ def export_gptq(request: Request, settings: GptqSettings, corpus: TextSource, am
     hardware = detect(request.device)
     kept = request.target.expanduser().absolute()
     kept = kept.with_name(f".{kept.name}.layers")
-    inputs = [path for path in (Path(request.base), Path(request.adapter or request.base)) if path.exists()]
-    with new_directory(request.target, overwrite=request.overwrite, inputs=inputs) as staging:
+    with new_directory(request.target, overwrite=request.overwrite, inputs=request.inputs) as staging:
         with whole_model(request, staging) as source:
             before = check_source(source, settings)
             text = rows_for(source, corpus, amount, request)
@@ -147,8 +152,7 @@ def export_gptq(request: Request, settings: GptqSettings, corpus: TextSource, am
 def export_bnb(request: Request, bits: Literal[4, 8], corpus: TextSource, amount: CalibrationOptions) -> None:
     """Write a bitsandbytes checkpoint, prove that it comes back bit by bit, and say what it costs."""
     hardware = detect(request.device)
-    inputs = [path for path in (Path(request.base), Path(request.adapter or request.base)) if path.exists()]
-    with new_directory(request.target, overwrite=request.overwrite, inputs=inputs) as staging:
+    with new_directory(request.target, overwrite=request.overwrite, inputs=request.inputs) as staging:
         with whole_model(request, staging) as source:
             before = plain_weights(source)
             dtype = stored_dtype(before)

@@ -18,7 +18,9 @@ class SourceOptions:
     model_path: str = ""
     """Base or merged model: a directory or a Hub id; with --lora_path it may be left to the adapter to name it."""
     lora_path: str = ""
-    """Adapter to merge first: a run directory, one of its checkpoints, or a Hub id."""
+    """Adapter to merge first (a run, one of its checkpoints, a Hub id); several with commas, in this order."""
+    accept_other_base: bool = False
+    """Merge although the adapter was trained on another base."""
     output_path: str = ""
     """Directory to write."""
     overwrite: bool = False

@@ -7,6 +7,7 @@ alike: what is measured is the rounding of the merged weights. Does not know how
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from onecard.console import DataError, ModelError, first_line
 from onecard.export.adapted import Adapted, adapt, empty, fill, plain_name
 from onecard.export.output import progress
 from onecard.export.stored_base import StoredBase, open_base
+from onecard.export.tensors import same_bits
 from onecard.model.adapters import load_adapter
 from onecard.model.load import load_tokenizer
 from onecard.text.conversation import Turn
@@ -29,9 +31,9 @@ from onecard.text.tokenization import segment_tokenizer
 if TYPE_CHECKING:
     from onecard.export.merge import MergeReport
 
-# The largest difference of a logit, as a part of the largest logit. Measured on random models of 1 to 32 layers, whose
-# logits are flat: 4e-4 to 7e-4 in fp16, 4e-3 to 6e-3 in bf16 (3 bits less: eight times), 1e-7 to 2e-7 in fp32. Depth
-# does not change it.
+# The largest difference of a logit, as a part of the largest logit. Measured on small random models, whose logits are
+# flat: 4e-4 to 7e-4 in fp16, 4e-3 to 6e-3 in bf16 (3 bits less: eight times), 1e-7 to 2e-7 in fp32. Some models magnify
+# rounding more, up to 2e-3 in fp16; see `_is_rounded_once`.
 TOLERANCES = {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-6}
 NOISE = 1e-5  # what fp32 arithmetic alone makes of the same weights, merged or not
 QUESTIONS = ("What is the capital of France?", "把下面的句子翻译成英文：你好，世界。")
@@ -66,9 +68,14 @@ def verify_merge(directory: Path, base: StoredBase, adapters: Sequence[str], rep
         f"the likeliest token is the same at {n_same} of {n_positions} places"
     )
     if not difference <= bound:
-        raise ModelError(
-            f"the merged model does not agree with its adapters: {told}. It was not kept; --dtype fp32 rounds less, "
-            "and --verify false keeps it as it is"
+        if not math.isfinite(difference) or not _is_rounded_once(base, adapters, merged, report):
+            raise ModelError(
+                f"the merged model does not agree with its adapters: {told}. It was not kept; --dtype fp32 rounds "
+                "less, and --verify false keeps it as it is"
+            )
+        told += (
+            f"; that is over the bound, but every tensor is the exact sum rounded once to {report.dtype}, so it is "
+            "what 16 bits cost this model (--dtype fp32 costs less)"
         )
     n_changed = report.n_targets - len(report.unchanged)
     return (
@@ -140,6 +147,24 @@ def _check_values(adapted: Adapted, merged: StoredBase, report: MergeReport) -> 
     base.weights.close()
     merged.weights.close()
     return n_finite
+
+
+def _is_rounded_once(base: StoredBase, adapters: Sequence[str], merged: StoredBase, report: MergeReport) -> bool:
+    """Whether each written tensor is, bit for bit, what merging in fp32 and rounding once gives when done again.
+
+    Then no better file of this dtype exists, however far a model magnifies the rounding.
+    """
+    from onecard.export.merge import DTYPES, MergeReport, merged_tensors
+
+    again = MergeReport(report.directory, report.dtype, report.adapters, is_tied=base.is_tied)
+    n_same = 0
+    # Adapted anew: comparing logits may have left the adapters in fp64.
+    for name, tensor in merged_tensors(adapt(base, adapters), DTYPES[report.dtype], again):
+        if not same_bits(merged.weights.read(name), tensor):
+            return False
+        n_same += 1
+    merged.weights.close()
+    return n_same == report.n_tensors
 
 
 def _is_changed(module: str, adapted: Adapted, merged: StoredBase) -> bool:

@@ -162,10 +162,12 @@ class Writer:
         if skeletons is None:
             return None
         texts = [text for turn in turns for text in (turn.content, turn.input)]
-        return [
+        found = [
             Segment("".join([part if isinstance(part, str) else texts[part] for part in parts]), is_answer, end)
             for parts, is_answer, end in skeletons
         ]
+        # What follows the last answer is no segment where it is empty, such as an empty question without a template.
+        return found[:-1] if found and not found[-1].is_answer and not found[-1].text else found
 
     def _skeleton(self, turns: Sequence[Turn], add_generation_prompt: bool) -> list[_Skeleton] | None:
         """The segments of any conversation of this shape, with numbers where contents and inputs go.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +135,22 @@ def test_what_stands_there_is_kept_or_replaced_whole(
     assert code == 0, printed
     assert digest_of(target) == expected.digest
     assert [path.name for path in room.iterdir()] == [case.target]
+
+
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_control_c_leaves_nothing(case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:  # noqa: F811
+    expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
+    room = tmp_path / "room"
+    room.mkdir()
+    n_operations = expected.n_operations // 2
+    code, printed = start(server, case, inputs, room, kill_at=n_operations, kill_with=signal.SIGINT)
+    assert code == 130, printed
+    assert [line for line in printed.splitlines() if "error" in line] == [
+        "error: interrupted: nothing unfinished was kept"
+    ]
+    assert "Traceback" not in printed
+    left = [path.name for path in room.iterdir()]
+    assert left == ([".target.layers"] if case.tool == "quantize_gptq" else []), "something was left behind"
 
 
 @pytest.mark.parametrize("case", EVERY_CASE)

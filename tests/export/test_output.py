@@ -381,3 +381,9 @@ def test_any_text_is_a_size_or_a_refusal(text: str) -> None:
         assert parse_size(text, "--x") >= 1
     except ConfigError as reason:
         assert "--x" in str(reason)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_folder_that_takes_no_files_is_not_called_busy() -> None:
+    with pytest.raises(ModelError, match="its folder takes no files"), new_directory(Path("/proc/target")):
+        pass

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onecard.console import ModelError
+from onecard.export import verify
 from onecard.export.merge import MergeReport, MergeSettings, merge_into
 from onecard.export.stored_base import open_base
 from onecard.export.verify import probe_prompts, relative_difference, verify_merge
@@ -65,6 +66,22 @@ def test_damage_is_seen(name: str, merged: Any, tmp_path: Path) -> None:
     damage(tensors, load_file(base / "model.safetensors"))
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=message):
+        verify_merge(copy, open_base(str(base)), [str(adapter)], report)
+
+
+def test_a_model_that_magnifies_rounding_is_kept_when_no_better_file_exists(
+    merged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, result, report = merged
+    monkeypatch.setitem(verify.TOLERANCES, "fp16", 1e-9)
+    proof = verify_merge(result, open_base(str(base)), [str(adapter)], report)
+    assert "over the bound, but every tensor is the exact sum rounded once to fp16" in proof
+    copy = Path(shutil.copytree(result, tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    flat = tensors[DOWN].flatten()
+    flat[0] = torch.nextafter(flat[0], torch.tensor(float("inf"), dtype=flat.dtype))
+    save_file(tensors | {DOWN: flat.view_as(tensors[DOWN])}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="does not agree with its adapters"):
         verify_merge(copy, open_base(str(base)), [str(adapter)], report)
 
 

@@ -6,10 +6,10 @@ parsing and ends with the exit code that the real program would have.
 
 Requests and answers are lines of JSON on standard input and output:
     {"start": {"base", "data", "output", "options", "log", "file_limit_bytes"}} -> {"pid": 4711}
-    {"start": {"tool", "words", "watched", "kill_at", "log", "file_limit_bytes"}} -> {"pid": 4712}
+    {"start": {"tool", "words", "watched", "kill_at", "kill_with", "log", "file_limit_bytes"}} -> {"pid": 4712}
     {"wait": 4711} -> {"code": -9}
-The second starts `tools/TOOL.py WORDS`, counts its disk operations under the folder `watched`, and kills it with
-SIGKILL at operation number `kill_at` (counted from 1; 0: never).
+The second starts `tools/TOOL.py WORDS`, counts its disk operations under the folder `watched`, and sends it the signal
+`kill_with` at operation number `kill_at` (counted from 1; 0: never).
 """
 
 from __future__ import annotations
@@ -98,12 +98,14 @@ class ForkServer:
         return Start(self, pid, log)
 
     def start_tool(
-        self, tool: str, words: list[str], *, watched: Path, kill_at: int = 0, file_limit_bytes: int = 0
-    ) -> Start:
+        self, tool: str, words: list[str], *, watched: Path, kill_at: int = 0, kill_with: int = signal.SIGKILL,
+        file_limit_bytes: int = 0,
+    ) -> Start:  # fmt: skip
         """Start one tool, to be killed at its `kill_at`-th disk operation; its last line counts the operations."""
         self.n_starts += 1
         log = self.scratch / f"start-{self.n_starts}.log"
-        order = {"tool": tool, "words": words, "watched": str(watched), "kill_at": kill_at, "log": str(log)}
+        order = {"tool": tool, "words": words, "watched": str(watched), "log": str(log)}
+        order |= {"kill_at": kill_at, "kill_with": int(kill_with)}
         pid = self.ask({"start": {**order, "file_limit_bytes": file_limit_bytes}})["pid"]
         self.running.add(pid)
         return Start(self, pid, log)
@@ -205,7 +207,7 @@ def run_tool(order: dict[str, Any]) -> int:
             return
         n_operations += 1
         if n_operations == order["kill_at"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), order["kill_with"])
 
     sys.addaudithook(count)
     code = run_main(lambda: tool.main(order["words"]))

@@ -59,6 +59,15 @@ def test_the_quick_way_for_built_in_templates_is_what_rendering_gives(sp_tokeniz
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
+def test_an_empty_question_is_cut_alike_in_both_ways(sp_tokenizer, name):
+    writer = Writer(load_template(name, sp_tokenizer), sp_tokenizer)
+    for prompt in (True, False):
+        for turns in ([Turn("user", "")], [Turn("user", ""), Turn("assistant", "a"), Turn("user", "")]):
+            quick = writer.cut(turns, add_generation_prompt=prompt)
+            assert quick == writer._cut_rendered(turns, add_generation_prompt=prompt)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("which", TOKENIZERS)
 def test_segments_are_the_rendered_text_cut_at_the_answers(request, which, name):
     tokenizer = request.getfixturevalue(which)
