@@ -8,6 +8,8 @@ nearest name for an unknown one. Nothing heavy is imported, so ``--help`` answer
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import json
 import re
 import shutil
@@ -177,7 +179,6 @@ def _parser(
     class Formatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
         """Leaves the description as `_wrapped` made it."""
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         description=_wrapped(description or (config_class.__doc__ or "").split("\n")[0]),
         formatter_class=Formatter,
@@ -187,13 +188,38 @@ def _parser(
     )
     parser.add_argument(f"--{CONFIG_FLAG}", type=str, metavar="FILE", help="YAML file of options; flags win over it.")
     parser.add_argument(f"--{PRINT_FLAG}", action="store_true", help="Print the resolved options as YAML and exit.")
-    holders = [config_class] if any(not o.group for o in options.values()) else []
-    example = config_class()
-    holders += [type(getattr(example, f.name)) for f in fields(config_class) if is_dataclass(getattr(example, f.name))]
-    for holder in holders:
-        parser.add_class_arguments(holder, nested_key=None)
-    parser.set_defaults({**{name: option.default for name, option in options.items()}, **defaults})
+    given = {name: option.default for name, option in options.items()} | defaults
+    for holder, group in _holders(config_class, options):
+        about = (holder.__doc__ or "").split("\n")[0].rstrip(".")
+        section = parser.add_argument_group(about)
+        for name, text in _help_texts(holder).items():
+            if name in options and options[name].group == group:
+                section.add_argument(f"--{name}", type=options[name].type, default=given[name], help=text)
     return parser
+
+
+def _holders(config_class: type, options: Mapping[str, Option]) -> list[tuple[type, str]]:
+    """The classes that hold options, each with the name of its group ('' for the config itself)."""
+    example = config_class()
+    found = [(config_class, "")] if any(not option.group for option in options.values()) else []
+    values = [(f.name, getattr(example, f.name)) for f in fields(config_class)]
+    return found + [(type(value), name) for name, value in values if is_dataclass(value)]
+
+
+def _help_texts(holder: type) -> dict[str, str]:
+    """The text under each field of a dataclass, by the field's name, those of its bases first.
+
+    Read from the source with one parse per class; jsonargparse's own way takes longer than all else that --help does.
+    """
+    found: dict[str, str] = {}
+    for kind in reversed(holder.__mro__[:-1]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        lines = body.body if isinstance(body, ast.ClassDef) else []
+        for line, after in zip(lines, [*lines[1:], None], strict=True):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                found[line.target.id] = str(text or found.get(line.target.id, ""))
+    return found
 
 
 def _wrapped(text: str) -> str:
