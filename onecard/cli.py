@@ -217,7 +217,8 @@ def _help_texts(holder: type) -> dict[str, str]:
         lines = body.body if isinstance(body, ast.ClassDef) else []
         for line, after in zip(lines, [*lines[1:], None], strict=True):
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                text = ast.literal_eval(after.value) if is_text else ""  # type: ignore[union-attr]
                 found[line.target.id] = str(text or found.get(line.target.id, ""))
     return found
 

@@ -86,12 +86,13 @@ def quantize(source: Path, rows: Rows, settings: GptqSettings, target: Path, kep
     done = _same_work(kept, source, rows, settings)
     if done:
         say(f"going on with the layers that an earlier start left in {kept}")
-    log = kept / "gptqmodel.log"
-    written = target / ".written"
+    # Absolute before `_account_in`, inside which the current folder is another one.
+    source, target, kept = source.absolute(), target.absolute(), kept.absolute()
+    log, written = kept / "gptqmodel.log", target / ".written"
     n_layers = int(read_json(source / "config.json").get("num_hidden_layers", 0))
     try:
         with progress("quantising layers", n_layers) as advance, _account_in(log, advance):
-            _run(source.absolute(), rows, settings, written.absolute(), kept.absolute(), max_shard_bytes)
+            _run(source, rows, settings, written, kept, max_shard_bytes)
     except torch.OutOfMemoryError as reason:
         raise ModelError(
             f"quantising does not fit on {settings.device}: use a smaller --batch_size or --calibration_len"
