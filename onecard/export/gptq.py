@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import torch
 import transformers
 
-from onecard.console import ConfigError, ModelError, first_line, say, warn
+from onecard.console import ConfigError, ModelError, Stopped, first_line, say, warn
 from onecard.export.bnb import plain_weights, stored_dtype, write_config
 from onecard.export.calibration import Rows
 from onecard.export.output import progress
@@ -205,6 +205,7 @@ def _account_in(log: Path, advance: Callable[[int], Any]) -> Iterator[None]:
 
 def _run(source: Path, rows: Rows, settings: GptqSettings, written: Path, kept: Path, max_shard_bytes: int) -> None:
     from gptqmodel import CheckpointConfig, GPTQModel, QuantizeConfig
+    from gptqmodel.looper.checkpoint import CheckpointStopped
     from gptqmodel.looper.checkpoint_store import CheckpointError
 
     config = read_json(source / "config.json")
@@ -227,6 +228,8 @@ def _run(source: Path, rows: Rows, settings: GptqSettings, written: Path, kept: 
         try:
             model.quantize(data, batch_size=settings.batch_size, calibration_data_min_length=1, checkpoint=checkpoint)
             break
+        except CheckpointStopped as reason:  # Ctrl-C or SIGTERM, which gptqmodel takes at the end of a layer
+            raise Stopped(f"stopped; the layers done are in {kept}, the same command goes on there", 130) from reason
         except CheckpointError:
             if attempt == 2:
                 raise

@@ -160,12 +160,11 @@ def test_control_c_leaves_nothing(case: Case, server: ForkServer, inputs: Inputs
     expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
     room = tmp_path / "room"
     room.mkdir()
-    kill_at = expected.n_operations // 2
+    kill_at = expected.n_operations // (4 if case.takes_long else 2)
     code, printed = start(server, case, inputs, room, kill_at=kill_at, kill_with=signal.SIGINT)
     assert code == 130, printed
-    assert [line for line in printed.splitlines() if "error" in line] == [
-        "error: interrupted: nothing unfinished was kept"
-    ]
+    kept = [line for line in printed.splitlines() if line.startswith("warning: stopped; the layers done are in")]
+    assert kept or "error: interrupted: nothing unfinished was kept" in printed.splitlines()
     assert "Traceback" not in printed
     assert left_in(room, case) == [], "something was left behind"
 
