@@ -48,7 +48,6 @@ class Case:
     tool: str
     words: Words
     target: str = "target"
-    is_file: bool = False
     takes_long: bool = False
 
 
@@ -219,7 +218,7 @@ def other_shape(source: Path, scratch: Path) -> str:
     return str(directory)
 
 
-def other_tokenizer(source: Path, scratch: Path) -> str:
+def other_tokenizer(scratch: Path) -> str:
     """A tokenizer whose pieces stand under other ids."""
     directory = scratch / "tokenizer"
     return str(tiny.save_sentencepiece_tokenizer(directory, vocab_size=380))
@@ -321,7 +320,7 @@ BAD_INPUTS = [
     ),
     BadInput(
         "expand_vocab-mismatch", "expand_vocab",
-        lambda i, s, t: ["apply", "--model_path", str(i.base), "--tokenizer_path", other_tokenizer(i.base, s),
+        lambda i, s, t: ["apply", "--model_path", str(i.base), "--tokenizer_path", other_tokenizer(s),
                          *output(t)],
         "token",
     ),

@@ -43,9 +43,9 @@ _undisturbed: dict[str, Undisturbed] = {}
 
 
 def digest_of(target: Path) -> str:
-    """SHA-256 over names and bytes of a file, or of all files in a directory."""
+    """SHA-256 over names and bytes of all files in a directory."""
     digest = hashlib.sha256()
-    files = [target] if target.is_file() else sorted(path for path in target.rglob("*") if path.is_file())
+    files = sorted(path for path in target.rglob("*") if path.is_file())
     assert files, f"{target} holds nothing"
     for file in files:
         # Of tensors names and bits count, not the order in which they were written.
@@ -81,7 +81,7 @@ def undisturbed(server: ForkServer, case: Case, inputs: Inputs, room: Path) -> U
         code, printed = start(server, case, inputs, room)
         assert code == 0, printed
         target = room / case.target
-        files = [target] if target.is_file() else [path for path in target.rglob("*") if path.is_file()]
+        files = [path for path in target.rglob("*") if path.is_file()]
         n_operations = int(re.findall(r"(\d+) operations", printed)[-1])
         largest = max(path.stat().st_size for path in files)
         _undisturbed[case.name] = Undisturbed(digest_of(target), n_operations, largest)
@@ -109,7 +109,7 @@ def test_killed_half_way(case: Case, server: ForkServer, inputs: Inputs, tmp_pat
         target = room / case.target
         if target.exists():
             assert digest_of(target) == expected.digest, f"killed at {kill_at}: neither absent nor whole"
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
+            shutil.rmtree(target)
         else:
             n_absent += 1
     assert n_killed >= (2 if case.takes_long else 8)
@@ -127,9 +127,8 @@ def test_what_stands_there_is_kept_or_replaced_whole(
     expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
     room = tmp_path / "room"
     target = room / case.target
-    old = target if case.is_file else target / "old.txt"
-    old.parent.mkdir(parents=True)
-    old.write_text("old", encoding="utf-8")
+    target.mkdir(parents=True)
+    (target / "old.txt").write_text("old", encoding="utf-8")
     before = digest_of(target)
 
     code, printed = start(server, case, inputs, room)
