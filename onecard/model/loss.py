@@ -20,7 +20,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,8 +45,13 @@ SCALE = 1024.0
 CAPPED_ROWS = 16  # of logits, while the gradient of the cap is computed in fp32
 ROWS_AT_ONCE = 1024  # of hidden states, while their gradients are scaled in fp32
 
-# Whether the logits that are computed here are those of the model, by model; asked at the first call of each.
-_chunkable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+# Numbers of config.json that families do something to the head's output with: most scale it, HyperCLOVA X multiplies
+# where Granite divides by the same name, and MiniCPM 3 divides what enters the head. So what fits is found by trying.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# How the logits of a model come about, by model, found at the first call of each; None: not as any of the known ways.
+_ways: weakref.WeakKeyDictionary[nn.Module, _Way | None] = weakref.WeakKeyDictionary()
 
 
 def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, int]:
@@ -129,19 +134,22 @@ def _innermost(model: nn.Module) -> Any:
 
 
 @dataclass(frozen=True)
-class _Head:
-    """The way from hidden states (tokens, hidden) to logits (tokens, vocab), under the autocast that the model uses.
+class _Way:
+    """What a family does to the head's output, in this order: Cohere multiplies, Granite divides, Gemma 2 caps."""
 
-    What the known families do to the head's output, in their order: Cohere multiplies by `logit_scale`, Granite divides
-    by `logits_scaling`, Gemma 2 and later cap with `final_logit_softcapping`.
-    """
+    factor: float | None = None
+    divisor: float | None = None
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The way from hidden states (tokens, hidden) to logits (tokens, vocab), under the autocast that the model uses."""
 
     module: nn.Module
     autocast: bool
     autocast_dtype: torch.dtype
-    factor: float | None
-    divisor: float | None
-    cap: float | None
+    way: _Way = field(default_factory=_Way)
 
     def output(self, hidden: Tensor) -> Tensor:
         """Return what the head alone makes of one chunk, differentiable where gradients are enabled."""
@@ -154,23 +162,23 @@ class _Head:
 
         No layer keeps its own output for its gradient; for one that does, autograd would report the overwriting.
         """
-        if self.factor is not None:
-            output.mul_(self.factor)
-        if self.divisor is not None:
-            output.div_(self.divisor)
-        if self.cap is None:
+        if self.way.factor is not None:
+            output.mul_(self.way.factor)
+        if self.way.divisor is not None:
+            output.div_(self.way.divisor)
+        if self.way.cap is None:
             return output.float()
-        return output.div_(self.cap).tanh_().to(torch.float32, copy=True).mul_(self.cap)
+        return output.div_(self.way.cap).tanh_().to(torch.float32, copy=True).mul_(self.way.cap)
 
     def unfinish(self, gradient: Tensor, output: Tensor) -> None:
         """Turn the gradient of the logits into that of the head's output, in place; `output` is as `finish` left it."""
-        if self.cap is not None:
+        if self.way.cap is not None:
             for rows, tanh in zip(gradient.split(CAPPED_ROWS), output.split(CAPPED_ROWS), strict=True):
                 rows.mul_(1 - tanh.float().square())
-        if self.divisor is not None:
-            gradient.div_(self.divisor)
-        if self.factor is not None:
-            gradient.mul_(self.factor)
+        if self.way.divisor is not None:
+            gradient.div_(self.way.divisor)
+        if self.way.factor is not None:
+            gradient.mul_(self.way.factor)
 
 
 def _chunked_loss(
@@ -178,15 +186,14 @@ def _chunked_loss(
 ) -> tuple[Tensor, int] | None:
     """The loss of `targets` (batch, seq), chunk by chunk; None for a model whose logits cannot be computed here."""
     inner = _innermost(model)
-    if not _chunkable.get(inner, True):
-        return None
-    found = _hidden_states(model, inner, inputs, check=inner not in _chunkable)
-    _chunkable[inner] = found is not None
-    if found is None:
+    is_new = inner not in _ways
+    found = _hidden_states(model, inner, inputs)
+    if found is None and is_new:
         warn(
             f"the logits of {type(inner).__name__} are not what its head and its config.json give, so the loss is "
             "computed for all tokens at once, which takes more memory; use a shorter --cutoff_len if it does not fit"
         )
+    if found is None:
         return None
     hidden, head = found
     flat = targets.flatten().to(hidden.device)
@@ -202,14 +209,16 @@ def _chunked_loss(
     return loss, len(rows)
 
 
-def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any], *, check: bool) -> tuple[Tensor, _Head] | None:
+def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tuple[Tensor, _Head] | None:
     """Run the model up to its head; return what enters the head (batch, seq, hidden), and the head.
 
-    The model itself computes the logits of one token only. With `check`, those are compared with ours, bit by bit.
+    The model itself computes the logits of one token only. The first time, those are compared with ours, bit by bit.
     None: there is no head, it is not called once with all positions, or the logits differ.
     """
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if head is None:
+    is_new = inner not in _ways
+    if head is None or (not is_new and _ways[inner] is None):
+        _ways[inner] = None
         return None
     entered: list[tuple[Tensor, bool, torch.dtype]] = []
     left: list[Tensor] = []
@@ -235,7 +244,7 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any], *, chec
 
     hooks = [head.register_forward_pre_hook(keep_one), head.register_forward_pre_hook(stop_graph)]
     hooks.append(head.register_forward_hook(go_on))
-    if check:
+    if is_new:
         hooks.append(head.register_forward_hook(keep_result))
     try:
         logits = _forward(model, **inputs).logits
@@ -243,15 +252,29 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any], *, chec
         no_graph.close()
         for hook in hooks:
             hook.remove()
-    if len(entered) != 1:
+    if is_new:
+        _ways[inner] = _way(inner.config.get_text_config(), head, left[0], logits) if len(entered) == 1 else None
+    way = _ways[inner]
+    if way is None or len(entered) != 1:
         return None
     hidden, autocast, dtype = entered[0]
-    config = inner.config.get_text_config()
-    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    way = _Head(head, autocast, dtype, *(getattr(config, name, None) for name in names))
-    if check and not torch.equal(way.finish(left[0]).to(left[0].dtype), logits.to(left[0])):
-        return None
-    return hidden, way
+    return hidden, _Head(head, autocast, dtype, way)
+
+
+def _way(config: Any, head: nn.Module, output: Tensor, logits: Tensor) -> _Way | None:
+    """Which way leads from the head's `output` to the model's own `logits` of the same token, bit by bit."""
+    scales = [getattr(config, name, None) for name in SCALES]
+    caps = [getattr(config, name, None) for name in CAPS]
+    found: list[_Way] = []
+    for cap in (*filter(None, caps), None):
+        found += [_Way(scale, None, cap) for scale in filter(None, scales)]
+        found += [_Way(None, scale, cap) for scale in filter(None, scales)]
+        found.append(_Way(cap=cap))
+    for way in found:
+        made = _Head(head, False, output.dtype, way).finish(output.clone())
+        if torch.equal(made.to(output.dtype), logits.to(output)):
+            return way
+    return None
 
 
 def states_before_head(
@@ -265,10 +288,7 @@ def states_before_head(
     inner = _innermost(model)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
     with torch.no_grad():
-        found = (
-            _hidden_states(model, inner, inputs, check=inner not in _chunkable) if _chunkable.get(inner, True) else None
-        )
-    _chunkable[inner] = found is not None
+        found = _hidden_states(model, inner, inputs)
     if found is None:
         return None
     states, head = found
