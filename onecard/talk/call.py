@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from onecard.config_talk import SamplingOptions
 from onecard.talk.decoding import decode_after
+from onecard.talk.model_limits import check_generation
 from onecard.talk.sampling import CacheOptions, generation_config, logits_processors, seeded
 from onecard.talk.stopping import Ended, FinishReason, RoomUsedUp, StopAtText, answer_so_far, ended_answer
 from onecard.talk.watching import (
@@ -109,6 +110,7 @@ class Call:
     def __init__(
         self, talker: Talker, rows: Sequence[Row], sampling: SamplingOptions, watching: Watching | None = None
     ) -> None:
+        check_generation(talker.model, len(rows), sampling, talker.cache)
         self.talker, self.rows, self.sampling = talker, rows, sampling
         self.stop_ids = talker.template.stop_ids(talker.tokenizer)
         self.stop_texts = [*talker.template.stop_strings(talker.tokenizer), *sampling.stop]

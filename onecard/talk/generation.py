@@ -18,6 +18,7 @@ from typing import Any
 from onecard.config_talk import SamplingOptions
 from onecard.console import ConfigError, DataError
 from onecard.talk.call import Call, Chunk, GenerateThread, Row, Talker, Usage, Watching
+from onecard.talk.model_limits import go_together
 from onecard.talk.stopping import FinishReason
 from onecard.talk.watching import TokenLogprob, Watch
 from onecard.text.conversation import Turn
@@ -123,9 +124,11 @@ def prepare(talker: Talker, turns: Sequence[Turn], sampling: SamplingOptions, *,
 
 
 def answer_rows(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions) -> list[Generation]:
-    """Answer prepared rows in one call of `model.generate`, in order."""
+    """Answer prepared rows in one call of `model.generate`, in order; one by one where padding would change them."""
     if not rows:
         return []
+    if not go_together(talker.model, [len(row.ids) for row in rows]):
+        return [answer for row in rows for answer in answer_rows(talker, [row], sampling)]
     call = Call(talker, rows, sampling)
     return [
         Generation(ended.text, ended.reason or "length", len(row.ids), ended.n_tokens)
