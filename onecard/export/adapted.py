@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onecard.console import ModelError, first_line
 from onecard.export.stored_base import StoredBase
 from onecard.model.adapter_layouts import AdapterFiles, read_adapter, read_config
-from onecard.model.adapters import attach_files
+from onecard.model.adapters import ADAPTER, attach_files
 
 PREFIX = "base_model.model."  # of a layer's name in an adapter's files
 # What peft puts between the name of a layer and that of its weight.
@@ -139,6 +139,12 @@ def _stage(base: StoredBase, source: str, rows_before: int) -> Stage:
         AdapterFiles(files.directory, files.weights, tensors, files.config_directory, files.notes),
         trainable=False,
     )
+    config: Any = loaded.model.peft_config[ADAPTER]
+    if config.target_parameters:
+        raise ModelError(
+            f"{files.directory} adapts experts (--lora_target_parameters), whose tensors cannot be merged here: leave "
+            "the adapter beside its base"
+        )
     plain = loaded.model.get_base_model()
     wrapped: dict[str, nn.Module] = {}
     for name, module in plain.named_modules():

@@ -89,7 +89,8 @@ class StoredBase:
         if name is None:
             raise ModelError(
                 f"{self.directory} stores {parameter} under another name or in another form than today's model has it; "
-                "load it with transformers and save it anew (save_pretrained), then merge into that"
+                "load it with transformers, save it anew (save_pretrained) and merge into that. If this is said again, "
+                "its family is always stored so: leave the adapter beside its base"
             )
         return name
 

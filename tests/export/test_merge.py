@@ -26,6 +26,7 @@ from onecard.talk.generation import generate_batch
 from onecard.talk.loading import load_talker
 from onecard.text.conversation import Turn
 from tests import tiny
+from tests.model.every_family import save_small
 from tests.model.model_families import save_family
 from tools import merge_lora
 
@@ -234,6 +235,16 @@ def test_a_base_that_stores_its_experts_one_by_one_is_compared_whole(tmp_path: P
     report = merge_into(tmp_path / "result", str(tmp_path / "base"), [str(tmp_path / "adapter")], EXACT)
     assert far(logits(loaded(tmp_path / "result")), expected) < 2e-6
     assert "one whole model after the other" in report.proof
+
+
+def test_adapters_on_experts_are_refused_by_name(tmp_path: Path) -> None:
+    """Stored one by one (Mixtral) or in one tensor (gpt-oss), which ended in an AttributeError of peft."""
+    for model_type in ("mixtral", "gpt_oss"):
+        base, adapter = save_small(model_type, tmp_path / model_type), tmp_path / f"{model_type}-adapter"
+        make_adapter(loaded(base), adapter, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+        (tmp_path / f"{model_type}-result").mkdir()
+        with pytest.raises(ModelError, match=r"adapts experts \(--lora_target_parameters\), .* beside its base"):
+            merge_into(tmp_path / f"{model_type}-result", str(base), [str(adapter)], EXACT)
 
 
 def test_pickled_and_sharded_bases_give_the_same_bits(bases: dict[bool, Path], plain: Path, tmp_path: Path) -> None:
