@@ -98,6 +98,8 @@ class LoraOptions:
     """Dropout in front of the adapter. Above 0 the random masks depend on how a step is cut into micro-batches."""
     lora_target_modules: str = "all-linear"
     """Layers that get an adapter: all-linear, or names with commas between them (q_proj,v_proj)."""
+    lora_target_parameters: str = ""
+    """Experts of a mixture that get adapters, too: experts, or names (experts.gate_up_proj,experts.down_proj)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r): keeps high ranks trainable (arXiv:2312.03732)."""
     use_dora: bool = False
@@ -124,6 +126,13 @@ class LoraOptions:
             found.append(("--lora_dropout", f"{self.lora_dropout} is not a probability below 1"))
         if not self.lora_target_modules.strip(", "):
             found.append(("--lora_target_modules", "is empty; use all-linear or names such as q_proj,v_proj"))
+        if self.lora_target_parameters:
+            # peft computes W + BA for all experts at once: nothing stands between A and its input.
+            asked = {
+                "--lora_dropout": self.lora_dropout > 0, "--use_dora": self.use_dora,
+                "--lora_init": self.lora_init != "default",
+            }  # fmt: skip
+            found += [(flag, "does not go with --lora_target_parameters") for flag, is_on in asked.items() if is_on]
         if self.train_new_tokens and self.train_embeddings:
             found.append(("--train_new_tokens", "is contained in --train_embeddings; give only one of them"))
         return found

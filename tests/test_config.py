@@ -89,6 +89,11 @@ REFUSED = [
     (LoraOptions, {"lora_dropout": 1.0}, ["--lora_dropout"]),
     (LoraOptions, {"lora_target_modules": " , "}, ["--lora_target_modules"]),
     (
+        LoraOptions,
+        {"lora_target_parameters": "experts", "lora_dropout": 0.1, "use_dora": True, "lora_init": "pissa"},
+        ["--lora_dropout", "--use_dora", "--lora_init"],
+    ),
+    (
         TrainOptions,
         {"total_batch": 0, "log_steps": 0, "eval_steps": 0},
         ["--total_batch", "--log_steps", "--eval_steps"],

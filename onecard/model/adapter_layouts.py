@@ -119,6 +119,33 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def differences_of(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """One line for each name that only one side has, and for each other shape."""
+    lines = [f"{name}: missing in the files" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"{name}: this base has no such layer" for name in sorted(found.keys() - expected.keys())]
+    lines += [
+        f"{name}: {tuple(found[name].shape)} in the files, {tuple(expected[name].shape)} needed here"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    return lines
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+    """Raise ModelError unless both hold the same names, shapes and values (fp16 files as the fp32 they become)."""
+    differences = differences_of(expected, found)
+    if not differences:
+        differences = [
+            f"{name}: other values"
+            for name, tensor in expected.items()
+            if not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype))
+        ]
+    if differences:
+        raise ModelError(
+            f"{where} does not hold what it should after a check: {'; '.join(differences[:3])}; check the disk"
+        )
+
+
 def _directory_of(source: str, notes: list[str]) -> Path:
     path = Path(source).expanduser()
     if path.is_file() and path.name in (*WEIGHT_NAMES, CONFIG):

@@ -6,6 +6,7 @@ Knows tensor names, shapes and PEFT's files. It does not know data, steps or opt
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -18,22 +19,31 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config import LoraOptions
-from onecard.console import ConfigError, ModelError, nearest, warn
+from onecard.console import ConfigError, ModelError, say, warn
 from onecard.model import adapter_starts, adapter_tokens
 from onecard.model.adapter_layouts import (
     CONFIG,
+    PREFIX,
     WEIGHTS,
     AdapterFiles,
+    compare,
+    differences_of,
     find_config,
     infer_config,
     read_adapter,
     read_config,
 )
+from onecard.model.adapter_targets import ALL_LINEAR, check_experts, target_modules, target_parameters
+from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
 
 ADAPTER = "default"
@@ -61,14 +71,16 @@ def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | Non
     new_ids: for --train_new_tokens; None: those that the base's directory lists.
     Raises ModelError for layers that do not exist (with the nearest names), ConfigError for contradicting options.
     """
-    linear = linear_layers(model)
+    linear = adaptable_layers(model)
+    left_out = linear_layers(model).keys() - linear.keys()
     adapter_starts.check_start(options, linear)
     start: Any = PISSA if options.lora_init == "pissa" else True
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=_targets(model, options.lora_target_modules, linear),
+        target_modules=target_modules(model, options.lora_target_modules, linear),
+        target_parameters=target_parameters(model, options.lora_target_parameters),
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         init_lora_weights=start,
@@ -86,6 +98,9 @@ def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | Non
     adapter_tokens.train_in_fp32(peft_model)
     adapter_tokens.check_both_ends(peft_model.get_base_model(), options)
     _check_trainable(peft_model)
+    if left_out and options.lora_target_modules.strip() == ALL_LINEAR:
+        kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in left_out}))
+        say(f"{len(left_out)} dense or shared layers ({kinds}) get no adapter: peft means the experts by these names")
     return peft_model
 
 
@@ -111,7 +126,7 @@ def attach_files(
         peft_model = _attach(model, config, has_no_memory=has_no_memory)
     except (ValueError, TypeError) as reason:  # TypeError: a setting of another type in adapter_config.json
         raise ModelError(f"{files.directory} does not fit this base: {str(reason).splitlines()[0]}") from reason
-    differences = _differences(_live_tensors(peft_model), files.tensors)
+    differences = differences_of(_live_tensors(peft_model), files.tensors)
     if differences:
         remove_adapter(peft_model)
         raise ModelError(_mismatch(files, differences, model))
@@ -121,7 +136,7 @@ def attach_files(
         _give_memory(peft_model, files.tensors)
     else:
         set_peft_model_state_dict(peft_model, files.tensors, ADAPTER)
-    _compare(_live_tensors(peft_model), files.tensors, files.weights)
+    compare(_live_tensors(peft_model), files.tensors, files.weights)
     if trainable:
         _check_trainable(peft_model)
     else:
@@ -158,7 +173,7 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
         key: sorted(written[key]) for key in ("target_modules", "modules_to_save") if isinstance(written.get(key), list)
     }
     (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
+    compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
     if read_config(directory).get("r") != config.r:
         raise ModelError(f"{directory / CONFIG} says another rank than was written; check the disk")
 
@@ -172,7 +187,7 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
     peft_model = unwrap(model)
     files = read_adapter(directory)
     expected, _ = _saved_form(peft_model)
-    differences = _differences(expected, files.tensors) or _other_tokens(peft_model, files)
+    differences = differences_of(expected, files.tensors) or _other_tokens(peft_model, files)
     if differences:
         raise ModelError(_mismatch(files, differences, peft_model))
     tensors = files.tensors
@@ -181,7 +196,7 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
         adapter_starts.rebase_pissa(peft_model, ADAPTER, _pissa_starts[peft_model], start)
         _pissa_starts[peft_model] = start
     set_peft_model_state_dict(peft_model, tensors, ADAPTER)
-    _compare(_live_tensors(peft_model), tensors, files.weights)
+    compare(_live_tensors(peft_model), tensors, files.weights)
 
 
 def describe_trainable(model: nn.Module) -> str:
@@ -189,7 +204,8 @@ def describe_trainable(model: nn.Module) -> str:
     peft_model = unwrap(model)
     n_all = sum(n_elements(parameter) for parameter in peft_model.parameters())
     n_trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
-    layers = [name.split(".lora_A.")[0] for name, _ in peft_model.named_parameters() if ".lora_A." in name]
+    names = [name for name, _ in peft_model.named_parameters() if ".lora_A." in name]
+    layers = [name.split(".lora_A.")[0].replace(".base_layer", "") for name in names]
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
     config: Any = peft_model.peft_config[ADAPTER]
     return (
@@ -204,14 +220,29 @@ def base_of_adapter(source: str | Path) -> str | None:
     return read_config(directory).get("base_model_name_or_path") or None if directory else None
 
 
-def linear_layers(model: Any) -> dict[str, Any]:
-    """Return the linear layers of a base by name, quantised ones and GPT-2's Conv1D among them, the head not."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {
-        name.removesuffix(".base_layer"): module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and ".lora_" not in name
-    }
+def adaptable_layers(model: Any) -> dict[str, Any]:
+    """Return the linear layers that plain peft gives an adapter by their name, and finds again in an adapter's files.
+
+    In most mixtures of experts they are fewer than `linear_layers`: peft takes gate_proj, up_proj and down_proj for the
+    experts', whatever layer they are asked for, so dense and shared layers of these names cannot be said.
+    https://huggingface.co/docs/peft/developer_guides/lora (mixture of experts, transformers 5)
+    """
+    linear = linear_layers(model)
+    taken = {name for name in {name.rsplit(".", 1)[-1] for name in linear} if _means_experts(model, name)}
+    kept = {name: layer for name, layer in linear.items() if name.rsplit(".", 1)[-1] not in taken}
+    # Renamed as transformers renames the base's own tensors when it loads them, some names become others'.
+    files = {f"{PREFIX}{name}.lora_A.weight": torch.empty(0) for name in kept}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), files)
+    return {name: layer for name, layer in kept.items() if f"{PREFIX}{name}.lora_A.weight" in found}
+
+
+def _means_experts(model: Any, name: str) -> bool:
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # one of two names that are fused into one tensor
+        return True
+    return name not in (config.target_modules or ())
 
 
 def unwrap(model: Any) -> PeftModel:
@@ -225,6 +256,10 @@ def unwrap(model: Any) -> PeftModel:
 
 def _attach(model: Any, config: LoraConfig, *, has_no_memory: bool = False) -> PeftModel:
     linear = linear_layers(model).values()
+    converted = copy.deepcopy(config)
+    convert_peft_config_for_transformers(converted, model, None)  # older adapters name experts as layers
+    if converted.target_parameters:
+        check_experts(model)
     if config.use_dora and any(layer.weight.device.type == "cpu" and weight_bits(layer) == 8 for layer in linear):
         raise ConfigError(
             "--use_dora",
@@ -238,27 +273,6 @@ def _attach(model: Any, config: LoraConfig, *, has_no_memory: bool = False) -> P
     if not any(weight_bits(layer) == 8 for layer in linear) and hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()  # peft switches it on; see `load.py`
     return peft_model
-
-
-def _targets(model: nn.Module, wanted: str, linear: dict[str, nn.Module]) -> list[str]:
-    """Check the names of --lora_target_modules against the model; one wrong name among right ones is an error too."""
-    if wanted.strip() == "all-linear":
-        if not linear:
-            raise ModelError(f"{type(model).__name__} has no linear layers outside its head: nothing would be trained")
-        # Short names make a config that people can read, and that does not silently fit half of a deeper base.
-        short = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        others = (name for name, _ in model.named_modules() if name not in linear)
-        return sorted(linear) if any(name.rsplit(".", 1)[-1] in short for name in others) else short
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    unknown = [name for name in names if not any(full == name or full.endswith(f".{name}") for full in linear)]
-    if unknown or not names:
-        listed = ", ".join(f"{name}{nearest(name, known)}" for name in unknown) or "nothing"
-        raise ModelError(
-            f"--lora_target_modules names no linear layer of {type(model).__name__}: {listed}; it has "
-            f"{', '.join(known)}. Nothing would be trained there"
-        )
-    return names
 
 
 @contextmanager
@@ -345,17 +359,6 @@ def _config_of(files: AdapterFiles, trainable: bool, assumed_alpha: int | None) 
         raise ModelError(f"{files.config_directory / CONFIG} cannot be used: {str(reason).splitlines()[0]}") from reason
 
 
-def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    lines = [f"{name}: missing in the files" for name in sorted(expected.keys() - found.keys())]
-    lines += [f"{name}: this base has no such layer" for name in sorted(found.keys() - expected.keys())]
-    lines += [
-        f"{name}: {tuple(found[name].shape)} in the files, {tuple(expected[name].shape)} needed here"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name].shape != expected[name].shape
-    ]
-    return lines
-
-
 def _other_tokens(peft_model: PeftModel, files: AdapterFiles) -> list[str]:
     """Rows of as many tokens fit in shape, whichever tokens they are."""
     live: Any = peft_model.peft_config[ADAPTER]
@@ -374,18 +377,3 @@ def _mismatch(files: AdapterFiles, differences: list[str], model: Any) -> str:
         + rest
         + adapter_tokens.vocabulary_hint(files.tensors, model)
     )
-
-
-def _compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
-    """Raise ModelError unless both hold the same names, shapes and values (fp16 files as the fp32 they become)."""
-    differences = _differences(expected, found)
-    if not differences:
-        differences = [
-            f"{name}: other values"
-            for name, tensor in expected.items()
-            if not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype))
-        ]
-    if differences:
-        raise ModelError(
-            f"{where} does not hold what it should after a check: {'; '.join(differences[:3])}; check the disk"
-        )

@@ -18,20 +18,23 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from onecard.console import ModelError, nearest
 from onecard.model.files import HUB_ID, read_json
+from onecard.model.model_config import CONFIG, HEAD_READ_DIRECTLY, OTHER_NAMES, attempt, read_model_config
+from onecard.model.model_layers import (
+    UNQUANTISED_SHARE,
+    expert_tensors,
+    linear_layers,
+    quantised_layers,
+    text_part,
+)
+from onecard.model.quantization import quiet_bitsandbytes
+from onecard.model.tiling import plain_mlps
 
-CONFIG = "config.json"
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
-# Names under which families without an attribute_map entry for it write the same number.
-OTHER_NAMES = {
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
-    "hidden_size": ("n_embd", "n_embed", "d_model"),
-    "vocab_size": (),
-}
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Linear:
     n_out: int
     bias: bool
     count: int
+    adapted: bool = True
+    """Whether it can have an adapter, by the rule of `adapters.adaptable_layers`."""
 
     @property
     def n_weights(self) -> int:
@@ -54,11 +59,15 @@ class Linear:
 class Architecture:
     """Sizes of a causal language model and its weights by kind; every weight is in exactly one kind.
 
-    linears: what quantisation and LoRA touch, by the rule of `adapters.linear_layers`; the head is not among them.
+    linears: what is quantised, by the rule of `model_layers.quantised_layers`; the head is not among them.
+    experts: those of a layer that lie in one tensor, one entry for each of them; quantised in 4 bits only.
     n_embedding: input embeddings, learned positions among them. n_head: the output head, 0 where tied to the input.
-    n_other: norms and all else that is never quantised, such as the three-dimensional expert tensors of
-    mixture-of-experts models. max_positions: 0 where the positions have no limit. n_heads: 0 without attention.
-    stored_bits: bits per weight of a checkpoint that lies quantised already. notes: what a person should be told.
+    n_other: norms and all else that is never quantised. max_positions: 0 where the positions have no limit.
+    n_heads: 0 without attention. stored_bits: bits per weight of a checkpoint that lies quantised already.
+    notes: what a person should be told.
+
+    checkpoints, tiles, small_head: whether its layers can be computed again, its MLPs run in tiles, its head lie in few
+    bits.
     """
 
     name: str
@@ -72,9 +81,13 @@ class Architecture:
     vocab_size: int
     max_positions: int
     linears: tuple[Linear, ...]
+    experts: tuple[Linear, ...]
     n_embedding: int
     n_head: int
     n_other: int
+    checkpoints: bool = True
+    tiles: bool = True
+    small_head: bool = True
     stored_bits: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -89,9 +102,14 @@ class Architecture:
         return sum(linear.n_weights for linear in self.linears)
 
     @property
+    def n_experts(self) -> int:
+        """Weights of all experts."""
+        return sum(expert.n_weights for expert in self.experts)
+
+    @property
     def n_weights(self) -> int:
         """All weights, tied ones counted once."""
-        return self.n_linear + self.n_embedding + self.n_head + self.n_other
+        return self.n_linear + self.n_experts + self.n_embedding + self.n_head + self.n_other
 
 
 @dataclass(frozen=True)
@@ -219,11 +237,15 @@ def _from_file(path: Path, name: str, trust_remote_code: bool) -> Architecture:
 
 def _from_dict(raw: dict[str, Any], name: str, code_source: str | None) -> Architecture:
     """`code_source`: where the model's own Python code is, if it may run; None: families of transformers only."""
-    config, notes = _text_config(_config(raw, name, code_source), name, code_source is not None)
+    whole = read_model_config(raw, name, code_source)
+    config, notes = _text_config(whole, name)
     _check_numbers(config, name)
-    model = _on_meta(config, name, code_source is not None)
-    linears, n_linear = _linears(model)
-    tables = _unique(module for module in model.modules() if isinstance(module, nn.Embedding))
+    model = _on_meta(whole if type(whole) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else config, name, code_source)
+    linears, experts = _linears(model), _experts(model)
+    inside = text_part(model)
+    tables = _unique(
+        module for path, module in model.named_modules() if isinstance(module, nn.Embedding) and path.startswith(inside)
+    )
     head = _head(model)
     head_weights = [weight for weight in _unique([head] if head is not None else []) if _absent(weight, tables)]
     n_all = sum(weight.numel() for weight in _unique([model]))
@@ -231,78 +253,46 @@ def _from_dict(raw: dict[str, Any], name: str, code_source: str | None) -> Archi
     if head is None and not _is_tied(raw, config):
         n_head = config.vocab_size * config.hidden_size  # a text part that transformers builds without its head
         n_all += n_head
-    n_experts = sum(weight.numel() for weight in _unique([model]) if weight.dim() == 3)
-    if n_experts:
-        notes += (f"{n_experts:,} weights lie in expert tensors, which are not quantised and get no adapter",)
+    n_small = sum(kind.n_weights for kind in (*linears, *experts))
+    n_other = n_all - n_small - n_embedding - n_head
+    if experts:
+        count = sum(kind.n_weights for kind in experts)
+        notes += (f"{count:,} weights lie in experts: quantised with --bits 4 only, trained with "
+                  "--lora_target_parameters",)  # fmt: skip
+    if n_other > UNQUANTISED_SHARE * (n_small + n_other):
+        notes += (f"{n_other:,} weights are never quantised, whatever --bits says",)
     n_heads = _number(config, "num_attention_heads")
     return Architecture(
         name=name,
         model_type=str(config.model_type),
         n_layers=_number(config, "num_hidden_layers"),
         hidden_size=_number(config, "hidden_size"),
-        intermediate_size=_number(config, "intermediate_size") or max(linear.n_out for linear in linears),
+        intermediate_size=_number(config, "intermediate_size") or max((linear.n_out for linear in linears), default=0),
         n_heads=n_heads,
         n_kv_heads=_number(config, "num_key_value_heads") or n_heads,
         head_dim=_number(config, "head_dim") or (_number(config, "hidden_size") // n_heads if n_heads else 0),
         vocab_size=_number(config, "vocab_size"),
         max_positions=_number(config, "max_position_embeddings"),
         linears=linears,
+        experts=experts,
         n_embedding=n_embedding,
         n_head=n_head,
-        n_other=n_all - n_linear - n_embedding - n_head,
+        n_other=n_other,
+        checkpoints=bool(getattr(model, "supports_gradient_checkpointing", True)),
+        tiles=bool(plain_mlps(model)),
+        small_head=config.model_type not in HEAD_READ_DIRECTLY,
         stored_bits=_stored_bits(raw),
         notes=notes,
     )
 
 
-def _config(raw: dict[str, Any], name: str, code_source: str | None) -> PretrainedConfig:
-    family = str(raw.get("model_type") or "")
-    if code_source is not None:
-        trusted = True  # by the person: there is no code_source otherwise
-        return _attempt(name, lambda: AutoConfig.from_pretrained(code_source, trust_remote_code=trusted))
-    if family in transformers.CONFIG_MAPPING:
-        _check_present(raw, name, transformers.CONFIG_MAPPING[family])
-        # How a checkpoint is stored, and code that comes beside a known family, change no shape.
-        plain = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
-        return _attempt(name, lambda: transformers.CONFIG_MAPPING[family].from_dict(plain))
-    if "auto_map" in raw:
-        raise ModelError(
-            f"{name} brings its own Python code (model type {family!r}); read that code, and if you trust it, add "
-            "--trust_remote_code true"
-        )
-    if not family:
-        raise ModelError(f"the {CONFIG} of {name} names no model_type; it is not a config of transformers")
-    raise ModelError(
-        f"the {CONFIG} of {name} names the model type {family!r}, which transformers {transformers.__version__} does "
-        f"not know{nearest(family, list(transformers.CONFIG_MAPPING))}"
-    )
-
-
-def _check_present(raw: dict[str, Any], name: str, config_class: type[PretrainedConfig]) -> None:
-    """Refuse a config that lacks a size: its class would silently put in those of another model.
-
-    A nested text part may be sparse: Gemma 3's own configs write only what differs from the class.
-    """
-    if isinstance(raw.get("text_config"), dict):
-        return
-    spelled = getattr(config_class, "attribute_map", {})
-    missing = [size for size, others in OTHER_NAMES.items() if not {size, spelled.get(size), *others} & raw.keys()]
-    if missing:
-        raise ModelError(f"the {CONFIG} of {name} does not say {', '.join(missing)}; copy or download it again")
-
-
-def _text_config(config: PretrainedConfig, name: str, own_code: bool) -> tuple[PretrainedConfig, tuple[str, ...]]:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}); only decoders are trained here")
+def _text_config(config: PretrainedConfig, name: str) -> tuple[PretrainedConfig, tuple[str, ...]]:
     text: Any = config.get_text_config()
-    if text is not config:
-        return text, (f"{name} is a {config.model_type}: only its text part ({text.model_type}) is counted",)
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
-        raise ModelError(
-            f"{name} is a {config.model_type} model, which is no causal language model: it cannot be trained to "
-            "continue text"
-        )
-    return config, ()
+    if text is config:
+        return config, ()
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return text, (f"{name} is a {config.model_type}: only its text part is trained",)
+    return text, (f"{name} is a {config.model_type}: only its text part ({text.model_type}) is counted",)
 
 
 def _check_numbers(config: PretrainedConfig, name: str) -> None:
@@ -312,42 +302,46 @@ def _check_numbers(config: PretrainedConfig, name: str) -> None:
             raise ModelError(f"the {CONFIG} of {name} says {size} {number!r}; a model needs a whole number above 0")
 
 
-def _on_meta(config: PretrainedConfig, name: str, trust_remote_code: bool) -> nn.Module:
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code
-    own_code: dict[str, Any] = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+def _on_meta(config: PretrainedConfig, name: str, code_source: str | None) -> nn.Module:
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or code_source is not None
+    own_code: dict[str, Any] = {"trust_remote_code": True} if code_source is not None else {}
     builder: Any = AutoModelForCausalLM if causal else AutoModel
 
     def build() -> nn.Module:
         with torch.device("meta"):
             return builder.from_config(config, **own_code)
 
-    return _attempt(name, build)
+    return attempt(name, build)
 
 
-def _attempt(name: str, build: Any) -> Any:
-    try:
-        return build()
-    except Exception as reason:  # each config class has its own way to refuse numbers that contradict each other
-        raise ModelError(
-            f"the {CONFIG} of {name} describes no model that can be built: {_first_line(reason)}"
-        ) from reason
+def _linears(model: nn.Module) -> tuple[Linear, ...]:
+    """The linear layers that are quantised, by kind, in the model's order."""
+    adapted: Any = linear_layers(model)
+    if get_checkpoint_conversion_mapping(model.config.model_type):  # type: ignore[union-attr]
+        with quiet_bitsandbytes():
+            from onecard.model.adapters import adaptable_layers  # only here: peft takes seconds
 
-
-def _linears(model: nn.Module) -> tuple[tuple[Linear, ...], int]:
-    """The linear layers outside the head by kind, in the model's order, and the number of their weights."""
-    head = _head(model)
-    kinds: Counter[tuple[str, int, int, bool]] = Counter()
+        adapted = adaptable_layers(model)
+    kinds: Counter[tuple[str, int, int, bool, bool]] = Counter()
     seen: set[int] = set()
-    for full_name, module in model.named_modules():
+    for full_name, layer in quantised_layers(model).items():
         # Zamba's layers share their weights: what is held once is counted once.
-        if not isinstance(module, (nn.Linear, Conv1D)) or module is head or id(module.weight) in seen:
+        if id(layer.weight) in seen:
             continue
-        seen.add(id(module.weight))
+        seen.add(id(layer.weight))
         # Conv1D keeps its weight the other way round, (in, out).
-        n_out, n_in = module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)
-        kinds[full_name.rsplit(".", 1)[-1], n_in, n_out, module.bias is not None] += 1
-    linears = tuple(Linear(*kind, count) for kind, count in kinds.items())
-    return linears, sum(linear.n_weights for linear in linears)
+        n_out, n_in = layer.weight.shape if isinstance(layer, nn.Linear) else reversed(layer.weight.shape)
+        kinds[full_name.rsplit(".", 1)[-1], n_in, n_out, layer.bias is not None, full_name in adapted] += 1
+    return tuple(Linear(name, n_in, n_out, bias, count, is_adapted)
+                 for (name, n_in, n_out, bias, is_adapted), count in kinds.items())  # fmt: skip
+
+
+def _experts(model: nn.Module) -> tuple[Linear, ...]:
+    kinds: Counter[tuple[str, int, int]] = Counter()
+    for name, weight in expert_tensors(model).items():
+        *n_experts, n_out, n_in = weight.shape
+        kinds[".".join(name.rsplit(".", 2)[1:]), n_in, n_out] += n_experts[0] if n_experts else 1
+    return tuple(Linear(name, n_in, n_out, False, count) for (name, n_in, n_out), count in kinds.items())
 
 
 def _head(model: nn.Module) -> nn.Module | None:

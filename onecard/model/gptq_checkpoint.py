@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from onecard.config import ModelOptions
 from onecard.console import ModelError
 from onecard.model.files import read_json, weight_files
 
@@ -58,16 +56,11 @@ def check_gptq_installed(directory: Path | str, why: str = "holds GPTQ weights")
         )
 
 
-def quantized_model_config(
-    options: ModelOptions, directory: Path, stored: dict[str, Any], changes: dict[str, Any]
-) -> Any:
-    """The transformers config to load weights with that lie quantised as `stored` says.
+def quantized_model_config(config: Any, directory: Path, stored: dict[str, Any]) -> Any:
+    """Let the transformers config say that the weights lie quantised as `stored` says; returns it.
 
-    `changes` are settings of the model's own config. Raises ModelError for GPTQ bits that no kernel here knows.
+    Raises ModelError for GPTQ bits that no kernel here knows.
     """
-    config = AutoConfig.from_pretrained(
-        options.model_path, trust_remote_code=options.trust_remote_code, local_files_only=True, **changes
-    )
     if not is_gptq(stored):
         config.update({"quantization_config": stored})
         return config

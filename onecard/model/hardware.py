@@ -22,7 +22,10 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Families whose activations leave the range of fp16 (65504), by the start of `model_type`. Gemma was trained in bf16
 # and adds up to five digits in its residual stream; T5 overflows in its feed-forward layers.
 # https://huggingface.co/docs/transformers/model_doc/gemma3  https://github.com/huggingface/transformers/issues/9295
-FP16_FRAGILE_FAMILIES = ("gemma", "recurrent_gemma", "t5", "mt5", "umt5")
+# RWKV halves its states every few layers against that, but with weights that change between training and answering.
+FP16_FRAGILE_FAMILIES = ("gemma", "recurrent_gemma", "rwkv", "t5", "mt5", "umt5")
+# Their layers mix fp32 states into 16-bit arithmetic, which PyTorch refuses.
+FP32_FAMILIES = ("xlstm",)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,13 @@ def choose_dtype(requested: str, bits: int, hardware: Hardware, model_type: str)
         raise ConfigError("--bits", f"32 contradicts --dtype {requested}; use --bits 16 or --dtype fp32")
     if bits == 32:
         return torch.float32, "fp32, because --bits 32 was asked for"
+    if model_type in FP32_FAMILIES:
+        if bits == 16 or requested in ("fp16", "bf16"):
+            flag, value = ("--bits", "16") if bits == 16 else ("--dtype", requested)
+            raise ConfigError(
+                flag, f"{value} does not work with {model_type}, which computes in fp32 only; use --bits 32"
+            )
+        return torch.float32, f"fp32, because {model_type} computes in nothing else"
     if requested != "auto":
         _refuse_dtype(requested, bits, hardware, model_type)
         return DTYPES[requested], f"{requested}, because --dtype {requested} was asked for"

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onecard.console import ConfigError, ModelError
+from onecard.model.model_config import HEAD_READ_DIRECTLY
 from onecard.model.quantization import quantize_linear, quantized_linear_types, stored_bytes, weight_bits
 
 
@@ -23,8 +24,8 @@ def quantize_head(model: PreTrainedModel, bits: Literal[4, 8], compute_dtype: to
     embeddings stay as they are, so the number is negative: it pays where the embeddings then move into RAM. The model
     is told that the two are no longer tied, because transformers would otherwise tie them again.
 
-    Raises ConfigError for a head that is trained, has these or other low bits already in part, or is spread over
-    devices; ModelError for a model without a linear head.
+    Raises ConfigError for a head that is trained, has these or other low bits already in part, is spread over devices,
+    or whose weights the model reads itself; ModelError for a model without a linear head.
     """
     head: Any = model.get_output_embeddings()
     if head is None:
@@ -33,6 +34,8 @@ def quantize_head(model: PreTrainedModel, bits: Literal[4, 8], compute_dtype: to
         raise ConfigError(
             "--head_bits", f"{bits} does not go with a head that is trained: quantised weights cannot learn; use 16"
         )
+    if model.config.model_type in HEAD_READ_DIRECTLY:
+        raise ConfigError("--head_bits", f"{bits} does not work with {model.config.model_type} models; use 16")
     if isinstance(head, quantized_linear_types()):
         if weight_bits(head) == bits:
             return 0

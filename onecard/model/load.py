@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import InvalidVersion, Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from onecard.config import ModelOptions, memory_map
-from onecard.console import ConfigError, ModelError, nearest, say, warn
+from onecard.console import ConfigError, ModelError, say, warn
 from onecard.model.files import base_fingerprint, check_weights, locate, read_json
 from onecard.model.gptq_checkpoint import (
     check_gptq_installed,
@@ -28,7 +27,9 @@ from onecard.model.gptq_checkpoint import (
     stored_quantization,
 )
 from onecard.model.hardware import Hardware, choose_dtype
-from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config
+from onecard.model.model_config import ignored_keys, read_model_config, without_chance
+from onecard.model.model_layers import UNQUANTISED_SHARE
+from onecard.model.quantization import keep_one_arithmetic_on_cpu, loading_config, quantization_config, unquantised
 
 __all__ = ["LoadedBase", "base_fingerprint", "checkpoint_layers", "load_base", "load_tokenizer"]
 
@@ -95,18 +96,26 @@ def load_base(
     if files[0].suffix == ".bin":
         say(f"{directory} holds pickled weights; they are read as plain tensors, and code in them is refused")
     bits = 4 if in_gptq else options.bits
-    reason = "as was asked for"
+    reason, is_saved = "as was asked for", dtype is not None
     if dtype is None:
         dtype, reason = choose_dtype(options.dtype, bits, hardware, str(config.get("model_type", "")))
     if in_gptq:
         with quiet_gptqmodel():
             model = _load(options, directory, dtype, hardware.device, stored=stored)
     else:
-        quantization = _quantization(options, directory, stored, dtype)
+        quantization = None
+        if stored:
+            _check_stored_bits(options, directory, stored)
+        elif is_saved:
+            quantization = quantization_config(bits, dtype)  # what transformers alone can load again
+        else:
+            quantization = loading_config(bits, dtype)
         kept = _bitsandbytes_in(stored, dtype) if quantization is None else {}
         model = _load(options, directory, dtype, hardware.device, quantization=quantization, stored=kept)
     model.requires_grad_(False)
     model.eval()
+    if bits < 16 and not in_gptq:
+        _tell_unquantised(model, bits, dtype)
     if bits < 16 and not in_gptq and not hardware.is_gpu:
         keep_one_arithmetic_on_cpu(model)
     if options.gradient_checkpointing:
@@ -123,51 +132,23 @@ def _checked_config(directory: Path, options: ModelOptions) -> dict[str, Any]:
             else "no model in Hugging Face form (config.json is missing)"
         )
         raise ModelError(f"{directory} holds {what}")
-    config = read_json(directory / "config.json")
-    family = str(config.get("model_type"))
-    if "auto_map" in config and options.trust_remote_code:
-        return config
-    if family in transformers.CONFIG_MAPPING:
-        _check_causal(directory, family)
-        return config
-    if "auto_map" in config:
+    raw = read_json(directory / "config.json")
+    if "auto_map" in raw and options.trust_remote_code:
+        return raw
+    config = read_model_config(raw, str(directory))
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
-            f"{directory} brings its own Python code (model type {family!r}); read that code, and if you "
-            "trust it, add --trust_remote_code true"
+            f"{directory} is a {config.model_type} model, which is no causal language model: it cannot be trained to "
+            "continue text"
         )
-    written = str(config.get("transformers_version", ""))
-    if _is_newer(written):
-        raise ModelError(
-            f"{directory} is too new: model type {family!r} was written by transformers {written}, and "
-            f"{transformers.__version__} does not know it; install a newer transformers"
+    ignored = ignored_keys(raw, config)
+    if ignored:
+        warn(
+            f"{directory} was written by transformers {raw['transformers_version']}, and {transformers.__version__} "
+            f"does not know {', '.join(ignored)} in its config.json: the model may compute something else here. "
+            "Install that version or a newer one"
         )
-    known = nearest(family, list(transformers.CONFIG_MAPPING))
-    raise ModelError(
-        f"{directory / 'config.json'} names the model type {family!r}, which transformers "
-        f"{transformers.__version__} does not know{known}"
-    )
-
-
-def _check_causal(directory: Path, family: str) -> None:
-    if transformers.CONFIG_MAPPING[family] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"{directory} is a {family} model, which is no causal language model: it cannot be trained to continue text"
-        )
-
-
-def _is_newer(written: str) -> bool:
-    try:
-        return Version(written) > Version(transformers.__version__)
-    except InvalidVersion:
-        return False
-
-
-def _quantization(options: ModelOptions, directory: Path, stored: dict[str, Any], dtype: torch.dtype) -> Any:
-    """What to quantise with; None for a checkpoint that lies in these bits already."""
-    if not stored:
-        return quantization_config(options.bits, dtype)
-    _check_stored_bits(options, directory, stored)
-    return None
+    return raw
 
 
 def check_stored_bits(options: ModelOptions) -> None:
@@ -222,10 +203,12 @@ def _load(
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a bar that redraws itself fills a log file
     try:
+        config = AutoConfig.from_pretrained(
+            options.model_path, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+        arguments["config"] = without_chance(config)
         if stored:
-            arguments["config"] = quantized_model_config(options, directory, stored, _no_dropout(options))
-        else:
-            arguments |= _no_dropout(options)
+            quantized_model_config(config, directory, stored)
         # By the name that was given, not by the directory it lies in: adapters remember a Hub id, not a cache path.
         loaded: Any = AutoModelForCausalLM.from_pretrained(options.model_path, **arguments)
     except pickle.UnpicklingError as reason:
@@ -254,16 +237,27 @@ def _placement(options: ModelOptions, device: torch.device) -> dict[str, Any]:
     return {"device_map": "auto", "max_memory": shares}
 
 
-def _no_dropout(options: ModelOptions) -> dict[str, float]:
-    """The dropout settings of this base that are above 0 (GPT-2: `resid_pdrop`, ...), each as 0."""
-    config = AutoConfig.from_pretrained(
-        options.model_path, trust_remote_code=options.trust_remote_code, local_files_only=True
+def _tell_unquantised(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> None:
+    """Say how much of the model does not lie in `bits`, where that is more than a little.
+
+    Raises ConfigError for a model of which nothing does.
+    """
+    small, large = unquantised(model)
+    n_large = sum(large.values())
+    if not small:
+        raise ConfigError(
+            "--bits",
+            f"{bits} changes nothing in {type(model).__name__}: no layer of it was quantised; use 16",
+        )
+    if n_large < UNQUANTISED_SHARE * (small + n_large):
+        return
+    width = 8 * dtype.itemsize
+    kinds = ", ".join(f"{count:,} in {kind}" for kind, count in [*large.items()][:3])
+    tell = warn if n_large > small else say
+    tell(
+        f"only {100 * small / (small + n_large):.0f} % of the weights outside embeddings and head lie in {bits} bits; "
+        f"{n_large:,} stay in {width} bits ({kinds}): they take {n_large * dtype.itemsize / 2**30:.2f} GiB"
     )
-    return {
-        name: 0.0
-        for name, value in config.to_dict().items()
-        if "drop" in name and isinstance(value, float) and value > 0
-    }
 
 
 def _explained(reason: Exception, options: ModelOptions, directory: Path) -> ModelError | ConfigError:

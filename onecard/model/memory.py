@@ -10,8 +10,9 @@ It knows an `Architecture` and a `Setup`; it does not know cards, options or whi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from onecard.model.adapter_targets import EXPERTS
 from onecard.model.architecture import Architecture, Linear
 from onecard.model.families import ALWAYS_EAGER, CHANGED_EMBEDDINGS, COUNTED, LLAMA, STYLES
 from onecard.model.layer_memory import FP32, LinearShape, Shape, layer_peak, loss_peak, stack_peak
@@ -47,6 +48,8 @@ class Setup:
     rank: int = 8
     targets: str = "all-linear"
     """As --lora_target_modules."""
+    expert_targets: str = ""
+    """As --lora_target_parameters."""
     use_dora: bool = False
     train_embeddings: bool = False
     """Copies of embeddings and head are trained in full, in fp32, beside the frozen ones."""
@@ -118,11 +121,22 @@ CONTEXT, SLACK = "CUDA context (assumed)", "allocator slack (assumed)"
 
 def account(model: Architecture, setup: Setup) -> Account:
     """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment."""
+    setup = _possible(model, setup)
     parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup)]
     if setup.on_gpu:
         moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
         parts += [Part(CONTEXT, CUDA_CONTEXT_BYTES), Part(SLACK, int(moving * SLACK_SHARE))]
     return Account(tuple(part for part in parts if part.n_bytes))
+
+
+def _possible(model: Architecture, setup: Setup) -> Setup:
+    """The setup without what this model's layers cannot do, whatever was asked for."""
+    return replace(
+        setup,
+        gradient_checkpointing=setup.gradient_checkpointing and model.checkpoints,
+        mlp_tile=setup.mlp_tile if model.tiles else 0,
+        head_bits=setup.head_bits if model.small_head else 16,
+    )
 
 
 def is_counted(model: Architecture) -> bool:
@@ -141,15 +155,22 @@ def linear_bytes(n_in: int, n_out: int, bits: int, element_bytes: int) -> int:
     return n_weights * element_bytes
 
 
+def expert_bits(setup: Setup) -> int:
+    """Bits of experts that lie in one tensor: LLM.int8 has no form for these."""
+    return 4 if setup.bits == 4 else 8 * setup.element_bytes
+
+
 def adapter_shapes(model: Architecture, setup: Setup) -> list[tuple[Linear, tuple[int, ...]]]:
     """The linear layers that get an adapter, and how many weights each tensor of one such adapter has."""
     wanted = [name.strip().rsplit(".", 1)[-1] for name in setup.targets.split(",")]
     everywhere = setup.targets.strip() == "all-linear"
+    experts = [name.strip() for name in setup.expert_targets.split(",") if name.strip()]
+    chosen = [linear for linear in model.linears if linear.adapted and (everywhere or linear.name in wanted)]
+    chosen += [each for each in model.experts if any(name == EXPERTS or each.name.endswith(name) for name in experts)]
     found = []
-    for linear in model.linears:
-        if everywhere or linear.name in wanted:
-            magnitude = (linear.n_out,) if setup.use_dora else ()
-            found.append((linear, (setup.rank * linear.n_in, setup.rank * linear.n_out, *magnitude)))
+    for linear in chosen:
+        magnitude = (linear.n_out,) if setup.use_dora else ()
+        found.append((linear, (setup.rank * linear.n_in, setup.rank * linear.n_out, *magnitude)))
     return found
 
 
@@ -177,13 +198,18 @@ def optimizer_bytes(model: Architecture, setup: Setup) -> int:
 
 
 def _weights(model: Architecture, setup: Setup) -> list[Part]:
-    attention, mlp = (
+    mlp_kinds = split_linears(model)[1]
+    attention, mlp, experts = (
         sum(
-            linear.count * (linear_bytes(linear.n_in, linear.n_out, setup.bits, setup.element_bytes)
+            linear.count * (linear_bytes(linear.n_in, linear.n_out, kept_bits, setup.element_bytes)
                             + linear.bias * linear.n_out * setup.element_bytes)
             for linear in linears
         )
-        for linears in split_linears(model)
+        for linears, kept_bits in (
+            ([linear for linear in model.linears if linear not in mlp_kinds], setup.bits),
+            (mlp_kinds, setup.bits),
+            (model.experts, expert_bits(setup)),
+        )
     )  # fmt: skip
     head = model.hidden_size * model.vocab_size if setup.head_bits < 16 or not model.tied else 0
     head_bits = setup.head_bits if setup.head_bits < 16 else 16
@@ -194,6 +220,7 @@ def _weights(model: Architecture, setup: Setup) -> list[Part]:
     return [
         Part(f"base: attention, {bits}", attention),
         Part(f"base: MLP, {bits}", mlp),
+        Part(f"base: experts, {expert_bits(setup)} bits", experts),
         Part(_embedding_name(model, setup), embeddings, "RAM" if in_ram else "card"),
         Part(f"output head{f', {head_bits} bits' if head_bits < 16 else ''}", head and linear_bytes(
             model.hidden_size, model.vocab_size, head_bits, setup.element_bytes)),
@@ -237,10 +264,11 @@ def _activations(model: Architecture, setup: Setup) -> list[Part]:
         positions += RNG_BYTES * (model.n_layers + n_tiles)
     # Ids, labels and mask; shifted labels, which of them are learned, and their places.
     batch = Part("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
+    experts = _read_experts(model, setup)
     if not setup.gradient_checkpointing:
         kept, worst = stack_peak(shape, model.n_layers, learns_input=setup.trains_vocabulary)
         moment = Part("all layers at their worst moment", max(worst + waiting, kept + loss), transient=True)
-        return [batch, moment]
+        return [batch, moment, *experts]
     # Reentrant checkpoints (8 bits) need the embeddings' output as a leaf, and autograd holds on to leaves.
     leaf = hidden if setup.bits == 8 and not setup.trains_vocabulary else 0
     inputs = model.n_layers * hidden + (leaf if model.model_type in CHANGED_EMBEDDINGS else 0)
@@ -257,11 +285,21 @@ def _activations(model: Architecture, setup: Setup) -> list[Part]:
     layer_is_worst = at_layer + layer >= at_loss + loss
     return [
         batch,
+        *experts,
         Part("inputs of all layers", at_layer if layer_is_worst else at_loss, transient=True),
         Part("inputs of all layers", in_ram, "RAM"),
         Part("one layer, computed again" if layer_is_worst else "the loss and its gradient",
              layer if layer_is_worst else loss, transient=True),
     ]  # fmt: skip
+
+
+def _read_experts(model: Architecture, setup: Setup) -> list[Part]:
+    """Experts in 4 bits are dequantised a layer at a time; without checkpoints every layer's wait for the backward."""
+    if not model.experts or setup.bits > 4:
+        return []
+    of_layers = 1 if setup.gradient_checkpointing else model.n_layers
+    name = "experts of one layer, dequantised" if setup.gradient_checkpointing else "experts, dequantised"
+    return [Part(name, model.n_experts * of_layers // model.n_layers * setup.element_bytes, transient=True)]
 
 
 def _trained_head(model: Architecture, setup: Setup) -> tuple[int, int]:
@@ -279,20 +317,32 @@ def _trained_head(model: Architecture, setup: Setup) -> tuple[int, int]:
 def shape_of(model: Architecture, setup: Setup) -> Shape:
     """One decoder layer of the model under this setup, as `layer_memory.py` plays it."""
     adapted = {linear for linear, _ in adapter_shapes(model, setup)}
-    (*attention_in, attention_out), (*mlp_in, mlp_out) = (
+    attention, mlp = (
         [LinearShape(linear.n_in, linear.n_out, setup.rank if linear in adapted else 0) for linear in linears]
         for linears in split_linears(model)
     )
+    if model.experts or len(attention) < 2 or len(mlp) < 2:
+        attention, mlp = _like_llama(model, setup.rank)
+    (*attention_in, attention_out), (*mlp_in, mlp_out) = attention, mlp
     return Shape(
-        rows=setup.rows, length=setup.length, hidden_size=model.hidden_size, n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads, head_dim=model.head_dim, attention_in=tuple(attention_in),
-        attention_out=attention_out, mlp_in=tuple(mlp_in), mlp_out=mlp_out, element_bytes=setup.element_bytes,
-        bits=setup.bits, style=STYLES.get(model.model_type, LLAMA),
+        rows=setup.rows, length=setup.length, hidden_size=model.hidden_size, n_heads=model.n_heads or 1,
+        n_kv_heads=model.n_kv_heads or 1, head_dim=model.head_dim or model.hidden_size,
+        attention_in=tuple(attention_in), attention_out=attention_out, mlp_in=tuple(mlp_in), mlp_out=mlp_out,
+        element_bytes=setup.element_bytes, bits=setup.bits, style=STYLES.get(model.model_type, LLAMA),
         gated=sum(s.n_out for s in mlp_in) > mlp_out.n_in, repeats_kv=setup.repeats_kv,
         checkpointed=setup.gradient_checkpointing, drops=setup.lora_dropout > 0,
         eager=setup.eager_attention or model.model_type in ALWAYS_EAGER,
-        tile_tokens=setup.mlp_tile if model.model_type != "bloom" else 0, on_gpu=setup.on_gpu,
+        tile_tokens=setup.mlp_tile, on_gpu=setup.on_gpu,
     )  # fmt: skip
+
+
+def _like_llama(model: Architecture, rank: int) -> tuple[list[LinearShape], list[LinearShape]]:
+    """Attention and MLP of a Llama with these sizes: an estimate for layers that are built in other ways."""
+    hidden, wide = model.hidden_size, model.intermediate_size or 4 * model.hidden_size
+    of_heads = model.n_heads * model.head_dim or hidden
+    shapes = [(hidden, of_heads), (hidden, of_heads), (hidden, of_heads), (of_heads, hidden)]
+    mlp = [(hidden, wide), (hidden, wide), (wide, hidden)]
+    return [LinearShape(*sizes, rank) for sizes in shapes], [LinearShape(*sizes, rank) for sizes in mlp]
 
 
 ATTENTION_IN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
@@ -302,10 +352,10 @@ ATTENTION_OUT = ("o_proj", "dense", "out_proj")
 def split_linears(model: Architecture) -> tuple[list[Linear], list[Linear]]:
     """The linear layers of attention and of the MLP, each in the order of the forward pass, the way out last."""
     known = ATTENTION_IN + ATTENTION_OUT
-    outs = [linear for linear in model.linears if linear.n_in == model.intermediate_size and linear.name not in known]
-    out = (outs or model.linears)[-1]
+    adapted = [linear for linear in model.linears if linear.adapted]  # not those of vision and sound
+    outs = [linear for linear in adapted if linear.n_in == model.intermediate_size and linear.name not in known][-1:]
     wide = (model.intermediate_size, 2 * model.intermediate_size)
-    ins = [linear for linear in model.linears if linear.n_out in wide and linear.name not in known and linear != out]
-    attention = [linear for linear in model.linears if linear not in [*ins, out]]
+    ins = [linear for linear in adapted if linear.n_out in wide and linear.name not in known and linear not in outs]
+    attention = [linear for linear in adapted if linear not in [*ins, *outs]]
     # Phi-3 names its way out before its way in.
-    return sorted(attention, key=lambda linear: linear.name in ATTENTION_OUT), [*ins, out]
+    return sorted(attention, key=lambda linear: linear.name in ATTENTION_OUT), [*ins, *outs]

@@ -86,7 +86,7 @@ def make_plan(
     0: --cutoff_len. The plan is returned whether it fits or not. Raises ConfigError for an adapter on layers that the
     model does not have, and for --train_new_tokens of a base without a list of them.
     """
-    _check_targets(model, config.lora.lora_target_modules)
+    _check_targets(model, config)
     longest = min(longest_row or config.data.cutoff_len, config.data.cutoff_len)
     setup = _first_setup(model, config, card, element_bytes, longest)
     choices = _typed(config)
@@ -132,7 +132,12 @@ def longest_context(model: Architecture, config: FinetuneConfig, card: Card, *, 
     return low
 
 
-def _check_targets(model: Architecture, targets: str) -> None:
+def _check_targets(model: Architecture, config: FinetuneConfig) -> None:
+    targets = config.lora.lora_target_modules
+    if config.lora.lora_target_parameters and not model.experts:
+        raise ConfigError("--lora_target_parameters", f"{model.name} has no experts; leave it out")
+    if config.lora.lora_target_parameters and config.model.bits == 4:
+        raise ConfigError("--bits", "4 does not go with --lora_target_parameters; use 16, or 8 (experts stay in 16)")
     known = sorted({linear.name for linear in model.linears})
     names = [name.strip().rsplit(".", 1)[-1] for name in targets.split(",") if name.strip()]
     wrong = [name for name in names if name not in known and targets.strip() != "all-linear"]
@@ -163,6 +168,7 @@ def _first_setup(model: Architecture, config: FinetuneConfig, card: Card, elemen
         length=longest,
         rank=config.lora.lora_r,
         targets=config.lora.lora_target_modules,
+        expert_targets=config.lora.lora_target_parameters,
         use_dora=config.lora.use_dora,
         train_embeddings=config.lora.train_embeddings,
         n_new_tokens=len(read_new_tokens(config.model.model_path)) if config.lora.train_new_tokens else 0,

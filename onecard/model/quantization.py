@@ -7,16 +7,24 @@ modules; does not know where weights come from (`load.py`) or what is trained on
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import QuantizationMethod
 
 from onecard.console import ConfigError
+from onecard.model.model_layers import expert_tensors, quantised_layers
 
+QUANTIZER = "onecard_bitsandbytes"
+NF4_SETTINGS: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
 # What `quiet_bitsandbytes` drops: parts of sentences, by the logger that says them.
 IDLE_WORDS = {
@@ -32,13 +40,118 @@ def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | N
 
     The head and tied embeddings stay in `dtype`. https://arxiv.org/abs/2305.14314 https://arxiv.org/abs/2208.07339
     """
-    if bits == 4:
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+    return BitsAndBytesConfig(**_settings(bits, dtype)) if bits in (4, 8) else None
+
+
+def loading_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return `quantization_config` for a model that stays in memory: more of it is quantised while it is loaded.
+
+    Transformers leaves alone what is not exactly an nn.Linear. Here, too, are quantised: subclasses that compute the
+    same (Falcon), layers that share their weights (Zamba) and, in 4 bits, the experts of a layer that lie in one
+    tensor. Left in `dtype` are routers and what is read past `forward` (see `model_layers.py`). Saved, such a model
+    could not be loaded by transformers alone.
+    """
+    if bits not in (4, 8):
+        return None
+    _register_quantizers()
+    return _LoadingConfig(**_settings(bits, dtype))
+
+
+def _settings(bits: int, dtype: torch.dtype) -> dict[str, Any]:
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return None
+        return {"load_in_8bit": True}
+    return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype}  # fmt: skip
+
+
+class _LoadingConfig(BitsAndBytesConfig):
+    """By its name the registry of transformers finds the quantizers below."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.quant_method: Any = f"{QUANTIZER}_{4 if self.load_in_4bit else 8}bit"
+
+
+class _MoreLayers:
+    """What `loading_config` adds to a quantizer of transformers: which layers it takes, and which it leaves."""
+
+    quantization_config: Any
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)  # type: ignore[call-arg]
+        # Chosen by now; transformers and accelerate ask by this name whether a model may be moved or cast.
+        self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
+
+    def _process_model_before_weight_loading(self: Any, model: Any, device_map: Any, **kwargs: Any) -> None:
+        taken = quantised_layers(model)
+        self.quantization_config.llm_int8_skip_modules = [
+            name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and name not in taken
+        ]
+        for name, layer in taken.items():
+            if type(layer) not in (nn.Linear, Conv1D):
+                sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+                model.set_submodule(name, nn.Linear(*sizes, device="meta", dtype=layer.weight.dtype))
+        self.experts = set(expert_tensors(model)) if self.quantization_config.load_in_4bit else set()
+        super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)  # type: ignore[misc]
+
+    def param_needs_quantization(self: Any, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.experts or super().param_needs_quantization(model, param_name, **kwargs)  # type: ignore[misc]
+
+    def _process_model_after_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
+        for name in self.experts:
+            path, _, leaf = name.rpartition(".")
+            _dequantise_when_read(model.get_submodule(path), leaf)
+        return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
+
+
+@cache
+def _register_quantizers() -> None:
+    """Tell transformers of the quantizers behind `loading_config`, through its own registry; once per process.
+
+    https://huggingface.co/docs/transformers/quantization/contribute
+    """
+    import bitsandbytes
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+    from transformers.quantizers.auto import register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+    class Int8(_MoreLayers, Bnb8BitHfQuantizer):  # type: ignore[misc]
+        pass
+
+    class NF4(_MoreLayers, Bnb4BitHfQuantizer):  # type: ignore[misc]
+        def get_quantize_ops(self) -> Any:
+            return Quantize(self)
+
+    class Quantize(Bnb4bitQuantize):
+        """One layer's experts at a time, so that never more than these lie on the card in 16 bits."""
+
+        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+            experts = self.hf_quantizer.experts
+            found: dict[str, Any] = {}
+            for name, value in input_dict.items():
+                if name not in experts:
+                    found |= super().convert({name: value}, **kwargs)
+                    continue
+                weight = value[0] if isinstance(value, list) else value
+                small: Any = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **NF4_SETTINGS)
+                found[name] = small.to(weight.device)
+            return found
+
+    register_quantizer(f"{QUANTIZER}_8bit")(Int8)
+    register_quantizer(f"{QUANTIZER}_4bit")(NF4)
+
+
+def _dequantise_when_read(module: nn.Module, name: str) -> None:
+    """Let a 4-bit parameter of any shape be its 16-bit self for the length of the module's forward pass.
+
+    As bitsandbytes' replace_parameter_4bit, which starts from 16 bits, but for one copy of the scales instead of two.
+    """
+    from bitsandbytes.nn.parametrize import Bnb4bitParametrization, _register_parametrization_hooks
+
+    state: Any = getattr(module, name).quant_state
+    register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+    _register_parametrization_hooks(module, name)  # dequantised once per forward pass, however often it is read
 
 
 def quantized_linear_types() -> tuple[type[nn.Module], ...]:
@@ -84,9 +197,8 @@ def quantize_linear(module: nn.Linear, bits: Literal[4, 8], compute_dtype: torch
     layer: nn.Module
     small: Any
     if bits == 4:
-        settings: Any = {"quant_type": "nf4", "compress_statistics": True}
-        layer = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=compute_dtype, device="meta", **settings)
-        small = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **settings)
+        layer = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=compute_dtype, device="meta", **NF4_SETTINGS)
+        small = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **NF4_SETTINGS)
     else:
         layer = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
         small = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False)  # quantises on its way from the CPU only
@@ -109,6 +221,25 @@ def stored_bytes(module: nn.Module) -> int:
             scales += [state.state2.absmax, state.state2.code] if state.nested else []
         total += sum(tensor.nbytes for tensor in scales if tensor is not None)
     return total
+
+
+def unquantised(model: Any) -> tuple[int, dict[str, int]]:
+    """Return how many weights lie in 4 or 8 bits, and how many matrices' weights do not, by the layer's last name.
+
+    Embeddings and the head are left out: they stay as they are on purpose.
+    """
+    head, small, large = model.get_output_embeddings(), 0, Counter[str]()
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            if id(weight) in seen or module is head or isinstance(module, nn.Embedding):
+                continue
+            seen.add(id(weight))
+            if type(weight).__name__ in ("Params4bit", "Int8Params"):
+                small += n_elements(weight)
+            elif weight.dim() > 1:
+                large[path.rpartition(".")[2]] += weight.numel()
+    return small, dict(large.most_common())
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:

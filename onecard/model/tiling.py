@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from onecard.console import ModelError
+from onecard.console import ModelError, warn
 from onecard.model.quantization import weight_bits
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
@@ -99,16 +99,23 @@ def tile_mlps(model: nn.Module, tile_tokens: int) -> int:
     untile_mlps(model)
     if tile_tokens <= 0:
         return 0
-    found = [
-        (f"{path}.{name}" if path else name, child)
+    found = plain_mlps(model)
+    for path, inner in found.items():
+        model.set_submodule(path, TiledMLP(inner, tile_tokens))
+    if not found:
+        warn("--mlp_tile changes nothing here: no feed-forward block of this model can run over a part of the tokens")
+    return len(found)
+
+
+def plain_mlps(model: nn.Module) -> dict[str, nn.Module]:
+    """The feed-forward blocks that can run in tiles, by name."""
+    return {
+        f"{path}.{name}" if path else name: child
         for path, layer in model.named_modules()
         if _is_decoder_layer(layer)
         for name, child in layer.named_children()
         if name in MLP_NAMES and _is_plain_mlp(child)
-    ]
-    for path, inner in found:
-        model.set_submodule(path, TiledMLP(inner, tile_tokens))
-    return len(found)
+    }
 
 
 def untile_mlps(model: nn.Module) -> int:

@@ -209,7 +209,11 @@ def run_identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
         "data": data.fingerprint,
         "template": hashlib.sha256(data.template.jinja.encode()).hexdigest(),
         # Options that came later stand there only when used: runs from before them go on.
-        "lora": {name: value for name, value in asdict(config.lora).items() if value or not name.startswith("train_")},
+        "lora": {
+            name: value
+            for name, value in asdict(config.lora).items()
+            if value or not name.startswith(("train_", "lora_target_parameters"))
+        },
         "bits": config.model.bits,
         "batch": {"total_batch": config.train.total_batch, "test_size": config.data.test_size},
         "seed": config.train.seed,

@@ -173,10 +173,12 @@ def test_other_shapes_than_the_config(llama, cpu) -> None:
 
 def test_unknown_too_new_not_causal_and_own_code(llama, cpu) -> None:
     edit_config(llama, model_type="llamma")
-    refused(llama, cpu, "'llamma'", "does not know (did you mean llama?)")
+    refused(llama, cpu, "does not know the model type 'llamma'", "Install a newer transformers")
     edit_config(llama, model_type="brand_new", transformers_version="99.0.0")
-    refused(llama, cpu, "too new", "99.0.0", "install a newer transformers")
+    refused(llama, cpu, "'brand_new'", "was written by transformers 99.0.0", "install that version or a newer one")
     edit_config(llama, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    refused(llama, cpu, "is an encoder-decoder")
+    edit_config(llama, model_type="vit", architectures=["ViTModel"])
     refused(llama, cpu, "no causal language model")
     edit_config(llama, model_type="own", auto_map={"AutoModelForCausalLM": "own.Model"})
     (llama / "own.py").write_text(f"open({str(llama / 'ran')!r}, 'w')\n", encoding="utf-8")

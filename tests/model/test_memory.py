@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.plan_accuracy import element_bytes, peaks, real_run, toy_config
-from onecard.model.adapters import linear_layers
 from onecard.model.architecture import architecture_of
 from onecard.model.hardware import detect
 from onecard.model.memory import FP32, Account, Setup, account, linear_bytes, n_trained, optimizer_bytes
+from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import quiet_bitsandbytes, stored_bytes
 from tests.live_memory import held_bytes
 
