@@ -15,6 +15,7 @@ from onecard.console import ConfigError, DataError
 from onecard.text.conversation import Conversation, Document
 from onecard.text.encode import Dropped, Encoder, EncodeSettings
 from onecard.text.sources import ReadReport, read
+from onecard.text.special_tokens import beginning_ids
 from onecard.text.template import Template
 
 LEAST_TOKENS = 2048  # fewer say next to nothing about the inputs of a layer
@@ -86,12 +87,12 @@ def upto(rows: Iterable[list[int]], n_rows: int, length: int) -> Rows:
 
 
 def text_rows(texts: Iterable[str], tokenizer: Any, length: int, *, packed: bool = True) -> Iterator[list[int]]:
-    """Token ids of plain text in rows of `length`, each beginning with BOS where the tokenizer has one.
+    """Token ids of plain text in rows of `length`, each beginning as the tokenizer begins a text: with BOS, for most.
 
     packed: the texts follow one another, an empty line between two, as wikitext is read; a rest that fills no row is
     left out unless it is all there is. Else each text begins a row of its own.
     """
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    bos = beginning_ids(tokenizer)
     room = length - len(bos)
     waiting: list[int] = []
     n_given = 0

@@ -19,15 +19,8 @@ from onecard.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from onecard.export.tensors import Weights, open_weights
 from onecard.model.files import locate
 from onecard.model.load import load_tokenizer
-from onecard.text.template import (
-    BUILT_IN,
-    FOLDER,
-    Template,
-    load_template,
-    own_chat_template,
-    single_token,
-    special_tokens,
-)
+from onecard.text.special_tokens import single_token, special_tokens
+from onecard.text.template import Template, Writer, built_in_name, load_template, own_chat_template
 
 MERGED = ".merged"
 MIB = 2**20
@@ -151,14 +144,6 @@ def _beginning(template: Template | None, tokenizer: Any) -> str:
     return bos if text.startswith(bos) else ""
 
 
-def _built_in_name(template: Template | None) -> str | None:
-    """Which built-in template this is, by its text: a run stores the text alone."""
-    if template is None:
-        return None
-    texts = {name: (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").strip() for name in BUILT_IN}
-    return next((name for name, text in texts.items() if text == template.jinja.strip()), None)
-
-
 def _merge(directory: Path, settings: GgufSettings) -> Path:
     from onecard.export.merge import MergeSettings, merge_into  # peft takes seconds, and only adapters need it
 
@@ -181,17 +166,19 @@ def _modelfile(file_name: str, source: Source, settings: GgufSettings) -> str:
     template, tokenizer = source.template, source.tokenizer
     go, stops = None, []
     if template is not None:
-        bos = "" if source.vocabulary.adds_bos else str(tokenizer.bos_token or "")
-        built_in = _built_in_name(template)
-        go = ollama.go_template(built_in, bos=bos, eos=str(tokenizer.eos_token)) if built_in else None
+        bos = "" if source.vocabulary.adds_bos else _beginning(template, tokenizer)
+        built_in = built_in_name(template.jinja)
+        if built_in:
+            lead = Writer(template, tokenizer).lead
+            go = ollama.go_template(built_in, bos=bos, eos=str(tokenizer.eos_token), lead=lead)
         stops = [template.end_text(tokenizer), *template.stop]
     return ollama.modelfile(file_name, go, stops, settings.ollama)
 
 
 def _template_told(source: Source, settings: GgufSettings) -> str:
-    built_in = _built_in_name(source.template)
     if source.template is None:
         return "no chat template: none is stored with the model (give one with --prompt_type)"
+    built_in = built_in_name(source.template.jinja)
     told = f"chat template: {built_in or 'the model’s own'}, in the GGUF"
     if not settings.modelfile:
         return told

@@ -28,13 +28,13 @@ _INST = (
     + _START
     + '{{- if eq .Role "user" }}{{ "[INST] " }}{{ if $system }}BEFORE{{ $system }}AFTER{{ end }}{{ .Content }}'
     '{{ " [/INST]" }}{{ $system = "" }}\n'
-    '{{- else if eq .Role "assistant" }}{{ .Content }}' + _CLOSED + _END
+    '{{- else if eq .Role "assistant" }}{{ LEAD }}{{ .Content }}' + _CLOSED + _END
 )
-# BOS and EOS stand for the tokenizer's own.
+# BOS and EOS stand for the tokenizer's own, LEAD for what the template writes before an answer.
 GO_TEMPLATES = {
     "alpaca": "{{- BOS }}{{ if .System }}{{ .System }}{{ else }}" + _ALPACA + "{{ end }}\n" + _START
     + r'{{- if eq .Role "user" }}{{ "\n\n### Instruction:\n" }}{{ .Content }}{{ "\n\n### Response:\n" }}' + "\n"
-    + '{{- else if eq .Role "assistant" }}{{ .Content }}' + _CLOSED + _END,
+    + '{{- else if eq .Role "assistant" }}{{ LEAD }}{{ .Content }}' + _CLOSED + _END,
     "vicuna-chat": "{{- BOS }}{{ if .System }}{{ .System }}{{ else }}" + _VICUNA + "{{ end }}\n" + _START
     + r'{{- if eq .Role "user" }}{{ "\n\nUser:" }}{{ .Content }}{{ if $last }}{{ "\n\nAssistant:" }}{{ end }}' + "\n"
     + r'{{- else if eq .Role "assistant" }}{{ "\n\nAssistant:" }}{{ .Content }}' + _CLOSED + _END,
@@ -62,17 +62,19 @@ class ModelfileSettings:
     parameters: Mapping[str, float | int | None] = field(default_factory=dict)
 
 
-def go_template(name: str, *, bos: str, eos: str) -> str | None:
+def go_template(name: str, *, bos: str, eos: str, lead: str = "") -> str | None:
     """The Go template that writes what our Jinja template of this name writes; None for one that is not built in.
 
     Args:
         bos: text of the BOS token where Ollama does not add it by itself; empty otherwise.
         eos: text of the tokenizer's eos token.
+        lead: what a file of this template's text writes before an answer, such as a space.
     """
     template = GO_TEMPLATES.get(name)
     if template is None:
         return None
     template = template.replace("{{- BOS }}", f"{{{{- {_go(bos)} }}}}" if bos else "")
+    template = template.replace("{{ LEAD }}", f"{{{{ {_go(lead)} }}}}" if lead else "")
     return template.replace("{{ EOS }}", f"{{{{ {_go(eos)} }}}}").strip()
 
 

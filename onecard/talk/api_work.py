@@ -121,8 +121,7 @@ def token_ids(engine: Engine, model: str, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a raw text, as training reads a document's beginning; ids stay as they are."""
     if not isinstance(prompt, str):
         return prompt
-    words = segment_tokenizer(engine.template(model), engine.tokenizer(model))
-    return tuple(words.with_bos(words.texts_to_ids([prompt])[0]))
+    return tuple(segment_tokenizer(engine.template(model), engine.tokenizer(model)).text_ids(prompt))
 
 
 def echo(engine: Engine, ask: Ask, prompt: Prompt, ids: tuple[int, ...], cancel: threading.Event) -> Echo:

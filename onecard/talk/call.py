@@ -18,10 +18,9 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from onecard.config_talk import SamplingOptions
-from onecard.talk.decoding import decode_after
 from onecard.talk.model_limits import check_generation
 from onecard.talk.sampling import CacheOptions, generation_config, logits_processors, seeded
-from onecard.talk.stopping import Ended, FinishReason, RoomUsedUp, StopAtText, answer_so_far, ended_answer
+from onecard.talk.stopping import Ended, FinishReason, RoomUsedUp, StopAtText, answer_so_far, answer_text, ended_answer
 from onecard.talk.watching import (
     CollectLogprobs,
     EndWhenTold,
@@ -80,13 +79,15 @@ class Talker:
 class Row:
     """One prompt: ids (n_prompt,), the most new tokens it may get, and its number, which chooses its random numbers.
 
-    continues: the answer goes on in the prompt's last words, as a raw completion does, and is no text of its own.
+    continues: the answer goes on in the prompt's text, and is no text of its own. lead: what is not shown at its
+    beginning; see `encode.Prompt` for both.
     """
 
     ids: list[int]
     room: int
     number: int = 0
     continues: bool = False
+    lead: str = ""
 
     @property
     def before(self) -> list[int]:
@@ -187,6 +188,7 @@ class Call:
             "stop_texts": self.stop_texts,
             "room": row.room,
             "before": row.before,
+            "lead": row.lead,
         }
 
     def _beam_texts(self, row: Row, beams: Sequence[Sequence[int]], *, finished: bool) -> tuple[str, ...]:
@@ -201,8 +203,8 @@ class Call:
             return ()
         n_shown = min(len(ids), len(self.logprobs.rows[k]))
         n_shown = next((n for n in range(n_shown) if ids[n] in self.stop_ids), n_shown)
-        before = self.rows[k].before
-        while n_shown and len(decode_after(before, ids[:n_shown], self.talker.tokenizer)) > len(text):
+        row = self.rows[k]
+        while n_shown and len(answer_text(ids[:n_shown], self.talker.tokenizer, row.before, row.lead)) > len(text):
             n_shown -= 1
         return tuple(self.logprobs.rows[k][:n_shown])
 

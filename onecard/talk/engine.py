@@ -27,7 +27,7 @@ from onecard.talk.turnstile import Busy, Turnstile
 from onecard.talk.voices import Voice, Voices, open_voices
 from onecard.talk.watching import TokenLogprob
 from onecard.text.conversation import Turn
-from onecard.text.encode import encode_prompt
+from onecard.text.encode import Prompt, encode_prompt, prompt_for
 from onecard.text.template import Template
 
 __all__ = ["Busy", "ContextTooLong", "Engine", "LimitExceeded", "OutOfMemory", "Request"]
@@ -231,20 +231,19 @@ class Engine:
             self._check_top(request.top_logprobs)
             if sampling.num_beams > 1:
                 raise LimitExceeded("--num_beams", "with several beams there are no log-probabilities of tokens")
-        ids = self._prompt_ids(request, voice)
-        room = min(sampling.max_new_tokens, self.context_limit - len(ids))
-        continues = request.prompt_ids is not None
-        return [Row(ids, room, request.number + k, continues) for k in range(request.n)]
+        prompt = self._prompt(request, voice)
+        room = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
+        return [Row(prompt.ids, room, request.number + k, prompt.continues, prompt.lead) for k in range(request.n)]
 
-    def _prompt_ids(self, request: Request, voice: Voice) -> list[int]:
+    def _prompt(self, request: Request, voice: Voice) -> Prompt:
         if request.prompt_ids is not None:
-            ids = list(request.prompt_ids)
+            prompt = Prompt(list(request.prompt_ids), continues=True)
         elif request.turns and request.turns[-1].role == "user":
-            ids = encode_prompt(request.turns, voice.template, voice.tokenizer)
+            prompt = prompt_for(request.turns, voice.template, voice.tokenizer)
         else:
             raise DataError("there is no question: the last message must be the user's")
-        self._check_prompt(ids)
-        return ids
+        self._check_prompt(prompt.ids)
+        return prompt
 
     def _check_prompt(self, ids: Sequence[int]) -> None:
         if not ids:

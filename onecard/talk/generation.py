@@ -3,7 +3,7 @@
 One generator for every face: `stream` types an answer live, `answer_rows` gives many whole ones, and both run the same
 call of `model.generate` (call.py) with the same settings.
 
-What the model is fed comes from `encode_prompt`, the same door that training uses. Does not know files (answers.py),
+What the model is fed comes from `prompt_for`, the same door that training uses. Does not know files (answers.py),
 queues and adapters (engine.py) or terminals.
 """
 
@@ -22,7 +22,7 @@ from onecard.talk.model_limits import go_together
 from onecard.talk.stopping import FinishReason
 from onecard.talk.watching import TokenLogprob, Watch
 from onecard.text.conversation import Turn
-from onecard.text.encode import encode_prompt
+from onecard.text.encode import prompt_for
 from onecard.text.template import Template
 
 __all__ = [
@@ -115,12 +115,13 @@ def generate_batch(
 
 def prepare(talker: Talker, turns: Sequence[Turn], sampling: SamplingOptions, *, number: int = 0) -> Row:
     """The row for a conversation. Raises ContextTooLong when its prompt leaves no room for an answer."""
-    ids = encode_prompt(turns, talker.template, talker.tokenizer)
+    prompt = prompt_for(turns, talker.template, talker.tokenizer)
+    ids = prompt.ids
     limit = longest_sequence(talker.model)
     room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(ids))
     if limit is not None and room < 1:
         raise ContextTooLong(len(ids), limit)
-    return Row(ids, room, number)
+    return Row(ids, room, number, prompt.continues, prompt.lead)
 
 
 def answer_rows(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions) -> list[Generation]:

@@ -20,7 +20,7 @@ from onecard.talk.call import Row, Talker, padding_id
 from onecard.talk.generation import longest_sequence
 from onecard.text.batches import collate, micro_batches
 from onecard.text.conversation import Conversation
-from onecard.text.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_prompt, encode_sample
+from onecard.text.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_sample, prompt_for
 from onecard.text.sources import ReadReport, read
 
 # An answer may be right in other tokens than the reference's; beyond this many it is wrong already.
@@ -63,14 +63,15 @@ def read_cases(data_path: str, talker: Talker, *, limit: int = 0) -> list[Case]:
         if limit and len(cases) == limit:
             break
         encoded = None
-        if isinstance(sample, Conversation):
+        if isinstance(sample, Conversation) and sample.turns[-1].learn:  # a bad answer is no reference
             encoded = encode_sample(sample, talker.template, talker.tokenizer, settings)
         if not isinstance(sample, Conversation) or encoded is None or isinstance(encoded, Dropped) or encoded[0].cut:
             continue
-        ids = encode_prompt(sample.turns[:-1], talker.template, talker.tokenizer)
+        prompt = prompt_for(sample.turns[:-1], talker.template, talker.tokenizer)
         n_answer = sum(label != IGNORE_INDEX for label in encoded[0].labels)
-        room = min(2 * n_answer + SPARE_TOKENS, longest - len(ids))
-        cases.append(Case(sample, encoded[0], Row(ids, room, len(cases))))
+        room = min(2 * n_answer + SPARE_TOKENS, longest - len(prompt.ids))
+        row = Row(prompt.ids, room, len(cases), prompt.continues, prompt.lead)
+        cases.append(Case(sample, encoded[0], row))
     if not cases:
         raise DataError("no question with an answer that fits into the model", data_path)
     return cases

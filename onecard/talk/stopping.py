@@ -68,8 +68,11 @@ def ended_answer(
     stop_texts: Sequence[str],
     room: int,
     before: Sequence[int] = (),
+    lead: str = "",
 ) -> Ended:
-    """What is shown of a row's new ids, padding behind its end included; `before`: ids whose text the answer continues.
+    """What is shown of a row's new ids, padding behind its end included.
+
+    `before`: ids whose text the answer continues. `lead`: what is not shown at its beginning.
 
     stop id 2, ids  7 8 9 2 0 0        -> text of 7 8 9, "stop", 4 tokens
     stop text "\\nUser:", text "Yes.\\nUser: and"  -> "Yes.", "stop"
@@ -78,7 +81,7 @@ def ended_answer(
     ids = list(new_ids[:room])
     end = next((place for place, token_id in enumerate(ids) if token_id in stop_ids), None)
     answer = ids if end is None else ids[:end]
-    text = decode_after(before, answer, tokenizer)
+    text = answer_text(answer, tokenizer, before, lead)
     cut = _first_stop(text, stop_texts)
     if cut is not None:
         # The shortest beginning that holds a stop text; more tokens never make it go away.
@@ -86,7 +89,7 @@ def ended_answer(
         n_tokens = 1 + bisect_left(
             lengths,
             True,
-            key=lambda n: _first_stop(decode_after(before, answer[:n], tokenizer), stop_texts) is not None,
+            key=lambda n: _first_stop(answer_text(answer[:n], tokenizer, before, lead), stop_texts) is not None,
         )
         return Ended(text[:cut], "stop", n_tokens)
     if end is not None:
@@ -102,12 +105,21 @@ def answer_so_far(
     stop_texts: Sequence[str],
     room: int,
     before: Sequence[int] = (),
+    lead: str = "",
 ) -> Ended:
     """`ended_answer` while more tokens may come: `reason` None, and nothing in the text that they can still change."""
-    ended = ended_answer(new_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, room=room, before=before)
+    ended = ended_answer(
+        new_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, room=room, before=before, lead=lead
+    )
     if ended.reason == "stop" or len(new_ids) >= room:
         return ended
     return Ended(without_open_end(ended.text, stop_texts), None, ended.n_tokens)
+
+
+def answer_text(ids: Sequence[int], tokenizer: Any, before: Sequence[int] = (), lead: str = "") -> str:
+    """The text of an answer's ids behind `before`, without the `lead` or the part of it that is there so far."""
+    text = decode_after(before, ids, tokenizer)
+    return "" if lead.startswith(text) else text.removeprefix(lead)
 
 
 def _first_stop(text: str, stop_texts: Sequence[str]) -> int | None:

@@ -13,11 +13,15 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. `input` is the second field of an alpaca record; only user turns have one."""
+    """One message. `input` is the second field of an alpaca record; only user turns have one.
+
+    `learn` is False for an answer that the data mark as not to be learned: it is read, and nothing is learned from it.
+    """
 
     role: Role
     content: str
     input: str = ""
+    learn: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from onecard.console import DataError
 from onecard.text.conversation import Conversation, Document, Turn
 from onecard.text.template import Segment, Template
+from onecard.text.thoughts import empty_thought
 from onecard.text.tokenization import any_of, control_tokens, segment_tokenizer
 
 IGNORE_INDEX = -100
@@ -63,16 +64,38 @@ class Coded(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A sample before tokenisation. learn_last: only the last answer is learned."""
+    """A sample before tokenisation. learn_last: only the last answer is learned, the others are its history."""
 
     turns: tuple[Turn, ...]
     segments: list[Segment]
     learn_last: bool
 
 
+class Prompt(NamedTuple):
+    """What generation feeds the model, and how the text of the answer begins behind it.
+
+    continues: a space that the answer begins with is its own, and no habit of the tokenizer's at the beginning of a
+    text. lead: what the template writes before an answer; the model writes it too, and it is not shown.
+    """
+
+    ids: list[int]
+    continues: bool = False
+    lead: str = ""
+
+
 def encode_prompt(turns: Sequence[Turn], template: Template, tokenizer: Any) -> list[int]:
     """What generation feeds the model for the next answer; ends with the template's generation prompt."""
     return segment_tokenizer(template, tokenizer).prompt_ids(tuple(turns))
+
+
+def prompt_for(turns: Sequence[Turn], template: Template, tokenizer: Any) -> Prompt:
+    """`encode_prompt`, with what reading the answer takes."""
+    tokens = segment_tokenizer(template, tokenizer)
+    ids = tokens.prompt_ids(tuple(turns))
+    lead = tokens.writer.lead
+    lead = lead.removeprefix(empty_thought(lead))  # the model may well have a thought where the template has none
+    control = any_of(control_tokens(template, tokenizer)) if lead else None
+    return Prompt(ids, tokens.continues(ids), control.sub("", lead) if control else lead)
 
 
 def encode_sample(
@@ -130,8 +153,14 @@ class Encoder:
                 return Dropped(bad, bad=True)
         if not sample.turns or sample.turns[-1].role != "assistant":
             return Dropped("the conversation does not end with an answer", bad=True)
+        turns = sample.turns
+        while turns and not _is_to_learn(turns[-1]):
+            turns = turns[:-1]
+        if not turns:
+            return Dropped("the record marks all its answers as not to be learned")
         try:
-            return self._drafts(sample.turns)
+            # What follows the last answer to learn would only take room.
+            return self._drafts(sample.turns if self.settings.train_on == "everything" else turns)
         except DataError as reason:
             return Dropped(str(reason), bad=True)
 
@@ -140,17 +169,17 @@ class Encoder:
         return self.assemble(plans, self.tokens.ids(segments_of(plans)))
 
     def assemble(
-        self, plans: Sequence[list[Draft] | Dropped], ids_of_segments: Sequence[list[int]]
+        self, plans: Sequence[list[Draft] | Dropped], ids_of_drafts: Sequence[list[list[int]]]
     ) -> list[list[Coded] | Dropped]:
         """The samples of each plan, out of the ids of `segments_of(plans)`; too long ones are shortened."""
-        ids = iter(ids_of_segments)
+        ids = iter(ids_of_drafts)
         return [plan if isinstance(plan, Dropped) else self._assemble(plan, ids) for plan in plans]
 
-    def _assemble(self, plan: list[Draft], ids: Iterator[list[int]]) -> list[Coded] | Dropped:
+    def _assemble(self, plan: list[Draft], ids: Iterator[list[list[int]]]) -> list[Coded] | Dropped:
         coded: list[Coded] = []
         reason = Dropped("nothing to learn")
         for draft in plan:
-            fitted = self._fit(draft, [next(ids) for _ in draft.segments])
+            fitted = self._fit(draft, next(ids))
             if isinstance(fitted, Dropped):
                 reason = fitted
             else:
@@ -162,37 +191,39 @@ class Encoder:
             return [self._draft(turns, learn_last=True)]
         whole = self.writer.cut(turns)
         if whole is not None:
-            return [Draft(turns, _without_tail(whole), learn_last=False)]
-        ends = [k + 1 for k, turn in enumerate(turns) if turn.role == "assistant"]
+            return [Draft(turns, _marked(_without_tail(whole), turns), learn_last=False)]
+        ends = [k + 1 for k, turn in enumerate(turns) if _is_to_learn(turn)]
         return [self._draft(turns[:end], learn_last=True) for end in ends]
 
     def _draft(self, turns: tuple[Turn, ...], *, learn_last: bool) -> Draft:
         whole = None if learn_last else self.writer.cut(turns)
         if whole is not None:
-            return Draft(turns, _without_tail(whole), learn_last=False)
-        return Draft(turns, self.writer.prompt_and_answer(turns), learn_last=True)
+            return Draft(turns, _marked(_without_tail(whole), turns), learn_last=False)
+        return Draft(turns, _marked(self.writer.prompt_and_answer(turns), turns), learn_last=True)
 
     def _fit(self, draft: Draft, ids: list[list[int]]) -> list[Coded] | Dropped:
         """The sample, shortened where it is longer than cutoff_len."""
         if not draft.turns:
             return self._chunks(ids[0])
-        coded = self._join(draft.segments, ids)
+        coded = self._join(draft, ids)
         if len(coded.ids) > self.settings.cutoff_len:
             return self._shorten(draft)
         return [coded] if coded.spans else Dropped("nothing to learn")
 
-    def _join(self, segments: Sequence[Segment], ids: Sequence[list[int]], *, cut: bool = False) -> Coded:
+    def _join(self, draft: Draft, ids: Sequence[list[int]], *, cut: bool = False) -> Coded:
         """Segments [prompt, answer] with ids [[5, 6], [7, 8]] and BOS 1 -> ids [1, 5, 6, 7, 8], spans [3, 5]."""
-        joined = list(self.tokens.with_bos(ids[0]))
-        spans: list[int] = []
+        joined = list(self.tokens.beginning_of(draft.segments[0].text))
         learn_all = self.settings.train_on == "everything"
-        if not learn_all and segments[0].is_answer:
-            spans += [0, len(joined)]
-        for segment, piece in zip(segments[1:], ids[1:], strict=True):
-            if segment.is_answer and piece and not learn_all:
-                spans += [len(joined), len(joined) + len(piece)]
+        spans = [0, len(joined)] if learn_all and joined else []
+        for number, (segment, piece) in enumerate(zip(draft.segments, ids, strict=True), start=1):
+            is_wanted = learn_all or (segment.is_answer and (not draft.learn_last or number == len(ids)))
+            if is_wanted and segment.learn and piece:
+                if learn_all and spans[-1:] == [len(joined)]:
+                    spans[-1] += len(piece)
+                else:
+                    spans += [len(joined), len(joined) + len(piece)]
             joined += piece
-        return Coded(joined, _learnable([0, len(joined)] if learn_all else spans), cut)
+        return Coded(joined, _learnable(spans), cut)
 
     def _shorten(self, draft: Draft) -> list[Coded] | Dropped:
         """Whole oldest exchanges go first, the system turn stays; then the end of the last answer goes."""
@@ -203,40 +234,39 @@ class Encoder:
         while low <= high:
             middle = (low + high) // 2
             shorter = self._draft((*head, *draft.turns[starts[middle] :]), learn_last=draft.learn_last)
-            coded = self._join(shorter.segments, self.tokens.ids(shorter.segments), cut=True)
+            coded = self._join(shorter, self.tokens.ids([shorter.segments])[0], cut=True)
             if len(coded.ids) <= self.settings.cutoff_len:
                 best, high = coded, middle - 1
             else:
                 low = middle + 1
         if best is not None:
             return [best]
-        return self._cut_answer(self.writer.prompt_and_answer((*head, *draft.turns[starts[-1] :])))
+        return self._cut_answer(self._draft((*head, *draft.turns[starts[-1] :]), learn_last=True))
 
-    def _cut_answer(self, segments: Sequence[Segment]) -> list[Coded] | Dropped:
+    def _cut_answer(self, draft: Draft) -> list[Coded] | Dropped:
         """The last answer cut to what fits, without an end token: the model must not learn to stop there."""
-        prompt = self.tokens.with_bos([token_id for ids in self.tokens.ids(segments[:-1]) for token_id in ids])
-        room = self.settings.cutoff_len - len(prompt)
-        if room < 1:
-            return Dropped(f"the question alone fills --cutoff_len {self.settings.cutoff_len}")
-        answer = self.tokens.texts_to_ids([self.tokens.text_of(segments[-1], with_end=False)])[0][:room]
-        ids = prompt + answer
-        learn_all = self.settings.train_on == "everything"
-        spans = _learnable([0 if learn_all else len(prompt), len(ids)])
-        return [Coded(ids, spans, cut=True)] if answer else Dropped("nothing to learn")
+        limit = self.settings.cutoff_len
+        open_ended = draft._replace(segments=[*draft.segments[:-1], draft.segments[-1]._replace(end="")])
+        ids = self.tokens.ids([open_ended.segments])[0]
+        coded = self._join(open_ended, ids, cut=True)
+        if len(coded.ids) - len(ids[-1]) >= limit:
+            return Dropped(f"the question alone fills --cutoff_len {limit}")
+        spans = [min(place, limit) for place in coded.spans]
+        return [coded._replace(ids=coded.ids[:limit], spans=spans)] if spans else Dropped("nothing to learn")
 
     def _chunks(self, ids: list[int]) -> list[Coded] | Dropped:
-        """A document, in pieces of cutoff_len tokens that each begin with BOS; only the last one ends with eos.
+        """A document, in pieces of cutoff_len tokens that each begin as `tokenizer(text)` does; the last ends with eos.
 
         ids [5, 6, 7, 8, 9], BOS 1, eos 2, cutoff_len 4 -> [1, 5, 6, 7], [1, 8, 9, 2]
         """
-        room = self.settings.cutoff_len - (self.tokens.bos_id is not None)
+        room = self.settings.cutoff_len - len(self.tokens.beginning)
         if not ids:
             return Dropped("the text is empty")
         pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
         if self.tokens.eos_id is not None and len(pieces[-1]) < room:
             # Where eos would stand alone in a piece it is left out: that would teach to stop before beginning.
             pieces[-1] = [*pieces[-1], self.tokens.eos_id]
-        begun = [self.tokens.with_bos(piece) for piece in pieces]
+        begun = [[*self.tokens.beginning, *piece] for piece in pieces]
         coded = [Coded(piece, _learnable([0, len(piece)])) for piece in begun]
         return [piece for piece in coded if piece.spans] or Dropped("nothing to learn")
 
@@ -247,9 +277,25 @@ class Encoder:
         return f"holds the text {found.group()!r}, which ends or steers an answer; learning it would teach a false stop"
 
 
-def segments_of(plans: Sequence[list[Draft] | Dropped]) -> list[Segment]:
-    """Every segment of the plans, in order."""
-    return [segment for plan in plans if not isinstance(plan, Dropped) for draft in plan for segment in draft.segments]
+def segments_of(plans: Sequence[list[Draft] | Dropped]) -> list[list[Segment]]:
+    """The segments of every draft of the plans, in order."""
+    return [draft.segments for plan in plans if not isinstance(plan, Dropped) for draft in plan]
+
+
+def _is_to_learn(turn: Turn) -> bool:
+    return turn.role == "assistant" and turn.learn
+
+
+def _marked(segments: list[Segment], turns: Sequence[Turn]) -> list[Segment]:
+    """The segments of these turns; answers that the data mark so are not learned."""
+    if all(turn.learn for turn in turns):
+        return segments
+    learn = [turn.learn for turn in turns if turn.role == "assistant"]
+    if len(learn) != sum(segment.is_answer for segment in segments):
+        # A history that cannot be cut at its answers, and one of them is in it.
+        return [*(segment._replace(learn=False) for segment in segments[:-1]), segments[-1]._replace(learn=learn[-1])]
+    marks = iter(learn)
+    return [segment._replace(learn=next(marks)) if segment.is_answer else segment for segment in segments]
 
 
 def _without_tail(segments: list[Segment]) -> list[Segment]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -39,9 +39,17 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 def render_chat(
-    jinja: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str], add_generation_prompt: bool
+    jinja: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool,
+    day: str = "",
 ) -> str:
-    """The rendered text. Raises DataError when the template refuses these messages, such as two user turns in a row."""
+    """The rendered text; `day` (2026-03-01) is what a dated template takes for today, empty for the present one.
+
+    Raises DataError when the template refuses these messages, such as two user turns in a row.
+    """
+    today = {"strftime_now": date.fromisoformat(day).strftime} if day else {}
     try:
         return compile_chat_template(jinja).render(
             messages=messages,
@@ -49,6 +57,7 @@ def render_chat(
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **special_tokens,
+            **today,
         )
     except (jinja2.TemplateError, TypeError, ValueError) as reason:
         raise DataError(f"the prompt template refuses it: {reason}") from reason
@@ -63,6 +72,12 @@ def compile_chat_template(jinja: str) -> jinja2.Template:
         raise ConfigError(
             "--prompt_type", f"the template is broken at line {reason.lineno}: {reason.message}"
         ) from reason
+
+
+@lru_cache(maxsize=32)
+def is_dated(jinja: str) -> bool:
+    """Whether the template writes down the present day, as that of Llama 3.2 does."""
+    return any(node.name == "strftime_now" for node in _environment().parse(jinja).find_all(jinja2.nodes.Name))
 
 
 @lru_cache(maxsize=32)

@@ -14,13 +14,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from onecard.console import ConfigError, nearest
+from onecard.console import ConfigError, DataError, nearest
 from onecard.text.conversation import Conversation, Turn, turns_to_messages
 from onecard.text.jinja_chat import compile_chat_template, reads_input, render_chat
+from onecard.text.special_tokens import added_tokens, beginning_ids, single_token, special_tokens
+from onecard.text.thoughts import completion, empty_thought, has_thought, opened_thought
 
 BUILT_IN = ("alpaca", "vicuna-chat", "chatml", "llama-2", "llama-3", "mistral", "none")
 FOLDER = Path(__file__).resolve().parent / "templates"
@@ -28,38 +30,37 @@ FLAG = "--prompt_type"
 EOS = "eos"
 _PLACEHOLDER = re.compile("\x00([0-9]+)\x00")
 _MOST_SKELETONS = 4096
+_PROBE = "onecard probe answer"
+_ANSWER = "{{- message['content'] + eos_token -}}"  # of alpaca, llama-2 and mistral
 _METADATA = re.compile(r"\A\{#-?\s*onecard:(.*?)-?#\}", re.DOTALL)
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation that is tokenised alone.
+    """A piece of a rendered conversation between two borders that no token crosses.
 
-    `lead + text + end` is what the template wrote. `end` (answers only) is the text that closes the answer; `lead` is
-    a single space some templates put before an answer, kept apart because SentencePiece writes that space itself.
+    `text + end` is what the template wrote; `end` (answers only) is the text that closes the answer. `learn` is False
+    for what is never learned, whatever is asked for: an answer that the data mark so, a thought that nobody had.
     """
 
     text: str
     is_answer: bool
     end: str = ""
-    lead: str = ""
-
-    @property
-    def written(self) -> str:
-        """What the template wrote for this segment."""
-        return self.lead + self.text + self.end
+    learn: bool = True
 
 
 @dataclass(frozen=True)
 class Template:
     """A chat template with how an answer ends: `end` is a text such as "<|im_end|>", or "eos" for the tokenizer's own.
 
-    `stop` holds further texts at which generation ends, for models that were never taught the end token.
+    `stop` holds further texts at which generation ends, for models that were never taught the end token. `day`
+    (2026-03-01) is the one a dated template writes down; empty for today. Training keeps the day of its first encoding.
     """
 
     name: str
     jinja: str
     end: str = EOS
     stop: tuple[str, ...] = ()
+    day: str = ""
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, special_tokens: Mapping[str, str], add_generation_prompt: bool
@@ -68,7 +69,7 @@ class Template:
 
         Raises DataError when the template refuses the messages.
         """
-        return render_chat(self.jinja, messages, special_tokens, add_generation_prompt)
+        return render_chat(self.jinja, messages, special_tokens, add_generation_prompt, self.day)
 
     def messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
         """Messages for this template; an alpaca input joins the question where the template does not know inputs.
@@ -130,7 +131,7 @@ class Writer:
         self.template = template
         self.special_tokens = special_tokens(tokenizer)
         self.end = template.end_text(tokenizer)
-        self._inserts_as_it_is = template.jinja in _built_in_texts()
+        self._inserts_as_it_is = built_in_name(template.jinja) is not None
         self._skeletons: dict[Any, list[_Skeleton] | None] = {}
 
     def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
@@ -149,7 +150,7 @@ class Writer:
         """The segments, or None when the template is not append-only for these turns.
 
         Append-only: what generation was fed for each answer, then the answer and its end, is how the text that
-        generation is fed for the next answer begins. Otherwise ids learned would not be the ids fed later.
+        generation is fed for the next answer begins. Otherwise what is learned would not be what is fed later.
         """
         if not self._inserts_as_it_is:
             return self._cut_rendered(turns, add_generation_prompt=add_generation_prompt)
@@ -197,7 +198,9 @@ class Writer:
             if not prompt.startswith(written) or not full.startswith(prompt):
                 return None
             answer, in_text = self._answer(full[len(prompt) :], turn)
-            pieces += [Segment(prompt[len(written) :], is_answer=False), answer]
+            if not in_text.endswith(self.end) and (add_generation_prompt or k < len(turns) - 1):
+                return None  # the end is taught all the same, and the text that goes on does not have it
+            pieces += [Segment(prompt[len(written) :], is_answer=False), *answer]
             written = prompt + in_text
         finished = bool(pieces) and turns[-1].role == "assistant" and not add_generation_prompt
         last = full if finished else self.render(turns, prompt=add_generation_prompt)
@@ -207,7 +210,7 @@ class Writer:
         return [*pieces, Segment(rest, is_answer=False)] if rest else pieces
 
     def prompt_and_answer(self, turns: Sequence[Turn]) -> list[Segment]:
-        """What generation is fed for the last answer, then that answer; only this answer is to be learned.
+        """What generation is fed for the last answer, then that answer.
 
         Used where only the last answer counts, and for templates that rewrite history (Qwen3 drops old thinking).
         """
@@ -215,29 +218,62 @@ class Writer:
         prompt = self.render(turns[:-1], prompt=True)
         full = self.render(turns, prompt=False)
         if full.startswith(prompt):
-            answer, _ = self._answer(full[len(prompt) :], turns[-1])
-        else:
-            # The generation prompt holds more than the finished text (an opened <think>): learn what was asked for.
-            answer = Segment(turns[-1].content, is_answer=True, end=self.end)
-        return [*(segment._replace(is_answer=False) for segment in history), answer]
+            return [*history, *self._answer(full[len(prompt) :], turns[-1])[0]]
+        # The generation prompt holds more than the finished text, such as an opened thought: complete the prompt.
+        content = next((text for text in _as_written(turns[-1]) if text in full), turns[-1].content)
+        text = completion(self.opened_thought, content) if self.opened_thought else content
+        return [*history, Segment(text, is_answer=True, end=self.end)]
 
-    def _answer(self, rest: str, turn: Turn) -> tuple[Segment, str]:
-        """The answer segment in `rest`, the text after the prompt; and how much of `rest` the answer takes.
+    @cached_property
+    def opened_thought(self) -> str:
+        """The thought that every generation prompt of this template opens at its end, or ""."""
+        return opened_thought(self._probe[0])
 
-        rest "Hello<|im_end|>\\n", answer "Hello" -> (Segment("Hello", True, end="<|im_end|>"), "Hello<|im_end|>")
+    @cached_property
+    def lead(self) -> str:
+        """What the template writes between the generation prompt and an answer.
+
+        " " for Llama 2; "assistant: " where the template knows no generation prompt; what closes an opened thought.
+        The model learns to write it, and it is no part of the answer.
         """
-        content = turn.content if turn.content in rest else turn.content.strip()
-        after_content = rest.find(content) + len(content) if content in rest else 0
+        prompt, full = self._probe
+        if full.startswith(prompt):
+            return full[len(prompt) :].partition(_PROBE)[0]
+        return completion(self.opened_thought, "") if self.opened_thought else ""
+
+    @cached_property
+    def _probe(self) -> tuple[str, str]:
+        """The generation prompt for a question, and the text with its answer; twice "" where the template refuses."""
+        asked = (Turn("user", "question"), Turn("assistant", _PROBE))
+        try:
+            return self.render(asked[:1], prompt=True), self.render(asked, prompt=False)
+        except DataError:  # it wants a system message, or other things
+            return "", ""
+
+    def _answer(self, rest: str, turn: Turn) -> tuple[list[Segment], str]:
+        """The answer in `rest`, the text after the prompt; and how much of `rest` the answer takes.
+
+        rest "Hello<|im_end|>\\n", answer "Hello" -> [Segment("Hello", True, end="<|im_end|>")], "Hello<|im_end|>"
+
+        An empty thought that the template puts before it is a segment of its own, which is not learned.
+        """
+        thought = "" if has_thought(turn.content) else empty_thought(rest)
+        start = len(self.lead) if rest.startswith(self.lead) else len(thought)
+        content = next((text for text in _as_written(turn) if text in rest[start:]), None)
+        after_content = start if content is None else rest.index(content, start) + len(content)
         stop = rest.find(self.end, after_content)
         in_text = rest[: stop + len(self.end)]
         if stop < 0:
             # The template does not close answers; the end must be taught all the same.
-            stop = after_content or len(rest)
+            stop = len(rest) if content is None else after_content
             in_text = rest[:stop]
-        text = rest[:stop]
-        written_by_template = text.startswith(" " + turn.content) or not turn.content.startswith(" ")
-        lead = " " if text.startswith(" ") and written_by_template else ""
-        return Segment(text[len(lead) :], is_answer=True, end=self.end, lead=lead), in_text
+        answer = Segment(rest[len(thought) : stop], is_answer=True, end=self.end)
+        return [Segment(thought, is_answer=False, learn=False), answer] if thought else [answer], in_text
+
+
+def _as_written(turn: Turn) -> tuple[str, str]:
+    """What a template may have made of a turn's content: itself, or without the blanks around it."""
+    return turn.content, turn.content.strip()
 
 
 def load_template(prompt_type: str, tokenizer: Any, *, dialogue: bool = False) -> Template:
@@ -251,7 +287,10 @@ def load_template(prompt_type: str, tokenizer: Any, *, dialogue: bool = False) -
             return _from_jinja("auto", own, tokenizer)
         prompt_type = "vicuna-chat" if dialogue else "alpaca"
     if prompt_type in BUILT_IN:
-        return _from_jinja(prompt_type, (FOLDER / f"{prompt_type}.jinja").read_text(encoding="utf-8"), tokenizer)
+        jinja = (FOLDER / f"{prompt_type}.jinja").read_text(encoding="utf-8")
+        # Many tokenizers name a BOS that they never write (Phi-3, SmolLM2): their models have not seen it in front.
+        names_only = tokenizer.bos_token and tokenizer.bos_token_id not in beginning_ids(tokenizer)
+        return _from_jinja(prompt_type, _without_bos(jinja) if names_only else jinja, tokenizer)
     path = Path(prompt_type)
     if path.suffix not in (".jinja", ".jinja2", ".j2") and not path.is_file():
         known = ", ".join(("auto", *BUILT_IN))
@@ -271,26 +310,23 @@ def own_chat_template(tokenizer: Any) -> str | None:
     return own.get("default") if isinstance(own, dict) else own or None
 
 
-def special_tokens(tokenizer: Any) -> dict[str, str]:
-    """The tokenizer's named special tokens, as chat templates see them: {"bos_token": "<s>", ...}."""
-    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+def built_in_name(jinja: str) -> str | None:
+    """Which built-in template this is, by its text: a run stores the text alone.
 
-
-def single_token(text: str, tokenizer: Any) -> int | None:
-    """The id of `text` when the tokenizer holds it as one added or special token, else None.
-
-    "</s>" -> 2 for Llama; "<|im_end|>" -> None for Llama, which spells it with eleven ordinary tokens
+    Without BOS, or with a space before the answers, it is still the same one.
     """
-    ids = tokenizer([text], add_special_tokens=False)["input_ids"][0]
-    if len(ids) != 1:
-        return None
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return ids[0] if ids[0] in added or text in tokenizer.all_special_tokens else None
+    return _built_in_texts().get(jinja.strip())
 
 
 @lru_cache(maxsize=1)
-def _built_in_texts() -> frozenset[str]:
-    return frozenset((FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in BUILT_IN)
+def _built_in_texts() -> dict[str, str]:
+    texts = {(FOLDER / f"{name}.jinja").read_text(encoding="utf-8").strip(): name for name in BUILT_IN}
+    texts |= {text.replace(_ANSWER, "{{- ' ' + " + _ANSWER.removeprefix("{{- ")): name for text, name in texts.items()}
+    return texts | {_without_bos(text): name for text, name in texts.items()}
+
+
+def _without_bos(built_in: str) -> str:
+    return built_in.replace("{{- bos_token -}}\n", "", 1)
 
 
 def _from_jinja(name: str, jinja: str, tokenizer: Any) -> Template:
@@ -321,10 +357,9 @@ def _read_metadata(name: str, text: str) -> tuple[str, tuple[str, ...]]:
 
 def _find_end(jinja: str, tokenizer: Any) -> str:
     """How a template without metadata closes an answer: the first special token after a probe answer, else eos."""
-    probe = "onecard probe answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": probe}]
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
     text = render_chat(jinja, messages, special_tokens(tokenizer), False)
-    tail = text.rpartition(probe)[2].lstrip()
-    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    tail = text.rpartition(_PROBE)[2].lstrip()
+    added = [str(token) for token in added_tokens(tokenizer).values()]
     starts = [token for token in {*added, *tokenizer.all_special_tokens} if token and tail.startswith(token)]
     return max(starts, key=len) if starts else EOS

@@ -284,6 +284,7 @@ def llama_cpp_pieces(text: str, found: dict[str, Any]) -> list[int]:
 def test_sentencepiece_scores_lead_to_the_same_tokens(source: str, tmp_path: Path) -> None:
     """With the stored scores, and with those made from merges for a tokenizer that has no tokenizer.model."""
     model = shutil.copytree(ROOT / "sample" / "tiny-llama", tmp_path / "model")
+    (model / "chat_template.jinja").unlink()  # with it a prompt begins with <s>, which takes no space behind it
     tokenizer = gguf_models.load_tokenizer(model)
     if source == "tokenizer.json":
         (model / "tokenizer.model").unlink()
@@ -339,15 +340,24 @@ def test_template_without_bos_writes_none(models: Callable[[str], Path], tmp_pat
     assert "tokenizer.ggml.eot_token_id" not in contents(reader)  # it is the eos
 
 
-def test_a_bos_that_ollama_does_not_add_is_in_its_template(tmp_path: Path) -> None:
+def test_ollama_writes_bos_where_the_template_writes_it_and_it_is_not_added_anyway(tmp_path: Path) -> None:
     model = gguf_models.save_model(tmp_path / "m", "llama")
-    for adds, expected in ((True, False), (False, True)):
+    file = FOLDER / "alpaca.jinja"  # as a run of a tokenizer that adds it has stored it; by name it is without
+    n_visited = 0
+    for adds, prompt_type, expected in (
+        (True, "alpaca", False),
+        (True, str(file), False),
+        (False, "alpaca", False),
+        (False, str(file), True),
+    ):
         settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
         (model / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": adds}), encoding="utf-8")
-        out = tmp_path / str(adds)
-        found = contents(export(model, out, "--prompt_type", "alpaca"))
+        out = tmp_path / f"{adds}{n_visited}"
+        found = contents(export(model, out, "--prompt_type", prompt_type))
         assert found["tokenizer.ggml.add_bos_token"] is adds
         assert ('{{ "<s>" }}' in (out / "Modelfile").read_text(encoding="utf-8").replace("{{- ", "{{ ")) is expected
+        n_visited += 1
+    assert n_visited == 4
 
 
 def test_a_prompt_begins_as_it_does_here(models: Callable[[str], Path], tmp_path: Path) -> None:

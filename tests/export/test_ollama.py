@@ -16,7 +16,7 @@ import pytest
 from onecard.console import ConfigError
 from onecard.export.ollama import GO_TEMPLATES, ModelfileSettings, go_template, modelfile, quoted
 from onecard.text.jinja_chat import render_chat
-from onecard.text.template import BUILT_IN, FOLDER
+from onecard.text.template import BUILT_IN, FOLDER, built_in_name
 
 BOS, EOS = "<s>", "</s>"
 WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\(|\)|:=|=|,|[^\s()=:,]+')
@@ -163,6 +163,19 @@ def test_go_template_writes_what_jinja_writes(name: str, bos: str) -> None:
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         assert (BOS if not bos else "") + template.render(system, messages) == wanted
     assert len(dialogues()) == 6
+
+
+@pytest.mark.parametrize("name", ["alpaca", "llama-2", "mistral"])
+def test_go_template_writes_the_space_that_a_file_writes_before_answers(name: str) -> None:
+    plain = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    jinja = plain.replace("{{- message['content'] + eos", "{{- ' ' + message['content'] + eos")
+    assert jinja != plain
+    assert built_in_name(jinja) == built_in_name(plain) == name
+    template = GoTemplate(go_template(name, bos=BOS, eos=EOS, lead=" ") or "")
+    for messages in dialogues():
+        wanted = render_chat(jinja, messages, {"bos_token": BOS, "eos_token": EOS}, True)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        assert template.render(system, messages) == wanted
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -81,6 +81,7 @@ def save_padded(directory: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.add_tokens(["蔬菜沙拉"])
+    tokenizer.chat_template = None
     tokenizer.save_pretrained(directory)
     shutil.copy(BASE / "tokenizer.model", directory / "tokenizer.model")
     return directory

@@ -23,6 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you")]
     rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
     rows += [{"text": "a document has no answer"}, {"instruction": "long", "output": "fox " * 600}]
+    rows += [{"prompt": "Hi", "completion": "Go away", "label": False}]  # no reference
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return path
 

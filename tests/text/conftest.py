@@ -39,7 +39,7 @@ SPACED = (
 @pytest.fixture(scope="session")
 def bytelevel_bos_tokenizer():
     """A byte-level BPE tokenizer in the manner of Llama 3: a BOS, header tokens, <|eot_id|>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
@@ -50,6 +50,7 @@ def bytelevel_bos_tokenizer():
     core.train_from_iterator(
         tiny.CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     )
+    core.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=special[0], eos_token=special[1], additional_special_tokens=special[2:]
     )

@@ -17,8 +17,7 @@ class PlainTokenizer:
     def __call__(
         self, texts: list[str], *, add_special_tokens: bool, verbose: bool = True
     ) -> dict[str, list[list[int]]]:
-        assert not add_special_tokens
-        return {"input_ids": [self._ids(text) for text in texts]}
+        return {"input_ids": [[0] * add_special_tokens + self._ids(text) for text in texts]}
 
     def decode(self, ids: list[int], **_: object) -> str:
         pieces = [b"<s>" if i == 0 else b"</s>" if i == 1 else bytes([i - 2]) for i in ids]

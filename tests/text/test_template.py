@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from onecard.console import ConfigError, DataError
 from onecard.text.conversation import Conversation, Turn
-from onecard.text.template import BUILT_IN, FOLDER, Segment, Writer, load_template, special_tokens
+from onecard.text.special_tokens import special_tokens
+from onecard.text.template import BUILT_IN, FOLDER, Segment, Writer, load_template
 from tests.text.conftest import APPEND_ONLY, CLOSES_AT_THE_END, REWRITES_HISTORY, SPACED
 
 TOKENIZERS = ("sp_tokenizer", "bytelevel_tokenizer", "bytelevel_bos_tokenizer")
@@ -78,7 +79,7 @@ def test_segments_are_the_rendered_text_cut_at_the_answers(request, which, name)
         rendered = template.render(
             template.messages(conversation), special_tokens=special_tokens(tokenizer), add_generation_prompt=False
         )
-        assert "".join(segment.written for segment in segments) == rendered
+        assert "".join(segment.text + segment.end for segment in segments) == rendered
         answers = [turn.content for turn in conversation if turn.role == "assistant"]
         assert [segment.text for segment in segments if segment.is_answer] == answers
         assert all(segment.end == template.end_text(tokenizer) for segment in segments if segment.is_answer)
@@ -152,12 +153,14 @@ def test_an_end_is_taught_even_where_the_template_has_none(bytelevel_bos_tokeniz
         bytelevel_bos_tokenizer,
         "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
     )
-    segments = load_template("auto", tokenizer).segments(CONVERSATIONS[2], tokenizer)
-    answers = [segment for segment in segments if segment.is_answer]
-    assert [(segment.text, segment.end) for segment in answers] == [
-        ("assistant: 3", "<|end_of_text|>"),
-        ("assistant:  3 \n", "<|end_of_text|>"),
-    ]
+    template, turns = load_template("auto", tokenizer), CONVERSATIONS[2]
+    writer = Writer(template, tokenizer)
+    assert writer.lead == "assistant: "
+    # No more than that: the next prompt is what the template writes, where no end stands behind the first answer.
+    assert writer.cut(turns) is None
+    history = Segment(writer.render(turns[:3], prompt=True), is_answer=False)
+    assert writer.prompt_and_answer(turns) == [history, Segment("assistant:  3 \n", True, "<|end_of_text|>")]
+    assert writer.cut(turns[:2])[1] == Segment("assistant: 3", True, "<|end_of_text|>")
 
 
 def test_a_template_that_closes_only_at_the_end_is_still_cut(bytelevel_tokenizer, with_template):
@@ -166,13 +169,15 @@ def test_a_template_that_closes_only_at_the_end_is_still_cut(bytelevel_tokenizer
     assert [segment.text for segment in segments if segment.is_answer] == ["3", " 3 \n"]
 
 
-def test_the_templates_space_before_an_answer_is_kept_apart(sp_tokenizer, with_template):
+def test_what_a_template_writes_around_an_answer_is_learned_with_it(sp_tokenizer, with_template):
     tokenizer = with_template(sp_tokenizer, SPACED)
-    segments = load_template("auto", tokenizer).segments((Turn("user", "Hi"), Turn("assistant", "Hello")), tokenizer)
+    template = load_template("auto", tokenizer)
+    segments = template.segments((Turn("user", "Hi"), Turn("assistant", "Hello")), tokenizer)
     assert segments == [
         Segment("<s>[INST] Hi [/INST]", is_answer=False),
-        Segment("Hello ", is_answer=True, end="</s>", lead=" "),
+        Segment(" Hello ", is_answer=True, end="</s>"),
     ]
+    assert Writer(template, tokenizer).lead == " "
 
 
 def test_a_template_that_rewrites_history_is_not_cut(bytelevel_tokenizer, with_template):

@@ -1,0 +1,71 @@
+"""Thoughts in front of an answer, as templates of reasoning models write them: <think> ... </think>.
+
+A template may open a thought at the end of the generation prompt (DeepSeek-R1), so that the model only completes it;
+put an empty one before an answer that has none (Qwen3); and drop the thoughts of earlier answers (both).
+
+Knows marks and texts. Does not know templates, turns or tokens.
+"""
+
+from __future__ import annotations
+
+import re
+
+# <think>, <thinking>, [THINK], ◁think▷, <seed:think>, <|START_THINKING|>, <|begin_of_thought|>; no closing mark
+_NAME = r"\|?(?!end)(?:[a-z]+[_:])*(?:think|thinking|thought|reason|reasoning)\|?"
+_OPENING = rf"(?:<{_NAME}>|\[{_NAME}\]|◁{_NAME}▷)"
+_OPENED = re.compile(rf"{_OPENING}\s*\Z", re.IGNORECASE)
+_BEGINNING = re.compile(rf"\s*({_OPENING})\s*", re.IGNORECASE)
+_PAIRS = (("START", "END"), ("start", "end"), ("begin", "end"))
+
+
+def opened_thought(prompt: str) -> str:
+    """The thought that a generation prompt opens at its end, blanks included, or "".
+
+    "<｜Assistant｜><think>\\n" -> "<think>\\n"        "<|im_start|>assistant\\n" -> ""
+    """
+    found = _OPENED.search(prompt)
+    return found.group() if found is not None else ""
+
+
+def empty_thought(text: str) -> str:
+    """The empty thought with which `text` begins, line breaks behind it included, or "".
+
+    "<think>\\n\\n</think>\\n\\nHello" -> "<think>\\n\\n</think>\\n\\n"
+    """
+    found = _BEGINNING.match(text)
+    if found is None or not text.startswith(closing_mark(found[1]), found.end()):
+        return ""
+    after = text[found.end() + len(closing_mark(found[1])) :]
+    return text[: len(text) - len(after.lstrip("\r\n"))]
+
+
+def has_thought(content: str) -> bool:
+    """Whether an answer brings its own thought, even an empty one."""
+    return _BEGINNING.match(content) is not None
+
+
+def completion(opened: str, content: str) -> str:
+    """What follows a generation prompt that ends with `opened`, for an answer with or without a thought of its own.
+
+    opened "<think>\\n":  "<think>\\nHm.\\n</think>\\n\\nYes" -> "Hm.\\n</think>\\n\\nYes"
+                         "Hm.\\n</think>\\n\\nYes" (as such models write it) -> the same
+                         "Yes" -> "\\n</think>\\n\\nYes"
+
+    The mark that closes the thought is learned with the answer, also where the data have no thought: the prompt ends
+    inside an open one, and a model that does not write the mark itself never comes to its answer.
+    """
+    mark = opened.strip()
+    own = content.lstrip()
+    if own.startswith(mark):
+        return own[len(mark) :].removeprefix(opened[len(mark) :])
+    if closing_mark(mark) in content:
+        return content
+    return "\n" * max(0, 2 - opened.count("\n")) + f"{closing_mark(mark)}\n\n{content}"
+
+
+def closing_mark(opening: str) -> str:
+    """<think> -> </think>, [THINK] -> [/THINK], <|START_THINKING|> -> <|END_THINKING|>."""
+    for first, last in _PAIRS:
+        if first in opening:
+            return opening.replace(first, last, 1)
+    return f"{opening[0]}/{opening[1:]}"
