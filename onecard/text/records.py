@@ -10,7 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +20,8 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 # Longer than any record worth learning from; a line without an end must not fill the memory.
 MAX_RECORD_BYTES = 64 * 2**20
 _PEEK_BYTES = 2**16
+_PROBED_VALUES = 5
+_COLUMNS = {"instruction", "input", "output", "prompt", "response", "completion", "question", "answer", "query"}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -57,7 +59,11 @@ def _text_records(stream: BinaryIO, head: bytes, suffix: str) -> Iterator[RawRec
     if suffix == ".csv":
         return _csv_rows(stream)
     if suffix == ".txt":
-        return _paragraphs(stream)
+        held = ".json" if _holds_json(stream, head) else ".csv" if _begins_with_columns(head) else ""
+        if not held:
+            return _paragraphs(stream)
+        note = f"the file is named .txt and holds {held[1:].upper()}: it was read as such, not as text to continue"
+        return (record._replace(note=note) for record in _text_records(stream, head, held))
     return _json_lines(stream) if _is_one_value_per_line(head, suffix) else _json_values(stream)
 
 
@@ -72,6 +78,23 @@ def _foreign_content(head: bytes) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "the file is only a git-lfs pointer: the data was not downloaded (run `git lfs pull`)"
     return ""
+
+
+def _holds_json(stream: BinaryIO, head: bytes) -> bool:
+    """Whether a text file is JSON: one of its first values is an object with keys. Prose may begin with a bracket."""
+    if not head.removeprefix(_BOM).lstrip().startswith((b"{", b"[")):
+        return False
+    found = islice(JsonValues(stream, MAX_RECORD_BYTES), _PROBED_VALUES)
+    holds_json = any(isinstance(one.value, dict) and one.value for one in found)
+    stream.seek(0)
+    return holds_json
+
+
+def _begins_with_columns(head: bytes) -> bool:
+    """Whether a text file is a csv of questions and answers: "instruction,input,output" is no sentence."""
+    first = head.removeprefix(_BOM).split(b"\n", 1)[0].decode("utf-8", "replace")
+    names = [name.strip().strip('"').lower() for name in first.split(",")]
+    return len(_COLUMNS.intersection(names)) > 1 and all(name.isidentifier() for name in names)
 
 
 def _is_one_value_per_line(head: bytes, suffix: str) -> bool:

@@ -9,19 +9,21 @@ The known shapes and the keys they go by:
     ShareGPT conversations      {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}
     OpenAI messages             {"messages": [{"role": "user", "content": ...}, ...]}
     text                        {"text": ...}
-Any of them but `text` may have a `system` text.
+Any of them but `text` may have a `system` text. An answer, or a record, that is marked as not to be learned (see
+learn_marks.py) stays, and is not learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
 from onecard.text.conversation import Conversation, Document, Role, Turn
 from onecard.text.json_records import NumberText
+from onecard.text.learn_marks import MARKS, NOT_A_GOOD_ANSWER, is_to_learn, record_mark
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -35,6 +37,13 @@ ROLES: dict[str, Role] = {
     "bot": "assistant",
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+_READ_IN_TURNS = frozenset(("role", "content", "from", "value", "tool_calls", "function_call")) | MARKS
+_PREFERENCE = (
+    'a preference pair ("chosen" and "rejected"): which of two answers is better is not learned here; to learn the '
+    'chosen answers, give each as "response" beside its "prompt"'
+)
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXT_KEYS = ("text", "value", "content")
 
 CUT_LEADING = "leading assistant turns were cut: nothing asked for them"
 CUT_TRAILING = "trailing turns without an answer were cut"
@@ -80,17 +89,46 @@ def to_sample(value: Any, record: str) -> Shaped:
             break
     else:
         nulls = tuple(key for key, content in value.items() if content is None)
-        raise UnusableRecord(_unknown_shape(tuple(map(str, value)), nulls))
+        raise UnusableRecord(_PREFERENCE if _has_pair(value) else _unknown_shape(tuple(map(str, value)), nulls))
+    if _has_pair(value) and shape.convert is _from_turns and not _ends_with_answer(value[shape.required[0]]):
+        raise UnusableRecord(_PREFERENCE)
     notes: list[str] = []
     known = (*shape.required, *shape.optional)
-    ignored = [key for key in value if key not in known]
+    marks = {key: record_mark(str(key), value[key]) for key in value if key not in known}
+    ignored = [key for key, mark in marks.items() if mark is None]
     if shape.name == "text":
         text = _text(value["text"], '"text"', notes)
         if not text.strip():
             raise UnusableRecord('"text" is empty')
         return Shaped(Document(text, record), shape.name, notes, ignored)
     name, turns = shape.convert(value, shape, notes)
-    return Shaped(Conversation(_in_order(turns, notes), record), name, notes, ignored)
+    ordered = _in_order(turns, notes)
+    if False in marks.values():
+        notes.append(NOT_A_GOOD_ANSWER)
+        ordered = tuple(replace(turn, learn=turn.role != "assistant") for turn in ordered)
+    if shape.convert is _from_turns:
+        ignored += _unused_keys(value[shape.required[0]], shape.required[0])
+    return Shaped(Conversation(ordered, record), name, notes, ignored)
+
+
+def _has_pair(record: dict[str, Any]) -> bool:
+    return record.get("chosen") is not None and record.get("rejected") is not None
+
+
+def _ends_with_answer(turns: Any) -> bool:
+    last = turns[-1] if isinstance(turns, (list, tuple)) and turns else None
+    return isinstance(last, dict) and _role_of(last.get("role", last.get("from"))) == "assistant"
+
+
+def _unused_keys(turns: list[Any], name: str) -> list[str]:
+    """Keys inside the turns that nothing reads, as they are named in the report: messages[].reasoning_content."""
+    return [
+        f"{name}[].{key}"
+        for turn in turns
+        if not _READ_IN_TURNS.issuperset(turn)
+        for key, content in turn.items()
+        if key not in _READ_IN_TURNS and content is not None
+    ]
 
 
 def kind_of(value: Any) -> str:
@@ -240,32 +278,48 @@ def _turn(item: Any, where: str, notes: list[str]) -> Turn:
         seen = ", ".join(_quoted(str(key)) for key in list(item)[:6]) or "nothing"
         raise UnusableRecord(f'{where} has {seen}; "role" and "content", or "from" and "value" are expected')
     name = item[role_key]
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    role = _role_of(name)
     if item.get("tool_calls") or item.get("function_call") or name in _TOOL_ROLES:
         raise UnusableRecord(f"{where} is a tool call or its result, which no template here can render")
     if role is None:
         shown = _quoted(name) if type(name) is str else kind_of(name)
         raise UnusableRecord(f"{where} has the {role_key} {shown}; known: {', '.join(ROLES)}")
-    if role == "assistant" and str(item.get("weight")) == "0":
-        raise UnusableRecord(f'{where} has "weight": 0, an answer not to be learned: that is not supported')
     content = item[text_key]
     if isinstance(content, (list, tuple)):
         content = _joined_parts(content, where, notes)
     if role == "assistant":
-        return _answer(content, where, notes)
+        try:
+            learn = is_to_learn(item, notes)
+        except ValueError as reason:
+            raise UnusableRecord(f"{where} has {reason}") from None
+        return Turn("assistant", _answer(content, where, notes).content, learn=learn)
     return _question(content, where, notes) if role == "user" else Turn("system", _optional_text(content, where, notes))
 
 
+def _role_of(name: Any) -> Role | None:
+    return ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+
+
 def _joined_parts(parts: list[Any] | tuple[Any, ...], where: str, notes: list[str]) -> str:
-    """The text of OpenAI content parts, one per line; anything but text is refused."""
+    """The text of content parts, one per line: texts, or {"type": "text", "text" or "value" or "content": ...}.
+
+    Parts of any other type are refused.
+    """
     texts = []
     for number, part in enumerate(parts, start=1):
-        if isinstance(part, dict) and part.get("type") == "text" and part.get("text") is not None:
-            texts.append(_text(part["text"], f"{where}, part {number},", notes))
+        place = f"{where}, part {number},"
+        if isinstance(part, str):
+            texts.append(_text(part, place, notes))
             continue
-        shown = part.get("type") if isinstance(part, dict) else None
-        what = f"of type {_quoted(shown)}" if isinstance(shown, str) else kind_of(part)
-        raise UnusableRecord(f"{where}, part {number}, is {what}; only text can be learned")
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind not in (None, *_TEXT_PARTS):
+            what = f"of type {_quoted(kind)}" if isinstance(kind, str) else kind_of(part)
+            raise UnusableRecord(f"{place} is {what}; only text can be learned")
+        key = next((key for key in _TEXT_KEYS if part.get(key) is not None), None)
+        if key is None:
+            seen = ", ".join(_quoted(str(key)) for key in list(part)[:6]) or "nothing"
+            raise UnusableRecord(f'{place} has no text: its keys are {seen}, and "text" is expected')
+        texts.append(_text(part[key], f'{place} "{key}"', notes))
     return "\n".join(texts)
 
 
@@ -282,7 +336,8 @@ def _in_order(turns: list[Turn], notes: list[str]) -> tuple[Turn, ...]:
     ordered: list[Turn] = []
     for turn in rest:
         if ordered and ordered[-1].role == turn.role:
-            ordered[-1] = Turn(turn.role, f"{ordered[-1].content}\n\n{turn.content}")
+            both = f"{ordered[-1].content}\n\n{turn.content}"
+            ordered[-1] = Turn(turn.role, both, learn=ordered[-1].learn and turn.learn)
             notes.append(JOINED)
         else:
             ordered.append(turn)

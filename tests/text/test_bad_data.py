@@ -34,7 +34,7 @@ def read_all(path: Path | str, **options) -> tuple[list[Conversation | Document]
 
 
 def test_the_corpus_covers_what_it_should() -> None:
-    assert len(NAMES) == len(set(NAMES)) == 86
+    assert len(NAMES) == len(set(NAMES)) == 94
 
 
 @pytest.mark.parametrize("file", BAD_FILES, ids=NAMES)
