@@ -13,7 +13,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from onecard.console import DataError, warn
 from onecard.text.arrow_cache import DatasetReport, Row, can_write, read_manifest, remove_stale, write_cache
 from onecard.text.conversation import Conversation, Document
 from onecard.text.encode import Coded, Dropped, Encoded, Encoder, EncodeSettings, segments_of, to_encoded
+from onecard.text.jinja_chat import is_dated
 from onecard.text.sources import data_fingerprint, read
 from onecard.text.template import Template
 from onecard.text.tokenization import tokenizer_fingerprint
@@ -38,7 +40,8 @@ class EncodedDataset:
     """Encoded samples in a memory-mapped Arrow file.
 
     lengths, supervised: int32 (n_samples,), tokens and learned tokens of each sample. groups: int64 (n_samples,).
-    fingerprint: SHA-256 over all ids and what of them is learned, so two runs with the same one learn the same.
+    fingerprint: SHA-256 over all ids and what of them is learned, so two runs with the same one learn the same; with a
+    dated template over what the samples are made of, the day aside.
     """
 
     def __init__(self, arrow_file: Path, report: DatasetReport, fingerprint: str) -> None:
@@ -81,24 +84,29 @@ def encode_dataset(
 ) -> EncodedDataset:
     """The encoded data set, from the cache where it is whole, else encoded now and kept there.
 
+    A dated template writes the day of the first encoding into all samples, and the cache keeps it: after midnight the
+    same data mean the same, and their fingerprint is the same on any day. Only asking a model writes the present day.
+
     Raises DataError when nothing can be learned from the data, or with settings.strict at the first bad record.
     """
     key = cache_key(data_path, template, tokenizer, settings)
+    dated = _dated_fingerprint(data_path, template, settings) if is_dated(template.jinja) else None
     target = Path(cache_dir) / f"{key[:32]}.arrow"
     found = read_manifest(target, key)
     if found is not None:
-        return EncodedDataset(target, *found)
+        report, fingerprint = found
+        return EncodedDataset(target, report, dated or fingerprint)
     temporary = None
     if not can_write(target.parent):
         temporary = tempfile.TemporaryDirectory(prefix="onecard-", ignore_cleanup_errors=True)
         warn(f"--cache_path {target.parent} cannot be written; encoding into {temporary.name} for this run only")
         target = Path(temporary.name) / target.name
     remove_stale(target.parent)
-    samples = Encoder(template, tokenizer, settings)
+    samples = Encoder(replace(template, day=date.today().isoformat()) if dated else template, tokenizer, settings)
     report = DatasetReport()
     with _cycles_collected_by_batch():
         fingerprint = write_cache(target, key, report, _encoded(data_path, samples, settings, report))
-    dataset = EncodedDataset(target, report, fingerprint)
+    dataset = EncodedDataset(target, report, dated or fingerprint)
     dataset.keep(temporary)
     return dataset
 
@@ -124,6 +132,12 @@ def cache_key(data_path: str, template: Template, tokenizer: Any, settings: Enco
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _dated_fingerprint(data_path: str, template: Template, settings: EncodeSettings) -> str:
+    """Stands for the ids where they differ from day to day: encoded anew, a run that goes on would be refused."""
+    parts = [data_fingerprint(data_path), template.jinja, settings.cutoff_len, settings.train_on]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _code_fingerprint() -> str:
     """The text package's own source and the libraries that tokenise: no version number to forget to raise."""
     digest = hashlib.sha256()
@@ -140,7 +154,7 @@ def _code_fingerprint() -> str:
 def _encoded(data_path: str, encoder: Encoder, settings: EncodeSettings, report: DatasetReport) -> Iterator[list[Row]]:
     """Batches of coded samples. While one batch is tokenised in a thread, the next one is read and rendered."""
     group = 0
-    waiting: tuple[list[Conversation | Document], Any, Future[list[list[int]]]] | None = None
+    waiting: tuple[list[Conversation | Document], Any, Future[list[list[list[int]]]]] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:
         for batch in _in_batches(read(data_path, report=report.read, strict=settings.strict)):
             plans = [encoder.plan(sample) for sample in batch]
