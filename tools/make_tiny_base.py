@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.console import run_main, say
+from onecard.text.template import FOLDER
 from tools.tiny_corpus import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,13 @@ def write_rows(rows: list[build.Row], file: Path) -> None:
     """Write alpaca rows as readable JSON, one row a line."""
     lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
     file.write_text(f"[\n{lines}\n]\n", encoding="utf-8", newline="\n")
+
+
+def write_chat_template(file: Path) -> None:
+    """Alpaca's, with a space before the answers: that is how they begin in the corpus."""
+    alpaca = (FOLDER / "alpaca.jinja").read_text(encoding="utf-8")
+    spaced = alpaca.replace("{{- message['content'] + eos", "{{- ' ' + message['content'] + eos")
+    file.write_text(spaced, encoding="utf-8", newline="\n")
 
 
 def make(
@@ -51,6 +59,7 @@ def make(
     documents = itertools.islice(build.documents(seed), N_TOKENIZER_DOCUMENTS)
     tokenizer = make_tokenizer(documents, vocab_size, output_path)
     make_model(tokenizer, seed, steps, say).save_pretrained(output_path)
+    write_chat_template(output_path / "chat_template.jinja")
     sample_path = sample_path or output_path.parent
     write_rows(build.merge_sample(), sample_path / "merge_sample.json")
     write_rows(build.held_out(), sample_path / "held_out.json")

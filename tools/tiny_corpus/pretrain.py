@@ -53,9 +53,9 @@ def batches(
     """Endless steps of `DOCUMENTS` documents, each step a few pairs of ids and weights `(batch, seq)`.
 
     A document is a row of its own, so that attention never has to learn where it begins; rows
-    of like length stand together and are padded at the right with weight 0. Text and answer are tokenised apart, as
-    fine-tuning does. What leads to an answer weighs little: most of it (which words a list holds, which heading a page
-    has) cannot be foreseen, and learning it would drown the rest.
+    of like length stand together and are padded at the right with weight 0. Text and answer are tokenised apart, so an
+    answer begins with a space, as in the chat template beside the model. What leads to an answer weighs little: most of
+    it (which words a list holds, which heading a page has) cannot be foreseen, and learning it would drown the rest.
 
     "What is 1 + 1?\\n", "2\\nTom has" -> ids     <s> ▁What ...   ? <0x0A> ▁ 2 <0x0A> Tom ▁has
                                         weights 0   0.1   ... 0.1 0.1    1 1 1      0.1 0.1
