@@ -17,6 +17,7 @@ from typing import Any
 
 from onecard.config_talk import SamplingOptions
 from onecard.console import ConfigError, DataError
+from onecard.model.input_limits import embedding_rows, no_row
 from onecard.talk.call import Call, Chunk, GenerateThread, Row, Talker, Usage, Watching
 from onecard.talk.model_limits import go_together
 from onecard.talk.stopping import FinishReason
@@ -114,9 +115,15 @@ def generate_batch(
 
 
 def prepare(talker: Talker, turns: Sequence[Turn], sampling: SamplingOptions, *, number: int = 0) -> Row:
-    """The row for a conversation. Raises ContextTooLong when its prompt leaves no room for an answer."""
+    """The row for a conversation.
+
+    Raises ContextTooLong when its prompt leaves no room for an answer, DataError for a token that the base lacks.
+    """
     prompt = prompt_for(turns, talker.template, talker.tokenizer)
     ids = prompt.ids
+    n_rows = embedding_rows(talker.model)
+    if max(ids, default=0) >= n_rows:
+        raise DataError(no_row(talker.tokenizer, max(ids), n_rows))
     limit = longest_sequence(talker.model)
     room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(ids))
     if limit is not None and room < 1:

@@ -67,6 +67,17 @@ class EncodedDataset:
         coded = Coded(ids, spans, batch.column("cut")[row].as_py())
         return to_encoded(coded, batch.column("record")[row].as_py(), int(self.groups[index]))
 
+    def first_beyond(self, limit: int) -> tuple[int, int] | None:
+        """The number of the first sample that holds an id of `limit` or more, and that id; None where none does."""
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            column = batch.column("input_ids")
+            ids = column.values.to_numpy()
+            places = np.flatnonzero(ids >= limit)
+            if len(places):
+                row = int(np.searchsorted(column.offsets.to_numpy(), places[0], side="right")) - 1
+                return int(start) + row, int(ids[places[0]])
+        return None
+
     def summary_lines(self) -> list[str]:
         return self.report.summary_lines()
 

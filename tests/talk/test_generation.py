@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,16 @@ def test_a_batch_equals_its_questions_one_by_one(talker, questions, options) -> 
     assert together == [ask(talker, [question], sampling)[0] for question in questions]
     assert len({answer.text for answer in together}) == len(questions), "the test needs different answers"
     assert len({answer.n_prompt_tokens for answer in together}) >= 5, "the test needs ragged prompts"
+
+
+def test_a_token_that_the_base_has_no_row_for_is_named(talker) -> None:
+    """Before the model is called: there it would be a bare IndexError, and on a card the end of the process."""
+    tokenizer = copy.deepcopy(talker.tokenizer)
+    n_rows = talker.model.get_input_embeddings().weight.shape[0]
+    tokenizer.add_tokens([f"<new_{i}>" for i in range(n_rows - len(tokenizer) + 1)])
+    new = tokenizer.convert_ids_to_tokens(n_rows)
+    with pytest.raises(DataError, match=rf"the token '{new}' has the id {n_rows}, but the base has rows for"):
+        prepare(replace(talker, tokenizer=tokenizer), [Turn("user", f"say {new}")], GREEDY)
 
 
 def test_the_model_is_fed_what_training_would_feed_it(talker, questions) -> None:
