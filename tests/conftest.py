@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gptq"):
                 item.add_marker(missing)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _number_format_of_each_module() -> None:
+    """Accelerate fixes one per process, and the tests of another file may have trained in another one."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")
