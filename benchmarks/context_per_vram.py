@@ -128,7 +128,7 @@ def ram_gib(config: FinetuneConfig, card: Any, length: int) -> float:
 def config_for(model: str, rank: int, gib: float) -> FinetuneConfig:
     """One row at a time, fp16, everything else by the plan."""
     return FinetuneConfig(
-        ModelOptions(model_path=model, bits=4),
+        ModelOptions(model_path=model, bits=4, gradient_checkpointing=True),
         DataOptions(),
         LoraOptions(lora_r=rank),
         # Two rows in a step: the second meets the gradients of the first.

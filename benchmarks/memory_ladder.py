@@ -100,7 +100,8 @@ def ladder(options: LadderOptions, hardware: Any) -> list[dict[str, Any]]:
     )
     train = TrainOptions(total_batch=2 * options.rows, micro_batch=options.rows, optimizer="adamw", max_steps=100)
     bits: Any = options.bits
-    model = ModelOptions(model_path=options.model_path, bits=bits, device=options.device, dtype=options.dtype)
+    model = ModelOptions(model_path=options.model_path, bits=bits, device=options.device, dtype=options.dtype,
+                         gradient_checkpointing=True)  # fmt: skip
     lora = LoraOptions(lora_r=options.lora_r)
     config = FinetuneConfig(model, DataOptions(cutoff_len=options.length), lora, train, memory)
     rows: list[dict[str, Any]] = []

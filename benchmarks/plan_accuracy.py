@@ -197,7 +197,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from onecard.model.head import quantize_head
     from onecard.model.offload import embeddings_to_ram
     from onecard.text.encode import Encoded
-    from onecard.train.optim import allocate_state, build_optimizer, build_schedule
+    from onecard.train.optim import allocate_state, build_optimizer
     from onecard.train.recovery import Limits
     from onecard.train.run import Run
     from onecard.train.step import use_limits
@@ -226,7 +226,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     model, stepped = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
     ids = np.random.default_rng(0).integers(3, config["vocab_size"], (2 * setup.rows, setup.length)).tolist()
     samples = Samples(Encoded(row, [-100, *row[1:]], str(number), number) for number, row in enumerate(ids))
-    run = Run(train, model, plain, stepped, build_schedule(optimizer, train, 10), accelerator, samples, [], None)  # type: ignore[arg-type]
+    run = Run(train, model, plain, stepped, accelerator, samples, [], None)  # type: ignore[arg-type]
     use_limits(run, Limits(setup.rows, 0, setup.loss_chunk, setup.offload_activations, setup.mlp_tile))
     plain.train()
     return run

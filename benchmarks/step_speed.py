@@ -148,7 +148,7 @@ def build(options: SpeedOptions, hardware: Any) -> tuple[dict[str, Contestant], 
 def config_for(options: SpeedOptions) -> FinetuneConfig:
     bits: Any = options.bits
     return FinetuneConfig(
-        ModelOptions(options.model_path, bits=bits, dtype=options.dtype, device=options.device),
+        ModelOptions(options.model_path, bits, options.dtype, options.device, gradient_checkpointing=True),
         DataOptions(data_path=options.data_path),
         LoraOptions(lora_r=options.lora_r),
         TrainOptions(

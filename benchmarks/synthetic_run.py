@@ -28,7 +28,7 @@ from onecard.text.encode import IGNORE_INDEX, Encoded, EncodeSettings
 from onecard.text.template import load_template
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.fit import card_of, limits_of
-from onecard.train.optim import allocate_state, build_optimizer, build_schedule
+from onecard.train.optim import allocate_state, build_optimizer
 from onecard.train.run import Run
 from onecard.train.setup import build_accelerator, prepare_base
 from onecard.train.state import TrainerState
@@ -101,12 +101,11 @@ def build_run(config: FinetuneConfig, hardware: Hardware, base: LoadedBase, samp
     torch.manual_seed(options.seed)
     plain = add_lora(base.model, config.lora)
     optimizer = build_optimizer(plain, options)
-    schedule = build_schedule(optimizer, options, options.max_steps)
     allocate_state(optimizer)
     model, stepper = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
     state = TrainerState(total_steps=options.max_steps)
     store = CheckpointStore(Path("unused"))
-    run = Run(options, model, plain, stepper, schedule, accelerator, samples, [], store, state)
+    run = Run(options, model, plain, stepper, accelerator, samples, [], store, state)
     if config.memory.offload_embeddings == "on":
         embeddings_to_ram(plain, accelerator.device)
     use_limits(run, limits_of(config))

@@ -303,6 +303,8 @@ def _checked(
     good: dict[str, Any] = {}
     for name, value in raw.items():
         option = options[name]
+        if isinstance(value, bool) and "on" in get_args(option.type):  # YAML 1.1 reads on and off as true and false
+            value = "on" if value else "off"
         if option.is_text and isinstance(value, str):
             # Taken as typed: an instruction such as "a: b" must not be read as YAML.
             good[name] = value
@@ -323,7 +325,7 @@ def _expected(kind: Any) -> str:
     """What a type asks for, in words: `one of 4, 8, 16, 32`, `a whole number`."""
     choices = [c for c in get_args(kind) if c is not type(None)]
     if choices and not isinstance(choices[0], type) and get_origin(kind) is not None:
-        return "one of " + ", ".join(map(str, choices))
+        return "one of " + ", ".join(str(c).lower() if isinstance(c, bool) else str(c) for c in choices)
     plain = choices[0] if choices else kind
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(plain, str(plain))
 

@@ -16,6 +16,7 @@ from onecard.console import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_BASE = str(REPOSITORY / "sample" / "tiny-llama")
+LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 
 Problem = tuple[str, str]  # (flag, what is wrong with it)
 
@@ -34,8 +35,8 @@ class ModelOptions:
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel. auto lets transformers choose; sdpa works on every card."""
-    gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass: about 30 % slower, several times less activation memory."""
+    gradient_checkpointing: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
+    """Recompute each layer in the backward pass (on, off): several times less memory, slower. auto: on where needed."""
     max_memory: str | None = None
     """Spread the model over several GPUs, with so much of each: 0:10GiB,1:10GiB,cpu:30GiB (chat and generation)."""
     trust_remote_code: bool = False
@@ -148,8 +149,8 @@ class TrainOptions:
     """Passes over the training data."""
     max_steps: int = 0
     """End after so many optimizer steps whatever --num_epoch says; 0: no limit."""
-    total_batch: int = 32
-    """Samples per optimizer step, over all GPUs. This decides the result; the micro-batch does not."""
+    total_batch: int = 0
+    """Samples per optimizer step, over all GPUs. This decides the result; 0: 4 to 32, by the number of rows."""
     micro_batch: int = 0
     """Most rows that pass through the model at once; 0: only --micro_tokens limits. A matter of memory alone."""
     micro_tokens: int = 0
@@ -167,7 +168,7 @@ class TrainOptions:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: float = 0.03
-    """Share of all steps in which the learning rate rises from 0."""
+    """Share of all steps in which the learning rate rises from 0: at least 5 steps, or a fifth of a short run."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises from 0; above 0 it takes the place of --warmup_ratio."""
     seed: int = 42
@@ -176,10 +177,14 @@ class TrainOptions:
     """Write a row to log.jsonl every so many steps."""
     log_samples: bool = False
     """Write the record ids of each step into log.jsonl, every step."""
-    eval_steps: int = 200
-    """Evaluate every so many steps (and at the end)."""
-    save_steps: int = 200
-    """Save a checkpoint every so many steps (and at the end)."""
+    eval_steps: int = 0
+    """Evaluate every so many steps (and at the end); 0: a third of the run, at most an epoch or 200 steps."""
+    save_steps: int = 0
+    """Save a checkpoint every so many steps (and at the end); 0: an eighth of the run, at most an epoch or 200."""
+    eval_minutes: float = 10
+    """Evaluate after so many minutes as well, if that takes less than a tenth of the time; 0: never."""
+    save_minutes: float = 10
+    """Save a checkpoint after so many minutes as well, under the same condition; 0: never."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay, at least 2; the best one stays besides."""
     final_weights: Literal["last", "best"] = "last"
@@ -212,18 +217,10 @@ class TrainOptions:
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
-        for name in ("total_batch", "log_steps", "eval_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                found.append((f"--{name}", f"{getattr(self, name)} is too small; use 1 or more"))
-        for name in (
-            "max_steps",
-            "micro_batch",
-            "micro_tokens",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "seed",
-        ):
+        if self.log_steps < 1:
+            found.append(("--log_steps", f"{self.log_steps} is too small; use 1 or more"))
+        for name in ("max_steps", "total_batch", "micro_batch", "micro_tokens", "warmup_steps", "weight_decay",
+                     "max_grad_norm", "seed", "eval_steps", "save_steps", "eval_minutes", "save_minutes"):  # fmt: skip
             if getattr(self, name) < 0:
                 found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
         if self.num_epoch <= 0 and not self.max_steps:
@@ -273,8 +270,8 @@ class MemoryOptions:
     """liger: norms, rotary positions and MLPs from liger-kernel (pip install liger-kernel; Triton, not on Turing)."""
     pretend_turing: bool = False
     """Treat any card as one of the Turing generation: fp16 with a scaler, no bf16, no FlashAttention."""
-    rehearsal: bool = True
-    """Before the first step, try the largest micro-batch that the data can make."""
+    rehearsal: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
+    """Try the largest micro-batch first (on, off). auto: not on a CPU that has room where it would take long."""
     ignore_plan: bool = False
     """Start although the plan says that it does not fit."""
 
@@ -303,7 +300,7 @@ class FinetuneConfig:
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
         if self.memory.offload_activations == "on" and not self.model.gradient_checkpointing:
-            text = "on needs --gradient_checkpointing true: it keeps the inputs of layers"
+            text = "on needs --gradient_checkpointing on: it keeps the inputs of layers"
             found.append(("--offload_activations", text))
         flag = self.lora.trains_vocabulary
         if flag and self.memory.offload_embeddings == "on":

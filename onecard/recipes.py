@@ -32,52 +32,43 @@ def finetune(config: FinetuneConfig) -> Path:
 def _finetune(config: FinetuneConfig) -> Path:
     from onecard.model.adapters import describe_trainable
     from onecard.model.hardware import detect
-    from onecard.train.fit import cap_memory, first_plan, keep_choices, settle
+    from onecard.train.fit import cap_memory, first_plan, keep_choices, resolve_lengths, resolve_total_batch, settle
     from onecard.train.loop import report_events, train
-    from onecard.train.rehearsal import rehearse
+    from onecard.train.rehearsal import rehearse_if_wanted
     from onecard.train.reporting import check_sinks
-    from onecard.train.rundir import RunDirectory, Settings
-    from onecard.train.setup import (
-        build_accelerator,
-        build_run,
-        open_reporter,
-        prepare_data,
-        start_position,
-        stored_choices,
-    )
+    from onecard.train.resume import resolve_start_adapter, start_position
+    from onecard.train.rundir import RunDirectory, Settings, portable
+    from onecard.train.setup import build_accelerator, build_run, open_reporter, prepare_data, training_state
 
     check_sinks(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
-    config.model.model_path = _findable(config.model.model_path)
+    config = replace(config, model=portable(config).model)  # adapters remember the name of their base
     directory = RunDirectory(Path(config.train.output_path))
     with directory.locked():
         hardware = detect(config.model.device, pretend_turing=config.memory.pretend_turing)
         cap_memory(hardware, config.memory.vram)
         first = first_plan(config, hardware)
         accelerator = build_accelerator(config, hardware, first.model.model_type)
-        found = start_position(config, directory, accelerator)
+        point = start_position(config, directory, accelerator)
+        config = resolve_start_adapter(config, point)
         data = prepare_data(config, accelerator)
-        fitted, plan = settle(keep_choices(config, stored_choices(found)), hardware, first, data.longest)
-        run = build_run(fitted, hardware, accelerator, data, found, directory)
-        run.planned_bytes = plan.account.card_bytes
+        config = resolve_total_batch(config, point, len(data.train))
+        fitted, plan = settle(keep_choices(config, point), hardware, first, data.longest, accelerator)
+        state = training_state(config, data, point)
+        fitted = resolve_lengths(fitted, len(data.train), len(data.test))
+        run = build_run(fitted, hardware, accelerator, data, state, point, directory)
+        run.plan = plan
         say(describe_trainable(run.plain_model))
-        settings = Settings(cli.to_yaml(config), data.tokenizer, data.template.jinja)
+        settings = Settings(cli.to_yaml(portable(config)), data.tokenizer, data.template.jinja)
         directory.write_settings(settings)
         reporter = open_reporter(config, run, directory)
         try:
-            if config.memory.rehearsal:
-                rehearse(run)
+            rehearse_if_wanted(run, config.memory.rehearsal)
             state = train(run, reporter)
         finally:
             report_events(run, reporter)
             reporter.close()
         directory.publish(settings, state, final_weights=config.train.final_weights)
     return directory.path
-
-
-def _findable(model_path: str) -> str:
-    """A local base as an absolute path: the run's directory is used from other folders later."""
-    path = Path(model_path).expanduser()
-    return str(path.resolve()) if path.is_dir() else model_path
 
 
 def generate(config: GenerateConfig) -> None:

@@ -13,6 +13,7 @@ from onecard.config import FinetuneConfig
 from onecard.console import Stopped
 from onecard.recipes import finetune
 from onecard.train import loop
+from onecard.train.reporting import read_log
 from tests import tiny
 
 
@@ -42,14 +43,15 @@ def final_checkpoint(run: Path) -> Path:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Two runs ended alike: adapter, optimizer and schedule bit for bit, and every logged loss."""
+    """Two runs ended alike: adapter and optimizer bit for bit, and every logged loss and learning rate."""
     adapters = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
     assert adapters[0], "no tensors"
     assert tiny.same_tensors(*adapters)
-    for name in ("optimizer.pt", "scheduler.pt"):
-        states = [torch.load(final_checkpoint(run) / name, weights_only=True) for run in (one, other)]
-        assert _same(*states), f"{name} differs"
+    states = [torch.load(final_checkpoint(run) / "optimizer.pt", weights_only=True) for run in (one, other)]
+    assert _same(*states), "optimizer.pt differs"
     assert tiny.losses_of(one) == tiny.losses_of(other)
+    rates = [[row["learning_rate"] for row in read_log(run) if "loss" in row] for run in (one, other)]
+    assert rates[0] == rates[1]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -154,6 +154,25 @@ def test_unknown_flag_names_the_nearest(typed: str, meant: str) -> None:
         assert f"did you mean {meant}?" in message
 
 
+@pytest.mark.parametrize(
+    ("word", "switch", "choice"), [("on", True, "on"), ("off", False, "off"), ("auto", "auto", "auto")]
+)
+def test_on_and_off_mean_the_same_as_flags_and_in_yaml(word: str, switch: object, choice: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads them as true and false."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"gradient_checkpointing: {word}\noffload_embeddings: {word}\n", encoding="utf-8")
+    for words in (["--config", str(path)], ["--gradient_checkpointing", word, "--offload_embeddings", word]):
+        config = cli.parse(FinetuneConfig, words)
+        assert (config.model.gradient_checkpointing, config.memory.offload_embeddings) == (switch, choice)
+
+
+def test_a_switch_with_a_third_word_is_still_a_switch() -> None:
+    for words, expected in ((["--rehearsal"], True), (["--rehearsal", "true"], True), (["--rehearsal=false"], False)):
+        assert cli.parse(FinetuneConfig, words).memory.rehearsal is expected
+    with pytest.raises(ConfigError, match=r"--rehearsal: 'maybe' is not one of auto, true, false"):
+        cli.parse(FinetuneConfig, ["--rehearsal", "maybe"])
+
+
 def test_unknown_yaml_key_names_file_and_nearest(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("lora_rr: 3\n", encoding="utf-8")

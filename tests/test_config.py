@@ -95,10 +95,10 @@ REFUSED = [
     ),
     (
         TrainOptions,
-        {"total_batch": 0, "log_steps": 0, "eval_steps": 0},
-        ["--total_batch", "--log_steps", "--eval_steps"],
+        {"total_batch": -1, "log_steps": 0, "eval_steps": -1, "eval_minutes": -1},
+        ["--log_steps", "--total_batch", "--eval_steps", "--eval_minutes"],
     ),
-    (TrainOptions, {"save_steps": 0}, ["--save_steps"]),
+    (TrainOptions, {"save_steps": -1, "save_minutes": -0.5}, ["--save_steps", "--save_minutes"]),
     (TrainOptions, {"max_steps": -1, "micro_batch": -1}, ["--max_steps", "--micro_batch"]),
     (TrainOptions, {"micro_tokens": -1, "warmup_steps": -1}, ["--micro_tokens", "--warmup_steps"]),
     (
@@ -197,10 +197,10 @@ def test_every_group_is_refused_something() -> None:
 
 def test_problems_of_all_groups_come_together() -> None:
     bad = FinetuneConfig(
-        ModelOptions(model_path=""), DataOptions(cutoff_len=1), LoraOptions(lora_r=0), TrainOptions(total_batch=0)
+        ModelOptions(model_path=""), DataOptions(cutoff_len=1), LoraOptions(lora_r=0), TrainOptions(log_steps=0)
     )
     found = problems_of(bad)
-    assert [flag for flag, _ in found] == ["--model_path", "--cutoff_len", "--lora_r", "--total_batch"]
+    assert [flag for flag, _ in found] == ["--model_path", "--cutoff_len", "--lora_r", "--log_steps"]
     with pytest.raises(ConfigError) as caught:
         refuse(found)
     assert len(str(caught.value).splitlines()) == 5

@@ -266,7 +266,7 @@ def _activations(model: Architecture, setup: Setup) -> list[Part]:
     batch = Part("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
     experts = _read_experts(model, setup)
     if not setup.gradient_checkpointing:
-        kept, worst = stack_peak(shape, model.n_layers, learns_input=setup.trains_vocabulary)
+        kept, worst = _whole_stack(shape, model.n_layers, setup.trains_vocabulary)
         moment = Part("all layers at their worst moment", max(worst + waiting, kept + loss), transient=True)
         return [batch, moment, *experts]
     # Reentrant checkpoints (8 bits) need the embeddings' output as a leaf, and autograd holds on to leaves.
@@ -300,6 +300,17 @@ def _read_experts(model: Architecture, setup: Setup) -> list[Part]:
     of_layers = 1 if setup.gradient_checkpointing else model.n_layers
     name = "experts of one layer, dequantised" if setup.gradient_checkpointing else "experts, dequantised"
     return [Part(name, model.n_experts * of_layers // model.n_layers * setup.element_bytes, transient=True)]
+
+
+def _whole_stack(shape: Shape, n_layers: int, learns_input: bool) -> tuple[int, int]:
+    """`stack_peak`, of many layers extended from two and three: from the second on each adds the same."""
+    n_played = min(3, n_layers)
+    played = stack_peak(shape, n_played, learns_input=learns_input)
+    if n_layers == n_played:
+        return played
+    fewer = stack_peak(shape, n_played - 1, learns_input=learns_input)
+    kept, worst = (now + (n_layers - n_played) * (now - then) for now, then in zip(played, fewer, strict=True))
+    return kept, worst
 
 
 def _trained_head(model: Architecture, setup: Setup) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """The plan: which settings make a model fit a card, why, and what would be the longest context.
 
-Settings are given up in the order of what they cost: first the token budget (nothing but time), then the loss in
-smaller pieces, activations in RAM, the 8-bit optimizer, embeddings in RAM, a quantised head, tiled MLPs. A setting that
-was given by hand is not touched. It knows options and cards as numbers; the arithmetic is `memory.py`'s, the words
+Layers are recomputed (gradient checkpointing) unless everything fits without it, with room. Then settings are given up
+in the order of what they cost: first the token budget (nothing but time), then the loss in smaller pieces, activations
+in RAM, the 8-bit optimizer, embeddings in RAM, a quantised head, tiled MLPs. A setting that was given by hand is not
+touched. It knows options and cards as numbers; the arithmetic is `memory.py`'s, the words
 `plan_text.py`'s, and nothing here touches a device.
 """
 
@@ -12,16 +13,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from onecard.config import FinetuneConfig, MemoryOptions
+from onecard.config import LARGEST_TOTAL_BATCH, FinetuneConfig, MemoryOptions
 from onecard.console import ConfigError, nearest
 from onecard.model.adapter_tokens import read_new_tokens
 from onecard.model.architecture import Architecture
-from onecard.model.memory import GIB, Account, Setup, account
+from onecard.model.memory import GIB, Account, Setup, account, is_counted
 
 DEFAULT_MICRO_TOKENS = 4096
 LOSS_CHUNKS = (1024, 512, 256, 128)
 MLP_TILES = (8192, 4096, 2048)
 LONGEST_TRIED = 2**21  # tokens
+ROOM = 0.8  # of the card may be used without recomputed layers: the plan is not exact, and others use the card too
+RECOMPUTE = "--gradient_checkpointing"
 EMBEDDINGS = "--offload_embeddings"
 
 
@@ -90,8 +93,11 @@ def make_plan(
     longest = min(longest_row or config.data.cutoff_len, config.data.cutoff_len)
     setup = _first_setup(model, config, card, element_bytes, longest)
     choices = _typed(config)
+    if config.model.gradient_checkpointing == "auto":
+        setup, recompute = _recomputed(model, config, card, setup)
+        choices.append(recompute)
     here = account(model, setup)
-    for step in _steps(config, card, longest):
+    for step in _steps(config, card, setup):
         if here.card_bytes <= card.total_bytes:
             break
         for changed, choice in step(setup):
@@ -113,6 +119,26 @@ def make_plan(
                 break
     choices = _defaults(config, setup, choices)
     return Plan(model, card, setup, here, tuple(choices), longest)
+
+
+def _recomputed(model: Architecture, config: FinetuneConfig, card: Card, setup: Setup) -> tuple[Setup, Choice]:
+    """Whether layers are computed again in the backward pass: not where all fits without it, and that is certain."""
+    without = replace(setup, gradient_checkpointing=False)
+    if not model.checkpoints:
+        return without, Choice(RECOMPUTE, "off", f"{model.model_type} layers cannot be computed again")
+    if not is_counted(model):
+        return setup, Choice(RECOMPUTE, "on", f"what {model.model_type} layers keep was never counted")
+    needs_it = {"--offload_activations": setup.offload_activations, "--deepspeed": config.train.deepspeed,
+                "--max_memory": config.model.max_memory}  # fmt: skip
+    for flag, wanted in needs_it.items():
+        if wanted:
+            return setup, Choice(RECOMPUTE, "on", f"goes with {flag}")
+    needed = account(model, without).card_bytes
+    # Without a card, what other programs hold of the machine's memory is not there either.
+    room = int(ROOM * (card.total_bytes if card.is_gpu else min(card.total_bytes, card.ram_bytes)))
+    if needed <= room:
+        return without, Choice(RECOMPUTE, "off", f"{_gib(needed)} are needed without it, which leaves room: faster")
+    return setup, Choice(RECOMPUTE, "on", f"{_gib(needed)} would be needed without it, {_gib(room)} may be used so")
 
 
 def longest_context(model: Architecture, config: FinetuneConfig, card: Card, *, element_bytes: int = 2) -> int:
@@ -164,7 +190,7 @@ def _first_setup(model: Architecture, config: FinetuneConfig, card: Card, elemen
     return Setup(
         bits=model.stored_bits or config.model.bits,
         element_bytes=element_bytes,
-        rows=min(rows, train.total_batch),
+        rows=min(rows, train.total_batch or LARGEST_TOTAL_BATCH),
         length=longest,
         rank=config.lora.lora_r,
         targets=config.lora.lora_target_modules,
@@ -174,7 +200,7 @@ def _first_setup(model: Architecture, config: FinetuneConfig, card: Card, elemen
         n_new_tokens=len(read_new_tokens(config.model.model_path)) if config.lora.train_new_tokens else 0,
         lora_dropout=config.lora.lora_dropout,
         optimizer="adamw" if train.optimizer == "auto" else train.optimizer,
-        gradient_checkpointing=config.model.gradient_checkpointing,
+        gradient_checkpointing=bool(config.model.gradient_checkpointing),
         loss_chunk=memory.loss_chunk if memory.loss_chunk > 0 else 0 if memory.loss_chunk < 0 else LOSS_CHUNKS[0],
         offload_activations=memory.offload_activations == "on",
         offload_embeddings=memory.offload_embeddings == "on",
@@ -189,14 +215,14 @@ def _first_setup(model: Architecture, config: FinetuneConfig, card: Card, elemen
 Step = Callable[[Setup], Iterator[tuple[Setup, Choice]]]
 
 
-def _steps(config: FinetuneConfig, card: Card, longest: int) -> list[Step]:
+def _steps(config: FinetuneConfig, card: Card, setup: Setup) -> list[Step]:
     """What may be given up, in this order; what was typed by hand is not among it."""
     memory, train = config.memory, config.train
     frozen = not config.lora.trains_vocabulary
     free: list[tuple[bool, Step]] = [
         (not train.micro_tokens and not train.micro_batch, _smaller_budget),
         (memory.loss_chunk == 0, _smaller_chunks),
-        (memory.offload_activations == "auto" and config.model.gradient_checkpointing and card.is_gpu, _offload),
+        (memory.offload_activations == "auto" and setup.gradient_checkpointing and card.is_gpu, _offload),
         (train.optimizer == "auto" and not train.deepspeed, _small_optimizer),
         (memory.offload_embeddings == "auto" and card.is_gpu and frozen, _embeddings_in_ram),
         (memory.head_bits == "auto" and frozen, partial(_small_head, may_move=memory.offload_embeddings == "auto")),
@@ -254,6 +280,8 @@ def _typed(config: FinetuneConfig) -> list[Choice]:
     ]
     found += [("--micro_tokens", config.train.micro_tokens, 0), ("--micro_batch", config.train.micro_batch, 0)]
     found += [("--optimizer", config.train.optimizer, "auto")]
+    if config.model.gradient_checkpointing != "auto":
+        found.append((RECOMPUTE, "on" if config.model.gradient_checkpointing else "off", "auto"))
     return [Choice(flag, str(value), "given", by_hand=True) for flag, value, default in found if value != default]
 
 
@@ -264,6 +292,7 @@ def _defaults(config: FinetuneConfig, setup: Setup, choices: list[Choice]) -> li
         named.add("--micro_tokens")
     fits = "fits"
     plain = [
+        Choice(RECOMPUTE, "on" if setup.gradient_checkpointing else "off", fits),
         Choice("--micro_tokens", f"{setup.tokens:,}", fits),
         Choice("--loss_chunk", str(setup.loss_chunk), fits),
         Choice("--offload_activations", "on" if setup.offload_activations else "off", fits),

@@ -242,8 +242,6 @@ def _head_lines(plan: Plan) -> list[str]:
 
 def _advice(plan: Plan, longest: int | None) -> list[str]:
     found = [f"let the plan choose {choice.flag}, given as {choice.value}" for choice in plan.choices if choice.by_hand]
-    if not plan.setup.gradient_checkpointing:
-        found.append("--gradient_checkpointing true")
     if longest:
         found.append(f"shorter samples: --cutoff_len {longest}")
     if plan.setup.bits > 4 and not plan.model.stored_bits:
@@ -257,7 +255,10 @@ def _techniques(model: Architecture, config: FinetuneConfig, element_bytes: int)
     """What each technique adds, one after the other, beginning with none of them but recomputed layers."""
     endless = Card("endless", 2**60, 2**60)
     first = make_plan(model, config, endless, element_bytes=element_bytes).setup
-    setup = replace(first, rows=1, loss_chunk=0, offload_activations=False, offload_embeddings=False, mlp_tile=0)
+    setup = replace(
+        first, rows=1, gradient_checkpointing=True, loss_chunk=0, offload_activations=False, offload_embeddings=False,
+        mlp_tile=0,
+    )  # fmt: skip
     found = {"all logits at once": setup}
     for name, changed in {
         "+ loss in chunks": {"loss_chunk": first.loss_chunk or LOSS_CHUNKS[0]},

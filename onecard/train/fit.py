@@ -1,8 +1,9 @@
-"""How a run comes to fit: the plan is made and printed before anything is downloaded, and its choices are put to work.
+"""What is chosen for a run: by the plan, so that it fits, and by the number of rows, so that it learns and is saved.
 
-What decides the result (the optimizer, the head's bits) is chosen once per run and stays when the run goes on, on
-another card too. The rest (budgets, offload, tiles) is chosen anew at each start. Knows options and plans; what the
-choices do is told in `model/`.
+The plan is made and printed before anything is downloaded. What decides the result (the optimizer, the head's bits,
+samples per step) is chosen once per run and stays when the run goes on, on another card too. The rest (budgets,
+recomputed layers, offload, tiles) is chosen anew at each start. Knows options and plans; what the choices do is told in
+`model/`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,26 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from onecard.config import FinetuneConfig
-from onecard.console import ConfigError, say
+from onecard.config import LARGEST_TOTAL_BATCH, FinetuneConfig, Problem, TrainOptions
+from onecard.console import ConfigError, say, warn
 from onecard.model.architecture import Architecture, architecture_of
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import check_stored_bits
 from onecard.model.memory import CUDA_CONTEXT_BYTES, GIB
 from onecard.model.plan import Card, Plan, make_plan
 from onecard.model.plan_text import plan_lines
+from onecard.train.intervals import resolve_intervals, say_intervals
+from onecard.train.loop import total_steps
+from onecard.train.optim import warmup_steps
 from onecard.train.recovery import Limits
+from onecard.train.resume import ResumePoint
 
 RAM_LEFT_ALONE = 2 * GIB  # for the rest of the machine
+# A step has half a percent of the rows (measured: docs/benchmarks.md; OpenAI's fine-tuning took 0.2 %), 4 at least.
+SMALLEST_TOTAL_BATCH, STEPS_PER_EPOCH = 4, 200
 
 
 def card_of(hardware: Hardware, vram_gib: float = 0.0) -> Card:
@@ -55,18 +64,25 @@ def first_plan(config: FinetuneConfig, hardware: Hardware) -> Plan:
     """
     check_stored_bits(config.model)
     model = architecture_of(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
-    plan = _plan(model, config, hardware)
+    plan = _plan(model, config, hardware, card_of(hardware, config.memory.vram))
     for line in plan_lines(plan):
         say(line)
     return plan
 
 
-def settle(config: FinetuneConfig, hardware: Hardware, first: Plan, longest_row: int) -> tuple[FinetuneConfig, Plan]:
+def settle(
+    config: FinetuneConfig, hardware: Hardware, first: Plan, longest_row: int, accelerator: Accelerator | None = None
+) -> tuple[FinetuneConfig, Plan]:
     """Plan again for the samples as they are; returns the config with every choice filled in.
 
-    Raises ConfigError when it cannot fit, unless --ignore_plan.
+    The processes of `accelerator` choose alike: for the smallest of their cards. Raises ConfigError when it cannot fit,
+    unless --ignore_plan.
     """
-    plan = _plan(first.model, config, hardware, longest_row)
+    card = card_of(hardware, config.memory.vram)
+    if accelerator is not None and accelerator.num_processes > 1:
+        cards = gather_object([card])
+        card = replace(card, total_bytes=min(c.total_bytes for c in cards), ram_bytes=min(c.ram_bytes for c in cards))
+    plan = _plan(first.model, config, hardware, card, longest_row)
     before = {choice.flag: choice.value for choice in first.choices}
     for choice in plan.choices:
         if before.get(choice.flag) != choice.value:
@@ -76,11 +92,67 @@ def settle(config: FinetuneConfig, hardware: Hardware, first: Plan, longest_row:
     return _filled(config, plan), plan
 
 
-def keep_choices(config: FinetuneConfig, stored: dict[str, Any]) -> FinetuneConfig:
+def resolve_total_batch(config: FinetuneConfig, point: ResumePoint | None, n_rows: int) -> FinetuneConfig:
+    """Fill in --total_batch where it is 0: what the run began with, or what suits the number of training rows."""
+    if config.train.total_batch:
+        return config
+    batch = point.state.identity.get("batch", {}).get("total_batch") if point is not None and point.same_run else None
+    reason = f"for {n_rows:,} training rows" if batch is None else "as the run began"
+    batch = batch or auto_total_batch(n_rows)
+    say(f"{batch} samples per optimizer step, {reason}; --total_batch sets another number")
+    return replace(config, train=replace(config.train, total_batch=batch))
+
+
+def auto_total_batch(n_rows: int) -> int:
+    """Samples per optimizer step for so many training rows: 4, 8, 16 or 32, the most that leave enough steps per epoch.
+
+    Few steps teach little: 272 rows are 68 steps per epoch in fours and 9 in batches of 32.
+    """
+    batch = LARGEST_TOTAL_BATCH
+    while batch > SMALLEST_TOTAL_BATCH and n_rows < batch * STEPS_PER_EPOCH:
+        batch //= 2
+    return batch
+
+
+def resolve_lengths(config: FinetuneConfig, n_rows: int, n_test: int) -> FinetuneConfig:
+    """Choose when to evaluate and save, say it, and warn of settings that cannot do what they say in so short a run."""
+    options, total = config.train, total_steps(config.train, n_rows)
+    for flag, problem in useless_settings(options, n_rows, n_test, total):
+        warn(f"{flag}: {problem}")
+    resolved = resolve_intervals(options, n_rows, total)
+    say_intervals(options, resolved, n_test, total)
+    return replace(config, train=resolved)
+
+
+def useless_settings(options: TrainOptions, n_rows: int, n_test: int, total_steps: int) -> list[Problem]:
+    """Settings that do not go with the length of the run, with what would."""
+    found: list[Problem] = []
+    if options.total_batch > n_rows:
+        better = auto_total_batch(n_rows)
+        found.append(("--total_batch", f"{options.total_batch} is more than the {n_rows} training rows: each epoch is "
+                      f"one step. {better} would be chosen for them"))  # fmt: skip
+    warmup = warmup_steps(options, total_steps)
+    if warmup >= total_steps > 1:
+        flag = "--warmup_steps" if options.warmup_steps else "--warmup_ratio"
+        found.append((flag, f"the learning rate rises for {warmup} steps, but the run has {total_steps}: it never "
+                      f"falls, and reaches {min(1.0, total_steps / warmup):.0%} of --learning_rate"))  # fmt: skip
+    for flag, steps, done in (("--eval_steps", options.eval_steps * bool(n_test), "evaluated"),
+                              ("--save_steps", options.save_steps, "saved")):  # fmt: skip
+        if steps > total_steps:
+            found.append(
+                (flag, f"{steps} is more than the {total_steps} steps of the run: by it only the last is {done}")
+            )
+    if options.final_weights == "best" and not n_test:
+        found.append(("--final_weights", "best needs rows to evaluate on (--test_size); the last weights are taken"))
+    return found
+
+
+def keep_choices(config: FinetuneConfig, point: ResumePoint | None) -> FinetuneConfig:
     """What an earlier start of this run chose and what therefore stays: `optimizer` and `head_bits`.
 
     Raises ConfigError where another value was typed.
     """
+    stored = point.state.choices if point is not None else {}
     if "optimizer" in stored and config.train.optimizer not in ("auto", stored["optimizer"]):
         raise ConfigError(
             "--optimizer", f"{config.train.optimizer} cannot go on with the checkpoint's state of {stored['optimizer']}"
@@ -108,9 +180,8 @@ def limits_of(config: FinetuneConfig) -> Limits:
     )  # fmt: skip
 
 
-def _plan(model: Architecture, config: FinetuneConfig, hardware: Hardware, longest_row: int = 0) -> Plan:
+def _plan(model: Architecture, config: FinetuneConfig, hardware: Hardware, card: Card, longest_row: int = 0) -> Plan:
     dtype, _ = choose_dtype(config.model.dtype, config.model.bits, hardware, model.model_type)
-    card = card_of(hardware, config.memory.vram)
     return make_plan(model, config, card, element_bytes=dtype.itemsize, longest_row=longest_row)
 
 
@@ -126,7 +197,8 @@ def _filled(config: FinetuneConfig, plan: Plan) -> FinetuneConfig:
         mlp_tile=setup.mlp_tile or -1,
     )
     train = replace(config.train, optimizer=setup.optimizer, micro_tokens=budget)  # type: ignore[arg-type]
-    return replace(config, memory=memory, train=train)
+    model = replace(config.model, gradient_checkpointing=setup.gradient_checkpointing)
+    return replace(config, model=model, memory=memory, train=train)
 
 
 def _remedy(plan: Plan) -> str:

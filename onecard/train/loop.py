@@ -1,15 +1,16 @@
 """One run, top to bottom.
 
-next step (`step.py`: samples -> micro-batches -> loss per supervised token of the *whole* step -> clip -> optimizer ->
-schedule) -> log -> maybe evaluate -> maybe save. `accelerate` brings mixed precision, the fp16 scaler, several GPUs and
-DeepSpeed. An optimizer step is a set of samples; how it is cut into micro-batches and spread over processes changes
-memory and speed, never the result.
+next step (`step.py`: samples and learning rate -> micro-batches -> loss per supervised token of the *whole* step ->
+clip -> optimizer) -> log -> maybe evaluate -> maybe save (`intervals.py`). `accelerate` brings mixed precision, the
+fp16 scaler, several GPUs and DeepSpeed. An optimizer step is a set of samples; how it is cut into micro-batches and
+spread over processes changes memory and speed, never the result.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from onecard.text.batches import step_samples, steps_per_epoch
 from onecard.text.encode import Encoded
 from onecard.train.evaluate import evaluation_loss
 from onecard.train.interrupts import Interrupts
+from onecard.train.intervals import Timer
 from onecard.train.reporting import Reporter
 from onecard.train.run import Event, Run
-from onecard.train.state import TrainerState, restore_state, write_state
-from onecard.train.step import NotFinite, StepResult, take_step
+from onecard.train.state import TrainerState, write_state
+from onecard.train.step import NotFinite, Requests, StepResult, take_step
 
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
 MAX_SKIPPED_IN_A_ROW = 50
@@ -47,10 +49,18 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     options, state = run.options, run.state
     run.model.train()
     report_events(run, reporter)  # those of the rehearsal
+    evaluation, saving = Timer(options.eval_minutes), Timer(options.save_minutes)
     saved_step, skipped_in_a_row = state.step, 0
     with Interrupts() as interrupts:
+
+        def requested() -> Requests:
+            first = run.accelerator.is_main_process  # one clock for all
+            return Requests(interrupts.requested is not None, first and evaluation.is_due(), first and saving.is_due())
+
         while state.step < state.total_steps:
-            result = _step_or_keep(run, saved_step, interrupts)
+            started_s = time.monotonic()
+            result = _step_or_keep(run, saved_step, requested)
+            seconds = time.monotonic() - started_s
             state.step += 1
             state.tokens_seen += result.tokens
             state.skipped_steps += result.skipped
@@ -58,14 +68,16 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise NotFinite(_overflowing(state.step))
             report_events(run, reporter)
-            _report(run, reporter, result)
-            last = state.step == state.total_steps
-            improved = (last or state.step % options.eval_steps == 0) and _evaluate(run, reporter)
+            _report(run, reporter, result, seconds)
+            last, improved = state.step == state.total_steps, False
+            if last or result.requests.evaluate or state.step % options.eval_steps == 0:
+                improved = evaluation.timed(_evaluate, run, reporter)
             report_events(run, reporter)
             # One process alone may stop for a signal that came since; several must have agreed within the step.
-            stop = result.stop or (run.accelerator.num_processes == 1 and interrupts.requested is not None)
-            if improved or last or stop or state.step % options.save_steps == 0:
-                saved_step = save(run, final=last or stop) or saved_step
+            alone = run.accelerator.num_processes == 1
+            stop = result.requests.stop or (alone and interrupts.requested is not None)
+            if improved or last or stop or result.requests.save or state.step % options.save_steps == 0:
+                saved_step = saving.timed(save, run, final=last or stop) or saved_step
             if stop and not last:
                 name = interrupts.requested or "a signal to another process"
                 message = f"stopped by {name} after step {state.step} of {state.total_steps}; checkpoint-{saved_step}"
@@ -73,10 +85,10 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     return state
 
 
-def _step_or_keep(run: Run, saved_step: int, interrupts: Interrupts) -> StepResult:
+def _step_or_keep(run: Run, saved_step: int, requested: Callable[[], Requests]) -> StepResult:
     """One step; when it is not finite, the weights are still those of the step before: they are kept first."""
     try:
-        return take_step(run, asked_to_stop=lambda: interrupts.requested is not None)
+        return take_step(run, requested)
     except NotFinite:
         if saved_step != run.state.step:
             save(run, final=False)
@@ -111,21 +123,6 @@ def save(run: Run, *, final: bool) -> int | None:
     return None
 
 
-def resume(run: Run, directory: Path, *, from_data_beginning: bool = False) -> None:
-    """Put a checkpoint back into a run that was just built: adapter, optimizer, schedule and scaler.
-
-    With `from_data_beginning` the schedule begins anew, as the data does; weights and optimizer state stay.
-    """
-    training = run.training
-    if from_data_beginning:
-        del training["scheduler.pt"]
-    restore_state(directory, run.plain_model, training)
-    if from_data_beginning:
-        # The optimizer's state carries the old learning rate; the new schedule says what it is now.
-        for group, rate in zip(run.optimizer.param_groups, run.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-
-
 def _known_to_all(accelerator: Any, failure: CheckpointError | None) -> CheckpointError | None:
     """What kept the first process from saving, on every process: they must go on, or end, together."""
     if accelerator.num_processes == 1:
@@ -141,7 +138,7 @@ def report_events(run: Run, reporter: Reporter) -> None:
         reporter.event(event.row, event.message)
 
 
-def _report(run: Run, reporter: Reporter, result: StepResult) -> None:
+def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float) -> None:
     options, state, data = run.options, run.state, run.train_samples
     row: dict[str, Any] = {
         "step": state.step,
@@ -157,7 +154,7 @@ def _report(run: Run, reporter: Reporter, result: StepResult) -> None:
         chosen = step_samples(state.step - 1, len(data), options.total_batch, options.seed)
         row["samples"] = run.records(chosen.indices)
     due = state.step % options.log_steps == 0 or state.step == state.total_steps or options.log_samples
-    reporter.step(row, to_file=due, tokens_seen=state.tokens_seen)
+    reporter.step(row, to_file=due, tokens=result.tokens, seconds=seconds)
 
 
 def _evaluate(run: Run, reporter: Reporter) -> bool:
@@ -166,7 +163,12 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     if not run.test_samples:
         return False
     loss = evaluate(run, run.test_samples)
-    improved = state.best_loss is None or loss < state.best_loss
+    if not math.isfinite(loss):
+        warn(f"step {state.step}: the evaluation loss is {loss}, so this step is not taken for the best; the base "
+             "cannot compute a held-out row, or the weights diverge (lower --learning_rate)")  # fmt: skip
+    # A NaN, of an older start too, must not stay the best.
+    best = state.best_loss if state.best_loss is not None and math.isfinite(state.best_loss) else math.inf
+    improved = loss < best
     if improved:
         state.best_step, state.best_loss = state.step, loss
     row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step}

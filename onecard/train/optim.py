@@ -1,20 +1,22 @@
-"""The optimizer and the course of its learning rate.
+"""The optimizer and its learning rate.
 
-Both are ordinary torch objects: the optimizer's state lies in the checkpoint, and the learning rate is a pure function
-of the step, so a resumed run cannot drift. Knows nothing of data, loss or checkpoints.
+The optimizer's moments lie in the checkpoint. Its hyper-parameters (learning rate, weight decay) are those of the
+options at every start, and the learning rate of a step is a pure function of options, step and total steps, so a
+resumed run cannot drift. Knows nothing of data, loss or checkpoints.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from onecard.config import TrainOptions
+from onecard.console import ConfigError
 from onecard.model.quantization import allocate_bitsandbytes_state, optimizer_class
+
+FEWEST_WARMUP_STEPS = 5
 
 
 def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
@@ -30,11 +32,13 @@ def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.opti
     whole = [p for name, p in named if "lora_" not in name]
     others = {id(p) for p in [*fast, *whole]}
     plain = [p for _, p in named if id(p) not in others]
-    groups: list[dict[str, Any]] = [{"params": plain, "lr": options.learning_rate}]
+    rate = options.learning_rate
+    groups: list[dict[str, Any]] = [{"params": plain, "lr": rate, "initial_lr": rate}]
     if fast:
-        groups.append({"params": fast, "lr": options.learning_rate * options.loraplus_ratio})
+        fast_rate = rate * options.loraplus_ratio
+        groups.append({"params": fast, "lr": fast_rate, "initial_lr": fast_rate})
     if whole:
-        groups.append({"params": whole, "lr": options.learning_rate, "weight_decay": 0.0})
+        groups.append({"params": whole, "lr": rate, "initial_lr": rate, "weight_decay": 0.0})
     make: Any = optimizer_class("adamw" if options.optimizer == "auto" else options.optimizer)
     # Fused: the plain one makes copies as large as all adapters, and a step that ran out of memory half-way through
     # could not be taken back.
@@ -86,31 +90,55 @@ def _paged(optimizer: Any, parameter: torch.Tensor, loaded: torch.Tensor) -> tor
 
 
 def warmup_steps(options: TrainOptions, total_steps: int) -> int:
-    """Steps of rising learning rate: ``--warmup_steps``, or ``--warmup_ratio`` of all steps, rounded up."""
-    return options.warmup_steps or math.ceil(options.warmup_ratio * total_steps)
+    """Steps of rising learning rate: ``--warmup_steps``, or ``--warmup_ratio`` of all steps, rounded up.
+
+    By the ratio a short run has five, or a fifth of its steps: 3 % of 30 would be one, which is no warm-up.
+    """
+    by_ratio = math.ceil(options.warmup_ratio * total_steps)
+    return options.warmup_steps or max(by_ratio, min(FEWEST_WARMUP_STEPS, total_steps // 5) if by_ratio else 0)
 
 
-def learning_rate_factor(options: TrainOptions, total_steps: int) -> Callable[[int], float]:
-    """The learning rate of step 0, 1, ... as a share of the highest one.
+def learning_rate_factor(options: TrainOptions, step: int, total_steps: int) -> float:
+    """The learning rate of a step, counted from 0, as a share of the highest one.
 
     It rises in equal parts over the warm-up, whose first step is already above 0, then falls to 0 at `total_steps`
     (linear, cosine) or stays (constant). For 2 warm-up steps of 6, linear: 0.5, 1, 1, 0.75, 0.5, 0.25.
     """
     warmup = warmup_steps(options, total_steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        share = (step - warmup) / max(1, total_steps - warmup)
-        if options.schedule == "linear":
-            return max(0.0, 1.0 - share)
-        if options.schedule == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
-        return 1.0
-
-    return factor
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, total_steps - warmup)
+    if options.schedule == "linear":
+        return max(0.0, 1.0 - share)
+    if options.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+    return 1.0
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, total_steps: int) -> LambdaLR:
-    """The schedule of `learning_rate_factor`, stepped once per optimizer step, for every parameter group."""
-    return LambdaLR(optimizer, learning_rate_factor(options, total_steps))
+def set_learning_rate(optimizer: Any, options: TrainOptions, step: int, total_steps: int) -> float:
+    """Give every parameter group the learning rate of this step; returns that of the first group."""
+    factor = learning_rate_factor(options, step, total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def with_present_options(stored: dict[str, Any], optimizer: Any, options: TrainOptions) -> dict[str, Any]:
+    """A stored optimizer state with the hyper-parameters of `optimizer`, which was built from the present options.
+
+    Raises ConfigError where its parameter groups are others: --loraplus_ratio was switched on or off.
+    """
+    present = optimizer.param_groups
+    # Their number alone: DeepSpeed joins the parameters of a group into one.
+    if len(present) != len(stored["param_groups"]):
+        began, hint = ("without", "0") if options.loraplus_ratio else ("with", "its ratio (16 is usual)")
+        raise ConfigError(
+            "--loraplus_ratio",
+            f"{options.loraplus_ratio:g} cannot go on with this optimizer state: the run began {began} LoRA+. Give "
+            f"{hint}, or start a new run from its weights with --init_adapter",
+        )
+    groups = [
+        {**then, **{name: value for name, value in now.items() if name != "params"}}
+        for then, now in zip(stored["param_groups"], present, strict=True)
+    ]
+    return {**stored, "param_groups": groups}

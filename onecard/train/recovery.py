@@ -1,7 +1,8 @@
 """Running out of memory ends no run: what passes through the model at once is made smaller, and the step is done again.
 
-A step is a set of samples, so its result does not depend on how it is cut. What is given up, in this order: half of the
-token budget until every row stands alone, half of the loss's chunk, the layers' inputs (they go to RAM), MLPs in tiles.
+A step is a set of samples, so its result does not depend on how it is cut. What is given up, in this order: what the
+layers keep for the backward pass (they are computed again), half of the token budget until every row stands alone, half
+of the loss's chunk, the layers' inputs (they go to RAM), MLPs in tiles.
 Nothing is given back during a run: what did not fit once would fail again. Knows limits and exceptions; does not know
 steps or models' insides.
 """
@@ -40,6 +41,8 @@ class Limits:
     """The inputs of checkpointed layers wait in RAM."""
     mlp_tile: int = 0
     """Tokens in an MLP."""
+    recompute_layers: bool = False
+    """Layers are computed again in the backward pass, although the plan had them keep what they computed."""
 
     @property
     def cut(self) -> dict[str, int]:
@@ -54,12 +57,16 @@ def is_out_of_memory(reason: BaseException) -> bool:
     return isinstance(reason, RuntimeError) and any(words in str(reason) for words in OTHER_WORDS)
 
 
-def smaller(limits: Limits, lengths: np.ndarray, *, can_offload: bool) -> tuple[Limits, str] | None:
+def smaller(
+    limits: Limits, lengths: np.ndarray, *, can_offload: bool, can_recompute: bool = False
+) -> tuple[Limits, str] | None:
     """The next smaller limits for samples of these lengths, and what changes in words; None when nothing is left.
 
     limits of 4,096 tokens, rows of 900: 3,600 at once (4 rows) become 1,800 (2 rows), then 900 (1 row), then the
     loss's chunk is halved.
     """
+    if can_recompute and not limits.recompute_layers:
+        return replace(limits, recompute_layers=True), "the layers are computed again in the backward pass from now on"
     longest = max(1, int(lengths.max()))
     at_once = max(
         padded_tokens(micro, lengths) for micro in micro_batches(np.arange(len(lengths)), lengths, **limits.cut)

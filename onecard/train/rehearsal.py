@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from onecard.train.loop import evaluate
 from onecard.train.recovery import Limits
 from onecard.train.run import Run
 from onecard.train.step import accumulate, make_room
+
+# On a CPU, by itself: a rehearsal of at most this share of the run's tokens, or where less room than this is left.
+LARGEST_SHARE, ENOUGH_ROOM = 0.03, 0.5
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,31 @@ def worst_micro_batch(lengths: np.ndarray, limits: Limits, total_batch: int) -> 
         rows = np.minimum(rows, np.maximum(1, limits.micro_tokens // np.maximum(1, longest_first)))
     best = int(np.argmax(rows * longest_first))
     return Worst(int(rows[best]), int(longest_first[best]))
+
+
+def rehearse_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
+    """Rehearse, or say why not. auto: on a card always; on a CPU where memory is short or it takes little of the run.
+
+    There the plan is exact and the machine's memory large, while a short run would wait longer than it trains.
+    """
+    share, plan = _share_of_run(run), run.plan
+    if wanted == "auto" and plan is not None and not plan.card.is_gpu:
+        room = min(plan.card.total_bytes, plan.card.ram_bytes)
+        needless = share > LARGEST_SHARE and run.planned_bytes < ENOUGH_ROOM * room
+        wanted = not needless  # the same on every process: their plan is for the same card
+        if not wanted and run.state.step < run.state.total_steps:
+            say(f"no rehearsal: it would take {min(1.0, share):.0%} of the time of this run, and "
+                f"{run.planned_bytes / GIB:.2f} of {room / GIB:.1f} GiB are planned (--rehearsal on)")  # fmt: skip
+    if wanted and run.state.step < run.state.total_steps:
+        rehearse(run)
+
+
+def _share_of_run(run: Run) -> float:
+    """The tokens of a rehearsal as a share of those that are left to train on, padding aside."""
+    lengths = run.train_samples.lengths
+    worst = worst_micro_batch(lengths, run.limits, run.options.total_batch)
+    tried = 2 * worst.tokens + (2 * int(lengths.max()) if worst.length < int(lengths.max()) else 0)
+    return tried / max(1.0, _tokens_left(run))
 
 
 def rehearse(run: Run) -> None:
@@ -101,12 +130,16 @@ def _fitting(run: Run, worst_now: Callable[[], Worst]) -> Worst:
 
 def _duration(run: Run, tokens_per_s: float) -> str:
     """The rest of the run at this speed. The first pass is the slowest, so it is an upper estimate."""
-    n_samples = len(run.train_samples)
-    per_step = float(run.train_samples.lengths.sum()) / steps_per_epoch(n_samples, run.options.total_batch)
-    left = (run.state.total_steps - run.state.step) * per_step / run.accelerator.num_processes
-    minutes = left / tokens_per_s / 60
+    minutes = _tokens_left(run) / run.accelerator.num_processes / tokens_per_s / 60
     span = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"
     return f"at its speed the run would take at most about {span}"
+
+
+def _tokens_left(run: Run) -> float:
+    """Tokens of the steps to come."""
+    n_samples = len(run.train_samples)
+    per_step = float(run.train_samples.lengths.sum()) / steps_per_epoch(n_samples, run.options.total_batch)
+    return (run.state.total_steps - run.state.step) * per_step
 
 
 def _rows(lengths: np.ndarray, worst: Worst) -> np.ndarray:

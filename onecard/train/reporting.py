@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ class Reporter:
     def __init__(self, run_dir: Path, total_steps: int, first_step: int, enabled: bool = True) -> None:
         self.run_dir, self.total_steps, self.enabled = run_dir, total_steps, enabled
         self.sinks: list[Any] = []
-        self._last_tokens, self._last_time, self._warned = 0, time.monotonic(), False
+        self._tokens, self._seconds, self._warned = 0, 0.0, False  # since the last logged row
         if not enabled:
             return
         self._keep_rows_up_to(first_step)
@@ -57,13 +56,16 @@ class Reporter:
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not self.is_terminal
         )
 
-    def step(self, row: dict[str, Any], *, to_file: bool, tokens_seen: int) -> None:
-        """Show one optimizer step; with `to_file` also log it. `row` needs step, epoch, loss and learning_rate."""
+    def step(self, row: dict[str, Any], *, to_file: bool, tokens: int, seconds: float) -> None:
+        """Show one optimizer step; with `to_file` also log it. `row` needs step, epoch, loss and learning_rate.
+
+        tokens, seconds: of this step, padding excluded. The speed that is told is that of the steps since the last
+        logged row, without evaluations and checkpoints.
+        """
         if not self.enabled:
             return
-        now = time.monotonic()
-        speed = (tokens_seen - self._last_tokens) / max(1e-9, now - self._last_time)
-        self._last_tokens, self._last_time = tokens_seen, now
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+        speed = self._tokens / max(1e-9, self._seconds)
         row = {**row, "tokens_per_s": round(speed, 1)}
         peak_gib = row.get("peak_bytes", 0) / 2**30
         memory = f" {peak_gib:.2f}GiB" if peak_gib else ""
@@ -71,6 +73,7 @@ class Reporter:
         self._bar.update(1)
         if not to_file:
             return
+        self._tokens, self._seconds = 0, 0.0
         self._write(row)
         if not self.is_terminal:
             say(

@@ -10,13 +10,14 @@ import numpy as np
 
 from onecard.config import TrainOptions
 from onecard.model.offload import ActivationOffload
+from onecard.model.plan import RECOMPUTE, Plan
 from onecard.text.encode import Encoded
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.deepspeed_engine import DeepSpeedEngine
 from onecard.train.engine import Engine
 from onecard.train.evaluate import Room
 from onecard.train.recovery import Limits
-from onecard.train.state import TrainerState
+from onecard.train.state import OPTIMIZER_NAME, TrainerState
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class Run:
     plain_model: Any
     """The same without a wrapper: what is saved."""
     optimizer: Any
-    schedule: Any
     accelerator: Any
     train_samples: Any
     """A sequence of `Encoded`, with `lengths` and `supervised` arrays of the same order."""
@@ -50,8 +50,8 @@ class Run:
     """Where the layers' inputs wait, if they do."""
     evaluation_room: Room = field(default_factory=Room)
     """What does not fit in evaluation."""
-    planned_bytes: int = 0
-    """What the plan said the card would hold at most."""
+    plan: Plan | None = None
+    """What was planned for this start, with the card that it is for."""
     events: list[Event] = field(default_factory=list)
     """What happened and has not been reported yet."""
     n_failures: int = 0
@@ -68,8 +68,19 @@ class Run:
     def training(self) -> dict[str, Any]:
         """What a checkpoint holds besides the adapter, by file name."""
         scaler = self.engine.scaler
-        objects = {"optimizer.pt": self.optimizer, "scheduler.pt": self.schedule}
-        return {**objects, "scaler.pt": scaler} if scaler is not None else objects
+        return {OPTIMIZER_NAME: self.optimizer, **({"scaler.pt": scaler} if scaler is not None else {})}
+
+    @property
+    def may_recompute(self) -> bool:
+        """Whether layers may be recomputed when memory runs out: where they can, unless it was switched off by hand."""
+        if self.plan is None or not self.plan.model.checkpoints:
+            return False
+        return any(choice.flag == RECOMPUTE and not choice.by_hand for choice in self.plan.choices)
+
+    @property
+    def planned_bytes(self) -> int:
+        """What the plan said the card would hold at most."""
+        return self.plan.account.card_bytes if self.plan is not None else 0
 
     def records(self, indices: np.ndarray) -> list[str]:
         """The names of samples, as a person finds them in the data."""

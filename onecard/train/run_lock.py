@@ -21,7 +21,7 @@ OWNER = ".run.pid"  # a file of its own: on Windows nobody else can read a locke
 
 
 class RunLock:
-    """Context manager that holds `run_dir` for this process.
+    """Context manager that holds `run_dir` for this process. Where nothing was written meanwhile, nothing is left.
 
     Raises: CheckpointError when another run holds it (its process id is named), or the directory cannot be written.
     """
@@ -29,8 +29,10 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = Path(run_dir)
         self._lock = FileLock(str(self.run_dir / LOCK))
+        self._made: list[Path] = []
 
     def __enter__(self) -> RunLock:
+        self._made = [path for path in (self.run_dir, *self.run_dir.parents) if not path.exists()]
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -53,7 +55,21 @@ class RunLock:
         # Remove the name first: once the lock is open another run may have written its own.
         with contextlib.suppress(OSError):
             (self.run_dir / OWNER).unlink()
+        is_empty = self.run_dir.is_dir() and [path.name for path in self.run_dir.iterdir()] == [LOCK]
+        if is_empty:
+            # While it is held: a process that has it open already finds it gone, and makes another one.
+            self._remove_lock()
         self._lock.release()
+        if is_empty:
+            if os.name == "nt":  # which removes no file that is open, here or in another process
+                self._remove_lock()
+            with contextlib.suppress(OSError):
+                for path in self._made:
+                    path.rmdir()
+
+    def _remove_lock(self) -> None:
+        with contextlib.suppress(OSError):
+            (self.run_dir / LOCK).unlink()
 
     def _owner(self) -> str:
         try:

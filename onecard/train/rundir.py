@@ -12,18 +12,42 @@ from __future__ import annotations
 
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from onecard.config import FinetuneConfig
 from onecard.console import quiet_rank, say, warn
 from onecard.manifest import move
+from onecard.text.template import BUILT_IN
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.run_lock import RunLock
 from onecard.train.state import STATE_NAME, TrainerState
 
 OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
 ADAPTER_PREFIX = "adapter_"
+# Options that may name a file or a directory, and their values that never do.
+PATHS = ("model_path", "data_path", "prompt_type", "cache_path", "output_path", "resume_from_checkpoint",
+         "init_adapter", "lora_remote_checkpoint", "deepspeed")  # fmt: skip
+WORDS = ("auto", "none", *BUILT_IN)
+
+
+def portable(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with what lies on this machine by absolute path, so that it means the same in every folder.
+
+    Hub ids and names stay.
+    """
+
+    def moved(group: Any) -> Any:
+        values = {f.name: getattr(group, f.name) for f in fields(group) if f.name in PATHS}
+        return replace(group, **{name: _absolute(value) for name, value in values.items() if value is not None})
+
+    return replace(config, model=moved(config.model), data=moved(config.data), train=moved(config.train))
+
+
+def _absolute(value: str) -> str:
+    path = Path(value).expanduser()
+    return value if value in WORDS or not path.exists() else str(path.absolute())
 
 
 @dataclass(frozen=True)

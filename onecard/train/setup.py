@@ -1,23 +1,23 @@
-"""From options to a `Run` that is ready to train: data, model, optimizer, and the position to go on from."""
+"""From options to a `Run` that is ready to train: data, model, optimizer; `resume.py` knows where it goes on."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, gather_object
+from accelerate.utils import AutocastKwargs
 
-from onecard.config import FinetuneConfig, TrainOptions
-from onecard.console import CheckpointError, ConfigError, quiet_rank, say, warn
+from onecard.config import FinetuneConfig
+from onecard.console import ModelError, say, warn
 from onecard.model.adapters import add_lora, load_adapter
 from onecard.model.attention import avoid_flash
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.head import quantize_head
+from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
 from onecard.model.kernels import use_liger
 from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tokenizer
 from onecard.model.offload import embeddings_to_ram
@@ -25,20 +25,19 @@ from onecard.text.batches import split
 from onecard.text.dataset import cache_directory, encode_dataset
 from onecard.text.encode import Encoded, EncodeSettings
 from onecard.text.template import Template, load_template
-from onecard.train.checkpoint import Found, verify
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
 from onecard.train.fit import choices_of, limits_of
-from onecard.train.loop import resume, total_steps
-from onecard.train.optim import allocate_state, build_optimizer, build_schedule, tidy_loaded_state
+from onecard.train.loop import total_steps
+from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
 from onecard.train.reporting import Reporter, TensorBoardSink, WandbSink
+from onecard.train.resume import ResumePoint, continued
 from onecard.train.run import Run
 from onecard.train.rundir import RunDirectory
-from onecard.train.state import TrainerState, differences, read_state
+from onecard.train.state import TrainerState, restore_state
 from onecard.train.step import use_limits
 
 MIXED_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
-GONE_BACK_NAME = "gone_back_to.txt"
 
 
 class SampleView:
@@ -107,85 +106,62 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Data:
     return Data(tokenizer, template, SampleView(dataset, train_rows), test, dataset.fingerprint)
 
 
-def start_position(config: FinetuneConfig, directory: RunDirectory, accelerator: Accelerator) -> Found | None:
-    """The checkpoint to go on from, verified, or None for a new run; the same on every process.
+def check_inputs(model: Any, data: Data) -> None:
+    """Find what the base cannot be fed, held-out rows included, before a step does.
 
-    Raises CheckpointError for checkpoints that are all broken, ConfigError for contradictions.
+    Raises ModelError that names the record and the token, or its length; warns of positions that were never trained.
     """
-    with accelerator.main_process_first():  # the first one sets broken checkpoints aside
-        found = find_start(config.train, directory)
-    steps = gather_object([found.step if found is not None else None])
-    if len(set(steps)) > 1:
-        raise CheckpointError(
-            f"the processes see different checkpoints in {directory.path} (steps {steps}). Several machines need an "
-            "--output_path that all of them share."
-        )
-    return found
+    dataset, n_rows = data.train.dataset, min(embedding_rows(model), head_rows(model))
+    beyond = dataset.first_beyond(n_rows)
+    if beyond is not None:
+        number, token_id = beyond
+        raise ModelError(f"{dataset[number].record}: {no_row(data.tokenizer, token_id, n_rows)}")
+    longest = dataset[int(np.argmax(dataset.lengths))]
+    n_tokens, limit = len(longest.input_ids), position_limit(model)
+    if limit is not None and n_tokens > limit:
+        raise ModelError(f"{longest.record} has {n_tokens:,} tokens, but the base has {limit:,} positions; use "
+                         f"--cutoff_len {limit}")  # fmt: skip
+    trained = rotary_limit(model)
+    if trained is not None and n_tokens > trained:
+        warn(f"{longest.record} has {n_tokens:,} tokens, more than the {trained:,} positions that the base was trained "
+             f"for; --cutoff_len {trained} keeps within them")  # fmt: skip
 
 
-def find_start(options: TrainOptions, directory: RunDirectory) -> Found | None:
-    """What `--resume_from_checkpoint` means here.
-
-    Checkpoints in the run's own directory win over another directory that was typed, so that the same command can be
-    given again after a kill; an older checkpoint of the same run can be gone back to, which sets the newer ones aside.
-    """
-    typed = options.resume_from_checkpoint
-    if options.from_data_beginning and typed in ("auto", "none"):
-        raise ConfigError("--from_data_beginning", "needs --resume_from_checkpoint DIR, the checkpoint to start from")
-    inside = typed not in ("auto", "none") and Path(typed).resolve().parent == directory.path.resolve()
-    if inside and options.from_data_beginning:
-        raise ConfigError("--from_data_beginning", "needs an --output_path of its own; the checkpoint lies in this one")
-    if inside:
-        return _gone_back(Path(typed), directory)
-    own = directory.store.newest_whole()
-    if own is None:
-        return None if typed in ("auto", "none") else _named(_newest_in(Path(typed)))
-    if typed == "none":
-        hint = "give another --output_path, or let the run go on with --resume_from_checkpoint auto"
-        raise ConfigError("--resume_from_checkpoint", f"none, but {directory.path} holds {own.path.name}; {hint}")
-    for name, reason in own.skipped:
-        warn(f"{name} was set aside: {reason}")
-    say(f"going on from {own.path}")
-    return own
+def training_state(config: FinetuneConfig, data: Data, point: ResumePoint | None) -> TrainerState:
+    """The position to train from. Raises CheckpointError and ConfigError where the checkpoint is not of this run."""
+    planned = total_steps(config.train, len(data.train))
+    fresh = TrainerState(total_steps=planned, identity=run_identity(config, data))
+    return fresh if point is None else continued(config, point, fresh)
 
 
-def stored_choices(found: Found | None) -> dict[str, Any]:
-    """What the run that goes on has chosen before; nothing for a new one."""
-    return read_state(found.path).choices if found is not None else {}
-
-
-def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator, data: Data, found: Found | None,
-              directory: RunDirectory) -> Run:  # fmt: skip
-    """Load the base, add or restore the adapter, build the optimizer, and check that it is the same run.
+def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator, data: Data, state: TrainerState,
+              point: ResumePoint | None, directory: RunDirectory) -> Run:  # fmt: skip
+    """Load the base, add or restore the adapter, and build the optimizer.
 
     `config` is one that `fit.settle` has filled in.
     """
     options = config.train
-    identity = run_identity(config, data)
-    planned = total_steps(options, len(data.train))
-    state = TrainerState(total_steps=planned, identity=identity, choices=choices_of(config))
-    if found is not None:
-        state = _continued(config, read_state(found.path), state, found)
+    state = replace(state, choices=choices_of(config))
     base = load_base(config.model, hardware)
+    check_inputs(base.model, data)
     prepare_base(config, hardware, base)
     torch.manual_seed(options.seed)  # the adapter's first values
-    plain = _adapter(config, base.model, found)
+    plain = _adapter(config, base.model, point)
     optimizer = build_optimizer(plain, options)
-    schedule = build_schedule(optimizer, options, planned)
     if options.deepspeed:
         model, stepper = prepare(plain, optimizer, deepspeed_config(options), base.dtype, accelerator.device)
     else:
         # evaluation_mode: not inside DistributedDataParallel; see `engine.Engine`.
         model, stepper = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
-        if found is None:
+        if point is None:
             # Only now: accelerate puts what it finds onto the card, and paged state would no longer be paged.
             allocate_state(optimizer)
-    run = Run(options, model, plain, stepper, schedule, accelerator, data.train, data.test, directory.store, state)
+    run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state)
     if config.memory.offload_embeddings == "on":
         embeddings_to_ram(plain, accelerator.device)
     use_limits(run, limits_of(config))
-    if found is not None:
-        resume(run, found.path, from_data_beginning=options.from_data_beginning)
+    if point is not None:
+        restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)
     return run
 
@@ -231,89 +207,14 @@ def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> 
     return reporter
 
 
-def _adapter(config: FinetuneConfig, base: Any, found: Found | None) -> Any:
+def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None) -> Any:
     """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow."""
     start = config.train.start_adapter
     if start is None:
         return add_lora(base, config.lora)
     # The rank and the layers are those of the adapter that the run began with, not of the flags.
-    loaded = load_adapter(base, found.path if found is not None else start, trainable=True)
-    say(f"starting from the adapter {start}; its rank and layers stay")
+    loaded = load_adapter(base, point.path if point is not None else start, trainable=True)
+    say(f"the adapter {start} is what this run starts from; its rank and layers stay")
     for note in loaded.notes:
         warn(note)
     return loaded.model
-
-
-def _continued(config: FinetuneConfig, stored: TrainerState, fresh: TrainerState, found: Found) -> TrainerState:
-    """The stored position, once it is sure that it belongs to this run."""
-    options = config.train
-    allowed = set(filter(None, options.accept_changes.replace(" ", "").split(",")))
-    if options.from_data_beginning:
-        allowed |= {"data", "batch", "seed", "template"}
-    changed = differences(stored.identity, fresh.identity)
-    refused = {name: values for name, values in changed.items() if name not in allowed}
-    if refused:
-        listed = "\n".join(f"  {name}: then {then!r}, now {now!r}" for name, (then, now) in refused.items())
-        raise CheckpointError(
-            f"{found.path} belongs to a run that differs from this command:\n{listed}\n"
-            f"Give the old settings, another --output_path, or --accept_changes {','.join(refused)} if you mean it."
-        )
-    for name in changed:
-        warn(f"{name} differs from the run that wrote {found.path.name}, as asked for")
-    if options.from_data_beginning:
-        return fresh
-    if stored.total_steps != fresh.total_steps:
-        warn(f"the run was planned for {stored.total_steps} steps, now for {fresh.total_steps}: the schedule changes")
-    stored.total_steps, stored.identity, stored.choices = fresh.total_steps, fresh.identity, fresh.choices
-    if stored.step >= stored.total_steps:
-        say(f"this run has already done its {stored.total_steps} steps; a larger --num_epoch would go on")
-    return stored
-
-
-def _gone_back(path: Path, directory: RunDirectory) -> Found:
-    """An older checkpoint of this very run; newer ones are set aside, unless they came from it already.
-
-    So the same command can be given again after a kill without losing what was done since it went back.
-    """
-    if path.is_dir():
-        _explicit(path)  # a damaged one is refused before anything is renamed
-    newest = directory.store.newest_whole()
-    mark = directory.path / GONE_BACK_NAME
-    came_from = mark.read_text(encoding="utf-8") if mark.is_file() else None
-    if newest is not None and newest.path.name != path.name and came_from == path.name:
-        say(f"it was gone back to before; going on from {newest.path}, which came from it")
-        return newest
-    found = _named(path)
-    for name in directory.store.set_aside_newer(found.step):
-        warn(f"going back to step {found.step}: a newer checkpoint is now {name}")
-    if not quiet_rank():
-        mark.write_text(path.name, encoding="utf-8")
-    return found
-
-
-def _named(path: Path) -> Found:
-    """As `_explicit`, and say so."""
-    found = _explicit(path)
-    say(f"going on from {path}")
-    return found
-
-
-def _explicit(path: Path) -> Found:
-    """A checkpoint that was typed by name. Raises CheckpointError when it cannot be trusted."""
-    if not path.is_dir():
-        raise CheckpointError(f"--resume_from_checkpoint: there is no directory {path}")
-    problems = verify(path, require_manifest=False)
-    if problems:
-        raise CheckpointError(f"--resume_from_checkpoint: {path} is broken: {'; '.join(problems)}")
-    return Found(path, read_state(path).step)
-
-
-def _newest_in(path: Path) -> Path:
-    """`path` itself when it is a checkpoint; else the newest one in it, as for a run directory."""
-    if (path / "optimizer.pt").exists() or not path.is_dir():
-        return path
-    numbered = {int(p.name.split("-")[1]): p for p in path.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
-    for _, candidate in sorted(numbered.items(), reverse=True):
-        if not verify(candidate):
-            return candidate
-    return path

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard.console import CheckpointError, warn
+from onecard.config import TrainOptions
+from onecard.console import CheckpointError, ConfigError, warn
 from onecard.model.adapters import restore_adapter, save_adapter
+from onecard.train.optim import with_present_options
 
-STATE_NAME = "trainer_state.json"
+STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"
 
 
 @dataclass
@@ -77,16 +79,22 @@ def read_state(directory: Path) -> TrainerState:
         ) from reason
 
 
-def restore_state(directory: Path, model: Any, training: dict[str, Any]) -> None:
+def restore_state(directory: Path, model: Any, training: dict[str, Any], options: TrainOptions) -> None:
     """Put a checkpoint's adapter and `training` objects back, bit for bit. Raises CheckpointError on what is missing.
 
-    A missing or unreadable optimizer file is an error: going on with an empty one would silently be another run.
+    The optimizer keeps the hyper-parameters that the present options gave it. A missing or unreadable optimizer file is
+    an error: going on with an empty one would silently be another run.
     """
     restore_adapter(model, directory)
     for name, holder in training.items():
         path = directory / name
         try:
-            holder.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            if name == OPTIMIZER_NAME:
+                stored = with_present_options(stored, holder, options)
+            holder.load_state_dict(stored)
+        except ConfigError:
+            raise
         except FileNotFoundError as reason:
             if name == "scaler.pt":
                 # A run begun in bf16 or fp32 has no scaler; a fresh one finds its scale within some steps.

@@ -11,17 +11,20 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from onecard.console import ModelError, OneCardError
 from onecard.model.adapters import unwrap
+from onecard.model.load import checkpoint_layers
 from onecard.model.loss import summed_loss
 from onecard.model.offload import ActivationOffload
 from onecard.model.tiling import tile_mlps
 from onecard.text.batches import collate, micro_batches, share_for_rank, step_samples
+from onecard.train.not_finite import explain
+from onecard.train.optim import set_learning_rate
 from onecard.train.recovery import Limits, give_back_memory, is_out_of_memory, smaller
 from onecard.train.run import Event, Run
 from onecard.train.state import seed_step
@@ -31,6 +34,14 @@ SMALLER_HINT = (
     "use a shorter --cutoff_len, fewer --bits, --head_bits 4 or a smaller --lora_r; tools/plan_memory.py shows what "
     "each gives. What was saved stays whole"
 )
+
+
+class Requests(NamedTuple):
+    """What is to be done at the end of a step."""
+
+    stop: bool = False
+    evaluate: bool = False
+    save: bool = False
 
 
 class NotFinite(OneCardError):
@@ -43,7 +54,7 @@ class Attempt:
 
     loss: float
     grad_norm: float
-    stop: bool
+    requests: Requests
     out_of_memory: bool
 
 
@@ -56,35 +67,39 @@ class StepResult:
     tokens: int
     learning_rate: float
     skipped: bool
-    stop: bool
+    requests: Requests
+    """Those of all processes."""
 
 
-def take_step(run: Run, asked_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
+def take_step(run: Run, requested: Callable[[], Requests] = Requests) -> StepResult:
     """One optimizer step over the samples that (seed, step) names, whatever the number of processes.
 
-    The loss is the sum over all micro-batches of all processes, divided by the supervised tokens of the whole step.
+    requested: what this process wants done at its end. The loss is the sum over all micro-batches of all processes,
+    divided by the supervised tokens of the whole step.
     For samples with 3 and 5 answer tokens it is (sum of 8 losses) / 8, whether they pass together or one by one.
     """
     options, data = run.options, run.train_samples
     chosen = step_samples(run.state.step, len(data), options.total_batch, options.seed)
-    attempt = _gather_gradients(run, chosen.indices, asked_to_stop)
+    # Before the clipping, with which DeepSpeed takes the step.
+    learning_rate = set_learning_rate(run.optimizer, options, run.state.step, run.state.total_steps)
+    attempt = _gather_gradients(run, chosen.indices, requested)
     while attempt.out_of_memory:
         make_room(run, data.lengths[chosen.indices])
-        attempt = _gather_gradients(run, chosen.indices, asked_to_stop)
+        attempt = _gather_gradients(run, chosen.indices, requested)
     run.n_failures = 0
     loss, norm = attempt.loss, attempt.grad_norm
     if not math.isfinite(loss):
-        raise NotFinite(_not_finite(run, chosen.indices, f"the loss is {loss}"))
+        raise NotFinite(explain(run, chosen.indices, f"the loss is {loss}"))
     if not math.isfinite(norm) and not run.engine.has_scaler:
-        raise NotFinite(_not_finite(run, chosen.indices, f"the gradient norm is {norm}"))
-    learning_rate = run.optimizer.param_groups[0]["lr"]
+        raise NotFinite(explain(run, chosen.indices, f"the gradient norm is {norm}"))
     skipped = _apply(run)
-    run.schedule.step()
+    # A checkpoint holds the rate of the step that follows, whether that one was tried before it was written or not.
+    set_learning_rate(run.optimizer, options, run.state.step + 1, run.state.total_steps)
     tokens = int(data.lengths[chosen.indices].sum())
-    return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.stop)
+    return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.requests)
 
 
-def _gather_gradients(run: Run, indices: np.ndarray, asked_to_stop: Callable[[], bool]) -> Attempt:
+def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], Requests]) -> Attempt:
     """Forward and backward of a step's samples in micro-batches, and the clipping; the same however they are cut.
 
     Done again after a failure it draws the same random numbers, so it is the same step.
@@ -99,18 +114,18 @@ def _gather_gradients(run: Run, indices: np.ndarray, asked_to_stop: Callable[[],
     )
     seed_step(run.options.seed, run.state.step, accelerator.process_index)
     loss_sum, failure = accumulate(run, micros, supervised)
-    loss, stop, out_of_memory = _agree(accelerator, loss_sum, asked_to_stop(), failure)
+    loss, requests, out_of_memory = _agree(accelerator, loss_sum, requested(), failure)
     if out_of_memory or not math.isfinite(loss):
-        return Attempt(loss, math.nan, stop, out_of_memory)
+        return Attempt(loss, math.nan, requests, out_of_memory)
     try:
-        return Attempt(loss, run.engine.clip(), stop, False)
+        return Attempt(loss, run.engine.clip(), requests, False)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise
         if accelerator.num_processes > 1 or not run.engine.can_repeat:
             place = f"out of memory at step {run.state.step + 1} while the gradients were put together"
             raise ModelError(f"{place}, which several processes cannot repeat; {SMALLER_HINT}") from reason
-    return Attempt(loss, math.nan, stop, True)
+    return Attempt(loss, math.nan, requests, True)
 
 
 def _apply(run: Run) -> bool:
@@ -150,7 +165,8 @@ def make_room(run: Run, lengths: np.ndarray) -> None:
     """
     run.engine.forget()
     give_back_memory()
-    found = smaller(run.limits, lengths, can_offload=_is_checkpointed(run))
+    recomputes = _is_checkpointed(run)
+    found = smaller(run.limits, lengths, can_offload=recomputes, can_recompute=run.may_recompute and not recomputes)
     run.n_failures += found is None
     if found is None and run.n_failures > MAX_FAILURES:
         place = f"out of memory at step {run.state.step + 1} with nothing left to make smaller"
@@ -163,7 +179,9 @@ def make_room(run: Run, lengths: np.ndarray) -> None:
 
 
 def use_limits(run: Run, limits: Limits) -> None:
-    """Let what the limits say take effect: offload and tiles included."""
+    """Let what the limits say take effect: recomputed layers, offload and tiles included."""
+    if limits.recompute_layers and run.plan is not None and not _is_checkpointed(run):
+        checkpoint_layers(_base_of(run), reentrant=run.plan.setup.bits == 8)
     if limits.offload_activations and run.offload is None:
         run.offload = ActivationOffload(run.plain_model, run.accelerator.device)
     if limits.mlp_tile != run.limits.mlp_tile:
@@ -189,21 +207,25 @@ def _backward(run: Run, micro: np.ndarray | None, supervised: int, is_last: bool
     return loss.detach()
 
 
-def _agree(accelerator: Any, loss: torch.Tensor, stop: bool, failed: bool) -> tuple[float, bool, bool]:
-    """The step's loss over all processes, and whether any was asked to stop, or ran out of memory: all do alike."""
+def _agree(accelerator: Any, loss: torch.Tensor, requests: Requests, failed: bool) -> tuple[float, Requests, bool]:
+    """The step's loss over all processes, what any of them requests, and whether memory ran out: all do alike."""
     if accelerator.num_processes == 1:
-        return float(loss), stop, failed
-    flags = torch.tensor([float(stop), float(failed)], device=loss.device)
-    every = accelerator.reduce(torch.cat([loss.float()[None], flags]), reduction="sum")
-    return float(every[0]), bool(every[1] > 0), bool(every[2] > 0)
+        return float(loss), requests, failed
+    flags = torch.tensor([float(flag) for flag in (*requests, failed)], device=loss.device)
+    every = accelerator.reduce(torch.cat([loss.float()[None], flags]), reduction="sum").tolist()
+    return every[0], Requests(*(n > 0 for n in every[1:-1])), every[-1] > 0
 
 
 def _is_checkpointed(run: Run) -> bool:
     """Whether the layers are computed again in the backward pass."""
-    base: Any = unwrap(run.plain_model).get_base_model()
+    base = _base_of(run)
     # transformers 5.23 renamed it and warns of the old name; 5.20 has only the old one.
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     return bool(getattr(base, next((name for name in names if hasattr(type(base), name)), ""), False))
+
+
+def _base_of(run: Run) -> Any:
+    return unwrap(run.plain_model).get_base_model()
 
 
 def _in_use(run: Run) -> str:
@@ -214,13 +236,3 @@ def _in_use(run: Run) -> str:
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_reserved()
     return f"{planned}, the peak was {peak / 2**30:.2f}, and {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
-
-
-def _not_finite(run: Run, indices: np.ndarray, what: str) -> str:
-    run.engine.forget()
-    records = "\n  ".join(run.records(indices))
-    return (
-        f"step {run.state.step + 1}: {what}. This step was not taken; the newest checkpoint is finite.\n"
-        f"The step's records are:\n  {records}\n"
-        "Look at them with tools/inspect_data.py. Are they sound, then lower --learning_rate, or use --dtype fp32."
-    )

@@ -32,7 +32,7 @@ def config_for(length: int, bits: int = 4, **memory: object) -> FinetuneConfig:
     settings = {"loss_chunk": 512, "offload_activations": "off", "offload_embeddings": "off", "head_bits": "16",
                 "mlp_tile": -1, "pretend_turing": True} | memory  # fmt: skip
     return FinetuneConfig(
-        ModelOptions("middle", bits=bits),  # type: ignore[arg-type]
+        ModelOptions("middle", bits=bits, gradient_checkpointing=True),  # type: ignore[arg-type]
         DataOptions(cutoff_len=length),
         LoraOptions(lora_r=16),
         TrainOptions(total_batch=4, micro_batch=2, max_steps=9, optimizer="adamw"),

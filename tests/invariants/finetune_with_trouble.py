@@ -34,13 +34,13 @@ def send() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def step_then_signal(run: Any, asked_to_stop: Any) -> Any:
-    result = real_step(run, asked_to_stop)
+def step_then_signal(run: Any, requested: Any) -> Any:
+    result = real_step(run, requested)
     sender = 1 if KIND == "SIGINT-to-one-worker" else 0
     if run.state.step + 1 == STEP and sender == RANK:
         send()
         deadline = time.monotonic() + 60
-        while not asked_to_stop() and time.monotonic() < deadline:
+        while not requested().stop and time.monotonic() < deadline:
             time.sleep(0.01)
     return result
 
@@ -61,10 +61,10 @@ def loss_without_memory(model: Any, batch: Any, **settings: Any) -> Any:
     return loss, n_supervised
 
 
-def step_counted(run: Any, asked_to_stop: Any) -> Any:
+def step_counted(run: Any, requested: Any) -> Any:
     global current_step
     current_step = run.state.step
-    return real_step(run, asked_to_stop)
+    return real_step(run, requested)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,19 @@ def test_plain_run_goes_on_as_zero(configured: Configured, one_process: Path, tm
     assert_close(one_process, run)
 
 
+def test_another_learning_rate_and_decay_are_used_when_it_goes_on(
+    configured: Configured, zero2: Path, tmp_path: Path
+) -> None:
+    """The same as without DeepSpeed."""
+    changed = {"learning_rate": 5e-3, "weight_decay": 0.3}
+    run = cut(zero2, tmp_path / "zero" / "run", 4)
+    finish(launch(torchrun(2), configured(tmp_path / "zero", USUAL, **changed), tmp_path / "zero"))
+    plain = cut(zero2, tmp_path / "plain" / "run", 4)
+    finetune(configured(tmp_path / "plain", **changed))
+    assert_close(plain, run)
+    assert tiny.losses_of(run)[5:] != tiny.losses_of(zero2)[5:]
+
+
 @pytest.mark.parametrize(
     ("trouble", "told"), [("nan-loss", "the loss is nan"), ("nan-gradient", "the gradient norm is")]
 )

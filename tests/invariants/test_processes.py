@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from onecard.recipes import finetune
+from onecard.train.reporting import read_log
 from tests import tiny
 from tests.launching import checkpoints, fail, finish, free_port, launch, torchrun
 from tests.runs import assert_same_end, run_and_stop
@@ -32,10 +33,16 @@ def one_process(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.Te
 
 
 def test_two_processes_equal_one(one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
-    """The last step of each epoch has 5 samples for 2 processes, and 24 - 4 = 20 rows are 4 steps: none fits evenly."""
-    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **SHARED)
+    """The last step of each epoch has 5 samples for 2 processes, and 24 - 4 = 20 rows are 4 steps: none fits evenly.
+
+    One clock decides for both when to evaluate and save; else one would wait for the other for ever.
+    """
+    by_clock = {"eval_steps": 100, "save_steps": 100, "eval_minutes": 1e-9, "save_minutes": 1e-9}
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **SHARED | by_clock)
     finish(launch(torchrun(2), config, tmp_path))
     assert_same_run(one_process, tmp_path / "run")
+    evaluated = [row["step"] for row in read_log(tmp_path / "run") if "eval_loss" in row]
+    assert evaluated[0] == 1 and evaluated[-1] == 8
 
 
 @pytest.mark.slow

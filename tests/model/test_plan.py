@@ -16,8 +16,8 @@ from onecard.model.plan import Card, Plan, longest_context, make_plan
 from tests.tiny import with_options
 
 NAMES = ("Llama-3.1-8B", "Qwen2.5-0.5B", "Llama-3.2-1B")  # the two small ones have tied embeddings
-ORDER = ["--micro_tokens", "--loss_chunk", "--offload_activations", "--optimizer", "--offload_embeddings",
-         "--head_bits", "--mlp_tile"]  # fmt: skip
+ORDER = ["--gradient_checkpointing", "--micro_tokens", "--loss_chunk", "--offload_activations", "--optimizer",
+         "--offload_embeddings", "--head_bits", "--mlp_tile"]  # fmt: skip
 
 
 def card(gib: float, ram_gib: float = 256.0, *, is_gpu: bool = True) -> Card:
@@ -37,7 +37,9 @@ def test_nothing_is_given_up_without_need() -> None:
     found = plan("Llama-3.1-8B", 80)
     assert found.fits and given_up(found) == []
     assert [choice.flag for choice in found.choices] == ORDER
-    assert {choice.reason for choice in found.choices} == {"fits"}
+    assert found.setup.gradient_checkpointing is False
+    recompute, *others = [choice.reason for choice in found.choices]
+    assert "GiB are needed without it, which leaves room" in recompute and set(others) == {"fits"}
 
 
 def test_in_this_order_the_less_room_there_is() -> None:
@@ -55,7 +57,43 @@ def test_in_this_order_the_less_room_there_is() -> None:
                 assert ORDER.index(now[-1]) >= last, "a smaller card gave up less"
                 last = ORDER.index(now[-1])
     assert n_cards == 55 + 31
-    assert seen >= {*ORDER[1:6]}
+    assert seen >= {*ORDER[2:7]}
+
+
+@pytest.mark.parametrize(("gib", "ram_gib", "is_gpu", "chosen"), [
+    (80, 64, True, False), (24, 64, True, True), (80, 64, False, False), (80, 20, False, True), (0.1, 64, True, True),
+])  # fmt: skip
+def test_layers_are_recomputed_unless_all_fits_with_room(
+    gib: float, ram_gib: float, is_gpu: bool, chosen: bool
+) -> None:
+    """8 billion weights and 4,096 tokens need 31 GiB without it; a CPU must have them free, not only built in."""
+    found = plan("Llama-3.1-8B", gib, ram_gib, is_gpu=is_gpu)
+    assert found.setup.gradient_checkpointing == chosen
+    assert found.choices[0].value == ("on" if chosen else "off") and "GiB" in found.choices[0].reason
+    without = account(found.model, replace(found.setup, gradient_checkpointing=False, rows=4))
+    assert chosen or without.card_bytes <= 0.8 * min(gib, gib if is_gpu else ram_gib) * GIB
+
+
+@pytest.mark.parametrize(
+    "options", [{"offload_activations": "on"}, {"deepspeed": "zero.json"}, {"max_memory": "0:9GiB"}]
+)
+def test_layers_are_recomputed_where_something_else_needs_it(options: dict[str, object]) -> None:
+    choice = plan("Llama-3.1-8B", 80, **options).choices[0]
+    assert (choice.value, choice.reason) == ("on", f"goes with --{next(iter(options))}")
+
+
+def test_families_whose_layers_were_never_counted_are_recomputed() -> None:
+    model = replace(architecture_of("Llama-3.1-8B"), model_type="never_seen")
+    found = make_plan(model, FinetuneConfig(), card(80))
+    assert found.setup.gradient_checkpointing and "never_seen layers keep was never counted" in found.choices[0].reason
+
+
+def test_layers_that_cannot_be_recomputed_are_not_said_to_be() -> None:
+    model = replace(architecture_of("Llama-3.1-8B"), checkpoints=False)
+    found = make_plan(model, FinetuneConfig(), card(8))
+    choice = {choice.flag: choice for choice in found.choices}["--gradient_checkpointing"]
+    assert (choice.value, choice.reason) == ("off", "llama layers cannot be computed again")
+    assert not found.setup.gradient_checkpointing and not found.setup.offload_activations
 
 
 def test_the_budget_goes_first() -> None:
@@ -106,7 +144,7 @@ def test_what_was_typed_stays(
     assert len(flags) == len(set(flags)) and set(flags) | {"--micro_tokens"} >= set(ORDER)
     assert all(choice.reason for choice in found.choices)
     by_hand = {choice.flag for choice in found.choices if choice.by_hand}
-    assert by_hand == {f"--{flag}" for flag in typed}
+    assert by_hand == {f"--{flag}" for flag in (*typed, "gradient_checkpointing")}
     said = {choice.flag: choice.value for choice in found.choices if not choice.by_hand}
     assert said.get("--head_bits", str(setup.head_bits)) == str(setup.head_bits)
     assert said.get("--optimizer", setup.optimizer) == setup.optimizer

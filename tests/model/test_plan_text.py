@@ -129,8 +129,8 @@ def test_too_little_ram_is_said_as_such() -> None:
 def test_advice_is_about_what_stands_in_the_way() -> None:
     plan = plan_of(4, "Qwen2.5-7B", bits=8, micro_batch=4, lora_r=64, gradient_checkpointing=False)
     text = joined(plan_text.verdict_lines(plan, 300))
-    for advice in ("--micro_batch, given as 4", "--gradient_checkpointing true", "--cutoff_len 300", "--bits 4",
-                   "--lora_r 8", "a smaller model"):  # fmt: skip
+    for advice in ("--micro_batch, given as 4", "--gradient_checkpointing, given as off", "--cutoff_len 300",
+                   "--bits 4", "--lora_r 8", "a smaller model"):  # fmt: skip
         assert advice in text, advice
     plain = joined(plan_text.verdict_lines(plan_of(3), 0))
     assert "It does not fit" in plain and plain.endswith("What would help: - a smaller model")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
+from accelerate.state import AcceleratorState
 
 from onecard.config import FinetuneConfig
 from onecard.console import ConfigError, ModelError
@@ -146,3 +149,83 @@ def test_peak_after_resume(
     after = peak_bytes(lambda: finetune(config))
     assert final_checkpoint(tmp_path / "run").name == "checkpoint-3"
     assert after <= before
+
+
+# --- chosen by the number of rows
+
+
+@pytest.mark.parametrize(("n_rows", "expected"), [
+    (1, 4), (38, 4), (258, 4), (1599, 4), (1600, 8), (1900, 8), (3200, 16), (6399, 16), (6400, 32), (10**6, 32),
+])  # fmt: skip
+def test_samples_per_step_by_the_number_of_rows(n_rows: int, expected: int) -> None:
+    assert fit.auto_total_batch(n_rows) == expected
+
+
+def test_the_chosen_batch_is_recorded_and_stays(
+    tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Chosen once: what would be chosen otherwise later is no matter, and what was typed at first stays too."""
+    chosen = tiny.config_for(tiny_base, instructions, tmp_path / "chosen", **RUN, total_batch=0)
+    run_and_stop(chosen, monkeypatch, after_steps=1)
+    assert "4 samples per optimizer step, for 21 training rows; --total_batch" in capsys.readouterr().out
+    typed = tiny.config_for(tiny_base, instructions, tmp_path / "typed", **RUN, total_batch=7)
+    run_and_stop(typed, monkeypatch, after_steps=1)
+    monkeypatch.setattr(fit, "auto_total_batch", lambda n_rows: 16)
+    for name, expected in (("chosen", 4), ("typed", 7)):
+        run = finetune(tiny.config_for(tiny_base, instructions, tmp_path / name, **RUN, total_batch=0))
+        assert f"{expected} samples per optimizer step, as the run began" in capsys.readouterr().out
+        assert yaml.safe_load((run / "onecard.yaml").read_text(encoding="utf-8"))["total_batch"] == expected
+        state = read_state(final_checkpoint(run))
+        assert (state.identity["batch"]["total_batch"], state.step) == (expected, -(-21 // expected))
+
+
+# --- layers computed again
+
+
+@pytest.fixture
+def any_number_format() -> Iterator[None]:
+    """Accelerate fixes the number format once per process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("any_number_format")
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_recomputed_layers_give_the_same_bits(bits: int, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    """So a run may be begun with them and go on without, and the other way round."""
+    options = {"bits": bits, "lora_dropout": 0.1, "total_batch": 4, "test_size": 3, "micro_batch": 2}
+    runs = [
+        finetune(tiny.config_for(tiny_base, instructions, tmp_path / str(recompute) / "run", **options,
+                                 gradient_checkpointing=recompute))
+        for recompute in (True, False)
+    ]  # fmt: skip
+    assert_same_end(*runs)
+
+
+# --- several processes
+
+
+def test_the_processes_of_a_run_choose_for_the_smallest_of_their_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is cut by the budget: cut in two ways, some of its samples would pass twice and some never."""
+    config = tiny.with_options(FinetuneConfig(), {"model_path": "Llama-3.1-8B", "dtype": "bf16", "cutoff_len": 2048})
+    hardware = replace(detect("cpu"), total_bytes=24 * GIB)
+    first = fit.first_plan(config, hardware)
+    plans = []
+    for others_gib in (24, 7):
+        monkeypatch.setattr(fit, "gather_object", lambda mine: [*mine, replace(mine[0], total_bytes=others_gib * GIB)])  # noqa: B023
+        for own_gib in (24, 7):
+            hardware = replace(hardware, total_bytes=own_gib * GIB)
+            _, plan = fit.settle(config, hardware, first, 2048, SimpleNamespace(num_processes=2))
+            plans.append(plan.setup)
+    assert plans[0] != plans[1] == plans[2] == plans[3]
+
+
+def test_settings_larger_than_the_run_are_told_when_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny.with_options(FinetuneConfig(), {"total_batch": 64, "warmup_steps": 50, "num_epoch": 2})
+    resolved = fit.resolve_lengths(config, 38, 2).train
+    told = capsys.readouterr()
+    assert "--total_batch: 64 is more than the 38 training rows" in told.err and "--warmup_steps: " in told.err
+    assert "an evaluation every step or 10 minutes (the run has 2; --eval_steps sets another number)" in told.out
+    assert (resolved.eval_steps, resolved.save_steps) == (1, 1)

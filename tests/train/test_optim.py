@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from onecard.config import TrainOptions
-from onecard.train.optim import build_optimizer, build_schedule, learning_rate_factor, warmup_steps
+from onecard.console import ConfigError
+from onecard.train.optim import (
+    build_optimizer,
+    learning_rate_factor,
+    set_learning_rate,
+    warmup_steps,
+    with_present_options,
+)
 
 
 class TwoMatrices(torch.nn.Module):
@@ -31,14 +38,19 @@ class TwoMatrices(torch.nn.Module):
     ],
 )
 def test_learning_rate_follows_the_closed_form(schedule: str, expected: list[float]) -> None:
-    factor = learning_rate_factor(TrainOptions(schedule=schedule, warmup_steps=2), total_steps=6)
-    assert [factor(step) for step in range(6)] == pytest.approx(expected)
+    options = TrainOptions(schedule=schedule, warmup_steps=2)
+    assert [learning_rate_factor(options, step, 6) for step in range(6)] == pytest.approx(expected)
 
 
 def test_warmup_steps_take_the_place_of_the_ratio() -> None:
     assert warmup_steps(TrainOptions(warmup_ratio=0.1), 95) == 10
     assert warmup_steps(TrainOptions(warmup_ratio=0.1, warmup_steps=3), 95) == 3
     assert warmup_steps(TrainOptions(warmup_ratio=0), 95) == 0
+
+
+def test_few_steps_have_a_warmup_too() -> None:
+    assert [warmup_steps(TrainOptions(), total) for total in (1, 4, 12, 24, 30, 200, 1000)] == [1, 1, 2, 4, 5, 6, 30]
+    assert warmup_steps(TrainOptions(warmup_steps=1), 30) == 1
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
@@ -58,5 +70,24 @@ def test_loraplus_gives_only_the_b_matrices_the_higher_rate() -> None:
     optimizer = build_optimizer(model, TrainOptions(learning_rate=0.1, loraplus_ratio=16))
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates == {id(model.lora_A.weight): 0.1, id(model.lora_B.weight): pytest.approx(1.6)}
-    schedule = build_schedule(optimizer, TrainOptions(warmup_steps=2), 10)
-    assert schedule.get_last_lr() == pytest.approx([0.05, 0.8])
+    for step, share in ((0, 0.5), (1, 1.0), (6, 0.5), (0, 0.5)):
+        assert set_learning_rate(optimizer, TrainOptions(warmup_steps=2), step, 10) == pytest.approx(0.1 * share)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 * share, 1.6 * share])
+
+
+def test_a_stored_state_takes_the_hyper_parameters_of_the_present_options() -> None:
+    """Also where, as under DeepSpeed, a group of the optimizer at work holds its parameters as one."""
+    settings = ({"learning_rate": 0.1, "loraplus_ratio": 16}, {"learning_rate": 0.01, "loraplus_ratio": 4})
+    old, new = (
+        build_optimizer(TwoMatrices(), TrainOptions(**each, weight_decay=each["learning_rate"])) for each in settings
+    )
+    stored = old.state_dict()
+    joined = with_present_options(stored, new, TrainOptions(loraplus_ratio=4))
+    assert [(g["initial_lr"], g["weight_decay"]) for g in joined["param_groups"]] == [(0.01, 0.01), (0.04, 0.01)]
+    assert [g["params"] for g in joined["param_groups"]] == [[0], [1]] and joined["state"] is stored["state"]
+    assert stored["param_groups"][0]["lr"] == 0.1, "what was stored is not changed"
+    plain = build_optimizer(TwoMatrices(), TrainOptions())
+    with pytest.raises(ConfigError, match=r"--loraplus_ratio: 0 cannot go on .* Give its ratio"):
+        with_present_options(stored, plain, TrainOptions())
+    with pytest.raises(ConfigError, match=r"--loraplus_ratio: 16 cannot go on .* Give 0,"):
+        with_present_options(plain.state_dict(), old, TrainOptions(loraplus_ratio=16))

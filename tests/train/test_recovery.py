@@ -54,16 +54,17 @@ def test_each_try_is_smaller_until_the_end(limits: Limits, lengths: np.ndarray, 
 
 def test_the_order() -> None:
     limits, told = Limits(micro_tokens=4096, loss_chunk=1024), []
-    while (found := smaller(limits, np.full(8, 900), can_offload=True)) is not None:
+    while (found := smaller(limits, np.full(8, 900), can_offload=True, can_recompute=True)) is not None:
         limits, words = found
         told.append(words)
     assert told == [
+        "the layers are computed again in the backward pass from now on",
         "1,800 tokens at once instead of 3,600", "900 tokens at once instead of 1,800",
         "logits of 450 tokens at once instead of 900", "logits of 225 tokens at once instead of 450",
         "logits of 112 tokens at once instead of 225", "the inputs of the layers wait in RAM from now on",
         "MLPs take 450 tokens at a time",
     ]  # fmt: skip
-    assert limits == Limits(0, 900, 112, True, 450)
+    assert limits == Limits(0, 900, 112, True, 450, True)
 
 
 def test_short_rows_beside_a_long_one_are_cut() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from onecard.config import TrainOptions
 from onecard.console import ModelError
+from onecard.model.memory import GIB
+from onecard.model.plan import Card
 from onecard.recipes import finetune
 from onecard.text.batches import micro_batches
 from onecard.train import evaluate, rehearsal, step
 from onecard.train.recovery import Limits, padded_tokens
 from onecard.train.rehearsal import Worst, worst_micro_batch
 from onecard.train.reporting import read_log
+from onecard.train.state import TrainerState
 from tests import tiny
 from tests.runs import assert_same_end, run_and_stop
 
@@ -91,7 +96,7 @@ def longest_of(run: Path) -> int:
 
 
 LONG = {"cutoff_len": 2048, "total_batch": 6, "micro_batch": 0, "micro_tokens": 6000, "learning_rate": 1e-4,
-        "test_size": 3, "eval_steps": 2}  # fmt: skip
+        "test_size": 3, "eval_steps": 2, "rehearsal": True}  # fmt: skip
 
 
 def test_one_long_row_among_short_ones(
@@ -119,7 +124,7 @@ def test_the_largest_rows_are_held_out(tiny_base: Path, tmp_path: Path) -> None:
     """Found before step 1 as well, and not tried again in each of the evaluations."""
     tried: list[int] = []
     data = write_rows(tmp_path / "data.jsonl", n_numbers=150)  # the short ones together are longer
-    options = {**LONG, "test_size": 20, "eval_steps": 1, "micro_tokens": 100_000, "total_batch": 2, "rehearsal": True}
+    options = {**LONG, "test_size": 20, "eval_steps": 1, "micro_tokens": 100_000, "total_batch": 2}
     with room_for(900, beside=tried):
         run = finetune(tiny.config_for(tiny_base, data, tmp_path / "run", **options))
     events = [row for row in read_log(run) if row.get("event") == "out_of_memory"]
@@ -154,8 +159,8 @@ def test_it_leaves_nothing_behind(
     variant: dict[str, Any], tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run with it equals one without it bit for bit; after a resume as well."""
-    options = {"test_size": 3, "eval_steps": 2, **variant}
-    one = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "1" / "run", **options, rehearsal=False))
+    options = {"test_size": 3, "eval_steps": 2, "rehearsal": True, **variant}
+    one = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "1" / "run", **{**options, "rehearsal": False}))
     config = tiny.config_for(tiny_base, instructions, tmp_path / "2" / "run", **options)
     run_and_stop(config, monkeypatch, after_steps=2)
     assert_same_end(one, finetune(config))
@@ -163,7 +168,7 @@ def test_it_leaves_nothing_behind(
 
 def test_not_even_the_smallest_fits(tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
     tried: list[int] = []
-    config = tiny.config_for(tiny_base, instructions, tmp_path / "run")
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", rehearsal=True)
     with room_for(20, beside=tried), pytest.raises(ModelError, match=r"step 1 with nothing left .*GiB were planned"):
         finetune(config)
     assert len(tried) >= 5
@@ -194,3 +199,31 @@ def test_evaluation_that_needs_more_room(
     assert events
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert capsys.readouterr().out.count("evaluation after step 2: out of memory") == len(events)
+
+
+class EqualRows:
+    lengths = np.full(24, 100)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@pytest.mark.parametrize(("steps", "planned_gib", "wanted", "expected"), [
+    (3, 1, "auto", False), (400, 1, "auto", True), (3, 9, "auto", True), (3, 1, True, True), (400, 1, False, False),
+])  # fmt: skip
+def test_on_a_cpu_it_takes_little_of_the_run_or_memory_is_short(
+    steps: int, planned_gib: int, wanted: Any, expected: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A step has 800 tokens; a rehearsal takes 8 x 100 twice. Of 16 GiB more than half are enough room."""
+    done: list[Any] = []
+    monkeypatch.setattr(rehearsal, "rehearse", done.append)
+    card = Card("CPU", 20 * GIB, 16 * GIB, is_gpu=False)
+    run: Any = SimpleNamespace(
+        state=TrainerState(total_steps=steps), options=TrainOptions(total_batch=8), limits=Limits(),
+        plan=SimpleNamespace(card=card), planned_bytes=planned_gib * GIB, train_samples=EqualRows(),
+    )  # fmt: skip
+    rehearsal.rehearse_if_wanted(run, wanted)
+    assert bool(done) == expected
+    said = "no rehearsal: it would take 67% of the time of this run, and 1.00 of 16.0 GiB are planned"
+    assert (said in capsys.readouterr().out) == (wanted == "auto" and not expected)

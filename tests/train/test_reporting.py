@@ -6,11 +6,16 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from onecard.console import ConfigError
+from onecard.recipes import finetune
+from onecard.train import loop, rehearsal
 from onecard.train.reporting import Reporter, check_sinks, draw_loss, read_log
+from tests import tiny
+from tests.runs import run_and_stop
 
 
 def row(step: int, loss: float = 1.0) -> dict:
@@ -20,12 +25,12 @@ def row(step: int, loss: float = 1.0) -> dict:
 def test_rows_beyond_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
     first = Reporter(tmp_path, total_steps=10, first_step=0)
     for step in range(1, 6):
-        first.step(row(step), to_file=True, tokens_seen=step)
+        first.step(row(step), to_file=True, tokens=8, seconds=0.5)
     first.close()
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 6, "lo')  # a kill in the middle of a line
     second = Reporter(tmp_path, total_steps=10, first_step=3)
-    second.step(row(4, loss=9.0), to_file=True, tokens_seen=4)
+    second.step(row(4, loss=9.0), to_file=True, tokens=8, seconds=0.5)
     second.close()
     assert [(r["step"], r["loss"]) for r in read_log(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 9.0)]
 
@@ -33,9 +38,48 @@ def test_rows_beyond_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> Non
 def test_steps_that_are_not_due_are_not_written(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, total_steps=4, first_step=0)
     for step in range(1, 5):
-        reporter.step(row(step), to_file=step % 2 == 0, tokens_seen=step)
+        reporter.step(row(step), to_file=step % 2 == 0, tokens=8, seconds=0.5)
     reporter.close()
     assert [r["step"] for r in read_log(tmp_path)] == [2, 4]
+
+
+def test_the_speed_is_that_of_the_steps_since_the_last_logged_row(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, total_steps=5, first_step=0)
+    for step, (tokens, seconds) in enumerate([(100, 10.0), (100, 1.0), (100, 1.0), (80, 2.0), (20, 0.5)], start=1):
+        reporter.step(row(step), to_file=step in (2, 5), tokens=tokens, seconds=seconds)
+    reporter.close()
+    found = {r["step"]: r["tokens_per_s"] for r in read_log(tmp_path)}
+    assert found == {2: round(200 / 11, 1), 5: round(200 / 3.5, 1)}
+
+
+def test_the_speed_counts_training_alone(
+    tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of our own: no rehearsal, evaluation or checkpoint is in it, and after a resume no earlier step."""
+    clock = 0.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock)
+
+    def taking(seconds: float, real: Any) -> Any:
+        def slow(*args: Any, **named: Any) -> Any:
+            nonlocal clock
+            clock += seconds
+            return real(*args, **named)
+
+        return slow
+
+    for module, name, seconds in ((loop, "take_step", 2.0), (loop, "evaluation_loss", 500.0), (loop, "save", 300.0),
+                                  (rehearsal, "accumulate", 800.0)):  # fmt: skip
+        monkeypatch.setattr(module, name, taking(seconds, getattr(module, name)))
+    options = {"test_size": 4, "eval_steps": 1, "total_batch": 5, "log_steps": 2, "rehearsal": True, "num_epoch": 2}
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **options, keep_checkpoints=9)
+    run_and_stop(config, monkeypatch, after_steps=3)
+    rows = [r for r in read_log(finetune(config)) if "loss" in r]
+    states = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("checkpoint-*/trainer_state.json")]
+    seen = {state["step"]: state["tokens_seen"] for state in states}
+    assert {r["step"]: r["tokens_per_s"] for r in rows} == {
+        2: round(seen[2] / 4, 1), 4: round((seen[4] - seen[3]) / 2, 1),  # it went on after step 3
+        6: round((seen[6] - seen[4]) / 4, 1), 8: round((seen[8] - seen[6]) / 4, 1),
+    }  # fmt: skip
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,8 +89,8 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.Capture
     reporter = Reporter(tmp_path, total_steps=4, first_step=0)
     reporter._log.close()
     reporter._log = full = Path("/dev/full").open("w")  # noqa: SIM115
-    reporter.step(row(1), to_file=True, tokens_seen=1)
-    reporter.step(row(2), to_file=True, tokens_seen=2)
+    reporter.step(row(1), to_file=True, tokens=8, seconds=0.5)
+    reporter.step(row(2), to_file=True, tokens=8, seconds=0.5)
     with contextlib.suppress(OSError):
         full.close()
     reporter._log = (tmp_path / "log.jsonl").open("a")
@@ -69,7 +113,7 @@ def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, total_steps=4, first_step=0, enabled=False)
-    reporter.step(row(1), to_file=True, tokens_seen=1)
+    reporter.step(row(1), to_file=True, tokens=8, seconds=0.5)
     reporter.event({"step": 1}, "said")
     reporter.close()
     assert list(tmp_path.iterdir()) == []
@@ -89,7 +133,7 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, total_steps=2, first_step=0)
     reporter.sinks.append(TensorBoardSink(tmp_path))
     for step in (1, 2):
-        reporter.step(row(step, loss=3.0 / step), to_file=True, tokens_seen=step)
+        reporter.step(row(step, loss=3.0 / step), to_file=True, tokens=8, seconds=0.5)
     reporter.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

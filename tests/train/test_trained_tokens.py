@@ -138,7 +138,7 @@ def test_runs_from_before_these_options_go_on(base, data, tmp_path, monkeypatch)
     stored = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text(encoding="utf-8"))
     assert not any(name.startswith(("train_", "lora_target_parameters")) for name in stored["identity"]["lora"])
     config.lora.train_new_tokens = True
-    with pytest.raises(CheckpointError, match=r"lora: then"):
+    with pytest.raises(CheckpointError, match=r"lora: --train_new_tokens false -> true"):
         finetune(config)
 
 

@@ -1,0 +1,80 @@
+"""Where a loss or gradient that is not finite comes from: the base, some records, or the adapter.
+
+The base is asked alone, without the adapter, for the records of the step and some others. Knows a `Run`; changes
+nothing in it, since the run ends here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from onecard.console import few
+from onecard.model.loss import summed_loss
+from onecard.text.batches import collate
+from onecard.train.recovery import give_back_memory, is_out_of_memory
+from onecard.train.run import Run
+
+N_OTHERS = 4  # records from outside the step: where the base fails on all of these too, no record is to blame
+
+
+def explain(run: Run, indices: np.ndarray, what: str) -> str:
+    """The message that ends the run, with the cause as far as it can be found and what to do about it."""
+    run.engine.forget()
+    give_back_memory()
+    head = f"step {run.state.step + 1}: {what}. This step was not taken; the newest checkpoint is finite.\n"
+    try:
+        return head + _cause(run, indices)
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
+    return head + _unknown(run, indices)
+
+
+def _cause(run: Run, indices: np.ndarray) -> str:
+    others = np.setdiff1d(np.arange(min(len(run.train_samples), len(indices) + N_OTHERS)), indices)[:N_OTHERS]
+    failing = [number for number in indices if not _is_finite(run, int(number))]
+    if not failing:
+        broken = [name for name, tensor in _tensors(run) if "lora_" in name and not torch.isfinite(tensor).all()]
+        if broken:
+            return (
+                f"The adapter itself is not finite ({few(broken)}): it began so, or diverged. Start from another one."
+            )
+        return "The base alone gives a finite loss for each record of the step: " + _unknown(run, indices)
+    tensors = [name for name, tensor in _tensors(run) if "lora_" not in name and not torch.isfinite(tensor).all()]
+    told = f"Its tensors {few(tensors)} hold NaN or Inf" if tensors else "Its tensors are finite"
+    n_asked = len(indices) + len(others)
+    if len(failing) == len(indices) and n_asked > 1 and not any(_is_finite(run, int(number)) for number in others):
+        remedy = "download or convert it again" if tensors else "the arithmetic overflows: use --dtype fp32"
+        return f"It is not the data: the base of --model_path computes no record without the adapter. {told}; {remedy}."
+    listed = "\n  ".join(run.records(np.array(failing)))
+    return (
+        f"The base alone, without the adapter, cannot compute these records of the step:\n  {listed}\n"
+        f"{told}. Look at the records with tools/inspect_data.py and leave them out, or use --dtype fp32."
+    )
+
+
+def _unknown(run: Run, indices: np.ndarray) -> str:
+    records = "\n  ".join(run.records(indices))
+    return (
+        f"lower --learning_rate, or use --dtype fp32. The step's records are:\n  {records}\n"
+        "Look at them with tools/inspect_data.py."
+    )
+
+
+def _is_finite(run: Run, number: int) -> bool:
+    """Whether the base without the adapter has a finite loss for one record."""
+    batch = {name: t.to(run.accelerator.device) for name, t in collate([run.train_samples[number]], pad_id=0).items()}
+    with torch.no_grad(), run.plain_model.disable_adapter(), run.accelerator.autocast():
+        loss, _ = summed_loss(run.plain_model, batch, chunk_tokens=run.limits.loss_chunk)
+    return bool(torch.isfinite(loss))
+
+
+def _tensors(run: Run) -> Iterator[tuple[str, Any]]:
+    """The unquantised tensors by the names that they have in files."""
+    for name, tensor in (*run.plain_model.named_parameters(), *run.plain_model.named_buffers()):
+        if tensor.is_floating_point():
+            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor
