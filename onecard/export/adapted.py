@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from onecard.console import ModelError, first_line
+from onecard.export.rounding import is_finite
 from onecard.export.stored_base import StoredBase
 from onecard.model.adapter_layouts import AdapterFiles, read_adapter, read_config
 from onecard.model.adapters import ADAPTER, attach_files
@@ -107,7 +108,7 @@ class Adapted:
     def merged(self, module: str) -> dict[str, Tensor]:
         """The layer's weights in fp32 after all adapters. Raises ModelError for rows that nobody has values for."""
         tensors = self.through(module, len(self.stages))
-        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
         if broken and module in self.vocabulary and self.rows > self.base.rows:
             raise ModelError(
                 f"the adapters were trained with {self.rows} rows of vocabulary, the base has {self.base.rows}, and no "

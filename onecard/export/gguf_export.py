@@ -23,6 +23,7 @@ from onecard.text.special_tokens import single_token, special_tokens
 from onecard.text.template import Template, Writer, built_in_name, load_template, own_chat_template
 
 MERGED = ".merged"
+MERGED_DTYPES = {"f16": "fp16", "bf16": "bf16"}  # by the type of the file; fp32 for all others
 MIB = 2**20
 PIECES_BYTES = 96 * MIB  # the fp32 pieces in which a tensor is rounded, and what gguf makes of them on the way
 
@@ -71,7 +72,9 @@ def export_gguf(settings: GgufSettings) -> Path:
     # Checked before the merge, which takes longest; and with an adapter again afterwards, on what was merged.
     source = open_source(base, settings)
     needed = gguf.file_bytes(source.planned, source.vocabulary)
-    needed += source.weights.total_bytes if settings.adapters else 0
+    if settings.adapters:
+        itemsize = 2 if settings.gguf_type in MERGED_DTYPES else 4
+        needed += sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in source.weights.entries.values())
     with output.new_directory(
         settings.output_path, overwrite=settings.overwrite, inputs=inputs, needed_bytes=needed
     ) as partial:
@@ -148,7 +151,8 @@ def _merge(directory: Path, settings: GgufSettings) -> Path:
     from onecard.export.merge import MergeSettings, merge_into  # peft takes seconds, and only adapters need it
 
     directory.mkdir()
-    dtype = "fp32" if settings.gguf_type == "f32" else "auto"
+    # Learned sums are rounded once: here to the file's own 16 bits, which gguf then stores as they are, or there.
+    dtype = MERGED_DTYPES.get(settings.gguf_type, "fp32")
     report = merge_into(
         directory, settings.model_path, list(settings.adapters),
         MergeSettings(dtype=dtype, accept_other_base=settings.accept_other_base),

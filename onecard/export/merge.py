@@ -2,7 +2,7 @@
 
 https://arxiv.org/abs/2106.09685 section 4.1: W + B A * scale; peft's own merge does it for every variant, in fp32, and
 the result is rounded once. Knows files, dtypes, tied heads, tokenizers and which base an adapter belongs to. Does not
-know how one layer is merged (`adapted.py`) or how the result is proven (`verify.py`).
+know how one layer is merged (`adapted.py`) and rounded (`rounding.py`), or how the result is proven (`verify.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from torch import Tensor
 from onecard.console import ConfigError, ModelError, say
 from onecard.export.adapted import Adapted, Stage, adapt
 from onecard.export.output import new_directory, progress
+from onecard.export.rounding import DTYPES, NAMES, DoesNotFit, rounded, rounded_sum
 from onecard.export.stored_base import TABLES, StoredBase, open_base
-from onecard.export.tensors import ShardWriter, copy_small_files, own_memory
+from onecard.export.tensors import ShardWriter, checksum, copy_small_files
 from onecard.model.adapter_layouts import read_adapter
 from onecard.model.adapters import base_of_adapter
 from onecard.model.files import base_fingerprint, locate, write_json
 from onecard.model.load import TOKENIZER_FILES, load_tokenizer
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TEMPLATE, STATE = "chat_template.jinja", "trainer_state.json"
 TOKENIZER_AND_TEMPLATE = (
     *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json", TEMPLATE
@@ -40,12 +39,12 @@ class MergeSettings:
     """How adapters are merged."""
 
     dtype: str = "auto"
-    """fp16, bf16 or fp32; auto: what the base is stored in where that is a 16-bit type, else fp16."""
+    """fp16, bf16 or fp32; auto: fp16 where weights and activations fit, else bf16."""
     max_shard_bytes: int = 5 * 10**9
     accept_other_base: bool = False
     """Merge although the adapter was trained on another base."""
     verify: bool = True
-    """Compare the logits of base and adapters with those of the reopened result."""
+    """Measure on the reopened result how much of the adapters' effect on the predictions is kept."""
     trust_remote_code: bool = False
 
 
@@ -60,6 +59,8 @@ class MergeReport:
     """Layers that an adapter targets."""
     unchanged: list[str] = field(default_factory=list)
     """Those that came out as they went in: their adapter was never trained, or moved them by less than one rounding."""
+    checksums: dict[str, int] = field(default_factory=dict)
+    """CRC-32 of each tensor that was written, by its stored name."""
     is_tied: bool = False
     """Whether the result's head is its embeddings' weight."""
     n_tensors: int = 0
@@ -85,7 +86,23 @@ def merge_into(
     if not adapters:
         raise ConfigError("--lora_path", "names no adapter; there is nothing to merge")
     stored = open_base(base, trust_remote_code=settings.trust_remote_code)
-    dtype = target_dtype(stored, settings.dtype)
+    dtypes, told = target_dtypes(settings.dtype), list[str]()
+    for dtype in dtypes[:-1]:
+        try:
+            return _merge_as(dtype, directory, base, stored, adapters, settings)
+        except DoesNotFit as reason:
+            told.append(f"{reason}; the result is stored in {NAMES[dtypes[-1]]}, whose steps are 8 times as coarse")
+            say(told[0])
+        for path in directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    report = _merge_as(dtypes[-1], directory, base, stored, adapters, settings)
+    report.notes[:0] = told
+    return report
+
+
+def _merge_as(
+    dtype: torch.dtype, directory: Path, base: str, stored: StoredBase, adapters: Sequence[str], settings: MergeSettings
+) -> MergeReport:
     adapted = adapt(stored, adapters)
     report = MergeReport(directory, NAMES[dtype], list(adapters), is_tied=stored.is_tied)
     for stage in adapted.stages:
@@ -113,7 +130,7 @@ def merge_into(
         from onecard.export.verify import verify_merge
 
         del adapted  # the proof reads the adapters anew; both at once would cost their size
-        report.proof = verify_merge(directory, stored, adapters, report)
+        report.proof = verify_merge(directory, stored, adapters, report, needs_fp16=settings.dtype == "auto")
     return report
 
 
@@ -132,13 +149,13 @@ def find_base(model_path: str, adapter: str) -> str:
     return named
 
 
-def target_dtype(base: StoredBase, wanted: str) -> torch.dtype:
-    """The dtype of the result. Raises ConfigError for a name that is none."""
+def target_dtypes(wanted: str) -> list[torch.dtype]:
+    """The dtypes to try for the result, the preferred one first. Raises ConfigError for a name that is none."""
     if wanted == "auto":
-        return base.dtype if base.dtype in (torch.float16, torch.bfloat16) else torch.float16
+        return [torch.float16, torch.bfloat16]
     if wanted not in DTYPES:
         raise ConfigError("--dtype", f"{wanted!r} is none of auto, {', '.join(DTYPES)}")
-    return DTYPES[wanted]
+    return [DTYPES[wanted]]
 
 
 def ram_bytes(adapted: Adapted, settings: MergeSettings) -> int:
@@ -202,7 +219,7 @@ def export_merged(
     Raises as `merge_into` and `output.new_directory` do.
     """
     weights = open_base(base, trust_remote_code=settings.trust_remote_code)
-    itemsize = target_dtype(weights, settings.dtype).itemsize
+    itemsize = target_dtypes(settings.dtype)[0].itemsize
     n_bytes = sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in weights.weights.entries.values())
     inputs = [weights.directory, *(Path(adapter).expanduser() for adapter in adapters)]
     copies = 2 if file_format == "pth" else 1
@@ -222,26 +239,32 @@ def export_merged(
 def _write_weights(adapted: Adapted, dtype: torch.dtype, settings: MergeSettings, report: MergeReport) -> None:
     """Write every tensor of the base, the merged ones in their place."""
     writer = ShardWriter(report.directory, settings.max_shard_bytes)
-    for name, tensor in merged_tensors(adapted, dtype, report):
+    for name, tensor in merged_tensors(adapted, dtype, report, strict=settings.dtype == "auto"):
         writer.add(name, tensor)
+        report.checksums[name] = checksum(tensor)
         report.n_tensors += 1
     report.total_bytes = sum(file.stat().st_size for file in writer.finish())
 
 
-def merged_tensors(adapted: Adapted, dtype: torch.dtype, report: MergeReport) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(
+    adapted: Adapted, dtype: torch.dtype, report: MergeReport, *, strict: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the result by their stored names, in the order of the base's files.
 
-    Counts targets in `report` and says there whether head and embeddings are still one. Raises as `merge_into` does.
+    Counts targets in `report` and says there whether head and embeddings are still one. Raises as `merge_into` does;
+    strict: DoesNotFit, too, for values too small for fp16.
     """
     base, weights, groups, done = adapted.base, adapted.base.weights, _groups(adapted), set[str]()
     with progress("merging", weights.total_bytes, in_bytes=True) as move_on:
         for name, entry in weights.entries.items():
             group = groups.get(name, ())
-            if not group:
-                yield name, rounded(name, weights.read(name), kept_dtype(base, name, dtype))
+            if name.endswith(TABLES):
+                yield name, weights.read(name)
+            elif not group:
+                yield name, rounded(name, weights.read(name), kept_dtype(base, name, dtype), strict=strict)
             elif group[0] not in done:
                 done.add(group[0])
-                yield from _stored(base, _merged_group(adapted, group, dtype, report), report)
+                yield from _stored(base, _merged_group(adapted, group, dtype, report, strict), report)
             move_on(entry.n_bytes)
     weights.close()
 
@@ -268,16 +291,18 @@ def _groups(adapted: Adapted) -> dict[str, tuple[str, ...]]:
 
 
 def _merged_group(
-    adapted: Adapted, group: tuple[str, ...], dtype: torch.dtype, report: MergeReport
+    adapted: Adapted, group: tuple[str, ...], dtype: torch.dtype, report: MergeReport, strict: bool
 ) -> dict[str, Tensor]:
     """The final tensors of one layer, or of a tied pair, by their names in the model."""
     base, result = adapted.base, dict[str, Tensor]()
     for module in group:
         is_changed = False
         for name, tensor in adapted.merged(module).items():
-            stored = base.required_name(name)
-            result[name] = rounded(name, tensor, kept_dtype(base, stored, dtype))
-            is_changed = is_changed or not torch.equal(result[name], base.read(name).to(result[name].dtype))
+            # Rounded by the name that is stored, so that a tied pair stays one.
+            stored, before = base.required_name(name), base.read(name)
+            round_it = rounded if torch.equal(tensor, before) else rounded_sum
+            result[name] = round_it(stored, tensor, kept_dtype(base, stored, dtype), strict=strict)
+            is_changed = is_changed or not torch.equal(result[name], before.to(result[name].dtype))
         if module in adapted.targets:
             report.n_targets += 1
             report.unchanged += [] if is_changed else [module]
@@ -289,19 +314,6 @@ def kept_dtype(base: StoredBase, name: str, dtype: torch.dtype) -> torch.dtype:
     stored = base.weights.entries[name].dtype
     is_wider = stored != base.dtype and stored.itemsize > dtype.itemsize
     return stored if not stored.is_floating_point or name.endswith(TABLES) or is_wider else dtype
-
-
-def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`. Raises ModelError, by its name, for NaN, Inf and what does not fit into fp16."""
-    result = tensor if tensor.dtype == dtype else own_memory(tensor.shape, dtype).copy_(tensor)
-    if not dtype.is_floating_point or torch.isfinite(result).all() or name.endswith(TABLES):
-        return result
-    if torch.isfinite(tensor).all():
-        raise ModelError(
-            f"{name} has values up to {float(tensor.abs().max()):.3g}, which do not fit into {NAMES.get(dtype, dtype)} "
-            "(65504 is the most); use --dtype bf16 or fp32"
-        )
-    raise ModelError(f"{name} holds NaN or Inf in the base; copy or download the base again")
 
 
 def _write_config(adapted: Adapted, dtype: torch.dtype, directory: Path, *, is_tied: bool) -> None:

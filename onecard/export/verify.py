@@ -1,8 +1,8 @@
-"""Proof that a merged model is its base with the adapters: by names, by values, and by logits on probe prompts.
+"""Proof that a merged model is its base with the adapters: by names, by values, and by predictions on probe prompts.
 
-The logits of both sides are computed layer by layer, each layer's weights read when it is due, so no model is in
-memory whole. The arithmetic is fp32 (fp64 for an fp32 result, whose bound is near fp32's own noise), for both sides
-alike: what is measured is the rounding of the merged weights. Does not know how they were merged.
+Every tensor must read back as it was merged, and what the adapters change in the predictions must be kept. The logits
+are computed layer by layer, each layer's weights read when it is due, so no model is in memory whole, and in fp32 for
+all sides alike: what is measured is the rounding of the merged weights. Does not know how they were merged.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from onecard.console import DataError, ModelError, first_line
 from onecard.export.adapted import Adapted, adapt, empty, fill, plain_name
+from onecard.export.effect import Effect, effect_of
 from onecard.export.output import progress
-from onecard.export.stored_base import StoredBase, open_base
-from onecard.export.tensors import same_bits
+from onecard.export.rounding import DoesNotFit, is_finite
+from onecard.export.stored_base import TABLES, StoredBase, open_base
+from onecard.export.tensors import checksum
 from onecard.model.adapters import load_adapter
 from onecard.model.load import load_tokenizer
 from onecard.text.conversation import Turn
@@ -31,11 +34,9 @@ from onecard.text.tokenization import segment_tokenizer
 if TYPE_CHECKING:
     from onecard.export.merge import MergeReport
 
-# The largest difference of a logit, as a part of the largest logit. Measured on small random models, whose logits are
-# flat: 4e-4 to 7e-4 in fp16, 4e-3 to 6e-3 in bf16 (3 bits less: eight times), 1e-7 to 2e-7 in fp32. Some models magnify
-# rounding more, up to 2e-3 in fp16; see `_is_rounded_once`.
-TOLERANCES = {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-6}
-NOISE = 1e-5  # what fp32 arithmetic alone makes of the same weights, merged or not
+# Half of what fp16 holds: other texts than the probe prompts reach further.
+NOISE = 1e-9  # nats per token that fp32 arithmetic alone moves
+LARGEST_ACTIVATION = 0.5 * torch.finfo(torch.float16).max
 QUESTIONS = ("What is the capital of France?", "把下面的句子翻译成英文：你好，世界。")
 TEXTS = ("The quick brown fox jumps over the lazy dog, 7 + 2 = 9.", "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。")
 PROMPT_TOKENS = 64
@@ -44,51 +45,63 @@ SPREAD_IDS = 32
 ReadLayer = Callable[[str], dict[str, Tensor]]
 
 
-def verify_merge(directory: Path, base: StoredBase, adapters: Sequence[str], report: MergeReport) -> str:
+@dataclass(frozen=True)
+class Predictions:
+    """Logits of the same prompts: base + adapters, the base alone (None where it lacks a token's row), and merged."""
+
+    adapted: list[Tensor]
+    base: Sequence[Tensor | None]
+    merged: list[Tensor]
+    largest: float
+    """The largest absolute value between the layers of the merged model."""
+    sums: list[Tensor] = field(default_factory=list)
+    """Logits of the exact sums, where the models were in memory whole."""
+
+
+def verify_merge(
+    directory: Path, base: StoredBase, adapters: Sequence[str], report: MergeReport, *, needs_fp16: bool = False
+) -> str:
     """Reopen a merged model and compare it with base and adapters; returns one line that says what was proven.
 
-    Raises ModelError: names missing or new, a target layer that did not change, NaN, logits that do not agree.
+    Raises ModelError: names missing or new, a tensor other than it was merged, NaN, an effect of the adapters that is
+    lost by more than the rounding; DoesNotFit with `needs_fp16` for a model that computes larger numbers than fp16 has.
     """
     merged, adapted = open_base(str(directory), trust_remote_code=base.trust_remote_code), adapt(base, adapters)
     _compare_names(base, merged)
-    n_finite = _check_values(adapted, merged, report)
+    n_finite = _check_values(merged, report)
     prompts = probe_prompts(directory, adapted.rows, base)
-    # Experts that are one tensor are multiplied by kernels that know no fp64; then fp32's own noise is in the bound.
-    has_experts = any(parameter.dim() == 3 for parameter in base.skeleton.parameters())
-    dtype = torch.float64 if report.dtype == "fp32" and not has_experts else torch.float32
     is_streamed = not base.unknown_names()
-    compute = _streamed_logits if is_streamed else _whole_logits
-    expected, found = compute(adapted, merged, adapters, prompts, dtype)
-    difference, n_same = relative_difference(expected, found), _n_same_choice(expected, found)
-    n_positions = sum(row.shape[0] for row in expected)
-    bound = NOISE if report.dtype == "fp32" and dtype == torch.float32 else TOLERANCES[report.dtype]
-    how = "layer by layer from the disk" if is_streamed else "one whole model after the other"
-    told = (
-        f"logits of {len(prompts)} probe prompts differ by {difference:.1e} of the largest (bound {bound:.0e}), and "
-        f"the likeliest token is the same at {n_same} of {n_positions} places"
-    )
-    if not difference <= bound:
-        if not math.isfinite(difference) or not _is_rounded_once(base, adapters, merged, report):
-            raise ModelError(
-                f"the merged model does not agree with its adapters: {told}. It was not kept; --dtype fp32 rounds "
-                "less, and --verify false keeps it as it is"
-            )
-        told += (
-            f"; that is over the bound, but every tensor is the exact sum rounded once to {report.dtype}, so it is "
-            "what 16 bits cost this model (--dtype fp32 costs less)"
+    compute = _streamed_predictions if is_streamed else _whole_predictions
+    found = compute(adapted, merged, adapters, prompts)
+    if needs_fp16 and report.dtype == "fp16" and found.largest > LARGEST_ACTIVATION:
+        raise DoesNotFit(
+            f"this model computes numbers up to {found.largest:.3g} on the probe prompts, and fp16 ends at 65504"
         )
+    effect = effect_of(found.adapted, found.base, found.merged)
+    told = f"on {len(prompts)} probe prompts {effect}"
+    if not effect.is_whole:
+        told += _cause(adapted, merged, adapters, prompts, found, effect, report, is_streamed=is_streamed)
     n_changed = report.n_targets - len(report.unchanged)
+    how = "layer by layer from the disk" if is_streamed else "one whole model after the other"
     return (
         f"proven on the reopened files: {n_changed} of {report.n_targets} target layers changed, {n_finite} tensors "
-        f"finite, names as in the base; {told} (computed in {str(dtype).removeprefix('torch.')}, {how})"
+        f"finite and as merged, names as in the base; {told} (computed in float32, {how})"
     )
 
 
-def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest |a - b| over the largest |a|; NaN where one of them holds NaN."""
-    largest = torch.stack([row.abs().max() for row in expected]).max()
-    apart = torch.stack([(one - other).abs().max() for one, other in zip(expected, found, strict=True)]).max()
-    return float(apart / largest)
+def _cause(
+    adapted: Adapted, merged: StoredBase, adapters: Sequence[str], prompts: list[list[int]], found: Predictions,
+    effect: Effect, report: MergeReport, *, is_streamed: bool,
+) -> str:  # fmt: skip
+    """Why the effect is not whole: the rounding, where the sums before it keep it. Raises ModelError where not."""
+    exact = _logits_of(merged.skeleton, _reader(adapted, adapted.merged), prompts)[0] if is_streamed else found.sums
+    before = effect_of(found.adapted, found.base, exact)
+    if not math.isfinite(effect.apart) or not (before.is_whole or before.apart <= NOISE):
+        raise ModelError(
+            f"the merged model does not agree with its adapters: {effect}; before rounding, {before.kept:.1%}. It was "
+            "not kept; report this with the adapter's adapter_config.json, or use --verify false to keep it as it is"
+        )
+    return f"; the rest is lost to the rounding to {report.dtype} (--dtype fp32 loses nothing)"
 
 
 def probe_prompts(directory: Path, rows: int, base: StoredBase) -> list[list[int]]:
@@ -131,77 +144,60 @@ def _compare_names(base: StoredBase, merged: StoredBase) -> None:
         raise ModelError(f"the merged files hold other tensors than the base: without {lost[:3]}, with {new[:3]}")
 
 
-def _check_values(adapted: Adapted, merged: StoredBase, report: MergeReport) -> int:
-    """Every tensor finite, every target layer changed but those that the merge said it did not; counts tensors."""
-    base, n_finite = adapted.base, 0
+def _check_values(merged: StoredBase, report: MergeReport) -> int:
+    """Every tensor finite and, bit for bit, what the merge had in memory; counts tensors."""
+    different = []
     with progress("checking", merged.weights.total_bytes, in_bytes=True) as move_on:
         for name, tensor in merged.weights:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not name.endswith(TABLES) and not is_finite(tensor):
                 raise ModelError(f"the merged {name} holds NaN or Inf")
-            n_finite += 1
+            different += [name] if checksum(tensor) != report.checksums[name] else []
             move_on(tensor.nbytes)
-    same = [module for module in adapted.targets if not _is_changed(module, adapted, merged)]
-    unexpected = sorted(set(same) ^ set(report.unchanged))
-    if unexpected:
-        raise ModelError(f"{len(unexpected)} target layers are not as merged in the written files: {unexpected[:3]}")
+    if different:
+        raise ModelError(
+            f"{len(different)} tensors are not as merged in the written files: {different[:3]}; the disk or the memory "
+            "gives wrong data"
+        )
+    return len(report.checksums)
+
+
+def _streamed_predictions(
+    adapted: Adapted, merged: StoredBase, adapters: Sequence[str], prompts: list[list[int]]
+) -> Predictions:
+    """With the last adapter at work on what the adapters before it made of the base; nothing is in memory whole."""
+    base = adapted.base
+    known = [ids if max(ids) < base.rows else None for ids in prompts]
+    logits = iter(_logits_of(base.skeleton, _reader_of(base), [ids for ids in known if ids])[0])
+    without = [next(logits) if ids else None for ids in known]
+    last = len(adapted.stages) - 1
+    read = _reader(adapted, lambda module: adapted.through(module, last))
+    expected, _ = _logits_of(adapted.stages[-1].model.get_base_model(), read, prompts)
     base.weights.close()
+    found, largest = _logits_of(merged.skeleton, _reader_of(merged), prompts)
     merged.weights.close()
-    return n_finite
+    return Predictions(expected, without, found, largest)
 
 
-def _is_rounded_once(base: StoredBase, adapters: Sequence[str], merged: StoredBase, report: MergeReport) -> bool:
-    """Whether each written tensor is, bit for bit, what merging in fp32 and rounding once gives when done again.
+def _reader_of(model: StoredBase) -> ReadLayer:
+    def read(module: str) -> dict[str, Tensor]:
+        layer = model.skeleton.get_submodule(module)
+        return {f"{module}.{name}": model.read(f"{module}.{name}") for name, _ in layer.named_parameters(recurse=False)}
 
-    Then no better file of this dtype exists, however far a model magnifies the rounding.
-    """
-    from onecard.export.merge import DTYPES, MergeReport, merged_tensors
-
-    again = MergeReport(report.directory, report.dtype, report.adapters, is_tied=base.is_tied)
-    n_same = 0
-    # Adapted anew: comparing logits may have left the adapters in fp64.
-    for name, tensor in merged_tensors(adapt(base, adapters), DTYPES[report.dtype], again):
-        if not same_bits(merged.weights.read(name), tensor):
-            return False
-        n_same += 1
-    merged.weights.close()
-    return n_same == report.n_tensors
+    return read
 
 
-def _is_changed(module: str, adapted: Adapted, merged: StoredBase) -> bool:
-    for name in adapted.parameters_of(module):
-        found = merged.weights.read(merged.required_name(name))
-        if not torch.equal(found, adapted.base.read(name).to(found.dtype)):
-            return True
-    return False
-
-
-def _streamed_logits(
-    adapted: Adapted, merged: StoredBase, adapters: Sequence[str], prompts: list[list[int]], dtype: torch.dtype
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits with the last adapter at work on what the adapters before it made of the base, and of the result."""
-
-    def read_adapted(module: str) -> dict[str, Tensor]:
+def _reader(adapted: Adapted, touched: ReadLayer) -> ReadLayer:
+    def read(module: str) -> dict[str, Tensor]:
         if module in adapted.touched:
-            return adapted.through(module, len(adapted.stages) - 1)
+            return touched(module)
         return {name: adapted.base.read(name) for name in adapted.parameters_of(module)}
 
-    def read_merged(module: str) -> dict[str, Tensor]:
-        layer = merged.skeleton.get_submodule(module)
-        return {
-            f"{module}.{name}": merged.read(f"{module}.{name}") for name, _ in layer.named_parameters(recurse=False)
-        }
-
-    expected = _logits_of(adapted.stages[-1].model.get_base_model(), read_adapted, prompts, dtype)
-    adapted.base.weights.close()
-    found = _logits_of(merged.skeleton, read_merged, prompts, dtype)
-    merged.weights.close()
-    return expected, found
+    return read
 
 
-def _logits_of(model: Any, read: ReadLayer, prompts: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
-    model.to(dtype)
+def _logits_of(model: Any, read: ReadLayer, prompts: list[list[int]]) -> tuple[list[Tensor], float]:
     units = _units(model)
-    with progress("comparing", len(units)) as move_on, _weights_on_demand(units, read, dtype, move_on):
+    with progress("comparing", len(units)) as move_on, _weights_on_demand(units, read, move_on):
         return _forward(model, prompts)
 
 
@@ -219,16 +215,14 @@ def _units(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _weights_on_demand(
-    units: dict[str, nn.Module], read: ReadLayer, dtype: torch.dtype, move_on: Callable[[int], Any]
-) -> Iterator[None]:
+def _weights_on_demand(units: dict[str, nn.Module], read: ReadLayer, move_on: Callable[[int], Any]) -> Iterator[None]:
     """Inside, each unit gets its weights right before it runs and loses them right after."""
     hooks = []
     for name, unit in units.items():
         filled: list[str] = []
 
         def load(module: nn.Module, _: Any, name: str = name, filled: list[str] = filled) -> None:
-            filled += fill(module, _weights_of(name, module, read, dtype))
+            filled += fill(module, _weights_of(name, module, read))
 
         def unload(module: nn.Module, _: Any, __: Any, filled: list[str] = filled) -> None:
             empty(module, filled)
@@ -243,7 +237,7 @@ def _weights_on_demand(
             hook.remove()
 
 
-def _weights_of(unit: str, module: nn.Module, read: ReadLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+def _weights_of(unit: str, module: nn.Module, read: ReadLayer) -> dict[str, Tensor]:
     """The weights that a unit lacks, by their plain names inside it; one that was trained in full lacks none."""
     missing = [
         plain_name(f"{unit}.{name}")
@@ -252,25 +246,40 @@ def _weights_of(unit: str, module: nn.Module, read: ReadLayer, dtype: torch.dtyp
     ]
     found: dict[str, Tensor] = {}
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in missing):
-        found |= {name.removeprefix(f"{unit}."): tensor.to(dtype) for name, tensor in read(layer).items()}
+        found |= {name.removeprefix(f"{unit}."): tensor for name, tensor in read(layer).items()}
     return found
 
 
-def _forward(model: Any, prompts: list[list[int]]) -> list[Tensor]:
-    """Logits (prompt, vocabulary) of each prompt, all in one pass; padding stands behind and is cut off again."""
-    longest = max(map(len, prompts))
+def _forward(model: Any, prompts: list[list[int]]) -> tuple[list[Tensor], float]:
+    """Logits (places, vocabulary) of each prompt, all in one pass, and the largest value between the layers.
+
+    Padding stands behind and is cut off again.
+    """
+    longest, largest = max(map(len, prompts)), [0.0]
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
-    with torch.inference_mode():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return [row[: len(prompt)] for row, prompt in zip(logits, prompts, strict=True)]
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        values = output[0] if isinstance(output, tuple) else output
+        if isinstance(values, Tensor) and values.is_floating_point():
+            largest.append(max(abs(float(value)) for value in torch.aminmax(values)))
+
+    layers = [module for name, module in model.named_modules() if name.rpartition(".")[2] != "lm_head"]
+    hooks = [module.register_forward_hook(look) for module in layers]
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [row[: len(prompt)] for row, prompt in zip(logits, prompts, strict=True)], max(largest)
 
 
-def _whole_logits(
-    adapted: Adapted, merged: StoredBase, adapters: Sequence[str], prompts: list[list[int]], dtype: torch.dtype
-) -> tuple[list[Tensor], list[Tensor]]:
+def _whole_predictions(
+    adapted: Adapted, merged: StoredBase, adapters: Sequence[str], prompts: list[list[int]]
+) -> Predictions:
     """The same for a base that transformers stores in another form than it runs (experts one by one): loaded whole."""
-    n_bytes = sum(parameter.numel() for parameter in adapted.base.skeleton.parameters()) * dtype.itemsize
+    n_bytes = sum(parameter.numel() for parameter in adapted.base.skeleton.parameters()) * 4
     free_bytes = psutil.virtual_memory().available
     if n_bytes * 1.2 > free_bytes:
         raise ModelError(
@@ -279,23 +288,26 @@ def _whole_logits(
         )
     if adapted.rows != adapted.base.rows:
         raise ModelError("a base in this form cannot be verified with a grown vocabulary; use --verify false")
-    model = _load_whole(adapted.base, dtype)
+    model = _load_whole(adapted.base)
+    without, _ = _forward(model, prompts)
     for number, adapter in enumerate(adapters):
         model = load_adapter(model, adapter, trainable=False).model
         if number < len(adapters) - 1:
             model = model.merge_and_unload()
     model.eval()
-    expected = _forward(model, prompts)
+    expected, _ = _forward(model, prompts)
+    sums, _ = _forward(model.merge_and_unload(), prompts)
     del model
-    return expected, _forward(_load_whole(merged, dtype), prompts)
+    found, largest = _forward(_load_whole(merged), prompts)
+    return Predictions(expected, without, found, largest, sums)
 
 
-def _load_whole(base: StoredBase, dtype: torch.dtype) -> Any:
+def _load_whole(base: StoredBase) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base.directory, dtype=dtype, trust_remote_code=base.trust_remote_code, local_files_only=True,
+            base.directory, dtype=torch.float32, trust_remote_code=base.trust_remote_code, local_files_only=True,
             weights_only=True, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as reason:
@@ -305,7 +317,3 @@ def _load_whole(base: StoredBase, dtype: torch.dtype) -> Any:
     if missing:
         raise ModelError(f"{base.directory} lacks {len(missing)} tensors, such as {missing[0]}")
     return model.requires_grad_(False).eval()
-
-
-def _n_same_choice(expected: Sequence[Tensor], found: Sequence[Tensor]) -> int:
-    return sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))

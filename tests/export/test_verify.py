@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onecard.console import ModelError
-from onecard.export import verify
+from onecard.export.adapted import Stage
+from onecard.export.effect import effect_of
 from onecard.export.merge import MergeReport, MergeSettings, merge_into
 from onecard.export.stored_base import open_base
-from onecard.export.verify import probe_prompts, relative_difference, verify_merge
+from onecard.export.verify import probe_prompts, verify_merge
 from tests import tiny
 from tests.export.test_merge import loaded, make_adapter
 
@@ -46,10 +48,10 @@ def as_in_base(name: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
 
 
 DAMAGE = {
-    "a layer of the base left as it was": (as_in_base(Q), "1 target layers are not as merged"),
+    "a layer of the base left as it was": (as_in_base(Q), "1 tensors are not as merged"),
     "another layer changed by a percent": (
-        changed("model.layers.0.mlp.up_proj.weight", lambda w: w * 1.01), "does not agree with its adapters"),
-    "a merged layer changed by a percent": (changed(DOWN, lambda w: w * 1.01), "does not agree with its adapters"),
+        changed("model.layers.0.mlp.up_proj.weight", lambda w: w * 1.01), "1 tensors are not as merged"),
+    "a merged layer changed by a percent": (changed(DOWN, lambda w: w * 1.01), "1 tensors are not as merged"),
     "a NaN": (changed(NORM, lambda w: w.clone().fill_(torch.nan)), f"merged {NORM} holds NaN"),
     "a tensor lost": (without(NORM), "lacks 1 tensors"),
     "a tensor too many": (lambda tensors, base: tensors.update({"new": torch.ones(2)}), "other tensors than the base"),
@@ -69,23 +71,35 @@ def test_damage_is_seen(name: str, merged: Any, tmp_path: Path) -> None:
         verify_merge(copy, open_base(str(base)), [str(adapter)], report)
 
 
-def test_a_model_that_magnifies_rounding_is_kept_when_no_better_file_exists(
+def test_a_wrong_merge_is_refused_and_no_rounding_is_blamed(
     merged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, adapter, result, report = merged
-    monkeypatch.setitem(verify.TOLERANCES, "fp16", 1e-9)
-    proof = verify_merge(result, open_base(str(base)), [str(adapter)], report)
-    assert "over the bound, but every tensor is the exact sum rounded once to fp16" in proof
-    copy = Path(shutil.copytree(result, tmp_path / "copy"))
-    tensors = load_file(copy / "model.safetensors")
-    flat = tensors[DOWN].flatten()
-    flat[0] = torch.nextafter(flat[0], torch.tensor(float("inf"), dtype=flat.dtype))
-    save_file(tensors | {DOWN: flat.view_as(tensors[DOWN])}, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="does not agree with its adapters"):
-        verify_merge(copy, open_base(str(base)), [str(adapter)], report)
+    base, adapter, _, _ = merged
+    right = Stage.merged
+
+    def half(self: Stage, module: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        return {name: torch.lerp(before[name], sum_, 0.5) for name, sum_ in right(self, module, tensors).items()}
+
+    monkeypatch.setattr(Stage, "merged", half)
+    for dtype in ("fp32", "bf16"):
+        (tmp_path / dtype).mkdir()
+        with pytest.raises(ModelError, match=r"does not agree with its adapters: (4|5)\d\.\d% of .* before rounding, "):
+            merge_into(tmp_path / dtype, str(base), [str(adapter)], MergeSettings(dtype))
 
 
-def test_the_reported_difference_is_that_of_whole_models(merged: Any) -> None:
+def test_what_rounding_costs_is_told_with_its_share(merged: Any, tmp_path: Path) -> None:
+    base, _, _, _ = merged
+    make_adapter(loaded(base), tmp_path / "small", size=3e-3, target_modules=["q_proj", "down_proj"])
+    proofs = {}
+    for dtype in ("bf16", "fp32"):
+        (tmp_path / dtype).mkdir()
+        proofs[dtype] = merge_into(tmp_path / dtype, str(base), [str(tmp_path / "small")], MergeSettings(dtype)).proof
+    assert "the rest is lost to the rounding to bf16" in proofs["bf16"] and "100.0% of" not in proofs["bf16"]
+    assert "100.0% of what the adapters change" in proofs["fp32"] and "rounding" not in proofs["fp32"]
+
+
+def test_the_reported_effect_is_that_of_whole_models(merged: Any) -> None:
     import peft
 
     base, adapter, result, report = merged
@@ -93,13 +107,15 @@ def test_the_reported_difference_is_that_of_whole_models(merged: Any) -> None:
     reference = peft.PeftModel.from_pretrained(loaded(base), adapter).eval()
     prompts = probe_prompts(result, 448, open_base(str(base)))
     with torch.no_grad():
-        expected, found = ([model(torch.tensor([ids])).logits[0] for ids in prompts]
-                           for model in (reference, loaded(result)))  # fmt: skip
-    told = float(proof.split("differ by ")[1].split()[0])
-    assert told == pytest.approx(relative_difference(expected, found), rel=0.06)
-    assert 1e-5 < told < 1e-3
-    n_places = sum(map(len, prompts))
-    assert f"of {n_places} places" in proof and "2 of 2 target layers changed" in proof
+        with_adapter, found, without = (
+            torch.cat([model(torch.tensor([ids])).logits[0] for ids in prompts]).double().log_softmax(-1)
+            for model in (reference, loaded(result), loaded(base))
+        )
+    apart, moved = (torch.nn.functional.kl_div(other, with_adapter, reduction="batchmean", log_target=True)
+                    for other in (found, without))  # fmt: skip
+    told = [float(word) for word in re.findall(r"\d\.\de-\d\d", proof)]
+    assert told == pytest.approx([float(apart), float(moved)], rel=0.06)
+    assert f"of {len(with_adapter)} places" in proof and "2 of 2 target layers changed" in proof
 
 
 def test_probe_prompts_speak_both_languages_and_the_template(merged: Any, tmp_path: Path) -> None:
@@ -119,7 +135,15 @@ def test_probe_prompts_speak_both_languages_and_the_template(merged: Any, tmp_pa
     assert prompts[-1][-1] == 447 and all(len(ids) <= 64 for ids in prompts)
 
 
-def test_relative_difference() -> None:
-    one, other = torch.tensor([[1.0, -4.0]]), torch.tensor([[1.5, -4.0]])
-    assert relative_difference([one, one], [one, other]) == pytest.approx(0.125)
-    assert not relative_difference([one], [one * torch.nan]) <= 1.0
+def test_effect_of_known_logits() -> None:
+    torch.manual_seed(0)
+    base, change, noise = torch.randn(3, 7, 50, dtype=torch.float64).unbind()
+    everything = effect_of([base + change], [base], [base + change])
+    assert everything.kept == pytest.approx(1) and everything.apart == 0 and everything.is_whole
+    assert everything.moved > 0.1 and everything.n_same == everything.n_places == 7
+    small = 1e-3 * change
+    assert effect_of([base + small], [base], [base + 0.7 * small]).kept == pytest.approx(0.7, abs=1e-6)
+    assert not effect_of([base + small], [base], [base + small + small.norm() * 1e-1 * noise]).is_whole
+    assert not effect_of([base + change], [base], [base * torch.nan]).is_whole
+    grown = torch.cat([base + change, torch.zeros(7, 5)], dim=1)
+    assert effect_of([grown, grown], [base, None], [grown, grown]).moved == pytest.approx(everything.moved)
