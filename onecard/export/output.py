@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config import Problem
-from onecard.console import ConfigError, ModelError, first_line
+from onecard.console import ConfigError, ModelError, first_line, say
 from onecard.manifest import content_files, is_no_room, move, sync_directory, sync_file
 
 OUTPUT_FLAG = "--output_path"
+LINE_SECONDS = 20.0  # between two lines of progress where there is no terminal
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -213,9 +216,25 @@ def size_problems(text: str, flag: str = "--max_shard_size") -> list[Problem]:
 
 @contextmanager
 def progress(what: str, total: int, *, in_bytes: bool = False) -> Iterator[Callable[[int], Any]]:
-    """A progress bar on a terminal, and nothing in a log file; gives the function that moves it on."""
+    """A progress bar on a terminal, and in a log file a line now and then; gives the function that moves it on."""
     from tqdm import tqdm
 
     unit: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if in_bytes else {"unit": "step"}
     with tqdm(total=total, desc=what, disable=None, leave=False, **unit) as bar:
-        yield bar.update
+        yield _by_lines(what, total, in_bytes=in_bytes) if bar.disable else bar.update
+
+
+def _by_lines(what: str, total: int, *, in_bytes: bool) -> Callable[[int], Any]:
+    # Kept from now, because a library that speaks too much may be kept off standard output meanwhile.
+    stream, done, told_at = sys.stdout, 0, time.monotonic()
+
+    def move_on(n: int) -> None:
+        nonlocal done, told_at
+        done += n
+        if time.monotonic() - told_at >= LINE_SECONDS:
+            told_at = time.monotonic()
+            amount = f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB" if in_bytes else f"{done} of {total}"
+            with contextlib.redirect_stdout(stream):
+                say(f"{what}: {amount}")
+
+    return move_on

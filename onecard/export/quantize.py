@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 
 from onecard.cli import comma_list
 from onecard.config import ModelOptions
-from onecard.console import say, warn
+from onecard.console import ConfigError, say, warn
 from onecard.export.bnb import check_same_weights, plain_weights, save_quantized, stored_dtype
 from onecard.export.calibration import (
     Calibration,
@@ -78,6 +79,7 @@ class TextSource:
     prompt_type: str = "auto"
     packed: bool = True
     held_out: Callable[[], Iterable[str]] | None = None
+    name: str = "the calibration text"
 
 
 def request_of(options: SourceOptions) -> Request:
@@ -159,7 +161,12 @@ def export_bnb(request: Request, bits: Literal[4, 8], corpus: TextSource, amount
             tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
             length = min(amount.length, _longest(source))
             texts = corpus.texts() if corpus.texts is not None else ()
-            held_out = upto(text_rows(texts, tokenizer, length, packed=corpus.packed), amount.n_held_out, length)
+            rows = text_rows(texts, tokenizer, length, packed=corpus.packed)
+            held_out = list(islice((row for row in rows if len(row) > 1), amount.n_held_out))
+            if not held_out:
+                raise ConfigError("--eval_path", f"{corpus.name} holds no text to measure on; give more of it")
+            n_tokens = sum(map(len, held_out))
+            say(f"measuring on {len(held_out)} samples of {corpus.name}, {n_tokens:,} tokens")
             whole = _measured(_load_whole(source, hardware, request, dtype), held_out, "16-bit", request)
             save_quantized(_options(source, request, bits), hardware, source, staging, request.max_shard_bytes)
         model = load_base(_options(staging, request, bits), hardware).model

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Half of what fp16 holds: other texts than the probe prompts reach further.
 NOISE = 1e-9  # nats per token that fp32 arithmetic alone moves
-LARGEST_ACTIVATION = 0.5 * torch.finfo(torch.float16).max
+LARGEST_ACTIVATION = 0.5 * 65504
 QUESTIONS = ("What is the capital of France?", "把下面的句子翻译成英文：你好，世界。")
 TEXTS = ("The quick brown fox jumps over the lazy dog, 7 + 2 = 9.", "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。")
 PROMPT_TOKENS = 64

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from onecard.config import ModelOptions
-from onecard.console import ConfigError, ModelError
+from onecard.console import ConfigError, DataError, ModelError
 from onecard.export.bnb import check_same_weights, stored_dtype
 from onecard.export.tensors import open_weights
 from onecard.model.hardware import detect
@@ -106,3 +106,19 @@ def test_refusals(base, tmp_path) -> None:
     with pytest.raises(ModelError, match=r"up_proj\.weight came back from the files as something else"):
         check_same_weights(model, target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_as_many_samples_as_asked_for_of_text_that_is_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("A line of text.\n" * 400, encoding="utf-8")
+    for words, name in (((), "README.md and docs/README_zh.md"), (("--eval_path", str(own)), str(own))):
+        saved(base, tmp_path / str(len(words)), 8, "--eval_samples", "3", *words)
+        said = capsys.readouterr().out
+        assert f"measuring on 3 samples of {name}, 192 tokens" in said and "perplexity on 3 held-out samples" in said
+    embedded = quantize_bnb.text_for(str(quantize_bnb.ROOT / "sample" / "tiny-llama"), "")
+    assert embedded.name == "the corpus of sample/tiny-llama" and not embedded.packed
+    own.write_text("\n", encoding="utf-8")
+    with pytest.raises((ConfigError, DataError)):
+        saved(base, tmp_path / "no", 8, "--eval_path", str(own))

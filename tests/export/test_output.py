@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -227,6 +229,7 @@ def test_a_kill_between_the_two_renames_is_mended_by_the_next_start(old: Path) -
     program = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from onecard.export import output
 target = Path(sys.argv[1])
 moves = []
@@ -279,6 +282,7 @@ def test_a_second_process_is_told_to_wait(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from onecard.export.output import new_directory
 with new_directory(Path(sys.argv[1])) as partial:
     print("inside", flush=True)
@@ -387,3 +391,20 @@ def test_any_text_is_a_size_or_a_refusal(text: str) -> None:
 def test_a_folder_that_takes_no_files_is_not_called_busy() -> None:
     with pytest.raises(ModelError, match="its folder takes no files"), new_directory(Path("/proc/target")):
         pass
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter(range(0, 1000, 10))
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    library = io.StringIO()
+    with output.progress("quantising layers", 8) as move_on, contextlib.redirect_stdout(library):
+        for _ in range(8):
+            move_on(1)
+    with output.progress("merging", 3 * 2**30, in_bytes=True) as move_on:
+        move_on(2**29)
+        move_on(2**30)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["quantising layers: 2 of 8", "quantising layers: 4 of 8"] and not library.getvalue()
+    assert said[-1] == "merging: 1.50 of 3.00 GiB" and len(said) == 5
