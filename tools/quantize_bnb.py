@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,9 +22,6 @@ from onecard.cli import parse
 from onecard.config import Problem
 from onecard.console import run_main
 from onecard.export.quantize_options import SourceOptions
-
-if TYPE_CHECKING:
-    from onecard.export.quantize import TextSource
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,8 +73,8 @@ def quantize(config: BnbConfig) -> None:
     export_bnb(request, options.bits, text_for(request.base, options.eval_path), amount)
 
 
-def text_for(base: str, eval_path: str) -> TextSource:
-    """What to measure on: the user's text, or text of the kind that the base was trained on. Raises ModelError."""
+def text_for(base: str, eval_path: str) -> Any:
+    """The TextSource to measure on: the user's text, or text of the kind that the base was trained on. Raises ModelError."""
     from onecard.export.calibration import texts_of
     from onecard.export.quantize import TextSource
     from onecard.export.stored_base import read_config
