@@ -321,7 +321,7 @@ def test_every_flag_in_the_documents_exists() -> None:
         for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig, *tool_options())
         for name in cli.options_of(config)
     }
-    known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--examples"}
+    known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--real", "--examples"}
     # of pip, torchrun and pytest
     known |= {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     known |= {"--no-build-isolation"}

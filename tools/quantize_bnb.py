@@ -74,7 +74,7 @@ def quantize(config: BnbConfig) -> None:
 
 
 def text_for(base: str, eval_path: str) -> Any:
-    """The TextSource to measure on: the user's text, or text of the kind that the base was trained on. Raises ModelError."""
+    """The TextSource to measure on: the user's text, or text of the kind that the base was trained on."""
     from onecard.export.calibration import texts_of
     from onecard.export.quantize import TextSource
     from onecard.export.stored_base import read_config
