@@ -227,10 +227,13 @@ class LimitOptions:
     """Most answers (`n`), prompts or texts in one request."""
     max_body_bytes: int = 2_000_000
     """Largest request body in bytes."""
+    prefix_cache_gib: float = 2.0
+    """Memory in GiB for keys and values of the last conversations, so that a next turn reads only what is new; let go
+    when memory runs out. 0: each turn reads its conversation from the beginning."""
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
-        for name in ("max_queue", "max_request_seconds", "max_prompt_tokens"):
+        for name in ("max_queue", "max_request_seconds", "max_prompt_tokens", "prefix_cache_gib"):
             if not getattr(self, name) >= 0:
                 found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
         for name in ("max_answer_tokens", "max_beams", "max_choices"):

@@ -163,12 +163,19 @@ class EmbeddingRequest(BaseModel):
     user: StrictStr | None = None
 
 
+class PromptTokensDetails(BaseModel):
+    """Tokens of the prompt that were not read anew, because the request before began alike."""
+
+    cached_tokens: int
+
+
 class UsageBody(BaseModel):
     """Tokens; with several choices the prompt counts once and the answers together."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Alternative(BaseModel):

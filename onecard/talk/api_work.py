@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from onecard.console import ConfigError, DataError
 from onecard.talk.api_errors import as_api_error
@@ -45,11 +46,17 @@ class Progress:
     def is_cancelled(self) -> bool:
         return any(chunk.finish_reason == "cancelled" for chunk in self.chunks)
 
-    def usage(self, n: int) -> dict[str, int]:
+    def usage(self, n: int) -> dict[str, Any]:
         """Tokens in OpenAI's names: a prompt counts once for its `n` answers."""
         n_prompt = sum(chunk.usage.n_prompt_tokens for chunk in self.chunks[::n])
         n_new = sum(chunk.usage.n_new_tokens for chunk in self.chunks)
-        return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+        n_cached = sum(chunk.usage.n_cached_tokens for chunk in self.chunks[::n])
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_new,
+            "total_tokens": n_prompt + n_new,
+            "prompt_tokens_details": {"cached_tokens": n_cached},
+        }
 
 
 @dataclass(frozen=True)

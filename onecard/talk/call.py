@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, LogitsProcessorList, StoppingCriteriaList
 
 from onecard.config_talk import SamplingOptions
 from onecard.talk.model_limits import check_generation
+from onecard.talk.prefix_cache import PrefixCache, expanded
 from onecard.talk.sampling import CacheOptions, generation_config, logits_processors, seeded
 from onecard.talk.stopping import Ended, FinishReason, RoomUsedUp, StopAtText, answer_so_far, answer_text, ended_answer
 from onecard.talk.watching import (
@@ -40,10 +41,11 @@ CONTEXT_TOKENS = 8  # of a prompt: enough for a character and the space behind i
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of the prompt, and of the answer so far with its end token."""
+    """Tokens of the prompt, of the answer so far with its end token, and those of the prompt that were cached."""
 
     n_prompt_tokens: int = 0
     n_new_tokens: int = 0
+    n_cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Talker:
-    """A model that answers, with the tokenizer and the template that it was trained with."""
+    """A model that answers, with the tokenizer and the template that it was trained with.
+
+    prefixes: what it has read before as this `adapter`; None: each prompt is read from its beginning.
+    """
 
     model: Any
     tokenizer: Any
     template: Template
     cache: CacheOptions = field(default_factory=CacheOptions)
+    prefixes: PrefixCache | None = None
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,15 +127,39 @@ class Call:
         self.shows_beams = watching is not None and watching.show_beams and sampling.num_beams > 1
         wants_logprobs = watching is not None and watching.top_logprobs is not None
         self.logprobs = SeeLogprobs(len(rows), watching.top_logprobs or 0) if watching and wants_logprobs else None
+        self.n_cached = 0  # tokens of the prompt that are not read anew
 
     def run(self, watch: Watch | None = None) -> list[list[int]]:
         """The new ids of each row, or of its beams, best first, if they are shown; with padding behind the end."""
+        talker, read = self.talker, self.rows[0].ids
+        is_one_prompt = all(row.ids == read for row in self.rows)
+        prefixes = None if talker.cache.static or not is_one_prompt else talker.prefixes
+        past = prefixes.take(talker.model, talker.adapter, read) if prefixes else None
+        early = nullcontext() if watch is None or talker.cache.compile else leaving_early(talker.model, watch)
+        try:
+            with torch.inference_mode(), early:
+                sequences = self._generate(past, watch)
+            read = sequences[0].tolist()
+        finally:
+            if prefixes and past is not None:
+                prefixes.keep(talker.adapter, read, past)
+        new_ids: list[list[int]] = sequences[:, self.n_prompt :].tolist()
+        return new_ids
+
+    def _generate(self, past: Cache | None, watch: Watch | None) -> torch.Tensor:
+        """Prompts and answers (batch, longest); `past` holds the beginning of the prompt that all rows share."""
         talker, numbers = self.talker, [row.number for row in self.rows]
         device = talker.model.device
         input_ids, attention_mask = pad_left([row.ids for row in self.rows], self.pad_id)
-        early = nullcontext() if watch is None or talker.cache.compile else leaving_early(talker.model, watch)
-        with torch.inference_mode(), seeded(self.sampling, numbers, device), early:
-            sequences = talker.model.generate(
+        arguments: dict[str, Any] = {}
+        if past is not None:
+            self.n_cached = past.get_seq_length()
+            n_rows = len(self.rows) * self.sampling.num_beams
+            arguments["past_key_values"] = (
+                expanded(talker.model, self.rows[0].ids, past, n_rows) if n_rows > 1 else past
+            )
+        with seeded(self.sampling, numbers, device):
+            sequences: torch.Tensor = talker.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=generation_config(
@@ -141,9 +172,9 @@ class Call:
                 ),
                 logits_processor=self._processors(watch, numbers),
                 stopping_criteria=self._criteria(watch),
+                **arguments,
             )
-        new_ids: list[list[int]] = sequences[:, self.n_prompt :].tolist()
-        return new_ids
+        return sequences
 
     def answers(self, new_ids: Sequence[Sequence[int]]) -> list[Ended]:
         """What is shown of each row's returned ids (best beams only)."""
@@ -161,7 +192,7 @@ class Call:
             # A tokenizer whose decode takes something back: with one beam, what was shown stays.
             text = ended.text if n_beams > 1 or ended.text.startswith(old.text) else old.text
             logprobs = self._shown_logprobs(k, beams[0], text)
-            chunks.append(Chunk(text, texts, None, Usage(len(row.ids), ended.n_tokens), logprobs))
+            chunks.append(Chunk(text, texts, None, Usage(len(row.ids), ended.n_tokens, self.n_cached), logprobs))
         return chunks
 
     def last_chunks(
@@ -177,7 +208,7 @@ class Call:
             beams = new_ids[k * n_beams : (k + 1) * n_beams]
             texts = self._beam_texts(row, beams, finished=True)
             logprobs = self._shown_logprobs(k, beams[0][: ended.n_tokens], ended.text)
-            usage = Usage(len(row.ids), ended.n_tokens)
+            usage = Usage(len(row.ids), ended.n_tokens, self.n_cached)
             chunks.append(Chunk(ended.text, texts, ended.reason, usage, logprobs))
         return chunks
 

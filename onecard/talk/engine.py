@@ -22,6 +22,7 @@ from onecard.config import ModelOptions
 from onecard.config_talk import LimitOptions, SamplingOptions, TalkerOptions
 from onecard.console import ConfigError, DataError, ModelError
 from onecard.talk.generation import Chunk, ContextTooLong, Row, Talker, Watching, longest_sequence, stream_rows
+from onecard.talk.prefix_cache import PrefixCache
 from onecard.talk.reading import Check, embed, score
 from onecard.talk.turnstile import Busy, Turnstile
 from onecard.talk.voices import Voice, Voices, open_voices
@@ -74,6 +75,7 @@ class Engine:
     def __init__(self, voices: Voices, limits: LimitOptions) -> None:
         self.limits = limits
         self._voices = voices
+        self._prefixes = PrefixCache(limits.prefix_cache_gib)
         self._turnstile = Turnstile(limits.max_queue)
         self._cancels: set[threading.Event] = set()  # of all requests that wait or are being answered
         self._is_closed = False
@@ -173,9 +175,23 @@ class Engine:
             f"{request.sampling.num_beams} beams each, do not fit into memory; lower --max_new_tokens, --num_beams, n, "
             "shorten the conversation, or load the model in fewer --bits"
         )
-        with memory_errors(advice):
-            talker = self._voices.use(request.adapter, request.prompt_type)
-            yield from stream_rows(talker, rows, request.sampling, watching, cancel)
+        is_shown = False
+        try:
+            with memory_errors(advice):
+                for chunks in stream_rows(self._talker(request), rows, request.sampling, watching, cancel):
+                    yield chunks
+                    is_shown = is_shown or any(chunk.text for chunk in chunks)
+            return
+        except OutOfMemory:
+            if not self._prefixes.clear() or is_shown:
+                raise
+        with memory_errors(advice):  # once more, with the memory of the other conversations
+            yield from stream_rows(self._talker(request), rows, request.sampling, watching, cancel)
+
+    def _talker(self, request: Request) -> Talker:
+        """What answers this request. Raises ModelError for an adapter that does not load."""
+        talker = self._voices.use(request.adapter, request.prompt_type)
+        return replace(talker, prefixes=self._prefixes, adapter=request.adapter or self.names[0])
 
     def _alone(self, adapter: str, cancel: threading.Event | None, work: Callable[[Talker, Check], Result]) -> Result:
         """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
@@ -196,7 +212,14 @@ class Engine:
                     raise ModelError("this takes longer than --max_request_seconds allows; send less at once")
 
             check()
-            with memory_errors("the texts do not fit into memory; send shorter ones, or fewer at once"):
+            advice = "the texts do not fit into memory; send shorter ones, or fewer at once"
+            try:
+                with memory_errors(advice):
+                    return work(self._voices.use(adapter), check)
+            except OutOfMemory:
+                if not self._prefixes.clear():
+                    raise
+            with memory_errors(advice):
                 return work(self._voices.use(adapter), check)
         finally:
             self._leave(ticket, cancel, begun)

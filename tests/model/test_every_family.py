@@ -25,6 +25,7 @@ from onecard.model.plan import Card, make_plan
 from onecard.model.quantization import unquantised
 from onecard.talk.call import pad_left
 from onecard.talk.model_limits import NO_BEAMS, go_together
+from onecard.talk.prefix_cache import PrefixCache, can_be_kept, expanded
 from onecard.talk.reading import embed, score
 from onecard.talk.sampling import generation_config
 from tests.model.every_family import MODEL_TYPES, VOCAB, save_config_alone, save_small
@@ -177,6 +178,34 @@ def check_answers(model: Any) -> None:
         assert len(answers(model, [long], n_beams=2)) == 1
 
 
+def check_next_turn(model: Any) -> None:
+    """Behind the cache of the turn before, a prompt is answered as it is from its beginning; with two beams too."""
+    first, other = pair()["input_ids"][0].tolist(), pair()["input_ids"][1].tolist()
+    prefixes, n_rows = PrefixCache(1.0), 1 if model.config.model_type in NO_BEAMS else 2
+
+    def answered(prompt: list[int], n_beams: int) -> list[int]:
+        past = prefixes.take(model, "", prompt)
+        sampling = SamplingOptions(num_beams=n_beams, min_new_tokens=5)
+        config = generation_config(sampling, stop_ids=[STOP], pad_id=1, max_new_tokens=5)
+        input_ids, attention_mask = pad_left([prompt], 1)
+        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with torch.inference_mode():
+            if past is not None:
+                arguments["past_key_values"] = expanded(model, prompt, past, n_beams) if n_beams > 1 else past
+            ids = model.generate(**arguments, generation_config=config)[0].tolist()
+        if past is not None:
+            prefixes.keep("", ids, past)
+        return ids[len(prompt) :]
+
+    prompt = first
+    for n_beams in (1, n_rows, 1):
+        reply = answered(prompt, n_beams)
+        assert [reply] == answers(model, [prompt], n_beams)
+        prompt = [*prompt, *reply[:-1], *other[:11]]
+    assert answered([*first[:20], *other], 1) == answers(model, [[*first[:20], *other]])[0]
+    assert prefixes.clear() == can_be_kept(model)
+
+
 def check_adapter(directory: Path, tmp_path: Path) -> None:
     """A step's gradients are transformers' own, recomputed or not; plain peft gives the same logits."""
     batch = pair()
@@ -214,6 +243,7 @@ def check_family(model_type: str, tmp_path: Path) -> None:
     check_plan(directory, here)
     check_loss(directory, here)
     check_answers(here)
+    check_next_turn(here)
     del here
     check_adapter(directory, tmp_path)
     if model_type in FP32_FAMILIES:

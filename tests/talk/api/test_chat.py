@@ -44,6 +44,8 @@ def test_the_body_is_openais(server: Running, engine: Engine) -> None:
          "finish_reason": "length"}
     ]  # fmt: skip
     n_prompt = engine.count_tokens([Turn("user", QUESTION)])
+    n_cached = body["usage"].pop("prompt_tokens_details")["cached_tokens"]
+    assert 0 <= n_cached < n_prompt
     assert body["usage"] == {"prompt_tokens": n_prompt, "completion_tokens": 8, "total_tokens": n_prompt + 8}
     assert server.chat(QUESTION).json()["id"] != body["id"]
 
@@ -100,6 +102,7 @@ def test_n_answers_and_their_usage(server: Running, engine: Engine) -> None:
     assert len(set(texts)) == 3
     n_prompt = engine.count_tokens([Turn("user", QUESTION)])
     n_new = sum(chunk.usage.n_new_tokens for chunk in chunks)
+    assert body["usage"].pop("prompt_tokens_details") == {"cached_tokens": n_prompt - 1}  # asked just now
     assert body["usage"] == {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
 
