@@ -1,10 +1,9 @@
 """Numbers of 32 bits to 16: to the nearest, or for a learned sum so that no part of it is lost on average.
 
 A base stored in 16 bits lies on the grid of its type. What an adapter adds is often less than half a step of that
-grid, and rounding to the nearest takes all of that away again: measured on SmolLM2-135M-Instruct after six steps, 52 %
-of the gain in NLL in bf16 and 4 % in fp16. Stochastic rounding (https://arxiv.org/abs/1502.02551) takes the upper
-neighbour as often as the value is close to it, so that the mean error is zero and the gain stays (within 0.2 % there,
-in fp16). Knows tensors; no models.
+grid, and rounding to the nearest takes all of that away again. Stochastic rounding (https://arxiv.org/abs/1502.02551)
+takes the upper neighbour as often as the value is close to it, so that the mean error is zero and what was learned
+stays; tests/real/test_exports.py holds it to 99 % of the gain in NLL. Knows tensors; no models.
 """
 
 from __future__ import annotations
