@@ -236,16 +236,19 @@ class AskWiring(Wiring):
         return [answer, *self.line_updates(view.status, view.note), *switches, *self.beam_updates(view.beams)]
 
 
-def repeating(stream: Iterable[Changes]) -> Iterator[Changes]:
+def repeating(stream: Iterable[Changes], n_outputs: int) -> Iterator[Changes]:
     """The same changes; what a step leaves as it is, it says again as it was said last.
 
     gradio's client keeps one list for all steps of a stream and edits it in place, also while the page is still drawing
-    an earlier step: a slow browser would never see a property that is named in one step and not in the next.
+    an earlier step: a slow browser would never see a property that is named in one step and not in the next. After a
+    stream without any step gradio clears every component, so this one says that nothing changes.
     """
     said: Changes = []
     for changes in stream:
         said = [new if new is not None else old for new, old in zip_longest(changes, said)]
         yield said
+    if not said:
+        yield [None] * n_outputs
 
 
 def prompt_choices(engine: Engine, adapter: str, language: str) -> list[tuple[str, str]]:

@@ -278,8 +278,10 @@ def _on(trigger: Any, handler: Any, inputs: list[Any], outputs: list[Any], *, ev
     event: "edit" or "example" for those that bring something along; "stop" for the one that must get through while all
         threads wait for the model; "stay" for the one that lasts as long as the page.
     """
-    plain = _streaming if inspect.isgeneratorfunction(handler) else _plain
-    listener = {"edit": _editing, "example": _example, "stop": _at_once, "stay": _staying}.get(event, plain)(handler)
+    if inspect.isgeneratorfunction(handler):
+        listener = (_editing if event == "edit" else _streaming)(handler, len(outputs))
+    else:
+        listener = {"example": _example, "stop": _at_once, "stay": _staying}.get(event, _plain)(handler)
     return trigger(listener, inputs, outputs, show_progress="hidden", api_visibility="private", **options)
 
 
@@ -308,18 +310,18 @@ def _staying(handler: Any) -> Any:
     return call
 
 
-def _streaming(handler: Any) -> Any:
+def _streaming(handler: Any, n_outputs: int) -> Any:
     def call(request: gr.Request, *values: Any) -> Iterator[Any]:
-        for changes in repeating(handler(_browser(request), *values)):
+        for changes in repeating(handler(_browser(request), *values), n_outputs):
             yield _applied(changes)
 
     return call
 
 
-def _editing(handler: Any) -> Any:
+def _editing(handler: Any, n_outputs: int) -> Any:
     def call(request: gr.Request, event: gr.EditData, *values: Any) -> Iterator[Any]:
         place = event.index if isinstance(event.index, int) else event.index[0]
-        for changes in repeating(handler(_browser(request), place, str(event.value), *values)):
+        for changes in repeating(handler(_browser(request), place, str(event.value), *values), n_outputs):
             yield _applied(changes)
 
     return call

@@ -79,6 +79,19 @@ def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> Non
     assert tuple(shown) == last.beams
 
 
+def test_an_empty_question_leaves_the_answer_and_the_buttons(open_page: Any, url: str) -> None:
+    page = open_page(url)
+    page.fill("#oc-instruction textarea", "Name a colour.")
+    page.click("#oc-submit")
+    answer = finished(page)
+    buttons = page.locator("button:visible").all_inner_texts()
+    page.fill("#oc-instruction textarea", "")
+    page.click("#oc-submit")
+    page.wait_for_timeout(700)
+    assert page.input_value("#oc-answer textarea") == answer
+    assert page.locator("button:visible").all_inner_texts() == buttons
+
+
 def test_copy_and_flag(open_page: Any, url: str, flagged: Path) -> None:
     page = open_page(url)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])

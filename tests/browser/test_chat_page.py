@@ -117,6 +117,21 @@ def test_an_answer_is_typed_live(open_page: Any, url: str) -> None:
     assert "of 2048 tokens" in status
 
 
+def test_enter_in_the_empty_box_leaves_everything_as_it_is(open_page: Any, url: str) -> None:
+    page = open_page(url)
+    answer = ask(page, "Say something")
+    kept, buttons = page.input_value("#oc-kept-chat textarea"), page.locator("button:visible").all_inner_texts()
+    for text in ("", "   "):
+        send(page, text)
+        page.click("#oc-submit")
+        page.wait_for_timeout(700)
+        assert bubbles(page)[-1] == answer
+        assert page.input_value("#oc-kept-chat textarea") == kept
+        assert page.locator("button:visible").all_inner_texts() == buttons
+    assert ask(page, "who").startswith("I am tiny-llama")
+    assert n_kept(page) == 4
+
+
 def test_stop_keeps_what_was_said(open_page: Any, url: str, engine: FakeEngine) -> None:
     page = open_page(url)
     send(page, "a long one")
