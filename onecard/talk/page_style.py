@@ -139,6 +139,19 @@ window.onecard = (() => {
 
   addEventListener("pagehide", flush);
 
+  // What page_text.py puts behind "<", "!" and "&" is not copied with them.
+  const written = (text) => text.replace(/([<!&])\\u200b/g, "$1");
+  addEventListener("copy", (event) => {
+    const text = String(getSelection());
+    if (written(text) === text) return;
+    event.clipboardData.setData("text/plain", written(text));
+    event.preventDefault();
+  });
+  if (navigator.clipboard) {
+    const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+    navigator.clipboard.writeText = (text) => write(written(text));
+  }
+
   return {
     // For a page that keeps nothing but language and theme.
     look: () => {

@@ -317,6 +317,18 @@ def test_code_is_shown_as_it_was_written(open_page: Any, url: str) -> None:
     assert 0 < box["y"] - chat["y"] - chat["height"] < 60, "the chat fills the room above the box"
 
 
+def test_what_is_copied_is_what_was_written(open_page: Any, url: str) -> None:
+    page = open_page(url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    ask(page, "Show me ![x](y) &amp; <b>")
+    assert "\u200b" in page.locator("#oc-chat .message").first.inner_text()  # so there is something to lose
+    page.click("#oc-chat button[title='Copy message'] >> nth=0")
+    assert page.evaluate("navigator.clipboard.readText()") == "Show me ![x](y) &amp; <b>"
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('#oc-chat .message'))")
+    page.keyboard.press("Control+c")
+    assert page.evaluate("navigator.clipboard.readText()").strip() == "Show me !x &amp; <b>"  # as it is drawn
+
+
 def test_chinese_and_dark(open_page: Any, url: str) -> None:
     page = open_page(url, locale="zh-CN", color_scheme="dark")
     wait_until(lambda: page.inner_text("#oc-submit") == "发送")
