@@ -39,7 +39,9 @@ footer { display: none !important; }
 #oc-note .oc-notice { font-size: .88rem; line-height: 1.45; padding: 8px 13px; border-radius: 10px;
   background: var(--oc-notice); color: var(--oc-notice-text); border: 1px solid var(--oc-notice-border);
   overflow-wrap: anywhere; }
-#oc-beams { max-height: 34vh; overflow-y: auto; gap: 6px; }
+#oc-beams { max-height: max(34vh, 150px); overflow-y: auto; gap: 6px; }
+#oc-beams .form { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
+  flex: 0 0 auto; height: auto; overflow: visible; }
 
 #oc-ask { align-items: flex-end; gap: 8px; flex-wrap: nowrap; }
 #oc-ask > .form, #oc-ask > .block { flex: 1 1 auto; min-width: 0 !important; border-radius: 12px; }

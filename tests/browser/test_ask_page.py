@@ -79,6 +79,27 @@ def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> Non
     assert tuple(shown) == last.beams
 
 
+@pytest.mark.parametrize("size", [(1366, 768), (1440, 900), (740, 360), (390, 844)])
+def test_each_of_four_beams_can_be_read_on_every_screen(open_page: Any, url: str, size: tuple[int, int]) -> None:
+    page = open_page(url, viewport={"width": size[0], "height": size[1]})
+    set_number(page, "num_beams", 4)
+    page.check("#oc-show_beams input")
+    page.fill("#oc-instruction textarea", "Name three rivers.")
+    page.click("#oc-submit")
+    finished(page)
+    beams = page.locator("#oc-beams textarea:visible")
+    assert beams.count() == 4
+    for k in range(4):
+        # With the wheel only: a script could also scroll what a person cannot.
+        page.locator("#oc-beams").evaluate(
+            "(frame, y) => { frame.scrollTop += y - frame.getBoundingClientRect().y - 45 }",
+            beams.nth(k).bounding_box()["y"],
+        )
+        frame, area = page.locator("#oc-beams").bounding_box(), beams.nth(k).bounding_box()
+        assert frame["x"] <= area["x"] and area["x"] + area["width"] <= frame["x"] + frame["width"] <= size[0]
+        assert area["y"] < frame["y"] + frame["height"] - 20 and area["y"] + area["height"] > frame["y"] + 20
+
+
 def test_an_empty_question_leaves_the_answer_and_the_buttons(open_page: Any, url: str) -> None:
     page = open_page(url)
     page.fill("#oc-instruction textarea", "Name a colour.")
