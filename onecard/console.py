@@ -7,9 +7,14 @@ it refuses is an :class:`OneCardError`, which :func:`run_main` turns into one re
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+
+# Control characters but tab and line feed, and marks that turn the direction of writing: in a name from the network or
+# a file they would rewrite the screen. https://www.unicode.org/reports/tr36/#Bidirectional_Text_Spoofing
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class OneCardError(Exception):
@@ -63,18 +68,23 @@ class Stopped(OneCardError):
 def say(message: str = "") -> None:
     """Print one line on standard output, at once; only the first process of several speaks."""
     if not quiet_rank():
-        _write(sys.stdout, message)
+        _write(sys.stdout, escaped(message))
 
 
 def warn(message: str) -> None:
     """Print one line on standard error, marked as a warning; only the first process of several speaks."""
     if not quiet_rank():
-        _write(sys.stderr, _coloured("warning: ", "33", sys.stderr) + message)
+        _write(sys.stderr, _coloured("warning: ", "33", sys.stderr) + escaped(message))
 
 
 def error(message: str) -> None:
     """Print one line on standard error, marked as an error."""
-    _write(sys.stderr, _coloured("error: ", "31", sys.stderr) + message)
+    _write(sys.stderr, _coloured("error: ", "31", sys.stderr) + escaped(message))
+
+
+def escaped(text: str) -> str:
+    """The text with control characters as they are written in a program: ESC becomes ``\\x1b``."""
+    return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def quiet_rank() -> bool:

@@ -1,14 +1,14 @@
 """A Hub repository brought to this disk: cut downloads go on where they were cut, and every file's hash is compared.
 
-The Hub's own library (2.4) drops what it has of a file when a start ends, so the bytes are fetched here, by ranges of
-HTTP. In the cache they lie where that library looks for them, and it then makes its links.
+The Hub's own library (2.4) drops what it has of a file when a start ends, and believes the names, hashes and lengths
+that a mirror tells. So the bytes are fetched here, by ranges of HTTP, and lie in the cache where that library looks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,14 +18,11 @@ from typing import Any
 
 from onecard.console import ConfigError, ModelError, Stopped
 from onecard.export.checksums import digest_of
-from onecard.export.hub_files import HubFile, Listing, explained
+from onecard.export.hub_files import PASSING, TRIES, HubFile, Listing, explained, wait_s
 from onecard.export.output import free_room_bytes, new_directory, progress
 from onecard.manifest import is_no_room, sync_file
 
-TRIES = 5  # in a row, without a single byte between them
-WAIT_S = 1
 TIMEOUT_S = 30
-PASSING = (408, 416, 429, 500, 502, 503, 504)  # answers that another try may better
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,6 @@ def fetch(listing: Listing, target: Path | None, *, overwrite: bool = False, max
 
 def _into_cache(listing: Listing, max_workers: int) -> Path:
     from filelock import FileLock, Timeout
-    from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repository, place = listing.repository, cache_place(listing)
@@ -112,33 +108,25 @@ def _into_cache(listing: Listing, max_workers: int) -> Path:
         ) from reason
     try:
         _fetch_all(listing, place, max_workers)
-        # All content is there by now, so this makes names and links only, and needs no bars.
-        with explained(repository), _without_bars():
-            snapshot = snapshot_download(
-                repository.repo_id, repo_type=repository.repo_type, revision=repository.revision,
-                endpoint=repository.address, token=repository.token, max_workers=max_workers,
-                allow_patterns=[glob.escape(file.name) for file in listing.files],
-            )  # fmt: skip
+        with _disk_explained(place):
+            return _link_snapshot(listing, place)
     finally:
         lock.release()
-    wrong = [file.name for file in listing.files if _size(Path(snapshot) / file.name) != file.n_bytes]
-    if Path(snapshot).name != listing.commit or wrong:
-        raise ModelError(f"{repository.repo_id} changed on the Hub during the download; start again")
-    return Path(snapshot)
 
 
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _link_snapshot(listing: Listing, place: Place) -> Path:
+    """The directory of links to the blobs, as the Hub's library makes it; that one would ask the mirror again."""
+    from huggingface_hub.file_download import _cache_commit_hash_for_specific_revision, _create_symlink
 
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+    folder = place.root.parent
+    snapshot = folder / "snapshots" / listing.commit
+    for file in listing.files:
+        link, blob = snapshot / file.name, place.final(file)
+        _make_folders(folder, link)
+        if not (link.is_file() and link.samefile(blob)):
+            _create_symlink(str(blob), str(link))
+    _cache_commit_hash_for_specific_revision(str(folder), listing.repository.revision, listing.commit)
+    return snapshot
 
 
 def _fetch_all(listing: Listing, place: Place, max_workers: int) -> None:
@@ -147,7 +135,7 @@ def _fetch_all(listing: Listing, place: Place, max_workers: int) -> None:
     stop = threading.Event()
     total = sum(file.n_bytes for file in files.values())
     with (
-        _no_room_explained(place),
+        _disk_explained(place),
         progress(listing.repository.repo_id, total, in_bytes=True) as moved,
         ThreadPoolExecutor(max_workers) as pool,
     ):
@@ -165,13 +153,15 @@ def _fetch_all(listing: Listing, place: Place, max_workers: int) -> None:
 
 def _bring(listing: Listing, file: HubFile, place: Place, moved: Callable[[int], Any], stop: threading.Event) -> None:
     final, part = place.final(file), place.part(file)
+    for path in (part, final):
+        _make_folders(place.root, path)
+        if path.is_symlink():
+            path.unlink()
     if final.is_file():
         if _is_right(final, file):
             moved(file.n_bytes)
             return
         final.unlink()
-    for folder in (part.parent, final.parent):
-        folder.mkdir(parents=True, exist_ok=True)
     if not _gather(listing, file, part, moved, stop):
         return
     if not _is_right(part, file):
@@ -205,7 +195,7 @@ def _gather(listing: Listing, file: HubFile, part: Path, moved: Callable[[int], 
             if not tries:
                 raise reason or ModelError(f"{listing.repository.address} sends too few bytes of {file.name}")
             if _size(part) < file.n_bytes:
-                stop.wait(WAIT_S)
+                stop.wait(wait_s(reason))
     return True
 
 
@@ -231,15 +221,21 @@ def _append(listing: Listing, file: HubFile, part: Path, moved: Callable[[int], 
         headers["Range"] = f"bytes={before}-"
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as answer:
         hf_raise_for_status(answer)
-        goes_on = answer.status_code == 206
-        if not goes_on:
-            moved(-before)  # the server knows no ranges and sends all of it again
+        span = re.match(r"bytes (\d{1,18})-", answer.headers.get("content-range", ""))
+        is_range = answer.status_code == 206
+        if not is_range or not span or int(span[1]) != before:
+            moved(-before)  # the server knows no ranges and sends all of it again, or sends another part than asked
             part.unlink(missing_ok=True)
+            before = 0
+            if is_range:
+                return
         with part.open("ab") as stream:
             pieces = iter(answer.iter_bytes())
-            while not stop.is_set() and (piece := next(pieces, b"")):
+            while before <= file.n_bytes and not stop.is_set() and (piece := next(pieces, b"")):
+                piece = piece[: file.n_bytes + 1 - before]  # one byte too many tells that it is another file
                 stream.write(piece)
                 moved(len(piece))
+                before += len(piece)
 
 
 def _is_right(path: Path, file: HubFile) -> bool:
@@ -250,6 +246,14 @@ def _is_right(path: Path, file: HubFile) -> bool:
         return digest_of(path, hashlib.sha256(), _ignore) == file.sha256
     header = f"blob {file.n_bytes}\0".encode()
     return not file.blob_id or digest_of(path, hashlib.sha1(header, usedforsecurity=False), _ignore) == file.blob_id
+
+
+def _make_folders(root: Path, path: Path) -> None:
+    """The folders on the way from `root` to `path`; a link there is removed, for it may lead anywhere."""
+    for folder in [*reversed(path.relative_to(root).parents)][1:]:
+        if (root / folder).is_symlink():
+            (root / folder).unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _keep_only(root: Path, wanted: set[Path]) -> None:
@@ -263,9 +267,14 @@ def _keep_only(root: Path, wanted: set[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _no_room_explained(place: Place) -> Iterator[None]:
+def _disk_explained(place: Place) -> Iterator[None]:
     try:
         yield
+    except (FileExistsError, IsADirectoryError, NotADirectoryError) as reason:
+        raise ModelError(
+            f"{reason.filename2 or reason.filename} is in the way ({reason.strerror}): remove what earlier downloads "
+            "left there and start again"
+        ) from reason
     except OSError as reason:
         if not is_no_room(reason):
             raise

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -25,6 +30,19 @@ OTHER_FORMS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "*.
 OTHER_FOLDERS = ("original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*", "gguf/*", "runs/*", "checkpoint-*/*")
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.mp4", "*.pdf")
 TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler.pt")
+TRIES = 5  # in a row, without a single byte between them
+WAIT_S = 1.0
+LONGEST_WAIT_S = 60.0  # whatever Retry-After asks for
+PASSING = (408, 416, 429, 500, 502, 503, 504)  # answers that another try may better
+# What a listing may say: a commit and hashes become names of files, so they are hashes and nothing else.
+COMMIT_HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+BLOB_ID = re.compile("[0-9a-f]{40}")
+SHA256 = re.compile("[0-9a-f]{64}")
+LONGEST_NAME = 255  # bytes of one part of a path, on every common file system
+NO_NAME = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+NO_WINDOWS_NAME = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    r'[<>:"\\|?*]|[. ]$|^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)', re.IGNORECASE
+)
 NOT_NEEDED = (*HIDDEN, *PICKLES, *OTHER_FORMS, *OTHER_FOLDERS, *PICTURES, *TRAINING)
 
 
@@ -97,27 +115,94 @@ def list_files(repository: Repository, include: Sequence[str] = (), exclude: Seq
         raise ModelError("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded; unset it")
     if not re.match("https?://", repository.address):
         raise ConfigError("--endpoint", f"{repository.address} is no address; write it like {OFFICIAL}")
+    if not is_inside(repository.revision):
+        raise ConfigError("--revision", f"{repository.revision!r} is no branch, tag or commit")
     with explained(repository):
         try:
-            found: Any = HfApi(endpoint=repository.address, token=repository.token).repo_info(
+            api = HfApi(endpoint=repository.address, token=repository.token)
+            found: Any = retried(lambda: api.repo_info(
                 repository.repo_id, repo_type=repository.repo_type, revision=repository.revision, files_metadata=True,
                 timeout=30,
-            )  # fmt: skip
+            ))  # fmt: skip
             everything = [_hub_file(sibling) for sibling in found.siblings or []]
-        except (ValueError, KeyError, TypeError, AttributeError) as reason:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as reason:
             if type(reason).__module__.startswith("huggingface_hub"):
                 raise
             raise ModelError(f"{repository.address} does not answer as a Hub does; check the address") from reason
-    for file in everything:
-        if not is_inside(file.name):
-            raise ModelError(f"{repository.repo_id} names a file {file.name!r}, outside of its directory; refused")
+    if not COMMIT_HASH.fullmatch(str(found.sha)):
+        raise ModelError(f"{repository.address} tells {str(found.sha)[:80]!r} as commit, which is no hash; refused")
+    _refuse_hostile(repository, everything)
     names = choose([file.name for file in everything], repository.repo_type, include, exclude)
     wanted = [file for file in everything if file.name in names]
     if not wanted:
         few = ", ".join(file.name for file in everything[:8]) or "nothing"
         raise ConfigError("--include", f"of {len(everything)} files none is wanted; {repository.repo_id} holds {few}")
     left_out = [file.name for file in everything if file.name not in names]
+    _refuse_collisions(repository, [file.name for file in wanted])
     return Listing(repository, str(found.sha), wanted, left_out)
+
+
+def retried(ask: Callable[[], Any]) -> Any:
+    """What `ask` returns; refusals that pass and broken connections are tried again. Raises HTTPError."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    for left in reversed(range(TRIES)):
+        try:
+            return ask()
+        except HTTPError as reason:
+            if not left or (isinstance(reason, HfHubHTTPError) and reason.response.status_code not in PASSING):
+                raise
+            time.sleep(wait_s(reason))
+    return None
+
+
+def wait_s(reason: Any) -> float:
+    """Seconds until another try: what Retry-After asks for, in seconds or as a date, within bounds (RFC 9110)."""
+    asked = getattr(getattr(reason, "response", None), "headers", {}).get("retry-after", "").strip()
+    if asked.isdecimal():
+        return min(max(float(asked[:9]), WAIT_S), LONGEST_WAIT_S)
+    try:
+        until = parsedate_to_datetime(asked)
+        seconds = (until.replace(tzinfo=until.tzinfo or timezone.utc) - datetime.now(timezone.utc)).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return WAIT_S
+    return min(max(seconds, WAIT_S), LONGEST_WAIT_S)
+
+
+def is_file_name(name: str, *, on_windows: bool = os.name == "nt") -> bool:
+    """Whether a listed name can be a file's: no control characters, no part too long, nothing that Windows reserves."""
+    parts = name.split("/")
+    if NO_NAME.search(name) or any(len(part.encode()) > LONGEST_NAME for part in parts) or len(name) > 4 * LONGEST_NAME:
+        return False
+    return not on_windows or not any(NO_WINDOWS_NAME.search(part) for part in parts)
+
+
+def _refuse_hostile(repository: Repository, files: Sequence[HubFile]) -> None:
+    """Names, hashes and sizes of a listing come from a stranger. Raises ModelError for what cannot be true."""
+    for file in files:
+        if not is_inside(file.name):
+            raise ModelError(f"{repository.repo_id} names a file {file.name!r}, outside of its directory; refused")
+        if not is_file_name(file.name):
+            raise ModelError(
+                f"{repository.repo_id} names a file {file.name[:80]!r}, which this system cannot hold; refused"
+            )
+        kind, value = (SHA256, file.sha256) if file.sha256 else (BLOB_ID, file.blob_id)
+        if not kind.fullmatch(value) or file.n_bytes < 0:
+            raise ModelError(
+                f"{repository.address} tells hash {value[:80]!r} and {file.n_bytes} bytes of {file.name}, which cannot "
+                "be right; refused. Name another --endpoint"
+            )
+
+
+def _refuse_collisions(repository: Repository, names: Sequence[str]) -> None:
+    """Two files with one path, or a file where a folder must be. Raises ModelError."""
+    ignores_case = sys.platform in ("win32", "darwin")
+    plain = [unicodedata.normalize("NFC", name).casefold() if ignores_case else name for name in names]
+    taken = {"/".join(name.split("/")[:end]) for name in plain for end in range(1, name.count("/") + 1)}
+    for name, key in zip(names, plain, strict=True):
+        if key in taken:
+            raise ModelError(f"{repository.repo_id} has two files at {name} (or a file and a folder); use --exclude")
+        taken.add(key)
 
 
 def choose(names: Sequence[str], repo_type: str, include: Sequence[str], exclude: Sequence[str]) -> set[str]:

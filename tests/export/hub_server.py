@@ -29,7 +29,9 @@ class Hub:
     sent_instead: dict[str, bytes] = field(default_factory=dict)
     seconds_per_piece: float = 0.0
     knows_ranges: bool = True
-    status: dict[str, list[int]] = field(default_factory=dict)
+    status: dict[str, list[int]] = field(default_factory=dict)  # by file; "" is the listing
+    retry_after: str = ""
+    range_starts_at: int | None = None  # of every 206, whatever was asked for
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
     address: str = ""
@@ -79,10 +81,14 @@ def serving(hub: Hub) -> Iterator[Hub]:
             self.send_header("Content-Length", "0")
             if code:
                 self.send_header("X-Error-Code", code)
+            if hub.retry_after:
+                self.send_header("Retry-After", hub.retry_after)
             self.end_headers()
 
         def answer_api(self, repo: str, kind: str | None, revision: str | None) -> None:
-            if repo != hub.repo:
+            if hub.status.get(""):
+                self.refuse(hub.status[""].pop(0))
+            elif repo != hub.repo:
                 self.refuse(401, "RepoNotFound")
             elif revision not in (None, "main", COMMIT):
                 self.refuse(404, "RevisionNotFound")
@@ -109,6 +115,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
             start = int(span[1]) if span else 0
             if start and start >= len(content):
                 return self.refuse(416)
+            start = start if hub.range_starts_at is None or not span else hub.range_starts_at
             self.send_response(206 if span else 200)
             entry = hub.entry(name, as_tree=True)
             etag = entry["lfs"]["sha256"] if "lfs" in entry else entry["oid"]

@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import constants, snapshot_download
 
 from onecard.console import run_main
-from onecard.export import download
+from onecard.export import download, hub_files
 from onecard.export.hub_files import choose
 from tests.export.hub_server import COMMIT, Hub, serving, sha256
 from tools import download as tool
@@ -38,7 +39,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(download, "WAIT_S", 0.01)
+    monkeypatch.setattr(hub_files, "WAIT_S", 0.01)
     with serving(Hub(dict(FILES))) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.address)
         yield hub
@@ -269,6 +270,44 @@ def test_another_repositorys_leftovers_do_not_come_along(hub: Hub, run: Tool) ->
     assert contents(run.target) == WANTED
 
 
+def test_retry_after_is_waited_for_within_bounds(hub: Hub, run: Tool) -> None:
+    hub.retry_after, hub.status = "1", {"config.json": [429], "tokenizer.model": [503]}
+    began = time.monotonic()
+    assert run.here()[0] == 0
+    assert time.monotonic() - began >= 1
+    assert contents(run.target) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [("7", 7, 7), ("0", 0.01, 0.01), ("999999999999", 60, 60), ("-5", 0.01, 0.01), ("nan", 0.01, 0.01),
+     ("", 0.01, 0.01), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.01, 0.01), ("Fri, 31 Dec 9999 23:59:59 GMT", 60, 60),
+     ("x" * 99, 0.01, 0.01)],
+)  # fmt: skip
+def test_what_retry_after_may_ask_for(monkeypatch: pytest.MonkeyPatch, asked: str, least: float, most: float) -> None:
+    monkeypatch.setattr(hub_files, "WAIT_S", 0.01)
+    refusal = SimpleNamespace(response=SimpleNamespace(headers={"retry-after": asked}))
+    assert least <= hub_files.wait_s(refusal) <= most
+
+
+def test_a_listing_that_fails_is_asked_for_again(hub: Hub, run: Tool) -> None:
+    hub.status = {"": [503, 429, 500]}
+    assert run.here()[0] == 0
+    assert contents(run.target) == WANTED
+    hub.status = {"": [503] * 5}
+    run.target = run.target.with_name("other")
+    run.refused("503")
+    assert hub.status == {"": []}
+
+
+@pytest.mark.parametrize("start", [0, 300_000, 500_000])
+def test_another_range_than_asked_for_is_not_appended(hub: Hub, run: Tool, start: int) -> None:
+    hub.cut_after_bytes["model.safetensors"], hub.range_starts_at = [400_000], start
+    assert run.here()[0] == 0
+    assert contents(run.target) == WANTED
+    assert hub.fetched("model.safetensors") == ["", "bytes=400000-", ""]
+
+
 # --- wrong bytes -----------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +327,33 @@ def test_a_corrupted_file_is_noticed_and_never_gets_its_name(
     assert not run.target.exists()
     hub.sent_instead.clear()
     assert start()[0] == 0
+
+
+def test_a_file_ends_where_the_listing_says(hub: Hub, run: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    is_right = download._is_right
+    monkeypatch.setattr(
+        download, "_is_right", lambda path, file: sizes.append(path.stat().st_size) or is_right(path, file)
+    )
+    hub.sent_instead["config.json"] = b"x" * 5_000_000
+    run.refused("config.json came with another content", "--max_workers", "1")
+    assert len(FILES["config.json"]) + 1 in sizes
+    assert max(sizes) <= len(WEIGHTS)
+
+
+def test_control_characters_of_a_mirror_do_not_reach_the_terminal(hub: Hub, run: Tool) -> None:
+    hub.files["\x1b]0;owned\x07.json"] = b"{}"
+    code, out, err = run.here()
+    assert code == 1
+    assert "\x1b" not in out + err
+    assert "\\x1b]0;owned" in err
+    assert "\\\\x1b" not in err  # escaped once
+    del hub.files["\x1b]0;owned\x07.json"]
+    hub.files["a\u202egnp.json"] = b"{}"
+    code, out, err = run.here("--dry_run")
+    assert code == 0
+    assert "\u202e" not in out + err
+    assert "a\\u202egnp.json" in out
 
 
 def test_a_damaged_file_of_the_cache_is_mended(hub: Hub, run: Tool, tmp_path: Path) -> None:
