@@ -12,12 +12,14 @@ what a request asks for. Why each is there:
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,7 +39,7 @@ OPEN_PATHS = ("/health",)
 READING_METHODS = ("GET", "HEAD", "OPTIONS")
 STANDARD_PORTS = (":80", ":443")
 POLICY_VIOLATION = 1008  # code of a refused websocket
-DRAINED_BODIES = 4  # of so many times the limit a body that is too large is still read, so that the client hears why
+DRAIN_SECONDS = 30  # so long a body that is too large is still read: who is cut off while sending reads no answer
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,15 @@ class BodyLimit:
         return None
 
     async def _refuse(self, body: CountedBody, send: Send) -> None:
-        await body.drain(DRAINED_BODIES * self._max_bytes)
+        async def begin(part: Message) -> None:
+            await send({**part, "more_body": True} if part["type"] == "http.response.body" else part)
+
         message = f"the body is larger than {self._max_bytes} bytes (--max_body_bytes), which is the limit here"
-        await send_error(send, ApiError(413, message, code="body_too_large"))
+        # Told at once, for those who read while they send; ended later, for those who send all of it first.
+        await send_error(begin, ApiError(413, message, code="body_too_large"))
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(body.drain(), DRAIN_SECONDS)
+        await send({"type": "http.response.body", "body": b""})
 
 
 class CountedBody:
@@ -207,9 +215,9 @@ class CountedBody:
         self.has_answered = True
         await self._send(message)
 
-    async def drain(self, max_bytes: int) -> None:
-        """Read and forget what is left, up to so many bytes in all: who is cut off while sending reads no answer."""
-        while not self.is_read and self._n_bytes <= max_bytes:
+    async def drain(self) -> None:
+        """Read and forget what is left."""
+        while not self.is_read:
             await self._next()
 
     async def _next(self) -> Message:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from onecard.talk import security
+from onecard.talk.listening import Server, open_socket
 from onecard.talk.security import (
     BodyLimit,
     HostCheck,
@@ -63,6 +70,20 @@ def ask(
 
 def status(app: Any, *headers: tuple[str, str], **request: Any) -> int:
     return int(ask(app, *headers, **request)[0]["status"])
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[tuple[str, int]]:
+    """A real server with this application in a thread; gives its address."""
+    with open_socket("127.0.0.1", 0) as taken:
+        server = Server(app, lambda: None)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield taken.getsockname()
+        server.should_exit = True
+        thread.join(10)
 
 
 HERE = ("host", "127.0.0.1:8000")
@@ -212,7 +233,34 @@ def test_an_application_that_swallows_the_error_cannot_answer_for_it() -> None:
             await send({"type": "http.response.start", "status": 400, "headers": []})
             await send({"type": "http.response.body", "body": b"bad"})
 
-    assert [m.get("status") for m in ask(BodyLimit(swallows, 10), body=(b"x" * 11,))] == [413, None]
+    assert [m.get("status") for m in ask(BodyLimit(swallows, 10), body=(b"x" * 11,))] == [413, None, None]
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_who_sends_all_of_a_large_body_first_reads_why_it_is_refused(chunked: bool, connection: str) -> None:
+    head = f"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: {connection}\r\n"
+    n_pieces, piece = 2000, b"x" * 10_000
+    head += "Transfer-Encoding: chunked\r\n\r\n" if chunked else f"Content-Length: {n_pieces * len(piece)}\r\n\r\n"
+    sent = b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece
+    app = Protection(inside, NetworkRules(max_body_bytes=10_000))
+    with listening(app) as address, socket.create_connection(address, timeout=30) as client:
+        client.sendall(head.encode())
+        for _ in range(n_pieces):
+            client.sendall(sent)
+        client.sendall(b"0\r\n\r\n" if chunked else b"")
+        answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
+
+
+def test_a_large_body_is_refused_before_it_has_ended_and_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "DRAIN_SECONDS", 0.2)
+    head = b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 99999\r\n\r\n"
+    app = Protection(inside, NetworkRules(max_body_bytes=10_000))
+    with listening(app) as address, socket.create_connection(address, timeout=30) as client:
+        client.sendall(head)
+        assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 413 ")
 
 
 def test_errors_of_the_application_pass_through() -> None:
