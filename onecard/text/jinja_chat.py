@@ -23,6 +23,8 @@ import jinja2.sandbox
 
 from onecard.console import ConfigError, DataError
 
+_QUESTION = "onecard probe question"
+
 
 class _GenerationTag(jinja2.ext.Extension):
     """``{% generation %} ... {% endgeneration %}`` marks answers for other programs; here it is only tolerated."""
@@ -47,12 +49,13 @@ def render_chat(
 ) -> str:
     """The rendered text; `day` (2026-03-01) is what a dated template takes for today, empty for the present one.
 
-    Raises DataError when the template refuses these messages, such as two user turns in a row.
+    A template that loops over the parts of a content is given parts. Raises DataError when the template refuses these
+    messages, such as two user turns in a row.
     """
     today = {"strftime_now": date.fromisoformat(day).strftime} if day else {}
     try:
         return compile_chat_template(jinja).render(
-            messages=messages,
+            messages=in_parts(messages) if reads_parts(jinja) else messages,
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
@@ -87,6 +90,27 @@ def reads_input(jinja: str) -> bool:
     by_dot = any(node.attr == "input" for node in tree.find_all(jinja2.nodes.Getattr))
     constants = (node.arg for node in tree.find_all(jinja2.nodes.Getitem))
     return by_dot or any(isinstance(arg, jinja2.nodes.Const) and arg.value == "input" for arg in constants)
+
+
+@lru_cache(maxsize=32)
+def reads_parts(jinja: str) -> bool:
+    """Whether a question vanishes as a text and is shown as a list of parts, as in templates of models that see."""
+    template = compile_chat_template(jinja)
+    question = [{"role": "user", "content": _QUESTION}]
+
+    def shows(messages: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+            return _QUESTION in template.render(messages=messages, tools=None, add_generation_prompt=True, **tokens)
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return False
+
+    return not shows(question) and shows(in_parts(question))
+
+
+def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each content as a list of one text part."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

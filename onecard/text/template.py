@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from onecard.console import ConfigError, DataError, nearest
 from onecard.text.conversation import Conversation, Turn, turns_to_messages
 from onecard.text.jinja_chat import compile_chat_template, reads_input, render_chat
+from onecard.text.lost_turns import TurnKeeper
 from onecard.text.special_tokens import added_tokens, beginning_ids, single_token, special_tokens
 from onecard.text.thoughts import completion, empty_thought, has_thought, opened_thought
 
@@ -133,8 +134,13 @@ class Writer:
         self.end = template.end_text(tokenizer)
         self._inserts_as_it_is = built_in_name(template.jinja) is not None
         self._skeletons: dict[Any, list[_Skeleton] | None] = {}
+        self._keeper = TurnKeeper(self._rendered)
 
     def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+        """The text of all turns. Raises DataError where the template refuses or leaves out one of them."""
+        return self._rendered(self._keeper.kept(turns, prompt=prompt), prompt)
+
+    def _rendered(self, turns: Sequence[Turn], prompt: bool) -> str:
         return self.template.render(
             self.template.messages(turns), special_tokens=self.special_tokens, add_generation_prompt=prompt
         )

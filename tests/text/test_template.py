@@ -232,7 +232,9 @@ def test_a_template_without_eos_needs_a_tokenizer_with_one(bytelevel_tokenizer, 
 
 
 def test_what_a_template_refuses_is_a_data_error(sp_tokenizer, with_template):
-    tokenizer = with_template(sp_tokenizer, "{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}")
+    tokenizer = with_template(
+        sp_tokenizer, "{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}{{ messages }}"
+    )
     with pytest.raises(DataError, match="too many"):
         load_template("auto", tokenizer).segments(CONVERSATIONS[2], tokenizer)
 

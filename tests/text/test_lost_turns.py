@@ -1,0 +1,77 @@
+"""What is put into a template comes out of it, whatever the role and the position; else it is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from onecard.console import DataError
+from onecard.text.conversation import Turn
+from onecard.text.lost_turns import joined_system_turns
+from onecard.text.template import BUILT_IN, Writer, load_template
+
+ORDERS = ("sua", "ssua", "usa", "uasua", "sussasua", "suasu", "us", "uasu", "uassua")
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+# As templates of models that see pictures: a content is a list of parts, and a text has none with a type.
+LOOPS_OVER_PARTS = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+ONLY_FIRST_SYSTEM = (
+    "{%- for message in messages -%}{%- if message['role'] != 'system' or loop.first -%}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}"
+    "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+NO_SYSTEM = ONLY_FIRST_SYSTEM.replace(" or loop.first", "")
+ONLY_LAST = "{{- messages[-1]['content'] + eos_token -}}"
+
+
+def _turns(order: str) -> list[Turn]:
+    return [Turn(ROLES[letter], f"text {k:02d} here") for k, letter in enumerate(order)]
+
+
+def _written(writer: Writer, turns: list[Turn]) -> str:
+    return "".join(part.text + part.end for part in writer.segments(turns, add_generation_prompt=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_no_system_message_is_lost_in_a_built_in_template(sp_tokenizer, name, order):
+    turns = _turns(order)
+    text = _written(Writer(load_template(name, sp_tokenizer), sp_tokenizer), turns)
+    assert [text.count(turn.content) for turn in turns] == [1] * len(turns)
+
+
+@pytest.mark.parametrize("name", ("alpaca", "vicuna-chat", "llama-2", "mistral"))
+def test_a_system_message_without_a_question_beside_it_is_refused(sp_tokenizer, name):
+    writer = Writer(load_template(name, sp_tokenizer), sp_tokenizer)
+    with pytest.raises(DataError, match=r"follows message 2 \(assistant\); put it first, or beside a question"):
+        writer.render(_turns("uas"), prompt=True)
+
+
+@pytest.mark.parametrize("jinja", (LOOPS_OVER_PARTS, ONLY_FIRST_SYSTEM, NO_SYSTEM), ids=("parts", "first", "none"))
+@pytest.mark.parametrize("order", ORDERS)
+def test_nothing_is_lost_in_a_template_of_somebody_else(bytelevel_tokenizer, with_template, jinja, order):
+    tokenizer = with_template(bytelevel_tokenizer, jinja)
+    turns = _turns(order)
+    text = _written(Writer(load_template("auto", tokenizer), tokenizer), turns)
+    assert [text.count(turn.content) for turn in turns] == [1] * len(turns)
+
+
+def test_the_end_is_found_where_contents_are_parts(bytelevel_tokenizer, with_template):
+    tokenizer = with_template(bytelevel_tokenizer, LOOPS_OVER_PARTS)
+    assert load_template("auto", tokenizer).end == "<|im_end|>"
+
+
+def test_a_template_that_drops_a_question_or_an_answer_is_refused(bytelevel_bos_tokenizer, with_template):
+    tokenizer = with_template(bytelevel_bos_tokenizer, ONLY_LAST)
+    writer = Writer(load_template("auto", tokenizer), tokenizer)
+    with pytest.raises(DataError, match=r"leaves out message 1 of 3 \(user\); choose another template with --prompt"):
+        writer.render(_turns("uau"), prompt=True)
+
+
+def test_an_input_stays_between_its_question_and_a_system_message_after_it():
+    turns = [Turn("user", "Translate", "cat"), Turn("system", "Be brief.")]
+    assert joined_system_turns(turns) == [Turn("user", "Translate", "cat\n\nBe brief.")]
+    assert joined_system_turns([*turns, Turn("user", "And?")])[1:] == [Turn("user", "Be brief.\n\nAnd?")]
