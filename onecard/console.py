@@ -65,10 +65,13 @@ class Stopped(OneCardError):
         super().__init__(message)
 
 
-def say(message: str = "") -> None:
-    """Print one line on standard output, at once; only the first process of several speaks."""
+def say(message: str = "", *, is_styled: bool = False) -> None:
+    """Print one line on standard output, at once; only the first process of several speaks.
+
+    is_styled: the message holds colours of our own, and its foreign text is escaped already.
+    """
     if not quiet_rank():
-        _write(sys.stdout, escaped(message))
+        _write(sys.stdout, message if is_styled else escaped(message))
 
 
 def warn(message: str) -> None:
@@ -83,8 +86,8 @@ def error(message: str) -> None:
 
 
 def escaped(text: str) -> str:
-    """The text with control characters as they are written in a program: ESC becomes ``\\x1b``."""
-    return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+    """The text with control characters as JSON writes them, so that JSON stays JSON: ESC becomes ``\\u001b``."""
+    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def quiet_rank() -> bool:

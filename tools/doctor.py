@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.cli import parse
-from onecard.console import ModelError, run_main, say
+from onecard.console import ModelError, escaped, run_main, say
 
 COLOURS = {"ok": "32", "warning": "33", "problem": "31"}
 WIDTH = 110
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         report = {**counts, "findings": [asdict(finding) for finding in findings]}
         say(without_names(json.dumps(report, ensure_ascii=False, indent=1)))
     else:
-        say(without_names(as_table(findings)))
+        say(without_names(as_table(findings)), is_styled=True)
         say(f"\n{counts['ok']} ok, {counts['warning']} warnings, {counts['problem']} problems")
     if counts["problem"]:
         raise ModelError("this machine is not ready to train; mend the problems above from top to bottom")
@@ -58,10 +58,10 @@ def as_table(findings: list[Any]) -> str:
     indent = " " * (width + 11)
     lines = []
     for finding in findings:
-        first, *rest = wrap(finding.value, WIDTH - len(indent)) or [""]
+        first, *rest = wrap(escaped(finding.value), WIDTH - len(indent)) or [""]
         lines.append(f"{_coloured(finding.state)}  {finding.name:<{width}}  {first}")
         lines += [indent + part for part in rest]
-        lines += [f"{indent}-> {part}" for part in wrap(finding.remedy, WIDTH - len(indent) - 3)]
+        lines += [f"{indent}-> {part}" for part in wrap(escaped(finding.remedy), WIDTH - len(indent) - 3)]
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.cli import comma_list, parse
 from onecard.config import Problem
-from onecard.console import run_main, say, warn
+from onecard.console import escaped, run_main, say, warn
 
 N_LISTED = 40
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(options.output_path).expanduser() if options.output_path else None
     place = directory_place(target) if target else cache_place(listing)
     missing_bytes, free_bytes = place.missing_bytes(listing), place.free_bytes()
-    say(_table(listing))
+    say(_table(listing), is_styled=True)
     say(
         f"{len(listing.files)} files, {_readable(listing.n_bytes)}; to fetch: {_readable(missing_bytes)}; "
         f"free there: {_readable(free_bytes)}"
@@ -103,7 +103,7 @@ def _table(listing: Any) -> str:
     table.add_column("size", justify="right")
     largest = sorted(listing.files, key=lambda file: -file.n_bytes)
     for file in largest[:N_LISTED]:
-        table.add_row(Text(file.name), _readable(file.n_bytes))
+        table.add_row(Text(escaped(file.name)), _readable(file.n_bytes))
     if len(largest) > N_LISTED:
         rest = largest[N_LISTED:]
         table.add_row(f"... {len(rest)} smaller ones", _readable(sum(file.n_bytes for file in rest)))

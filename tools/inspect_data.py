@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
 
 from onecard.cli import parse  # noqa: E402
 from onecard.config import DEFAULT_BASE, DataOptions, Problem  # noqa: E402
-from onecard.console import run_main, say  # noqa: E402
+from onecard.console import escaped, run_main, say  # noqa: E402
 
 BAR_WIDTH = 40
 
@@ -89,13 +89,14 @@ def say_samples(shown: list[tuple[str, list[Any]]]) -> None:
         say(f"\n--- {record}")
         text = Text()
         for part in parts:
+            written = escaped(part.text)
             if console.is_terminal:
-                text.append(part.text, style="bold green" if part.learned else "dim")
+                text.append(written, style="bold green" if part.learned else "dim")
             else:
-                text.append(f"«{part.text}»" if part.learned else part.text)
+                text.append(f"«{written}»" if part.learned else written)
         with console.capture() as captured:
             console.print(text)
-        say(captured.get().rstrip("\n"))
+        say(captured.get().rstrip("\n"), is_styled=True)
 
 
 def say_lengths(found: Any, limited: Any) -> None:

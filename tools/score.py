@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.cli import parse
 from onecard.config import REPOSITORY, ModelOptions, Problem
-from onecard.console import run_main, say
+from onecard.console import escaped, run_main, say
 from onecard.talk.run_files import stored_options
 
 # Case and Score of onecard.talk.scoring, which is imported only after the options are known to be good.
@@ -73,7 +73,7 @@ def main() -> None:
     from onecard.model.quantization import quiet_bitsandbytes
 
     with quiet_bitsandbytes():
-        say(scored(config))
+        say(scored(config), is_styled=not config.score.json)
 
 
 def scored(config: ScoreConfig) -> str:
@@ -124,7 +124,7 @@ def as_tables(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]
     for i in shown(options, cases):
         answers = [one.answers[i].strip() for one in scores.values()]
         # As Text, because [brackets] in an answer are no markup.
-        examples.add_row(*(Text(cell) for cell in (question_of(cases[i]), cases[i].reference, *answers)))
+        examples.add_row(*(Text(escaped(cell)) for cell in (question_of(cases[i]), cases[i].reference, *answers)))
     console = Console()
     with console.capture() as captured:
         console.print(numbers)

@@ -82,7 +82,7 @@ def hostile_paths(arena: Path) -> list[str]:
     up = ["../" * n + "victim" for n in range(1, 5)] + ["../" * n + "x" for n in range(1, 5)]
     return [
         *up, str(arena.parent / "x"), f"/{arena.parent}/x", f"a/{arena.parent}/x", "a/../../victim", ".", "..", "", "/",
-        "../../../../home/notes.txt", "a\0b", "a/\0", "C:\\x", "C:x", "\\\\server\\share\\x", "//server/x", "con",
+        "../../../../srv/notes.txt", "a\0b", "a/\0", "C:\\x", "C:x", "\\\\server\\share\\x", "//server/x", "con",
         "a/nul.txt",        "a" * 256, "b/" * 700 + "b", "\ud800", "\x1b[2J", "a\nb", "link/victim", "link/new",
         ".parts/x", "A/b", "a/B",
         "...", "a..", "x ", "~/x", "$HOME/x", "%2e%2e/x", "..%2fx", "..\\..\\x", "sub//x", "./x", "a/./b",
