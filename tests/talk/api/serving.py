@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +41,10 @@ class Running:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self._thread.join(60)  # no measure of speed: the machine may be busy
-        assert not self._thread.is_alive(), "the server did not stop"
+        self._thread.join(10)
+        frames = sys._current_frames().get(self._thread.ident or 0)
+        where = "".join(traceback.format_stack(frames)) if frames else ""
+        assert not self._thread.is_alive(), f"the server did not stop; it stands here:\n{where}"
 
     def client(self, **changes: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, **changes)
