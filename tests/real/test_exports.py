@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +18,101 @@ from tests.gain import answer_nll, kept_share
 from tools import export_gguf, merge_lora
 
 ROWS = Path(__file__).resolve().parents[2] / "sample" / "merge_sample.json"
-STEPS = (6, 24, 64)
 PROMPT_TYPES = {"smollm2": "auto", "gemma3_270m": "alpaca"}
+# Runs of their own, each with its own schedule. Gemma, which is not exported to GGUF, only where rounding weighs most.
+RUNS = [("smollm2", 6), ("smollm2", 24), ("smollm2", 64), ("gemma3_270m", 6)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An adapter of a real base, and the NLL of held-out answers without and with it."""
+
+    name: str
+    base: Path
+    adapter: Path
+    n_steps: int
+    tokenizer: Any
+    without: float
+    with_it: float
+
+    def kept(self, model: Any, what: str) -> float:
+        nll = answer_nll(model, self.tokenizer, PROMPT_TYPES[self.name])
+        return kept_share(self.without, self.with_it, nll, f"{self.name}, {self.n_steps} steps, {what}")
 
 
 def loaded(directory: Path, **words: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **words).eval()
 
 
-@pytest.fixture(scope="session", params=PROMPT_TYPES)
-def trained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str, dict[int, Path], dict[int, float], Any]:
-    """Base, template, checkpoints and NLL by number of steps (0: the base), and the tokenizer."""
-    name = request.param
-    base, run = request.getfixturevalue(name)["bf16"], tmp_path_factory.mktemp("real") / name
-    steps = STEPS if name == "smollm2" else STEPS[:1]
+def adapted(run: Run) -> Any:
+    return load_adapter(loaded(run.base), run.adapter, trainable=False).model.eval()
+
+
+@pytest.fixture(scope="session", params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run at the defaults, but for its length."""
+    name, n_steps = request.param
+    base, output = request.getfixturevalue(name)["bf16"], tmp_path_factory.mktemp("real") / f"{name}-{n_steps}"
     finetune(
         tiny.config_for(
-            base, ROWS, run, max_steps=max(steps), num_epoch=9, total_batch=4, learning_rate=2e-4, cutoff_len=128,
-            save_steps=6, keep_checkpoints=20, prompt_type=PROMPT_TYPES[name], log_steps=10,
+            base, ROWS, output, max_steps=n_steps, num_epoch=9, total_batch=4, learning_rate=2e-4, cutoff_len=128,
+            prompt_type=PROMPT_TYPES[name], log_steps=10,
         )
     )  # fmt: skip
-    checkpoints = {n: run / f"checkpoint-{n}" for n in steps}
-    tokenizer, model = AutoTokenizer.from_pretrained(base), loaded(base)
-    nll = {0: answer_nll(model, tokenizer, PROMPT_TYPES[name])}
-    for n, checkpoint in checkpoints.items():
-        adapted = load_adapter(loaded(base), checkpoint, trainable=False).model.eval()
-        nll[n] = answer_nll(adapted, tokenizer, PROMPT_TYPES[name])
-    return base, PROMPT_TYPES[name], checkpoints, nll, tokenizer
+    tokenizer, prompt_type = AutoTokenizer.from_pretrained(base), PROMPT_TYPES[name]
+    without = answer_nll(loaded(base), tokenizer, prompt_type)
+    model = load_adapter(loaded(base), output, trainable=False).model.eval()
+    with_it = answer_nll(model, tokenizer, prompt_type)
+    assert with_it < without - 0.05, "the run gained nothing: nothing could be lost"
+    return Run(name, base, output, n_steps, tokenizer, without, with_it)
 
 
-def kept(trained: Any, n: int, model: Any, what: str) -> float:
-    base, prompt_type, _, nll, tokenizer = trained
-    return kept_share(nll[0], nll[n], answer_nll(model, tokenizer, prompt_type), f"{base.parent.name}, {n}, {what}")
-
-
-@pytest.mark.parametrize("n", STEPS)
-def test_merge_keeps_the_gain(trained: Any, n: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, _, checkpoints, nll, _ = trained
-    if n not in checkpoints:
-        pytest.skip("the longer runs are made on SmolLM2 alone")
-    assert nll[n] < nll[0] - 0.05
-    words = ["--model_path", str(base), "--lora_path", str(checkpoints[n]), "--output_path", str(tmp_path / "merged")]
+def test_the_merge_keeps_the_gain(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_path", str(run.base), "--lora_path", str(run.adapter), "--output_path", str(tmp_path / "merged")]
     merge_lora.main(words)
     assert "of what the adapters change in the predictions is kept" in capsys.readouterr().out
+    merged = loaded(tmp_path / "merged")
     with capsys.disabled():
-        assert kept(trained, n, loaded(tmp_path / "merged"), "merge") >= 0.99
+        assert run.kept(merged, "merge") >= 0.99
+    if run.name == "smollm2":  # the other one is a base that was taught no chat
+        assert_speaks_alike(run, adapted(run), merged)
 
 
-def test_gguf_and_the_sum_that_quantisers_take_keep_the_gain(
-    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_sum_that_quantisers_take_keeps_the_gain(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At six steps, where a rounding takes the largest share."""
-    base, _, checkpoints, _, _ = trained
-    with whole_model(Request(str(base), (str(checkpoints[6]),), tmp_path / "q"), tmp_path) as source, capsys.disabled():
-        assert kept(trained, 6, loaded(source), "sum for quantisers") >= 0.99
-    if base.parent.name != "smollm2":
-        return  # a family that is not exported
+    with whole_model(Request(str(run.base), (str(run.adapter),), tmp_path / "q"), tmp_path) as source:
+        model = loaded(source)
+    with capsys.disabled():
+        assert run.kept(model, "sum for quantisers") >= 0.99
+
+
+def test_gguf_keeps_the_gain(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if run.name != "smollm2":
+        pytest.skip("the GGUF export does not know this family")
     folder = tmp_path / "gguf"
-    words = ["--model_path", str(base), "--lora_path", str(checkpoints[6]), "--output_path", str(folder)]
+    words = ["--model_path", str(run.base), "--lora_path", str(run.adapter), "--output_path", str(folder)]
     export_gguf.main(words)
     model = loaded(folder, gguf_file="model-f16.gguf", quantization_config=GgufConfig(dequantize=True))
     with capsys.disabled():
-        assert kept(trained, 6, model, "GGUF f16") >= 0.99
+        assert run.kept(model, "GGUF f16") >= 0.99
+
+
+def assert_speaks_alike(run: Run, one: Any, other: Any) -> None:
+    """Greedy answers of both agree, but for a near tie that tips over, and make sense."""
+    questions = [f"What is the capital of {country}?" for country in CAPITALS]
+    answers, others = ([answer(model, run.tokenizer, question) for question in questions] for model in (one, other))
+    assert sum(a == b for a, b in zip(answers, others, strict=True)) >= len(CAPITALS) - 1, (answers, others)
+    known = [capital in text for capital, text in zip(CAPITALS.values(), others, strict=True)]
+    assert sum(known) >= len(CAPITALS) // 2, others  # 135M parameters do not know them all
+
+
+CAPITALS = {"Italy": "Rome", "France": "Paris", "Germany": "Berlin", "Japan": "Tokyo"}
+
+
+def answer(model: Any, tokenizer: Any, question: str) -> str:
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
