@@ -85,7 +85,7 @@ def _joined(turns: Sequence[Turn], *, keep_first: bool) -> list[Turn]:
     for role, group in groupby(turns, lambda turn: turn.role):
         same = list(group)
         if role == "system":
-            text = "\n\n".join(turn.content for turn in same)
+            text = "\n\n".join(turn.content for turn in same if turn.content.strip())
             if keep_first and not joined:
                 joined.append(replace(same[0], content=text))
             else:

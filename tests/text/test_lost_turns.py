@@ -75,3 +75,12 @@ def test_an_input_stays_between_its_question_and_a_system_message_after_it():
     turns = [Turn("user", "Translate", "cat"), Turn("system", "Be brief.")]
     assert joined_system_turns(turns) == [Turn("user", "Translate", "cat\n\nBe brief.")]
     assert joined_system_turns([*turns, Turn("user", "And?")])[1:] == [Turn("user", "Be brief.\n\nAnd?")]
+
+
+def test_an_empty_system_message_adds_nothing_where_it_is_joined():
+    question, answer = Turn("user", "Why?"), Turn("assistant", "So.")
+    for empty in ("", " \n"):
+        none, brief = Turn("system", empty), Turn("system", "Be brief.")
+        assert joined_system_turns([question, answer, none, question]) == [question, answer, question]
+        assert joined_system_turns([question, answer, none, brief, question])[-1].content == "Be brief.\n\nWhy?"
+        assert joined_system_turns([question, answer, none]) == [question, answer]
