@@ -99,6 +99,7 @@ def evaluated(run: Path) -> float:
     from onecard.text.encode import EncodeSettings
     from onecard.text.template import load_template
     from onecard.train.evaluate import evaluation_loss
+    from onecard.train.recovery import Limits
 
     options = replace(ModelOptions(bits=32, device="cpu"), gradient_checkpointing=False)
     tokenizer = load_tokenizer(options.model_path)
@@ -106,7 +107,7 @@ def evaluated(run: Path) -> float:
     data = encode_dataset(held_out, load_template("auto", tokenizer), tokenizer, EncodeSettings(1024), run.parent)
     model = load_adapter(load_base(options, detect("cpu")).model, run, trainable=False).model
     samples = [data[number] for number in range(len(data))]
-    return evaluation_loss(model, samples, Accelerator(cpu=True), micro_tokens=4096)
+    return evaluation_loss(model, samples, Accelerator(cpu=True), limits=Limits(micro_tokens=4096))
 
 
 if __name__ == "__main__":

@@ -153,11 +153,9 @@ def peaks(config: dict[str, Any], setup: Any, hardware: Any) -> dict[str, int]:
 
     run = real_run(config, setup, hardware)
     take_step(run)  # the first makes what stays: quantisation's own tensors, the check of the loss
-    limits = run.limits
 
     def evaluate() -> None:
-        evaluation_loss(run.model, list(run.train_samples)[: setup.rows], run.accelerator,
-                        micro_batch=limits.micro_batch, loss_chunk=limits.loss_chunk)  # fmt: skip
+        evaluation_loss(run.model, list(run.train_samples)[: setup.rows], run.accelerator, limits=run.limits)
 
     if hardware.is_gpu:
         training, reserved = _peak_on_card(lambda: take_step(run))

@@ -7,6 +7,7 @@ the model, and it imports nothing heavy.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -69,8 +70,8 @@ class DataOptions:
     """Longest sample in tokens. Longer ones lose whole oldest turns, then the end of the answer."""
     train_on: Literal["all", "last", "everything"] = "all"
     """Which tokens are learned: all answers, the last answer only, or every token, prompts too."""
-    test_size: float = 0.05
-    """Rows kept for evaluation: a count (200) or a fraction (0.05); 0 turns evaluation off."""
+    test_size: float | Literal["auto"] = "auto"
+    """Rows kept for evaluation: a count (200), a fraction (0.05) or 0, which turns it off. auto: 5 %, at most 1,000."""
     strict: bool = False
     """End at the first bad record instead of skipping and counting it."""
     cache_path: str | None = None
@@ -82,8 +83,9 @@ class DataOptions:
             found.append(("--data_path", "is empty; give a file, a folder or a Hub dataset id"))
         if self.cutoff_len < 8:
             found.append(("--cutoff_len", f"{self.cutoff_len} tokens leave no room for an answer; use 8 or more"))
-        if self.test_size < 0 or (self.test_size > 1 and self.test_size != int(self.test_size)):
-            found.append(("--test_size", f"{self.test_size} is neither a fraction (0.05), a count (200) nor 0"))
+        size = 0 if self.test_size == "auto" else self.test_size
+        if not 0 <= size < math.inf or (size > 1 and size != int(size)):
+            found.append(("--test_size", f"{size} is neither a fraction (0.05), a count (200), 0 nor auto"))
         return found
 
 
@@ -178,7 +180,8 @@ class TrainOptions:
     log_samples: bool = False
     """Write the record ids of each step into log.jsonl, every step."""
     eval_steps: int = 0
-    """Evaluate every so many steps (and at the end); 0: a third of the run, at most an epoch or 200 steps."""
+    """Evaluate every so many steps (and at the end); 0: a third of the run, at most an epoch or 200 steps, but never
+    more than a tenth of the time. --test_size 0 turns evaluation off."""
     save_steps: int = 0
     """Save a checkpoint every so many steps (and at the end); 0: an eighth of the run, at most an epoch or 200."""
     eval_minutes: float = 10

@@ -14,7 +14,7 @@ from onecard.console import ModelError
 from onecard.model.loss import summed_loss
 from onecard.text.batches import collate, micro_batches, share_for_rank
 from onecard.text.encode import Encoded
-from onecard.train.recovery import SMALLEST_CHUNK, give_back_memory, is_out_of_memory, padded_tokens
+from onecard.train.recovery import SMALLEST_CHUNK, Limits, give_back_memory, is_out_of_memory, padded_tokens
 
 MAX_FAILURES = 3  # of one row, at a chunk of logits that cannot be made smaller
 TOO_LONG = "a single held-out row does not fit in memory; use a shorter --cutoff_len, or --test_size 0"
@@ -35,32 +35,31 @@ def evaluation_loss(
     samples: list[Encoded],
     accelerator: Any,
     *,
-    micro_batch: int = 0,
-    micro_tokens: int = 0,
-    loss_chunk: int = 0,
+    limits: Limits | None = None,
     room: Room | None = None,
     told: Callable[[str], None] = lambda change: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Mean cross-entropy in nats per supervised token over `samples`; the same number on every process.
 
     Args:
         model: any causal LM, wrapped or not; it is put back into training mode if it was in it.
-        samples: encoded held-out rows.
-        accelerator: moves the batches and sums over processes.
-        micro_batch, micro_tokens, loss_chunk: limits, as in training; room: what did not fit before, and now.
+        samples: held-out rows; accelerator: moves the batches and sums over processes.
+        limits: as in training; room: what did not fit before, and now.
         told: is given words each time that memory ran out.
+        progress: is given how many of this process's rows are done, and how many there are.
 
     Raises ModelError when a single row does not fit.
     """
-    was_training = model.training
+    was_training, limits = model.training, limits or Limits()
     model.eval()
     lengths = np.array([len(sample.input_ids) for sample in samples])
-    micros = micro_batches(np.arange(len(samples)), lengths, micro_batch=micro_batch, micro_tokens=micro_tokens)
+    micros = micro_batches(np.arange(len(samples)), lengths, **limits.cut)
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, lengths)
     waiting = [micro for micro in mine if micro is not None]
     total = torch.zeros(2, dtype=torch.float64)
-    room, n_failures = room or Room(), 0
-    loss_chunk = min(room.loss_chunk or loss_chunk, loss_chunk or room.loss_chunk)
+    room, n_failures, n_done, n_mine = room or Room(), 0, 0, sum(map(len, waiting))
+    loss_chunk = min(room.loss_chunk or limits.loss_chunk, limits.loss_chunk or room.loss_chunk)
     while waiting:
         micro = waiting.pop(0)
         half = len(micro) // 2
@@ -69,7 +68,8 @@ def evaluation_loss(
             continue
         found = _loss_of([samples[i] for i in micro], model, accelerator.device, loss_chunk)
         if found is not None:
-            total, n_failures = total + found, 0
+            total, n_failures, n_done = total + found, 0, n_done + len(micro)
+            progress(n_done, n_mine)
             continue
         give_back_memory()
         waiting.insert(0, micro)

@@ -9,7 +9,7 @@ recomputed layers, offload, tiles) is chosen anew at each start. Knows options a
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -24,6 +24,7 @@ from onecard.model.load import check_stored_bits
 from onecard.model.memory import CUDA_CONTEXT_BYTES, GIB
 from onecard.model.plan import Card, Plan, make_plan
 from onecard.model.plan_text import plan_lines
+from onecard.text.batches import auto_test_size
 from onecard.train.intervals import resolve_intervals, say_intervals
 from onecard.train.loop import total_steps
 from onecard.train.optim import warmup_steps
@@ -96,11 +97,27 @@ def resolve_total_batch(config: FinetuneConfig, point: ResumePoint | None, n_row
     """Fill in --total_batch where it is 0: what the run began with, or what suits the number of training rows."""
     if config.train.total_batch:
         return config
-    batch = point.state.identity.get("batch", {}).get("total_batch") if point is not None and point.same_run else None
+    batch = _as_it_began(point).get("total_batch")
     reason = f"for {n_rows:,} training rows" if batch is None else "as the run began"
     batch = batch or auto_total_batch(n_rows)
     say(f"{batch} samples per optimizer step, {reason}; --total_batch sets another number")
     return replace(config, train=replace(config.train, total_batch=batch))
+
+
+def resolve_test_size(typed: float | Literal["auto"], point: ResumePoint | None, n_conversations: int) -> float:
+    """--test_size as a share or a count: as typed, else what the run began with, else what suits so much data."""
+    if typed != "auto":
+        return typed
+    began: float | None = _as_it_began(point).get("test_size")
+    chosen = auto_test_size(n_conversations) if began is None else began
+    if chosen >= 1 and began is None:
+        say(f"--test_size auto keeps {chosen:,.0f} of {n_conversations:,} conversations for evaluation, not 5 %")
+    return chosen
+
+
+def _as_it_began(point: ResumePoint | None) -> dict[str, Any]:
+    """The sizes that the run began with, by option."""
+    return point.state.identity.get("batch", {}) if point is not None and point.same_run else {}
 
 
 def auto_total_batch(n_rows: int) -> int:
@@ -119,7 +136,7 @@ def resolve_lengths(config: FinetuneConfig, n_rows: int, n_test: int) -> Finetun
     options, total = config.train, total_steps(config.train, n_rows)
     for flag, problem in useless_settings(options, n_rows, n_test, total):
         warn(f"{flag}: {problem}")
-    resolved = resolve_intervals(options, n_rows, total)
+    resolved = resolve_intervals(options, n_rows, n_test, total)
     say_intervals(options, resolved, n_test, total)
     return replace(config, train=resolved)
 

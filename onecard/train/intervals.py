@@ -5,6 +5,7 @@ Neither changes what is learned. Knows options, numbers of steps and a clock; wh
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,21 +19,25 @@ Result = TypeVar("Result")
 MOST_STEPS = 200
 EVALUATIONS = 3  # at least, so that the best of them means something
 CHECKPOINTS = 8  # at least: killed at half, a run has lost no more than a quarter of what was done
+# Time for a row in evaluation, for one in training: a pass forward against one forward and one backward, if not two.
+EVALUATED_PER_TRAINED = 0.5
 WAIT_PER_TIME_TAKEN = 9  # so that what is done by the clock takes a tenth of the time at most
 
 
-def resolve_intervals(options: TrainOptions, n_rows: int, total_steps: int) -> TrainOptions:
+def resolve_intervals(options: TrainOptions, n_rows: int, n_test: int, total_steps: int) -> TrainOptions:
     """Fill in --eval_steps and --save_steps where they are 0, for a run of this length over `n_rows` training rows.
 
-    24 steps in 3 epochs: evaluated every 8 steps, saved every 3; 10,000 steps: both every 200.
+    24 steps in 3 epochs: evaluated every 8 steps, saved every 3; 10,000 steps: both every 200, unless `n_test` rows so
+    often would take more than a tenth of the time.
     """
     most = min(MOST_STEPS, steps_per_epoch(n_rows, options.total_batch))
     third = -(-total_steps // EVALUATIONS)
     if third > 1 and -(-total_steps // third) < EVALUATIONS:
         third -= 1  # every second of 4 steps would be two evaluations
+    seldom = math.ceil(WAIT_PER_TIME_TAKEN * EVALUATED_PER_TRAINED * n_test / options.total_batch)
     return replace(
         options,
-        eval_steps=options.eval_steps or max(1, min(most, third)),
+        eval_steps=options.eval_steps or max(1, min(total_steps, max(seldom, min(most, third)))),
         save_steps=options.save_steps or max(1, min(most, total_steps // CHECKPOINTS)),
     )
 
@@ -45,7 +50,14 @@ def say_intervals(typed: TrainOptions, resolved: TrainOptions, n_test: int, tota
     for flag, what, given, steps, minutes in parts:
         clock = f" or {minutes:g} minutes" if minutes else ""
         reason = "as given" if given else f"the run has {total_steps:,}; {flag} sets another number"
-        say(f"{what} every {f'{steps} steps' if steps > 1 else 'step'}{clock} ({reason})")
+        share = f", at most {evaluation_share(resolved, n_test):.0%} of the time" if flag == "--eval_steps" else ""
+        say(f"{what} every {f'{steps} steps' if steps > 1 else 'step'}{clock}{share} ({reason})")
+
+
+def evaluation_share(options: TrainOptions, n_test: int) -> float:
+    """The most of a run's time that evaluations by --eval_steps take."""
+    evaluated = EVALUATED_PER_TRAINED * n_test
+    return evaluated / (evaluated + options.eval_steps * options.total_batch)
 
 
 class Timer:

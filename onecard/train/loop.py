@@ -162,7 +162,10 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     state = run.state
     if not run.test_samples:
         return False
-    loss = evaluate(run, run.test_samples)
+    started_s = time.monotonic()
+    with reporter.evaluation(state.step) as progress:
+        loss = evaluate(run, run.test_samples, progress)
+    seconds = time.monotonic() - started_s
     if not math.isfinite(loss):
         warn(f"step {state.step}: the evaluation loss is {loss}, so this step is not taken for the best; the base "
              "cannot compute a held-out row, or the weights diverge (lower --learning_rate)")  # fmt: skip
@@ -172,19 +175,23 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     if improved:
         state.best_step, state.best_loss = state.step, loss
     row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step}
-    reporter.event(row, f"step {state.step}: evaluation loss {loss:.4f}" + (" (best so far)" if improved else ""))
+    best_so_far = " (best so far)" if improved else ""
+    took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"
+    reporter.event(row, f"step {state.step}: evaluation loss {loss:.4f}{best_so_far}, {took}")
     return improved
 
 
-def evaluate(run: Run, samples: list[Encoded]) -> float:
+def evaluate(
+    run: Run, samples: list[Encoded], progress: Callable[[int, int], None] = lambda done, total: None
+) -> float:
     """The loss of held-out samples per supervised token, under the run's limits."""
 
     def told(change: str) -> None:
         message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
         run.events.append(Event({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
 
-    limits: dict[str, Any] = {**run.limits.cut, "loss_chunk": run.limits.loss_chunk, "room": run.evaluation_room}
-    return evaluation_loss(run.model, samples, run.accelerator, **limits, told=told)
+    return evaluation_loss(run.model, samples, run.accelerator, limits=run.limits, room=run.evaluation_room,
+                           told=told, progress=progress)  # fmt: skip
 
 
 def _overflowing(step: int) -> str:

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from onecard.console import say
 from onecard.model.memory import GIB
 from onecard.text.batches import steps_per_epoch
+from onecard.train.intervals import WAIT_PER_TIME_TAKEN
 from onecard.train.loop import evaluate
 from onecard.train.recovery import Limits
 from onecard.train.run import Run
@@ -103,16 +104,22 @@ def rehearse(run: Run) -> None:
     if worst.length < int(lengths.max()):
         _fitting(run, lambda: Worst(1, int(lengths.max())))
     run.engine.forget()
-    if run.test_samples:
-        of_test = np.array([len(sample.input_ids) for sample in run.test_samples])
-        largest = worst_micro_batch(of_test, run.limits, len(of_test))
-        evaluate(run, [run.test_samples[int(i)] for i in _rows(of_test, largest)])
+    evaluation_s = _rehearse_evaluation(run) if run.test_samples else 0.0
     said = f"rehearsed {worst.rows} x {worst.length:,} tokens"
     if on_gpu:
         peak = torch.cuda.max_memory_reserved()
         said += f": peak {peak / GIB:.2f} GiB reserved, {run.planned_bytes / GIB:.2f} GiB planned"
         torch.cuda.reset_peak_memory_stats()
-    say(f"{said}; {_duration(run, worst.tokens / max(seconds, 1e-9))}")
+    say(f"{said}; {_duration(run, worst.tokens / max(seconds, 1e-9), evaluation_s)}")
+
+
+def _rehearse_evaluation(run: Run) -> float:
+    """Evaluate the largest micro-batch of held-out rows; returns the seconds that all would take at its speed."""
+    lengths = np.array([len(sample.input_ids) for sample in run.test_samples])
+    largest = worst_micro_batch(lengths, run.limits, len(lengths))
+    started = time.monotonic()
+    evaluate(run, [run.test_samples[int(i)] for i in _rows(lengths, largest)])
+    return (time.monotonic() - started) * float(lengths.sum()) / largest.tokens / run.accelerator.num_processes
 
 
 def _fitting(run: Run, worst_now: Callable[[], Worst]) -> Worst:
@@ -128,11 +135,24 @@ def _fitting(run: Run, worst_now: Callable[[], Worst]) -> Worst:
         make_room(run, np.full(worst.rows, worst.length))
 
 
-def _duration(run: Run, tokens_per_s: float) -> str:
+def _duration(run: Run, tokens_per_s: float, evaluation_s: float) -> str:
     """The rest of the run at this speed. The first pass is the slowest, so it is an upper estimate."""
-    minutes = _tokens_left(run) / run.accelerator.num_processes / tokens_per_s / 60
-    span = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"
-    return f"at its speed the run would take at most about {span}"
+    training = _tokens_left(run) / run.accelerator.num_processes / tokens_per_s / 60
+    evaluating = _n_evaluations(run.state.step, run.state.total_steps, run.options.eval_steps) * evaluation_s / 60
+    if run.options.eval_minutes:  # those by the clock
+        n_more = training // run.options.eval_minutes
+        evaluating += min(n_more * evaluation_s / 60, training / WAIT_PER_TIME_TAKEN)
+    part = f", {_span(evaluating)} of it for evaluation" if evaluating else ""
+    return f"at its speed the run would take at most about {_span(training + evaluating)}{part}"
+
+
+def _n_evaluations(step: int, total_steps: int, eval_steps: int) -> int:
+    """Evaluations by the number of steps from here to the end, that of the last step too."""
+    return total_steps // eval_steps - step // eval_steps + (total_steps % eval_steps > 0)
+
+
+def _span(minutes: float) -> str:
+    return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"
 
 
 def _tokens_left(run: Run) -> float:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from tqdm import tqdm
 from onecard.console import ConfigError, say, warn
 
 LOG_NAME = "log.jsonl"
+SECONDS_PER_LINE = 30
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
@@ -89,6 +93,25 @@ class Reporter:
         if message:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
+
+    @contextmanager
+    def evaluation(self, step: int) -> Iterator[Callable[[int, int], None]]:
+        """Show how far an evaluation is while it goes on, in rows: on a bar; in a file on a line every half minute."""
+        bar = tqdm(unit="row", desc="evaluation", leave=False, dynamic_ncols=True,
+                   disable=not (self.enabled and self.is_terminal))  # fmt: skip
+        told_s = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told_s
+            if bar.total != total:
+                bar.reset(total)
+            bar.update(done - bar.n)
+            if self.enabled and not self.is_terminal and done < total and time.monotonic() - told_s >= SECONDS_PER_LINE:
+                told_s = time.monotonic()
+                say(f"step {step}: evaluated on {done:,} of {total:,} rows")
+
+        with bar:
+            yield progress
 
     def close(self) -> None:
         """Finish the bar, flush the files and draw loss.png."""

@@ -27,7 +27,7 @@ from onecard.text.encode import Encoded, EncodeSettings
 from onecard.text.template import Template, load_template
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
-from onecard.train.fit import choices_of, limits_of
+from onecard.train.fit import choices_of, limits_of, resolve_test_size
 from onecard.train.loop import total_steps
 from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
 from onecard.train.reporting import Reporter, TensorBoardSink, WandbSink
@@ -63,6 +63,7 @@ class Data:
     train: SampleView
     test: list[Encoded]
     fingerprint: str
+    test_size: float
 
     @property
     def longest(self) -> int:
@@ -87,8 +88,8 @@ def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: st
     return Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed_precision, kwargs_handlers=[no_copies])
 
 
-def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Data:
-    """Read and encode the data (or find it encoded), and set the held-out rows aside.
+def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: ResumePoint | None = None) -> Data:
+    """Read and encode the data (or find it encoded), and set the held-out rows aside, as the run began.
 
     Raises DataError for data that cannot be used, ConfigError for a split that leaves nothing to train on.
     """
@@ -100,10 +101,11 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator) -> Data:
         dataset = encode_dataset(options.data_path, template, tokenizer, settings, cache_directory(options.cache_path))
     for line in dataset.summary_lines():
         say(line)
-    train_rows, test_rows = split(dataset.groups, options.test_size, config.train.seed)
-    say(f"template {template.name}; {len(train_rows)} samples to train on, {len(test_rows)} to evaluate on")
+    test_size = resolve_test_size(options.test_size, point, len(np.unique(dataset.groups)))
+    train_rows, test_rows = split(dataset.groups, test_size, config.train.seed)
+    say(f"template {template.name}; {len(train_rows):,} samples to train on, {len(test_rows):,} to evaluate on")
     test = [dataset[int(i)] for i in test_rows]
-    return Data(tokenizer, template, SampleView(dataset, train_rows), test, dataset.fingerprint)
+    return Data(tokenizer, template, SampleView(dataset, train_rows), test, dataset.fingerprint, test_size)
 
 
 def check_inputs(model: Any, data: Data) -> None:
@@ -191,7 +193,7 @@ def run_identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
             if value or not name.startswith(("train_", "lora_target_parameters"))
         },
         "bits": config.model.bits,
-        "batch": {"total_batch": config.train.total_batch, "test_size": config.data.test_size},
+        "batch": {"total_batch": config.train.total_batch, "test_size": data.test_size},
         "seed": config.train.seed,
     }
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from onecard.console import ConfigError
 from onecard.text.batches import (
+    auto_test_size,
     collate,
     epoch_order,
     micro_batches,
@@ -137,6 +138,11 @@ def test_split_parts_no_group(sizes, test_size, seed):
     assert not set(groups[train]) & set(groups[test])
     assert len(set(groups[test])) == wanted
     assert [part.tolist() for part in split(groups, test_size, seed)] == [train.tolist(), test.tolist()]
+
+
+def test_what_is_held_out_by_default_is_capped():
+    found = [auto_test_size(n) for n in (1, 2, 100, 20_000, 20_001, 694_000)]
+    assert found == [0, 0.05, 0.05, 0.05, 1000, 1000]
 
 
 def test_split_of_nothing():

@@ -227,5 +227,5 @@ def test_settings_larger_than_the_run_are_told_when_it_starts(capsys: pytest.Cap
     resolved = fit.resolve_lengths(config, 38, 2).train
     told = capsys.readouterr()
     assert "--total_batch: 64 is more than the 38 training rows" in told.err and "--warmup_steps: " in told.err
-    assert "an evaluation every step or 10 minutes (the run has 2; --eval_steps sets another number)" in told.out
+    assert "an evaluation every step or 10 minutes, at most 2% of the time (the run has 2; --eval_steps" in told.out
     assert (resolved.eval_steps, resolved.save_steps) == (1, 1)

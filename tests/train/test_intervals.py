@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,20 +15,22 @@ from hypothesis import strategies as st
 
 from onecard.config import FinetuneConfig, TrainOptions
 from onecard.recipes import finetune
-from onecard.train import intervals, loop
+from onecard.text.batches import auto_test_size
+from onecard.train import intervals, loop, rehearsal
 from onecard.train.fit import auto_total_batch, useless_settings
 from onecard.train.intervals import Timer, resolve_intervals
 from onecard.train.loop import total_steps
 from onecard.train.reporting import read_log
+from onecard.train.state import TrainerState
 from tests import tiny
 from tests.runs import assert_same_end, final_checkpoint
 
 
-def resolved(n_rows: int, **typed: float) -> tuple[TrainOptions, int]:
+def resolved(n_rows: int, *, n_test: int = 0, **typed: float) -> tuple[TrainOptions, int]:
     """The options of a run over `n_rows` training rows, at the defaults but for `typed`, and its steps."""
     options = replace(TrainOptions(total_batch=auto_total_batch(n_rows)), **typed)
     total = total_steps(options, n_rows)
-    return resolve_intervals(options, n_rows, total), total
+    return resolve_intervals(options, n_rows, n_test, total), total
 
 
 @settings(max_examples=300, deadline=None)
@@ -48,6 +51,32 @@ def test_examples() -> None:
     found = [resolved(n) for n in (38, 258, 1900)]
     assert [(options.total_batch, total) for options, total in found] == [(4, 30), (4, 195), (8, 714)]
     assert [(options.eval_steps, options.save_steps) for options, _ in found] == [(10, 3), (65, 24), (200, 89)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(20, 1_000_000), st.sampled_from([1, 2, 3, 10]), st.sampled_from(["auto", 0.05, 0.5, 5000]))
+def test_evaluation_takes_a_tenth_of_the_time_at_most(n: int, epochs: int, test_size: float | str) -> None:
+    """Whatever was held out, where --eval_steps is chosen; the first row of time is a training row's."""
+    size: Any = auto_test_size(n) if test_size == "auto" else test_size
+    n_test = min(n - 1, int(size) if size >= 1 else max(1, round(size * n)))
+    options, total = resolved(n - n_test, n_test=n_test, num_epoch=epochs)
+    evaluated = total // options.eval_steps * 0.5 * n_test
+    assert options.eval_steps == total or evaluated <= 0.1 * (evaluated + total * options.total_batch) + 1e-9
+    if test_size == "auto":
+        assert n_test <= 1000
+        assert -(-total // options.eval_steps) >= 3
+
+
+def test_the_estimate_counts_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 steps of 60 s; an evaluation of 120 s after every 40 and after the last: 3 of them, and by the clock more."""
+    run = SimpleNamespace(state=TrainerState(step=0, total_steps=100), accelerator=SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(rehearsal, "_tokens_left", lambda run: 6000.0)
+    for eval_minutes, told in ((0, "at most about 1.8 hours, 6 min of it for evaluation"),
+                               (50, "at most about 1.8 hours, 10 min of it for evaluation"),
+                               (1, "at most about 2.0 hours, 17 min of it for evaluation")):  # fmt: skip
+        run.options = TrainOptions(eval_steps=40, eval_minutes=eval_minutes)
+        assert rehearsal._duration(run, 1.0, evaluation_s=120.0).endswith(told)
+    assert rehearsal._duration(run, 1.0, evaluation_s=0.0).endswith("at most about 1.7 hours")
 
 
 def test_typed_values_win() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 
 from onecard.console import ConfigError
 from onecard.recipes import finetune
-from onecard.train import loop, rehearsal
+from onecard.train import loop, rehearsal, reporting
 from onecard.train.reporting import Reporter, check_sinks, draw_loss, read_log
 from tests import tiny
 from tests.runs import run_and_stop
@@ -81,6 +82,44 @@ def test_the_speed_counts_training_alone(
         2: round(seen[2] / 4, 1), 4: round((seen[4] - seen[3]) / 2, 1),  # it went on after step 3
         6: round((seen[6] - seen[4]) / 4, 1), 8: round((seen[8] - seen[6]) / 4, 1),
     }  # fmt: skip
+
+
+def test_an_evaluation_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a file a line every half minute, on a terminal a bar; the one loss after them names rows and seconds."""
+    clock = 0.0
+    monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=lambda: clock))
+    reporter = Reporter(tmp_path, total_steps=4, first_step=0)
+    with reporter.evaluation(3) as progress:
+        for done in range(10, 101, 10):
+            clock += 11
+            progress(done, 100)
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"step 3: evaluated on {done} of 100 rows" for done in (30, 60, 90)]
+    reporter.is_terminal = True
+    with reporter.evaluation(3) as progress:
+        progress(40, 100)
+    shown = capsys.readouterr()
+    assert "evaluation" in shown.err and "/100" in shown.err and not shown.out
+    with Reporter(tmp_path, total_steps=4, first_step=0, enabled=False).evaluation(3) as progress:
+        progress(40, 100)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_evaluation_counts_every_row(
+    tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    @contextlib.contextmanager
+    def watched(reporter: Reporter, step: int) -> Any:
+        yield lambda done, total: seen.append((done, total))
+
+    monkeypatch.setattr(Reporter, "evaluation", watched)
+    finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", test_size=5, eval_steps=9, micro_batch=2))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert re.search(r"step 3: evaluation loss \S+ \(best so far\), 5 rows in \S+ s\n", capsys.readouterr().out)
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

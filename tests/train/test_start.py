@@ -10,6 +10,7 @@ import pytest
 
 from onecard.console import CheckpointError, ConfigError, ModelError
 from onecard.recipes import finetune
+from onecard.text import batches
 from tests import tiny
 from tests.runs import final_checkpoint, run_and_stop
 
@@ -59,6 +60,27 @@ def test_another_run_is_refused_with_the_difference(
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"(?s)differs from this command:.*  {name}\n"):
         finetune(tiny.config_for(tiny_base, instructions, again, num_epoch=2, **change))
+
+
+def test_a_run_keeps_the_split_that_it_began_with(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """5 % was the default before there was a cap: 3 of 60 rows, where 2 would be held out now."""
+    monkeypatch.setattr(batches, "MOST_HELD_OUT", 2)
+    data = tiny.write_instructions(tmp_path / "data.json", n=60)
+    old, new = (tiny.config_for(tiny_base, data, tmp_path / name / "run", test_size=size, max_steps=1)
+                for name, size in (("old", 0.05), ("new", "auto")))  # fmt: skip
+    for config, held_out in ((old, 3), (new, 2)):
+        finetune(config)
+        assert f"{60 - held_out} samples to train on, {held_out} to evaluate on" in capsys.readouterr().out
+        config.train.max_steps, config.data.test_size = 2, "auto"
+        finetune(config)
+        printed = capsys.readouterr().out
+        assert f"{60 - held_out} samples to train on, {held_out} to evaluate on" in printed
+        assert "--test_size" not in printed
+    new.train.max_steps, new.data.test_size = 3, 0.05
+    with pytest.raises(CheckpointError, match=r"batch: --test_size 2 -> 0.05"):
+        finetune(new)
 
 
 def test_edited_data_is_refused_unless_asked_for(again: Path, tiny_base: Path, tmp_path: Path) -> None:
