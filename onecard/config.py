@@ -201,7 +201,8 @@ class TrainOptions:
     from_data_beginning: bool = False
     """With a resumed run: keep weights and optimizer, but start at the first step of this (perhaps new) data."""
     accept_changes: str = ""
-    """Go on although these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed (some of them)."""
+    """Go on although these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed (some of them).
+    base also accepts an --init_adapter that was trained on another base."""
     wandb: bool = False
     """Send the log to Weights & Biases as well (pip install wandb)."""
     wandb_project: str = "onecard"

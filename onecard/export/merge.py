@@ -22,12 +22,12 @@ from onecard.export.output import new_directory, progress
 from onecard.export.rounding import DTYPES, NAMES, DoesNotFit, rounded, rounded_sum
 from onecard.export.stored_base import TABLES, StoredBase, open_base
 from onecard.export.tensors import ShardWriter, checksum, copy_small_files
-from onecard.model.adapter_layouts import read_adapter
+from onecard.model.adapter_layouts import kept_fingerprint, other_base, read_adapter
 from onecard.model.adapters import base_of_adapter
 from onecard.model.files import base_fingerprint, locate, write_json
 from onecard.model.load import TOKENIZER_FILES, load_tokenizer
 
-TEMPLATE, STATE = "chat_template.jinja", "trainer_state.json"
+TEMPLATE = "chat_template.jinja"
 TOKENIZER_AND_TEMPLATE = (
     *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json", TEMPLATE
 )  # fmt: skip
@@ -172,36 +172,18 @@ def check_same_base(stage: Stage, base: str, *, accept: bool) -> list[str]:
 
     Raises ModelError for another base, unless that is accepted.
     """
-    trained_on = _kept_fingerprint(stage.files.directory)
-    if trained_on is None:
-        return [f"{stage.files.directory} keeps no fingerprint of its base, so it could not be checked that this is it"]
-    if trained_on == base_fingerprint(base):
+    directory = stage.files.directory
+    if kept_fingerprint(directory) is None:
+        return [f"{directory} keeps no fingerprint of its base, so it could not be checked that this is it"]
+    other = other_base(directory, base, base_fingerprint(base))
+    if other is None:
         return []
-    told = (
-        f"{stage.files.directory} was trained on another base than {base}: the fingerprints of their files differ "
-        f"({trained_on[:12]} and {base_fingerprint(base)[:12]})"
-    )
     if accept:
-        return [f"{told}; accepted"]
+        return [f"{other}; accepted"]
     raise ModelError(
-        f"{told}. On other weights the adapter does something else than it learned. Give the base it was trained on; "
-        "or, if this is the same model in another form (other shards, another dtype, an adapter before this one merged "
-        "in), add --accept_other_base"
+        f"{other}. Give that base; or, if this is the same model in another form (other shards, another dtype, an "
+        "adapter before this one merged in), add --accept_other_base"
     )
-
-
-def _kept_fingerprint(directory: Path) -> str | None:
-    checkpoints = sorted(directory.glob("checkpoint-*"))
-    above = [directory.parent] if directory.name.startswith("checkpoint-") else []
-    for place in (directory, *above, *checkpoints):
-        try:
-            state = json.loads((place / STATE).read_text(encoding="utf-8"))
-            kept = state["identity"]["base"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # absent, or of another kit's Trainer, whose file has the same name
-        if isinstance(kept, str):
-            return kept
-    return None
 
 
 def export_merged(

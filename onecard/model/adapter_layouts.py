@@ -24,6 +24,7 @@ from onecard.model.files import locate, safetensors_header
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+STATE = "trainer_state.json"
 # Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
 WEIGHT_NAMES = (WEIGHTS, "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 LORA_KEY = re.compile(
@@ -101,6 +102,35 @@ def infer_config(files: AdapterFiles, assumed_alpha: int | None) -> dict[str, An
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
         "use_dora": any(".lora_magnitude_vector" in name for name in files.tensors),
     }
+
+
+def other_base(source: str | Path, base: str, fingerprint: str) -> str | None:
+    """That an adapter was trained on other weights than `base` with this fingerprint; None: on these, or not kept."""
+    kept = kept_fingerprint(source)
+    if kept is None or kept == fingerprint:
+        return None
+    config = find_config(source)
+    named = read_config(config).get("base_model_name_or_path") if config else None
+    another = f"another base, {named}" if named else "another base"
+    return (
+        f"{source} was trained on {another}, not on {base}: the fingerprints of their files differ "
+        f"({kept[:12]} and {fingerprint[:12]}). On other weights an adapter does something else than it learned"
+    )
+
+
+def kept_fingerprint(source: str | Path) -> str | None:
+    """The fingerprint of its base that an adapter's run kept; None: of an old run, another kit or the Hub."""
+    path = Path(source).expanduser()
+    directory = path.parent if path.is_file() else path
+    above = [directory.parent] if directory.name.startswith("checkpoint-") else []
+    for place in (directory, *above, *sorted(directory.glob("checkpoint-*"))):
+        try:
+            kept = json.loads((place / STATE).read_text(encoding="utf-8"))["identity"]["base"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # absent, or of another kit's Trainer, whose file has the same name
+        if isinstance(kept, str):
+            return kept
+    return None
 
 
 def find_config(source: str | Path) -> Path | None:

@@ -39,6 +39,7 @@ from onecard.model.adapter_layouts import (
     differences_of,
     find_config,
     infer_config,
+    other_base,
     read_adapter,
     read_config,
 )
@@ -105,14 +106,23 @@ def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | Non
 
 
 def load_adapter(
-    model: nn.Module, source: str | Path, *, trainable: bool, assumed_alpha: int | None = None
+    model: nn.Module,
+    source: str | Path,
+    *,
+    trainable: bool,
+    assumed_alpha: int | None = None,
+    fingerprint: str | None = None,
 ) -> LoadedAdapter:
     """Attach a trained adapter from a run, a checkpoint, an older layout or the Hub.
 
-    `assumed_alpha` is used only for files that do not say it. Raises ModelError that lists every name and shape which
-    differs from what this base needs; the base is then left as it was.
+    `assumed_alpha` is used only for files that do not say it; `fingerprint` of the base that the model is: a note tells
+    of an adapter that was trained on another one. Raises ModelError that lists every name and shape which differs from
+    what this base needs; the base is then left as it was.
     """
-    return attach_files(model, read_adapter(source), trainable=trainable, assumed_alpha=assumed_alpha)
+    loaded = attach_files(model, read_adapter(source), trainable=trainable, assumed_alpha=assumed_alpha)
+    other = other_base(source, _name_of(model), fingerprint) if fingerprint else None
+    advice = "Give that base as --model_path, unless this one is the same in another form (GPTQ, other shards)"
+    return replace(loaded, notes=[*loaded.notes, f"{other}. {advice}"]) if other else loaded
 
 
 def attach_files(
@@ -366,9 +376,13 @@ def _other_tokens(peft_model: PeftModel, files: AdapterFiles) -> list[str]:
     return ["trainable_token_indices: other tokens"] if stored != live.trainable_token_indices else []
 
 
+def _name_of(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
 def _mismatch(files: AdapterFiles, differences: list[str], model: Any) -> str:
     trained_on = read_config(files.config_directory).get("base_model_name_or_path") if files.config_directory else None
-    here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    here = _name_of(model)
     rest = f"\n  ... and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
     return (
         f"{files.directory} does not fit: it was trained on {trained_on or 'an unknown base'}, here is {here}; "

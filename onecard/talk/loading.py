@@ -27,7 +27,7 @@ def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) 
     loaded = load_base(options, detect(options.device), gptq=True)
     model: Any = loaded.model
     if lora_path is not None:
-        adapter = load_adapter(model, lora_path, trainable=False)
+        adapter = load_adapter(model, lora_path, trainable=False, fingerprint=loaded.fingerprint)
         model = adapter.model
         for note in adapter.notes:
             warn(note)

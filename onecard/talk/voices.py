@@ -42,8 +42,9 @@ class Voices:
         base = base_path(options.model_path, self._paths[first])
         self._options, self._prompt_type = replace(options, model_path=base), talker_options.prompt_type
         self._cache = CacheOptions(talker_options.static_cache, talker_options.compile)
-        talker, _ = load_talker(self._options, self._paths[first], self._prompt_type)
+        talker, depends_on = load_talker(self._options, self._paths[first], self._prompt_type)
         self.model: Any = talker.model
+        self._fingerprint = depends_on["base"]
         self._on: str | None = first  # the name of what the model is now; None: the base, after an adapter failed
         self._voices = {first: Voice(self._paths[first], talker.tokenizer, talker.template)}
         self._templates: dict[tuple[str, str], Template] = {}
@@ -91,7 +92,7 @@ class Voices:
 
     def _put_on(self, name: str, lora_path: str | None) -> None:
         if lora_path is not None:
-            adapter = load_adapter(self.model, lora_path, trainable=False)
+            adapter = load_adapter(self.model, lora_path, trainable=False, fingerprint=self._fingerprint)
             for note in adapter.notes:
                 warn(f"{name}: {note}")
             self.model = adapter.model

@@ -17,6 +17,8 @@ from accelerate.utils import gather_object
 from onecard import cli
 from onecard.config import FinetuneConfig, TrainOptions
 from onecard.console import CheckpointError, ConfigError, quiet_rank, say, warn
+from onecard.model.adapter_layouts import kept_fingerprint, other_base
+from onecard.model.files import base_fingerprint
 from onecard.train.checkpoint import Found, verify
 from onecard.train.reporting import read_log
 from onecard.train.rundir import OPTIONS_NAME, RunDirectory
@@ -108,8 +110,11 @@ def find_start(options: TrainOptions, directory: RunDirectory) -> Found | None:
 def resolve_start_adapter(config: FinetuneConfig, point: ResumePoint | None) -> FinetuneConfig:
     """A run that began from an adapter goes on as one, typed again or not.
 
-    Raises ConfigError for an adapter that the run did not begin from: its weights would not be used.
+    Raises ConfigError for an adapter that the run did not begin from: its weights would not be used; and for one of
+    another base.
     """
+    if point is None and config.train.start_adapter is not None:
+        _check_base_of(config, config.train.start_adapter)
     if point is None or not point.same_run or not point.options:
         return config
     stored = point.options.get("init_adapter") or point.options.get("lora_remote_checkpoint")
@@ -118,10 +123,29 @@ def resolve_start_adapter(config: FinetuneConfig, point: ResumePoint | None) -> 
         return replace(config, train=replace(config.train, init_adapter=stored))
     if not _same(typed, stored):
         began = f"from {stored}" if stored else "without one"
-        flag = "--init_adapter" if config.train.init_adapter else "--lora_remote_checkpoint"
-        raise ConfigError(flag, f"{typed} cannot be used: this run began {began} and goes on from {point.path}. Leave "
-                          "the flag out, or give another --output_path")  # fmt: skip
+        raise ConfigError(_start_flag(config), f"{typed} cannot be used: this run began {began} and goes on from "
+                          f"{point.path}. Leave the flag out, or give another --output_path")  # fmt: skip
     return config
+
+
+def _check_base_of(config: FinetuneConfig, start: str) -> None:
+    """Refuse an adapter that was trained on other weights: hours would go into mending it. Old runs do not say it."""
+    base = config.model.model_path
+    if kept_fingerprint(start) is None:
+        return
+    other = other_base(start, base, base_fingerprint(base))
+    if other and "base" in cli.comma_list(config.train.accept_changes):
+        warn(f"{other}; accepted")
+    elif other:
+        raise ConfigError(
+            _start_flag(config),
+            f"{other}. Give that base as --model_path, or --accept_changes base if you mean it or this one is the same "
+            "in another form (other shards, another dtype)",
+        )
+
+
+def _start_flag(config: FinetuneConfig) -> str:
+    return "--init_adapter" if config.train.init_adapter else "--lora_remote_checkpoint"
 
 
 def continued(config: FinetuneConfig, point: ResumePoint, fresh: TrainerState) -> TrainerState:

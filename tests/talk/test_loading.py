@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from onecard.config import DEFAULT_BASE, ModelOptions
-from onecard.config_talk import SamplingOptions
+from onecard.config_talk import LimitOptions, SamplingOptions, TalkerOptions
 from onecard.console import ConfigError, ModelError
+from onecard.model.files import base_fingerprint
+from onecard.talk.engine import Request, open_engine
 from onecard.talk.generation import generate_batch
 from onecard.talk.loading import base_path, load_talker
 from onecard.talk.run_files import run_directory, stored_options
+from onecard.text.conversation import Turn
 from onecard.text.template import FOLDER
+from tests import tiny
 
 AUTO = ModelOptions(model_path="auto", bits=32, device="cpu")
 
@@ -70,6 +75,31 @@ def test_the_tokenizer_is_the_runs_own_where_the_base_has_none(run_dir, lively_b
     assert talker.tokenizer("Hi", add_special_tokens=False)["input_ids"]
     with pytest.raises(ModelError):
         load_talker(options, None, "alpaca")
+
+
+def test_an_adapter_on_another_base_of_the_same_shape_is_told_of(
+    run_dir, lively_base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every program that answers; the base may be the same in another form, so it is not refused."""
+    run, other = tmp_path / "run", tiny.save_tiny_llama(tmp_path / "other", initializer_range=0.15, seed=4)
+    shutil.copytree(run_dir, run)
+    (run / "trainer_state.json").write_text(json.dumps({"identity": {"base": base_fingerprint(str(lively_base))}}))
+    options = {str(base): ModelOptions(str(base), bits=32, device="cpu") for base in (lively_base, other)}
+
+    def told(base: Path, adapter: Path) -> bool:
+        load_talker(options[str(base)], str(adapter), "auto")
+        return f"trained on another base, {lively_base}, not on {base}" in capsys.readouterr().err
+
+    assert told(other, run) and told(other, run / "checkpoint-3") and told(other, run / "adapter_config.json")
+    assert not told(lively_base, run)
+    assert not told(other, run_dir), "an old run, without a fingerprint"
+    # Put on later, as the chat page and the API do.
+    engine = open_engine(options[str(other)], TalkerOptions(), LimitOptions(), str(tmp_path), "plain")
+    assert "trained on another base" in capsys.readouterr().err
+    for name in ("other", "plain"):  # the base alone, then the adapter
+        asked = Request((Turn("user", "Hi"),), sampling=SamplingOptions(max_new_tokens=2), adapter=name)
+        list(engine.stream(asked))
+    assert "trained on another base" in capsys.readouterr().err
 
 
 def test_the_base_is_the_one_that_the_adapter_names(run_dir, lively_base, tmp_path: Path) -> None:

@@ -146,6 +146,25 @@ def test_init_adapter_starts_a_new_run_from_trained_weights(
     assert tiny.largest_difference(*weights) < 1e-6
 
 
+def test_an_adapter_of_another_base_is_no_start_unless_accepted(
+    finished: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base of the same shapes: nothing else would show it."""
+    other = tiny.save_tiny_llama(tmp_path / "other", seed=1)
+    for flag in ("init_adapter", "lora_remote_checkpoint"):
+        config = tiny.config_for(other, instructions, tmp_path / "run", **{flag: str(finished)})
+        with pytest.raises(ConfigError, match=rf"(?s)^--{flag}: .*trained on another base.*--accept_changes base"):
+            finetune(config)
+    config.train.accept_changes = "base"
+    finetune(config)
+    assert "trained on another base" in capsys.readouterr().err
+    # A run of before fingerprints were kept says nothing.
+    old = tmp_path / "old"
+    shutil.copytree(finished, old, ignore=shutil.ignore_patterns("checkpoint-*", "trainer_state.json"))
+    finetune(tiny.config_for(other, instructions, tmp_path / "run-2", init_adapter=str(old)))
+    assert "another base" not in capsys.readouterr().err
+
+
 def test_init_adapter_that_is_not_there_is_named(tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no-such-run"):
         finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", init_adapter=str(tmp_path / "no-such-run")))
