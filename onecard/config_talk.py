@@ -224,7 +224,9 @@ class LimitOptions:
     max_beams: int = 8
     """Most beams that a request may ask for."""
     max_choices: int = 8
-    """Most answers (`n`), prompts or texts in one request."""
+    """Most answers (`n`) or prompts in one request."""
+    max_embedding_inputs: int = 2048
+    """Most texts in one request for embeddings."""
     max_body_bytes: int = 2_000_000
     """Largest request body in bytes."""
     prefix_cache_gib: float = 2.0
@@ -236,7 +238,7 @@ class LimitOptions:
         for name in ("max_queue", "max_request_seconds", "max_prompt_tokens", "prefix_cache_gib"):
             if not getattr(self, name) >= 0:
                 found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
-        for name in ("max_answer_tokens", "max_beams", "max_choices"):
+        for name in ("max_answer_tokens", "max_beams", "max_choices", "max_embedding_inputs"):
             if getattr(self, name) < 1:
                 found.append((f"--{name}", f"{getattr(self, name)} allows nothing; use 1 or more"))
         if self.max_body_bytes < 1000:

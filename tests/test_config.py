@@ -150,7 +150,11 @@ REFUSED = [
     (ServeOptions, {"api_key": " "}, ["--api_key"]),
     (ServeOptions, {"api_key": "schlüssel"}, ["--api_key"]),
     (LimitOptions, {"max_queue": -1, "max_request_seconds": float("nan")}, ["--max_queue", "--max_request_seconds"]),
-    (LimitOptions, {"max_beams": 0, "max_choices": 0}, ["--max_beams", "--max_choices"]),
+    (
+        LimitOptions,
+        {"max_beams": 0, "max_choices": 0, "max_embedding_inputs": 0},
+        ["--max_beams", "--max_choices", "--max_embedding_inputs"],
+    ),
     (LimitOptions, {"max_body_bytes": 10}, ["--max_body_bytes"]),
     (AskOptions, {"batch_size": 0}, ["--batch_size"]),
     (AskOptions, {"data_path": "a.json"}, ["--output_path"]),

@@ -17,13 +17,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from onecard.config_talk import LimitOptions, SamplingOptions
-from onecard.console import nearest
 from onecard.talk.api_errors import ApiError, bad_request
+from onecard.talk.api_parameters import CACHE_MARKS, check_message_names, check_names
 from onecard.talk.api_schema import (
     LONGEST_STOP,
     MOST_STOPS,
-    NEUTRAL,
-    NEUTRAL_IN_MESSAGE,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -107,7 +105,7 @@ def no_constant(name: str) -> float:
 
 def chat_ask(body: ChatRequest, defaults: Defaults) -> Ask:
     """What a chat request asks for. Raises ApiError naming the field that cannot be served."""
-    check_names(body.model_extra or {}, NEUTRAL, ChatRequest.model_fields)
+    check_names(body.model_extra or {}, ChatRequest.model_fields)
     turns = tuple(turn_of(message, f"messages[{k}]") for k, message in enumerate(body.messages))
     if defaults.system and not any(turn.role == "system" for turn in turns):
         turns = (Turn("system", defaults.system), *turns)
@@ -123,7 +121,7 @@ def chat_ask(body: ChatRequest, defaults: Defaults) -> Ask:
 
 def completion_ask(body: CompletionRequest, defaults: Defaults) -> Ask:
     """What a completion request asks for. Raises ApiError naming the field that cannot be served."""
-    check_names(body.model_extra or {}, NEUTRAL, CompletionRequest.model_fields)
+    check_names(body.model_extra or {}, CompletionRequest.model_fields)
     prompts = prompts_of(body.prompt, "prompt")
     ask = common_ask(body, defaults, body.max_tokens)
     if len(prompts) * ask.n > defaults.limits.max_choices:
@@ -134,21 +132,22 @@ def completion_ask(body: CompletionRequest, defaults: Defaults) -> Ask:
 
 def embedding_texts(body: EmbeddingRequest, limits: LimitOptions) -> tuple[Prompt, ...]:
     """The texts or token ids to embed. Raises ApiError naming the field that cannot be served."""
-    check_names(body.model_extra or {}, NEUTRAL, EmbeddingRequest.model_fields)
+    check_names(body.model_extra or {}, EmbeddingRequest.model_fields)
     texts = prompts_of(body.input, "input")
-    if len(texts) > limits.max_choices:
-        raise bad_request(f"{len(texts)} texts are more than {limits.max_choices} (--max_choices)", "input")
+    most = limits.max_embedding_inputs
+    if len(texts) > most:
+        raise bad_request(f"{len(texts)} texts are more than {most} (--max_embedding_inputs); send fewer", "input")
     return texts
 
 
 def common_ask(body: SamplingParameters, defaults: Defaults, max_new_tokens: int | None) -> Ask:
     """The part that chat and completions share."""
-    if body.stream_options is not None and not body.stream:
-        raise bad_request("stream_options goes with stream: true", "stream_options")
     if max_new_tokens is None:
         max_new_tokens = min(defaults.sampling.max_new_tokens, defaults.limits.max_answer_tokens)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "no_repeat_ngram_size")
     typed = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    if body.top_k == -1:  # vLLM's word for all tokens
+        typed["top_k"] = 0
     own_least = min(defaults.sampling.min_new_tokens, max_new_tokens)
     sampling = replace(
         defaults.sampling,
@@ -169,22 +168,13 @@ def common_ask(body: SamplingParameters, defaults: Defaults, max_new_tokens: int
     )
 
 
-def check_names(extra: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], known: Mapping[str, Any]) -> None:
-    """Refuse what is not supported, unless its value says that it is not wanted."""
-    for name, value in extra.items():
-        if name not in neutral and value is not None:
-            raise bad_request(f"{name!r} is unknown{nearest(name, [*known, *neutral])}", name, "unknown_parameter")
-        if not any(value == allowed for allowed in neutral.get(name, (None,))):
-            raise bad_request(f"{name!r} is not supported by this server; leave it out", name, "unsupported_parameter")
-
-
 def turn_of(message: Message, place: str) -> Turn:
     """A message as a turn; a developer's message is a system's. `place` is such as messages[0]."""
-    for name, value in (message.model_extra or {}).items():
-        if not any(value == allowed for allowed in NEUTRAL_IN_MESSAGE.get(name, (None,))):
-            raise bad_request(f"{name!r} of a message is not supported", f"{place}.{name}", "unsupported_parameter")
+    check_message_names(message.model_extra or {}, place)
     role = "system" if message.role == "developer" else message.role
-    return Turn(role, content_text(message.content, f"{place}.content"))
+    if role == "assistant" and message.content in (None, []):
+        return Turn(role, "", name=message.name or "")
+    return Turn(role, content_text(message.content, f"{place}.content"), name=message.name or "")
 
 
 def content_text(content: Any, place: str) -> str:
@@ -193,16 +183,21 @@ def content_text(content: Any, place: str) -> str:
         return content
     if not isinstance(content, list) or not content:
         raise bad_request(f"{place} is neither a text nor a list of text parts", place)
-    texts = []
-    for k, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            message = f"only text parts are supported, this one is {str(kind)[:40]!r}"
-            raise bad_request(message, f"{place}[{k}].type", "unsupported_parameter")
-        if not isinstance(part.get("text"), str) or len(part) != 2:
-            raise bad_request("a text part has a text, and nothing else", f"{place}[{k}]")
-        texts.append(part["text"])
-    return "".join(texts)
+    return "".join(part_text(part, f"{place}[{k}]") for k, part in enumerate(content))
+
+
+def part_text(part: Any, place: str) -> str:
+    """The text of one part: {"type": "text", "text": "Hi"}, perhaps with a mark for some cache."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        message = f"only text parts are supported, this one is {str(kind)[:40]!r}"
+        raise bad_request(message, f"{place}.type", "unsupported_parameter")
+    for name, value in part.items():
+        if name not in ("type", "text") and value is not None and not (name in CACHE_MARKS and isinstance(value, dict)):
+            raise bad_request(f"{name!r} of a text part is not supported", f"{place}.{name}", "unsupported_parameter")
+    if not isinstance(part.get("text"), str):
+        raise bad_request("a text part needs a text", f"{place}.text")
+    return str(part["text"])
 
 
 def prompts_of(value: Any, param: str) -> tuple[Prompt, ...]:
@@ -226,7 +221,7 @@ def is_token_ids(values: Sequence[Any]) -> bool:
 
 def stop_texts(value: Any) -> list[str]:
     """The stop texts of a request: none, one, or a list."""
-    texts = [] if value is None else [value] if isinstance(value, str) else value
+    texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise bad_request("stop is neither a text nor a list of texts", "stop")
     if len(texts) > MOST_STOPS or any(not 1 <= len(text) <= LONGEST_STOP for text in texts):

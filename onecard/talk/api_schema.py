@@ -10,60 +10,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, FailFast, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
 
+from onecard.talk.api_parameters import CACHE_MARKS, close_message, close_request
+
 MOST_ALTERNATIVES = 20
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters
 BIGGEST = 2**31 - 1
 
-# Parameters of OpenAI's that change nothing here, with the values by which a client says that it does not need them.
-# None and, where the type has one, its empty value are neutral everywhere.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 0, 1),
-    "dimensions": (None,),
-    "frequency_penalty": (None, 0),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "logit_bias": (None, {}),
-    "metadata": (None, {}),
-    "modalities": (None, [], ["text"]),
-    "moderation": (None,),
-    "parallel_tool_calls": (None, False, True),
-    "prediction": (None,),
-    "presence_penalty": (None, 0),
-    "prompt_cache_key": (None, ""),
-    "prompt_cache_options": (None, {}),
-    "prompt_cache_retention": (None,),
-    "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "safety_identifier": (None, ""),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-}
-# What clients send back of an earlier answer's message, and what has no meaning here.
-NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": (None, []),
-    "audio": (None,),
-    "function_call": (None,),
-    "name": (None,),
-    "reasoning_content": (None, ""),
-    "refusal": (None, ""),
-    "tool_call_id": (None,),
-    "tool_calls": (None, []),
-}
-
 TEXT_PART = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}}
+    | {name: {"description": "Changes nothing.", "type": ["object", "null"]} for name in CACHE_MARKS},
     "required": ["type", "text"],
     "additionalProperties": False,
 }
-CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART, "minItems": 1}, {"type": "null"}]}
 TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 PROMPT = {
     "anyOf": [
@@ -74,31 +35,23 @@ PROMPT = {
     ]
 }
 STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
-STOP = {"anyOf": [STOP_TEXT, {"type": "array", "items": STOP_TEXT, "maxItems": MOST_STOPS}, {"type": "null"}]}
-
-
-def close_request(schema: dict[str, Any]) -> None:
-    """Say in the document what `api_requests.check_names` does: other names are refused, neutral values are not."""
-    schema["additionalProperties"] = False
-    for name, values in NEUTRAL.items():
-        note = {"description": "Not supported; only these values are taken.", "enum": list(values)}
-        schema["properties"].setdefault(name, note)
-
-
-def close_message(schema: dict[str, Any]) -> None:
-    """The same for one message."""
-    schema["additionalProperties"] = False
-    for name, values in NEUTRAL_IN_MESSAGE.items():
-        schema["properties"].setdefault(name, {"description": "Not supported.", "enum": list(values)})
+STOPS = {"type": "array", "items": STOP_TEXT, "maxItems": MOST_STOPS}
+STOP = {"anyOf": [STOP_TEXT | {"minLength": 0}, STOPS, {"type": "null"}]}
 
 
 class Message(BaseModel):
-    """One message of the conversation. Contents are texts; several text parts are joined."""
+    """One message of the conversation. Contents are texts; several text parts are joined.
+
+    Only an assistant's message may be without content. A name is told to templates that read it; the others have no
+    place for it.
+    """
 
     model_config = {"extra": "allow", "json_schema_extra": close_message}
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Any, WithJsonSchema(CONTENT)]
+    content: Annotated[Any, WithJsonSchema(CONTENT)] = None
+    name: StrictStr | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 class StreamOptions(BaseModel):
@@ -108,12 +61,30 @@ class StreamOptions(BaseModel):
 
     include_usage: StrictBool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
-class SamplingParameters(BaseModel):
-    """How answers are chosen; what is left out is as the server was started. The last five are this server's own."""
+class ServiceParameters(BaseModel):
+    """Besides the model: what is said to the books, queues and caches of other services, and changes no answer."""
 
     model: StrictStr
+    user: StrictStr | None = None
+    safety_identifier: StrictStr | None = None
+    metadata: dict[str, Any] | None = None
+    store: StrictBool | None = None
+    service_tier: StrictStr | None = None
+    prompt_cache_key: StrictStr | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: StrictStr | None = None
+    cache_control: dict[str, Any] | None = None
+    cache_prompt: StrictBool | None = None
+    cache_salt: StrictStr | None = None
+    request_id: StrictStr | None = None
+
+
+class SamplingParameters(ServiceParameters):
+    """How answers are chosen; what is left out is as the server was started. The last five are this server's own."""
+
     max_tokens: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
     temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
@@ -122,8 +93,7 @@ class SamplingParameters(BaseModel):
     stop: Annotated[Any, WithJsonSchema(STOP)] = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    user: StrictStr | None = None
-    top_k: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=BIGGEST)] | None = None
     repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     num_beams: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
     no_repeat_ngram_size: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
@@ -152,15 +122,13 @@ class CompletionRequest(SamplingParameters):
     echo: StrictBool | None = None
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(ServiceParameters):
     """POST /v1/embeddings."""
 
     model_config = {"extra": "allow", "json_schema_extra": close_request}
 
-    model: StrictStr
     input: Annotated[Any, WithJsonSchema(PROMPT)]
     encoding_format: Literal["float", "base64"] | None = None
-    user: StrictStr | None = None
 
 
 class PromptTokensDetails(BaseModel):

@@ -6,7 +6,7 @@ Knows the engine. It does not know asyncio, HTTP or the shapes of answers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,7 +63,7 @@ class Progress:
 class Vectors:
     """Embeddings in order, and the tokens that were read for them."""
 
-    vectors: list[list[float]]
+    vectors: list[Sequence[float]]
     n_tokens: int
 
 

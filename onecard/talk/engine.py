@@ -141,13 +141,14 @@ class Engine:
 
     def embed(
         self, prompts: Sequence[Sequence[int]], adapter: str = "", cancel: threading.Event | None = None
-    ) -> list[list[float]]:
+    ) -> list[Sequence[float]]:
         """One vector per prompt: the mean of the last hidden states, of length 1. (n, hidden)"""
-        if len(prompts) > self.limits.max_choices:
-            raise LimitExceeded("--max_choices", f"{len(prompts)} texts at once; {self.limits.max_choices} are allowed")
+        most = self.limits.max_embedding_inputs
+        if len(prompts) > most:
+            raise LimitExceeded("--max_embedding_inputs", f"{len(prompts)} texts at once; {most} are allowed")
         for ids in prompts:
             self._check_prompt(ids)
-        return self._alone(adapter, cancel, lambda talker, check: [embed(talker.model, ids, check) for ids in prompts])
+        return self._alone(adapter, cancel, lambda talker, check: embed(talker.model, prompts, check))
 
     def score(
         self,

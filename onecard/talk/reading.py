@@ -5,6 +5,7 @@ Knows one model and token ids. It does not know queues, limits (engine.py) or ho
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,28 +14,54 @@ from torch import Tensor
 
 from onecard.console import ModelError
 from onecard.model.loss import states_before_head
-from onecard.talk.model_limits import reads_in_pieces
+from onecard.talk.model_limits import go_together, reads_in_pieces
 from onecard.talk.watching import TokenLogprob, token_logprobs
 
 Check = Callable[[], None]  # called between pieces; raises when nobody waits any more
 PIECE_TOKENS = 256  # logits of so many positions exist at once: 128 MB for a vocabulary of 128k
 
 
-def embed(model: Any, ids: Sequence[int], check: Check) -> list[float]:
-    """The mean over the tokens of the last hidden states, scaled to length 1. (hidden,)
+def embed(model: Any, prompts: Sequence[Sequence[int]], check: Check) -> list[Sequence[float]]:
+    """For each text the mean over its tokens of the last hidden states, scaled to length 1, as float32. (n, hidden)
 
     Mean pooling, as for sentence embeddings (https://arxiv.org/abs/1908.10084); the model was not trained for it, so
     the vectors serve for rough comparison.
     """
-    total: Any = 0.0
+    vectors: dict[int, Sequence[float]] = {}
     with torch.inference_mode():
-        if reads_in_pieces(model):
-            for out in _pieces(model, ids, check, output_hidden_states=True):
-                total = total + out.hidden_states[-1][0].double().sum(dim=0)
-        else:
-            total = _whole(model, ids)[0].double().sum(dim=0)
-        vector = total / torch.linalg.vector_norm(total).clamp_min(1e-12)
-    return [float(value) for value in vector.tolist()]
+        for numbers in _batches(model, [len(ids) for ids in prompts]):
+            check()
+            for number, total in zip(numbers, _summed(model, [prompts[k] for k in numbers], check), strict=True):
+                vector = total / torch.linalg.vector_norm(total).clamp_min(1e-12)
+                vectors[number] = array("f", vector.tolist())
+    return [vectors[number] for number in range(len(prompts))]
+
+
+def _batches(model: Any, lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of texts that are read at once: short ones together, as many as PIECE_TOKENS hold with their padding."""
+    most = PIECE_TOKENS if reads_in_pieces(model) and go_together(model, (1, 2)) else 0
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda k: lengths[k]):
+        if batch and (len(batch) + 1) * lengths[number] > most:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _summed(model: Any, texts: Sequence[Sequence[int]], check: Check) -> Sequence[Tensor]:
+    """For each text the sum over its tokens of the last hidden states. (texts, hidden)"""
+    if not reads_in_pieces(model):
+        return [_whole(model, ids)[0].double().sum(dim=0) for ids in texts]
+    if len(texts) == 1:
+        pieces = _pieces(model, texts[0], check, output_hidden_states=True)
+        return [sum((out.hidden_states[-1][0].double().sum(dim=0) for out in pieces), torch.zeros(()))]
+    # What stands behind a text is not seen by it, so padding on the right needs no mask.
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts], device=model.device)
+    states = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    return [row[: len(text)].double().sum(dim=0) for row, text in zip(states, texts, strict=True)]
 
 
 def score(model: Any, ids: Sequence[int], n_top: int, check: Check) -> list[TokenLogprob | None]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from onecard import __version__
@@ -32,7 +33,7 @@ from onecard.talk.api_logprobs import TokenTexts
 from onecard.talk.api_requests import Defaults, JsonRoute, chat_ask, completion_ask, embedding_texts
 from onecard.talk.api_requests import validation_error as as_field_error
 from onecard.talk.api_stream import EventStream, events
-from onecard.talk.api_work import Progress, answer_chat, answer_prompts, embed_texts
+from onecard.talk.api_work import Progress, Vectors, answer_chat, answer_prompts, embed_texts
 from onecard.talk.engine import Engine
 from onecard.talk.listening import run_server
 from onecard.talk.security import NetworkRules, Protection
@@ -192,10 +193,20 @@ async def embeddings(request: Request, body: schema.EmbeddingRequest) -> Respons
     async with job_for(request, lambda cancel: embed_texts(app.engine, body.model, texts, cancel)) as job:
         found = await job.last()
     note.n_prompt_tokens = found.n_tokens
-    encode = base64_of if body.encoding_format == "base64" else list
-    data = [{"object": "embedding", "index": k, "embedding": encode(v)} for k, v in enumerate(found.vectors)]
+    # Thousands of vectors are long: each is written when its turn has come to be sent, in a thread.
+    return StreamingResponse(vectors_body(body, found), media_type="application/json")
+
+
+def vectors_body(body: schema.EmbeddingRequest, found: Vectors) -> Iterator[str]:
+    """The JSON of an answer to `body`, piece by piece."""
+    encode: Callable[[Sequence[float]], Any] = base64_of if body.encoding_format == "base64" else list
     usage = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
-    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+    head = json.dumps({"object": "list", "model": body.model, "usage": usage}, ensure_ascii=False)
+    yield head.removesuffix("}") + ', "data": ['
+    for k, vector in enumerate(found.vectors):
+        entry = {"object": "embedding", "index": k, "embedding": encode(vector)}
+        yield (", " if k else "") + json.dumps(entry)
+    yield "]}"
 
 
 async def answer(request: Request, form: Form, work: Work[Progress]) -> Response:

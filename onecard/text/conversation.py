@@ -5,6 +5,7 @@ Knows roles and turns. Does not know files, templates, tokenizers or token ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,12 +17,14 @@ class Turn:
     """One message. `input` is the second field of an alpaca record; only user turns have one.
 
     `learn` is False for an answer that the data mark as not to be learned: it is read, and nothing is learned from it.
+    `name` is who speaks, where an API client says so; templates of checkpoints may read it.
     """
 
     role: Role
     content: str
     input: str = ""
     learn: bool = True
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +54,14 @@ class Document:
     record: str
 
 
-def turns_to_messages(turns: tuple[Turn, ...] | list[Turn]) -> list[dict[str, str]]:
-    """Hugging Face messages of these turns; the key "input" only where it is not empty."""
+def turns_to_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Hugging Face messages of these turns; the keys "input" and "name" only where they are not empty."""
     messages = []
     for turn in turns:
         message = {"role": turn.role, "content": turn.content}
         if turn.input:
             message["input"] = turn.input
+        if turn.name:
+            message["name"] = turn.name
         messages.append(message)
     return messages

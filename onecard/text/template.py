@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,12 +77,9 @@ class Template:
 
         (Turn("user", "Translate", "cat"),) -> [{"role": "user", "content": "Translate\\n\\ncat"}] for chatml
         """
-        if reads_input(self.jinja):
-            return turns_to_messages(list(turns))
-        return [
-            {"role": turn.role, "content": f"{turn.content}\n\n{turn.input}" if turn.input else turn.content}
-            for turn in turns
-        ]
+        if not reads_input(self.jinja):
+            turns = [replace(t, content=f"{t.content}\n\n{t.input}", input="") if t.input else t for t in turns]
+        return turns_to_messages(turns)
 
     def segments(
         self, conversation: Conversation | Sequence[Turn], tokenizer: Any, *, add_generation_prompt: bool = False

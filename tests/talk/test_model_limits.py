@@ -75,6 +75,9 @@ def test_texts_are_measured_as_if_read_at_once(model_type: str, small: Any, monk
     assert found[0] is None and len(found) == len(ids)
     there = [expected[k, token].item() for k, token in enumerate(ids[1:])]
     assert [entry.logprob for entry in found[1:] if entry] == pytest.approx(there, abs=1e-3)
-    assert len(reading.embed(model, ids, lambda: None)) == 64
+    texts = [ids, ids[:2], ids[:3]]
+    for vector, text in zip(reading.embed(model, texts, lambda: None), texts, strict=True):
+        assert len(vector) == 64
+        assert list(vector) == pytest.approx(list(reading.embed(model, [text], lambda: None)[0]), abs=1e-5)
     assert reads_in_pieces(model) == (model_type == "llama")
     assert reading.score(model, ids[:1], 0, lambda: None) == [None]
