@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from onecard.config_talk import SamplingOptions
@@ -21,6 +21,7 @@ from onecard.talk.page_answer import Running, Step, answer_steps, failure_words
 from onecard.talk.page_settings import NAMES, Settings, SettingsReader
 from onecard.talk.page_style import TOO_LARGE
 from onecard.talk.page_text import original, plain_markdown
+from onecard.talk.page_undo import kept, taken
 from onecard.talk.page_words import WORDS, language_of, word
 from onecard.talk.session import Session, fit_history, prompt_budget
 
@@ -36,6 +37,7 @@ class View:
     taken from the box; the browser empties the box if this is still what stands there.
     toast: a line that goes away by itself.
     number: how many answers to the last question there have been before this one.
+    earlier: the versions of the conversation that Undo can bring back, as JSON (see page_undo.py).
     """
 
     chat: str | None = None
@@ -49,6 +51,7 @@ class View:
     number: int | None = None
     sent: str | None = None
     toast: str | None = None
+    earlier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Asked:
     settings: Sequence[Any]
     language: str = "en"
     number: int = 0
+    earlier: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,14 @@ class ChatPage:
         self.running.end(browser)
 
     def undo(self, asked: Asked) -> View:
-        """Take the last exchange back; its question returns to the box."""
-        return self._at_rest(asked, self._undone)
+        """Bring back what Clear, an edit, Regenerate or a loaded file replaced; else take the last exchange back.
+
+        The question of an exchange that is taken back returns to the box.
+        """
+        return self._at_rest(asked, _undone)
 
     def clear(self, asked: Asked) -> View:
-        """Forget the conversation; system prompt and settings stay."""
+        """Forget the conversation, until Undo brings it back; system prompt and settings stay."""
         return self._at_rest(asked, _cleared)
 
     def save(self, asked: Asked) -> tuple[str, str]:
@@ -146,7 +153,14 @@ class ChatPage:
             return View(note=failure_words(reason, asked.language)), settings
         notes = [word(asked.language, "note.loaded", n=len(chat.session.turns)), *remarks]
         settings, more = self._settings_of(chat, settings, asked.language)
-        return View(**_shown(chat), note="\n".join([*notes, *more]), status="", beams=()), settings
+        try:
+            replaced = self._chat(asked)
+        except DataError:
+            replaced = Chat()  # what cannot be read is no loss
+        earlier = kept(asked.earlier, replaced, chat)
+        notes += [word(asked.language, "note.replaced")] if replaced.session.turns else []
+        view = View(**_shown(chat), note="\n".join([*notes, *more]), status="", beams=(), earlier=earlier)
+        return view, settings
 
     def restore(self, stored: str, browser_language: str, wanted: str = "auto") -> Restored:
         """The page as this browser last saw it, out of its own storage; anything broken in there counts as absent."""
@@ -156,12 +170,13 @@ class ChatPage:
         values = memory.get("settings")
         if isinstance(values, list) and len(values) == len(NAMES):
             settings, _ = self.reader.read(values)
-        texts = {key: memory[key] if isinstance(memory.get(key), str) else "" for key in ("chat", "partial", "box")}
+        names = ("chat", "partial", "box", "earlier")
+        texts = {key: memory[key] if isinstance(memory.get(key), str) else "" for key in names}
         try:
             chat = _merged(texts["chat"], texts["partial"])
         except DataError:
             chat = Chat()
-        return Restored(View(**_shown(chat), box=texts["box"]), settings, language)
+        return Restored(View(**_shown(chat), box=texts["box"], earlier=texts["earlier"]), settings, language)
 
     def _guarded(self, asked: Asked, step: Any, text: str | None) -> Iterator[View]:
         """Answer what `step` makes of the session, unless an answer is being written or the step cannot be made."""
@@ -182,21 +197,17 @@ class ChatPage:
                     self.running.end(asked.browser)
                 yield view
         except OneCardError as reason:
-            yield View(box=text, note=failure_words(reason, asked.language), running=False)
+            yield View(box=text, note=failure_words(reason, asked.language), running=False, messages=_seen(asked))
         finally:
             self.running.end(asked.browser)
 
-    def _at_rest(self, asked: Asked, change: Any) -> View:
+    def _at_rest(self, asked: Asked, change: Callable[[Chat, Asked], View]) -> View:
         if asked.browser in self.running:
             return View(toast=word(asked.language, "note.busy"))
         try:
-            return replace(change(self._chat(asked)), status="", note="", beams=())
+            return replace(View(status="", note="", beams=()), **_said(change(self._chat(asked), asked)))
         except DataError as reason:
             return View(note=failure_words(reason, asked.language))
-
-    def _undone(self, chat: Chat) -> View:
-        session, text = chat.session.undo()
-        return View(**_shown(replace(chat, session=session)), box=text)
 
     def _chat(self, asked: Asked) -> Chat:
         return _merged(asked.chat, asked.partial)
@@ -239,17 +250,18 @@ class _Answering:
             chat=to_json(begun) if is_new else None, partial="", messages=messages_of(session, "…"), sent=sent,
             status="", note=note, beams=(), running=True, number=self.asked.number,
         )  # fmt: skip
-        kept = is_new
+        is_kept, answered = is_new, replace(begun, session=session.answer(""))
         for step in answer_steps(self.engine, request, cancel, self.asked.language):
             if step.is_last:
                 yield self._last(begun, step, note)
                 return
             chunk = step.chunk
             yield View(
-                chat=None if kept or not chunk.text else to_json(begun), partial=chunk.text,
+                chat=None if is_kept or not chunk.text else to_json(begun), partial=chunk.text,
                 messages=messages_of(session, chunk.text or "…"), status=step.status, beams=chunk.beams,
+                earlier=None if is_kept or not chunk.text else self._earlier(answered),
             )  # fmt: skip
-            kept = kept or bool(chunk.text)
+            is_kept = is_kept or bool(chunk.text)
 
     def _last(self, begun: Chat, step: Step, note: str) -> View:
         language, text = self.asked.language, step.chunk.text
@@ -267,10 +279,19 @@ class _Answering:
         else:
             chat = begun if self.text is not None else self.before
             notes.append(word(language, "note.nothing_yet"))
+        n_lost = len(self.before.session.turns) - len(chat.session.turns)
+        if n_lost > 0:
+            notes.append(word(language, "note.edited", n=n_lost))
         status = step.status if step.chunk.usage.n_new_tokens else ""
         return View(
-            **_shown(chat), box=box, status=status, note="\n".join(notes), beams=step.chunk.beams, running=False
-        )
+            **_shown(chat), box=box, status=status, note="\n".join(notes), beams=step.chunk.beams, running=False,
+            earlier=self._earlier(chat),
+        )  # fmt: skip
+
+    def _earlier(self, chat: Chat) -> str | None:
+        """What Undo can bring back once `chat` stands there; a new question replaces nothing."""
+        is_replaced = self.text is None and chat is not self.before
+        return kept(self.asked.earlier, self.before, chat) if is_replaced else None
 
     def _count(self, turns: Any) -> int:
         return self.engine.count_tokens(turns, self.settings.adapter, self.settings.prompt_type)
@@ -294,8 +315,32 @@ def remembered_language(stored: str, browser_language: str, wanted: str = "auto"
     return language if isinstance(language, str) and language in WORDS else language_of(browser_language, wanted)
 
 
-def _cleared(chat: Chat) -> View:
-    return View(**_shown(replace(chat, session=chat.session.clear(), created="")))
+def _cleared(chat: Chat, asked: Asked) -> View:
+    cleared = replace(chat, session=chat.session.clear(), created="")
+    if not chat.session.turns:
+        return View(**_shown(cleared))
+    earlier = kept(asked.earlier, chat, cleared)
+    return View(**_shown(cleared), earlier=earlier, note=word(asked.language, "note.cleared"))
+
+
+def _undone(chat: Chat, asked: Asked) -> View:
+    version, earlier = taken(asked.earlier, chat)
+    if version is not None:
+        return View(**_shown(version), earlier=earlier, note=word(asked.language, "note.restored"))
+    session, text = chat.session.undo()
+    return View(**_shown(replace(chat, session=session)), box=text)
+
+
+def _seen(asked: Asked) -> list[dict[str, Any]] | None:
+    """What the view shows when a step could not be made: without the words that were typed into it."""
+    try:
+        return messages_of(_merged(asked.chat, asked.partial).session)
+    except DataError:
+        return None
+
+
+def _said(view: View) -> dict[str, Any]:
+    return {part.name: value for part in fields(View) if (value := getattr(view, part.name)) is not None}
 
 
 def _shown(chat: Chat) -> dict[str, Any]:

@@ -84,7 +84,7 @@ span[data-testid="block-info"] { font-weight: 600; font-size: .86rem; color: var
 SCRIPT = """
 <script>
 window.onecard = (() => {
-  const PREFIX = "onecard.chat.", TAB = "onecard.tab", MOST = 20, LIMIT = __LIMIT__;
+  const PREFIX = "onecard.chat.", TAB = "onecard.tab", EARLIER = "onecard.earlier", MOST = 20, LIMIT = __LIMIT__;
   let name = null, memory = {}, ready = false, timer = null;
 
   const read = (key) => { try { return JSON.parse(localStorage.getItem(key)) || {}; } catch { return {}; } };
@@ -168,7 +168,8 @@ window.onecard = (() => {
         memory = read(PREFIX + name);
       } catch { name = name || "only"; }
       const language = localStorage.getItem("onecard.language");
-      return [JSON.stringify({...memory, language}), navigator.language || "en"];
+      const earlier = sessionStorage.getItem(EARLIER) || "";
+      return [JSON.stringify({...memory, earlier, language}), navigator.language || "en"];
     },
     opened: () => { ready = true; },
     is_ready: () => ready,
@@ -176,6 +177,8 @@ window.onecard = (() => {
       Object.assign(memory, part);
       timer = timer || setTimeout(flush, 150);
     },
+    // What Undo can bring back goes with the tab: a chat that was cleared does not stay on the machine.
+    keep_earlier: (earlier) => { try { sessionStorage.setItem(EARLIER, earlier); } catch {} },
     taken: (sent, box) => box === sent.slice(sent.indexOf(" ") + 1) ? "" : box,
     speak: (language) => {
       localStorage.setItem("onecard.language", language);

@@ -132,8 +132,8 @@ class ChatWiring(Wiring):
 
     def connect(self, blocks: Any) -> None:
         p = self.parts
-        state = [p["chat"], p["partial"], p["tries"], p["language"], *self.settings]
-        names = ("chat", "partial", "tries", "chatbot", "box", "sent", "status", "note", *SWITCHES, "beams")
+        state = [p["chat"], p["partial"], p["earlier"], p["tries"], p["language"], *self.settings]
+        names = ("chat", "partial", "earlier", "tries", "chatbot", "box", "sent", "status", "note", *SWITCHES, "beams")
         view = [*[p[name] for name in names], *p["beam_boxes"]]
         for trigger in (p["submit"].click, p["box"].submit):
             self.on(trigger, self.submit, [p["box"], *state], view, trigger_mode="multiple")
@@ -150,6 +150,7 @@ class ChatWiring(Wiring):
         self.connect_settings(blocks, view, "() => onecard.open()")
         for name in ("chat", "partial", "box"):
             p[name].change(None, [p[name]], None, js=f"({name}) => {{ onecard.keep({{{name}}}); }}")
+        p["earlier"].change(None, [p["earlier"]], None, js="(earlier) => { onecard.keep_earlier(earlier); }")
         p["sent"].change(None, [p["sent"], p["box"]], [p["box"]], js="(sent, box) => onecard.taken(sent, box)")
         for component in self.settings:
             component.change(None, self.settings, None, js="(...settings) => { onecard.keep({settings}); }")
@@ -188,7 +189,7 @@ class ChatWiring(Wiring):
 
     def updates(self, view: View) -> Changes:
         """One update for each component of the view, in the order of `connect`."""
-        values = [view.chat, view.partial, view.number, view.messages, view.box, view.sent]
+        values = [view.chat, view.partial, view.earlier, view.number, view.messages, view.box, view.sent]
         kept: Changes = [None if value is None else {"value": value} for value in values]
         lines = self.line_updates(view.status, view.note)
         if view.toast:
@@ -270,9 +271,9 @@ def _switch_updates(running: bool | None, names: Sequence[str]) -> Changes:
 
 
 def _asked(browser: str, state: Sequence[Any]) -> Asked:
-    chat, partial, tries, language, *settings = state
+    chat, partial, earlier, tries, language, *settings = state
     number = int(tries) if isinstance(tries, (int, float)) and 0 <= tries < MAX_REGENERATIONS else 0
-    return Asked(browser, chat or "", partial or "", settings, language or "en", number)
+    return Asked(browser, chat or "", partial or "", settings, language or "en", number, earlier or "")
 
 
 def _word_of(key: str) -> Words:

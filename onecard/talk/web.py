@@ -63,7 +63,7 @@ def chat_page(
     handlers = ChatPage(engine, system, sampling, show_beams=show_beams)
     labels = Labels(_first_language(page))
     with gr.Blocks(title="OneCard", analytics_enabled=False) as blocks:
-        names = ("chat", "partial", "sent", "stored", "browser_language", "file")
+        names = ("chat", "partial", "earlier", "sent", "stored", "browser_language", "file")
         parts: dict[str, Any] = {name: _hidden(name) for name in names}
         parts["tries"] = gr.Number(0, elem_classes="oc-hidden", container=False)
         parts |= _header(labels, engine, "chat.title")

@@ -183,8 +183,15 @@ def test_regenerate_undo_edit_clear(open_page: Any, url: str, engine: FakeEngine
     at_rest(page)
     assert len(bubbles(page)) == 2
     assert engine.asked[-1].turns[-1].content == "who <i>are you</i>?"
+    before = bubbles(page)
     page.click("#oc-clear")
-    wait_until(lambda: bubbles(page) == [])
+    note_says(page, "Undo brings it back")
+    assert bubbles(page) == []
+    page.wait_for_timeout(300)
+    page.reload()
+    page.wait_for_function("onecard.is_ready()")
+    page.click("#oc-undo")
+    wait_until(lambda: bubbles(page) == before)
 
 
 def test_save_and_load(open_page: Any, url: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from onecard.talk.page_examples import first_messages, questions
 from onecard.talk.page_settings import NAMES, NUMBERS, template_name
 from onecard.talk.page_style import TOO_LARGE, head
 from onecard.talk.page_text import INVISIBLE, original, plain_markdown
+from onecard.talk.page_undo import MAX_CHARS, kept
 from onecard.talk.page_wiring import repeating
 from onecard.talk.page_words import CHINESE, ENGLISH, language_of, word
 from onecard.talk.session import Session
@@ -47,7 +48,8 @@ def asked(page: ChatPage, view: View | None = None, **changes: Any) -> Asked:
     """What a browser that shows `view` sends."""
     settings = changes.pop("settings", page.start.values())
     view = view or View()
-    return replace(Asked("tab", view.chat or "", view.partial or "", settings, "en", view.number or 0), **changes)
+    state = Asked("tab", view.chat or "", view.partial or "", settings, "en", view.number or 0, view.earlier or "")
+    return replace(state, **changes)
 
 
 def shown(views: Any) -> View:
@@ -180,9 +182,73 @@ def test_edit_undo_clear(page: ChatPage, engine: FakeEngine) -> None:
     assert [turn.content for turn in turns_of(edited)] == ["One <b> more", SAYS]
     undone = page.undo(asked(page, two))
     assert (undone.box, len(turns_of(undone))) == ("Two", 2)
-    assert turns_of(page.clear(asked(page, two))) == ()
     assert "nothing to undo" in (page.undo(asked(page)).note or "")
     assert "no message 8" in (shown(page.edit(asked(page, two), 7, "x")).note or "")
+
+
+def replacing(page: ChatPage, how: str, before: View) -> View:
+    """What stands on the page after one of the steps that take a chat's place."""
+    state = asked(page, before)
+    other = to_json(Chat(Session("", (Turn("user", "Other"), Turn("assistant", "chat")))))
+    steps: dict[str, Any] = {
+        "clear": lambda: [page.clear(state)], "edit": lambda: page.edit(state, 0, "Instead"),
+        "regenerate": lambda: page.regenerate(state), "load": lambda: [page.load(state, other)[0]],
+    }  # fmt: skip
+    return shown([before, *steps[how]()])
+
+
+@pytest.mark.parametrize("how", ["clear", "edit", "regenerate", "load"])
+def test_what_takes_the_place_of_a_chat_can_be_undone(page: ChatPage, how: str) -> None:
+    two = shown(page.submit(asked(page, shown(page.submit(asked(page), "One"))), "Two"))
+    replaced = replacing(page, how, two)
+    assert turns_of(replaced) != turns_of(two)
+    assert how == "regenerate" or "Undo" in (replaced.note or "")
+    more = shown([replaced, *page.submit(asked(page, replaced), "Three")])
+    for view in (replaced, shown([more, page.undo(asked(page, more))])):
+        back = shown([view, page.undo(asked(page, view))])
+        assert turns_of(back) == turns_of(two), "first what was asked since then, then what was replaced"
+        assert back.note == word("en", "note.restored")
+    assert turns_of(shown([back, page.undo(asked(page, back))])) == turns_of(two)[:2]
+
+
+def test_several_replacements_are_undone_one_after_the_other(page: ChatPage) -> None:
+    view = shown(page.submit(asked(page), "One"))
+    seen = []
+    for how in ("edit", "regenerate", "clear", "load"):
+        seen.append(turns_of(view))
+        view = replacing(page, how, view)
+    stored = json.dumps({"chat": view.chat, "earlier": view.earlier})
+    view = page.restore(stored, "en").view
+    # Nothing stood there between Clear and the file, so nothing was replaced by it.
+    for turns in ((), seen[2], seen[1], seen[0]):
+        view = shown([view, page.undo(asked(page, view))])
+        assert turns_of(view) == turns
+
+
+def test_a_step_that_fails_replaces_nothing(page: ChatPage) -> None:
+    first = shown(page.submit(asked(page), "One"))
+    for text in ("memory", " "):
+        failed = shown([first, *page.edit(asked(page, first), 0, text)])
+        assert (turns_of(failed), failed.earlier) == (turns_of(first), first.earlier)
+        assert failed.messages == first.messages
+    assert page.clear(asked(page)).earlier is None
+
+
+@given(st.one_of(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps)))
+@example("[" * 100_000)
+@example('[["{", 0]]')
+def test_whatever_a_browser_calls_earlier_is_read(earlier: str) -> None:
+    page = ChatPage(FakeEngine(), "", START)  # type: ignore[arg-type]
+    assert page.undo(asked(page, earlier=earlier)).note
+
+
+def test_earlier_versions_have_a_bound(page: ChatPage) -> None:
+    chat = Chat(Session("", (Turn("user", "x" * 90_000), Turn("assistant", "y"))))
+    earlier = ""
+    for _ in range(5):
+        earlier = kept(earlier, chat, Chat())
+    assert len(earlier) < MAX_CHARS + 1000
+    assert kept("", chat, Chat()) != "" == kept("", Chat(), chat)
 
 
 def test_history_is_cut_with_a_note(engine: FakeEngine) -> None:
