@@ -24,7 +24,8 @@ TEXT_PART = {
     "required": ["type", "text"],
     "additionalProperties": False,
 }
-CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART, "minItems": 1}, {"type": "null"}]}
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
+NO_CONTENT = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
 TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 PROMPT = {
     "anyOf": [
@@ -39,6 +40,13 @@ STOPS = {"type": "array", "items": STOP_TEXT, "maxItems": MOST_STOPS}
 STOP = {"anyOf": [STOP_TEXT | {"minLength": 0}, STOPS, {"type": "null"}]}
 
 
+def describe_message(schema: dict[str, Any]) -> None:
+    """Say in the OpenAPI document who may be without content."""
+    close_message(schema)
+    of_assistant = {"properties": {"role": {"const": "assistant"}}}
+    schema["anyOf"] = [of_assistant, {"properties": {"content": CONTENT}, "required": ["content"]}]
+
+
 class Message(BaseModel):
     """One message of the conversation. Contents are texts; several text parts are joined.
 
@@ -46,10 +54,10 @@ class Message(BaseModel):
     place for it.
     """
 
-    model_config = {"extra": "allow", "json_schema_extra": close_message}
+    model_config = {"extra": "allow", "json_schema_extra": describe_message}
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Any, WithJsonSchema(CONTENT)] = None
+    content: Annotated[Any, WithJsonSchema({"anyOf": [CONTENT, NO_CONTENT]})] = None
     name: StrictStr | None = None
     cache_control: dict[str, Any] | None = None
 
