@@ -72,7 +72,7 @@ def as_api_error(reason: BaseException, text_field: str = "messages", tokens_fie
         headers = {"retry-after": str(reason.retry_after_seconds)}
         return ApiError(429, str(reason), code="queue_full", headers=headers)
     if isinstance(reason, ContextTooLong):
-        return bad_request(str(reason), text_field, "context_length_exceeded")
+        return too_long(reason, text_field)
     if isinstance(reason, OutOfMemory):
         return ApiError(503, str(reason), code="out_of_memory")
     if isinstance(reason, ConfigError):
@@ -86,6 +86,15 @@ def as_api_error(reason: BaseException, text_field: str = "messages", tokens_fie
         return ApiError(500, "the model could not answer; the server has printed why", code="model_error")
     warn(f"a request failed: {type(reason).__name__} at {place_of(reason)}")
     return ApiError(500, "this was not foreseen; the server has printed where it happened", code="internal_error")
+
+
+def too_long(reason: ContextTooLong, text_field: str) -> ApiError:
+    """400 in the words of OpenAI's, by which clients such as LiteLLM know that a shorter prompt would do."""
+    message = (
+        f"This model's maximum context length is {reason.limit} tokens. However, your {text_field} resulted in "
+        f"{reason.n_prompt_tokens} tokens. Please reduce the length of the {text_field}."
+    )
+    return bad_request(message, text_field, "context_length_exceeded")
 
 
 def place_of(reason: BaseException) -> str:

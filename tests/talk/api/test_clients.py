@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,24 @@ def test_langchain(locked: Running, expected: str) -> None:
     assert OpenAI(**common, temperature=0, max_tokens=5).invoke("Hi")
     vectors = OpenAIEmbeddings(**common, check_embedding_ctx_length=False).embed_documents(["a", "b"])
     assert len(vectors) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_litellm_knows_a_prompt_that_is_too_long(client: openai.OpenAI, stream: bool) -> None:
+    """What `ExceptionCheckers` of litellm 1.110.2 looks for in the client's error; aider 0.86.2 goes by its class."""
+    for call in (
+        lambda: client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "word " * 9000}], stream=stream
+        ),
+        lambda: client.completions.create(model="tiny", prompt=[5] * 8429, stream=stream),
+        lambda: client.embeddings.create(model="tiny", input="word " * 9000),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            call()
+        text = str(caught.value).lower()
+        assert "this model's maximum context length is" in text
+        assert not re.search(r"rate[\s_\-]*limit", text)
+        assert not any(word in text for word in ("string_above_max_length", "invalid 'user'"))
 
 
 def test_hugging_faces_client(locked: Running, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
