@@ -19,6 +19,7 @@ from onecard.talk.engine import ContextTooLong, OutOfMemory
 from onecard.talk.turnstile import Busy
 
 LONGEST_MESSAGE = 1000  # characters
+NOTE_KEY = "onecard.note"  # of a scope: what is printed of its request (`api_log.Note`)
 Send = Callable[[Any], Awaitable[None]]
 
 # Options of ours -> what a request calls them.
@@ -109,8 +110,10 @@ def printable(text: str) -> str:
     return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
 
 
-async def send_error(send: Send, error: ApiError) -> None:
+async def send_error(scope: Mapping[str, Any], send: Send, error: ApiError) -> None:
     """Answer an ASGI request with this error."""
+    if NOTE_KEY in scope:
+        scope[NOTE_KEY].of_error(error)
     body = error.json
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]

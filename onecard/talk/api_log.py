@@ -1,4 +1,7 @@
-"""One printed line per request: path, status, time, tokens. Texts only where they were asked for.
+"""One printed line per request: when, who, what, status, reason, duration, tokens. Texts only where they are wanted.
+
+2026-11-29T09:00:01+01:00 127.0.0.1 POST /v1/chat/completions 200 stop 1234 ms 12+80 tokens
+2026-11-29T09:00:02+01:00 127.0.0.1 POST /v1/chat/completions 400 unsupported_parameter:tools 1 ms
 
 Also the last net: what nobody foresaw is answered with 500, and printed by its place: its text may hold a prompt.
 Knows ASGI. It does not know what requests mean.
@@ -7,26 +10,31 @@ Knows ASGI. It does not know what requests mean.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from onecard.console import say
-from onecard.talk.api_errors import as_api_error, send_error
+from onecard.talk.api_errors import NOTE_KEY, ApiError, as_api_error, send_error
 from onecard.talk.api_requests import Prompt
 from onecard.talk.api_work import Progress
 from onecard.text.conversation import Turn
 
-SCOPE_KEY = "onecard.note"
 LOGGED_PATHS = ("/v1/", "/health")
 FIRST_REFUSAL = 400
 LONGEST_PATH = 100  # characters of a path in a line
+PARAM = re.compile(r"[a-z_]{1,30}(\[\d{1,6}\])?(\.[a-z_]{1,30}(\[\d{1,6}\])?)*")  # no texts of a client's own
 
 
 @dataclass
 class Note:
-    """What the handler of a request tells the log. Texts stay out unless `with_texts`."""
+    """What the handler of a request tells the log. Texts stay out unless `with_texts`.
+
+    outcome: how an answer ended, or why there is none.
+    """
 
     with_texts: bool = False
     n_prompt_tokens: int = 0
@@ -38,9 +46,16 @@ class Note:
         """Take over the tokens of an answer, and its texts."""
         usage = progress.usage(n)
         self.n_prompt_tokens, self.n_new_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        if progress.is_cancelled:
-            self.outcome = self.outcome or "cancelled"
+        ends = dict.fromkeys(chunk.finish_reason for chunk in progress.chunks if chunk.finish_reason)
+        self.outcome = self.outcome or ",".join(ends)
         self.add([chunk.text for chunk in progress.chunks])
+
+    def of_error(self, error: ApiError) -> None:
+        """Take over why a request failed: the code, and the field where its name is one of an API's."""
+        param = error.param or ""
+        self.outcome = error.code or "invalid_value"
+        if len(param) <= LONGEST_PATH and PARAM.fullmatch(param):
+            self.outcome += f":{param}"
 
     def add(self, texts: Sequence[Turn | Prompt]) -> None:
         """Prompts and answers to print, where they are printed."""
@@ -72,12 +87,12 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._app({**scope, SCOPE_KEY: note}, receive, send_and_see)
+            await self._app({**scope, NOTE_KEY: note}, receive, send_and_see)
         except Exception as reason:
             error = as_api_error(reason)
-            note.outcome = error.code or ""
+            note.of_error(error)
             if not status:
-                await send_error(send_and_see, error)
+                await send_error(scope, send_and_see, error)
         finally:
             self._print(scope, status, time.monotonic() - began, note)
         return None
@@ -88,15 +103,18 @@ class RequestLog:
         if status < FIRST_REFUSAL and not path.decode("latin-1").startswith(LOGGED_PATHS):
             return
         safe_path = path.decode("ascii", "backslashreplace")
-        line = f"{scope['method'][:10]} {ascii(safe_path)[1:-1]} {status or 'left'} {seconds * 1000:.0f} ms"
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        client = (scope.get("client") or ("-",))[0]
+        words = [now, client, scope["method"][:10], ascii(safe_path)[1:-1], str(status or "left"), note.outcome]
+        words.append(f"{seconds * 1000:.0f} ms")
         if note.n_prompt_tokens or note.n_new_tokens:
-            line += f" {note.n_prompt_tokens}+{note.n_new_tokens} tokens"
-        say(f"{line} {note.outcome}".rstrip())
+            words.append(f"{note.n_prompt_tokens}+{note.n_new_tokens} tokens")
+        say(" ".join(filter(None, words)))
         for text in note.texts:
             say(text)
 
 
 def note_of(scope: MutableMapping[str, Any]) -> Note:
     """The note of this request."""
-    found = scope.get(SCOPE_KEY)
+    found = scope.get(NOTE_KEY)
     return found if isinstance(found, Note) else Note()

@@ -67,7 +67,9 @@ async def events(job: Job[Progress], form: Form, begun: Progress, note: Note) ->
         yield DONE
     except Exception as reason:
         error = stopping() if job.cancel.is_set() else as_api_error(reason)
-        note.outcome = "client_left" if job.client_left else error.code or ""
+        note.of_error(error)
+        if job.client_left:
+            note.outcome = "client_left"
         yield event(error.body)
     finally:
         note.of_answer(latest, form.ask.n)

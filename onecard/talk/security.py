@@ -169,23 +169,23 @@ class BodyLimit:
         body = CountedBody(receive, send, self._max_bytes)
         announced = headers_of(scope, b"content-length")
         if any(length.isdigit() and int(length[:20]) > self._max_bytes for length in announced):
-            return await self._refuse(body, send)
+            return await self._refuse(scope, body, send)
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
             if not body.is_too_large:
                 raise
         if body.is_too_large and not body.has_answered:
-            await self._refuse(body, send)
+            await self._refuse(scope, body, send)
         return None
 
-    async def _refuse(self, body: CountedBody, send: Send) -> None:
+    async def _refuse(self, scope: Scope, body: CountedBody, send: Send) -> None:
         async def begin(part: Message) -> None:
             await send({**part, "more_body": True} if part["type"] == "http.response.body" else part)
 
         message = f"the body is larger than {self._max_bytes} bytes (--max_body_bytes), which is the limit here"
         # Told at once, for those who read while they send; ended later, for those who send all of it first.
-        await send_error(begin, ApiError(413, message, code="body_too_large"))
+        await send_error(scope, begin, ApiError(413, message, code="body_too_large"))
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(body.drain(), DRAIN_SECONDS)
         await send({"type": "http.response.body", "body": b""})
@@ -259,7 +259,7 @@ async def refuse(scope: Scope, send: Send, error: ApiError) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message[:100]})
     else:
-        await send_error(send, error)
+        await send_error(scope, send, error)
 
 
 def headers_of(scope: Scope, name: bytes) -> list[str]:

@@ -285,7 +285,6 @@ async def unknown_path() -> Response:
 
 async def send_refusal(request: Request, reason: Exception) -> Response:
     """Any error that was foreseen, in OpenAI's shape."""
-    note = note_of(request.scope)
     if isinstance(reason, RequestValidationError):
         error = as_field_error(reason)
     elif isinstance(reason, HTTPException) and not isinstance(reason, ApiError):
@@ -293,5 +292,5 @@ async def send_refusal(request: Request, reason: Exception) -> Response:
         error = not_found() if reason.status_code == 404 else plain
     else:
         error = as_api_error(reason)
-    note.outcome = error.code or ""
+    note_of(request.scope).of_error(error)
     return Response(error.json, error.status_code, headers=error.headers, media_type="application/json")
