@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from onecard.config import ModelOptions, Problem
 
@@ -160,7 +162,7 @@ class PageOptions:
     """Language of the page; auto: that of the browser."""
 
     def problems(self) -> list[Problem]:
-        found = address_problems(self.host, self.port)
+        found = address_problems(self.host, self.port) + list_problems("allowed_hosts", self.allowed_hosts, plain_host)
         if self.auth is not None and not all(self.auth.partition(":")):
             found.append(("--auth", "is not USER:PASSWORD"))
         if self.auth is None and self.host and not is_loopback(self.host):
@@ -183,7 +185,7 @@ class ServeOptions:
     allowed_hosts: str = ""
     """Further names under which the server may be reached, with commas between them (a proxy's, a machine's)."""
     allowed_origins: str = ""
-    """Web pages that may call the API from a browser, with commas between them, such as https://example.org."""
+    """Web pages that may call the API from a browser: scheme and host, with commas, such as https://example.org."""
     adapters_path: str | None = None
     """A folder of adapters for the same base; a request chooses one by its folder's name in `model`."""
     model_name: str | None = None
@@ -193,7 +195,7 @@ class ServeOptions:
     language: Literal["auto", "en", "zh"] = "auto"
     """Language of the page; auto: that of the browser."""
     log_prompts: bool = False
-    """Print prompts and answers. Off: only times, sizes and outcomes are printed."""
+    """Print prompts and answers. Off: only times, clients, sizes and outcomes are printed."""
 
     @property
     def key(self) -> str | None:
@@ -201,7 +203,8 @@ class ServeOptions:
         return self.api_key or os.environ.get(API_KEY_VARIABLE) or None
 
     def problems(self) -> list[Problem]:
-        found = address_problems(self.host, self.port)
+        found = address_problems(self.host, self.port) + list_problems("allowed_hosts", self.allowed_hosts, plain_host)
+        found += list_problems("allowed_origins", self.allowed_origins, plain_origin)
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
             found.append(("--api_key", "must be plain ASCII letters, digits and signs, and not empty"))
         if self.key is None and self.host and not is_loopback(self.host):
@@ -285,12 +288,7 @@ class ServeConfig:
 
 def is_loopback(host: str) -> bool:
     """True for an address that only this machine can reach."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def address_problems(host: str, port: int) -> list[Problem]:
@@ -301,3 +299,74 @@ def address_problems(host: str, port: int) -> list[Problem]:
     if not 0 <= port <= 65535:
         found.append(("--port", f"{port} is not between 0 and 65535"))
     return found
+
+
+def split_list(text: str) -> list[str]:
+    """The names in a text with commas: "a, b" -> ["a", "b"]."""
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def plain_origin(text: str) -> str:
+    """An origin as browsers send it. Raises ValueError that says the right form.
+
+    "HTTPS://Page.Example:443/" -> "https://page.example"
+    """
+    scheme, separator, _ = text.partition("://")
+    if text in ("*", "null"):
+        raise ValueError(f"{text} would let foreign pages use the card; name each page, such as https://example.org")
+    if not separator:
+        raise ValueError(f"{text} has no scheme; write https://{text} or http://{text}")
+    place, more = host_and_port(text.removeprefix(scheme + separator))
+    own_port = {"http": ":80", "https": ":443"}.get(scheme.lower(), "/")
+    origin = f"{scheme.lower()}://{place.removesuffix(own_port)}"
+    if more:
+        raise ValueError(f"{text} is more than an origin, which has no path; write {origin}")
+    return origin
+
+
+def plain_host(text: str) -> str:
+    """A name as it stands in a Host header, without the port, which does not matter. Raises ValueError.
+
+    "http://Box.lan:8000/" -> "box.lan"
+    """
+    if is_address(text):
+        return text
+    place, more = host_and_port(text.rpartition("://")[2])
+    host = urlsplit(f"//{place}").hostname or ""
+    if more:
+        raise ValueError(f"{text} is more than a name, which has no path; write {host}")
+    return host
+
+
+def host_and_port(text: str) -> tuple[str, str]:
+    """Split "Box.lan:8000/x" into "box.lan:8000" and "x". Raises ValueError for what names no single host."""
+    try:
+        parts = urlsplit(f"//{text}")
+        host, port = parts.hostname or "", parts.port
+        host = host if host.isascii() else host.encode("idna").decode("ascii")
+    except ValueError:
+        host, port = "", None
+    if not host or "*" in host or "@" in text or any(sign.isspace() for sign in text):
+        raise ValueError(f"{text or 'nothing'} names no single host; write each name in full, with commas between them")
+    shown = f"[{host}]" if ":" in host else host
+    return shown if port is None else f"{shown}:{port}", text[len(parts.netloc) :].strip("/")
+
+
+def list_problems(name: str, text: str, plain: Callable[[str], str]) -> list[Problem]:
+    """What is wrong with the entries of an option that takes a list."""
+    found: list[Problem] = []
+    for entry in split_list(text):
+        try:
+            plain(entry)
+        except ValueError as reason:
+            found.append((f"--{name}", str(reason)))
+    return found
+
+
+def is_address(name: str) -> bool:
+    """True for a literal IP address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

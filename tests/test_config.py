@@ -148,6 +148,9 @@ REFUSED = [
     (PageOptions, {"auth": "me:"}, ["--auth"]),
     (ServeOptions, {"host": "192.168.1.5"}, ["--host"]),
     (ServeOptions, {"api_key": " "}, ["--api_key"]),
+    (ServeOptions, {"allowed_origins": "page.example, https://a.example"}, ["--allowed_origins"]),
+    (ServeOptions, {"allowed_hosts": "*.lan", "allowed_origins": "*"}, ["--allowed_hosts", "--allowed_origins"]),
+    (PageOptions, {"allowed_hosts": "box.lan/chat"}, ["--allowed_hosts"]),
     (ServeOptions, {"api_key": "schlüssel"}, ["--api_key"]),
     (LimitOptions, {"max_queue": -1, "max_request_seconds": float("nan")}, ["--max_queue", "--max_request_seconds"]),
     (

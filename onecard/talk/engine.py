@@ -262,10 +262,10 @@ class Engine:
     def _prompt(self, request: Request, voice: Voice) -> Prompt:
         if request.prompt_ids is not None:
             prompt = Prompt(list(request.prompt_ids), continues=True)
-        elif request.turns and request.turns[-1].role == "user":
+        elif [turn.role for turn in request.turns if turn.role != "system"][-1:] == ["user"]:
             prompt = prompt_for(request.turns, voice.template, voice.tokenizer)
         else:
-            raise DataError("there is no question: the last message must be the user's")
+            raise DataError("there is no question: the last message, but for the system's, must be the user's")
         self._check_prompt(prompt.ids)
         return prompt
 

@@ -7,7 +7,8 @@ what a request asks for. Why each is there:
   server belongs to that page. The Host header still names the page's machine, so only known names get through.
 - Origin: a foreign page may send a POST to 127.0.0.1 without being able to read the answer; it would use the card.
 - Key: compared in constant time, on every path but /health.
-- Body: counted while it is being read, because the length that a client announces may be missing or wrong.
+- Body: counted while it is being read, because the length that a client announces may be missing or wrong, and after
+  unpacking, because a little gzip can unpack to gigabytes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import binascii
 import hashlib
 import hmac
 import ipaddress
+import zlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from urllib.parse import urlsplit
 
 from starlette.middleware.cors import CORSMiddleware
 
-from onecard.config_talk import is_loopback
+from onecard.config_talk import is_address, is_loopback, plain_host, plain_origin, split_list
 from onecard.talk.api_errors import ApiError, send_error
 
 Message = MutableMapping[str, Any]
@@ -38,6 +40,7 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 OPEN_PATHS = ("/health",)
 READING_METHODS = ("GET", "HEAD", "OPTIONS")
 STANDARD_PORTS = (":80", ":443")
+GZIP = ("gzip", "x-gzip")  # RFC 9110, 8.4.1.3
 POLICY_VIOLATION = 1008  # code of a refused websocket
 DRAIN_SECONDS = 30  # so long a body that is too large is still read: who is cut off while sending reads no answer
 
@@ -60,17 +63,19 @@ class Protection:
     """All layers around an application; `app.add_middleware(Protection, rules=...)`, or `Protection(app, rules)`."""
 
     def __init__(self, app: App, rules: NetworkRules) -> None:
-        origins = split_list(rules.allowed_origins)
+        origins = [plain_origin(origin) for origin in split_list(rules.allowed_origins)]
         app = BodyLimit(app, rules.max_body_bytes)
         if rules.key is not None:
             app = KeyCheck(app, rules.key)
-        app = OriginCheck(app, origins)
         if origins:
+            # Methods are the paths' matter: they refuse in OpenAI's shape. Pages on the internet that reach into a
+            # private network are asked for that by browsers.
             app = CORSMiddleware(
-                app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+                app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], allow_private_network=True,
                 expose_headers=["retry-after"],
             )  # fmt: skip
-        app = HostCheck(app, rules.host, split_list(rules.allowed_hosts))
+        app = OriginCheck(app, origins)
+        app = HostCheck(app, rules.host, [plain_host(name) for name in split_list(rules.allowed_hosts)])
         self._app = PlainHeaders(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,6 +113,7 @@ class HostCheck:
 class OriginCheck:
     """Refuses what a foreign page in a browser sends: state-changing requests and websockets with another Origin.
 
+    So is the question that browsers ask before (OPTIONS, "preflight"): its answer is where a page's author looks first.
     Programs send no Origin and are not concerned. Behind a proxy that speaks TLS the scheme differs from what is seen
     here, so host and port are compared.
     """
@@ -117,13 +123,24 @@ class OriginCheck:
         self._allowed = {origin.rstrip("/").lower() for origin in allowed}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        changes = scope["type"] == "websocket" or (scope["type"] == "http" and scope["method"] not in READING_METHODS)
+        changes = scope["type"] == "websocket" or (
+            scope["type"] == "http" and (scope["method"] not in READING_METHODS or is_preflight(scope))
+        )
         origins = headers_of(scope, b"origin") if changes else []
         hosts = headers_of(scope, b"host") if origins else []
-        if any(not self._trusts(origin.lower(), hosts) for origin in origins):
-            message = "pages of other origins may not call this server; --allowed_origins names those that may"
-            return await refuse(scope, send, ApiError(403, message, code="origin_not_allowed"))
+        for origin in origins:
+            if not self._trusts(origin.lower(), hosts):
+                return await refuse(scope, send, ApiError(403, self._advice(origin), code="origin_not_allowed"))
         return await self._app(scope, receive, send)
+
+    def _advice(self, origin: str) -> str:
+        try:
+            name = plain_origin(origin)
+        except ValueError:  # "null" of a file or a frame without rights, or nonsense
+            option = "--allowed_origins names those that may, and this one has no name: serve the page over HTTP"
+        else:
+            option = f"add {name} to --allowed_origins" if self._allowed else f"start it with --allowed_origins {name}"
+        return f"pages of other origins may not call this server; {option}"
 
     def _trusts(self, origin: str, hosts: list[str]) -> bool:
         if origin in self._allowed:
@@ -157,8 +174,16 @@ class KeyCheck:
         return len(given) == 1 and hmac.compare_digest(hashlib.sha256(given[0]).digest(), self._digest)
 
 
+def is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks, for a page of another origin, if a request would be answered."""
+    return scope["method"] == "OPTIONS" and bool(headers_of(scope, b"access-control-request-method"))
+
+
 class BodyLimit:
-    """Answers 413 to a body of more than `max_bytes`, announced or not."""
+    """Answers 413 to a body of more than `max_bytes`, announced or not, and unpacks gzip up to that size.
+
+    Another Content-Encoding gets 415, with the ones that are known (RFC 9110, 15.5.16).
+    """
 
     def __init__(self, app: App, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
@@ -166,56 +191,94 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        body = CountedBody(receive, send, self._max_bytes)
+        encodings = [
+            name.strip().lower() for value in headers_of(scope, b"content-encoding") for name in value.split(",")
+        ]
+        encodings = [name for name in encodings if name not in ("", "identity")]
+        body = CountedBody(scope, receive, send, self._max_bytes, is_packed=bool(encodings))
         announced = headers_of(scope, b"content-length")
         if any(length.isdigit() and int(length[:20]) > self._max_bytes for length in announced):
-            return await self._refuse(scope, body, send)
+            return await body.refuse(body.too_large())
+        if encodings and (len(encodings) > 1 or encodings[0] not in GZIP):
+            message = f"bodies packed as {', '.join(encodings)[:100]!r} are not read here; send gzip, or unpacked JSON"
+            headers = {"accept-encoding": "gzip"}
+            return await body.refuse(ApiError(415, message, code="unsupported_content_encoding", headers=headers))
+        if encodings:
+            outer = (b"content-encoding", b"content-length")
+            scope = {**scope, "headers": [header for header in scope["headers"] if header[0].lower() not in outer]}
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
-            if not body.is_too_large:
+            if body.refusal is None:
                 raise
-        if body.is_too_large and not body.has_answered:
-            await self._refuse(scope, body, send)
+        if body.refusal is not None and not body.has_answered:
+            await body.refuse(body.refusal)
         return None
-
-    async def _refuse(self, scope: Scope, body: CountedBody, send: Send) -> None:
-        async def begin(part: Message) -> None:
-            await send({**part, "more_body": True} if part["type"] == "http.response.body" else part)
-
-        message = f"the body is larger than {self._max_bytes} bytes (--max_body_bytes), which is the limit here"
-        # Told at once, for those who read while they send; ended later, for those who send all of it first.
-        await send_error(scope, begin, ApiError(413, message, code="body_too_large"))
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(body.drain(), DRAIN_SECONDS)
-        await send({"type": "http.response.body", "body": b""})
 
 
 class CountedBody:
-    """The two ends of a request, counting what comes in; nothing of the application's goes out once it is too much."""
+    """The two ends of a request, counting what comes in; nothing of the application's goes out once it is refused.
 
-    def __init__(self, receive: Receive, send: Send, max_bytes: int) -> None:
-        self._receive, self._send, self._max_bytes = receive, send, max_bytes
-        self._n_bytes = 0
-        self.is_too_large = self.has_answered = self.is_read = False
+    refusal: why the body cannot be read further.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int, *, is_packed: bool) -> None:
+        self._scope, self._receive, self._send, self._max_bytes = scope, receive, send, max_bytes
+        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if is_packed else None
+        self._n_bytes = self._n_unpacked = 0
+        self.refusal: ApiError | None = None
+        self.has_answered = self.is_read = False
 
     async def receive(self) -> Message:
-        """The next message; raises BodyTooLarge when this one goes over the limit."""
-        if self.is_too_large:
-            raise BodyTooLarge
-        message = await self._next()
-        if self._n_bytes > self._max_bytes:
-            self.is_too_large = True
-            raise BodyTooLarge
+        """The next message, unpacked; raises BodyRefused once the body is too large or broken."""
+        if self.refusal is None:
+            message = await self._next()
+            if self._n_bytes > self._max_bytes:
+                self.refusal = self.too_large()
+            elif self._gzip is not None and message["type"] == "http.request":
+                message = {**message, "body": self._unpacked(self._gzip, message.get("body", b""))}
+        if self.refusal is not None:
+            raise BodyRefused
         return message
 
     async def send(self, message: Message) -> None:
-        if self.is_too_large and not self.has_answered:
+        if self.refusal is not None and not self.has_answered:
             return
         self.has_answered = True
         await self._send(message)
 
-    async def drain(self) -> None:
+    def too_large(self) -> ApiError:
+        message = f"the body is larger than {self._max_bytes} bytes (--max_body_bytes), which is the limit here"
+        return ApiError(413, message, code="body_too_large")
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with this error."""
+
+        async def begin(part: Message) -> None:
+            await self._send({**part, "more_body": True} if part["type"] == "http.response.body" else part)
+
+        # Told at once, for those who read while they send; ended later, for those who send all of it first.
+        await send_error(self._scope, begin, error)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drain(), DRAIN_SECONDS)
+        await self._send({"type": "http.response.body", "body": b""})
+
+    def _unpacked(self, gzip: Any, packed: bytes) -> bytes:
+        """What these bytes unpack to, never much more than the limit; notes the refusal of what cannot be read."""
+        try:
+            found: bytes = gzip.decompress(packed, self._max_bytes - self._n_unpacked + 1)
+        except zlib.error:
+            self.refusal = ApiError(400, "the body is not gzip, as its Content-Encoding says", code="invalid_gzip")
+            return b""
+        self._n_unpacked += len(found)
+        if self._n_unpacked > self._max_bytes:
+            self.refusal = self.too_large()
+        elif gzip.unused_data or (self.is_read and not gzip.eof):
+            words = "goes on behind its end" if gzip.eof else "is cut off"
+            self.refusal = ApiError(400, f"the gzip of the body {words}", code="invalid_gzip")
+        return found
+
+    async def _drain(self) -> None:
         """Read and forget what is left."""
         while not self.is_read:
             await self._next()
@@ -227,7 +290,7 @@ class CountedBody:
         return message
 
 
-class BodyTooLarge(Exception):
+class BodyRefused(Exception):
     """Ends the reading of a body; `BodyLimit` answers."""
 
 
@@ -302,20 +365,6 @@ def plain_place(place: str) -> str:
     return place
 
 
-def is_address(name: str) -> bool:
-    """True for a literal IP address."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
 def is_wildcard(host: str) -> bool:
     """True for the address that stands for all of this machine's."""
     return is_address(host) and ipaddress.ip_address(host).is_unspecified
-
-
-def split_list(text: str) -> list[str]:
-    """The names in a text with commas: "a, b" -> ["a", "b"]."""
-    return [name for name in (part.strip() for part in text.split(",")) if name]

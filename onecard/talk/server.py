@@ -49,11 +49,13 @@ REFUSALS = {
     403: "A page of another origin, or a name that this server does not have.",
     404: "No such model.",
     413: "The body is too large.",
+    415: "The body is packed in another way than gzip.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "Something went wrong here.",
     503: "Out of memory: ask for less. Or the server is stopping.",
 }
-FOR_READING = (400, 401, 403, 500)
+FOR_READING = (400, 401, 403, 415, 500)
+SERVED = ("/chat/completions", "/completions", "/embeddings", "/models")  # behind /v1
 
 
 class Api(FastAPI):
@@ -139,10 +141,15 @@ def paths() -> APIRouter:
             if method == "POST" or status in FOR_READING or (status == 404 and "{" in path):
                 answers[status] = {"model": schema.ErrorBody, "description": words}
         router.add_api_route(path, endpoint, methods=[method], response_model=None, responses=answers)
-        others = [other for other in METHODS if other != method]
-        router.add_api_route(path, refusing(method), methods=others, include_in_schema=False)
-    # Pages that are mounted at / must not answer for the API.
-    router.add_api_route("/v1/{rest:path}", unknown_path, methods=list(METHODS), include_in_schema=False)
+        allowed = ("GET", "HEAD", "OPTIONS") if method == "GET" else (method, "OPTIONS")
+        if method == "GET":
+            router.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
+        others = [other for other in METHODS if other not in allowed]
+        router.add_api_route(path, refusing(allowed), methods=others, include_in_schema=False)
+        router.add_api_route(path, naming(allowed), methods=["OPTIONS"], include_in_schema=False)
+    # Pages that are mounted at / must not answer for the API, nor where a base URL lacks its /v1.
+    for path in ("/v1", "/v1/{rest:path}", *SERVED, "/models/{rest:path}"):
+        router.add_api_route(path, unknown_path, methods=list(METHODS), include_in_schema=False)
     return router
 
 
@@ -264,23 +271,42 @@ def base64_of(vector: Sequence[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")
 
 
-def refusing(method: str) -> Callable[[], Any]:
-    """An endpoint that answers 405 and names the method that works."""
+def refusing(allowed: Sequence[str]) -> Callable[[], Any]:
+    """An endpoint that answers 405 and names the methods that work."""
 
     async def wrong_method() -> Response:
-        raise ApiError(405, f"this path takes {method}", code="method_not_allowed", headers={"allow": method})
+        headers = {"allow": ", ".join(allowed)}
+        raise ApiError(405, f"this path takes {allowed[0]}", code="method_not_allowed", headers=headers)
 
     return wrong_method
 
 
-def not_found() -> ApiError:
-    """404 for a path."""
-    return ApiError(404, "there is no such path; GET /openapi.json lists all of them", code="not_found")
+def naming(allowed: Sequence[str]) -> Callable[[], Any]:
+    """An endpoint that answers OPTIONS."""
+
+    async def options() -> Response:
+        return Response(status_code=204, headers={"allow": ", ".join(allowed)})
+
+    return options
 
 
-async def unknown_path() -> Response:
+def not_found(path: str) -> ApiError:
+    """404 for a path, with what it may have meant: most are made of a base URL without /v1, or with two of them."""
+    plain = path.rstrip("/")
+    served = next((end for end in SERVED if plain.endswith(end) or f"{end}/" in plain), None)
+    hint = "GET /openapi.json lists all of them"
+    if served is not None:
+        hint = f"here it is /v1{served}, so the base URL that a client is given ends with /v1, once, and no slash"
+    elif plain.endswith("/responses"):
+        hint = "the Responses API is not served; use Chat Completions, POST /v1/chat/completions"
+    elif plain in ("", "/v1"):
+        hint = "this is a base URL; clients add to it, such as /v1/chat/completions; GET /openapi.json lists all paths"
+    return ApiError(404, f"there is no such path; {hint}", code="not_found")
+
+
+async def unknown_path(request: Request) -> Response:
     """An endpoint that answers 404."""
-    raise not_found()
+    raise not_found(request.url.path)
 
 
 async def send_refusal(request: Request, reason: Exception) -> Response:
@@ -289,7 +315,7 @@ async def send_refusal(request: Request, reason: Exception) -> Response:
         error = as_field_error(reason)
     elif isinstance(reason, HTTPException) and not isinstance(reason, ApiError):
         plain = ApiError(reason.status_code, str(reason.detail), headers=reason.headers)
-        error = not_found() if reason.status_code == 404 else plain
+        error = not_found(request.url.path) if reason.status_code == 404 else plain
     else:
         error = as_api_error(reason)
     note_of(request.scope).of_error(error)

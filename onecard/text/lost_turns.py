@@ -102,7 +102,9 @@ def _joined(turns: Sequence[Turn], *, keep_first: bool) -> list[Turn]:
 def _after_question(joined: list[Turn], text: str) -> list[Turn]:
     if not text:
         return joined
-    last = joined[-1] if joined else Turn("system", "")
+    if not joined:
+        raise DataError("the prompt template leaves out a system message that no question follows; put one behind it")
+    last = joined[-1]
     if last.role != "user":
         raise DataError(
             f"the prompt template leaves out the system message that follows message {len(joined)} "

@@ -196,7 +196,10 @@ class Writer:
         for k, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prompt = self.render(turns[:k], prompt=True)
+            try:
+                prompt = self.render(turns[:k], prompt=True)
+            except DataError:  # no question comes before this answer
+                return None
             full = self.render(turns[: k + 1], prompt=False)
             if not prompt.startswith(written) or not full.startswith(prompt):
                 return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
+import re
 import socket
 import threading
 import time
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from onecard.config_talk import plain_host, plain_origin
 from onecard.talk import security
 from onecard.talk.listening import Server, open_socket
 from onecard.talk.security import (
@@ -300,6 +303,131 @@ def test_without_allowed_origins_no_page_is_told_that_it_may() -> None:
     for method in ("GET", "OPTIONS"):
         headers = dict(ask(app, HERE, ("origin", "https://page.example"), method=method)[0]["headers"])
         assert not [name for name in headers if name.startswith(b"access-control")]
+
+
+PREFLIGHT = ("access-control-request-method", "POST")
+
+
+@pytest.mark.parametrize(
+    ("typed", "sent"),
+    [("https://page.example", "https://page.example"), ("https://page.example/", "https://page.example"),
+     ("HTTPS://Page.Example", "https://page.example"), ("https://page.example:443", "https://page.example"),
+     ("http://page.example:80/", "http://page.example"), ("http://page.example:443", "http://page.example:443"),
+     ("http://localhost:5173", "http://localhost:5173"), ("http://[::1]:3000/", "http://[::1]:3000"),
+     ("chrome-extension://abcdefgh", "chrome-extension://abcdefgh"), ("tauri://localhost", "tauri://localhost"),
+     ("https://b\u00fccher.example", "https://xn--bcher-kva.example")],
+)  # fmt: skip
+def test_origins_are_known_however_they_are_typed(typed: str, sent: str) -> None:
+    assert plain_origin(typed) == plain_origin(sent) == sent
+    app = Protection(inside, NetworkRules(allowed_origins=f"https://other.example, {typed}"))
+    page = ("origin", sent)
+    preflight = ask(app, HERE, page, PREFLIGHT, method="OPTIONS")[0]
+    for answer in (preflight, ask(app, HERE, page)[0], ask(app, HERE, page, method="GET")[0]):
+        assert answer["status"] == 200
+        assert dict(answer["headers"])[b"access-control-allow-origin"] == sent.encode()
+
+
+@pytest.mark.parametrize(
+    ("typed", "form"),
+    [("*", "https://example.org"), ("null", "https://example.org"), ("page.example", "https://page.example"),
+     ("localhost:3000", "http://localhost:3000"), ("https://page.example/app/", "write https://page.example"),
+     ("https://page.example?x=1", "write https://page.example"), ("https://*.example", "in full"),
+     ("https://", "in full"), ("https://a b", "in full"), ("https://me@page.example", "in full"),
+     ("https://page.example:port", "in full"), ("https://page.example:99999", "in full")],
+)  # fmt: skip
+def test_what_is_no_origin_is_refused_with_the_right_form(typed: str, form: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(form)):
+        plain_origin(typed)
+
+
+@pytest.mark.parametrize("typed", ["box.lan", "Box.LAN", "box.lan:8000", "http://box.lan", "https://box.lan:8443/"])
+def test_host_names_are_known_however_they_are_typed(typed: str) -> None:
+    assert plain_host(typed) == "box.lan"
+    assert status(Protection(inside, NetworkRules(allowed_hosts=f"a.lan,{typed}")), ("host", "box.lan:8000")) == 200
+
+
+def test_host_names_that_name_none() -> None:
+    assert plain_host("::1") == plain_host("[::1]:8000") == "::1"
+    for typed, form in (("*", "in full"), ("*.lan", "in full"), ("box.lan/x", "write box.lan"), ("http://", "in full")):
+        with pytest.raises(ValueError, match=form):
+            plain_host(typed)
+
+
+@pytest.mark.parametrize("allowed", ["", "https://other.example"])
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_preflight_that_is_refused_says_what_to_do(allowed: str, key: str | None) -> None:
+    app = Protection(inside, NetworkRules(allowed_origins=allowed, key=key))
+    start, body = ask(app, HERE, ("origin", "https://page.example"), PREFLIGHT, method="OPTIONS")[:2]
+    error = json.loads(body["body"])["error"]
+    assert (start["status"], error["code"]) == (403, "origin_not_allowed")
+    assert "https://page.example" in error["message"] and "--allowed_origins" in error["message"]
+    assert "other.example" not in error["message"]
+    error = json.loads(ask(app, HERE, ("origin", "null"), PREFLIGHT, method="OPTIONS")[1]["body"])["error"]
+    assert error["message"].endswith("serve the page over HTTP")
+
+
+def test_an_allowed_page_may_reach_into_a_private_network() -> None:
+    app = Protection(inside, NetworkRules(allowed_origins="https://page.example"))
+    private = ("access-control-request-private-network", "true")
+    answer = ask(app, HERE, ("origin", "https://page.example"), PREFLIGHT, private, method="OPTIONS")[0]
+    assert dict(answer["headers"])[b"access-control-allow-private-network"] == b"true"
+
+
+GZIPPED = ("content-encoding", "gzip")
+
+
+def in_pieces(body: bytes, size: int) -> tuple[bytes, ...]:
+    return tuple(body[start : start + size] for start in range(0, len(body), size))
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip", "identity, gzip"])
+def test_gzip_is_unpacked(encoding: str, size: int) -> None:
+    body = in_pieces(gzip.compress(b"x" * 90), size)
+    sent = ask(BodyLimit(inside, 100), ("content-encoding", encoding), ("content-length", "25"), body=body)
+    assert (sent[0]["status"], sent[1]["body"]) == (200, b"90")
+
+
+def test_the_limit_holds_for_what_gzip_unpacks_to() -> None:
+    for n_bytes, expected in ((100, 200), (101, 413), (100_000_000, 413)):
+        packed = gzip.compress(b"x" * n_bytes)
+        for size in (1000, len(packed)):
+            sent = ask(BodyLimit(inside, 100 if n_bytes < 1000 else 200_000), GZIPPED, body=in_pieces(packed, size))
+            assert sent[0]["status"] == expected
+            if expected == 413:
+                assert json.loads(sent[1]["body"])["error"]["code"] == "body_too_large"
+
+
+def test_little_of_a_gzip_bomb_is_unpacked() -> None:
+    sizes: list[int] = []
+
+    async def reads(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["more_body"]:
+            sizes.append(len(message["body"]))
+
+    packed = gzip.compress(b"x" * 50_000_000)
+    assert ask(BodyLimit(reads, 60_000), GZIPPED, body=in_pieces(packed, 25))[0]["status"] == 413
+    assert 0 < sum(sizes) <= 60_001
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(b"{}", "not gzip"), (b"", "cut off"), (gzip.compress(b"{}")[:-4], "cut off"),
+     (gzip.compress(b"{}") + b"x", "behind its end"), (gzip.compress(b"{}")[:-8] + bytes(8), "not gzip")],
+)  # fmt: skip
+def test_broken_gzip(body: bytes, words: str) -> None:
+    start, answer = ask(BodyLimit(inside, 100), GZIPPED, body=(body,))[:2]
+    error = json.loads(answer["body"])["error"]
+    assert (start["status"], error["code"]) == (400, "invalid_gzip")
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize("encoding", ["br", "deflate", "zstd", "gzip, gzip", "br, gzip", "nonsense"])
+def test_other_encodings_are_refused_with_the_one_that_is_known(encoding: str) -> None:
+    start, answer = ask(BodyLimit(inside, 100), ("content-encoding", encoding), body=(b"x", b"y"))[:2]
+    assert start["status"] == 415
+    assert dict(start["headers"])[b"accept-encoding"] == b"gzip"
+    assert json.loads(answer["body"])["error"]["code"] == "unsupported_content_encoding"
 
 
 def test_lifespan_reaches_the_application() -> None:

@@ -50,6 +50,33 @@ def test_a_system_message_without_a_question_beside_it_is_refused(sp_tokenizer, 
         writer.render(_turns("uas"), prompt=True)
 
 
+@pytest.mark.parametrize("name", ("llama-2", "mistral"))
+def test_a_system_message_alone_is_refused(sp_tokenizer, name):
+    writer = Writer(load_template(name, sp_tokenizer), sp_tokenizer)
+    with pytest.raises(DataError, match="a system message that no question follows"):
+        writer.render(_turns("s"), prompt=True)
+
+
+# As those of Qwen 2.5 and others: they look at the first message, whoever says it.
+LOOKS_AT_THE_FIRST = (
+    "{%- if messages[0]['role'] != 'system' -%}{{- '<|im_start|>system\nYou help.<|im_end|>\n' -}}{%- endif -%}"
+) + ONLY_FIRST_SYSTEM.replace(" or loop.first", " or true")
+WANTS_A_QUESTION = (
+    "{%- if not (messages | selectattr('role', 'equalto', 'user') | list) -%}{{- raise_exception('No user query') -}}"
+    "{%- endif -%}"
+) + LOOKS_AT_THE_FIRST
+
+
+@pytest.mark.parametrize("order", ("au", "auau", "sau", "aau"))
+@pytest.mark.parametrize("jinja", (LOOKS_AT_THE_FIRST, WANTS_A_QUESTION), ids=("first", "question"))
+def test_an_answer_may_come_before_any_question(bytelevel_tokenizer, with_template, jinja, order):
+    tokenizer = with_template(bytelevel_tokenizer, jinja)
+    turns = _turns(order)
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert _written(Writer(load_template("auto", tokenizer), tokenizer), turns) == rendered
+
+
 @pytest.mark.parametrize("jinja", (LOOPS_OVER_PARTS, ONLY_FIRST_SYSTEM, NO_SYSTEM), ids=("parts", "first", "none"))
 @pytest.mark.parametrize("order", ORDERS)
 def test_nothing_is_lost_in_a_template_of_somebody_else(bytelevel_tokenizer, with_template, jinja, order):

@@ -130,6 +130,22 @@ def test_roles_and_parts(server: Running) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("order", "same"),
+    [("us", "user\n\nsystem"), ("usu", None), ("sus", None), ("au", None), ("sau", None), ("uu", None), ("uaau", None)],
+)
+def test_conversations_in_any_order(server: Running, order: str, same: str | None) -> None:
+    """A system message last or between, an assistant's first, several of one role: answered, and no message is lost."""
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": f"{names[role]}"} for role in order]
+    answer = content(server, messages=messages)
+    for k in range(len(order) - 1):  # each of them counts
+        other = [*messages[:k], messages[k] | {"content": "something else"}, *messages[k + 1 :]]
+        assert content(server, messages=other) != answer
+    if same:
+        assert content(server, messages=[{"role": "user", "content": same}]) == answer
+
+
 def test_the_servers_own_system_prompt(server: Running, engine: Engine) -> None:
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}
     with serving(engine, LimitOptions(), system="Be brief.") as other:

@@ -28,6 +28,8 @@ def test_refusals_of_every_layer_are_printed_with_their_reason(
         ({}, "401 invalid_api_key"),
         ({"headers": key | {"host": "evil.example"}}, "403 host_not_allowed"),
         ({"headers": key | {"origin": "http://evil.example"}}, "403 origin_not_allowed"),
+        ({"headers": key | {"content-encoding": "br"}}, "415 unsupported_content_encoding"),
+        ({"headers": key | {"content-encoding": "gzip"}}, "400 invalid_gzip"),
         ({"headers": key, "content": b"x" * 1001}, "413 body_too_large"),
         ({"headers": key, "content": b"x"}, "400 invalid_json"),
         ({"headers": key, "json": chat_body() | {"temperature": secret}}, "400 invalid_value:temperature"),
