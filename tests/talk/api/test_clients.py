@@ -1,4 +1,7 @@
-"""Clients of other people: OpenAI's own, sync and async, LangChain's, and Hugging Face's, which shares no code."""
+"""Clients of other people: OpenAI's own, sync and async, LangChain's, and Hugging Face's, which shares no code.
+
+Requests of further clients were recorded and are sent again.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,22 @@ import openai
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
 from onecard.config_talk import LimitOptions, ServeOptions
 from onecard.talk.engine import Engine, OutOfMemory
-from tests.talk.api.serving import LONG, Breaking, Running, chat_body, long_body, open_tiny, serving, wait_until
+from tests.talk.api.serving import (
+    LONG,
+    Breaking,
+    Running,
+    chat_body,
+    events_of,
+    long_body,
+    open_tiny,
+    serving,
+    wait_until,
+)
 
 KEY = "sesame"
 CHAT = "/v1/chat/completions"
@@ -177,6 +191,69 @@ def test_langchain(locked: Running, expected: str) -> None:
     assert OpenAI(**common, temperature=0, max_tokens=5).invoke("Hi")
     vectors = OpenAIEmbeddings(**common, check_embedding_ctx_length=False).embed_documents(["a", "b"])
     assert len(vectors) == 2
+
+
+NAMED = [SystemMessage("Be brief."), HumanMessage("你好", name="Ann"), AIMessage("Yes", name="Bob"),
+         HumanMessage("And?", name="Ann")]  # fmt: skip
+
+
+def test_langchain_with_named_messages(locked: Running) -> None:
+    chat = ChatOpenAI(base_url=f"{locked.url}/v1", api_key=KEY, model="tiny", temperature=0, max_tokens=8)  # type: ignore[arg-type]
+    plain = [type(message)(message.content) for message in NAMED]
+    assert chat.invoke(NAMED).content == chat.invoke(plain).content
+    assert "".join(str(piece.content) for piece in chat.stream(NAMED)) == chat.invoke(plain).content
+
+
+def test_langchain_with_fields_for_the_service(locked: Running) -> None:
+    fields = {"metadata": {"a": "b"}, "store": True, "service_tier": "flex", "user": "u", "safety_identifier": "s"}
+    chat = ChatOpenAI(base_url=f"{locked.url}/v1", api_key=KEY, model="tiny", max_tokens=8, model_kwargs=fields)  # type: ignore[arg-type]
+    assert chat.bind(prompt_cache_key="k").invoke("你好").content
+
+
+# As these clients sent them to this server, word for word but for the texts.
+RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "autogen-ext 0.7.5, create": (CHAT, {
+        "messages": [{"content": "Be brief.", "role": "system"}, {"role": "user", "name": "Ann", "content": "Hi"},
+                     {"role": "assistant", "content": "Yes"}, {"role": "user", "name": "Cleo_1", "content": "And?"}],
+        "model": "tiny", "max_tokens": 8, "stream": False}),
+    "autogen-ext 0.7.5, create_stream": (CHAT, {
+        "messages": [{"role": "user", "name": "Ann", "content": "Hi"}], "model": "tiny", "max_tokens": 8,
+        "stream": True}),
+    "autogen-agentchat 0.7.5, RoundRobinGroupChat": (CHAT, {
+        "messages": [{"content": "Be a critic.", "role": "system"},
+                     {"role": "user", "name": "user", "content": "Write a line."},
+                     {"role": "user", "name": "writer", "content": "A line."}],
+        "model": "tiny", "max_tokens": 8, "stream": False}),
+    "langchain-openai 1.7.4": (CHAT, {
+        "messages": [{"content": "Be brief.", "role": "system"}, {"content": "Hi", "name": "Ann", "role": "user"},
+                     {"content": "Yes", "name": "Bob", "role": "assistant"},
+                     {"content": "And?", "name": "Ann", "role": "user"}],
+        "model": "tiny", "max_completion_tokens": 8, "stream": False}),
+    "llama-index-embeddings-openai-like 0.4.0": ("/v1/embeddings", {
+        "input": [f"text {k}" for k in range(20)], "model": "tiny", "encoding_format": "base64"}),
+    "llama-index-llms-openai-like 0.8.1": (CHAT, {
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], "model": "tiny",
+        "max_tokens": 8, "stream": False, "temperature": 0.1}),
+    "llama-index-llms-openai-like 0.8.1, complete": ("/v1/completions", {
+        "model": "tiny", "prompt": "Hi", "max_tokens": 8, "stream": False, "temperature": 0.1}),
+    "litellm 1.110.2": (CHAT, {
+        "model": "tiny", "messages": [{"role": "user", "content": "Hi", "cache_control": {"type": "ephemeral"}}],
+        "max_tokens": 8}),
+    "litellm 1.110.2, embedding": ("/v1/embeddings", {"model": "tiny", "input": ["a", "b"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("client", RECORDED)
+def test_recorded_requests_are_answered(server: Running, client: str) -> None:
+    path, body = RECORDED[client]
+    answer = server.post(path, body)
+    assert answer.status_code == 200, answer.text
+    if path == "/v1/embeddings":
+        assert len(answer.json()["data"]) == len(body["input"])
+    elif body.get("stream"):
+        assert events_of(answer.text)[-1] == "[DONE]"
+    else:
+        assert answer.json()["usage"]["completion_tokens"] == 8
 
 
 @pytest.mark.parametrize("stream", [False, True])
