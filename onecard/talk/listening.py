@@ -5,31 +5,38 @@ Knows addresses, signals and uvicorn. It does not know what is served.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import uvicorn
 
 from onecard.console import ConfigError, say
+from onecard.talk.connections import ConnectionLimits, LimitedConnection
 
 BACKLOG = 2048  # connections that the kernel holds until they are taken
+# asyncio takes so many at once before it looks at the first: few, so that the limit acts before descriptors run out.
+ACCEPTED_AT_ONCE = 16
 # Answers end within a second of being told; what still stands open after this is a page that listens for news.
 SHUTDOWN_SECONDS = 3
 
 
 class Server(uvicorn.Server):
-    """uvicorn that tells the application first when it stops, so that running answers end by themselves."""
+    """uvicorn that ends idle connections, and tells the application first when it stops, so that answers end."""
 
-    def __init__(self, app: Any, before_shutdown: Callable[[], None]) -> None:
+    def __init__(self, app: Any, before_shutdown: Callable[[], None], limits: ConnectionLimits | None = None) -> None:
+        self._limits = limits or ConnectionLimits()
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=partial(LimitedConnection, limits=self._limits),  # type: ignore[arg-type]  # it is only called
             loop="asyncio",
+            backlog=ACCEPTED_AT_ONCE,
             ws="none",
             log_config=None,
             log_level="critical",  # requests are printed by RequestLog, which keeps prompts out
@@ -40,6 +47,18 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._before_shutdown = before_shutdown
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._limits.handle_loop_error)
+        await super().startup(sockets)
+        for listening in sockets or []:
+            listening.listen(BACKLOG)  # asyncio has set the kernel's queue to ACCEPTED_AT_ONCE as well
+
+    async def on_tick(self, counter: int) -> bool:
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, LimitedConnection):
+                connection.check()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._before_shutdown()

@@ -8,17 +8,12 @@ import gzip
 import json
 import re
 import socket
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from onecard.config_talk import plain_host, plain_origin
 from onecard.talk import security
-from onecard.talk.listening import Server, open_socket
 from onecard.talk.security import (
     BodyLimit,
     HostCheck,
@@ -29,22 +24,9 @@ from onecard.talk.security import (
     given_key,
     host_name,
 )
+from tests.talk.bare_server import inside, listening
 
 KEY = "sesame"
-
-
-async def inside(scope: Any, receive: Any, send: Any) -> None:
-    """The application behind the layers: tells how many bytes it was sent."""
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.accept"})
-        return
-    n_bytes, more = 0, True
-    while more:
-        message = await receive()
-        n_bytes += len(message.get("body", b""))
-        more = message.get("more_body", False)
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": str(n_bytes).encode()})
 
 
 def ask(
@@ -73,20 +55,6 @@ def ask(
 
 def status(app: Any, *headers: tuple[str, str], **request: Any) -> int:
     return int(ask(app, *headers, **request)[0]["status"])
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[tuple[str, int]]:
-    """A real server with this application in a thread; gives its address."""
-    with open_socket("127.0.0.1", 0) as taken:
-        server = Server(app, lambda: None)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield taken.getsockname()
-        server.should_exit = True
-        thread.join(10)
 
 
 HERE = ("host", "127.0.0.1:8000")
