@@ -5,11 +5,14 @@ Texts for the browser only. Knows the ids that web.py gives to its components. I
 
 from __future__ import annotations
 
+from onecard.talk.page_text import MARKED
+
 FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "PingFang SC", "Noto Sans SC", "sans-serif")
 CODE_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 CSS = """
 .oc-hidden { display: none !important; }
+.oc-apart { position: fixed; left: -200vw; width: 100vw; }
 :root { --oc-notice: #fff7e6; --oc-notice-text: #7a4a05; --oc-notice-border: #f3d9a4; }
 .dark { --oc-notice: #33270f; --oc-notice-text: #f6d9a0; --oc-notice-border: #5c4618; }
 .gradio-container { width: 100%; max-width: 1400px !important; margin: 0 auto !important; padding: 0 !important; }
@@ -31,6 +34,9 @@ footer { display: none !important; }
 #oc-stop.hidden, #oc-submit.hidden, #oc-note.hidden { display: none !important; }
 #oc-chat { border-radius: 14px; flex: 1 1 0 !important; height: auto !important; min-height: 260px !important; }
 #oc-chat .message { overflow-wrap: anywhere; }
+#oc-chat .message table { display: block; max-width: 100%; overflow-x: auto; }
+#oc-chat .message :is(th, td) { overflow-wrap: normal; word-break: normal; }
+#oc-chat .message .katex-display { overflow: auto hidden; padding: 2px 0; }
 #oc-chat .edit-textarea { width: min(70vw, 480px) !important; min-height: 3.4em !important; }
 #oc-chat .top-panel { display: none; }
 #oc-status, #oc-note, #oc-status .html-container, #oc-note .html-container { padding: 0 !important; min-height: 0; }
@@ -141,12 +147,28 @@ window.onecard = (() => {
 
   addEventListener("pagehide", flush);
 
-  // What page_text.py puts behind "<", "!" and "&" is not copied with them.
-  const written = (text) => text.replace(/([<!&])\\u200b/g, "$1");
+  // The invisible spaces of page_text.py are not copied, and of a drawn formula what was written.
+  const written = (text) => text.replace(/__MARKED__/g, (mark, sign) => sign || "");
+  const selected = () => {
+    const selection = getSelection();
+    if (!selection.rangeCount) return "";
+    const part = document.createElement("div");
+    part.append(selection.getRangeAt(0).cloneContents());
+    if (!part.querySelector(".katex annotation")) return String(selection);
+    for (const formula of part.querySelectorAll(".katex")) {
+      const mark = formula.closest(".katex-display") ? "$$" : "$";
+      formula.replaceWith(mark + formula.querySelector("annotation").textContent + mark);
+    }
+    part.className = "oc-apart";
+    document.body.append(part);
+    const text = part.innerText;
+    part.remove();
+    return text;
+  };
   addEventListener("copy", (event) => {
-    const text = String(getSelection());
-    if (written(text) === text) return;
-    event.clipboardData.setData("text/plain", written(text));
+    const text = written(selected());
+    if (text === String(getSelection())) return;
+    event.clipboardData.setData("text/plain", text);
     event.preventDefault();
   });
   if (navigator.clipboard) {
@@ -219,4 +241,5 @@ def head(max_chat_bytes: int) -> str:
 
     Not through gradio's `css=`: it would give the rules for narrow pages another weight than those they overrule.
     """
-    return f"<style>{CSS}</style>" + SCRIPT.replace("__LIMIT__", str(max_chat_bytes))
+    script = SCRIPT.replace("__LIMIT__", str(max_chat_bytes)).replace("__MARKED__", MARKED.pattern)
+    return f"<style>{CSS}</style>" + script

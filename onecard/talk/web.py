@@ -26,6 +26,7 @@ from onecard.talk.page_guard import PageGuard, Presence
 from onecard.talk.page_server import Doors, serve_page
 from onecard.talk.page_settings import NAMES, SettingsReader
 from onecard.talk.page_style import CODE_FONTS, FONTS, head
+from onecard.talk.page_text import FORMULAS
 from onecard.talk.page_wiring import (
     HIDDEN,
     AskWiring,
@@ -154,7 +155,7 @@ def _header(labels: Labels, engine: Engine, title: str) -> dict[str, Any]:
 def _conversation(labels: Labels, examples: Sequence[str]) -> dict[str, Any]:
     chatbot = labels(
         gr.Chatbot, {"placeholder": "chat.empty"}, elem_id="oc-chat", show_label=False, editable="user", height=520,
-        sanitize_html=True, allow_tags=False, render_markdown=True, latex_delimiters=[], buttons=["copy"],
+        sanitize_html=True, allow_tags=False, render_markdown=True, latex_delimiters=list(FORMULAS), buttons=["copy"],
         feedback_options=None, allow_file_downloads=False, group_consecutive_messages=False, layout="bubble",
         examples=[{"text": text} for text in examples] or None,
     )  # fmt: skip

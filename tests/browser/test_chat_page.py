@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.browser.conftest import serving, wait_until
-from tests.talk.fake_engine import FakeEngine
+from tests.talk.fake_engine import FORMULAS, FakeEngine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAYS = FakeEngine().script.say
@@ -301,10 +301,10 @@ def test_what_a_model_says_is_never_run_or_fetched(open_page: Any, url: str) -> 
     page = open_page(url)
     shown = ask(page, "Something hostile <img src=http://evil.example/x.png onerror='window.hacked=5'>")
     assert "<" in shown and "script>window.hacked = 1" in shown
-    assert "entity" in shown and "$$x^2$$" in shown
+    assert "entity" in shown
     page.wait_for_timeout(300)
     assert page.evaluate("window.hacked") is None
-    for tag in ("img", "script", "iframe", "b", "svg.mermaid", ".katex"):
+    for tag in ("img", "script", "iframe", "b", "svg.mermaid"):
         assert page.locator(f"#oc-chat .message .prose {tag}, #oc-chat .message .md {tag}").count() == 0, tag
     links = page.eval_on_selector_all("#oc-chat .message a", "all => all.map(a => a.getAttribute('href'))")
     assert links and all(link is None or link.startswith("http://evil.example/") for link in links)
@@ -334,6 +334,35 @@ def test_what_is_copied_is_what_was_written(open_page: Any, url: str) -> None:
     page.evaluate("getSelection().selectAllChildren(document.querySelector('#oc-chat .message'))")
     page.keyboard.press("Control+c")
     assert page.evaluate("navigator.clipboard.readText()").strip() == "Show me !x &amp; <b>"  # as it is drawn
+
+
+def test_formulas_are_drawn_with_the_server_s_own_files(open_page: Any, url: str) -> None:
+    page = open_page(url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    shown = ask(page, "A formula")
+    page.wait_for_selector("#oc-chat .katex")
+    assert page.locator("#oc-chat .bot.message .katex").count() == 3
+    assert page.locator("#oc-chat .bot.message .katex-display").count() == 2
+    assert page.locator("#oc-chat .bot.message pre .katex, #oc-chat .message img, .katex-error").count() == 0
+    assert "costs $5 and $6" in shown and r"\frac{1}{3" in shown and r"\(y\)" in shown
+    assert page.evaluate("document.fonts.check('16px KaTeX_Main')")
+    page.click("#oc-chat button[title='Copy message'] >> nth=1")
+    assert page.evaluate("navigator.clipboard.readText()") == FORMULAS
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('#oc-chat .bot.message p'))")
+    page.keyboard.press("Control+c")
+    assert page.evaluate("navigator.clipboard.readText()").startswith(
+        r"It is $x = \frac{-b \pm \sqrt{b^2}}{2a}$ and costs"
+    )
+
+
+def test_a_wide_table_scrolls_in_its_bubble(open_page: Any, url: str) -> None:
+    page = open_page(url, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    ask(page, "A wide table")
+    table = page.locator("#oc-chat .message table")
+    assert table.evaluate("(table) => table.scrollWidth > table.clientWidth + 50")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    words = page.locator("#oc-chat td").first
+    assert words.bounding_box()["height"] < 80, "words are not broken letter by letter"
 
 
 def test_chinese_and_dark(open_page: Any, url: str) -> None:

@@ -24,6 +24,20 @@ HOSTILE = (
     "[click](javascript:window.hacked=3) &lt;entity&gt; $$x^2$$\n\n"
     "```html\n<script>window.hacked = 4</script>\n```\n"
 )
+FORMULAS = (
+    r"It is \(x = \frac{-b \pm \sqrt{b^2}}{2a}\) and costs $5 and $6."
+    "\n\n"
+    r"\[ \begin{pmatrix} a<b & 0 \\[2pt] c & d \end{pmatrix} \]"
+    "\n\n"
+    r"$$\text{<img src=x onerror=hacked()>} \, x^2$$"
+    "\n\n"
+    "```\n\\(y\\)\n```\n\n"
+    r"Begun: \[ \frac{1}{3"
+)
+TABLE = (
+    "| Name | Description of the thing | Price in euros | Availability | Comment |\n|---|---|---|---|---|\n"
+    "| Apple | A round red fruit | 1.20 | in stock everywhere | very tasty indeed |\n"
+)
 
 
 @dataclass
@@ -31,7 +45,7 @@ class Script:
     """What the fake answers. A question with one of the words below gets what stands there; else `say`, word by word.
 
     hostile: HTML and images. long: 400 words. memory: OutOfMemory at the start. half: OutOfMemory in the middle.
-    broken: an error nobody foresaw. code: a code block.
+    broken: an error nobody foresaw. code: a code block. formula: TeX. table: a wide one.
     """
 
     say: str = "The quick brown fox jumps over the lazy dog and then goes home to sleep. 你好，世界！"
@@ -108,6 +122,10 @@ class FakeEngine:
             return HOSTILE
         if "code" in question:
             return "Here is code:\n\n```python\nif a < b:\n\tprint('<b>')\n```\n\nand `<i>` in a line, a < b & c."
+        if "formula" in question:
+            return FORMULAS
+        if "table" in question:
+            return TABLE
         if "long" in question:
             return " ".join(f"word{k}" for k in range(400))
         if "who" in question:

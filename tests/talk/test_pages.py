@@ -339,7 +339,7 @@ def test_both_languages_say_everything() -> None:
     assert len(ENGLISH) > 60
 
 
-SIGNS = st.text("<>!&[](){}`~ \n\\abz/?#;'\"=-*0", max_size=60)
+SIGNS = st.text("<>!&[](){}`~ \n\\abz/?#;'\"=-*0$%", max_size=60)
 
 
 @given(SIGNS)
@@ -372,10 +372,28 @@ def without_drawn_labels(text: str) -> str:
         ("a ` b\nc `![x](u)` d\n\n`<b>`", "a ` b\nc `!·[x](u)` d\n\n`<b>`"),
         ("\\`![x](u)`", "\\`!·[x](u)`"),
         ("- a\n  ```\n  <b>\n![i](u)", "- a\n  ```\n  <b>\n!·[i](u)"),
+        # Formulas, and what only looks like one; a backslash that Markdown would take away stays.
+        (r"is \(x^2 \, y\), so", r"is \(·x^2 \, y·\), so"),
+        ("\\[\na \\\\[2pt] b\n\\]", "\\[·\na \\\\[2pt] b\n·\\]"),
+        ("$$a<b & c$$ <b>", "$$·a<b & c·$$ <·b>"),
+        ("其中$x_1$是，$E=mc^2$.", "其中$·x_1·$是，$·E=mc^2·$."),
+        ("it costs $5 and then $6, US$5 or $7", "it costs $5 and then $6, US$5 or $7"),
+        ("`$x$` $y$ ```$z$```", "`$x$` $·y·$ ```$z$```"),
+        ("```\n$x$ \\(y\\)\n```", "```\n$x$ \\(y\\)\n```"),
+        ("$$a\n\nb$$", "$$a\n\nb$$"),
+        (r"so far \(x = \frac{-b \pm", r"so far \·(x = \frac{-b \pm"),
+        (r"C:\temp\(x86\) \*no\* \$5", r"C:\temp\·(x86\·) \*no\* \$5"),
+        ("` $x$ <b>\n`![i](u)`", "` $x$ <·b>\n`!·[i](u)`"),
+        ("%%%LATEX_BLOCK_0%%%", "%·%%LATEX_BLOCK_0%%%"),
     ],
 )
 def test_signs_outside_code_are_made_harmless(text: str, expected: str) -> None:
     assert plain_markdown(text).replace(INVISIBLE, "·") == expected
+
+
+def test_formulas_are_found_in_linear_time() -> None:
+    for text in ("\\(" * 50_000, "\\[ \\\\" * 20_000, "$a " * 30_000, "$$$" * 30_000, "`" * 50_000):
+        assert original(plain_markdown(text)) == text
 
 
 def test_notes_are_letters_only() -> None:
