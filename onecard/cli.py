@@ -2,7 +2,7 @@
 
 Order: defaults < the options stored with a run < ``--config file.yaml`` < flags. jsonargparse makes the help text and
 checks the types; this module adds what it lacks: every bad setting in one answer, each by its flag's name, and the
-nearest name for an unknown one. Nothing heavy is imported, so ``--help`` answers at once.
+name that an unknown one has here. Nothing heavy is imported, so ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from onecard.config import Problem, problems_of, refuse
+from onecard import old_names
+from onecard.config import FinetuneConfig, Problem, problems_of, refuse
 from onecard.console import ConfigError, nearest, say
+from onecard.given_paths import path_problems
 
 Config = TypeVar("Config")
 CONFIG_FLAG, PRINT_FLAG = "config", "print_config"
@@ -39,6 +41,7 @@ class Option:
     type: Any
     default: Any
     bare: str | None  # the value that the flag means when none is typed after it
+    takes_several: bool  # names with commas between them; spaces and a list are taken, too
 
     @property
     def flag(self) -> str:
@@ -68,7 +71,8 @@ def options_of(config_class: type) -> dict[str, Option]:
             if is_dataclass(value):
                 continue
             bare = "true" if types[item.name] is bool else item.metadata.get("bare")
-            found[item.name] = Option(item.name, group, types[item.name], value, bare)
+            several = bool(item.metadata.get("several"))
+            found[item.name] = Option(item.name, group, types[item.name], value, bare, several)
     return found
 
 
@@ -92,7 +96,7 @@ def parse(
         verb: the word before the options, for the help text; `parse_verb` has read it already.
 
     Raises:
-        ConfigError: with every unknown name, wrong type and contradiction found, not only the first.
+        ConfigError: with every unknown name, wrong type, contradiction and missing file found, not only the first.
         SystemExit: with 0, after ``--help`` and ``--print_config``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -114,8 +118,10 @@ def parse(
     values |= _checked(from_files, options, parser, problems)
     values |= flags
     config = _build(config_class, options, values)
-    refuse(problems + _config_problems(config))
-    if any(word == f"--{PRINT_FLAG}" for word in words):
+    problems += _config_problems(config)
+    only_print = any(word == f"--{PRINT_FLAG}" for word in words)
+    refuse(problems if only_print else problems + path_problems(values))
+    if only_print:
         say(to_yaml(config).rstrip())
         raise SystemExit(0)
     return config
@@ -254,6 +260,10 @@ def _read_words(
         if not has_value and has_more:
             value, has_value = words[position], "="
             position += 1
+        while name in options and options[name].takes_several and words[position : position + 1]:
+            if words[position].startswith("--"):
+                break
+            value, position = f"{value},{words[position]}", position + 1
         if name != CONFIG_FLAG and name not in options:
             problems.append((f"--{name}", f"no such option{_nearest_flag(name, options)}"))
         elif not has_value and (name == CONFIG_FLAG or options[name].bare is None):
@@ -262,9 +272,16 @@ def _read_words(
             yaml_files.append(value)
         elif options[name].is_text_list:
             typed[name] = [*typed.get(name, []), *_texts(value)]
+        elif options[name].takes_several:
+            typed[name] = _without_brackets(value)
         else:
             typed[name] = value if has_value else options[name].bare
     return typed, yaml_files
+
+
+def _without_brackets(text: str) -> str:
+    """Names with commas between them, out of a list in the form of Python: ['q_proj', 'v_proj'] -> q_proj,v_proj."""
+    return ",".join(comma_list(re.sub(r"[\[\]'\"]", "", text)))
 
 
 def _texts(word: str) -> list[str]:
@@ -312,6 +329,9 @@ def _checked(
         if option.is_text_list and isinstance(value, list) and all(isinstance(text, str) for text in value):
             good[name] = list(value)
             continue
+        if option.takes_several and isinstance(value, list):
+            good[name] = ",".join(str(part) for part in value)
+            continue
         try:
             words = [f"--{name}={value}"] if isinstance(value, str) else None
             parsed = parser.parse_args(words) if words else parser.parse_object({name: value})
@@ -331,8 +351,13 @@ def _expected(kind: Any) -> str:
 
 
 def _nearest_flag(name: str, options: Mapping[str, Option]) -> str:
-    hint = nearest(name.replace("-", "_"), list(options))
-    return hint.replace("did you mean ", "did you mean --")
+    from onecard.config_talk import GenerateConfig
+
+    name = name.replace("-", "_")
+    others = {**options_of(FinetuneConfig), **options_of(GenerateConfig)}
+    # Farther words are other words: batch_size is not test_size.
+    meant = nearest(name, list(options), cutoff=0.75).replace("did you mean ", "did you mean --")
+    return old_names.hint(name, options, others) or meant
 
 
 def _build(config_class: type[Config], options: Mapping[str, Option], values: Mapping[str, Any]) -> Config:

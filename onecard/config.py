@@ -19,6 +19,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_BASE = str(REPOSITORY / "sample" / "tiny-llama")
 LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 
+# Files of onecard/text/templates, and what Chinese-Vicuna called two of them.
+BUILT_IN_TEMPLATES = ("alpaca", "vicuna-chat", "chatml", "llama-2", "llama-3", "mistral", "none")
+TEMPLATE_ALIASES = {"instruct": "alpaca", "chat": "vicuna-chat"}
+
 Problem = tuple[str, str]  # (flag, what is wrong with it)
 
 
@@ -99,9 +103,9 @@ class LoraOptions:
     """Scale of the adapter: its output is multiplied by alpha / r (rsLoRA: alpha / sqrt(r))."""
     lora_dropout: float = 0.0
     """Dropout in front of the adapter. Above 0 the random masks depend on how a step is cut into micro-batches."""
-    lora_target_modules: str = "all-linear"
-    """Layers that get an adapter: all-linear, or names with commas between them (q_proj,v_proj)."""
-    lora_target_parameters: str = ""
+    lora_target_modules: str = field(default="all-linear", metadata={"several": True})
+    """Layers that get an adapter: all-linear, or names with commas or spaces between them (q_proj,v_proj)."""
+    lora_target_parameters: str = field(default="", metadata={"several": True})
     """Experts of a mixture that get adapters, too: experts, or names (experts.gate_up_proj,experts.down_proj)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r): keeps high ranks trainable (arXiv:2312.03732)."""
@@ -200,7 +204,7 @@ class TrainOptions:
     """The same as --init_adapter, under the name that users of older kits know."""
     from_data_beginning: bool = False
     """With a resumed run: keep weights and optimizer, but start at the first step of this (perhaps new) data."""
-    accept_changes: str = ""
+    accept_changes: str = field(default="", metadata={"several": True})
     """Go on although these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed (some of them).
     base also accepts an --init_adapter that was trained on another base."""
     wandb: bool = False

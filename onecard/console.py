@@ -95,9 +95,9 @@ def quiet_rank() -> bool:
     return int(os.environ.get("RANK", "0")) > 0
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
     """The words ' (did you mean X?)' for the closest of `known`, or an empty string when none is close."""
-    match = get_close_matches(name, known, n=1, cutoff=0.6)
+    match = get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" (did you mean {match[0]}?)" if match else ""
 
 

@@ -19,6 +19,8 @@ LAYERS = {
     "config": 0,
     "config_talk": 0,
     "cli": 0,
+    "given_paths": 0,
+    "old_names": 0,
     "manifest": 0,
     "text": 1,
     "model": 2,
@@ -188,7 +190,7 @@ def text_is_plain(file: SourceFile) -> Iterator[Offence]:
 
 def options_are_light(file: SourceFile) -> Iterator[Offence]:
     """cli, config and console import the standard library, yaml and jsonargparse only, so `--help` is instant."""
-    if file.layer not in ("cli", "config", "config_talk", "console"):
+    if file.layer not in ("cli", "config", "config_talk", "console", "given_paths", "old_names"):
         return
     for line, module in imports(file):
         name = module.split(".")[0]

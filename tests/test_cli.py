@@ -77,9 +77,9 @@ def test_stored_options_stand_between_defaults_and_yaml(settings: Path) -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    first = finetune(
-        "--bits=8", "--data_path", "数据/训练.json", "--test_size", "0", "--wandb", "--resume_from_checkpoint"
-    )
+    data = tmp_path / "训练.json"
+    data.write_text("[]", encoding="utf-8")
+    first = finetune("--bits=8", "--data_path", str(data), "--test_size", "0", "--wandb", "--resume_from_checkpoint")
     path = tmp_path / "onecard.yaml"
     path.write_text(cli.to_yaml(first), encoding="utf-8")
     assert finetune("--config", str(path)) == first
@@ -141,8 +141,8 @@ def test_negative_numbers_are_values_not_flags() -> None:
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        ("--lora_rank", "--lora_r"),
-        ("--epochs", "--num_epoch"),
+        ("--lora_rr", "--lora_r"),
+        ("--tries", "--num_epoch"),
         ("--learning-rate", "--learning_rate"),
         ("--ouput_path", "--output_path"),
     ],
@@ -150,7 +150,7 @@ def test_negative_numbers_are_values_not_flags() -> None:
 def test_unknown_flag_names_the_nearest(typed: str, meant: str) -> None:
     message = refusal(typed, "3")
     assert message.startswith(f"{typed}: no such option")
-    if typed != "--epochs":  # not close enough to guess at
+    if typed != "--tries":  # not close enough to guess at
         assert f"did you mean {meant}?" in message
 
 

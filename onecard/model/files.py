@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 from pathlib import Path
 from typing import Any
 
 from onecard.console import ModelError, nearest
+from onecard.given_paths import HUB_ID
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 SAMPLE_BYTES = 4096  # read at each of SAMPLES places of a weight file for the fingerprint
 SAMPLES = 16

@@ -7,6 +7,7 @@ the directory above is asked. Imports no torch: `generate.py --help` goes throug
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,5 +78,6 @@ def stored_by_first(typed: Mapping[str, Any]) -> dict[str, Any]:
     """`stored_options` of the adapter that was typed, else of the first one in the folder that was typed."""
     lora_path, folder = typed.get("lora_path"), typed.get("adapters_path")
     if lora_path is None and folder is not None:
-        lora_path = next(iter(adapters_in(folder).values()))
+        with suppress(ConfigError):  # a folder without adapters is told with all else that is wrong
+            lora_path = next(iter(adapters_in(folder).values()))
     return stored_options(lora_path)

@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from onecard.config import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES
 from onecard.console import ConfigError, DataError, nearest
 from onecard.text.conversation import Conversation, Turn, turns_to_messages
 from onecard.text.jinja_chat import compile_chat_template, reads_input, render_chat
@@ -25,7 +26,7 @@ from onecard.text.lost_turns import TurnKeeper
 from onecard.text.special_tokens import added_tokens, beginning_ids, single_token, special_tokens
 from onecard.text.thoughts import completion, empty_thought, has_thought, opened_thought
 
-BUILT_IN = ("alpaca", "vicuna-chat", "chatml", "llama-2", "llama-3", "mistral", "none")
+BUILT_IN = BUILT_IN_TEMPLATES
 FOLDER = Path(__file__).resolve().parent / "templates"
 FLAG = "--prompt_type"
 EOS = "eos"
@@ -292,6 +293,7 @@ def load_template(prompt_type: str, tokenizer: Any, *, dialogue: bool = False) -
         if own is not None:
             return _from_jinja("auto", own, tokenizer)
         prompt_type = "vicuna-chat" if dialogue else "alpaca"
+    prompt_type = TEMPLATE_ALIASES.get(prompt_type, prompt_type)
     if prompt_type in BUILT_IN:
         jinja = (FOLDER / f"{prompt_type}.jinja").read_text(encoding="utf-8")
         # Many tokenizers name a BOS that they never write (Phi-3, SmolLM2): their models have not seen it in front.

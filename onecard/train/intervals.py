@@ -49,7 +49,8 @@ def say_intervals(typed: TrainOptions, resolved: TrainOptions, n_test: int, tota
         parts.insert(0, ("--eval_steps", "an evaluation", typed.eval_steps, resolved.eval_steps, typed.eval_minutes))
     for flag, what, given, steps, minutes in parts:
         clock = f" or {minutes:g} minutes" if minutes else ""
-        reason = "as given" if given else f"the run has {total_steps:,}; {flag} sets another number"
+        off = "; --test_size 0 turns it off" if flag == "--eval_steps" else ""
+        reason = "as given" if given else f"the run has {total_steps:,}; {flag} sets another number{off}"
         share = f", at most {evaluation_share(resolved, n_test):.0%} of the time" if flag == "--eval_steps" else ""
         say(f"{what} every {f'{steps} steps' if steps > 1 else 'step'}{clock}{share} ({reason})")
 

@@ -1,0 +1,101 @@
+"""What a command line names and is not there: said with all else that is wrong, before anything heavy is loaded.
+
+Knows names of options, files and folders. A Hub id cannot be told from a folder that is missing, so it is left to
+whoever downloads it. Imports nothing heavy, and opens no weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from onecard.config import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES, Problem
+from onecard.console import nearest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+OWN_FOLDERS = ("outputs", "sample")  # of this kit: no owner on the Hub is meant
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
+
+
+def path_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the files and folders that these options name; None, empty and auto name nothing."""
+    found: list[Problem] = []
+    for name, check in CHECKS.items():
+        value = values.get(name)
+        for part in _parts(value):
+            text = check(part) if part not in ("auto", "none") else ""
+            found += [(f"--{name}", text)] if text else []
+    return found
+
+
+def _parts(value: Any) -> list[str]:
+    """The paths in a value: one, several with commas between them, or a list."""
+    if not value:
+        return []
+    if isinstance(value, list):
+        return [str(part) for part in value]
+    text = str(value)
+    is_one = "," not in text or Path(text).expanduser().exists()
+    return [text] if is_one else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _data(text: str) -> str:
+    path = Path(text).expanduser()
+    is_hub_id = HUB_ID.fullmatch(text) and path.suffix.lower() not in DATA_SUFFIXES
+    return (
+        "" if path.exists() or (is_hub_id and not _is_own(path)) else f"there is no file or folder {text}{_near(path)}"
+    )
+
+
+def _directory(text: str) -> str:
+    path = Path(text).expanduser()
+    if path.exists() or (HUB_ID.fullmatch(text) and not _is_own(path)):
+        return ""
+    return f"there is no directory {text}{_near(path)}"
+
+
+def _adapter(text: str) -> str:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        return _directory(text)
+    places = [path, *path.glob("checkpoint-*")]
+    if any((place / name).is_file() for place in places for name in ADAPTER_WEIGHTS):
+        return ""
+    held = ", ".join(sorted(inner.name for inner in path.iterdir())[:6]) or "nothing"
+    return f"{text} holds no adapter ({ADAPTER_WEIGHTS[0]}); it holds: {held}"
+
+
+def _must_exist(text: str) -> str:
+    path = Path(text).expanduser()
+    return "" if path.exists() else f"there is no file or directory {text}{_near(path)}"
+
+
+def _template(text: str) -> str:
+    path, known = Path(text).expanduser(), ("auto", *BUILT_IN_TEMPLATES)
+    if text in (*known, *TEMPLATE_ALIASES) or path.is_file():
+        return ""
+    if path.suffix in (".jinja", ".jinja2", ".j2"):
+        return f"there is no template file {text}{_near(path)}"
+    return f"no template is called {text!r}{nearest(text, known)}; choose {', '.join(known)}, or give a .jinja file"
+
+
+def _is_own(path: Path) -> bool:
+    return path.parts[:1] != () and path.parts[0] in OWN_FOLDERS
+
+
+def _near(path: Path) -> str:
+    """The nearest name in the folder, where that is there."""
+    try:
+        return nearest(path.name, [entry.name for entry in path.parent.iterdir()])
+    except OSError:
+        return f" (nor a folder {path.parent})"
+
+
+CHECKS: dict[str, Callable[[str], str]] = {
+    "model_path": _directory, "data_path": _data, "calibration_path": _data, "prompt_type": _template,
+    "lora_path": _adapter, "init_adapter": _adapter, "lora_remote_checkpoint": _adapter, "adapters_path": _must_exist,
+    "resume_from_checkpoint": _must_exist, "deepspeed": _must_exist, "load_chat": _must_exist,
+}  # fmt: skip
