@@ -230,8 +230,8 @@ class LimitOptions:
     """Most answers (`n`) or prompts in one request."""
     max_embedding_inputs: int = 2048
     """Most texts in one request for embeddings."""
-    max_body_bytes: int = 2_000_000
-    """Largest request body in bytes."""
+    max_body_bytes: int = 8_000_000
+    """Largest request body in bytes; 2,048 texts of 1,000 Chinese characters fit."""
     prefix_cache_gib: float = 2.0
     """Memory in GiB for keys and values of the last conversations, so that a next turn reads only what is new; let go
     when memory runs out. 0: each turn reads its conversation from the beginning."""

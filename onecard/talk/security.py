@@ -56,7 +56,7 @@ class NetworkRules:
     allowed_hosts: str = ""
     allowed_origins: str = ""
     key: str | None = None
-    max_body_bytes: int = 2_000_000
+    max_body_bytes: int = 8_000_000
 
 
 class Protection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from typing import Any
 
@@ -17,6 +18,7 @@ from openai.types.chat import (
 )
 from openai.types.chat import completion_create_params as chat_create_params
 
+from onecard.config_talk import LimitOptions
 from onecard.talk import reading
 from onecard.talk.api_parameters import CACHE_MARKS, NEUTRAL, NEUTRAL_IN_MESSAGE, WITHOUT_EFFECT
 from onecard.talk.api_schema import ChatRequest, CompletionRequest, EmbeddingRequest, Message, ServiceParameters
@@ -33,7 +35,8 @@ WANTED: dict[str, Any] = {
     "modalities": ["text", "audio"], "moderation": {"model": "m"}, "parallel_tool_calls": "yes",
     "prediction": {"type": "content"}, "presence_penalty": -1, "reasoning_effort": "high",
     "response_format": {"type": "json_object"}, "suffix": "end", "tool_choice": "required",
-    "tools": [{"type": "function", "function": {"name": "f"}}], "verbosity": "low", "web_search_options": {},
+    "tools": [{"type": "function", "function": {"name": "f"}}], "top_logprobs": 3, "verbosity": "low",
+    "web_search_options": {},
     "add_generation_prompt": False, "add_special_tokens": True, "allowed_token_ids": [5], "bad_words": ["x"],
     "chat_template": "{{ messages }}", "chat_template_kwargs": {"enable_thinking": False},
     "continue_final_message": True, "documents": [{"title": "a", "text": "b"}], "ec_transfer_params": {},
@@ -204,6 +207,11 @@ def test_embeddings_of_as_many_texts_as_clients_send(server: Running) -> None:
     for k in (0, 96, 97, 2047):
         (alone,) = embedded(server, texts[k])
         assert list(struct.unpack(f"<{len(alone)}f", base64.b64decode(vectors[k]))) == pytest.approx(alone, abs=1e-5)
+
+
+def test_as_many_long_texts_as_clients_send_go_into_one_request() -> None:
+    texts = {"model": "tiny", "input": ["\u957f" * 1000] * 2048}
+    assert len(json.dumps(texts, ensure_ascii=False).encode()) < LimitOptions().max_body_bytes
 
 
 def test_embeddings_in_batches_are_those_of_each_text_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
