@@ -123,11 +123,11 @@ class OriginCheck:
         self._allowed = {origin.rstrip("/").lower() for origin in allowed}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        changes = scope["type"] == "websocket" or (
-            scope["type"] == "http" and (scope["method"] not in READING_METHODS or is_preflight(scope))
-        )
-        origins = headers_of(scope, b"origin") if changes else []
-        hosts = headers_of(scope, b"host") if origins else []
+        asks = scope["type"] == "http" and is_preflight(scope)
+        changes = scope["type"] == "websocket" or (scope["type"] == "http" and scope["method"] not in READING_METHODS)
+        origins = headers_of(scope, b"origin") if changes or asks else []
+        # A page that asks stands on another origin, even where host and port are ours.
+        hosts = headers_of(scope, b"host") if origins and not asks else []
         for origin in origins:
             if not self._trusts(origin.lower(), hosts):
                 return await refuse(scope, send, ApiError(403, self._advice(origin), code="origin_not_allowed"))

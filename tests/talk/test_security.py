@@ -334,6 +334,15 @@ def test_a_preflight_that_is_refused_says_what_to_do(allowed: str, key: str | No
     assert error["message"].endswith("serve the page over HTTP")
 
 
+def test_a_preflight_comes_from_another_origin_even_where_host_and_port_are_ours() -> None:
+    for allowed in ("", "https://other.example"):
+        app = Protection(inside, NetworkRules(allowed_origins=allowed, allowed_hosts="box.lan"))
+        sent = ask(app, ("host", "box.lan"), ("origin", "http://box.lan"), PREFLIGHT, method="OPTIONS")
+        assert sent[0]["status"] == 403
+        assert "http://box.lan" in json.loads(sent[1]["body"])["error"]["message"]
+        assert status(app, ("host", "box.lan"), ("origin", "http://box.lan")) == 200
+
+
 def test_an_allowed_page_may_reach_into_a_private_network() -> None:
     app = Protection(inside, NetworkRules(allowed_origins="https://page.example"))
     private = ("access-control-request-private-network", "true")
