@@ -9,6 +9,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,22 +189,25 @@ def _add_numbers(writer: gguf.GGUFWriter, layout: Layout, name: str, gguf_type: 
     writer.add_rope_freq_base(layout.rope_theta)
     if layout.rope_kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(layout.rope_kind))
-        writer.add_rope_scaling_factor(float(layout.rope["factor"]))
+        writer.add_rope_scaling_factor(layout.rope_factor)
     if layout.rope_kind == "yarn":
         _add_yarn(writer, layout)
 
 
 def _add_yarn(writer: gguf.GGUFWriter, layout: Layout) -> None:
-    add: dict[str, Callable[[float], None]] = {
-        "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
+    original = layout.rope.get("original_max_position_embeddings")
+    writer.add_rope_scaling_orig_ctx_len(int(original or layout.context_length))
+    # llama.cpp multiplies by 1 + 0.1 ln(factor) itself, and by this. It reads yarn_attn_factor for a few other families
+    # only. https://github.com/ggml-org/llama.cpp/blob/master/src/llama-context.cpp
+    rest = layout.attention_factor / (1 + 0.1 * math.log(max(layout.rope_factor, 1.0)))
+    if not math.isclose(rest, 1.0, rel_tol=1e-6):
+        writer.add_rope_scaling_attn_factors(rest)
+    write_beta = {
         "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
         "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
     }
-    original = layout.rope.get("original_max_position_embeddings")
-    writer.add_rope_scaling_orig_ctx_len(int(original or layout.context_length))
-    for setting, write_it in add.items():
-        if layout.rope.get(setting) is not None:
-            write_it(float(layout.rope[setting]))
+    for name, value in layout.unusual_betas.items():
+        write_beta[name](value)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from onecard.console import DataError, say, warn
 from onecard.export import gguf, ollama, output
-from onecard.export.gguf_layout import Layout, check_tensors, read_layout
+from onecard.export.gguf_layout import Layout, check_tensors, read_layout, with_own_head
 from onecard.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from onecard.export.tensors import Weights, open_weights
 from onecard.model.files import locate
@@ -103,7 +103,9 @@ def open_source(directory: Path, settings: GgufSettings) -> Source:
     """Look at everything that an export needs, without reading a weight. Raises as `export_gguf` does."""
     layout = read_layout(directory)
     weights = open_weights(directory)
-    names = check_tensors(directory, layout, weights.entries)
+    layout = with_own_head(layout, weights)
+    names, left_out = check_tensors(directory, layout, weights)
+    layout = replace(layout, notes=(*layout.notes, *left_out))
     tokenizer = load_tokenizer(str(directory))
     template = _template(settings.prompt_type, tokenizer)
     end_id = single_token(template.end_text(tokenizer), tokenizer) if template else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,24 @@ import torch
 from torch import Tensor
 
 from onecard.console import ModelError, few, first_line
+from onecard.export.left_out import has_own_head, left_out
 from onecard.export.stored_base import read_config, refuse_quantized
-from onecard.export.tensors import Entry
+from onecard.export.tensors import Weights
 
 # Family of config.json -> architecture of llama.cpp, which reads Mistral as a Llama.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 ROPE_KINDS = ("default", "linear", "yarn", "llama3")
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # what llama.cpp and transformers take where nothing is said
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The numbers that llama.cpp needs. rope: kind and its settings; notes: what a person should be told."""
+    """The numbers that llama.cpp needs. rope: kind and its settings; notes: what a person should be told.
+
+    attention_factor: what YaRN multiplies sines and cosines with, 1 elsewhere.
+    """
 
     family: str
     architecture: str
@@ -47,6 +52,7 @@ class Layout:
     output_bias: bool
     mlp_bias: bool
     rope: Mapping[str, Any] = field(default_factory=dict)
+    attention_factor: float = 1.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,6 +63,19 @@ class Layout:
     @property
     def rope_kind(self) -> str:
         return str(self.rope.get("rope_type", "default"))
+
+    @property
+    def rope_factor(self) -> float:
+        """How much longer texts are than those of the first training."""
+        original = self.rope.get("original_max_position_embeddings") or self.context_length
+        return float(self.rope.get("factor") or self.context_length / original)
+
+    @property
+    def unusual_betas(self) -> dict[str, float]:
+        """YaRN's betas where they are not the usual ones."""
+        given = {name: float(self.rope.get(name) or usual) for name, usual in YARN_BETAS.items()}
+        is_yarn = self.rope_kind == "yarn"
+        return {name: value for name, value in given.items() if is_yarn and value != YARN_BETAS[name]}
 
     def heads_of(self, name: str) -> int:
         """How many heads the rows of this tensor are permuted in; 0: its rows stay as they are."""
@@ -92,7 +111,28 @@ def read_layout(directory: Path) -> Layout:
         mlp_bias=bool(getattr(config, "mlp_bias", False)), rope=rope, notes=_notes(config),
     )  # fmt: skip
     _refuse_differences(directory, layout, str(config.hidden_act))
-    return layout
+    if layout.rope_kind != "yarn":
+        return layout
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # knows every way to say this factor
+
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    layout = replace(layout, attention_factor=float(factor))
+    flags = " ".join(f"--yarn-{name.replace('_', '-')} {value:g}" for name, value in layout.unusual_betas.items())
+    if not flags:
+        return layout
+    note = f"llama.cpp does not read YaRN's betas from a {family} file, though they are in it: start it with {flags}"
+    return replace(layout, notes=(*layout.notes, note))
+
+
+def with_own_head(layout: Layout, weights: Weights) -> Layout:
+    """The layout of these weights: with a head of its own where they hold one, whatever config.json says."""
+    if not layout.tied or not has_own_head(weights, EMBEDDING, HEAD):
+        return layout
+    note = (
+        f"config.json says that {HEAD} is {EMBEDDING}, but the weights hold another one: it is exported too, as "
+        "transformers loads it"
+    )
+    return replace(layout, tied=False, notes=(*layout.notes, note))
 
 
 def expected_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -122,20 +162,20 @@ def expected_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(directory: Path, layout: Layout, entries: Mapping[str, Entry]) -> list[str]:
-    """The names to export, in the order of the files. Raises ModelError: missing, unknown, other shapes or kinds."""
-    shapes = expected_shapes(layout)
-    # Derived numbers that old checkpoints store, and the second copy of a tied head.
-    extra = {name for name in entries if name.endswith("rotary_emb.inv_freq") or (layout.tied and name == HEAD)}
+def check_tensors(directory: Path, layout: Layout, weights: Weights) -> tuple[list[str], list[str]]:
+    """The names to export, in the order of the files, and lines about those that are left out.
+
+    Raises ModelError: missing, unknown, other shapes or kinds.
+    """
+    shapes, entries = expected_shapes(layout), weights.entries
     missing = sorted(shapes.keys() - entries.keys())
-    unknown = sorted(entries.keys() - shapes.keys() - extra)
     if missing:
         raise ModelError(f"{directory} lacks {few(missing)}, which its config.json ({layout.family}) asks for")
-    if unknown:
-        raise ModelError(
-            f"{directory} holds {few(unknown)}, which a plain {layout.family} model has not; an adapter must be "
-            "merged first, and a quantised model cannot be converted"
-        )
+    remedy = (
+        f": a plain {layout.family} model has none; an adapter must be merged first, and a quantised model cannot be "
+        "converted"
+    )
+    told = left_out(directory, entries, shapes, weights.read, remedy=remedy)
     wrong = [name for name in shapes if entries[name].shape != shapes[name]]
     if wrong:
         name = wrong[0]
@@ -146,7 +186,7 @@ def check_tensors(directory: Path, layout: Layout, entries: Mapping[str, Entry])
     odd = [name for name in shapes if entries[name].dtype not in FLOATS]
     if odd:
         raise ModelError(f"{directory}: {odd[0]} is stored as {entries[odd[0]].dtype}; 16-bit or 32-bit is needed")
-    return [name for name in entries if name in shapes]
+    return [name for name in entries if name in shapes], told
 
 
 def permuted(tensor: Tensor, n_heads: int) -> Tensor:
@@ -185,8 +225,13 @@ def _checked_config(directory: Path) -> dict[str, Any]:
 def _refuse_differences(directory: Path, layout: Layout, activation: str) -> None:
     """Refuse what llama.cpp's graph of this architecture leaves out: it would load, and talk nonsense."""
     reason = ""
+    nested = [name for name, value in layout.rope.items() if isinstance(value, (dict, list))]
     if layout.rope_kind not in ROPE_KINDS or (layout.rope_kind == "llama3" and layout.architecture != "llama"):
         reason = f"its positions are scaled by {layout.rope_kind!r}"
+    elif nested:
+        reason = f"its positions are turned by {few(nested)}"
+    elif layout.rope_kind == "yarn" and layout.rope.get("truncate") is False:
+        reason = "its YaRN does not round the range of dimensions ('truncate' is false)"
     elif float(layout.rope.get("partial_rotary_factor", 1.0)) != 1.0:
         reason = "only a part of each head is turned by its position"
     elif activation not in ("silu", "swish"):

@@ -27,6 +27,7 @@ import transformers
 from onecard.console import ConfigError, ModelError, Stopped, first_line, say, warn
 from onecard.export.bnb import plain_weights, stored_dtype, write_config
 from onecard.export.calibration import Rows
+from onecard.export.left_out import has_own_head
 from onecard.export.output import progress
 from onecard.export.quantize_options import GROUP_SIZES
 from onecard.export.tensors import Weights, copy_small_files, open_weights
@@ -35,6 +36,7 @@ from onecard.model.files import base_fingerprint, read_json, write_json
 from onecard.model.gptq_checkpoint import QUANTIZE_CONFIG, quiet_gptqmodel
 
 KEPT_BY_LAYER = ("llama", "qwen3_moe")  # the families whose half-done work gptqmodel 7.6 can keep
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NO_LAYERS = ("embed", "lm_head", "wte", "wpe", "norm", "router", "mlp.gate.")
 NOW_AT = re.compile(r"Quantizing layer (\d+) of (\d+)")
 
@@ -72,6 +74,11 @@ def check_source(directory: Path, settings: GptqSettings) -> Weights:
         if len(entry.shape) == 2 and entry.name.endswith(".weight") and not any(x in entry.name for x in NO_LAYERS)
     }
     _check_shapes(layers, settings)
+    if config.get("tie_word_embeddings") and has_own_head(weights, EMBEDDING, HEAD):
+        raise ModelError(
+            f"{directory}: config.json says that {HEAD} is {EMBEDDING}, but the weights hold another one, which would "
+            "be lost; set tie_word_embeddings to false in that config.json and start again"
+        )
     return weights
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from onecard.console import ModelError, few, warn
 from onecard.export import llama_layout as layout
+from onecard.export.left_out import left_out
 from onecard.export.llama_layout import Params
 from onecard.export.llama_tokenizer import copy_tokenizer_model, tokenizer_model, write_hf_tokenizer
 from onecard.export.output import progress
@@ -129,10 +130,12 @@ def pth_to_hf(source: Path, directory: Path, max_shard_bytes: int, choices: HfCh
     write_json(directory / "config.json", config)
     # What stops an answer is read from here; without the file, programs fall back to config.json.
     write_json(directory / "generation_config.json", {"bos_token_id": ids.bos, "eos_token_id": ids.eos})
+    dropped = left_out(source, checkpoint.shards[0], names, checkpoint.read, remedy="")
     proven = _compare(names, checkpoint.read, hf_reader(open_weights(directory), params), directory, len(files))
     _check_loads(directory, {layout.hf_name(name) for name in names})
     return [
         f"{proven}; transformers expects the same names and shapes",
+        *dropped,
         f"max_position_embeddings {positions}: {why}",
         *remarks,
     ]
@@ -152,7 +155,7 @@ def hf_to_pth(source: Path, directory: Path, *, n_shards: int | None = None) -> 
     """
     weights = open_weights(source)
     params = layout.params_of_config(read_json(source / "config.json"), str(source / "config.json"))
-    _check_hf(weights, params)
+    dropped = _check_hf(weights, params)
     remark = copy_tokenizer_model(source, directory)
     if remark:
         warn(remark)
@@ -166,7 +169,7 @@ def hf_to_pth(source: Path, directory: Path, *, n_shards: int | None = None) -> 
 
     write_checkpoint(directory, params, names, finite, n_shards, dim)
     weights.close()
-    return [_compare(names, read, open_checkpoint(directory).read, directory, n_shards)]
+    return [_compare(names, read, open_checkpoint(directory).read, directory, n_shards), *dropped]
 
 
 def reshard(source: Path, directory: Path, n_shards: int) -> list[str]:
@@ -296,15 +299,18 @@ def _check_copies(checkpoint: Checkpoint) -> None:
                 )
 
 
-def _check_hf(weights: Weights, params: Params) -> None:
+def _check_hf(weights: Weights, params: Params) -> list[str]:
+    """Every tensor that the config calls for, in its shape; returns lines about those that are left out."""
     expected = {layout.hf_name(name): layout.full_shape(name, params) for name in layout.meta_names(params.n_layers)}
     head = layout.hf_name(layout.HEAD)
     is_tied = read_json(weights.directory / "config.json").get("tie_word_embeddings", False)
     lacking = sorted(expected.keys() - weights.entries.keys() - ({head} if is_tied else set()))
-    foreign = [n for n in weights.entries if n not in expected and not n.endswith("rotary_emb.inv_freq")]
-    if lacking or foreign:
-        what = f"lack {few(lacking)}" if lacking else f"hold {few(foreign)} besides"
-        raise ModelError(f"{weights.directory}: the weights do not fit config.json; they {what}")
+    if lacking:
+        raise ModelError(f"{weights.directory}: the weights do not fit config.json; they lack {few(lacking)}")
+    dropped = left_out(
+        weights.directory, weights.entries, expected, weights.read,
+        remedy=": the weights hold it besides what config.json calls for, and the original layout cannot",
+    )  # fmt: skip
     for name, entry in weights.entries.items():
         if name in expected and entry.shape != expected[name]:
             raise ModelError(
@@ -312,6 +318,7 @@ def _check_hf(weights: Weights, params: Params) -> None:
             )
         if name in expected and entry.dtype not in layout.DTYPE_NAMES:
             raise ModelError(f"{entry.file} holds {name} as {entry.dtype}: quantised weights are not converted")
+    return dropped
 
 
 def _finite(tensor: Tensor, name: str, source: Path) -> Tensor:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from onecard.console import ConfigError, ModelError, say
 from onecard.export.adapted import Adapted, Stage, adapt
+from onecard.export.left_out import TABLES
 from onecard.export.output import new_directory, progress
 from onecard.export.rounding import DTYPES, NAMES, DoesNotFit, rounded, rounded_sum
-from onecard.export.stored_base import TABLES, StoredBase, open_base
+from onecard.export.stored_base import StoredBase, open_base
 from onecard.export.tensors import ShardWriter, checksum, copy_small_files
 from onecard.model.adapter_layouts import kept_fingerprint, other_base, read_adapter
 from onecard.model.adapters import base_of_adapter
@@ -116,6 +117,11 @@ def _merge_as(
     report.notes += _write_tokenizer(adapted, directory)
     if adapted.rows != stored.rows:
         report.notes.append(f"the vocabulary has {adapted.rows} rows now; the base has {stored.rows}")
+    if stored.unties:
+        report.notes.append(
+            "config.json of the base says that embeddings and head share their weight, but its files hold two "
+            "different ones: both are kept, as transformers loads them, and tie_word_embeddings is false now"
+        )
     if stored.is_tied and not report.is_tied:
         report.notes.append(
             "embeddings and head share their weight in the base, and the adapter changed one of them alone: the result "
@@ -308,7 +314,7 @@ def _write_config(adapted: Adapted, dtype: torch.dtype, directory: Path, *, is_t
         dtype_keys = [key for key in ("dtype", "torch_dtype") if key in part] or (["dtype"] if part is config else [])
         part |= dict.fromkeys(dtype_keys, str(dtype).removeprefix("torch."))
         part |= {"vocab_size": adapted.rows} if "vocab_size" in part else {}
-        part |= {"tie_word_embeddings": False} if base.is_tied and not is_tied else {}
+        part |= {"tie_word_embeddings": False} if (base.is_tied or base.unties) and not is_tied else {}
     write_json(directory / "config.json", config)
 
 

@@ -31,10 +31,12 @@ from onecard.export.calibration import (
     upto,
 )
 from onecard.export.gptq import GptqSettings, check_source, quantize, quantized_layers
+from onecard.export.left_out import check_quantised
 from onecard.export.merge import MergeSettings, find_base, merge_into
 from onecard.export.output import new_directory, parse_size, progress
 from onecard.export.quality import Quality, quality_of, round_layers
 from onecard.export.quantize_options import CalibrationTextOptions, SourceOptions
+from onecard.export.stored_base import build_skeleton
 from onecard.export.tensors import open_weights
 from onecard.model.files import locate, read_json
 from onecard.model.gptq_checkpoint import check_gptq_installed
@@ -138,6 +140,7 @@ def export_gptq(request: Request, settings: GptqSettings, corpus: TextSource, am
             say(f"fitting to {text.n_tokens:,} tokens in {len(text.rows)} samples, on {hardware.name}")
             quantize(source, text.rows, settings, staging, kept, request.max_shard_bytes)
             names = quantized_layers(staging)
+            _check_whole(source, staging, request)
             whole, rounded = _before(source, names, settings, text.held_out, hardware, request)
         model = _load(staging, hardware, request, stored_dtype(before))
         after = _measured(model, text.held_out, "GPTQ", request, whole)
@@ -169,6 +172,7 @@ def export_bnb(request: Request, bits: Literal[4, 8], corpus: TextSource, amount
             say(f"measuring on {len(held_out)} samples of {corpus.name}, {n_tokens:,} tokens")
             whole = _measured(_load_whole(source, hardware, request, dtype), held_out, "16-bit", request)
             save_quantized(_options(source, request, bits), hardware, source, staging, request.max_shard_bytes)
+            _check_whole(source, staging, request)
         model = load_base(_options(staging, request, bits), hardware).model
         n_layers = check_same_weights(model, staging)
         after = _measured(model, held_out, f"{bits}-bit", request, whole)
@@ -179,6 +183,13 @@ def export_bnb(request: Request, bits: Literal[4, 8], corpus: TextSource, amount
     )
     _say_quality(len(held_out), whole, {f"{bits}-bit": after})
     say(f"load it with --bits {bits}")
+
+
+def _check_whole(source: Path, staging: Path, request: Request) -> None:
+    """Compare all tensors with the source, and say what was left out and why. Raises as `check_quantised` does."""
+    model = build_skeleton(source, trust_remote_code=request.trust_remote_code)
+    for line in check_quantised(open_weights(source), open_weights(staging), model):
+        say(line)
 
 
 def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, request: Request) -> Calibration:

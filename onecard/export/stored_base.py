@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from onecard.console import ModelError, first_line
+from onecard.export.left_out import TABLES, has_own_head
 from onecard.export.tensors import Weights, open_weights, own_memory
 from onecard.model.files import locate, read_json
 from onecard.model.gptq_checkpoint import stored_quantization
-
-# Tables that older files hold and that transformers computes anew; they are copied, and nothing is missed without them.
-TABLES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
 @dataclass
@@ -34,10 +32,12 @@ class StoredBase:
     """The model on the meta device, its computed tables on the CPU."""
     is_tied: bool = False
     """Whether the head is the embeddings' weight."""
+    unties: bool = False
+    """Whether the files hold another head than the embeddings although config.json says that they are one."""
 
     def build(self, rows: int | None = None) -> Any:
         """Another skeleton, with so many rows of vocabulary."""
-        model = build_skeleton(self.directory, trust_remote_code=self.trust_remote_code)
+        model = build_skeleton(self.directory, trust_remote_code=self.trust_remote_code, unties=self.unties)
         if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)
         return model
@@ -116,8 +116,11 @@ def open_base(name: str, *, trust_remote_code: bool = False) -> StoredBase:
     refuse_quantized(directory, config, "merge into the model it was made from, and quantise the result")
     base = StoredBase(directory, config, open_weights(directory), trust_remote_code)
     base.skeleton = base.build()
-    head = base.skeleton.get_output_embeddings()
-    base.is_tied = head is not None and head.weight is base.skeleton.get_input_embeddings().weight
+    if _is_tied(base.skeleton):
+        names = (base.own_name(f"{base.embedding}.weight"), base.own_name(f"{base.head}.weight"))
+        base.unties = has_own_head(base.weights, names[0] or "", names[1] or "")
+        base.skeleton = base.build() if base.unties else base.skeleton
+    base.is_tied = _is_tied(base.skeleton)
     _check_fits(base)
     return base
 
@@ -161,20 +164,27 @@ def _check_fits(base: StoredBase) -> None:
         )
 
 
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((name for name, module in model.named_modules() if wanted is not None and module is wanted), "")
 
 
-def build_skeleton(directory: Path, *, trust_remote_code: bool = False) -> Any:
+def build_skeleton(directory: Path, *, trust_remote_code: bool = False, unties: bool = False) -> Any:
     """The model of a config.json on the meta device, its computed tables on the CPU.
 
-    Raises ModelError for what transformers cannot build.
+    unties: give it a head of its own, whatever config.json says. Raises ModelError for what transformers cannot build.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        for part in (config, config.get_text_config()) if unties else ():
+            part.update({"tie_word_embeddings": False})
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as reason:

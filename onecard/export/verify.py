@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from onecard.console import DataError, ModelError, first_line
 from onecard.export.adapted import Adapted, adapt, empty, fill, plain_name
 from onecard.export.effect import Effect, effect_of
+from onecard.export.left_out import TABLES
 from onecard.export.output import progress
 from onecard.export.rounding import DoesNotFit, is_finite
-from onecard.export.stored_base import TABLES, StoredBase, open_base
+from onecard.export.stored_base import StoredBase, open_base
 from onecard.export.tensors import checksum
 from onecard.model.adapters import load_adapter
 from onecard.model.load import load_tokenizer

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from onecard.console import ModelError
+from onecard.export.left_out import has_own_head
 from onecard.export.stored_base import build_skeleton, read_config, refuse_quantized
 from onecard.export.tensors import Weights
 
@@ -47,6 +48,7 @@ def find_tables(directory: Path, weights: Weights) -> Tables:
         names.append(stored)
     # Some files hold the tied head a second time; left short, it would not load.
     copies = [n for n in weights.entries if is_tied and n.endswith("lm_head.weight") and n not in names]
+    is_tied = is_tied and not any(has_own_head(weights, names[0], copy) for copy in copies)
     names += copies
     n_rows = len(next(iter(wanted.values())))
     _check_rest(model, names, n_rows, weights, directory)

@@ -8,7 +8,6 @@ that proves who is who is in `weight_record`, the sums are in `weight_arithmetic
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onecard.console import ModelError, few
+from onecard.export.left_out import IN_A_LAYER, TABLES
 from onecard.export.output import progress
 from onecard.export.stored_base import read_config, refuse_quantized
 from onecard.export.tensors import Entry, ShardWriter, Weights, copy_small_files, open_weights
@@ -31,6 +31,7 @@ from onecard.export.weight_record import (
     read_record,
     write_record,
 )
+from onecard.model.files import read_json
 
 Mode = Literal["exact", "float"]
 ROTARY_BUFFER = "rotary_emb.inv_freq"  # computed by every program that loads the model; old diffs hold its difference
@@ -60,6 +61,7 @@ def make(
     """
     base, tuned = open_weights(base_path), open_weights(tuned_path)
     _check_relatives(base, tuned)
+    _check_layers(base, tuned)
     if mode == "float":
         _check_plain(base_path, tuned_path)
     record = Record(mode, base_name or base_path.name, {}, {}, {})
@@ -72,7 +74,9 @@ def make(
             moved(1)
     base.close()
     if all(kind == "same" for kind in record.kinds.values()):
-        raise ModelError(f"{tuned_path} equals {base_path} in every tensor; there is nothing to publish")
+        lost = [name for name in base.entries if name not in record.tuned]
+        less = f", but for {few(lost)} of the {len(base.entries)}, which it lacks," if lost else ""
+        raise ModelError(f"{tuned_path} equals {base_path} in every tensor{less}; there is nothing to publish")
     writer.finish()
     copied = _copy_files(tuned_path, directory)
     write_record(directory, record)
@@ -182,6 +186,7 @@ def check_before(base: Weights, difference: Difference) -> list[str]:
         check_base(base, difference.record)
         return [f"the base is the recorded one: {len(difference.record.base)} tensors compared by SHA-256"]
     place, names = difference.weights.directory, names_of(difference)
+    _check_layers(base, difference.weights)
     lines = [f"{place} has no {RECORD} (another program made it), so the base could not be told from another"]
     for name in names:
         entry = difference.weights.entries[name]
@@ -286,7 +291,7 @@ def _check_relatives(base: Weights, tuned: Weights) -> None:
 
     More tokens change the rows of embeddings and head, which belong to no numbered layer.
     """
-    layers = [name for name in tuned.entries if name in base.entries and re.search(r"\.\d+\.", name)]
+    layers = [name for name in tuned.entries if name in base.entries and IN_A_LAYER.search(name)]
     reshaped = next((name for name in layers if tuned.entries[name].shape != base.entries[name].shape), None)
     if reshaped:
         raise ModelError(
@@ -300,6 +305,23 @@ def _check_relatives(base: Weights, tuned: Weights) -> None:
         raise ModelError(
             f"{tuned.directory} is not made from {base.directory}: {len(related)} of {len(tuned.entries)} tensors have "
             f"a counterpart; the shape of {odd} is {tuned.entries[odd].shape} in the one, {there} in the other"
+        )
+
+
+def _check_layers(base: Weights, tuned: Weights) -> None:
+    """Raise ModelError where a numbered layer has lost tensors that the base has, and config.json still counts it."""
+    config = read_json(tuned.directory / "config.json") if (tuned.directory / "config.json").is_file() else {}
+    n_layers = config.get("num_hidden_layers", config.get("n_layer", float("inf")))
+    lost = [
+        name for name in base.entries
+        if name not in tuned.entries and not name.endswith(TABLES)
+        and (found := IN_A_LAYER.search(name)) and int(found[1]) < n_layers
+    ]  # fmt: skip
+    if lost:
+        raise ModelError(
+            f"{tuned.directory} lacks {len(lost)} tensors of layers that {base.directory} has, such as {few(lost)}; "
+            "copy it again. Where layers were taken out on purpose, its config.json has to say how many are left "
+            "(num_hidden_layers)"
         )
 
 

@@ -226,6 +226,36 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     assert report.n_targets >= 8
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])
+def test_a_head_of_its_own_is_merged_although_the_config_says_tied(targets: list[str], tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    base, adapter, result = tmp_path / "base", tmp_path / "adapter", tmp_path / "result"
+    tiny.save_tiny_llama(base, layers=1)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    model = LlamaForCausalLM.from_pretrained(base)  # which does not tie what differs
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    expected = make_adapter(model, adapter, target_modules=targets)
+    result.mkdir()
+    report = merge_into(result, str(base), [str(adapter)], EXACT)
+    assert far(logits(loaded(result)), expected) < 2e-6
+    assert not loaded(result).config.tie_word_embeddings
+    assert any("its files hold two different ones" in note for note in report.notes)
+
+
+def test_tensors_that_the_model_does_not_know_are_in_the_merged_one_too(
+    bases: dict[bool, Path], plain: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(bases[False], tmp_path / "base")
+    extra = {"model.layers.1.mtp.weight": torch.arange(6.0).reshape(2, 3), "model.norm.bias": torch.ones(64)}
+    save_file(tiny.tensors_of(base / "model.safetensors") | extra, base / "model.safetensors", {"format": "pt"})
+    (tmp_path / "result").mkdir()
+    merge_into(tmp_path / "result", str(base), [str(plain)], EXACT)
+    found = tiny.tensors_of(tmp_path / "result" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())
+
+
 def test_a_base_that_stores_its_experts_one_by_one_is_compared_whole(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
