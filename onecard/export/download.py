@@ -18,11 +18,9 @@ from typing import Any
 
 from onecard.console import ConfigError, ModelError, Stopped
 from onecard.export.checksums import digest_of
-from onecard.export.hub_files import PASSING, TRIES, HubFile, Listing, explained, wait_s
+from onecard.export.hub_files import PASSING, TIMEOUT_S, TRIES, HubFile, Listing, explained, wait_s
 from onecard.export.output import free_room_bytes, new_directory, progress
 from onecard.manifest import is_no_room, sync_file
-
-TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)

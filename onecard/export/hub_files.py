@@ -6,6 +6,7 @@ does.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+from urllib.parse import quote
 
 from onecard.console import ConfigError, ModelError, first_line
 from onecard.export.checksums import is_inside
@@ -30,6 +32,8 @@ OTHER_FORMS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "*.
 OTHER_FOLDERS = ("original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*", "gguf/*", "runs/*", "checkpoint-*/*")
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.mp4", "*.pdf")
 TRAINING = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler.pt")
+TIMEOUT_S = 30.0  # without a byte
+MAX_LISTING_BYTES = 64 * 2**20  # some 300,000 files
 TRIES = 5  # in a row, without a single byte between them
 WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0  # whatever Retry-After asks for
@@ -109,7 +113,7 @@ def list_files(repository: Repository, include: Sequence[str] = (), exclude: Seq
         ConfigError: no such repository or revision, a name that cannot be one, patterns that match nothing.
         ModelError: no network, no answer, no right to see it, offline mode, file names that lead elsewhere.
     """
-    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub import is_offline_mode
 
     if is_offline_mode():
         raise ModelError("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded; unset it")
@@ -119,13 +123,9 @@ def list_files(repository: Repository, include: Sequence[str] = (), exclude: Seq
         raise ConfigError("--revision", f"{repository.revision!r} is no branch, tag or commit")
     with explained(repository):
         try:
-            api = HfApi(endpoint=repository.address, token=repository.token)
-            found: Any = retried(lambda: api.repo_info(
-                repository.repo_id, repo_type=repository.repo_type, revision=repository.revision, files_metadata=True,
-                timeout=30,
-            ))  # fmt: skip
+            found: Any = retried(lambda: _ask(repository))
             everything = [_hub_file(sibling) for sibling in found.siblings or []]
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as reason:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as reason:
             if type(reason).__module__.startswith("huggingface_hub"):
                 raise
             raise ModelError(f"{repository.address} does not answer as a Hub does; check the address") from reason
@@ -140,6 +140,29 @@ def list_files(repository: Repository, include: Sequence[str] = (), exclude: Seq
     left_out = [file.name for file in everything if file.name not in names]
     _refuse_collisions(repository, [file.name for file in wanted])
     return Listing(repository, str(found.sha), wanted, left_out)
+
+
+def _ask(repository: Repository) -> Any:
+    """The Hub's answer as its library holds it; HfApi would read one of any length. Raises HTTPError and ModelError."""
+    from huggingface_hub import DatasetInfo, ModelInfo, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
+
+    validate_repo_id(repository.repo_id)
+    url = f"{repository.address}/api/{repository.repo_type}s/{repository.repo_id}/revision/"
+    url += f"{quote(repository.revision, safe='')}?blobs=true"
+    headers = build_hf_headers(token=repository.token) | {"Accept-Encoding": "identity"}
+    body = bytearray()
+    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as answer:
+        hf_raise_for_status(answer)
+        for piece in answer.iter_bytes():
+            body += piece
+            if len(body) > MAX_LISTING_BYTES:
+                raise ModelError(
+                    f"{repository.address} sends a listing of more than {MAX_LISTING_BYTES >> 20} MiB; refused. Name "
+                    "another --endpoint"
+                )
+    kind = ModelInfo if repository.repo_type == "model" else DatasetInfo
+    return kind(**json.loads(body))
 
 
 def retried(ask: Callable[[], Any]) -> Any:

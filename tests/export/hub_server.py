@@ -25,6 +25,7 @@ class Hub:
     files: dict[str, bytes] = field(default_factory=dict)
     repo: str = "models/owner/tiny"
     gated: bool = False
+    listing: bytes = b""  # sent instead of the true one
     cut_after_bytes: dict[str, list[int]] = field(default_factory=dict)  # one entry is used up by each GET
     sent_instead: dict[str, bytes] = field(default_factory=dict)
     seconds_per_piece: float = 0.0
@@ -96,7 +97,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 listed = [hub.entry(name, as_tree=kind == "tree") for name in hub.files]
                 info = {"id": repo.partition("/")[2], "sha": COMMIT, "siblings": listed, "private": False, "tags": [],
                         "downloads": 0, "likes": 0}  # fmt: skip
-                body = json.dumps(listed if kind == "tree" else info).encode()
+                body = hub.listing or json.dumps(listed if kind == "tree" else info).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, constants, file_download
+from huggingface_hub import constants, file_download
 
 from onecard.console import ModelError, OneCardError
 from onecard.export import download, hub_files
 from onecard.export.hub_files import Repository, list_files
-from tests.export.hub_server import COMMIT, sha256
+from tests.export.hub_server import COMMIT, Hub, serving, sha256
 
 N_LISTINGS = 1000
 HASHES = {n: hashlib.sha1(f"blob {n}\0".encode() + b"x" * n).hexdigest() for n in (0, 3)}
@@ -127,7 +127,7 @@ def test_hostile_listings_touch_nothing_outside_of_the_target(arena: Path, monke
     file_download.are_symlinks_supported(str(cache))  # tries it once, in a folder of its own
     for number in range(N_LISTINGS):
         listing = generated(choose, arena)
-        monkeypatch.setattr(HfApi, "repo_info", lambda *_, found=listing, **__: found)
+        monkeypatch.setattr(hub_files, "_ask", lambda _, found=listing: found)
         target = None if number % 2 else arena / "out" / f"m{number}"
         if target:
             leftover = arena / "out" / f".m{number}.download"
@@ -151,7 +151,7 @@ def test_hostile_listings_touch_nothing_outside_of_the_target(arena: Path, monke
 def test_names_that_differ_in_case_only(arena: Path, monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
     names = ["README.md", "readme.md"]
     files = [SimpleNamespace(rfilename=name, size=3, blob_id=HASHES[3], lfs=None) for name in names]
-    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha=COMMIT, siblings=files))
+    monkeypatch.setattr(hub_files, "_ask", lambda _: SimpleNamespace(sha=COMMIT, siblings=files))
     monkeypatch.setattr(hub_files, "sys", SimpleNamespace(platform=platform))
     if platform == "linux":
         assert [file.name for file in list_files(Repository("a/b")).files] == names
@@ -169,3 +169,21 @@ def test_names_that_windows_reserves() -> None:
         name for name in ("a\0b", "a\x1bb", "a" * 256, "模" * 86, "\ud800", "a\nb") if hub_files.is_file_name(name)
     ] == []
     assert hub_files.is_file_name("a:b", on_windows=False)
+
+
+def test_a_listing_is_not_read_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub = Hub(files={f"{number}.json": b"x" for number in range(3000)})
+    with serving(hub) as listed:
+        repository = Repository("owner/tiny", endpoint=listed.address)
+        assert len(list_files(repository).files) == 3000
+        monkeypatch.setattr(hub_files, "MAX_LISTING_BYTES", 100_000)
+        with pytest.raises(ModelError, match="a listing of more than"):
+            list_files(repository)
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b"[]", b"{}", b"null", b"\xff", b'{"id": 7, "siblings": [{}]}'])
+def test_a_listing_that_is_none(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serving(Hub(listing=body)) as listed, pytest.raises(ModelError, match=r"does not answer as a Hub|no hash"):
+        list_files(Repository("owner/tiny", endpoint=listed.address))
