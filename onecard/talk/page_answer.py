@@ -15,6 +15,7 @@ from html import escape
 from onecard.console import OneCardError, warn
 from onecard.talk.engine import Busy, Engine, OutOfMemory, Request
 from onecard.talk.generation import Chunk
+from onecard.talk.page_errors import in_language
 from onecard.talk.page_words import word
 
 # Each step draws the whole answer anew in the browser; more often than this only makes a long one stutter.
@@ -81,6 +82,8 @@ def answer_steps(engine: Engine, request: Request, cancel: threading.Event, lang
         now = time.monotonic()
         begun = begun or (now if chunk.usage.n_new_tokens else 0.0)
         status = status_line(chunk, now - begun if begun else 0.0, engine.context_limit, language)
+        if len(engine.names) > 1 and status:
+            status = f"{request.adapter or engine.names[0]} · {status}"
         step = Step(chunk, status, failure)
         yield step
         if step.is_last:
@@ -148,15 +151,21 @@ def failure_words(reason: Exception, language: str) -> str:
         return word(language, "note.queue_full", seconds=reason.retry_after_seconds)
     if isinstance(reason, OutOfMemory):
         return word(language, "note.memory")
-    shown = str(reason) if isinstance(reason, OneCardError) else f"{type(reason).__name__}: {reason}"
-    return word(language, "note.failed", reason=shown)
+    if isinstance(reason, OneCardError):
+        return word(language, "note.failed", reason=in_language(language, str(reason)))
+    return word(language, "note.failed", reason=f"{type(reason).__name__}: {reason}")
 
 
 def as_html(text: str, css_class: str) -> str:
     """Plain text as an HTML element of the page; every sign stays the sign it is, those of gradio's templates too."""
     if not text:
         return ""
+    return f'<div class="{css_class}">{letters(text).replace(chr(10), "<br>")}</div>'
+
+
+def letters(text: str) -> str:
+    """Plain text for a place in HTML that gradio treats as a template."""
     shown = escape(text)
     for sign in "{}$`":
         shown = shown.replace(sign, f"&#{ord(sign)};")
-    return f'<div class="{css_class}">{shown.replace(chr(10), "<br>")}</div>'
+    return shown

@@ -17,7 +17,8 @@ from onecard.console import OneCardError
 from onecard.talk.chat_file import now
 from onecard.talk.engine import Engine, Request
 from onecard.talk.page_answer import Running, answer_steps, failure_words
-from onecard.talk.page_settings import MAX_TEXT_CHARS, Settings, SettingsReader
+from onecard.talk.page_errors import in_language
+from onecard.talk.page_settings import MAX_TEXT_CHARS, Settings, SettingsReader, moved_words
 from onecard.talk.page_words import word
 from onecard.text.conversation import Turn
 
@@ -85,7 +86,7 @@ class AskPage:
                 turns, sampling=settings.sampling, adapter=settings.adapter, prompt_type=settings.prompt_type,
                 show_beams=settings.show_beams,
             )  # fmt: skip
-            note = word(language, "note.clamped") if moved else ""
+            note = moved_words(moved, language)
             yield AnswerView("", (), "", note, running=True)
             for step in answer_steps(self.engine, request, cancel, language):
                 chunk = step.chunk
@@ -124,7 +125,7 @@ class AskPage:
         try:
             number = self._append(json.dumps(entry, ensure_ascii=False) + "\n")
         except OSError as reason:
-            return word(language, "note.flag_failed", reason=reason.strerror or str(reason))
+            return word(language, "note.flag_failed", reason=in_language(language, reason.strerror or str(reason)))
         return word(language, "note.flagged", n=number, file=self.flag_path.name)
 
     def _append(self, line: str) -> int:

@@ -18,8 +18,9 @@ from onecard.console import DataError, OneCardError
 from onecard.talk.chat_file import Chat, now, read_chat, to_json
 from onecard.talk.engine import Busy, Engine, Request
 from onecard.talk.page_answer import Running, Step, answer_steps, failure_words
-from onecard.talk.page_settings import NAMES, Settings, SettingsReader
-from onecard.talk.page_style import TOO_LARGE
+from onecard.talk.page_errors import in_language
+from onecard.talk.page_script import TOO_LARGE
+from onecard.talk.page_settings import NAMES, Settings, SettingsReader, moved_words
 from onecard.talk.page_text import original, plain_markdown
 from onecard.talk.page_undo import kept, taken
 from onecard.talk.page_words import WORDS, language_of, word
@@ -151,7 +152,8 @@ class ChatPage:
             chat, remarks = read_chat(text)
         except DataError as reason:
             return View(note=failure_words(reason, asked.language)), settings
-        notes = [word(asked.language, "note.loaded", n=len(chat.session.turns)), *remarks]
+        notes = [word(asked.language, "note.loaded", n=len(chat.session.turns))]
+        notes += [in_language(asked.language, remark) for remark in remarks]
         settings, more = self._settings_of(chat, settings, asked.language)
         try:
             replaced = self._chat(asked)
@@ -190,7 +192,7 @@ class ChatPage:
             settings, moved = self.reader.read(asked.settings)
             before = chat.session.with_system(settings.system)
             answering = _Answering(self.engine, asked, settings, replace(chat, session=before), text)
-            note = word(asked.language, "note.clamped") if moved else ""
+            note = moved_words(moved, asked.language)
             for view in answering.views(step(before), cancel, note):
                 if view.running is False:
                     # Before the page learns of it: it may ask the next question at once.
@@ -220,7 +222,7 @@ class ChatPage:
         prompt_type = "" if chat.prompt_type == "auto" else chat.prompt_type or settings.prompt_type
         settings = replace(settings, adapter=adapter, prompt_type=prompt_type, system=chat.session.system)
         settings, moved = self.reader.with_sampling(settings, chat.sampling)
-        return settings, [*notes, word(language, "note.clamped")] if moved else notes
+        return settings, [*notes, *moved_words(moved, language).splitlines()]
 
 
 @dataclass(frozen=True)

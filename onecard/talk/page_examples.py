@@ -6,23 +6,39 @@ Knows two files and their shapes. It does not know the pages.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample"
+Example = TypeVar("Example", str, Sequence[str])
 QUESTIONS, CHATS = SAMPLE / "merge_sample.json", SAMPLE / "chat_sample.json"
 
 
 def questions(path: Path = QUESTIONS, n: int = 6) -> list[list[str]]:
-    """The first `n` records of a file of instructions as [instruction, input]."""
+    """The first `n` records of each language in a file of instructions as [instruction, input]."""
     records = [record for record in _records(path) if "instruction" in record]
-    return [[str(record["instruction"]), str(record.get("input", ""))] for record in records[:n]]
+    return _first_of_each([[str(record["instruction"]), str(record.get("input", ""))] for record in records], n)
 
 
 def first_messages(path: Path = CHATS, n: int = 4) -> list[str]:
-    """The first questions of the first `n` conversations in a file with lists of input and output turns."""
+    """The first questions of the first `n` conversations of each language in a file with lists of turns."""
     chats = [record["input"] for record in _records(path) if isinstance(record.get("input"), list) and record["input"]]
-    return [str(turns[0]) for turns in chats[:n]]
+    return _first_of_each([str(turns[0]) for turns in chats], n)
+
+
+def examples_in(examples: Sequence[Example], language: str) -> list[Example]:
+    """Those that are written in the page's language; all of them where none is."""
+    return [example for example in examples if _language(example) == language] or list(examples)
+
+
+def _first_of_each(examples: list[Any], n: int) -> list[Any]:
+    taken = [[example for example in examples if _language(example) == language][:n] for language in ("en", "zh")]
+    return [example for example in examples if any(example in some for some in taken)][: 2 * n]
+
+
+def _language(example: str | Sequence[str]) -> str:
+    return "zh" if any("\u4e00" <= sign <= "\u9fff" for sign in "".join(example)) else "en"
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The settings that a page shows: their bounds, what the browser sends of them, and the request they make.
+"""The settings that a page shows: their bounds, what the browser sends of them, and words for what cannot be used.
 
 Knows options, limits and the engine's adapters. It does not know gradio, sessions or how anything is drawn.
 """
@@ -6,12 +6,13 @@ Knows options, limits and the engine's adapters. It does not know gradio, sessio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from onecard.config_talk import SamplingOptions
 from onecard.talk.engine import Engine
+from onecard.talk.page_words import word
 from onecard.text.template import BUILT_IN, FOLDER, Template
 
 OWN_PROMPT_TYPE = ""  # the adapter's own template
@@ -26,6 +27,16 @@ class Bounds:
     least: float
     most: float
     step: float
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A value that could not be used, and the one that was used instead. No name: the values did not fit the page."""
+
+    name: str = ""
+    given: Any = None
+    used: Any = None
+    allowed: Bounds | Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -94,46 +105,74 @@ class SettingsReader:
     def __init__(self, engine: Engine, start: Settings) -> None:
         self.engine = engine
         self.bounds = bounds_of(engine, start.sampling)
-        self.start, _ = self._within(start)
+        self.start = self._within(start)
 
-    def read(self, values: Sequence[Any]) -> tuple[Settings, bool]:
-        """The settings, and whether a value was missing or out of bounds and had to be moved."""
+    def read(self, values: Sequence[Any]) -> tuple[Settings, tuple[Moved, ...]]:
+        """The settings, and which values were missing or not allowed, so that others took their place."""
         if len(values) != len(NAMES):
-            return self.start, True
+            return self.start, (Moved(),)
         given = dict(zip(NAMES, values, strict=True))
-        numbers = {name: self._number(name, given[name]) for name in NUMBERS}
         stop = _stop_texts(given["stop_texts"])
-        sampling = SamplingOptions(**{name: number for name, (number, _) in numbers.items()}, stop=stop)
+        sampling = SamplingOptions(**{name: self._number(name, given[name]) for name in NUMBERS}, stop=stop)
         settings = Settings(
             _text(given["adapter"]), _text(given["prompt_type"]), _text(given["system"]), sampling,
             given["show_beams"] is True,
         )  # fmt: skip
-        settings, moved = self._within(settings)
-        return settings, moved or any(moved for _, moved in numbers.values())
+        settings = self._within(settings)
+        return settings, self._moves(given, settings)
 
-    def with_sampling(self, settings: Settings, sampling: SamplingOptions | None) -> tuple[Settings, bool]:
+    def with_sampling(self, settings: Settings, sampling: SamplingOptions | None) -> tuple[Settings, tuple[Moved, ...]]:
         """These settings with the sampling of a loaded chat, moved into bounds."""
-        return self._within(replace(settings, sampling=sampling)) if sampling is not None else (settings, False)
+        if sampling is None:
+            return settings, ()
+        given = replace(settings, sampling=sampling)
+        inside = self._within(given)
+        return inside, self._moves(dict(zip(NAMES, given.values(), strict=True)), inside)
 
-    def _within(self, settings: Settings) -> tuple[Settings, bool]:
+    def _moves(self, given: Mapping[str, Any], settings: Settings) -> tuple[Moved, ...]:
+        used = dict(zip(NAMES, settings.values(), strict=True))
+        choices = {"adapter": self.engine.names, "prompt_type": BUILT_IN}
+        allowed: dict[str, Bounds | Sequence[str]] = {**self.bounds, **choices}
+        allowed["min_new_tokens"] = replace(self.bounds["min_new_tokens"], most=settings.sampling.max_new_tokens)
+        names = [name for name in allowed if given[name] != used[name]]
+        return tuple(Moved(name, given[name], used[name], allowed[name]) for name in names)
+
+    def _within(self, settings: Settings) -> Settings:
         sampling = settings.sampling
-        numbers = {name: self._number(name, getattr(sampling, name)) for name in NUMBERS}
-        values = {name: number for name, (number, _) in numbers.items()}
+        values = {name: self._number(name, getattr(sampling, name)) for name in NUMBERS}
         values["min_new_tokens"] = min(values["min_new_tokens"], values["max_new_tokens"])
         adapter = settings.adapter if settings.adapter in self.engine.names else self.engine.names[0]
         stop = [text[:MAX_TEXT_CHARS] for text in sampling.stop if text][:MAX_STOP_TEXTS]
         prompt_type = settings.prompt_type if settings.prompt_type in BUILT_IN else OWN_PROMPT_TYPE
         inside = replace(settings, adapter=adapter, prompt_type=prompt_type)
-        inside = replace(inside, sampling=replace(sampling, **values, stop=stop))
-        return inside, inside != settings
+        return replace(inside, sampling=replace(sampling, **values, stop=stop))
 
-    def _number(self, name: str, value: Any) -> tuple[Any, bool]:
+    def _number(self, name: str, value: Any) -> Any:
         bounds = self.bounds[name]
         usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         number = value if usable else getattr(self.start.sampling, name)
         number = min(max(number, bounds.least), bounds.most)
-        number = float(number) if name in FRACTIONS else round(number)
-        return number, not usable or number != value
+        return float(number) if name in FRACTIONS else round(number)
+
+
+def moved_words(moves: Sequence[Moved], language: str) -> str:
+    """What to tell a person about values that others took the place of: a line for each."""
+    lines = []
+    for move in moves:
+        if not move.name:
+            lines.append(word(language, "note.clamped"))
+            continue
+        allowed = (
+            ", ".join(move.allowed)
+            if not isinstance(move.allowed, Bounds)
+            else word(language, "note.from_to", least=f"{move.allowed.least:g}", most=f"{move.allowed.most:.10g}")
+        )
+        given = word(language, "note.no_value") if move.given in (None, "") else str(move.given)[:40]
+        used = move.used if move.used != OWN_PROMPT_TYPE else word(language, "prompt_type.own", name="")
+        lines.append(
+            word(language, "note.moved", name=word(language, move.name), given=given, used=used, allowed=allowed)
+        )
+    return "\n".join(lines)
 
 
 def template_name(template: Template) -> str:

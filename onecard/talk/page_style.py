@@ -1,17 +1,19 @@
-"""How the pages look, and what the browser does on its own: keeping the chat, saving and loading files, light and dark.
+"""How the pages look: fonts, colours and places.
 
-Texts for the browser only. Knows the ids that web.py gives to its components. It does not know what they do.
+Rules for the browser only. Knows the ids that web.py gives to its components. It does not know what they do.
 """
 
 from __future__ import annotations
-
-from onecard.talk.page_text import MARKED
 
 FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "PingFang SC", "Noto Sans SC", "sans-serif")
 CODE_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 CSS = """
+:root { --oc-comment: #24292f; --oc-string: #003d20; --oc-keyword: #003e6b; --oc-number: #5e2600; --oc-name: #431c6b; }
+.dark { --oc-comment: #a9b4c2; --oc-string: #a5d6a7; --oc-keyword: #8ecbff; --oc-number: #ffc48a; --oc-name: #d7b5ff; }
 .oc-hidden { display: none !important; }
+.oc-unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
+  user-select: none; }
 .oc-apart { position: fixed; left: -200vw; width: 100vw; }
 :root { --oc-notice: #fff7e6; --oc-notice-text: #7a4a05; --oc-notice-border: #f3d9a4; }
 .dark { --oc-notice: #33270f; --oc-notice-text: #f6d9a0; --oc-notice-border: #5c4618; }
@@ -21,10 +23,11 @@ CSS = """
 footer { display: none !important; }
 
 #oc-head { align-items: center; gap: 8px; flex-wrap: nowrap; }
-#oc-title { flex: 1 1 auto; min-width: 0; }
+#oc-title { flex: 0 1 auto !important; width: auto !important; min-width: 0 !important; }
+#oc-model { flex: 1 1 0 !important; min-width: 0 !important; color: var(--body-text-color-subdued); font-size: .95rem;
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #oc-title h1 { font-size: 1.15rem; font-weight: 650; margin: 0; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; }
-#oc-title .oc-model { font-weight: 400; color: var(--body-text-color-subdued); margin-left: .6em; font-size: .95rem; }
 #oc-language { flex: 0 0 112px; min-width: 112px !important; }
 #oc-theme { flex: 0 0 auto; min-width: 0 !important; height: 36px; padding: 0 12px; }
 #oc-theme::before { content: "\\25D0"; margin-right: 6px; }
@@ -34,7 +37,19 @@ footer { display: none !important; }
 #oc-stop.hidden, #oc-submit.hidden, #oc-note.hidden { display: none !important; }
 #oc-chat { border-radius: 14px; flex: 1 1 0 !important; height: auto !important; min-height: 260px !important; }
 #oc-chat .message { overflow-wrap: anywhere; }
-#oc-chat .message table { display: block; max-width: 100%; overflow-x: auto; }
+#oc-chat .token { color: var(--body-text-color) !important; }
+#oc-chat .token:is(.comment, .prolog, .doctype, .cdata) { color: var(--oc-comment) !important; }
+#oc-chat .token:is(.string, .char, .attr-value, .regex, .inserted) { color: var(--oc-string) !important; }
+#oc-chat .token:is(.keyword, .tag, .atrule, .selector, .important) { color: var(--oc-keyword) !important; }
+#oc-chat .token:is(.number, .boolean, .constant, .symbol, .deleted) { color: var(--oc-number) !important; }
+#oc-chat .token:is(.function, .class-name, .builtin, .attr-name, .property) { color: var(--oc-name) !important; }
+#oc-chat .message-row { position: relative; }
+#oc-chat .message-buttons button, #oc-chat .message-buttons-right button, #oc-chat .message-buttons-left button,
+#oc-answer .icon-button-wrapper button { min-width: 24px; min-height: 24px; }
+#oc-actions > button { min-height: 30px; }
+#oc-side input[type=number], #oc-side input[type=range] { min-height: 24px; }
+#oc-side input[type=checkbox] { width: 24px; height: 24px; }
+#oc-chat .message table { display: block; max-width: 100%; overflow-x: auto; border: 0; }
 #oc-chat .message :is(th, td) { overflow-wrap: normal; word-break: normal; }
 #oc-chat .message .katex-display { overflow: auto hidden; padding: 2px 0; }
 #oc-chat .edit-textarea { width: min(70vw, 480px) !important; min-height: 3.4em !important; }
@@ -64,6 +79,7 @@ footer { display: none !important; }
   scrollbar-width: thin; }
 #oc-side > * { flex: 0 0 auto; }
 #oc-side .gr-accordion { padding: 9px 12px !important; }
+#oc-side .label-wrap { min-height: 24px; }
 #oc-side .label-wrap > span:first-child { font-weight: 650; }
 #oc-side .form { border: 0; box-shadow: none; background: none; gap: 0; overflow: visible; }
 #oc-side .form > .block { padding: 8px 0 !important; border: 0; }
@@ -72,7 +88,8 @@ span[data-testid="block-info"] { font-weight: 600; font-size: .86rem; color: var
 
 @media (max-width: 768px) {
   .gradio-container > .main { padding: 8px 10px !important; }
-  #oc-title .oc-model { display: none; }
+  #oc-title { flex: 1 1 auto !important; }
+  #oc-model { display: none; }
   #oc-main { height: calc(100vh - 66px); height: calc(100dvh - 66px); }
   #oc-language { flex-basis: 104px; min-width: 104px !important; }
   #oc-theme { flex-basis: 40px; width: 40px; padding: 0; font-size: 0; }
@@ -83,163 +100,21 @@ span[data-testid="block-info"] { font-weight: 600; font-size: .86rem; color: var
   textarea, input { font-size: 16px !important; }
   #oc-language input { font-size: 14px !important; }
 }
+@media (max-height: 500px) {
+  .gradio-container > .main { padding: 4px 10px !important; }
+  .gradio-container .column { gap: 6px; }
+  #oc-head { min-height: 0; }
+  #oc-main { height: calc(100vh - 60px); height: calc(100dvh - 60px); }
+  #oc-chat { min-height: 110px !important; }
+  #oc-side { max-height: calc(100vh - 60px); overflow-y: auto; position: sticky; }
+  #oc-actions { flex-wrap: nowrap; gap: 4px; }
+  #oc-actions > button { flex: 1 1 auto; padding: 0 4px; }
+  #oc-actions > :is(#oc-submit, #oc-stop) { flex: 0 0 96px; }
+}
+@media (pointer: coarse) {
+  #oc-actions > button, #oc-theme, #oc-reset { min-height: 44px; }
+  #oc-chat .message-buttons button, #oc-chat .message-buttons-right button, #oc-chat .message-buttons-left button,
+  #oc-answer .icon-button-wrapper button { min-width: 44px; min-height: 44px; }
+  #oc-side input[type=number], #oc-side input[type=range], #oc-side .label-wrap { min-height: 44px; }
+}
 """
-
-# Each tab keeps its own chat under its own name, and holds a lock of that name while it is open: a tab that is opened
-# anew takes up the newest chat that no open tab holds, and a duplicated tab goes on with a copy.
-SCRIPT = """
-<script>
-window.onecard = (() => {
-  const PREFIX = "onecard.chat.", TAB = "onecard.tab", EARLIER = "onecard.earlier", MOST = 20, LIMIT = __LIMIT__;
-  let name = null, memory = {}, ready = false, timer = null;
-
-  const read = (key) => { try { return JSON.parse(localStorage.getItem(key)) || {}; } catch { return {}; } };
-  const kept = () => Object.keys(localStorage).filter((key) => key.startsWith(PREFIX))
-    .map((key) => [key.slice(PREFIX.length), read(key)])
-    .sort((one, other) => (other[1].time || 0) - (one[1].time || 0));
-  const has_words = (chat) => typeof chat.chat === "string" && chat.chat.includes('"role"');
-  const fresh = () => Array.from(crypto.getRandomValues(new Uint32Array(3)), (n) => n.toString(36)).join("");
-
-  const hold = (wanted, patience) => new Promise((resolve) => {
-    if (!navigator.locks) return resolve(true);
-    const options = patience ? {signal: AbortSignal.timeout(patience)} : {ifAvailable: true};
-    navigator.locks.request(PREFIX + wanted, options, (lock) => {
-      resolve(lock !== null);
-      return lock === null ? undefined : new Promise(() => {});
-    }).catch(() => resolve(false));
-  });
-
-  const claim = async () => {
-    const own = sessionStorage.getItem(TAB);
-    const entry = performance.getEntriesByType("navigation")[0];
-    if (own && await hold(own, entry && entry.type === "reload" ? 1500 : 0)) return own;
-    const name = fresh();
-    await hold(name, 0);
-    if (own) {
-      localStorage.setItem(PREFIX + name, localStorage.getItem(PREFIX + own) || "{}");
-      return name;
-    }
-    for (const [orphan, chat] of navigator.locks ? kept() : []) {
-      if (has_words(chat) && await hold(orphan, 0)) return orphan;
-    }
-    return name;
-  };
-
-  const flush = () => {
-    clearTimeout(timer);
-    timer = null;
-    if (!ready || name === null) return;
-    const text = JSON.stringify({...memory, time: Date.now()});
-    const others = kept().filter(([other]) => other !== name).reverse();
-    while (others.length >= MOST) localStorage.removeItem(PREFIX + others.shift()[0]);
-    for (;;) {
-      try { return localStorage.setItem(PREFIX + name, text); }
-      catch { if (!others.length) return; localStorage.removeItem(PREFIX + others.shift()[0]); }
-    }
-  };
-
-  const paint = (dark) => document.body.classList.toggle("dark", dark);
-
-  const appearance = () => {
-    const theme = localStorage.getItem("onecard.theme");
-    if (theme) paint(theme === "dark");
-  };
-
-  addEventListener("pagehide", flush);
-
-  // The invisible spaces of page_text.py are not copied, and of a drawn formula what was written.
-  const written = (text) => text.replace(/__MARKED__/g, (mark, sign) => sign || "");
-  const selected = () => {
-    const selection = getSelection();
-    if (!selection.rangeCount) return "";
-    const part = document.createElement("div");
-    part.append(selection.getRangeAt(0).cloneContents());
-    if (!part.querySelector(".katex annotation")) return String(selection);
-    for (const formula of part.querySelectorAll(".katex")) {
-      const mark = formula.closest(".katex-display") ? "$$" : "$";
-      formula.replaceWith(mark + formula.querySelector("annotation").textContent + mark);
-    }
-    part.className = "oc-apart";
-    document.body.append(part);
-    const text = part.innerText;
-    part.remove();
-    return text;
-  };
-  addEventListener("copy", (event) => {
-    const text = written(selected());
-    if (text === String(getSelection())) return;
-    event.clipboardData.setData("text/plain", text);
-    event.preventDefault();
-  });
-  if (navigator.clipboard) {
-    const write = navigator.clipboard.writeText.bind(navigator.clipboard);
-    navigator.clipboard.writeText = (text) => write(written(text));
-  }
-
-  return {
-    // For a page that keeps nothing but language and theme.
-    look: () => {
-      appearance();
-      return [JSON.stringify({language: localStorage.getItem("onecard.language")}), navigator.language || "en"];
-    },
-    open: async () => {
-      appearance();
-      try {
-        name = await claim();
-        sessionStorage.setItem(TAB, name);
-        memory = read(PREFIX + name);
-      } catch { name = name || "only"; }
-      const language = localStorage.getItem("onecard.language");
-      const earlier = sessionStorage.getItem(EARLIER) || "";
-      return [JSON.stringify({...memory, earlier, language}), navigator.language || "en"];
-    },
-    opened: () => { ready = true; },
-    is_ready: () => ready,
-    keep: (part) => {
-      Object.assign(memory, part);
-      timer = timer || setTimeout(flush, 150);
-    },
-    // What Undo can bring back goes with the tab: a chat that was cleared does not stay on the machine.
-    keep_earlier: (earlier) => { try { sessionStorage.setItem(EARLIER, earlier); } catch {} },
-    taken: (sent, box) => box === sent.slice(sent.indexOf(" ") + 1) ? "" : box,
-    speak: (language) => {
-      localStorage.setItem("onecard.language", language);
-      document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-    },
-    theme: () => {
-      paint(!document.body.classList.contains("dark"));
-      localStorage.setItem("onecard.theme", document.body.classList.contains("dark") ? "dark" : "light");
-    },
-    download: (content) => {
-      if (!content) return;
-      const file = JSON.parse(content), link = document.createElement("a");
-      link.href = URL.createObjectURL(new Blob([file.text], {type: "application/json"}));
-      link.download = file.name;
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-    },
-    pick: () => new Promise((resolve) => {
-      const input = document.createElement("input");
-      input.type = "file";
-      input.accept = ".json,application/json";
-      input.oncancel = () => resolve("");
-      input.onchange = async () => {
-        const file = input.files[0];
-        resolve(!file ? "" : file.size > LIMIT ? "too large" : await file.text());
-      };
-      input.click();
-    }),
-  };
-})();
-</script>
-"""
-TOO_LARGE = "too large"
-
-
-def head(max_chat_bytes: int) -> str:
-    """Style and script for the page's head; a file of more than `max_chat_bytes` is not read.
-
-    Not through gradio's `css=`: it would give the rules for narrow pages another weight than those they overrule.
-    """
-    script = SCRIPT.replace("__LIMIT__", str(max_chat_bytes)).replace("__MARKED__", MARKED.pattern)
-    return f"<style>{CSS}</style>" + script

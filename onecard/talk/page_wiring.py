@@ -78,16 +78,21 @@ class Wiring:
         texts = [*self.labels.components, p["prompt_type"]]
         self.on(p["reset"].click, self.reset, [p["language"]], self.settings)
         self.on(p["adapter"].input, self.prompt_types, [p["adapter"], p["language"]], [p["prompt_type"]])
+        # However it changes: by hand, with a loaded chat, or with the page that was loaded anew.
+        self.on(p["adapter"].change, self.name, [p["adapter"]], [p["model"]])
         self.on(p["language"].change, self.speak, [p["language"], p["adapter"]], texts)
         p["language"].input(None, [p["language"]], None, js="(language) => { onecard.speak(language); }")
         p["theme"].click(None, [], None, js="() => { onecard.theme(); }")
         opened = [*outputs, *self.settings, p["language"]]
         self.on(blocks.load, self.presence.stay, [], [], event="stay")
         loading = self.on(blocks.load, self.restore, [p["stored"], p["browser_language"]], opened, js=opening)
-        loading.then(None, [], None, js="() => { onecard.opened(); }")
+        loading.then(None, [p["language"]], None, js="(language) => { onecard.opened(language); }")
 
     def reset(self, browser: str, language: str) -> Changes:
         return self.setting_updates(self.page.start, language)
+
+    def name(self, browser: str, adapter: str) -> Changes:
+        return [{"value": as_html(adapter or self.page.start.adapter, "oc-model")}]
 
     def prompt_types(self, browser: str, adapter: str, language: str) -> Changes:
         return [{"choices": prompt_choices(self.page.engine, adapter, language), "value": OWN_PROMPT_TYPE}]

@@ -15,8 +15,8 @@ ENGLISH = {
     "language": "Language",
     "theme": "Light / dark",
     "box": "Message",
-    "box.hint": "Type a message (Shift+Enter: new line)",
-    "chat.empty": "Nothing has been said yet.",
+    "box.hint": "Type a message",
+    "chat.empty": "Nothing has been said yet. Enter sends, Shift+Enter begins a new line.",
     "submit": "Send",
     "stop": "Stop",
     "regenerate": "Regenerate",
@@ -86,6 +86,9 @@ ENGLISH = {
     "note.restored": "The chat is back as it was before.",
     "note.no_adapter": "The chat was held with the adapter {name}, which is not loaded here.",
     "note.clamped": "Some parameters were outside what is allowed here and were moved to the nearest value.",
+    "note.moved": "{name}: {given} is not allowed here; {used} was used instead. Allowed: {allowed}.",
+    "note.from_to": "{least} to {most}",
+    "note.no_value": "an empty field",
     "note.too_large": "This file is too large for a chat.",
     # The page of single questions.
     "instruction": "Instruction",
@@ -101,6 +104,13 @@ ENGLISH = {
     "note.flagged": "Flagged: it is entry {n} of {file}.",
     "note.nothing_to_flag": "There is no finished answer to flag yet.",
     "note.flag_failed": "The entry could not be written: {reason}",
+    # For the script of the page: screen readers, and the server being gone.
+    "script.you": "You",
+    "script.model": "Model",
+    "script.chat": "Conversation",
+    "script.working": "The model is answering.",
+    "script.gone": "Connection lost",
+    "script.reconnecting": "Connection to the server lost; trying again. What you wrote is kept.",
 }
 
 CHINESE = {
@@ -109,8 +119,8 @@ CHINESE = {
     "language": "语言",
     "theme": "浅色 / 深色",
     "box": "消息",
-    "box.hint": "输入消息（Shift+Enter 换行）",
-    "chat.empty": "还没有对话。",
+    "box.hint": "输入消息",
+    "chat.empty": "还没有对话。按 Enter 发送，Shift+Enter 换行。",
     "submit": "发送",
     "stop": "停止",
     "regenerate": "重新生成",
@@ -175,6 +185,9 @@ CHINESE = {
     "note.restored": "对话已恢复原样。",
     "note.no_adapter": "这段对话用的适配器 {name} 没有在这里加载。",
     "note.clamped": "有些参数超出了这里允许的范围，已改为最接近的值。",
+    "note.moved": "{name}：这里不能用 {given}，已改用 {used}。可用的值：{allowed}。",
+    "note.from_to": "{least} 到 {most}",
+    "note.no_value": "空值",
     "note.too_large": "这个文件太大，不像是对话。",
     "instruction": "指令",
     "instruction.hint": "要模型做什么？",
@@ -189,6 +202,12 @@ CHINESE = {
     "note.flagged": "已标记：{file} 的第 {n} 条。",
     "note.nothing_to_flag": "还没有完整的回答可以标记。",
     "note.flag_failed": "没能写入：{reason}",
+    "script.you": "您",
+    "script.model": "模型",
+    "script.chat": "对话",
+    "script.working": "模型正在回答。",
+    "script.gone": "连接已断开",
+    "script.reconnecting": "与服务器的连接已断开，正在重新连接。您写的内容已保留。",
 }
 
 WORDS: Mapping[str, Mapping[str, str]] = {"en": ENGLISH, "zh": CHINESE}

@@ -22,10 +22,12 @@ from onecard.talk.engine import Engine
 from onecard.talk.page_answer import as_html
 from onecard.talk.page_ask import FLAG_FILE, AskPage
 from onecard.talk.page_chat import ChatPage
+from onecard.talk.page_examples import examples_in
 from onecard.talk.page_guard import PageGuard, Presence
+from onecard.talk.page_script import head, script_terms
 from onecard.talk.page_server import Doors, serve_page
 from onecard.talk.page_settings import NAMES, SettingsReader
-from onecard.talk.page_style import CODE_FONTS, FONTS, head
+from onecard.talk.page_style import CODE_FONTS, FONTS
 from onecard.talk.page_text import FORMULAS
 from onecard.talk.page_wiring import (
     HIDDEN,
@@ -121,7 +123,14 @@ def mount(app: FastAPI, web_page: WebPage, *, auth: str | None = None, max_chat_
     user, _, password = (auth or "").partition(":")
     closed = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", radius_size="lg", font=FONTS, font_mono=CODE_FONTS)
-    theme.set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
+    # Each colour of words has a contrast of 4.5 or more on what it stands on.
+    theme.set(
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_800",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_600", input_placeholder_color_dark="*neutral_300",
+    )  # fmt: skip
     gr.mount_gradio_app(
         app, web_page.blocks, path="/", auth=(user, password) if auth else None,
         app_kwargs={"middleware": [Middleware(PageGuard, presence=web_page.presence)], **closed},
@@ -137,27 +146,28 @@ def public_link(host: str, port: int, token: str) -> str:
 
 
 def _header(labels: Labels, engine: Engine, title: str) -> dict[str, Any]:
-    def headline(language: str) -> str:
-        name = as_html(engine.names[0], "").removeprefix('<div class="">').removesuffix("</div>")
-        return f'<h1>{word(language, title)}<span class="oc-model">{name}</span></h1>'
-
     with gr.Row(elem_id="oc-head"):
-        labels(gr.HTML, {"value": headline}, elem_id="oc-title")
+        labels(gr.HTML, {"value": lambda language: f"<h1>{word(language, title)}</h1>"}, elem_id="oc-title")
+        model = gr.HTML(as_html(engine.names[0], "oc-model"), elem_id="oc-model")
+        labels(gr.HTML, {"value": script_terms}, elem_id="oc-terms", elem_classes="oc-hidden")
         choices = [(shown, code) for code, shown in LANGUAGES.items()]
         language = gr.Dropdown(
             choices, value=labels.language, container=False, filterable=False, elem_id="oc-language",
             label=word(labels.language, "language"), interactive=True,
         )  # fmt: skip
         theme = labels(gr.Button, {"value": "theme"}, size="sm", elem_id="oc-theme", scale=0)
-    return {"language": language, "theme": theme}
+    return {"language": language, "theme": theme, "model": model}
 
 
 def _conversation(labels: Labels, examples: Sequence[str]) -> dict[str, Any]:
+    def first_words(language: str) -> Any:
+        return [{"text": text} for text in examples_in(examples, language)] or None
+
     chatbot = labels(
-        gr.Chatbot, {"placeholder": "chat.empty"}, elem_id="oc-chat", show_label=False, editable="user", height=520,
-        sanitize_html=True, allow_tags=False, render_markdown=True, latex_delimiters=list(FORMULAS), buttons=["copy"],
-        feedback_options=None, allow_file_downloads=False, group_consecutive_messages=False, layout="bubble",
-        examples=[{"text": text} for text in examples] or None,
+        gr.Chatbot, {"placeholder": "chat.empty", "examples": first_words}, elem_id="oc-chat", show_label=False,
+        editable="user", height=520, sanitize_html=True, allow_tags=False, render_markdown=True, buttons=["copy"],
+        latex_delimiters=list(FORMULAS), feedback_options=None, allow_file_downloads=False, layout="bubble",
+        group_consecutive_messages=False,
     )  # fmt: skip
     return {"chatbot": chatbot}
 
@@ -223,10 +233,10 @@ def _answer(labels: Labels) -> dict[str, Any]:
 def _examples(labels: Labels, parts: dict[str, Any], examples: Sequence[Sequence[str]]) -> dict[str, Any]:
     # Not gr.Examples: it calls the server past the queue, where the page's guard has closed the door.
     fields = [parts["instruction"], parts["input"]]
-    samples = [list(pair) for pair in examples]
+    samples = {"samples": lambda language: [list(pair) for pair in examples_in(examples, language)]}
     headers = {"headers": lambda language: [word(language, name) for name in ("instruction", "input")]}
-    words: dict[str, Any] = {"label": "examples", **headers}
-    return {"examples": labels(gr.Dataset, words, components=fields, samples=samples, elem_id="oc-examples")}
+    words: dict[str, Any] = {"label": "examples", **headers, **samples}
+    return {"examples": labels(gr.Dataset, words, components=fields, elem_id="oc-examples")}
 
 
 def _flag(labels: Labels) -> dict[str, Any]:
@@ -252,15 +262,17 @@ def _settings(labels: Labels, reader: SettingsReader, engine: Engine) -> dict[st
 
     parts: dict[str, Any] = {}
     with labels(gr.Accordion, {"label": "part.model"}, open=True):
-        parts["adapter"] = setting(gr.Dropdown, "adapter", choices=list(engine.names), filterable=False)
+        # Any choice, also one that a server before this one offered: page_settings.py says what is wrong with it.
+        listed: dict[str, Any] = {"filterable": False, "allow_custom_value": True}
+        parts["adapter"] = setting(gr.Dropdown, "adapter", choices=list(engine.names), **listed)
         choices = prompt_choices(engine, reader.start.adapter, labels.language)
-        parts["prompt_type"] = setting(gr.Dropdown, "prompt_type", choices=choices, filterable=False)
+        parts["prompt_type"] = setting(gr.Dropdown, "prompt_type", choices=choices, **listed)
         parts["system"] = setting(gr.Textbox, "system", lines=2, max_lines=8)
     with labels(gr.Accordion, {"label": "part.sampling"}, open=True):
         parts |= numbers("temperature", "top_p", "top_k", "num_beams")
         parts["show_beams"] = setting(gr.Checkbox, "show_beams")
-        seed = reader.bounds["seed"]
-        parts["seed"] = setting(gr.Number, "seed", precision=0, minimum=seed.least, maximum=seed.most)
+        # Without bounds: gradio would refuse a number outside of them in words that say nothing.
+        parts["seed"] = setting(gr.Number, "seed")
     with labels(gr.Accordion, {"label": "part.length"}, open=True):
         parts |= numbers("max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
         parts["stop_texts"] = setting(gr.Textbox, "stop_texts", lines=1, max_lines=6)
@@ -301,7 +313,7 @@ def _at_once(handler: Any) -> Any:
 
 
 def _tell(text: str) -> None:
-    gr.Info(text, duration=6)
+    gr.Info(text, duration=6, title="OneCard")
 
 
 def _staying(handler: Any) -> Any:

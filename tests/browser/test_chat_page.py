@@ -535,11 +535,12 @@ def answers(port: int) -> bool:
 
 def test_a_server_that_dies_and_comes_back(open_page: Any, killable: Any) -> None:
     child, url = killable()
-    page = open_page(url)
+    page = open_page(url, locale="zh-CN")
     send(page, "a long one")
     wait_until(lambda: "word9" in str(bubbles(page)[-1:]))
     os.kill(child, signal.SIGKILL)
-    wait_until(lambda: page.locator("text=Connection").count() > 0, 10, "the page says that the server is gone")
+    wait_until(lambda: page.locator("text=连接已断开").count() > 0, 10, "the page says that the server is gone")
+    assert page.locator("text=Connection").count() == 0
     partial = bubbles(page)[-1]
     assert partial.startswith("word0 word1")
     killable()

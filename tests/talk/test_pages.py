@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from dataclasses import fields, replace
@@ -18,9 +19,9 @@ from onecard.talk.chat_file import Chat, read_chat, to_json
 from onecard.talk.page_answer import as_html
 from onecard.talk.page_ask import AskPage, Question
 from onecard.talk.page_chat import Asked, ChatPage, View
-from onecard.talk.page_examples import first_messages, questions
+from onecard.talk.page_examples import examples_in, first_messages, questions
+from onecard.talk.page_script import TOO_LARGE, head
 from onecard.talk.page_settings import NAMES, NUMBERS, template_name
-from onecard.talk.page_style import TOO_LARGE, head
 from onecard.talk.page_text import INVISIBLE, original, plain_markdown
 from onecard.talk.page_undo import MAX_CHARS, kept
 from onecard.talk.page_wiring import repeating
@@ -31,6 +32,7 @@ from onecard.text.template import load_template
 from tests.talk.fake_engine import HOSTILE, FakeEngine, Script
 
 SAYS = Script().say
+CHINESE_SIGN = re.compile("[\u4e00-\u9fff]")
 START = SamplingOptions(max_new_tokens=64, temperature=0.7)
 
 
@@ -158,6 +160,14 @@ def test_one_answer_at_a_time_per_browser(page: ChatPage, engine: FakeEngine) ->
     stream.close()
 
 
+def test_the_status_names_who_answers_where_there_are_several(page: ChatPage) -> None:
+    settings = replace(page.start, adapter="pirate").values()
+    assert (shown(page.submit(asked(page, settings=settings), "Hello")).status or "").startswith("pirate · ")
+    assert (shown(page.submit(asked(page), "Hello")).status or "").startswith("tiny-llama · ")
+    alone = ChatPage(FakeEngine(names=("one",)), "", START)  # type: ignore[arg-type]
+    assert "one" not in (shown(alone.submit(asked(alone), "Hello")).status or "")
+
+
 def test_an_abandoned_stream_frees_the_model(page: ChatPage, engine: FakeEngine) -> None:
     """gradio may simply stop asking a generator for more, and keep it."""
     stream = page.submit(asked(page), "a long one")
@@ -274,7 +284,7 @@ def test_save_and_load_bring_everything_back(page: ChatPage, engine: FakeEngine)
     view, loaded = page.load(asked(page), json.dumps(foreign))
     assert (loaded.adapter, loaded.sampling.temperature) == ("tiny-llama", 2)
     assert loaded.sampling.num_beams == engine.limits.max_beams
-    assert word("en", "note.clamped") in (view.note or "") and "etc/passwd" in (view.note or "")
+    assert "Temperature: 50.0 is not allowed here" in (view.note or "") and "etc/passwd" in (view.note or "")
     for broken in ("{", "[]]", TOO_LARGE, '{"messages": 3}'):
         view, _ = page.load(asked(page), broken)
         assert view.note and view.chat is None
@@ -311,7 +321,7 @@ def test_forged_settings_stay_within_bounds(values: list[Any]) -> None:
     assert settings.adapter in engine.names
     assert settings.sampling.num_beams <= engine.limits.max_beams
     assert settings.sampling.max_new_tokens <= engine.limits.max_answer_tokens
-    assert page.reader.read(settings.values()) == (settings, False)
+    assert page.reader.read(settings.values()) == (settings, ())
 
 
 def test_every_sampling_option_has_a_slider_with_a_sentence() -> None:
@@ -460,8 +470,13 @@ def test_what_was_said_once_in_a_stream_is_said_to_its_end() -> None:
 
 
 def test_examples_come_from_the_sample_data(tmp_path: Path) -> None:
-    assert len(questions()) == 6 and all(len(pair) == 2 and pair[0] for pair in questions())
-    assert len(first_messages()) == 4 and all(first_messages())
+    assert all(len(pair) == 2 and pair[0] for pair in questions()) and all(first_messages())
+    for language, has_chinese in (("en", False), ("zh", True)):
+        pairs, messages = examples_in(questions(), language), examples_in(first_messages(), language)
+        assert (len(pairs), len(messages)) == (6, 4)
+        for text in [*messages, *map("".join, pairs)]:
+            assert bool(CHINESE_SIGN.search(text)) is has_chinese
+    assert examples_in(["one"], "zh") == ["one"]
     (tmp_path / "odd.json").write_text('[1, {"input": []}, {"instruction": 3}]', encoding="utf-8")
     assert questions(tmp_path / "odd.json") == [["3", ""]]
     assert first_messages(tmp_path / "odd.json") == first_messages(tmp_path / "none.json") == []
