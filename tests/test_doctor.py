@@ -83,6 +83,13 @@ def test_a_card_in_trouble(changes: dict, state: str, value: str, remedy: str) -
         ({"cuda_build": "13.0", "is_available": False}, ["RTX 3060"], "problem", "560.35 is too old", "update the"),
         ({"cuda_build": "13.0", "is_available": False, "hidden_by": ""}, ["RTX 3060"], "problem", "hidden", "unset"),
         ({"is_available": False}, ["RTX 3060"], "problem", "cannot use RTX 3060", "restart"),
+        ({"cuda_build": "13.0", "is_available": False}, ["RTX 2080 Ti"], "problem", "too old", "whl/cu126"),
+        ({"cuda_build": "13.0", "is_available": False, "driver_cuda": (11, 4)}, ["x"], "problem", "old", "525"),
+        ({"cuda_build": "13.0", "is_available": False, "hidden_by": "0"}, ["x"], "problem", "too old", "whl/cu126"),
+        ({"is_available": False, "hidden_by": "7"}, ["x"], "problem", "hidden by CUDA_VISIBLE_DEVICES='7'", "unset"),
+        ({"cuda_build": None, "is_available": False, "hidden_by": "0"}, [], "problem", "DEVICES=0", "CUDA build"),
+        ({"cuda_build": None, "is_available": False, "has_driver": True}, [], "problem", "driver is", "CUDA build"),
+        ({"is_available": False, "has_driver": True}, [], "problem", "cannot use an NVIDIA driver", "restart"),
         ({"is_available": False, "driver": None}, [], "warning", "no NVIDIA card", "--gpus all"),
         ({"is_available": False, "cuda_build": None, "driver": None}, [], "warning", "no NVIDIA card", "sample model"),
     ],
@@ -92,6 +99,20 @@ def test_torch_in_trouble(changes: dict, cards: list[str], state: str, value: st
     assert found.state == state
     assert value in found.value
     assert remedy in found.remedy
+
+
+def test_a_card_older_than_turing_is_told_which_torch_has_its_kernels() -> None:
+    pascal = replace(TURING, name="GTX 1080 Ti", capability=(6, 1), matmul_error="no kernel image is available")
+    found = [finding for finding in doctor.judge_card(pascal) if finding.state == "problem"]
+    assert [finding.remedy.endswith(doctor.OLD_TORCH) for finding in found] == [True]
+    pins = (doctor_facts.REPOSITORY / "requirements.txt").read_text(encoding="utf-8")
+    assert doctor.OLD_TORCH.split()[2] in pins.splitlines(), "the build is of the pinned version"
+
+
+def test_where_nothing_speaks_of_a_card_there_is_no_word_of_one() -> None:
+    plain = Torch("2.13.0+cpu", None, False, None, None)
+    for hidden_by in (None, "", "-1"):
+        assert doctor.why_no_card(replace(plain, hidden_by=hidden_by), []) is None
 
 
 def test_an_older_driver_of_the_same_major_version_is_fine() -> None:

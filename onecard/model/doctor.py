@@ -18,6 +18,10 @@ TURING, AMPERE, PASCAL = (7, 5), (8, 0), (6, 0)
 GIB = 2**30
 INSTALL = "pip install -r requirements.txt"
 GET_TORCH = "https://pytorch.org/get-started/locally names the command"
+# The build that package registries give is made for CUDA 13 since torch 2.11; it needs driver 580 and begins at Turing.
+# The one for CUDA 12.6 takes cards from Maxwell to Hopper and driver 525, and ends with torch 2.14.
+# https://github.com/pytorch/pytorch/blob/main/RELEASE.md  https://github.com/pytorch/pytorch/issues/190385
+OLD_TORCH = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Torch:
     driver_cuda: tuple[int, int] | None
     hidden_by: str | None = None  # the value of CUDA_VISIBLE_DEVICES
     error: str = ""  # why it cannot be imported
+    has_driver: bool = False  # whether the system holds a driver, which nvidia-smi may still not find
 
 
 @dataclass(frozen=True)
@@ -147,38 +152,46 @@ def judge_torch(torch: Torch, names_of_cards: Sequence[str]) -> list[Finding]:
         found.append(Finding("driver", OK, f"{torch.driver}{runs}"))
     if torch.is_available:
         return found
-    cards = ", ".join(names_of_cards)
-    if not names_of_cards:
-        remedy = (
-            "train on a machine with one; here the small sample model trains"
-            if not torch.cuda_build
-            else ("if there is one, install the NVIDIA driver; in a container, start it with --gpus all")
-        )
-        return [*found, Finding("card", WARNING, "no NVIDIA card is seen; the CPU computes, slowly", remedy)]
-    return [*found, _why_unseen(torch, cards)]
+    remedy = "train on a machine with one; here the small sample model trains"
+    nothing = Finding("card", WARNING, "no NVIDIA card is seen; the CPU computes, slowly", remedy)
+    return [*found, why_no_card(torch, names_of_cards) or nothing]
 
 
-def _why_unseen(torch: Torch, cards: str) -> Finding:
+def why_no_card(torch: Torch, names_of_cards: Sequence[str]) -> Finding | None:
+    """Why torch uses no GPU though one was to be expected; None where nothing speaks of one.
+
+    A driver, a torch that was built for CUDA, or a CUDA_VISIBLE_DEVICES that names a card speak of one.
+    """
+    is_named = torch.hidden_by not in (None, "", "-1", "NoDevFiles")
+    if not (names_of_cards or torch.has_driver or torch.cuda_build or is_named):
+        return None
+    cards = ", ".join(names_of_cards) or "an NVIDIA driver"
     if not torch.cuda_build:
+        what = cards if names_of_cards or torch.has_driver else f"CUDA_VISIBLE_DEVICES={torch.hidden_by}"
         return Finding(
-            "card", PROBLEM, f"{cards} is here, but torch is a CPU build", f"install a CUDA build: {GET_TORCH}"
+            "card", PROBLEM, f"{what} is here, but torch is a CPU build", f"install a CUDA build: {GET_TORCH}"
         )
-    if torch.hidden_by is not None:
-        return Finding(
-            "card",
-            PROBLEM,
-            f"{cards} is hidden by CUDA_VISIBLE_DEVICES={torch.hidden_by!r}",
-            "unset it, or name a card",
-        )
+    if not names_of_cards and not torch.has_driver:
+        remedy = "if there is a card, install the NVIDIA driver; in a container, start it with --gpus all"
+        return Finding("card", WARNING, "no NVIDIA card is seen; the CPU computes, slowly", remedy)
+    hidden = Finding(
+        "card", PROBLEM, f"{cards} is hidden by CUDA_VISIBLE_DEVICES={torch.hidden_by!r}", "unset it, or name a card"
+    )
+    if torch.hidden_by is not None and not is_named:
+        return hidden
     built = tuple(int(part) for part in re.findall(r"\d+", torch.cuda_build)[:2])
     # Within one major version older drivers run newer builds: https://docs.nvidia.com/deploy/cuda-compatibility
     if torch.driver_cuda and torch.driver_cuda[0] < built[0]:
         return Finding(
             "card",
             PROBLEM,
-            f"driver {torch.driver} is too old for a torch of CUDA {torch.cuda_build}",
-            f"update the NVIDIA driver, or install torch for CUDA {torch.driver_cuda[0]}: {GET_TORCH}",
+            f"driver {torch.driver or 'here'} is too old for a torch of CUDA {torch.cuda_build}",
+            f"update the NVIDIA driver (CUDA 13 needs 580 or newer), or take the build for older ones: {OLD_TORCH}"
+            if torch.driver_cuda[0] == 12
+            else "update the NVIDIA driver (CUDA 13 needs 580 or newer, CUDA 12 needs 525)",
         )
+    if torch.hidden_by is not None:
+        return hidden
     return Finding(
         "card", PROBLEM, f"torch cannot use {cards}", "restart the machine; then reinstall the NVIDIA driver"
     )
@@ -196,7 +209,9 @@ def judge_card(card: Card) -> list[Finding]:
                 f"{name} fp16",
                 PROBLEM,
                 f"a matrix product fails: {card.matmul_error}",
-                f"torch may be built without this card's generation: {GET_TORCH}",
+                f"this torch may be built without the card's generation; older than Turing: {OLD_TORCH}"
+                if card.capability < TURING
+                else f"torch may be built without this card's generation: {GET_TORCH}",
             )
         )
     else:

@@ -114,18 +114,34 @@ def _packages() -> list[Finding]:
     return found + doctor.judge_pairs({name: installed(name) for name in OPTIONAL})
 
 
-def _torch() -> list[Finding]:
+def torch_and_cards() -> tuple[Torch, list[str]]:
+    """What torch was built for, what the driver runs, and the names of the cards that the driver sees."""
     smi = _nvidia_smi("--query-gpu=name,driver_version")
     driver = smi[0][1] if smi else None
     try:
         import torch
     except (ImportError, OSError) as reason:
-        return doctor.judge_torch(Torch("", None, False, driver, None, error=_line(reason)), [])
+        return Torch("", None, False, driver, None, error=_line(reason)), []
     facts = Torch(
         torch.__version__, torch.version.cuda, torch.cuda.is_available(), driver, _driver_cuda(),
-        os.environ.get("CUDA_VISIBLE_DEVICES"),
+        os.environ.get("CUDA_VISIBLE_DEVICES"), has_driver=Path("/proc/driver/nvidia/version").exists(),
     )  # fmt: skip
-    found = doctor.judge_torch(facts, [row[0] for row in smi])
+    return facts, [row[0] for row in smi]
+
+
+def why_no_card() -> Finding | None:
+    """Why torch uses no GPU though one was to be expected; None where nothing speaks of one, or torch has one."""
+    facts, names = torch_and_cards()
+    return None if facts.is_available or facts.error else doctor.why_no_card(facts, names)
+
+
+def _torch() -> list[Finding]:
+    facts, names = torch_and_cards()
+    found = doctor.judge_torch(facts, names)
+    if facts.error:
+        return found
+    import torch
+
     if torch.version.hip:
         found.append(
             Finding("torch", "warning", "built for AMD (ROCm), which nobody has tested here", "tell us how it goes")

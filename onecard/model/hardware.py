@@ -10,11 +10,13 @@ import os
 import platform
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 
 import psutil
 import torch
 
-from onecard.console import ConfigError
+from onecard.console import ConfigError, warn
+from onecard.model.doctor import OLD_TORCH
 
 TURING = (7, 5)  # CUDA capability
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,23 +54,29 @@ def detect(device: str = "auto", *, pretend_turing: bool = False) -> Hardware:
     """Return the device for this process: `auto` takes the GPU if there is one; torchrun's LOCAL_RANK picks which.
 
     pretend_turing: describe a GPU as one of the Turing generation (no bf16, no FlashAttention), whatever it is.
-    Raises ConfigError for a name that is unknown and for a GPU that is not there.
+    Raises ConfigError for a name that is unknown, for a GPU that is not there and for one too old for this torch. Warns
+    where no GPU can be used though one was to be expected, with the reason.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError("--device", f"{device} is unknown; use auto, cpu, cuda or cuda:N")
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu":
+        return _cpu()
+    if device == "auto" and not torch.cuda.is_available():
+        if reason := _missing_gpu():
+            warn(f"the CPU computes: {reason} (python tools/doctor.py says more; --device cpu says that it is meant)")
         return _cpu()
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if n_gpus == 0:
         raise ConfigError(
             "--device",
             f"{device} asks for a GPU, but PyTorch sees none; use --device cpu, or install "
-            "the driver and a CUDA build of PyTorch",
+            f"the driver and a CUDA build of PyTorch. {_missing_gpu()}".rstrip(". "),
         )
     index = _gpu_index(device)
     if index >= n_gpus:
         raise ConfigError("--device", f"GPU number {index} is asked for, but there are {n_gpus} (counted from 0)")
     found = _gpu(index)
+    _refuse_too_old(found)
     return replace(found, bf16_native=False, capability=TURING) if pretend_turing else found
 
 
@@ -107,6 +115,32 @@ def choose_dtype(requested: str, bits: int, hardware: Hardware, model_type: str)
 def is_fragile_in_fp16(model_type: str) -> bool:
     """True for families whose activations overflow in fp16."""
     return model_type.startswith(FP16_FRAGILE_FAMILIES)
+
+
+@cache
+def _missing_gpu() -> str:
+    """Why PyTorch sees no GPU and what to do, where one was to be expected; else an empty text."""
+    from onecard.model.doctor_facts import why_no_card
+
+    finding = why_no_card()
+    return f"{finding.value}; {finding.remedy}" if finding is not None else ""
+
+
+def _refuse_too_old(hardware: Hardware) -> None:
+    """Raise ConfigError for a card older than all that this torch holds kernels for: the first one would fail."""
+    built = [tuple(divmod(int(number), 10)) for number in re.findall(r"(?:sm|compute)_(\d+)", _kernels())]
+    if hardware.capability is None or not built or hardware.capability >= min(built):
+        return
+    major, minor = hardware.capability
+    raise ConfigError(
+        "--device",
+        f"{hardware.name} (compute capability {major}.{minor}) is too old for this torch, whose build for CUDA "
+        f"{torch.version.cuda} begins at {'.'.join(map(str, min(built)))}; {OLD_TORCH}, or --device cpu",
+    )
+
+
+def _kernels() -> str:
+    return " ".join(torch.cuda.get_arch_list()) if torch.version.cuda else ""
 
 
 def _gpu_index(device: str) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from onecard.console import ConfigError
+from onecard.model import hardware
 from onecard.model.hardware import FP16_FRAGILE_FAMILIES, Hardware, choose_dtype, detect
 
 GIB = 2**30
@@ -79,6 +80,33 @@ def test_without_a_gpu() -> None:
     assert detect("auto").device.type == "cpu"
     with pytest.raises(ConfigError, match="sees none"):
         detect("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_card_that_cannot_be_used_is_told_before_the_cpu_is_taken(monkeypatch, capsys) -> None:
+    reason = "driver 535.1 is too old for a torch of CUDA 13.0; update the NVIDIA driver"
+    monkeypatch.setattr(hardware, "_missing_gpu", lambda: reason)
+    assert detect("auto").device.type == "cpu"
+    assert f"warning: the CPU computes: {reason}" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"sees none.*535\.1 is too old"):
+        detect("cuda")
+    assert detect("cpu").device.type == "cpu" and capsys.readouterr().err == "", "it is meant"
+    monkeypatch.setattr(hardware, "_missing_gpu", lambda: "")
+    assert detect("auto").device.type == "cpu" and capsys.readouterr().err == "", "nothing speaks of a card"
+
+
+def test_a_card_older_than_the_kernels_of_this_torch_is_refused(monkeypatch) -> None:
+    def card(name: str, *capability: int) -> Hardware:
+        return Hardware(torch.device("cuda", 0), name, 11 * 2**30, False, capability)
+
+    monkeypatch.setattr(hardware, "_kernels", lambda: "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120")
+    for old in (card("GTX 1080 Ti", 6, 1), card("Tesla V100", 7, 0)):
+        with pytest.raises(ConfigError, match=rf"{old.name}.*begins at 7\.5; pip install .*whl/cu126, or --device cpu"):
+            hardware._refuse_too_old(old)
+    hardware._refuse_too_old(card("RTX 2080 Ti", 7, 5))
+    hardware._refuse_too_old(card("RTX 5090", 12, 0))
+    monkeypatch.setattr(hardware, "_kernels", lambda: "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90")
+    hardware._refuse_too_old(card("GTX 1080 Ti", 6, 1))
 
 
 def test_gpus_are_counted_and_shared_out(monkeypatch) -> None:
