@@ -41,6 +41,7 @@ class Option:
     type: Any
     default: Any
     bare: str | None  # the value that the flag means when none is typed after it
+    advice: tuple[str, str]  # values that are not taken (a regular expression), and what to do for them
     takes_several: bool  # names with commas between them; spaces and a list are taken, too
 
     @property
@@ -72,7 +73,8 @@ def options_of(config_class: type) -> dict[str, Option]:
                 continue
             bare = "true" if types[item.name] is bool else item.metadata.get("bare")
             several = bool(item.metadata.get("several"))
-            found[item.name] = Option(item.name, group, types[item.name], value, bare, several)
+            advice = item.metadata.get("advice", ("", ""))
+            found[item.name] = Option(item.name, group, types[item.name], value, bare, advice, several)
     return found
 
 
@@ -337,7 +339,9 @@ def _checked(
             parsed = parser.parse_args(words) if words else parser.parse_object({name: value})
             good[name] = parsed[name]
         except Exception:  # jsonargparse raises several kinds; each means that the value does not fit the type
-            problems.append((option.flag, f"{value!r} is not {_expected(option.type)}"))
+            wrong, advice = option.advice
+            more = f"; {advice}" if wrong and re.fullmatch(wrong, str(value), re.IGNORECASE) else ""
+            problems.append((option.flag, f"{value!r} is not {_expected(option.type)}{more}"))
     return good
 
 

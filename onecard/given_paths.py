@@ -6,6 +6,7 @@ whoever downloads it. Imports nothing heavy, and opens no weights.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,16 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 OWN_FOLDERS = ("outputs", "sample")  # of this kit: no owner on the Hub is meant
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
+
+# PEFT's names of the kinds of adapters, and which of them are no change of weights.
+OTHER_KINDS = {
+    "PREFIX_TUNING": "a prefix-tuning", "P_TUNING": "a p-tuning", "PROMPT_TUNING": "a prompt-tuning",
+    "MULTITASK_PROMPT_TUNING": "a prompt-tuning", "ADAPTION_PROMPT": "an adaption-prompt", "IA3": "an IA3",
+    "ADALORA": "an AdaLoRA", "LOHA": "a LoHa", "LOKR": "a LoKr", "OFT": "an OFT", "BOTTLENECK": "a bottleneck",
+}  # fmt: skip
+NOT_MERGEABLE = (
+    "PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "BOTTLENECK"
+)  # fmt: skip
 
 
 def path_problems(values: Mapping[str, Any]) -> list[Problem]:
@@ -63,9 +74,58 @@ def _adapter(text: str) -> str:
         return _directory(text)
     places = [path, *path.glob("checkpoint-*")]
     if any((place / name).is_file() for place in places for name in ADAPTER_WEIGHTS):
-        return ""
+        kind = other_kind(_read_config(path))
+        return f"{text} {kind}" if kind else ""
     held = ", ".join(sorted(inner.name for inner in path.iterdir())[:6]) or "nothing"
     return f"{text} holds no adapter ({ADAPTER_WEIGHTS[0]}); it holds: {held}"
+
+
+def other_kind(adapter_config: Mapping[str, Any]) -> str:
+    """What to do with an adapter that is not LoRA, by its adapter_config.json; empty for LoRA."""
+    kind = str(adapter_config.get("peft_type") or "LORA")
+    if kind == "LORA":
+        return ""
+    told = f"is {OTHER_KINDS.get(kind, kind)} adapter, and only LoRA adapters can be loaded here"
+    if kind in NOT_MERGEABLE:
+        return f"{told}; it cannot be merged either: train a LoRA adapter on the same data"
+    return f"{told}; merge it into its base with peft (merge_and_unload), and give the result as the base model"
+
+
+def foreign_advice(path: Path) -> str:
+    """What to do with a checkpoint of another program, or a directory that holds some; empty for our own."""
+    foreign = next((place for place in (path, *_newest_first(path)) if _is_foreign(place)), None)
+    if foreign is None:
+        return ""
+    return (
+        f"{foreign} was written by another program, whose optimizer cannot go on here. To start a new run from its "
+        f"weights: --init_adapter {foreign}"
+    )
+
+
+def _is_foreign(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written by the Trainer of transformers, as those of other kits are."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "log_history" in state and "identity" not in state
+
+
+def _checkpoint(text: str) -> str:
+    return foreign_advice(Path(text).expanduser()) or _must_exist(text)
+
+
+def _newest_first(path: Path) -> list[Path]:
+    numbered = {int(place.name[11:]): place for place in path.glob("checkpoint-*") if place.name[11:].isdigit()}
+    return [numbered[step] for step in sorted(numbered, reverse=True)]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads it says more
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _must_exist(text: str) -> str:
@@ -97,5 +157,5 @@ def _near(path: Path) -> str:
 CHECKS: dict[str, Callable[[str], str]] = {
     "model_path": _directory, "data_path": _data, "calibration_path": _data, "prompt_type": _template,
     "lora_path": _adapter, "init_adapter": _adapter, "lora_remote_checkpoint": _adapter, "adapters_path": _must_exist,
-    "resume_from_checkpoint": _must_exist, "deepspeed": _must_exist, "load_chat": _must_exist,
+    "resume_from_checkpoint": _checkpoint, "deepspeed": _must_exist, "load_chat": _must_exist,
 }  # fmt: skip

@@ -21,6 +21,12 @@ from onecard.config import Problem
 from onecard.console import run_main
 from onecard.talk.run_files import stored_options
 
+# Kinds of number that only llama.cpp's own program writes.
+LLAMA_QUANTIZE_KINDS = r"i?q\d_(k|k_[sml]|x*[sml]|nl|xs)|tq\d_\d"
+LLAMA_QUANTIZE = (
+    "llama.cpp makes it of a file of f16: llama-quantize model-f16.gguf model-Q4_K_M.gguf Q4_K_M (q4_0 needs nothing)"
+)
+
 
 @dataclass
 class ExportOptions:
@@ -32,7 +38,9 @@ class ExportOptions:
     """Adapter to merge in first; several with commas between them, in this order."""
     output_path: str = ""
     """A new directory for model-TYPE.gguf and Modelfile."""
-    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"] = "f16"
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"] = field(
+        default="f16", metadata={"advice": (LLAMA_QUANTIZE_KINDS, LLAMA_QUANTIZE)}
+    )
     """Kind of number: q8_0 is half of f16, q4_0 a quarter. Norms and biases stay f32, and a 4-bit file's head q8_0."""
     prompt_type: str = "auto"
     """Chat template: a built-in name or a .jinja file; auto takes the one stored with the model, or none."""

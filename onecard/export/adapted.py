@@ -143,8 +143,8 @@ def _stage(base: StoredBase, source: str, rows_before: int) -> Stage:
     config: Any = loaded.model.peft_config[ADAPTER]
     if config.target_parameters:
         raise ModelError(
-            f"{files.directory} adapts experts (--lora_target_parameters), whose tensors cannot be merged here: leave "
-            "the adapter beside its base"
+            f"{files.directory} adapts experts (finetune.py --lora_target_parameters), whose tensors cannot be "
+            "merged here: leave the adapter beside its base"
         )
     plain = loaded.model.get_base_model()
     wrapped: dict[str, nn.Module] = {}

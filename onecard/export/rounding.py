@@ -90,5 +90,5 @@ def _refuse(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise ModelError(f"{name} holds NaN or Inf in the base; copy or download the base again")
     raise DoesNotFit(
         f"{name} has values up to {float(tensor.abs().max()):.3g}, which do not fit into {NAMES.get(dtype, dtype)} "
-        "(65504 is the most); use --dtype bf16 or fp32"
+        "(65504 is the most); use bf16 or fp32 (--dtype of tools/merge_lora.py, --gguf_type of tools/export_gguf.py)"
     )

@@ -129,7 +129,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The config.json of a model directory. Raises ModelError where there is no model, or an adapter."""
     if not (directory / "config.json").is_file():
         is_adapter = (directory / "adapter_config.json").is_file()
-        what = "a LoRA adapter; give it as --lora_path" if is_adapter else "no model (config.json is missing)"
+        advice = "give it as --lora_path, or merge it first: tools/merge_lora.py --lora_path"
+        what = f"a LoRA adapter; {advice} {directory}" if is_adapter else "no model (config.json is missing)"
         raise ModelError(f"{directory} holds {what}")
     return read_json(directory / "config.json")
 

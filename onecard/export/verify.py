@@ -100,9 +100,10 @@ def _cause(
     if not math.isfinite(effect.apart) or not (before.is_whole or before.apart <= NOISE):
         raise ModelError(
             f"the merged model does not agree with its adapters: {effect}; before rounding, {before.kept:.1%}. It was "
-            "not kept; report this with the adapter's adapter_config.json, or use --verify false to keep it as it is"
+            "not kept; report this with the adapter's adapter_config.json, or keep it as it is by "
+            "tools/merge_lora.py --verify false"
         )
-    return f"; the rest is lost to the rounding to {report.dtype} (--dtype fp32 loses nothing)"
+    return f"; the rest is lost to the rounding to {report.dtype} (tools/merge_lora.py --dtype fp32 loses nothing)"
 
 
 def probe_prompts(directory: Path, rows: int, base: StoredBase) -> list[list[int]]:
@@ -285,10 +286,13 @@ def _whole_predictions(
     if n_bytes * 1.2 > free_bytes:
         raise ModelError(
             f"comparing logits takes about {n_bytes * 1.2 / 2**30:.1f} GiB of RAM, because this base is stored in "
-            f"another form than it runs in, and {free_bytes / 2**30:.1f} GiB are free; use --verify false to go without"
+            f"another form than it runs in, and {free_bytes / 2**30:.1f} GiB are free; go without by "
+            "tools/merge_lora.py --verify false"
         )
     if adapted.rows != adapted.base.rows:
-        raise ModelError("a base in this form cannot be verified with a grown vocabulary; use --verify false")
+        raise ModelError(
+            "a base in this form cannot be verified with a grown vocabulary: tools/merge_lora.py --verify false"
+        )
     model = _load_whole(adapted.base)
     without, _ = _forward(model, prompts)
     for number, adapter in enumerate(adapters):

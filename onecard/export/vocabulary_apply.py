@@ -232,5 +232,5 @@ def _tell(tables: Tables, rows: NewRows, output_path: Path) -> None:
     )
     if rows.n_reused:
         say(f"{rows.n_reused:,} of them were there before as padding and were overwritten")
-    say(f"vocab_size {rows.n_old} -> {rows.n_rows}; {NEW_TOKENS} lists the new ids for --train_new_tokens")
+    say(f"vocab_size {rows.n_old} -> {rows.n_rows}; {NEW_TOKENS} lists the new ids for finetune.py --train_new_tokens")
     say(f"reopened {output_path}: old rows and all other tensors are the same bits, and the model fits its config.json")

@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from onecard.console import ModelError
+from onecard.given_paths import other_kind
 from onecard.model.files import locate, safetensors_header
 
 PREFIX = "base_model.model."
@@ -52,12 +54,14 @@ def read_adapter(source: str | Path) -> AdapterFiles:
     notes: list[str] = []
     directory = _directory_of(str(source), notes)
     weights = next(directory / name for name in WEIGHT_NAMES if (directory / name).is_file())
+    config_directory = _config_directory(directory, notes)
+    kind = other_kind(read_config(config_directory) if config_directory else {})
+    if kind:
+        raise ModelError(f"{directory} {kind}")
     found = _read_tensors(weights)
     tensors = {_todays_name(key): tensor for key, tensor in found.items() if "lora_" in key}
     if not tensors:
-        raise ModelError(
-            f"{weights} holds no LoRA tensors ({len(found)} others): it is no adapter, or it was saved empty"
-        )
+        raise ModelError(f"{weights} holds no LoRA tensors ({len(found)} others): {_kind_of_names(found)}")
     others = {key: tensor for key, tensor in found.items() if "lora_" not in key}
     if weights.name.startswith("adapter_model"):  # such as a head trained in full (modules_to_save)
         tensors |= others
@@ -71,14 +75,25 @@ def read_adapter(source: str | Path) -> AdapterFiles:
         )
     if weights.name != WEIGHTS:
         notes.append(f"older layout: read {weights.name}")
-    return AdapterFiles(directory, weights, tensors, _config_directory(directory, notes), notes)
+    return AdapterFiles(directory, weights, tensors, config_directory, notes)
 
 
-def infer_config(files: AdapterFiles, assumed_alpha: int | None) -> dict[str, Any]:
+def _kind_of_names(names: Collection[str]) -> str:
+    """What files without a configuration hold in place of LoRA, by the names of their tensors."""
+    kinds = {
+        "prompt_embeddings": "PROMPT_TUNING", "prompt_encoder": "P_TUNING", "ia3_": "IA3", "hada_": "LOHA",
+        "lokr_": "LOKR", "oft_": "OFT", "adapter_down": "BOTTLENECK",
+    }  # fmt: skip
+    for words, kind in kinds.items():
+        if any(words in name for name in names):
+            return f"it {other_kind({'peft_type': kind})}"
+    return "it is no adapter, or it was saved empty"
+
+
+def infer_config(files: AdapterFiles) -> dict[str, Any]:
     """Return LoRA settings read off the tensors' shapes, for an adapter without adapter_config.json.
 
-    lora_A (r, in) gives r, names give the targets; alpha is in no shape: `assumed_alpha`, or 2 r as
-    most recipes have it.
+    lora_A (r, in) gives r, names give the targets; alpha is in no shape: 2 r, as most recipes have it.
     """
     ranks = {
         name.removeprefix(PREFIX).rsplit(".lora_A", 1)[0]: tensor.shape[0]
@@ -88,11 +103,12 @@ def infer_config(files: AdapterFiles, assumed_alpha: int | None) -> dict[str, An
     if not ranks:
         raise ModelError(f"{files.weights} has no lora_A tensor, so its rank cannot be inferred; add its {CONFIG}")
     r = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = assumed_alpha or 2 * r
-    advice = "" if assumed_alpha else " (2 r); give --lora_alpha if it was another"
+    alpha = 2 * r
+    example = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha,
+               "target_modules": sorted({name.rsplit(".", 1)[-1] for name in ranks})}  # fmt: skip
     files.notes.append(
-        f"no {CONFIG}: took r = {r} and {len(ranks)} target layers from the shapes, and assumed "
-        f"lora_alpha = {alpha}{advice}"
+        f"no {CONFIG}: took r = {r} and {len(ranks)} target layers from the shapes, and assumed lora_alpha = {alpha} "
+        f"(2 r). If it was another, write it into {files.directory / CONFIG}: {json.dumps(example)}"
     )
     return {
         "r": r,

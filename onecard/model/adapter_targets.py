@@ -68,7 +68,8 @@ def check_experts(model: nn.Module) -> None:
     """Raise ConfigError for experts in 4 bits: peft would read them before its own part is added, and lose it."""
     if any(type(weight).__name__ == "Params4bit" for weight in expert_tensors(model).values()):
         raise ConfigError(
-            "--bits", "4 does not go with adapters on experts (--lora_target_parameters); with 8 they stay in 16 bits"
+            "--bits",
+            "4 does not go with adapters on experts (finetune.py --lora_target_parameters); 8 leaves them in 16 bits",
         )
 
 

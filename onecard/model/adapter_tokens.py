@@ -146,7 +146,8 @@ def vocabulary_hint(tensors: dict[str, Tensor], model: Any) -> str:
         return ""
     return (
         f"\nThe adapter was trained on a base with {max(others)} tokens, this one has {n_rows}: take that enlarged "
-        "base, or make it with tools/expand_vocab.py apply"
+        "base, or merge both into a model with the adapter's own rows: python tools/merge_lora.py --model_path BASE "
+        "--lora_path ADAPTER --output_path MERGED"
     )
 
 

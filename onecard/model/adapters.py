@@ -110,26 +110,22 @@ def load_adapter(
     source: str | Path,
     *,
     trainable: bool,
-    assumed_alpha: int | None = None,
     fingerprint: str | None = None,
 ) -> LoadedAdapter:
     """Attach a trained adapter from a run, a checkpoint, an older layout or the Hub.
 
-    `assumed_alpha` is used only for files that do not say it; `fingerprint` of the base that the model is: a note tells
-    of an adapter that was trained on another one. Raises ModelError that lists every name and shape which differs from
-    what this base needs; the base is then left as it was.
+    fingerprint: of the base that the model is; a note tells of an adapter that was trained on another one. Raises
+    ModelError that lists every name and shape which differs from what this base needs; it is then left as it was.
     """
-    loaded = attach_files(model, read_adapter(source), trainable=trainable, assumed_alpha=assumed_alpha)
+    loaded = attach_files(model, read_adapter(source), trainable=trainable)
     other = other_base(source, _name_of(model), fingerprint) if fingerprint else None
     advice = "Give that base as --model_path, unless this one is the same in another form (GPTQ, other shards)"
     return replace(loaded, notes=[*loaded.notes, f"{other}. {advice}"]) if other else loaded
 
 
-def attach_files(
-    model: nn.Module, files: AdapterFiles, *, trainable: bool, assumed_alpha: int | None = None
-) -> LoadedAdapter:
+def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool) -> LoadedAdapter:
     """`load_adapter` for files that were read already. On a model without memory (meta) only the adapter gets any."""
-    config = _config_of(files, trainable, assumed_alpha)
+    config = _config_of(files, trainable)
     adapter_tokens.check_indices(config.trainable_token_indices, model, files.directory)
     has_no_memory = next(model.parameters()).is_meta
     try:
@@ -272,8 +268,8 @@ def _attach(model: Any, config: LoraConfig, *, has_no_memory: bool = False) -> P
         check_experts(model)
     if config.use_dora and any(layer.weight.device.type == "cpu" and weight_bits(layer) == 8 for layer in linear):
         raise ConfigError(
-            "--use_dora",
-            "does not work with --bits 8 on CPU: peft loses the scales of 8-bit weights there; use --bits 4, 16 or 32",
+            "--bits",
+            "8 does not work with DoRA on CPU: peft loses the scales of 8-bit weights there; use --bits 4, 16 or 32",
         )
     with warnings.catch_warnings():
         # Between peft and transformers, and of no use to the person who trains: peft asks under the old name.
@@ -348,13 +344,10 @@ def _refuse_useless(tensors: dict[str, Tensor]) -> None:
         warn("the adapter is saved untrained: every lora_B is zero, so the model answers like its base")
 
 
-def _config_of(files: AdapterFiles, trainable: bool, assumed_alpha: int | None) -> LoraConfig:
+def _config_of(files: AdapterFiles, trainable: bool) -> LoraConfig:
     if files.config_directory is None:
-        return LoraConfig(**infer_config(files, assumed_alpha), inference_mode=not trainable)
+        return LoraConfig(**infer_config(files), inference_mode=not trainable)
     stored = read_config(files.config_directory)
-    kind = stored.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ModelError(f"{files.directory} is a {kind} adapter; only LORA adapters can be loaded here")
     start = stored.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(("pissa", "olora", "corda")):
         raise ModelError(

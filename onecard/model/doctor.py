@@ -223,7 +223,14 @@ def judge_card(card: Card) -> list[Finding]:
     if card.capability < PASCAL:
         found.append(Finding(f"{name} age", PROBLEM, "too old for 4-bit kernels", "use a card of 2016 or newer"))
     elif card.capability < TURING:
-        found.append(Finding(f"{name} age", WARNING, "too old for 8-bit kernels (Turing)", "use --bits 4 or 16"))
+        found.append(
+            Finding(
+                f"{name} age",
+                WARNING,
+                "too old for 8-bit kernels (Turing)",
+                "use --bits 4 or 16 in finetune.py and generate.py",
+            )
+        )
     if card.others:
         who = ", ".join(f"process {pid} ({n_bytes / GIB:.1f} GiB)" for pid, n_bytes in card.others)
         found.append(Finding(f"{name} others", WARNING, f"shared with {who}", "end these, or expect less memory"))

@@ -191,7 +191,7 @@ def _chunked_loss(
     if found is None and is_new:
         warn(
             f"the logits of {type(inner).__name__} are not what its head and its config.json give, so the loss is "
-            "computed for all tokens at once, which takes more memory; use a shorter --cutoff_len if it does not fit"
+            "computed for all tokens at once, which takes more memory (less for a shorter finetune.py --cutoff_len)"
         )
     if found is None:
         return None

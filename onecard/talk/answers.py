@@ -127,7 +127,7 @@ def answer_safely(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions
         if len(rows) == 1:
             raise ModelError(
                 f"a question of {len(rows[0].ids)} tokens with an answer of up to {rows[0].room} does not fit into "
-                "memory; use fewer --bits, --max_new_tokens or --num_beams"
+                "memory; use fewer --bits or, in generate.py, a smaller --max_new_tokens or --num_beams"
             ) from reason
     torch.cuda.empty_cache()
     middle = len(rows) // 2

@@ -137,9 +137,10 @@ class OriginCheck:
         try:
             name = plain_origin(origin)
         except ValueError:  # "null" of a file or a frame without rights, or nonsense
-            option = "--allowed_origins names those that may, and this one has no name: serve the page over HTTP"
+            option = "serve.py --allowed_origins names those that may, and this one has no name: serve it over HTTP"
         else:
-            option = f"add {name} to --allowed_origins" if self._allowed else f"start it with --allowed_origins {name}"
+            flag = "serve.py --allowed_origins"  # chat.py has none
+            option = f"add {name} to {flag}" if self._allowed else f"allow this one with {flag} {name}"
         return f"pages of other origins may not call this server; {option}"
 
     def _trusts(self, origin: str, hosts: list[str]) -> bool:

@@ -252,7 +252,7 @@ def _is_local(data_path: str) -> bool:
 def _hub_id(data_path: str) -> str:
     looks_like_a_file = Path(data_path).suffix.lower() in SUFFIXES
     if looks_like_a_file or not _HUB_ID.fullmatch(data_path):
-        raise DataError("there is no such file or folder (check --data_path)", data_path)
+        raise DataError("there is no such file or folder", data_path)
     return data_path
 
 

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from onecard import cli
 from onecard.config import FinetuneConfig, TrainOptions
 from onecard.console import CheckpointError, ConfigError, quiet_rank, say, warn
+from onecard.given_paths import foreign_advice
 from onecard.model.adapter_layouts import kept_fingerprint, other_base
 from onecard.model.files import base_fingerprint
 from onecard.train.checkpoint import Found, verify
@@ -85,6 +86,9 @@ def find_start(options: TrainOptions, directory: RunDirectory) -> Found | None:
     given again after a kill; an older checkpoint of the same run can be gone back to, which sets the newer ones aside.
     """
     typed = options.resume_from_checkpoint
+    foreign = foreign_advice(directory.path)
+    if foreign:
+        raise CheckpointError(f"--output_path {directory.path}: {foreign}, and another --output_path")
     if options.from_data_beginning and typed in ("auto", "none"):
         raise ConfigError("--from_data_beginning", "needs --resume_from_checkpoint DIR, the checkpoint to start from")
     inside = typed not in ("auto", "none") and Path(typed).resolve().parent == directory.path.resolve()
@@ -265,6 +269,9 @@ def _explicit(path: Path) -> Found:
     """A checkpoint that was typed by name. Raises CheckpointError when it cannot be trusted."""
     if not path.is_dir():
         raise CheckpointError(f"--resume_from_checkpoint: there is no directory {path}")
+    foreign = foreign_advice(path)
+    if foreign:
+        raise CheckpointError(f"--resume_from_checkpoint: {foreign}")
     problems = verify(path, require_manifest=False)
     if problems:
         raise CheckpointError(f"--resume_from_checkpoint: {path} is broken: {'; '.join(problems)}")

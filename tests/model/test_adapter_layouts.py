@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from onecard.config import LoraOptions
 from onecard.console import ModelError
+from onecard.given_paths import path_problems
 from onecard.model.adapter_layouts import read_adapter
 from onecard.model.adapters import add_lora, base_of_adapter, load_adapter, restore_adapter, save_adapter
 from tests.model.test_adapters import logits, train
@@ -65,14 +69,10 @@ def test_checkpoint_without_config(spelling, today, load_family, tmp_path) -> No
     notes = "\n".join(same(today, checkpoint, load_family))
     assert "older layout: read pytorch_model.bin" in notes and "1 tensors that are not LoRA's" in notes
     assert "took r = 4 and 14 target layers" in notes and "assumed lora_alpha = 8 (2 r)" in notes
-    assert "give --lora_alpha" in notes
-
-
-def test_alpha_from_the_flag(today, load_family, tmp_path) -> None:
-    torch.save(tensors_of(today), tmp_path / "pytorch_model.bin")
-    notes = "\n".join(same(today, tmp_path, load_family, assumed_alpha=8))
-    assert "assumed lora_alpha = 8" in notes and "give --lora_alpha" not in notes
-    loaded = load_adapter(load_family("llama").model, tmp_path, trainable=False, assumed_alpha=4)
+    written = notes.partition(f"write it into {checkpoint / 'adapter_config.json'}: ")[2].splitlines()[0]
+    (checkpoint / "adapter_config.json").write_text(written.replace('"lora_alpha": 8', '"lora_alpha": 4'))
+    loaded = load_adapter(load_family("llama").model, checkpoint, trainable=False)
+    assert loaded.model.peft_config["default"].lora_alpha == 4 and not any("assumed" in note for note in loaded.notes)
     assert not torch.allclose(logits(loaded.model), torch.load(today / "logits.pt", weights_only=True), atol=1e-3)
 
 
@@ -158,6 +158,35 @@ def test_files_that_are_no_adapter(content, word, load_family, tmp_path) -> None
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match=word):
         load_adapter(load_family("llama").model, tmp_path, trainable=False)
+
+
+@pytest.mark.parametrize(("kind", "word", "remedy"), [
+    ("PREFIX_TUNING", "a prefix-tuning", "train a LoRA"), ("P_TUNING", "a p-tuning", "train a LoRA"),
+    ("PROMPT_TUNING", "a prompt-tuning", "train a LoRA"), ("IA3", "an IA3", "merge_and_unload"),
+    ("LOHA", "a LoHa", "merge_and_unload"), ("ADALORA", "an AdaLoRA", "merge_and_unload"),
+])  # fmt: skip
+def test_other_kinds_of_adapters_are_called_what_they_are(kind, word, remedy, tmp_path) -> None:
+    """As peft writes them, with the configuration; it is told before anything is loaded, and by the loader."""
+    kwargs = {
+        "PREFIX_TUNING": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "P_TUNING": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+        "PROMPT_TUNING": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "IA3": peft.IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[]),
+        "LOHA": peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["v_proj"]),
+        "ADALORA": peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], total_step=9),
+    }  # fmt: skip
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape))
+    peft.get_peft_model(model, kwargs[kind]).save_pretrained(tmp_path)
+    pattern = rf"is {word} adapter, and only LoRA adapters .*{remedy}"
+    with pytest.raises(ModelError, match=pattern):
+        read_adapter(tmp_path)
+    (problem,) = path_problems({"lora_path": str(tmp_path)})
+    assert re.search(pattern, problem[1])
+    if kind in ("PROMPT_TUNING", "IA3", "LOHA"):  # known by the names of its tensors alone, too
+        (tmp_path / "adapter_config.json").unlink()
+        with pytest.raises(ModelError, match=pattern):
+            read_adapter(tmp_path)
 
 
 def test_damaged_and_missing_files(today, load_family, tmp_path) -> None:

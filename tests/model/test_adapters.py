@@ -178,7 +178,7 @@ def test_loftq_is_nearer_to_the_original(family, options, load_family, family_di
         (32, {"lora_init": "loftq"}, "--lora_init", "--bits 4"),
         (32, {"lora_init": "pissa", "use_dora": True}, "--use_dora", "contradict"),
         (4, {"lora_init": "loftq", "use_dora": True}, "--use_dora", "contradict"),
-        (8, {"use_dora": True}, "--use_dora", "--bits 8 on CPU"),
+        (8, {"use_dora": True}, "--bits", "DoRA on CPU"),
     ],
 )
 def test_combinations_that_cannot_work(bits, options, flag, word, load_family) -> None:

@@ -289,9 +289,9 @@ def test_what_is_skipped_is_named_and_counted(tmp_path, sp_tokenizer, capsys):
     assert dataset.report.read.n_bad == 2
     assert [(bad.line, "'</s>'" in bad.reason) for bad in sorted(dataset.report.read.bad)] == [(2, True), (5, False)]
     assert dataset.report.n_cut == 1
-    assert dict(dataset.report.dropped) == {"the question alone fills --cutoff_len 256": 1}
+    assert dict(dataset.report.dropped) == {"the question alone takes all 256 tokens that a sample may have": 1}
     lines = "\n".join(dataset.summary_lines())
-    assert "1 dropped: the question alone fills --cutoff_len 256" in lines
+    assert "1 dropped: the question alone takes all 256 tokens that a sample may have" in lines
     assert "mixed.jsonl:2" in lines
     file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     with pytest.raises(DataError, match=r"mixed\.jsonl:2: holds the text '</s>'"):
@@ -302,7 +302,7 @@ def test_nothing_to_learn_is_an_error_that_says_why(tmp_path, sp_tokenizer):
     file = tmp_path / "long.json"
     file.write_text(json.dumps([{"instruction": "long " * 300, "output": "b"}]), encoding="utf-8")
     template = load_template("alpaca", sp_tokenizer)
-    with pytest.raises(DataError, match="the question alone fills --cutoff_len 32"):
+    with pytest.raises(DataError, match="the question alone takes all 32 tokens"):
         encode_dataset(str(file), template, sp_tokenizer, EncodeSettings(32), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from onecard.console import CheckpointError, ConfigError, ModelError
+from onecard.given_paths import path_problems
 from onecard.recipes import finetune
 from onecard.text import batches
 from tests import tiny
@@ -77,10 +79,32 @@ def test_a_run_keeps_the_split_that_it_began_with(
         finetune(config)
         printed = capsys.readouterr().out
         assert f"{60 - held_out} samples to train on, {held_out} to evaluate on" in printed
-        assert "--test_size" not in printed
+        assert "--test_size auto" not in printed and "--test_size 0.05 ->" not in printed
     new.train.max_steps, new.data.test_size = 3, 0.05
     with pytest.raises(CheckpointError, match=r"batch: --test_size 2 -> 0.05"):
         finetune(new)
+
+
+def test_a_checkpoint_of_another_kit_leads_to_init_adapter_at_once(
+    again: Path, tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    """As the Trainer of transformers leaves it: typed, newest of a typed run, or lying in --output_path."""
+    theirs = tmp_path / "theirs" / "checkpoint-500"
+    shutil.copytree(final_checkpoint(again), theirs)
+    (theirs / "manifest.json").unlink()
+    state = {"global_step": 500, "log_history": [], "epoch": 1.0, "is_world_process_zero": True}
+    (theirs / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    expected = f"start a new run from its weights: --init_adapter {theirs}"
+    for typed in (theirs, theirs.parent):
+        (problem,) = path_problems({"resume_from_checkpoint": str(typed)})
+        assert problem[0] == "--resume_from_checkpoint" and expected in problem[1]
+        config = tiny.config_for(tiny_base, instructions, tmp_path / "run-2", resume_from_checkpoint=str(typed))
+        with pytest.raises(CheckpointError, match=re.escape(expected)):
+            finetune(config)
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        finetune(tiny.config_for(tiny_base, instructions, theirs.parent))
+    assert theirs.is_dir(), "it is not set aside"
+    finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run-2", init_adapter=str(theirs)))
 
 
 def test_edited_data_is_refused_unless_asked_for(again: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""What a message tells somebody to do can be done: each option that it names is one of the program that says it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import sys
+from dataclasses import is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from onecard import cli
+from onecard.console import ConfigError
+from tests.reached_code import FLAG, REPOSITORY, Walk, named_flags, reached
+
+PROGRAMS = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "tools").glob("*.py")])
+PROGRAMS.remove(REPOSITORY / "tools" / "make_tiny_base.py")  # without options
+# Options of other programs that are started from here, or that a person starts.
+FOREIGN = {"gpus", "query", "format", "nproc_per_node", "use_deepspeed"}
+# Code that serves every program through tables of options, and says only what is in the program's own.
+BY_TABLE = ("onecard.old_names", "onecard.given_paths")
+# Their `problems` are asked of the classes that make a program's own options: a test below.
+OF_OPTIONS = ("onecard.config", "onecard.config_talk")
+# (module, option): why the programs that do not have the option never come to its message.
+NEVER = {
+    ("onecard.export.merge", "dtype"): "only for a name that was typed",
+    ("onecard.export.output", "output_path"): "checksums reads, and makes no directory",
+    ("onecard.model.adapter_targets", "bits"): "exports build the model without weights, so without bits",
+    ("onecard.model.adapters", "bits"): "exports build the model without weights, so without bits",
+    ("onecard.model.hardware", "dtype"): "it is auto where it is no option",
+    ("onecard.model.load", "attn_implementation"): "it is auto where it is no option",
+    ("onecard.model.load", "max_memory"): "it is None where it is no option",
+    ("onecard.talk.engine", "top_logprobs"): "an option of a request, told to its client",
+    ("onecard.talk.voices", "adapter"): "an option of a request, told to its client",
+    ("onecard.talk.model_limits", "num_beams"): "score asks without beams",
+    ("onecard.talk.model_limits", "static_cache"): "score asks without a static cache",
+    ("onecard.talk.run_files", "adapters_path"): "generate has no folder of adapters",
+    ("onecard.text.jinja_chat", "prompt_type"): "merging takes the template that the run was trained with",
+    ("onecard.text.lost_turns", "prompt_type"): "merging takes the template that the run was trained with",
+    ("onecard.text.template", "prompt_type"): "merging takes the template that the run was trained with",
+    ("onecard.text.sources", "strict"): "only where it was typed",
+}
+
+
+def loaded(program: Path) -> ModuleType:
+    name = f"program_{program.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, program)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@lru_cache
+def classes_of(program: Path) -> list[type]:
+    """The dataclasses that make a program's options, with those of their groups."""
+    module = loaded(program)
+    named = {node.id for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
+    wholes = [kind for name in sorted(named) if is_dataclass(kind := getattr(module, name, None))]
+    return wholes + [type(group) for kind in wholes for group in vars(kind()).values() if is_dataclass(group)]
+
+
+@lru_cache
+def options_of(program: Path) -> frozenset[str]:
+    """All options of a program, of each of its verbs."""
+    found = {option for kind in classes_of(program) for option in cli.options_of(kind)}
+    assert found, program
+    return frozenset(found | {"config", "print_config", "help"})
+
+
+@lru_cache
+def walk_of(program: Path) -> Walk:
+    return reached(program)
+
+
+@lru_cache
+def unknown_to(program: Path) -> list[tuple[str, int, str, str]]:
+    """(module, line, option, text) of what a program's messages name and it does not have."""
+    found = []
+    for module, line, flag, text in named_flags(walk_of(program)):
+        others = [other for other in PROGRAMS if re.search(rf"\b{re.escape(other.name)}\b", text)]
+        known = set(options_of(program)).union(FOREIGN, *(options_of(other) for other in others))
+        if flag not in known and module not in (*BY_TABLE, *OF_OPTIONS):
+            found.append((module, line, flag, text))
+    return found
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_messages_name_options_of_the_program_that_says_them(program: Path) -> None:
+    offences = [one for one in unknown_to(program) if (one[0], one[2]) not in NEVER]
+    assert not offences
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_contradictions_name_options_of_the_program(program: Path) -> None:
+    for kind in classes_of(program):
+        source = inspect.getsource(kind.problems) if hasattr(kind, "problems") else ""
+        assert set(FLAG.findall(source)) <= options_of(program), kind
+
+
+def test_every_exception_is_still_one() -> None:
+    met = {(module, flag) for program in PROGRAMS for module, _, flag, _ in unknown_to(program)}
+    assert met == set(NEVER)
+
+
+def test_the_walk_sees_what_a_program_says() -> None:
+    """A remedy of training in what only generate.py reaches would be found."""
+    said = {(module, flag) for module, _, flag, _ in named_flags(walk_of(REPOSITORY / "generate.py"))}
+    assert {("onecard.model.load", "bits"), ("onecard.talk.loading", "model_path")} <= said
+    assert not any(module.startswith("onecard.train") for module, _ in said)
+    assert ("onecard.train.fit", "total_batch") in {
+        (module, flag) for module, _, flag, _ in named_flags(walk_of(REPOSITORY / "finetune.py"))
+    }
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "Q4_K_M", "q6_k", "iq4_xs", "q2_k"])
+def test_kinds_that_only_llama_cpp_writes_are_answered_with_its_program(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"--gguf_type: .* is not one of .*; llama.cpp makes it of .*llama-quantize"):
+        loaded(REPOSITORY / "tools" / "export_gguf.py").main(["--gguf_type", kind])
+    with pytest.raises(ConfigError) as refused:
+        loaded(REPOSITORY / "tools" / "export_gguf.py").main(["--gguf_type", "q9"])
+    assert "llama-quantize" not in str(refused.value)
