@@ -86,6 +86,7 @@ def parse(
     defaults: Mapping[str, Any] | None = None,
     stored: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     verb: str = "",
+    opens_files: bool = True,
 ) -> Config:
     """Turn a command line into a checked config.
 
@@ -96,6 +97,7 @@ def parse(
         defaults: values that this program starts from instead of the class's own.
         stored: given the settings typed so far, the options that an earlier run stored; they win over defaults only.
         verb: the word before the options, for the help text; `parse_verb` has read it already.
+        opens_files: whether what the options name must be there; False for a program that only plans.
 
     Raises:
         ConfigError: with every unknown name, wrong type, contradiction and missing file found, not only the first.
@@ -122,7 +124,7 @@ def parse(
     config = _build(config_class, options, values)
     problems += _config_problems(config)
     only_print = any(word == f"--{PRINT_FLAG}" for word in words)
-    refuse(problems if only_print else problems + path_problems(values))
+    refuse(problems if only_print or not opens_files else problems + path_problems(values))
     if only_print:
         say(to_yaml(config).rstrip())
         raise SystemExit(0)

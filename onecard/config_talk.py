@@ -19,6 +19,16 @@ API_KEY_VARIABLE = "ONECARD_API_KEY"
 
 
 @dataclass
+class AnsweringModelOptions(ModelOptions):
+    """The base model and how it lies in memory."""
+
+    model_path: str = "auto"
+    bits: Literal["auto", 4, 8, 16, 32] = "auto"  # type: ignore[assignment]
+    """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8), 16 or 32. auto: on a card those of the run,
+    or 4; on a CPU 16, which answers fastest, or fewer where they do not fit."""
+
+
+@dataclass
 class SamplingOptions:
     """How an answer is chosen, token by token."""
 
@@ -255,7 +265,7 @@ class GenerateConfig:
 
     ask: AskOptions = field(default_factory=AskOptions)
     talker: TalkerOptions = field(default_factory=TalkerOptions)
-    model: ModelOptions = field(default_factory=lambda: ModelOptions(model_path="auto"))
+    model: ModelOptions = field(default_factory=AnsweringModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     page: PageOptions = field(default_factory=PageOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
@@ -267,7 +277,7 @@ class ChatConfig:
 
     chat: ChatOptions = field(default_factory=ChatOptions)
     talker: TalkerOptions = field(default_factory=TalkerOptions)
-    model: ModelOptions = field(default_factory=lambda: ModelOptions(model_path="auto"))
+    model: ModelOptions = field(default_factory=AnsweringModelOptions)
     sampling: SamplingOptions = field(
         default_factory=lambda: SamplingOptions(max_new_tokens=512, temperature=0.7, top_p=0.9)
     )
@@ -281,7 +291,7 @@ class ServeConfig:
 
     serve: ServeOptions = field(default_factory=ServeOptions)
     talker: TalkerOptions = field(default_factory=TalkerOptions)
-    model: ModelOptions = field(default_factory=lambda: ModelOptions(model_path="auto"))
+    model: ModelOptions = field(default_factory=AnsweringModelOptions)
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(max_new_tokens=512, temperature=1.0))
     limits: LimitOptions = field(default_factory=LimitOptions)
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from benchmarks import context_per_vram, memory_ladder, step_speed
+from benchmarks import answering_on_cpu, context_per_vram, memory_ladder, step_speed
 from benchmarks.plain import upcast_like_peft
 from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, random_samples
@@ -154,6 +154,28 @@ def test_step_speed(tmp_path: Path) -> None:
         n_linear, ceiling = result["facts"]["n_linear"], result["matrix_product_flops_per_s"]
         assert row["share"] == pytest.approx(6 * n_linear * row["tokens_per_s"] / ceiling, abs=2e-4)
         assert 0 < row["share"] < 1
+
+
+SMALL = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2
+}  # fmt: skip
+
+
+def test_answering_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(answering_on_cpu, "SHAPE", {**answering_on_cpu.SHAPE, **SMALL})
+    output = tmp_path / "speeds.json"
+    answering_on_cpu.main(["--layers", "1", "--rounds", "1", "--new_tokens", "3", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert list(result["bits"]) == ["32", "16", "8", "4"]
+    sizes = [one["weight_mib"] for one in result["bits"].values()]
+    assert sizes == sorted(sizes, reverse=True) and all(len(one["rounds"]) == 1 for one in result["bits"].values())
+    assert capsys.readouterr().out.count("\n| ") == 5
+
+
+def test_the_kept_measurement_is_why_16_bits_answer_on_a_cpu() -> None:
+    kept = json.loads((answering_on_cpu.RESULTS / "answering_on_cpu.json").read_text())["bits"]
+    assert min(kept, key=lambda bits: kept[bits]["seconds_per_token"]) == "16"
+    assert kept["32"]["seconds_per_token"] < kept["8"]["seconds_per_token"] < kept["4"]["seconds_per_token"]
 
 
 def test_speeds_of_different_losses_are_not_compared() -> None:

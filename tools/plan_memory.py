@@ -88,7 +88,7 @@ class PlanOptions:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(PlanOptions, argv, description=__doc__ or "")
+    options = parse(PlanOptions, argv, description=__doc__ or "", opens_files=False)
 
     # Imported after the options are known to be good: these take seconds to load.
     from onecard.model import plan_text

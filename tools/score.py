@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.cli import parse
 from onecard.config import REPOSITORY, ModelOptions, Problem
+from onecard.config_talk import AnsweringModelOptions
 from onecard.console import escaped, run_main, say
 from onecard.talk.run_files import stored_options
 
@@ -63,7 +64,7 @@ class ScoreConfig:
     """Everything this tool needs; see the classes of its fields."""
 
     score: ScoreOptions = field(default_factory=ScoreOptions)
-    model: ModelOptions = field(default_factory=lambda: ModelOptions(model_path="auto"))
+    model: ModelOptions = field(default_factory=AnsweringModelOptions)
 
 
 def main() -> None:

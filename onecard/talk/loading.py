@@ -9,10 +9,11 @@ from typing import Any
 from onecard.config import DEFAULT_BASE, ModelOptions
 from onecard.console import ConfigError, warn
 from onecard.model.adapters import base_of_adapter, load_adapter
+from onecard.model.answer_bits import with_answer_bits
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
 from onecard.talk.generation import Talker
-from onecard.talk.run_files import has_tokenizer, run_directory, stored_template
+from onecard.talk.run_files import has_tokenizer, run_directory, stored_template, trained_bits
 from onecard.text.template import Template, load_template
 
 
@@ -24,7 +25,9 @@ def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) 
     """
     options = replace(options, model_path=base_path(options.model_path, lora_path), gradient_checkpointing=False)
     tokenizer, template = load_words(options, lora_path, prompt_type)
-    loaded = load_base(options, detect(options.device), gptq=True)
+    hardware = detect(options.device)
+    options = with_answer_bits(options, hardware, trained_bits(lora_path))
+    loaded = load_base(options, hardware, gptq=True)
     model: Any = loaded.model
     if lora_path is not None:
         adapter = load_adapter(model, lora_path, trainable=False, fingerprint=loaded.fingerprint)

@@ -35,7 +35,20 @@ def run_directory(lora_path: str | None) -> Path | None:
 
 
 def stored_options(lora_path: str | None) -> dict[str, Any]:
-    """The options about the base model that the run was trained with; empty where nothing readable is stored."""
+    """The options about the base model that the run was trained with; empty where nothing readable is stored.
+
+    4 and 8 bits are left out: they made the training fit, and `model/answer_bits.py` decides in what is answered.
+    """
+    stored = _stored(lora_path)
+    return {name: value for name, value in stored.items() if name != "bits" or value >= 16}
+
+
+def trained_bits(lora_path: str | None) -> int | None:
+    """The bits per base weight that the run was trained with, where it says so."""
+    return _stored(lora_path).get("bits")
+
+
+def _stored(lora_path: str | None) -> dict[str, Any]:
     run = run_directory(lora_path)
     if run is None:
         return {}

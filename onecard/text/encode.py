@@ -250,7 +250,7 @@ class Encoder:
         ids = self.tokens.ids([open_ended.segments])[0]
         coded = self._join(open_ended, ids, cut=True)
         if len(coded.ids) - len(ids[-1]) >= limit:
-            return Dropped(f"the question alone takes all {limit} tokens that a sample may have")
+            return Dropped(f"the question alone takes all {limit} tokens of a sample (finetune.py --cutoff_len)")
         spans = [min(place, limit) for place in coded.spans]
         return [coded._replace(ids=coded.ids[:limit], spans=spans)] if spans else Dropped("nothing to learn")
 

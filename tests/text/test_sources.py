@@ -238,7 +238,7 @@ def test_a_missing_path_is_named_before_any_network(path: str, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for use in (data_fingerprint, lambda name: read_all(name)):
-        with pytest.raises(DataError, match="--data_path"):
+        with pytest.raises(DataError, match="there is no such file or folder"):
             use(path)
 
 
