@@ -278,6 +278,14 @@ def test_retry_after_is_waited_for_within_bounds(hub: Hub, run: Tool) -> None:
     assert contents(run.target) == WANTED
 
 
+def test_a_listing_is_asked_for_again_when_retry_after_says(hub: Hub, run: Tool, monkeypatch: Any) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(hub_files, "time", SimpleNamespace(sleep=slept.append))
+    hub.retry_after, hub.status = "7", {"": [429, 503]}
+    assert run.here()[0] == 0
+    assert slept == [7, 7]
+
+
 @pytest.mark.parametrize(
     ("asked", "least", "most"),
     [("7", 7, 7), ("0", 0.01, 0.01), ("999999999999", 60, 60), ("-5", 0.01, 0.01), ("nan", 0.01, 0.01),
