@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,9 +27,11 @@ from onecard import old_names
 from onecard.config import FinetuneConfig, Problem, problems_of, refuse
 from onecard.console import ConfigError, nearest, say
 from onecard.given_paths import path_problems
+from onecard.translation import LANGUAGES, use_language
 
 Config = TypeVar("Config")
-CONFIG_FLAG, PRINT_FLAG = "config", "print_config"
+CONFIG_FLAG, PRINT_FLAG, LANGUAGE_FLAG = "config", "print_config", "language"
+LANGUAGE_HELP = "Language of the messages; auto: that of the system."
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,14 @@ class Option:
 
     @property
     def is_text(self) -> bool:
-        return self.type is str or (type(None) in get_args(self.type) and str in get_args(self.type))
+        return (
+            self.type is str or self.takes_paths or (type(None) in get_args(self.type) and str in get_args(self.type))
+        )
+
+    @property
+    def takes_paths(self) -> bool:
+        """Whether more than one word may follow the flag, and the flag be given again; one word stays a text."""
+        return {str, list[str]} <= set(get_args(self.type))
 
     @property
     def is_text_list(self) -> bool:
@@ -104,6 +113,7 @@ def parse(
         SystemExit: with 0, after ``--help`` and ``--print_config``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    use_language(_typed_language(words))
     options = options_of(config_class)
     parser = _parser(config_class, options, description, dict(defaults or {}), verb)
     if any(word in ("-h", "--help") for word in words):
@@ -198,6 +208,8 @@ def _parser(
     )
     parser.add_argument(f"--{CONFIG_FLAG}", type=str, metavar="FILE", help="YAML file of options; flags win over it.")
     parser.add_argument(f"--{PRINT_FLAG}", action="store_true", help="Print the resolved options as YAML and exit.")
+    if LANGUAGE_FLAG not in options:
+        parser.add_argument(f"--{LANGUAGE_FLAG}", choices=LANGUAGES, default="auto", help=LANGUAGE_HELP)
     given = {name: option.default for name, option in options.items()} | defaults
     for holder, group in _holders(config_class, options):
         about = (holder.__doc__ or "").split("\n")[0].rstrip(".")
@@ -249,6 +261,7 @@ def _read_words(
 ) -> tuple[dict[str, Any], list[str]]:
     """Split the command line into settings by name (values still as typed) and YAML files."""
     typed: dict[str, Any] = {}
+    paths: dict[str, list[str]] = {}
     yaml_files: list[str] = []
     position = 0
     while position < len(words):
@@ -268,7 +281,11 @@ def _read_words(
             if words[position].startswith("--"):
                 break
             value, position = f"{value},{words[position]}", position + 1
-        if name != CONFIG_FLAG and name not in options:
+        if name == LANGUAGE_FLAG and value not in LANGUAGES:
+            problems.append((word, f"{value!r} is not one of {', '.join(LANGUAGES)}"))
+        elif name == LANGUAGE_FLAG and name not in options:
+            continue
+        elif name != CONFIG_FLAG and name not in options:
             problems.append((f"--{name}", f"no such option{_nearest_flag(name, options)}"))
         elif not has_value and (name == CONFIG_FLAG or options[name].bare is None):
             problems.append((f"--{name}", "needs a value"))
@@ -278,6 +295,12 @@ def _read_words(
             typed[name] = [*typed.get(name, []), *_texts(value)]
         elif options[name].takes_several:
             typed[name] = _without_brackets(value)
+        elif options[name].takes_paths:
+            paths[name] = [*paths.get(name, []), value]
+            while position < len(words) and not words[position].startswith("--"):
+                paths[name].append(words[position])
+                position += 1
+            typed[name] = paths[name] if len(paths[name]) > 1 else value
         else:
             typed[name] = value if has_value else options[name].bare
     return typed, yaml_files
@@ -286,6 +309,15 @@ def _read_words(
 def _without_brackets(text: str) -> str:
     """Names with commas between them, out of a list in the form of Python: ['q_proj', 'v_proj'] -> q_proj,v_proj."""
     return ",".join(comma_list(re.sub(r"[\[\]'\"]", "", text)))
+
+
+def _typed_language(words: Sequence[str]) -> str:
+    """The value of --language, whatever else is on the command line; auto where there is none."""
+    for word, after in pairwise([*words, ""]):
+        name, _, value = word.partition("=")
+        if name == f"--{LANGUAGE_FLAG}" and (value or after) in LANGUAGES:
+            return value or after
+    return "auto"
 
 
 def _texts(word: str) -> list[str]:
@@ -330,7 +362,11 @@ def _checked(
             # Taken as typed: an instruction such as "a: b" must not be read as YAML.
             good[name] = value
             continue
-        if option.is_text_list and isinstance(value, list) and all(isinstance(text, str) for text in value):
+        if (
+            (option.is_text_list or option.takes_paths)
+            and isinstance(value, list)
+            and all(isinstance(text, str) for text in value)
+        ):
             good[name] = list(value)
             continue
         if option.takes_several and isinstance(value, list):

@@ -6,15 +6,24 @@ it refuses is an :class:`OneCardError`, which :func:`run_main` turns into one re
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
+
+from onecard.translation import translated
 
 # Control characters but tab and line feed, and marks that turn the direction of writing: in a name from the network or
 # a file they would rewrite the screen. https://www.unicode.org/reports/tr36/#Bidirectional_Text_Spoofing
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+MIRROR = "https://hf-mirror.com"
 
 
 class OneCardError(Exception):
@@ -71,18 +80,18 @@ def say(message: str = "", *, is_styled: bool = False) -> None:
     is_styled: the message holds colours of our own, and its foreign text is escaped already.
     """
     if not quiet_rank():
-        _write(sys.stdout, message if is_styled else escaped(message))
+        _write(sys.stdout, message if is_styled else escaped(translated(message)))
 
 
 def warn(message: str) -> None:
     """Print one line on standard error, marked as a warning; only the first process of several speaks."""
     if not quiet_rank():
-        _write(sys.stderr, _coloured("warning: ", "33", sys.stderr) + escaped(message))
+        _mark(message, "warning:", "33")
 
 
 def error(message: str) -> None:
     """Print one line on standard error, marked as an error."""
-    _write(sys.stderr, _coloured("error: ", "31", sys.stderr) + escaped(message))
+    _mark(message, "error:", "31")
 
 
 def escaped(text: str) -> str:
@@ -112,6 +121,17 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def mirror_hint(repository: str, *, is_data_set: bool = False) -> str:
+    """What to do where the Hub cannot be reached: the two ways to a mirror, or the mirror that is asked already."""
+    if asked := os.environ.get("HF_ENDPOINT"):
+        return f"HF_ENDPOINT={asked} was asked; check that address"
+    kind = " --repo_type dataset" if is_data_set else ""
+    return (
+        f"where huggingface.co cannot be reached, set HF_ENDPOINT to a mirror, such as {MIRROR}, or download first: "
+        f"python tools/download.py --repo_id {repository}{kind} --endpoint {MIRROR}"
+    )
+
+
 def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:
     """Run `main` and turn what it raises into an exit code; tracebacks are shown only with ``--debug``.
 
@@ -127,6 +147,7 @@ def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:
             raise
         tell = warn if isinstance(reason, Stopped) else error
         tell(str(reason))
+        _tell_launcher(str(reason))
         return reason.exit_code
     except KeyboardInterrupt:
         error("interrupted: nothing unfinished was kept")
@@ -139,8 +160,26 @@ def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:
         if debug:
             raise
         error(f"{type(reason).__name__}: {reason}")
+        _tell_launcher(f"{type(reason).__name__}: {reason}")
         error("this was not foreseen; run again with --debug for the traceback")
         return 1
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave the error where torchrun looks for it: it ends its own thirty lines with what it finds there.
+
+    https://docs.pytorch.org/docs/stable/elastic/errors.html
+    """
+    file, text = os.environ.get("TORCHELASTIC_ERROR_FILE"), escaped(translated(message))
+    if file:
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}), encoding="utf-8")
+
+
+def _mark(message: str, word: str, colour: str) -> None:
+    word = translated(word)
+    _write(sys.stderr, _coloured(f"{word} ", colour, sys.stderr) + escaped(translated(message)))
 
 
 def _coloured(text: str, code: str, stream: object) -> str:

@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 Offence = tuple[int, str]  # (line, what is wrong)
 
 LAYERS = {
+    "translation": 0,
     "console": 0,
     "config": 0,
     "config_talk": 0,

@@ -87,6 +87,24 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert first.train.resume_from_checkpoint == "auto"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data_path", "a.json", "b c.txt", "--bits", "8"],
+        ["--data_path", "a.json", "--bits", "8", "--data_path=b c.txt"],
+        ["--config", "several.yaml", "--bits", "8"],
+    ],
+)
+def test_several_files_follow_one_flag_or_several(words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("several.yaml").write_text("data_path: [a.json, b c.txt]\n", encoding="utf-8")
+    config = finetune(*words)
+    assert (config.data.data_path, config.model.bits) == (["a.json", "b c.txt"], 8)
+    Path("again.yaml").write_text(cli.to_yaml(config), encoding="utf-8")
+    assert finetune("--config", "again.yaml") == config
+    assert finetune("--config", "several.yaml", "--data_path", "one.json").data.data_path == "one.json"
+
+
 def test_print_config_shows_the_resolved_options(capsys: pytest.CaptureFixture, settings: Path) -> None:
     with pytest.raises(SystemExit) as left:
         finetune("--config", str(settings), "--bits", "16", "--print_config")

@@ -201,7 +201,7 @@ def test_sample_settings_name_the_planned_peak(plan, settings: Path) -> None:
 
 
 def test_every_sample_setting_was_planned() -> None:
-    assert len(SETTINGS) == 5
+    assert len(SETTINGS) == 6
 
 
 # --- time

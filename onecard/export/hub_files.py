@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 from urllib.parse import quote
 
-from onecard.console import ConfigError, ModelError, first_line
+from onecard.console import MIRROR, ConfigError, ModelError, first_line
 from onecard.export.checksums import is_inside
 
 OFFICIAL = "https://huggingface.co"
@@ -271,11 +271,13 @@ def explained(repository: Repository) -> Iterator[None]:
     except errors.HFValidationError as reason:
         raise ConfigError("--repo_id", f"{repository.repo_id!r} is no Hub id; write it like owner/name") from reason
     except errors.HfHubHTTPError as reason:
-        raise ModelError(f"{what}: {first_line(reason)}; try again, or another --endpoint") from reason
+        raise ModelError(
+            f"{what}: {first_line(reason)}; try again, or another --endpoint, such as {MIRROR}"
+        ) from reason
     except (errors.HTTPError, errors.LocalEntryNotFoundError) as reason:
         raise ModelError(
             f"{repository.address} does not answer ({first_line(reason)}); check the network, or name a mirror by "
-            "--endpoint. What is there already is kept, and the same command goes on from it"
+            f"--endpoint {MIRROR} or HF_ENDPOINT. What is there already is kept, and the same command goes on from it"
         ) from reason
 
 

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from onecard.console import ConfigError, ModelError, say
 from onecard.export.adapted import Adapted, Stage, adapt
 from onecard.export.left_out import TABLES
+from onecard.export.model_card import adapter_lines, write_card
 from onecard.export.output import new_directory, progress
 from onecard.export.rounding import DTYPES, NAMES, DoesNotFit, rounded, rounded_sum
 from onecard.export.stored_base import StoredBase, open_base
@@ -114,6 +116,9 @@ def _merge_as(
     )
     _write_weights(adapted, dtype, settings, report)
     _write_config(adapted, dtype, directory, is_tied=report.is_tied)
+    made_of = [adapter_lines(name, stage.files.directory) for name, stage in zip(adapters, adapted.stages, strict=True)]
+    lines = [*chain.from_iterable(made_of), f"- merged in {report.dtype}"]
+    write_card(directory, stored.directory, base, "finetune", lines)
     report.notes += _write_tokenizer(adapted, directory)
     if adapted.rows != stored.rows:
         report.notes.append(f"the vocabulary has {adapted.rows} rows now; the base has {stored.rows}")

@@ -33,6 +33,7 @@ from onecard.export.calibration import (
 from onecard.export.gptq import GptqSettings, check_source, quantize, quantized_layers
 from onecard.export.left_out import check_quantised
 from onecard.export.merge import MergeSettings, find_base, merge_into
+from onecard.export.model_card import CARD, lines_of, write_card
 from onecard.export.output import new_directory, parse_size, progress
 from onecard.export.quality import Quality, quality_of, round_layers
 from onecard.export.quantize_options import CalibrationTextOptions, SourceOptions
@@ -139,6 +140,7 @@ def export_gptq(request: Request, settings: GptqSettings, corpus: TextSource, am
             text = rows_for(source, corpus, amount, request)
             say(f"fitting to {text.n_tokens:,} tokens in {len(text.rows)} samples, on {hardware.name}")
             quantize(source, text.rows, settings, staging, kept, request.max_shard_bytes)
+            _write_card(staging, source, request, f"to {settings.bits} bits with GPTQ, {_group(settings.group_size)}")
             names = quantized_layers(staging)
             _check_whole(source, staging, request)
             whole, rounded = _before(source, names, settings, text.held_out, hardware, request)
@@ -172,6 +174,7 @@ def export_bnb(request: Request, bits: Literal[4, 8], corpus: TextSource, amount
             say(f"measuring on {len(held_out)} samples of {corpus.name}, {n_tokens:,} tokens")
             whole = _measured(_load_whole(source, hardware, request, dtype), held_out, "16-bit", request)
             save_quantized(_options(source, request, bits), hardware, source, staging, request.max_shard_bytes)
+            _write_card(staging, source, request, f"to {bits} bits with bitsandbytes")
             _check_whole(source, staging, request)
         model = load_base(_options(staging, request, bits), hardware).model
         n_layers = check_same_weights(model, staging)
@@ -205,6 +208,11 @@ def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, reque
     if corpus.held_out is not None:
         held_out = upto(text_rows(corpus.held_out(), tokenizer, length), amount.n_held_out, length)
     return calibration_of(rows, amount, held_out)
+
+
+def _write_card(directory: Path, source: Path, request: Request, how: str) -> None:
+    lines = [*lines_of(source / CARD), f"- quantised {how}"]
+    write_card(directory, source, request.base, "quantized", lines)
 
 
 def _longest(source: Path) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onecard.console import ConfigError, ModelError, say
+from onecard.export.model_card import write_card
 from onecard.export.output import new_directory, progress
 from onecard.export.tensors import ShardWriter, Weights, copy_small_files, open_weights, same_bits
 from onecard.export.vocabulary import encode, locate_tokenizer, open_tokenizer
@@ -76,6 +77,7 @@ def apply(applying: Applying, output_path: Path, *, overwrite: bool = False) -> 
     needed = weights.total_bytes + (rows.n_rows - rows.n_old) * tables.row_bytes
     with new_directory(output_path, overwrite=overwrite, inputs=[model, grown_path], needed_bytes=needed) as partial:
         copy_small_files(model, partial)
+        write_card(partial, model, applying.model_path, "finetune", [f"- its vocabulary has {rows.n_rows:,} rows now"])
         for name in (*TOKENIZER_FILES, *OF_OLD_FILES):
             (partial / name).unlink(missing_ok=True)
         _copy_tokenizer(grown_path, partial)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from onecard.console import ModelError, nearest
+from onecard.console import ModelError, mirror_hint, nearest
 from onecard.model.files import HUB_ID, read_json
 from onecard.model.model_config import CONFIG, HEAD_READ_DIRECTLY, OTHER_NAMES, attempt, read_model_config
 from onecard.model.model_layers import (
@@ -220,13 +220,14 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError as reason:
         raise ModelError(
             f"{name} is neither a directory here, a known model{hint}, nor in the Hub cache, and the Hub cannot be "
-            "reached; go online, or give a directory"
+            f"reached; go online, or give a directory; {mirror_hint(name)}"
         ) from reason
     except EntryNotFoundError as reason:
         raise ModelError(f"{name} on the Hub has no {CONFIG}; give its form for transformers") from reason
     except (HfHubHTTPError, OSError) as reason:
         raise ModelError(
-            f"{CONFIG} of {name} cannot be downloaded: {_first_line(reason)}; try again, or give a directory"
+            f"{CONFIG} of {name} cannot be downloaded: {_first_line(reason)}; try again, or give a directory; "
+            + mirror_hint(name)
         ) from reason
 
 

@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from onecard.console import ModelError, nearest
+from onecard.console import ModelError, first_line, mirror_hint, nearest
 from onecard.given_paths import HUB_ID
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -197,9 +197,10 @@ def _from_hub(name: str, what: str, patterns: tuple[str, ...], *, weights_wanted
     except LocalEntryNotFoundError as reason:
         raise ModelError(
             f"{what} {name} is neither a directory here{_nearest_directory(Path(name))} nor in the Hub "
-            "cache, and the Hub cannot be reached; go online, or give a directory"
+            f"cache, and the Hub cannot be reached; go online, or give a directory; {mirror_hint(name)}"
         ) from reason
     except (HfHubHTTPError, OSError) as reason:
         raise ModelError(
-            f"{what} {name} cannot be downloaded: {str(reason).splitlines()[0]}; try again, or give a directory"
+            f"{what} {name} cannot be downloaded: {first_line(reason)}; try again, or give a directory; "
+            + mirror_hint(name)
         ) from reason

@@ -17,6 +17,7 @@ from onecard.config import FinetuneConfig
 from onecard.model.architecture import Architecture, KnownModel
 from onecard.model.memory import GIB, Setup, account, is_counted
 from onecard.model.plan import LOSS_CHUNKS, MLP_TILES, Card, Plan, make_plan
+from onecard.translation import language
 
 WIDTH = 80
 NAME_WIDTH, GIB_WIDTH, SHARE_WIDTH = 46, 9, 7
@@ -87,7 +88,7 @@ def setting_lines(plan: Plan) -> list[str]:
         if reason == UNTOUCHED and not plan.fits:
             reason = "of no use here"
         first = f"  {choice.flag} {choice.value}".ljust(SETTING_WIDTH - 1) + " "
-        lines += textwrap.wrap(first + reason, WIDTH, subsequent_indent=" " * SETTING_WIDTH, drop_whitespace=True)
+        lines += textwrap.wrap(first + reason, _width(), subsequent_indent=" " * SETTING_WIDTH, drop_whitespace=True)
     return lines
 
 
@@ -323,7 +324,12 @@ def _card(card: Card) -> str:
 
 
 def _wrap(text: str, later: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=later, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(text, _width(), subsequent_indent=later, break_long_words=False, break_on_hyphens=False)
+
+
+def _width() -> int:
+    # A line that is translated must be whole; the terminal wraps it.
+    return WIDTH if language() == "en" else 10_000
 
 
 def _billions(number: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from onecard.console import ConfigError, say, warn
+from onecard.translation import translated
 
 LOG_NAME = "log.jsonl"
 SECONDS_PER_LINE = 30
@@ -91,7 +92,7 @@ class Reporter:
             return
         self._write(row)
         if message:
-            tqdm.write(message, file=sys.stdout)
+            tqdm.write(translated(message), file=sys.stdout)
             sys.stdout.flush()
 
     @contextmanager

@@ -1,0 +1,109 @@
+"""Messages in the reader's language: a catalogue in the way of gettext, whose keys are the English texts.
+
+Messages are made where they arise, in English, with their values in them; here a finished line is matched with the
+catalogue, in which {name} stands for a value. A line that is in no catalogue stays English. Knows texts alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import unicodedata
+from functools import cache
+from locale import getlocale
+from pathlib import Path
+
+import yaml
+
+LANGUAGES = ("auto", "en", "zh")
+_NAME = re.compile(r"\{(\w+)\}")
+_NUMBERS = frozenset(
+    ("n", "m", "good", "all", "tokens", "learned", "cut", "train", "test", "batch", "bits", "rank", "layers", "step",
+     "steps")
+)  # fmt: skip
+_CELLS = re.compile(r"(\S(?:.*?\S)?)(\s{2,}|$)")
+# What stands in front of a message: the flag or the place that is to blame.
+_PREFIX = re.compile(r"((?:note|--\w+|[^\s:]+(?::\d+(?:#\d+)?)?|\S+\.\w+): )(.+)")
+_chosen = {"language": "auto"}
+
+
+def use_language(language: str) -> None:
+    """Choose the language of all messages of this process: auto (that of the locale), en or zh."""
+    _chosen["language"] = language
+
+
+def language() -> str:
+    """en or zh: as chosen, else that of the locale."""
+    if _chosen["language"] != "auto":
+        return _chosen["language"]
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    named = next(filter(None, names), "") or (getlocale()[0] if sys.platform == "win32" else "") or ""
+    return "zh" if named.lower().startswith(("zh", "chinese")) else "en"
+
+
+def translated(message: str) -> str:
+    """The message in the reader's language, line by line.
+
+    zh: "adapter of step 4 saved in out" -> "第 4 步的适配器已保存到 out"
+    """
+    if language() == "en" or message.startswith(("{", "[{")):  # JSON is for programs
+        return message
+    return "\n".join(_line(line) for line in message.split("\n"))
+
+
+def in_catalogue(text: str) -> str | None:
+    """The translation of a text, values and all, or None."""
+    exact, patterns = _catalogue(language())
+    if text in exact:
+        return exact[text]
+    for pattern, template in patterns:
+        found = pattern.fullmatch(text)
+        if found is not None:
+            values = {name: _value(value) for name, value in found.groupdict().items()}
+            return template.format_map(values)
+    return None
+
+
+def _value(text: str) -> str:
+    """A value that is a message itself, or several with semicolons between them; any other stays as it is."""
+    parts = [in_catalogue(part) for part in text.split("; ")]
+    return in_catalogue(text) or ("；".join(filter(None, parts)) if all(parts) else text)
+
+
+def _line(line: str) -> str:
+    body = line.strip()
+    indent = line[: len(line) - len(line.lstrip())]
+    whole = in_catalogue(body)
+    if whole is not None:
+        return indent + whole
+    cells = [(match[1], match.end() - match.start()) for match in _CELLS.finditer(body)]
+    if len(cells) > 1:
+        return indent + "".join(_padded(in_catalogue(text) or text, width) for text, width in cells).rstrip()
+    prefix = _PREFIX.fullmatch(body)
+    after = in_catalogue(prefix[2]) if prefix else None
+    return f"{indent}{prefix[1]}{after}" if prefix and after else line
+
+
+def _padded(text: str, width: int) -> str:
+    """The text with blanks behind it; a Chinese character is two columns wide."""
+    taken = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    return text + " " * max(2, width - taken)
+
+
+@cache
+def _catalogue(name: str) -> tuple[dict[str, str], list[tuple[re.Pattern[str], str]]]:
+    """Texts without values, and patterns of those with some, in the order of the file."""
+    file = Path(__file__).with_name(f"messages_{name}.yaml")
+    found: dict[str, str] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    exact = {key: value for key, value in found.items() if not _NAME.search(key)}
+    return exact, [(_pattern(key), value) for key, value in found.items() if key not in exact]
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    parts = _NAME.split(key)  # text, name, text, name, ..., text
+    # Two blanks part the cells of a table.
+    kinds = {part: r"\d[\d,.]*" if part in _NUMBERS else r"(?:(?!\s\s).)+?" for part in parts[1::2]}
+    return re.compile(
+        "".join(f"(?P<{part}>{kinds[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    )

@@ -1,0 +1,158 @@
+"""Messages in Chinese: every one of the way from a data file to a first answer, and a catalogue that fits the code."""
+
+from __future__ import annotations
+
+import ast
+import bisect
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onecard import cli, console, translation
+from onecard.config import REPOSITORY, FinetuneConfig
+from onecard.config_talk import GenerateConfig
+from onecard.console import ConfigError
+from onecard.recipes import finetune, generate
+from onecard.translation import translated, use_language
+from tools import inspect_data
+
+CATALOGUE: dict[str, str] = yaml.safe_load((REPOSITORY / "onecard/messages_zh.yaml").read_text(encoding="utf-8"))
+PROSE = re.compile(r"(?<![\w/.-])[A-Za-z]{2,} [a-z]{2,}")  # two English words in a row
+
+
+@pytest.fixture(autouse=True)
+def _english_again(monkeypatch: pytest.MonkeyPatch):
+    for name in ("LC_ALL", "LC_MESSAGES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LANG", "en_US.UTF-8")
+    yield
+    use_language("auto")
+
+
+@pytest.fixture
+def untranslated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of prose that stayed English, as they are said."""
+    lines: list[str] = []
+
+    def recorded(message: str) -> str:
+        shown = translated(message)
+        lines.extend(line for line in shown.splitlines() if PROSE.search(line))
+        return shown
+
+    for module in (console, __import__("onecard.train.reporting", fromlist=["reporting"])):
+        monkeypatch.setattr(module, "translated", recorded)
+    return lines
+
+
+def test_every_message_from_the_data_to_an_answer_is_in_chinese(
+    tiny_base: Path, tmp_path: Path, untranslated: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"ask": f"问题 {i}", "reply": f"回答 {i}", "cot": "想"} for i in range(40)] + [{"ask": "无"}]
+    data, run = tmp_path / "data.json", tmp_path / "run"
+    data.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    columns = ["--columns", "ask:instruction,reply:output", "--cache_path", str(tmp_path / "cache")]
+    inspect_data.main(["--data_path", str(data), "--model_path", str(tiny_base), "--language", "zh", *columns])
+    words = ["--data_path", str(data), "--model_path", str(tiny_base), "--language=zh", "--device", "cpu", *columns]
+    for more in ([], ["--num_epoch", "4"]):  # and going on
+        finetune(cli.parse(FinetuneConfig, [*words, "--output_path", str(run), "--test_size", "4", *more]))
+    asked = ["--lora_path", str(run), "--model_path", str(tiny_base), "--instruction", "你好", "--max_new_tokens", "2",
+             "--language", "zh", "--device", "cpu"]  # fmt: skip
+    generate(cli.parse(GenerateConfig, asked))
+    out, err = capsys.readouterr()
+    assert "已保存到" in out and "思维链" in out and "警告:" in err
+    assert not untranslated
+
+
+def test_every_reason_of_a_refusal_on_the_way_is_in_chinese(tmp_path: Path, untranslated: list[str], capsys) -> None:
+    def refused(*words: str) -> None:
+        assert console.run_main(lambda: finetune(cli.parse(FinetuneConfig, [*words, "--language", "zh"]))) != 0
+
+    output = ["--output_path", str(tmp_path / "run"), "--device", "cpu"]
+    refused("--datapath", "x.json", "--bits", "5", "--lora_r", "two", "word")
+    refused("--data_path", str(tmp_path / "none.json"), *output)
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text('[{"ask_me": "a", "reply": "b"}, {"instruction": "a", "b": "c"}]', encoding="utf-8")
+    refused("--data_path", str(unknown), *output)
+    assert "错误:" in capsys.readouterr().err
+    assert not untranslated
+
+
+def test_the_language_is_the_one_typed_else_that_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "adapter of step 4 saved in out"
+    assert translated(said) == said
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    assert translated(said) == "第 4 步的适配器已保存到 out"
+    cli.parse(FinetuneConfig, ["--language", "en"])
+    assert translated(said) == said
+    cli.parse(FinetuneConfig, [])
+    assert translated(said) != said
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    assert translated(said) == said
+    with pytest.raises(ConfigError, match="'fr' is not one of auto, en, zh"):
+        cli.parse(FinetuneConfig, ["--language", "fr"])
+
+
+def test_what_is_no_message_stays_as_it_is() -> None:
+    use_language("zh")
+    for text in ('{"left": "peak"}', "lora_r: 8", "这是中文。", "An English answer that nobody translated."):
+        assert translated(text) == text
+    row = translated("  peak                                               0.32 100.0 %")
+    assert row.startswith("  峰值") and row.endswith("0.32 100.0 %")
+    assert translated("a.json:3: is missing") == "a.json:3: 没有给出"
+
+
+def test_the_catalogue_fits_the_code() -> None:
+    """Each entry has the values of its key, and each text of a key stands in the code."""
+    texts = "\n".join(
+        _texts_of(file) for folder in ("onecard", "tools") for file in (REPOSITORY / folder).rglob("*.py")
+    )
+    for key, value in CATALOGUE.items():
+        names, shown = (re.findall(r"\{(\w+)\}", text) for text in (key, value))
+        assert set(shown) <= set(names), key
+        assert len(names) == len(set(names)), key
+        for part in re.split(r"\{\w+\}", key):
+            assert _is_said(part, texts), f"{part!r} of {key!r} is said nowhere"
+
+
+def _is_said(part: str, texts: str) -> bool:
+    """Whether a text is made of pieces of the code, each as long as can be: some messages are put together."""
+    while part:
+        n = bisect.bisect_left(range(1, len(part) + 1), True, key=lambda size: part[:size] not in texts)
+        if n < min(4, len(part)):
+            return False
+        part = part[n:]
+    return True
+
+
+def _texts_of(file: Path) -> str:
+    """Every text of a module, with nothing in place of the values in it."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(part.value) for part in node.values if isinstance(part, ast.Constant)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return "\n".join(found)
+
+
+def test_every_template_of_the_catalogue_is_found_by_what_it_says() -> None:
+    use_language("zh")
+    for key in CATALOGUE:
+        said = re.sub(r"\{(\w+)\}", lambda name: "7" if name[1] in translation._NUMBERS else "x1", key)
+        assert translation.in_catalogue(said) is not None, key
+
+
+def test_torchrun_is_told_the_error_so_that_it_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def main() -> None:
+        raise ConfigError("--bits", "is missing")
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert console.run_main(main) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert ChildFailedError("finetune.py", {0: failure}).args[0].splitlines()[-2].endswith("--bits: is missing")
