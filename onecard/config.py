@@ -17,6 +17,13 @@ from onecard.console import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_BASE = str(REPOSITORY / "sample" / "tiny-llama")
+TOY_DATA = REPOSITORY / "sample"  # what DEFAULT_BASE is good for
+# The names of fields that --columns can give; text/shapes.py says what they mean.
+COLUMN_NAMES = (
+    "answer", "ask", "completion", "content", "context", "conversation", "conversations", "from", "history", "input",
+    "inputs", "instruction", "messages", "output", "prompt", "query", "question", "response", "role", "system",
+    "target", "targets", "text", "thought", "value",
+)  # fmt: skip
 LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 
 # Files of onecard/text/templates, and what Chinese-Vicuna called two of them.
@@ -61,11 +68,27 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
+class ReadingOptions:
+    """How the files of --data_path are read."""
+
+    columns: str = ""
+    """Other names of fields, theirs:ours with commas between: ask:instruction,answer:output,cot:thought."""
+    txt_split: Literal["auto", "line", "paragraph", "file", "uncut"] = "auto"
+    """What cuts a txt into texts. auto: blank lines (paragraph) if it has any, else line; uncut: as in old runs."""
+
+    def problems(self) -> list[Problem]:
+        if column_names(self.columns) is None:
+            text = f"{self.columns!r} is not of the form ask:instruction,answer:output; "
+            return [("--columns", f"{text}ours are {', '.join(COLUMN_NAMES)}")]
+        return []
+
+
+@dataclass
+class DataOptions(ReadingOptions):
     """What is learned from, and how it is put into words."""
 
-    data_path: str = str(REPOSITORY / "sample" / "merge_sample.json")
-    """Training data: a json, jsonl, csv, parquet or txt file, a folder of these, or a Hub dataset id."""
+    data_path: str | list[str] = str(REPOSITORY / "sample" / "merge_sample.json")
+    """Training data: json, jsonl, csv, parquet or txt files, folders of these, Hub dataset ids; one or several."""
     prompt_type: str = "auto"
     """Prompt template: auto, alpaca, vicuna-chat, chatml, llama-2, llama-3, mistral, none, or a .jinja file."""
     dialogue: bool = False
@@ -82,7 +105,7 @@ class DataOptions:
     """Folder for encoded data; the default is a folder `onecard` in the user's cache directory."""
 
     def problems(self) -> list[Problem]:
-        found: list[Problem] = []
+        found = super().problems()
         if not self.data_path:
             found.append(("--data_path", "is empty; give a file, a folder or a Hub dataset id"))
         if self.cutoff_len < 8:
@@ -319,6 +342,25 @@ class FinetuneConfig:
             text = "contradicts --init_adapter: what that one trains, goes on; merge it first (tools/merge_lora.py)"
             found.append((flag, text))
         return found
+
+
+def column_names(text: str) -> tuple[tuple[str, str], ...] | None:
+    """--columns as pairs: "ask:instruction,answer:output" -> (("ask", "instruction"), ...); None if it is wrong."""
+    parts = [part.strip().rpartition(":") for part in text.split(",") if part.strip()]
+    pairs = tuple((theirs.strip(), ours.strip()) for theirs, _, ours in parts)
+    unclear = len(dict(pairs)) < len(pairs) or len({ours for _, ours in pairs}) < len(pairs)
+    return None if unclear or any(not theirs or ours not in COLUMN_NAMES for theirs, ours in pairs) else pairs
+
+
+def toy_base_problem(model_path: str, data_path: str | list[str]) -> str:
+    """What is wrong with learning one's own data on the toy base, or an empty text."""
+    paths = [Path(path).resolve() for path in ([data_path] if isinstance(data_path, str) else data_path)]
+    if Path(model_path).resolve() != Path(DEFAULT_BASE) or all(TOY_DATA in path.parents for path in paths):
+        return ""
+    return (
+        "the base is sample/tiny-llama, a toy of 4 million weights: it shows that all works and learns nothing of use "
+        "from data of your own; give --model_path, a directory or a Hub id (settings by card: config-sample/)"
+    )
 
 
 def memory_map(text: str) -> dict[int | str, str] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from onecard.config import ModelOptions, Problem
+from onecard.config import ModelOptions, Problem, ReadingOptions
 
 API_KEY_VARIABLE = "ONECARD_API_KEY"
 
@@ -100,15 +100,15 @@ class TalkerOptions:
 
 
 @dataclass
-class AskOptions:
+class AskOptions(ReadingOptions):
     """What is asked, and where the answers go."""
 
     instruction: str | None = None
     """One instruction to answer; without it and without --data_path an interactive loop begins."""
     input: str = ""
     """Text that goes with --instruction."""
-    data_path: str | None = None
-    """Questions to answer: a file in any shape that training reads; answers in it are ignored."""
+    data_path: str | list[str] | None = None
+    """Questions to answer: files in any shape that training reads, answers in them are ignored. One or several."""
     output_path: str | None = None
     """With --data_path: jsonl file for the answers. Run again to go on where it stopped."""
     batch_size: int = 8
@@ -119,7 +119,7 @@ class AskOptions:
     """Open a page in the browser instead of asking here."""
 
     def problems(self) -> list[Problem]:
-        found: list[Problem] = []
+        found = super().problems()
         if self.batch_size < 1:
             found.append(("--batch_size", f"{self.batch_size} answers nothing; use 1 or more"))
         if self.data_path and not self.output_path:
@@ -169,7 +169,7 @@ class PageOptions:
     allowed_hosts: str = ""
     """Further names under which the page may be reached, with commas between them (a proxy's, a machine's)."""
     language: Literal["auto", "en", "zh"] = "auto"
-    """Language of the page; auto: that of the browser."""
+    """Language of the page and of the messages here; auto: that of the browser, and of the system."""
 
     def problems(self) -> list[Problem]:
         found = address_problems(self.host, self.port) + list_problems("allowed_hosts", self.allowed_hosts, plain_host)
@@ -203,7 +203,7 @@ class ServeOptions:
     web: bool = False
     """Serve the chat page at / on the same port."""
     language: Literal["auto", "en", "zh"] = "auto"
-    """Language of the page; auto: that of the browser."""
+    """Language of the page and of the messages here; auto: that of the browser, and of the system."""
     log_prompts: bool = False
     """Print prompts and answers. Off: only times, clients, sizes and outcomes are printed."""
 

@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from onecard import cli
-from onecard.config import FinetuneConfig
+from onecard.config import FinetuneConfig, toy_base_problem
 from onecard.config_talk import ChatConfig, GenerateConfig, PageOptions, ServeConfig
-from onecard.console import say
+from onecard.console import say, warn
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -36,10 +36,12 @@ def _finetune(config: FinetuneConfig) -> Path:
     from onecard.train.loop import report_events, train
     from onecard.train.rehearsal import rehearse_if_wanted
     from onecard.train.reporting import check_sinks
-    from onecard.train.resume import resolve_start_adapter, start_position
+    from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position
     from onecard.train.rundir import RunDirectory, Settings, portable
     from onecard.train.setup import build_accelerator, build_run, open_reporter, prepare_data, training_state
 
+    if problem := toy_base_problem(config.model.model_path, config.data.data_path):
+        warn(problem)
     check_sinks(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
     config = replace(config, model=portable(config).model)  # adapters remember the name of their base
     directory = RunDirectory(Path(config.train.output_path))
@@ -49,7 +51,7 @@ def _finetune(config: FinetuneConfig) -> Path:
         first = first_plan(config, hardware)
         accelerator = build_accelerator(config, hardware, first.model.model_type)
         point = start_position(config, directory, accelerator)
-        config = resolve_start_adapter(config, point)
+        config = resolve_txt_split(resolve_start_adapter(config, point), point)
         data = prepare_data(config, accelerator, point)
         config = replace(config, data=replace(config.data, test_size=data.test_size))
         config = resolve_total_batch(config, point, len(data.train))
@@ -123,14 +125,14 @@ def _answer_file(config: GenerateConfig) -> None:
     from onecard.talk.answer_file import AnswerFile
     from onecard.talk.answers import Job, answer_questions, survey
     from onecard.talk.loading import load_talker
-    from onecard.text.sources import data_fingerprint
+    from onecard.text.sources import data_fingerprint, source_of
 
     ask, sampling, system = config.ask, config.sampling, config.talker.system
-    data_path, output_path = str(ask.data_path), str(ask.output_path)
-    n_questions = survey(data_path)
+    source, output_path = source_of(ask), str(ask.output_path)
+    n_questions = survey(source)
     talker, depends_on = load_talker(config.model, config.talker.lora_path, config.talker.prompt_type)
-    depends_on |= {"questions": data_fingerprint(data_path), **asdict(sampling), "system": system}
-    job = Job(talker, data_path, n_questions, sampling, ask.batch_size, system)
+    depends_on |= {"questions": data_fingerprint(source), **asdict(sampling), "system": system}
+    job = Job(talker, source, n_questions, sampling, ask.batch_size, system)
     with AnswerFile(Path(output_path), depends_on) as answers:
         tally = answer_questions(job, answers)
     say(f"{tally.line()}; all {n_questions} are in {output_path}")

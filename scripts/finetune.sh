@@ -13,7 +13,7 @@ PYTHON="$(run_python)"
 
 exec "$PYTHON" "$ROOT/finetune.py" \
     --model_path "${MODEL_PATH:-$ROOT/sample/tiny-llama}" \
-    --data_path "${DATA_PATH:-$ROOT/sample/merge_sample.json}" \
+    ${DATA_PATH:+--data_path "$DATA_PATH"} \
     --output_path "${OUTPUT_PATH:-outputs/finetune}" \
     --bits 16 \
     "$@"

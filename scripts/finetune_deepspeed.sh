@@ -21,7 +21,7 @@ n_gpus="${N_GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | grep -c "^GPU" || tru
 [ "$n_gpus" -gt 0 ] || n_gpus=1
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$n_gpus" "$ROOT/finetune.py" \
     --model_path "${MODEL_PATH:-$ROOT/sample/tiny-llama}" \
-    --data_path "${DATA_PATH:-$ROOT/sample/merge_sample.json}" \
+    ${DATA_PATH:+--data_path "$DATA_PATH"} \
     --output_path "${OUTPUT_PATH:-outputs/finetune-deepspeed}" \
     --bits 16 --lora_r 64 --micro_tokens 2048 \
     --deepspeed "${DEEPSPEED_CONFIG:-$ROOT/config-sample/deepspeed_zero2.json}" \

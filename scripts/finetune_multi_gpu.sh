@@ -22,7 +22,7 @@ n_gpus="${N_GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | grep -c "^GPU" || tru
 # shellcheck disable=SC2086  # TORCHRUN_OPTIONS is a list of words
 exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$n_gpus" ${TORCHRUN_OPTIONS:---standalone} "$ROOT/finetune.py" \
     --model_path "${MODEL_PATH:-$ROOT/sample/tiny-llama}" \
-    --data_path "${DATA_PATH:-$ROOT/sample/merge_sample.json}" \
+    ${DATA_PATH:+--data_path "$DATA_PATH"} \
     --output_path "${OUTPUT_PATH:-outputs/finetune-multi-gpu}" \
     --bits 4 \
     "$@"

@@ -16,7 +16,7 @@ PYTHON="$(run_python)"
 exec "$PYTHON" "$ROOT/finetune.py" \
     --model_path "${MODEL_PATH:-$ROOT/sample/tiny-llama}" \
     --init_adapter "${INIT_ADAPTER:-outputs/finetune-4bit}" \
-    --data_path "${DATA_PATH:-$ROOT/sample/merge_sample.json}" \
+    ${DATA_PATH:+--data_path "$DATA_PATH"} \
     --output_path "${OUTPUT_PATH:-outputs/finetune-others-continue}" \
     --bits 4 \
     "$@"

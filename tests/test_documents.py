@@ -324,7 +324,7 @@ def test_every_flag_in_the_documents_exists() -> None:
     known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--real", "--examples"}
     # of pip, torchrun and pytest
     known |= {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-    known |= {"--no-build-isolation"}
+    known |= {"--no-build-isolation", "--index-url", "--language"}
     names = [*DOCUMENTS, *(f"scripts/{name}" for name in RECIPES), "scripts/quickstart.sh"]
     names += [f"config-sample/{name}" for name in SETTINGS]
     visited = 0

@@ -16,20 +16,20 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.cli import missing, parse_verb
-from onecard.config import Problem
+from onecard.config import Problem, ReadingOptions
 from onecard.console import run_main
 from onecard.export.output import parse_size, size_problems
 
 
 @dataclass
-class TrainOptions:
+class TrainOptions(ReadingOptions):
     """Learn new pieces from a corpus.
 
     Nothing else is changed: merge decides which of them the old tokenizer can use.
     """
 
-    data_path: str = ""
-    """Corpus: a file (txt, json, jsonl, csv, parquet), a folder of these, or a Hub data set."""
+    data_path: str | list[str] = ""
+    """Corpus: files (txt, json, jsonl, csv, parquet), folders of these, or Hub data sets; one or several."""
     output_path: str = ""
     """New directory for tokenizer.model (or tokenizer.json) and the held-out texts."""
     vocab_size: int = 8000
@@ -52,7 +52,7 @@ class TrainOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        found = missing(self, "data_path", "output_path")
+        found = super().problems() + missing(self, "data_path", "output_path")
         if self.vocab_size < 2:
             found.append(("--vocab_size", f"{self.vocab_size} is too few; use some thousands"))
         if self.kind == "bytelevel" and not self.tokenizer_path:
@@ -126,9 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     output_path = Path(options.output_path)
     if isinstance(options, TrainOptions):
         from onecard.export.vocabulary_train import Training, train
+        from onecard.text.sources import source_of
 
-        learned = {name: getattr(options, name) for name in Training.__dataclass_fields__}
-        train(Training(**learned), output_path, overwrite=options.overwrite)
+        learned = {name: getattr(options, name) for name in Training.__dataclass_fields__ if name != "source"}
+        train(Training(source_of(options), **learned), output_path, overwrite=options.overwrite)
     elif isinstance(options, MergeOptions):
         from onecard.export.vocabulary_merge import Merging, merge
 

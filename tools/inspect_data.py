@@ -19,8 +19,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from onecard.cli import parse  # noqa: E402
-from onecard.config import DEFAULT_BASE, DataOptions, Problem  # noqa: E402
-from onecard.console import escaped, run_main, say  # noqa: E402
+from onecard.config import DEFAULT_BASE, DataOptions, Problem, toy_base_problem  # noqa: E402
+from onecard.console import escaped, run_main, say, warn  # noqa: E402
 
 BAR_WIDTH = 40
 
@@ -54,14 +54,17 @@ def main(argv: list[str] | None = None) -> None:
     from onecard.text.dataset import cache_directory, encode_dataset
     from onecard.text.encode import EncodeSettings
     from onecard.text.inspection import NO_LIMIT, inspect, pieces
+    from onecard.text.sources import source_of
     from onecard.text.template import load_template
 
     data = options.data
+    if problem := toy_base_problem(options.model_path, data.data_path):
+        warn(problem)
     tokenizer = load_tokenizer(options.model_path, trust_remote_code=options.trust_remote_code)
     template = load_template(data.prompt_type, tokenizer, dialogue=data.dialogue)
     cache = cache_directory(data.cache_path)
     limited, whole = (
-        encode_dataset(data.data_path, template, tokenizer, EncodeSettings(limit, data.train_on, data.strict), cache)
+        encode_dataset(source_of(data), template, tokenizer, EncodeSettings(limit, data.train_on, data.strict), cache)
         for limit in (data.cutoff_len, NO_LIMIT)
     )
     found = inspect(limited, whole, data.cutoff_len)

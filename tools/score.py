@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.cli import parse
-from onecard.config import REPOSITORY, ModelOptions, Problem
+from onecard.config import REPOSITORY, ModelOptions, Problem, ReadingOptions
 from onecard.config_talk import AnsweringModelOptions
 from onecard.console import escaped, run_main, say
 from onecard.talk.run_files import stored_options
@@ -27,11 +27,11 @@ Score: TypeAlias = Any
 
 
 @dataclass
-class ScoreOptions:
+class ScoreOptions(ReadingOptions):
     """What is scored, and on which questions."""
 
-    data_path: str = str(REPOSITORY / "sample" / "held_out.json")
-    """Questions with answers: a file in any shape that training reads."""
+    data_path: str | list[str] = str(REPOSITORY / "sample" / "held_out.json")
+    """Questions with answers: files in any shape that training reads; one or several."""
     lora_path: str | None = None
     """Adapter: a run directory, one of its checkpoints, or a Hub id. Without it only the base is scored."""
     with_base: bool = True
@@ -50,7 +50,7 @@ class ScoreOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        found: list[Problem] = []
+        found = super().problems()
         if self.batch_size < 1:
             found.append(("--batch_size", f"{self.batch_size} scores nothing; use 1 or more"))
         for name in ("limit", "examples"):
@@ -81,10 +81,11 @@ def scored(config: ScoreConfig) -> str:
     """Answer every question with and without the adapter; the report, ready to print."""
     from onecard.talk.loading import load_talker
     from onecard.talk.scoring import read_cases, score
+    from onecard.text.sources import source_of
 
     options = config.score
     talker, _ = load_talker(config.model, options.lora_path, options.prompt_type)
-    cases = read_cases(options.data_path, talker, limit=options.limit)
+    cases = read_cases(source_of(options), talker, limit=options.limit)
     scores: dict[str, Score] = {}
     if options.with_base or not options.lora_path:
         # One model serves both: the adapter is switched off for the first round.
@@ -114,7 +115,9 @@ def as_tables(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]
     from rich.table import Table
     from rich.text import Text
 
-    numbers = Table(title=f"{len(cases)} questions of {Path(options.data_path).name}")
+    paths = [options.data_path] if isinstance(options.data_path, str) else options.data_path
+    names = ", ".join(Path(path).name for path in paths)
+    numbers = Table(title=f"{len(cases)} questions of {names}")
     for heading in ("", *scores):
         numbers.add_column(heading, justify="right" if heading else "left")
     numbers.add_row("loss per answer token", *(f"{one.loss:.3f}" for one in scores.values()))

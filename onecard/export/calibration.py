@@ -14,7 +14,7 @@ from typing import Any
 from onecard.console import ConfigError, DataError
 from onecard.text.conversation import Conversation, Document
 from onecard.text.encode import Dropped, Encoder, EncodeSettings
-from onecard.text.sources import ReadReport, read
+from onecard.text.sources import ReadReport, Source, read
 from onecard.text.special_tokens import beginning_ids
 from onecard.text.template import Template
 
@@ -122,7 +122,8 @@ def texts_of(path: str) -> Iterator[str]:
 
     Raises DataError: nothing there, nothing usable.
     """
-    for sample in read(path, report=ReadReport()):
+    # The texts follow one another anyway; apart from blank lines they stay as they are.
+    for sample in read(Source((path,), txt_split="paragraph"), report=ReadReport()):
         yield sample.text if isinstance(sample, Document) else _spoken(sample)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from onecard.console import DataError, ModelError
 from onecard.model.files import SMALL_FILES, locate, read_json
 from onecard.text.conversation import Conversation
-from onecard.text.sources import ReadReport, read
+from onecard.text.sources import ReadReport, Source, read
 
 Kind = Literal["sentencepiece", "bytelevel"]
 SPACE = "\u2581"  # SentencePiece writes a space like this
@@ -31,6 +31,7 @@ HELD_OUT = "held_out.jsonl"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 MAX_LINE = 1000  # characters; SentencePiece silently drops sentences longer than its limit, so they are cut instead
 MAX_HELD_OUT = 4000  # texts
+LONG_TEXT = 10_000  # characters
 
 # Scripts by the first word of a character's Unicode name, under the names that people use.
 SCRIPTS = {
@@ -39,13 +40,13 @@ SCRIPTS = {
 }  # fmt: skip
 
 
-def texts_of(data_path: str, report: ReadReport) -> Iterator[str]:
+def texts_of(source: str | Source, report: ReadReport) -> Iterator[str]:
     """Every text of a corpus in any form that training reads; the turns of a conversation are texts of their own.
 
     Streams. Text that is not Unicode (lone surrogates) or holds NUL is left out, because no trainer takes it; a
     record of nothing else counts as bad in `report`. Raises DataError where nothing can be used.
     """
-    for sample in read(data_path, report=report):
+    for sample in read(source, report=report):
         parts = _parts(sample) if isinstance(sample, Conversation) else [sample.text]
         usable = [part for part in parts if part.strip() and _is_clean(part)]
         if not usable:
@@ -64,10 +65,11 @@ def lines_of(texts: Iterable[str]) -> Iterator[str]:
 class Corpus:
     """A corpus read once: `lines()` are for learning; a share of the texts is kept apart in `held_out`.
 
-    Which text is held out depends on the text alone, so a text that occurs twice never lies on both sides.
+    Which text is held out depends on the text alone, so a text that occurs twice never lies on both sides. Of a text
+    that is long, such as a whole file, lines are held out.
     """
 
-    data_path: str
+    source: Source
     held_out_share: float = 0.02
     report: ReadReport = field(default_factory=ReadReport)
     held_out: list[str] = field(default_factory=list)
@@ -96,10 +98,11 @@ class Corpus:
         if self.error is not None:
             raise self.error
         if not self.n_lines:
-            raise DataError("no text is left to learn from; give a larger corpus", self.data_path)
+            raise DataError("no text is left to learn from; give a larger corpus", self.source.name)
 
     def _learned(self) -> Iterator[str]:
-        for text in texts_of(self.data_path, self.report):
+        texts = texts_of(self.source, self.report)
+        for text in chain.from_iterable([t] if len(t) < LONG_TEXT else t.splitlines() for t in texts):
             if not is_held_out(text, self.held_out_share):
                 yield text
             elif len(self.held_out) < MAX_HELD_OUT:

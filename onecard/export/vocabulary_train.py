@@ -19,6 +19,7 @@ from typing import Any, Literal
 from onecard.console import ConfigError, DataError, ModelError, say, warn
 from onecard.export.output import new_directory
 from onecard.export.vocabulary import Corpus, Kind, kind_of, locate_tokenizer, open_tokenizer, write_held_out
+from onecard.text.sources import Source
 
 MAX_PIECE_BYTES = 48  # 16 Chinese characters, SentencePiece's own limit
 
@@ -27,7 +28,7 @@ MAX_PIECE_BYTES = 48  # 16 Chinese characters, SentencePiece's own limit
 class Training:
     """What is learned: see the options of tools/expand_vocab.py train."""
 
-    data_path: str
+    source: Source
     vocab_size: int
     kind: Kind = "sentencepiece"
     model_type: Literal["bpe", "unigram"] = "bpe"
@@ -43,12 +44,12 @@ def train(training: Training, output_path: Path, *, overwrite: bool = False) -> 
     Memory: at most `max_sentences` lines, drawn evenly from the whole corpus, and the trainer's own tables.
     Raises DataError (no text, binary, too small for so many pieces), ConfigError, ModelError (no target).
     """
-    corpus = Corpus(training.data_path, training.held_out_share)
+    corpus = Corpus(training.source, training.held_out_share)
     # Before the corpus is read, which may take long.
     target = _bytelevel_target(training.tokenizer_path) if training.kind == "bytelevel" else None
-    inputs = [Path(name) for name in (training.data_path, training.tokenizer_path) if name and Path(name).exists()]
+    inputs = [Path(name) for name in (*training.source.paths, training.tokenizer_path) if name and Path(name).exists()]
     with new_directory(output_path, overwrite=overwrite, inputs=inputs) as partial:
-        say(f"reading {training.data_path} and learning {training.vocab_size:,} pieces; a large corpus takes a while")
+        say(f"reading {training.source.name} and learning {training.vocab_size:,} pieces; a large corpus takes a while")
         if target is None:
             _train_sentencepiece(training, corpus, partial)
         else:
@@ -101,17 +102,17 @@ def _too_small(message: str, training: Training) -> Exception:
     low = re.search(r"(\d+) vs (\d+)", message)
     if "too high" in message and high:
         return ConfigError(
-            "--vocab_size", f"{training.vocab_size} is more than {training.data_path} can give; at most {high[1]}"
+            "--vocab_size", f"{training.vocab_size} is more than {training.source.name} can give; at most {high[1]}"
         )
     if "required_chars" in message and low:
         return ConfigError(
             "--vocab_size",
-            f"{training.vocab_size} is less than the different characters of {training.data_path}; at least "
+            f"{training.vocab_size} is less than the different characters of {training.source.name}; at least "
             f"{low[2]}, or a lower --character_coverage",
         )
     if "sentences_.empty()" in message:
-        return DataError("no text is left to learn from; give a larger corpus", training.data_path)
-    return DataError(f"SentencePiece cannot learn from it: {' '.join(message.split())[:300]}", training.data_path)
+        return DataError("no text is left to learn from; give a larger corpus", training.source.name)
+    return DataError(f"SentencePiece cannot learn from it: {' '.join(message.split())[:300]}", training.source.name)
 
 
 def _bytelevel_target(tokenizer_path: str) -> Any:
@@ -140,7 +141,7 @@ def _train_bytelevel(training: Training, corpus: Corpus, directory: Path, target
     n_learned = core.get_vocab_size()
     if n_learned < training.vocab_size:
         raise ConfigError(
-            "--vocab_size", f"{training.vocab_size} is more than {training.data_path} can give; at most {n_learned}"
+            "--vocab_size", f"{training.vocab_size} is more than {training.source.name} can give; at most {n_learned}"
         )
     core.save(str(directory / "tokenizer.json"))
 

@@ -23,7 +23,7 @@ from onecard.talk.answer_file import AnswerFile, answer_row
 from onecard.talk.generation import Generation, Row, Talker, answer_rows, prepare
 from onecard.text.conversation import Turn
 from onecard.text.questions import Question, read_questions
-from onecard.text.sources import ReadReport
+from onecard.text.sources import ReadReport, Source
 
 WINDOW_BATCHES = 8
 
@@ -54,20 +54,20 @@ class Job:
     """Who answers which questions, and how. `system` goes before questions without a system text of their own."""
 
     talker: Talker
-    data_path: str
+    source: Source
     n_questions: int  # as `survey` counted
     sampling: SamplingOptions
     batch_size: int
     system: str = ""
 
 
-def survey(data_path: str) -> int:
+def survey(source: Source) -> int:
     """Read the questions once, before a model is loaded: how many there are; what was skipped is said.
 
     Raises DataError when there are none.
     """
     report = ReadReport()
-    n_questions = sum(1 for _ in read_questions(data_path, report=report))
+    n_questions = sum(1 for _ in read_questions(source, report=report))
     for line in report.summary_lines():
         say(line)
     return n_questions
@@ -138,7 +138,7 @@ def _finished_rows(job: Job, n_done: int, tally: Tally) -> Iterator[list[dict[st
     """Lists of rows to be written, in the order of the file, from question number `n_done` on."""
     size = job.batch_size * WINDOW_BATCHES
     first = n_done - n_done % size
-    questions = islice(read_questions(job.data_path, report=ReadReport()), first, None)
+    questions = islice(read_questions(job.source, report=ReadReport()), first, None)
     for window in windows(questions, size, first):
         yield from _answer_window(job, window, max(n_done, window.first), tally)
 

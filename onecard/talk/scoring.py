@@ -21,7 +21,7 @@ from onecard.talk.generation import longest_sequence
 from onecard.text.batches import collate, micro_batches
 from onecard.text.conversation import Conversation
 from onecard.text.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_sample, prompt_for
-from onecard.text.sources import ReadReport, read
+from onecard.text.sources import ReadReport, Source, read
 
 # An answer may be right in other tokens than the reference's; beyond this many it is wrong already.
 SPARE_TOKENS = 16
@@ -51,7 +51,7 @@ class Score:
     answers: list[str]
 
 
-def read_cases(data_path: str, talker: Talker, *, limit: int = 0) -> list[Case]:
+def read_cases(source: str | Source, talker: Talker, *, limit: int = 0) -> list[Case]:
     """The questions of a file with their answers, encoded; `limit` takes the first ones only, 0 all.
 
     Raises DataError when there is none.
@@ -59,7 +59,7 @@ def read_cases(data_path: str, talker: Talker, *, limit: int = 0) -> list[Case]:
     longest = longest_sequence(talker.model) or UNLIMITED
     settings = EncodeSettings(cutoff_len=longest, train_on="last")
     cases: list[Case] = []
-    for sample in read(data_path, report=ReadReport()):
+    for sample in read(source, report=ReadReport()):
         if limit and len(cases) == limit:
             break
         encoded = None
@@ -73,7 +73,9 @@ def read_cases(data_path: str, talker: Talker, *, limit: int = 0) -> list[Case]:
         row = Row(prompt.ids, room, len(cases), prompt.continues, prompt.lead)
         cases.append(Case(sample, encoded[0], row))
     if not cases:
-        raise DataError("no question with an answer that fits into the model", data_path)
+        raise DataError(
+            "no question with an answer that fits into the model", source if isinstance(source, str) else source.name
+        )
     return cases
 
 

@@ -27,13 +27,13 @@ from onecard.text.arrow_cache import DatasetReport, Row, can_write, read_manifes
 from onecard.text.conversation import Conversation, Document
 from onecard.text.encode import Coded, Dropped, Encoded, Encoder, EncodeSettings, segments_of, to_encoded
 from onecard.text.jinja_chat import is_dated
-from onecard.text.sources import data_fingerprint, read
+from onecard.text.sources import Source, data_fingerprint, read
 from onecard.text.template import Template
 from onecard.text.tokenization import tokenizer_fingerprint
 
 BATCH_RECORDS = 2048
 # One batch of long documents must not fill the memory.
-BATCH_CHARACTERS = 4_000_000
+BATCH_CHARACTERS = 1_000_000
 
 
 class EncodedDataset:
@@ -91,7 +91,7 @@ class EncodedDataset:
 
 
 def encode_dataset(
-    data_path: str, template: Template, tokenizer: Any, settings: EncodeSettings, cache_dir: Path
+    source: str | Source, template: Template, tokenizer: Any, settings: EncodeSettings, cache_dir: Path
 ) -> EncodedDataset:
     """The encoded data set, from the cache where it is whole, else encoded now and kept there.
 
@@ -100,8 +100,8 @@ def encode_dataset(
 
     Raises DataError when nothing can be learned from the data, or with settings.strict at the first bad record.
     """
-    key = cache_key(data_path, template, tokenizer, settings)
-    dated = _dated_fingerprint(data_path, template, settings) if is_dated(template.jinja) else None
+    key = cache_key(source, template, tokenizer, settings)
+    dated = _dated_fingerprint(source, template, settings) if is_dated(template.jinja) else None
     target = Path(cache_dir) / f"{key[:32]}.arrow"
     found = read_manifest(target, key)
     if found is not None:
@@ -116,7 +116,7 @@ def encode_dataset(
     samples = Encoder(replace(template, day=date.today().isoformat()) if dated else template, tokenizer, settings)
     report = DatasetReport()
     with _cycles_collected_by_batch():
-        fingerprint = write_cache(target, key, report, _encoded(data_path, samples, settings, report))
+        fingerprint = write_cache(target, key, report, _encoded(source, samples, settings, report))
     dataset = EncodedDataset(target, report, dated or fingerprint)
     dataset.keep(temporary)
     return dataset
@@ -131,10 +131,11 @@ def cache_directory(typed: str | None) -> Path:
     return Path(HF_HOME).parent / "onecard"
 
 
-def cache_key(data_path: str, template: Template, tokenizer: Any, settings: EncodeSettings) -> str:
+def cache_key(source: str | Source, template: Template, tokenizer: Any, settings: EncodeSettings) -> str:
     """SHA-256 over everything that decides the encoded data, so that no stale cache is ever taken."""
     parts = {
-        "data": data_fingerprint(data_path),
+        "data": data_fingerprint(source),
+        "split": source.txt_split if isinstance(source, Source) else "auto",
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": [template.jinja, template.end, template.stop],
         "settings": asdict(settings),
@@ -143,9 +144,9 @@ def cache_key(data_path: str, template: Template, tokenizer: Any, settings: Enco
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _dated_fingerprint(data_path: str, template: Template, settings: EncodeSettings) -> str:
+def _dated_fingerprint(source: str | Source, template: Template, settings: EncodeSettings) -> str:
     """Stands for the ids where they differ from day to day: encoded anew, a run that goes on would be refused."""
-    parts = [data_fingerprint(data_path), template.jinja, settings.cutoff_len, settings.train_on]
+    parts = [data_fingerprint(source), template.jinja, settings.cutoff_len, settings.train_on]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -162,12 +163,14 @@ def _code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _encoded(data_path: str, encoder: Encoder, settings: EncodeSettings, report: DatasetReport) -> Iterator[list[Row]]:
+def _encoded(
+    source: str | Source, encoder: Encoder, settings: EncodeSettings, report: DatasetReport
+) -> Iterator[list[Row]]:
     """Batches of coded samples. While one batch is tokenised in a thread, the next one is read and rendered."""
     group = 0
     waiting: tuple[list[Conversation | Document], Any, Future[list[list[list[int]]]]] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:
-        for batch in _in_batches(read(data_path, report=report.read, strict=settings.strict)):
+        for batch in _in_batches(read(source, report=report.read, strict=settings.strict)):
             plans = [encoder.plan(sample) for sample in batch]
             ahead = (batch, plans, pool.submit(encoder.tokens.ids, segments_of(plans)))
             if waiting is not None:

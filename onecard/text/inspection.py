@@ -63,7 +63,7 @@ class Inspection:
 def inspect(limited: EncodedDataset, whole: EncodedDataset, cutoff_len: int) -> Inspection:
     """Compare a data set encoded with `cutoff_len` with the same one encoded with NO_LIMIT."""
     report = limited.report
-    bad = [(f"{item.file}:{item.line}", item.reason) for item in report.read.bad]
+    bad = [(item.place, item.reason) for item in report.read.bad]
     return Inspection(
         cutoff_len=cutoff_len,
         n_records=report.read.n_seen,

@@ -10,19 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from onecard.text.columns import TURN_LISTS, Columns, pair_of, renamed
 from onecard.text.conversation import Conversation, Document, Turn
-from onecard.text.shapes import ROLES, Shaped, to_sample
-from onecard.text.sources import ReadReport, read
+from onecard.text.shapes import ANSWERS, ROLES, Shaped, to_sample
+from onecard.text.sources import ReadReport, Source, read
 
 # Stands where the answer will be while the record is shaped, and is taken away again.
 _STAND_IN = "?"
-_ANSWER_KEYS = {
-    "instruction": ("output", "response"),
-    "input": ("output",),
-    "prompt": ("response", "completion"),
-    "question": ("answer",),
-    "query": ("response",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +26,23 @@ class Question(Conversation):
     fields: dict[str, Any]
 
 
-def read_questions(data_path: str, *, report: ReadReport) -> Iterator[Question]:
-    """The questions of a file, folder or Hub data set, one by one; see `sources.read`. Raises DataError."""
-    for sample in read(data_path, report=report, shape=to_question):
+def read_questions(source: str | Source, *, report: ReadReport) -> Iterator[Question]:
+    """The questions of a source, one by one; see `sources.read`. Raises DataError."""
+    for sample in read(source, report=report, shape=to_question):
         assert isinstance(sample, Question)  # `to_question` makes nothing else
         yield sample
 
 
-def to_question(value: Any, record: str) -> Shaped:
-    """The question in one parsed record. Raises UnusableRecord.
+def to_question(value: Any, record: str, columns: Columns = ()) -> Shaped:
+    """The question in one parsed record; `columns`: other names of its fields. Raises UnusableRecord.
 
     {"instruction": "Add", "input": "2 3"}                       -> user "Add" with input "2 3"
     {"messages": [user "Hi", assistant "Hello", user "Bye"]}     -> all three turns
     {"messages": [user "Hi", assistant "Hello"]}                 -> user "Hi"
     {"text": "Once"}                                             -> user "Once"
     """
-    shaped = to_sample(_with_answer(value) if isinstance(value, dict) else value, record)
+    asked = _with_answer(renamed(value, columns)) if isinstance(value, dict) else value
+    shaped = to_sample(asked, record)
     sample = shaped.sample
     turns = (Turn("user", sample.text),) if isinstance(sample, Document) else sample.turns[:-1]
     return Shaped(Question(turns, record, value), shaped.shape, shaped.notes)
@@ -55,17 +50,24 @@ def to_question(value: Any, record: str) -> Shaped:
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
     """The record with the stand-in where its last answer belongs."""
-    for key in ("messages", "conversations"):
+    for key in TURN_LISTS:
         turns = record.get(key)
         if isinstance(turns, (list, tuple)) and turns:
-            asked = turns[:-1] if _is_answer(turns[-1]) else turns
-            return {**record, key: [*asked, {"role": "assistant", "content": _STAND_IN}]}
-    for question, answers in _ANSWER_KEYS.items():
+            return {**record, key: [*_asked(turns), {"role": "assistant", "content": _STAND_IN}]}
+    for question, answers in ANSWERS.items():
         if record.get(question) is None:
             continue
         key = next((name for name in answers if record.get(name) is not None), answers[0])
         return {**record, key: _answer_like(record.get("input"), record.get(key))}
     return record
+
+
+def _asked(turns: list[Any] | tuple[Any, ...]) -> list[Any]:
+    """The turns up to the last question."""
+    keys = pair_of(turns[-1])
+    if keys is not None:
+        return [*turns[:-1], {"role": "user", "content": turns[-1][keys[0]]}]
+    return list(turns[:-1] if _is_answer(turns[-1]) else turns)
 
 
 def _is_answer(turn: Any) -> bool:

@@ -1,7 +1,7 @@
 """From a file's bytes to raw records, one at a time, each with the line on which a person finds it.
 
-Knows json, jsonl, csv, parquet and txt as files, and what can be broken in them. Does not know which keys a record
-should have (shapes.py) nor what the record is for.
+Knows json, jsonl, csv and parquet as files, and what can be broken in them; plain text is read by plain_text.py. Does
+not know which keys a record should have (shapes.py) nor what the record is for.
 """
 
 from __future__ import annotations
@@ -12,34 +12,18 @@ import re
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from onecard.text.json_records import JsonValues, RecordDecoder
+from onecard.text.plain_text import BOM, MAX_RECORD_BYTES, RawRecord, TxtSplit, bounded_lines, not_utf8, texts, too_long
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-# Longer than any record worth learning from; a line without an end must not fill the memory.
-MAX_RECORD_BYTES = 64 * 2**20
 _PEEK_BYTES = 2**16
 _PROBED_VALUES = 5
 _COLUMNS = {"instruction", "input", "output", "prompt", "response", "completion", "question", "answer", "query"}
-_BOM = b"\xef\xbb\xbf"
 
 
-class RawRecord(NamedTuple):
-    """One parsed record, or the reason why there is none.
-
-    `line` counts from 1 and is where the record begins (for parquet: the row). `nth` counts the records of a JSON
-    list from 1, and is set only where several records share a line. `note` is said, but the record is used.
-    """
-
-    line: int
-    value: Any = None
-    problem: str = ""
-    nth: int = 0
-    note: str = ""
-
-
-def read_file(path: Path) -> Iterator[RawRecord]:
+def read_file(path: Path, txt_split: TxtSplit = "auto") -> Iterator[RawRecord]:
     """The records of one file, in order, whatever is broken in it. Raises OSError only."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -52,16 +36,16 @@ def read_file(path: Path) -> Iterator[RawRecord]:
         if problem:
             yield RawRecord(1, problem=problem)
             return
-        yield from _text_records(stream, head, suffix)
+        yield from _text_records(stream, head, suffix, txt_split)
 
 
-def _text_records(stream: BinaryIO, head: bytes, suffix: str) -> Iterator[RawRecord]:
+def _text_records(stream: BinaryIO, head: bytes, suffix: str, txt_split: TxtSplit = "auto") -> Iterator[RawRecord]:
     if suffix == ".csv":
         return _csv_rows(stream)
     if suffix == ".txt":
         held = ".json" if _holds_json(stream, head) else ".csv" if _begins_with_columns(head) else ""
         if not held:
-            return _paragraphs(stream)
+            return texts(stream, txt_split)
         note = f"the file is named .txt and holds {held[1:].upper()}: it was read as such, not as text to continue"
         return (record._replace(note=note) for record in _text_records(stream, head, held))
     return _json_lines(stream) if _is_one_value_per_line(head, suffix) else _json_values(stream)
@@ -82,7 +66,7 @@ def _foreign_content(head: bytes) -> str:
 
 def _holds_json(stream: BinaryIO, head: bytes) -> bool:
     """Whether a text file is JSON: one of its first values is an object with keys. Prose may begin with a bracket."""
-    if not head.removeprefix(_BOM).lstrip().startswith((b"{", b"[")):
+    if not head.removeprefix(BOM).lstrip().startswith((b"{", b"[")):
         return False
     found = islice(JsonValues(stream, MAX_RECORD_BYTES), _PROBED_VALUES)
     holds_json = any(isinstance(one.value, dict) and one.value for one in found)
@@ -92,7 +76,7 @@ def _holds_json(stream: BinaryIO, head: bytes) -> bool:
 
 def _begins_with_columns(head: bytes) -> bool:
     """Whether a text file is a csv of questions and answers: "instruction,input,output" is no sentence."""
-    first = head.removeprefix(_BOM).split(b"\n", 1)[0].decode("utf-8", "replace")
+    first = head.removeprefix(BOM).split(b"\n", 1)[0].decode("utf-8", "replace")
     names = [name.strip().strip('"').lower() for name in first.split(",")]
     return len(_COLUMNS.intersection(names)) > 1 and all(name.isidentifier() for name in names)
 
@@ -104,7 +88,7 @@ def _is_one_value_per_line(head: bytes, suffix: str) -> bool:
     '[1]\\n{"a": 1}'       -> True          '[{"a": 1}]'        -> False
     The '[1]' alone would be a list; the object on the next line shows that it is a broken line among others.
     """
-    head = head.removeprefix(_BOM).lstrip()
+    head = head.removeprefix(BOM).lstrip()
     first, newline, rest = head.partition(b"\n")
     first = first.strip()
     whole = bool(newline) and RecordDecoder().is_whole(first.rstrip(b","))
@@ -115,44 +99,20 @@ def _is_one_value_per_line(head: bytes, suffix: str) -> bool:
     return whole
 
 
-def _bounded_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """(line number, bytes) pairs; None in place of a line that is longer than MAX_RECORD_BYTES."""
-    number = 0
-    while line := stream.readline(MAX_RECORD_BYTES + 1):
-        number += 1
-        if len(line) <= MAX_RECORD_BYTES or line.endswith(b"\n"):
-            yield number, line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(MAX_RECORD_BYTES)
-        yield number, None
-
-
-def _too_long() -> str:
-    return f"longer than {MAX_RECORD_BYTES / 2**20:g} MiB"
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return (
-        f"not valid UTF-8: byte 0x{error.object[error.start]:02x} at column {error.start + 1} "
-        "(if the file is in another encoding, such as GBK, convert it)"
-    )
-
-
 def _json_lines(stream: BinaryIO) -> Iterator[RawRecord]:
     decoder = RecordDecoder()
-    for number, line in _bounded_lines(stream):
+    for number, line in bounded_lines(stream):
         if line is None:
-            yield RawRecord(number, problem=f"the line is {_too_long()}")
+            yield RawRecord(number, problem=f"the line is {too_long()}")
             continue
         # Files joined with `cat` have byte order marks in the middle too.
-        line = line.removeprefix(_BOM).strip()
+        line = line.removeprefix(BOM).strip()
         if not line:
             continue
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield RawRecord(number, problem=_not_utf8(error))
+            yield RawRecord(number, problem=not_utf8(error))
             continue
         note = ""
         if text.endswith(","):
@@ -235,41 +195,6 @@ def _csv_record(line: int, header: list[str], row: list[str]) -> RawRecord:
             byte = ord(escaped.group()) - 0xDC00
             return RawRecord(line, problem=f"not valid UTF-8: byte 0x{byte:02x} in the column {name!r}")
     return RawRecord(line, dict(zip(header, row, strict=True)))
-
-
-def _paragraphs(stream: BinaryIO) -> Iterator[RawRecord]:
-    """Blocks of a plain text file between blank lines, each {"text": ...}; single line breaks are kept.
-
-    A block and not the whole file is a record: a file of any size streams, and every record has a line.
-    """
-    lines: list[bytes] = []
-    n_bytes = 0
-    start = 1
-    for number, line in _bounded_lines(stream):
-        if line is not None and not line.removeprefix(_BOM).strip():
-            if n_bytes:
-                yield _paragraph(start, lines, n_bytes)
-            lines, n_bytes = [], 0
-            continue
-        if not n_bytes:
-            start = number
-        n_bytes += len(line) if line is not None else MAX_RECORD_BYTES + 1
-        if line is not None and n_bytes <= MAX_RECORD_BYTES:
-            lines.append(line.removeprefix(_BOM).rstrip(b"\r\n"))
-    if n_bytes:
-        yield _paragraph(start, lines, n_bytes)
-
-
-def _paragraph(start: int, lines: list[bytes], n_bytes: int) -> RawRecord:
-    if n_bytes > MAX_RECORD_BYTES:
-        return RawRecord(start, problem=f"a paragraph {_too_long()}; put blank lines between texts")
-    decoded = []
-    for offset, line in enumerate(lines):
-        try:
-            decoded.append(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            return RawRecord(start, problem=f"line {start + offset}: {_not_utf8(error)}")
-    return RawRecord(start, {"text": "\n".join(decoded)})
 
 
 def _parquet_rows(path: Path) -> Iterator[RawRecord]:

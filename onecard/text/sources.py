@@ -1,4 +1,4 @@
-"""Where training data comes from: a file, a folder of files, or a data set of the Hugging Face Hub.
+"""Where training data comes from: files, folders of files, and data sets of the Hugging Face Hub.
 
 Knows the order of files and the report of what was read, skipped and changed. Does not know how a file is parsed
 (records.py), what a record means (shapes.py), nor tokens. Every record seen is either given out or in the report.
@@ -12,12 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from onecard.console import DataError
+from onecard.config import column_names
+from onecard.console import DataError, mirror_hint
+from onecard.text.columns import Columns, thought_hints
 from onecard.text.conversation import Conversation, Document
-from onecard.text.records import SUFFIXES, RawRecord, read_file
-from onecard.text.shapes import Shaped, UnusableRecord, safe, to_sample
+from onecard.text.plain_text import RawRecord, TxtSplit
+from onecard.text.records import SUFFIXES, read_file
+from onecard.text.shapes import Shaped, to_sample
+from onecard.text.values import UnusableRecord, safe
 
 _KEPT_BAD_RECORDS = 1000
 _KEPT_FIELD_NAMES = 50
@@ -26,12 +30,49 @@ _SHOWN_FILES = 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+@dataclass(frozen=True)
+class Source:
+    """Files, folders and Hub data sets, read one after another; other names of columns; what cuts a txt into texts."""
+
+    paths: tuple[str, ...]
+    columns: Columns = ()
+    txt_split: TxtSplit = "auto"
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.paths)
+
+
+class _ReadingOptions(Protocol):
+    data_path: Any
+    columns: str
+    txt_split: TxtSplit
+
+
+def source_of(options: _ReadingOptions) -> Source:
+    """The source that options such as `config.DataOptions` name."""
+    paths = options.data_path if isinstance(options.data_path, list) else [options.data_path]
+    return Source(tuple(paths), column_names(options.columns) or (), options.txt_split)
+
+
+def _as_source(source: str | Source) -> Source:
+    return source if isinstance(source, Source) else Source((source,))
+
+
 class BadRecord(NamedTuple):
-    """A record that is not used: its file, the line where it begins (for parquet and the Hub: the row), and why."""
+    """A record that is not used: its file, the line where it begins (for parquet and the Hub: the row), and why.
+
+    `nth`: as in RawRecord, where several records share the line.
+    """
 
     file: str
     line: int
     reason: str
+    nth: int = 0
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}#{self.nth}" if self.nth else f"{self.file}:{self.line}"
 
 
 class _OpenFile(NamedTuple):
@@ -68,10 +109,10 @@ class ReadReport:
             self.shapes[file] = Counter()
         self.shapes[file][shape] += 1
 
-    def add_bad(self, file: str, line: int, reason: str) -> None:
+    def add_bad(self, file: str, line: int, reason: str, nth: int = 0) -> None:
         self.n_bad += 1
         if len(self.bad) < _KEPT_BAD_RECORDS:
-            self.bad.append(BadRecord(file, line, reason))
+            self.bad.append(BadRecord(file, line, reason, nth))
 
     def add_note(self, text: str, record: str) -> None:
         self.notes.setdefault(text, [0, record])[0] += 1
@@ -79,8 +120,9 @@ class ReadReport:
     def reject(self, record: str, reason: str) -> None:
         """Count a record that was read as good, but which a later step refuses, as bad."""
         file, _, place = record.rpartition(":")
+        line, _, nth = place.partition("#")
         self.n_good -= 1
-        self.add_bad(file, int(place.partition("#")[0]), reason)
+        self.add_bad(file, int(line), reason, int(nth or 0))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the way back."""
@@ -115,56 +157,64 @@ class ReadReport:
             if len(self.shapes) > _SHOWN_FILES:
                 lines.append(f"  ... and {len(self.shapes) - _SHOWN_FILES:,} more files")
         for text, (count, record) in self.notes.items():
-            lines.append(f"  changed in {count:,} (first: {record}): {text}")
+            lines.append(f"  in {count:,} (first: {record}): {text}")
         if self.ignored_fields:
             lines.append("  fields not used: " + ", ".join(self.ignored_fields))
+            lines += [f"  {hint}" for hint in thought_hints(list(self.ignored_fields))]
         if self.skipped_files:
             shown = ", ".join(self.skipped_files[:_SHOWN_BAD_RECORDS])
             lines.append(f"  files not read ({len(self.skipped_files)}; not {' '.join(SUFFIXES)}): {shown}")
         if self.n_bad:
             lines.append(f"{self.n_bad:,} skipped:")
-            lines += [f"  {bad.file}:{bad.line}: {bad.reason}" for bad in self.bad[:_SHOWN_BAD_RECORDS]]
+            lines += [f"  {bad.place}: {bad.reason}" for bad in self.bad[:_SHOWN_BAD_RECORDS]]
         if self.n_bad > _SHOWN_BAD_RECORDS:
             lines.append(f"  ... and {self.n_bad - _SHOWN_BAD_RECORDS:,} more; tools/inspect_data.py lists them")
         return lines
 
 
 def read(
-    data_path: str,
+    source: str | Source,
     *,
     report: ReadReport,
     strict: bool = False,
-    shape: Callable[[Any, str], Shaped] = to_sample,
+    shape: Callable[[Any, str, Columns], Shaped] = to_sample,
 ) -> Iterator[Conversation | Document]:
-    """The usable samples of a file, a folder (its files in the order of their names) or a Hub data set, one by one.
+    """The usable samples of files, folders (their files in the order of their names) and Hub data sets, one by one.
 
     Streams: one record, or one chunk of a file, is held at a time. A bad record is counted in `report`, or ends the
     reading where `strict` is true. `shape` says what a record means; questions.py has one for records without answers.
     Raises DataError: nothing there, no usable record, or with `strict` the first bad record with its file and line.
     """
+    source = _as_source(source)
     n_good_before = report.n_good
-    for file in _files(data_path, report):
-        yield from _samples(file, report, strict, shape)
+    for file in _files(source, report):
+        yield from _samples(file, report, strict, lambda value, record: shape(value, record, source.columns))
     if report.n_good == n_good_before:
-        reasons = "".join(f"\n  {bad.file}:{bad.line}: {bad.reason}" for bad in report.bad[:_SHOWN_BAD_RECORDS])
+        reasons = "".join(f"\n  {bad.place}: {bad.reason}" for bad in report.bad[:_SHOWN_BAD_RECORDS])
         count = f"{report.n_bad:,} were skipped:" if report.n_bad else f"it has no file of {' '.join(SUFFIXES)}"
-        raise DataError(f"no usable record; {count}{reasons}", data_path)
+        raise DataError(f"no usable record; {count}{reasons}", source.name)
 
 
-def data_fingerprint(data_path: str) -> str:
+def data_fingerprint(source: str | Source) -> str:
     """SHA-256 in hex over the names and bytes of the files that `read` would read; for the Hub, over id and commit.
 
-    Names count from `data_path`, so a copy elsewhere has the same fingerprint. Raises DataError.
+    Names count from the path that was given, so a copy elsewhere has the same fingerprint; what --columns and
+    --txt_split change counts, too. Raises DataError.
     """
+    source = _as_source(source)
     digest = hashlib.sha256()
-    if not _is_local(data_path):
-        digest.update(f"hub {_hub_id(data_path)} {_hub_commit(data_path)}".encode())
-        return digest.hexdigest()
-    for name, file in _local_files(Path(data_path), []):
+    for name, file in _named_files(source.paths, []):
+        if file is None:
+            digest.update(f"hub {_hub_id(name)} {_hub_commit(name)}".encode())
+            continue
         digest.update(f"{len(name)} {safe(name, 4096)} {file.stat().st_size} ".encode())
         with file.open("rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
+    if source.columns:
+        digest.update(f"columns {source.columns}".encode())
+    if source.txt_split in ("line", "file"):  # the others are as it always was, or decided by the bytes
+        digest.update(f"split {source.txt_split}".encode())
     return digest.hexdigest()
 
 
@@ -177,17 +227,18 @@ def _samples(
         try:
             sample = _sample(raw, file.name, report, shape)
         except UnusableRecord as problem:
-            _refuse(file, raw.line, str(problem), report, strict)
+            _refuse(file, raw, str(problem), report, strict)
         else:
             yield sample
     if report.n_seen == n_seen_before:
-        _refuse(file, 1, "the file holds no record", report, strict)
+        _refuse(file, RawRecord(1), "the file holds no record", report, strict)
 
 
-def _refuse(file: _OpenFile, line: int, reason: str, report: ReadReport, strict: bool) -> None:
+def _refuse(file: _OpenFile, raw: RawRecord, reason: str, report: ReadReport, strict: bool) -> None:
     if strict:
-        raise DataError(f"{reason} (--strict ends the run here)", file.place, line)
-    report.add_bad(file.name, line, reason)
+        number = f"record {raw.nth}: " if raw.nth else ""
+        raise DataError(f"{number}{reason} (--strict ends the run here)", file.place, raw.line)
+    report.add_bad(file.name, raw.line, reason, raw.nth)
 
 
 def _sample(
@@ -208,18 +259,36 @@ def _sample(
     return shaped.sample
 
 
-def _files(data_path: str, report: ReadReport) -> Iterator[_OpenFile]:
-    """Every file in order, or the one Hub data set."""
-    if not _is_local(data_path):
-        yield _OpenFile(data_path, data_path, _hub_rows(_hub_id(data_path)))
-        return
-    for name, file in _local_files(Path(data_path), report.skipped_files):
-        yield _OpenFile(safe(name, 4096), str(file), _file_rows(file))
+def _files(source: Source, report: ReadReport) -> Iterator[_OpenFile]:
+    """Every file and Hub data set, in order."""
+    for name, file in _named_files(source.paths, report.skipped_files):
+        if file is None:
+            yield _OpenFile(name, name, _hub_rows(_hub_id(name)))
+        else:
+            yield _OpenFile(safe(name, 4096), str(file), _file_rows(file, source.txt_split))
 
 
-def _file_rows(file: Path) -> Iterator[RawRecord]:
+def _named_files(paths: tuple[str, ...], skipped: list[str]) -> list[tuple[str, Path | None]]:
+    """(name, file) of every data file, (id, None) of a Hub data set; a name is that of one file only.
+
+    Raises DataError: a path given twice, no such file, a format that is not known.
+    """
+    found: list[tuple[str, Path | None]] = []
+    twice = next((path for number, path in enumerate(paths) if path in paths[:number]), None)
+    if twice is not None:
+        raise DataError("is given twice; leave one out (check --data_path)", twice)
+    for path in paths:
+        files = _local_files(Path(path), skipped) if _is_local(path) else [(_hub_id(path), None)]
+        taken = {name for name, _ in found}
+        # Two folders may both have a train.json.
+        is_unclear = not taken.isdisjoint(name for name, _ in files)
+        found += [(f"{Path(path).as_posix()}/{name}" if is_unclear else name, file) for name, file in files]
+    return found
+
+
+def _file_rows(file: Path, txt_split: TxtSplit) -> Iterator[RawRecord]:
     try:
-        yield from read_file(file)
+        yield from read_file(file, txt_split)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", str(file)) from error
 
@@ -280,6 +349,6 @@ def _hub_error(hub_id: str, error: Exception) -> DataError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(
         "neither a file or folder here, nor a readable data set with a `train` split on the Hugging Face Hub: "
-        + safe(reason, 300),
+        f"{safe(reason, 300)}; {mirror_hint(hub_id, is_data_set=True)}",
         hub_id,
     )

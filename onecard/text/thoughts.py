@@ -63,6 +63,11 @@ def completion(opened: str, content: str) -> str:
     return "\n" * max(0, 2 - opened.count("\n")) + f"{closing_mark(mark)}\n\n{content}"
 
 
+def with_thought(thought: str, answer: str) -> str:
+    """The answer behind its thought, as reasoning models write it; as it is where it brings a thought of its own."""
+    return answer if has_thought(answer) else f"<think>\n{thought}\n</think>\n\n{answer}"
+
+
 def closing_mark(opening: str) -> str:
     """<think> -> </think>, [THINK] -> [/THINK], <|START_THINKING|> -> <|END_THINKING|>."""
     for first, last in _PAIRS:

@@ -29,7 +29,7 @@ GONE_BACK_NAME = "gone_back_to.txt"
 # The options behind each part of a run's identity that is stored as a hash.
 HASHED = {
     "base": ("model_path",),
-    "data": ("data_path", "cutoff_len", "train_on", "prompt_type", "dialogue", "strict"),
+    "data": ("data_path", "columns", "txt_split", "cutoff_len", "train_on", "prompt_type", "dialogue", "strict"),
     "template": ("prompt_type", "dialogue"),
 }
 OTHER_REASONS = {"base": "the files of --model_path", "data": "the content of --data_path, or the base's tokenizer",
@@ -152,6 +152,13 @@ def _start_flag(config: FinetuneConfig) -> str:
     return "--init_adapter" if config.train.init_adapter else "--lora_remote_checkpoint"
 
 
+def resolve_txt_split(config: FinetuneConfig, point: ResumePoint | None) -> FinetuneConfig:
+    """A run that goes on reads its txt files as it did, also one of a version that knew no --txt_split."""
+    if point is None or not point.same_run or not point.options or config.data.txt_split != "auto":
+        return config
+    return replace(config, data=replace(config.data, txt_split=point.options.get("txt_split", "uncut")))
+
+
 def continued(config: FinetuneConfig, point: ResumePoint, fresh: TrainerState) -> TrainerState:
     """The position to train on from, once it is sure that the checkpoint belongs to this run.
 
@@ -214,12 +221,16 @@ def _stored_options(run: Path) -> dict[str, Any]:
 
 def _same(one: Any, other: Any) -> bool:
     """Equal, also as paths: earlier versions stored them as they were typed."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
     both_text = isinstance(one, str) and isinstance(other, str)
     return one == other or (both_text and Path(one).resolve() == Path(other).resolve())
 
 
 def _shown(value: Any) -> str:
     """A value as it is typed."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value) or "''"
 
 

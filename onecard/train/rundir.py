@@ -45,7 +45,10 @@ def portable(config: FinetuneConfig) -> FinetuneConfig:
     return replace(config, model=moved(config.model), data=moved(config.data), train=moved(config.train))
 
 
-def _absolute(value: str) -> str:
+def _absolute(value: Any) -> Any:
+    """A path, or each of several."""
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
     path = Path(value).expanduser()
     return value if value in WORDS or not path.exists() else str(path.absolute())
 

@@ -24,6 +24,7 @@ from onecard.model.offload import embeddings_to_ram
 from onecard.text.batches import split
 from onecard.text.dataset import cache_directory, encode_dataset
 from onecard.text.encode import Encoded, EncodeSettings
+from onecard.text.sources import source_of
 from onecard.text.template import Template, load_template
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
@@ -98,7 +99,7 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     template = load_template(options.prompt_type, tokenizer, dialogue=options.dialogue)
     settings = EncodeSettings(options.cutoff_len, options.train_on, options.strict)
     with accelerator.main_process_first():  # the others find the first one's cache
-        dataset = encode_dataset(options.data_path, template, tokenizer, settings, cache_directory(options.cache_path))
+        dataset = encode_dataset(source_of(options), template, tokenizer, settings, cache_directory(options.cache_path))
     for line in dataset.summary_lines():
         say(line)
     test_size = resolve_test_size(options.test_size, point, len(np.unique(dataset.groups)))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onecard.console import run_main
 from onecard.export import vocabulary, vocabulary_growth, vocabulary_train
 from onecard.export.vocabulary import decode, encode
+from onecard.text.sources import Source
 from tests import tiny
 from tools import expand_vocab
 
@@ -271,7 +272,7 @@ def test_unigram_pieces_get_the_halves_they_lack(grown, capsys, tmp_path):
 def test_held_out_text_is_never_learned_from(tmp_path):
     file = tmp_path / "lines.txt"
     file.write_text("\n\n".join(f"text number {i % 150}" for i in range(300)), encoding="utf-8")
-    corpus = vocabulary.Corpus(str(file), held_out_share=0.2)
+    corpus = vocabulary.Corpus(Source((str(file),)), held_out_share=0.2)
     learned = set(corpus.lines())
     assert learned
     assert corpus.held_out

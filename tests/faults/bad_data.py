@@ -150,7 +150,7 @@ WRONG_VALUES = (
         1,
         (
             (1, 'did you mean "instruction" for "instrution"'),
-            (2, 'keys seen: "foo", "bar"; known shapes: messages'),
+            (2, 'keys seen: "foo", "bar"; other names for question and answer: --columns foo:instruction,bar:output'),
             (3, "keys seen: none"),
         ),
     ),
@@ -281,8 +281,8 @@ DIALOGUES = (
         note="holds JSON",
     ),
     BadFile("columns.txt", _lines("instruction,input,output", "a,,b", '"c\n\nd",e,f'), 2, note="holds CSV"),
-    BadFile("sentence.txt", _lines("Question, answer and question again.", "input"), 1),
-    BadFile("bracket.txt", _lines("[1] Smith, 1990", "", "{x | x > 1} is a set", "", "[]"), 3),
+    BadFile("sentence.txt", _lines("Question, answer and question again.", "input"), 2, note="one text per line"),
+    BadFile("bracket.txt", _lines("[1] Smith, 1990", "", "{x | x > 1} is a set", "", "[]"), 3, note="blank lines"),
     BadFile(
         "json_list.txt",
         b'[{"instruction": "a", "output": "b"},\n {"instruction": "c"}]',
@@ -411,6 +411,7 @@ TABLES_AND_TEXT = (
         b"\xef\xbb\xbfone\r\ntwo\r\n\r\n\r\nthree\nfour\xff\n\nfive\0\n\nsix",
         2,
         ((5, "line 6: not valid UTF-8: byte 0xff at column 5"), (8, "NUL")),
+        note="blank lines",
     ),
     BadFile("empty.txt", b"\n\n", 0, ((1, "no record"),)),
     BadFile("not_parquet.parquet", b"PAR1 or not", 0, ((1, "cannot be read as parquet"),)),

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecard.console import DataError
-from onecard.text import json_records, records
+from onecard.text import json_records, plain_text, records
 from onecard.text.conversation import Conversation, Document
 from onecard.text.json_records import JsonValues
 from onecard.text.shapes import UnusableRecord, to_sample
@@ -93,7 +93,7 @@ def test_what_is_changed_is_changed_as_said(tmp_path: Path) -> None:
     ]
     assert len(set(shaped.notes)) == 3
     path = tmp_path / "windows.txt"
-    path.write_bytes(b"one\r\ntwo\r\n")
+    path.write_bytes(b"one\r\ntwo\r\n\r\nthree\r\n")
     assert read_all(path)[0][0].text == "one\ntwo"
     path = tmp_path / "numbers.jsonl"
     path.write_text('{"instruction": "Round", "input": 1.250, "output": 1e3}', encoding="utf-8")
@@ -120,7 +120,8 @@ def test_a_10_mb_record_is_read_and_the_next_one_too(tmp_path: Path, suffix: str
 def test_a_record_beyond_the_limit_is_named_and_the_next_one_read(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 2**20)
+    for module in (records, plain_text):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2**20)
     long, short = pair(output="x" * (5 * 2**20)), OK
     path = tmp_path / f"long.{suffix}"
     text = {"jsonl": "{}\n{}\n{}", "json": "[\n{},\n{},\n{}\n]", "txt": "{}\n\n{}\n\n{}"}[suffix]

@@ -11,6 +11,7 @@ import pytest
 
 from onecard.console import DataError
 from onecard.text.conversation import Conversation, Document, Turn
+from onecard.text.plain_text import AT_BLANK_LINES
 from onecard.text.shapes import SHAPE_NAMES, to_sample
 from onecard.text.sources import ReadReport, data_fingerprint, read
 
@@ -23,6 +24,9 @@ EXPECTED = {
     "instructions.parquet": {"instruction/input/output": 8},
     "openai_messages.jsonl": {"OpenAI messages": 7},
     "plain.txt": {"text": 5},
+    "input_target.jsonl": {"input/target": 2},
+    "ask_answer.csv": {"ask/answer": 2},
+    "conversation_pairs.jsonl": {"conversation": 1, "instruction/input/output + history": 1},
     "prompt_response.csv": {"prompt/response": 8},
     "sharegpt.json": {"ShareGPT conversations": 6},
     "text.jsonl": {"text": 5},
@@ -43,7 +47,7 @@ def test_sample_files_are_read_whole_and_clean(name: str) -> None:
     samples, report = read_all(SHAPES / name, strict=True)
     assert report.shapes == {name: EXPECTED[name]}
     assert len(samples) == report.n_good == sum(EXPECTED[name].values())
-    assert (report.n_bad, report.notes) == (0, {})
+    assert (report.n_bad, list(report.notes)) == (0, [AT_BLANK_LINES] if name == "plain.txt" else [])
     assert len({sample.record for sample in samples}) == len(samples)
 
 
@@ -51,7 +55,7 @@ def test_sample_files_are_read_whole_and_clean(name: str) -> None:
 def test_the_main_samples_are_clean(name: str) -> None:
     samples, report = read_all(SAMPLE / name, strict=True)
     assert len(samples) >= 60
-    assert (report.n_bad, report.notes) == (0, {})
+    assert (report.n_bad, list(report.notes)) == (0, [AT_BLANK_LINES] if name == "plain.txt" else [])
     if name == "chat_sample.json":
         assert all(len(sample.turns) >= 4 for sample in samples)
 
@@ -177,7 +181,7 @@ def test_a_folder_is_read_in_the_order_of_names_with_every_shape(tmp_path: Path)
     assert report.n_bad == 0, "files whose names begin with a dot are not data"
     mixed = read_all(SHAPES)[1]
     assert set(mixed.shapes) == set(EXPECTED)
-    assert mixed.n_good == sum(sum(counts.values()) for counts in EXPECTED.values()) == 51
+    assert mixed.n_good == sum(sum(counts.values()) for counts in EXPECTED.values()) == 57
 
 
 def test_the_summary_says_what_a_person_must_know(tmp_path: Path) -> None:
@@ -188,7 +192,7 @@ def test_the_summary_says_what_a_person_must_know(tmp_path: Path) -> None:
     report = read_all(tmp_path)[1]
     assert report.summary_lines()[:4] == [
         "2 of 3 records are usable (OpenAI messages 1, text 1)",
-        "  changed in 1 (first: a.jsonl:1): trailing turns without an answer were cut",
+        "  in 1 (first: a.jsonl:1): trailing turns without an answer were cut",
         "  fields not used: id",
         "  files not read (1; not .json .jsonl .csv .parquet .txt): notes.docx",
     ]
@@ -206,7 +210,8 @@ def test_a_report_survives_json_and_a_later_refusal(tmp_path: Path) -> None:
     assert copy.summary_lines() == report.summary_lines()
     report.reject("a.jsonl:1#3", "it holds a control token")
     assert (report.n_good, report.n_bad, report.n_seen) == (1, 2, 3)
-    assert report.bad[-1] == ("a.jsonl", 1, "it holds a control token")
+    assert report.bad[-1] == ("a.jsonl", 1, "it holds a control token", 3)
+    assert report.bad[-1].place == "a.jsonl:1#3"
 
 
 def test_the_fingerprint_follows_names_and_bytes_and_nothing_else(tmp_path: Path) -> None:
@@ -269,7 +274,10 @@ def test_a_hub_data_set_streams_with_row_numbers(monkeypatch: pytest.MonkeyPatch
     assert asked == [("somebody/instructions-1.5", {"split": "train", "streaming": True})]
     assert [sample.record for sample in samples] == ["somebody/instructions-1.5:1", "somebody/instructions-1.5:3"]
     assert [(bad.file, bad.line) for bad in report.bad] == [("somebody/instructions-1.5", 2)]
-    with pytest.raises(DataError, match=r"^nobody/nothing: neither a file .* no network$"):
+    with pytest.raises(
+        DataError,
+        match=r"^nobody/nothing: neither a file .* no network; .*HF_ENDPOINT.*--repo_type dataset --endpoint",
+    ):
         read_all("nobody/nothing")
     assert data_fingerprint("a/b") != data_fingerprint("a/c")
 
@@ -288,4 +296,4 @@ def test_reading_imports_nothing_heavy() -> None:
 
 
 def test_every_shape_has_a_name_of_its_own() -> None:
-    assert len(SHAPE_NAMES) == len(set(SHAPE_NAMES)) == 10
+    assert len(SHAPE_NAMES) == len(set(SHAPE_NAMES)) == 14

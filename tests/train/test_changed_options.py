@@ -93,6 +93,7 @@ TABLE = {
     "gradient_checkpointing": same(True, lambda s: s.run.plan.setup.gradient_checkpointing),
     "max_memory": Row("0:1GiB"),  # there is no card 0
     "trust_remote_code": same(True),
+    "columns": same("instruction:instruction"), "txt_split": same("line"),  # the data are no txt
     "data_path": Row("OTHER_DATA"), "prompt_type": Row("chatml"), "dialogue": Row(True), "cutoff_len": Row(40),
     "train_on": Row("everything"), "test_size": Row(5), "strict": same(True),
     "cache_path": same("CACHE", lambda s: bool(list((s.output.parent / "other-cache").glob("*.arrow")))),

@@ -11,7 +11,7 @@ import yaml
 
 from onecard.cli import parse
 from onecard.config import FinetuneConfig, TrainOptions
-from onecard.console import ConfigError
+from onecard.console import CheckpointError, ConfigError
 from onecard.recipes import finetune
 from onecard.train.optim import learning_rate_factor
 from onecard.train.reporting import read_log
@@ -120,6 +120,28 @@ def test_a_run_of_an_earlier_version_goes_on(by: str, tmp_path: Path) -> None:
     state = read_state(final_checkpoint(run))
     assert (state.step, state.identity["batch"]["total_batch"]) == (6, 32)
     assert yaml.safe_load((run / "onecard.yaml").read_text(encoding="utf-8"))["total_batch"] == 32
+
+
+def test_a_run_on_a_txt_goes_on_with_the_texts_that_it_had(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Versions that knew no --txt_split made one text of all lines without a blank one between them."""
+    data, run = tmp_path / "data.txt", tmp_path / "run"
+    data.write_text("\n".join(f"line {number} of one text" for number in range(60)), encoding="utf-8")
+    settings = {"prompt_type": "none", "total_batch": 1, "max_steps": 3, "cutoff_len": 32}
+    run_and_stop(tiny.config_for(tiny_base, data, run, txt_split="uncut", **settings), monkeypatch, after_steps=1)
+    stored = yaml.safe_load((run / "onecard.yaml").read_text(encoding="utf-8"))
+    old = {name: value for name, value in stored.items() if name not in ("txt_split", "columns")}
+    (run / "onecard.yaml").write_text(yaml.safe_dump(old), encoding="utf-8")
+    capsys.readouterr()
+    finetune(tiny.config_for(tiny_base, data, run, **settings))
+    assert "1 of 1 records are usable" in capsys.readouterr().out
+    assert [step for step, _ in tiny.losses_of(run)] == [1, 2, 3]
+    assert yaml.safe_load((run / "onecard.yaml").read_text(encoding="utf-8"))["txt_split"] == "uncut"
+    with pytest.raises(CheckpointError, match="--txt_split uncut -> line"):
+        finetune(tiny.config_for(tiny_base, data, run, txt_split="line", **settings))
+    finetune(tiny.config_for(tiny_base, data, tmp_path / "new", **settings))
+    assert "60 of 60 records are usable" in capsys.readouterr().out
 
 
 def test_an_unfinished_run_without_a_checkpoint_is_told(
