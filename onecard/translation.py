@@ -42,46 +42,47 @@ def language() -> str:
     return "zh" if named.lower().startswith(("zh", "chinese")) else "en"
 
 
-def translated(message: str) -> str:
-    """The message in the reader's language, line by line.
+def translated(message: str, to: str = "") -> str:
+    """The message in a language, line by line; by default in that of this process. A page has its own.
 
     zh: "adapter of step 4 saved in out" -> "第 4 步的适配器已保存到 out"
     """
-    if language() == "en" or message.startswith(("{", "[{")):  # JSON is for programs
+    to = to or language()
+    if to == "en" or message.startswith(("{", "[{")):  # JSON is for programs
         return message
-    return "\n".join(_line(line) for line in message.split("\n"))
+    return "\n".join(_line(line, to) for line in message.split("\n"))
 
 
-def in_catalogue(text: str) -> str | None:
+def in_catalogue(text: str, to: str) -> str | None:
     """The translation of a text, values and all, or None."""
-    exact, patterns = _catalogue(language())
+    exact, patterns = _catalogue(to)
     if text in exact:
         return exact[text]
     for pattern, template in patterns:
         found = pattern.fullmatch(text)
         if found is not None:
-            values = {name: _value(value) for name, value in found.groupdict().items()}
+            values = {name: _value(value, to) for name, value in found.groupdict().items()}
             return template.format_map(values)
     return None
 
 
-def _value(text: str) -> str:
+def _value(text: str, to: str) -> str:
     """A value that is a message itself, or several with semicolons between them; any other stays as it is."""
-    parts = [in_catalogue(part) for part in text.split("; ")]
-    return in_catalogue(text) or ("；".join(filter(None, parts)) if all(parts) else text)
+    parts = [in_catalogue(part, to) for part in text.split("; ")]
+    return in_catalogue(text, to) or ("；".join(filter(None, parts)) if all(parts) else text)
 
 
-def _line(line: str) -> str:
+def _line(line: str, to: str) -> str:
     body = line.strip()
     indent = line[: len(line) - len(line.lstrip())]
-    whole = in_catalogue(body)
+    whole = in_catalogue(body, to)
     if whole is not None:
         return indent + whole
     cells = [(match[1], match.end() - match.start()) for match in _CELLS.finditer(body)]
     if len(cells) > 1:
-        return indent + "".join(_padded(in_catalogue(text) or text, width) for text, width in cells).rstrip()
+        return indent + "".join(_padded(in_catalogue(text, to) or text, width) for text, width in cells).rstrip()
     prefix = _PREFIX.fullmatch(body)
-    after = in_catalogue(prefix[2]) if prefix else None
+    after = in_catalogue(prefix[2], to) if prefix else None
     return f"{indent}{prefix[1]}{after}" if prefix and after else line
 
 

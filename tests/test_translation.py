@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import bisect
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -37,8 +39,8 @@ def untranslated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines of prose that stayed English, as they are said."""
     lines: list[str] = []
 
-    def recorded(message: str) -> str:
-        shown = translated(message)
+    def recorded(message: str, to: str = "") -> str:
+        shown = translated(message, to)
         lines.extend(line for line in shown.splitlines() if PROSE.search(line))
         return shown
 
@@ -109,11 +111,12 @@ def test_the_catalogue_fits_the_code() -> None:
     texts = "\n".join(
         _texts_of(file) for folder in ("onecard", "tools") for file in (REPOSITORY / folder).rglob("*.py")
     )
+    texts += "\n".join(os.strerror(number) for number in errno.errorcode)
     for key, value in CATALOGUE.items():
         names, shown = (re.findall(r"\{(\w+)\}", text) for text in (key, value))
         assert set(shown) <= set(names), key
         assert len(names) == len(set(names)), key
-        for part in re.split(r"\{\w+\}", key):
+        for part in re.split(r"\{\w+\}(?:\?\))?", key):  # nearest() adds (did you mean ...?)
             assert _is_said(part, texts), f"{part!r} of {key!r} is said nowhere"
 
 
@@ -142,7 +145,7 @@ def test_every_template_of_the_catalogue_is_found_by_what_it_says() -> None:
     use_language("zh")
     for key in CATALOGUE:
         said = re.sub(r"\{(\w+)\}", lambda name: "7" if name[1] in translation._NUMBERS else "x1", key)
-        assert translation.in_catalogue(said) is not None, key
+        assert translation.in_catalogue(said, "zh") is not None, key
 
 
 def test_torchrun_is_told_the_error_so_that_it_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

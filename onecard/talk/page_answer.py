@@ -15,8 +15,8 @@ from html import escape
 from onecard.console import OneCardError, warn
 from onecard.talk.engine import Busy, Engine, OutOfMemory, Request
 from onecard.talk.generation import Chunk
-from onecard.talk.page_errors import in_language
 from onecard.talk.page_words import word
+from onecard.translation import translated
 
 # Each step draws the whole answer anew in the browser; more often than this only makes a long one stutter.
 STEP_SECONDS = 0.06
@@ -152,7 +152,7 @@ def failure_words(reason: Exception, language: str) -> str:
     if isinstance(reason, OutOfMemory):
         return word(language, "note.memory")
     if isinstance(reason, OneCardError):
-        return word(language, "note.failed", reason=in_language(language, str(reason)))
+        return word(language, "note.failed", reason=translated(str(reason), language))
     return word(language, "note.failed", reason=f"{type(reason).__name__}: {reason}")
 
 

@@ -17,10 +17,10 @@ from onecard.console import OneCardError
 from onecard.talk.chat_file import now
 from onecard.talk.engine import Engine, Request
 from onecard.talk.page_answer import Running, answer_steps, failure_words
-from onecard.talk.page_errors import in_language
 from onecard.talk.page_settings import MAX_TEXT_CHARS, Settings, SettingsReader, moved_words
 from onecard.talk.page_words import word
 from onecard.text.conversation import Turn
+from onecard.translation import translated
 
 FLAG_FILE = "flagged.jsonl"
 
@@ -125,7 +125,7 @@ class AskPage:
         try:
             number = self._append(json.dumps(entry, ensure_ascii=False) + "\n")
         except OSError as reason:
-            return word(language, "note.flag_failed", reason=in_language(language, reason.strerror or str(reason)))
+            return word(language, "note.flag_failed", reason=translated(reason.strerror or str(reason), language))
         return word(language, "note.flagged", n=number, file=self.flag_path.name)
 
     def _append(self, line: str) -> int:

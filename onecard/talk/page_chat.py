@@ -18,13 +18,13 @@ from onecard.console import DataError, OneCardError
 from onecard.talk.chat_file import Chat, now, read_chat, to_json
 from onecard.talk.engine import Busy, Engine, Request
 from onecard.talk.page_answer import Running, Step, answer_steps, failure_words
-from onecard.talk.page_errors import in_language
 from onecard.talk.page_script import TOO_LARGE
 from onecard.talk.page_settings import NAMES, Settings, SettingsReader, moved_words
 from onecard.talk.page_text import original, plain_markdown
 from onecard.talk.page_undo import kept, taken
 from onecard.talk.page_words import WORDS, language_of, word
 from onecard.talk.session import Session, fit_history, prompt_budget
+from onecard.translation import translated
 
 MAX_REGENERATIONS = 1_000_000
 
@@ -153,7 +153,7 @@ class ChatPage:
         except DataError as reason:
             return View(note=failure_words(reason, asked.language)), settings
         notes = [word(asked.language, "note.loaded", n=len(chat.session.turns))]
-        notes += [in_language(asked.language, remark) for remark in remarks]
+        notes += [translated(remark, asked.language) for remark in remarks]
         settings, more = self._settings_of(chat, settings, asked.language)
         try:
             replaced = self._chat(asked)

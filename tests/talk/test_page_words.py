@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from onecard.talk import page_errors
 from onecard.talk.chat_file import Chat, to_json
 from onecard.talk.page_ask import AskPage
 from onecard.talk.page_chat import ChatPage
-from onecard.talk.page_errors import CHINESE as KNOWN
 from onecard.talk.page_script import TOO_LARGE
 from onecard.talk.page_settings import NAMES
 from onecard.talk.page_words import word
@@ -23,9 +19,6 @@ from onecard.talk.session import Session
 from onecard.text.conversation import Turn
 from tests.talk.fake_engine import FakeEngine, Script
 from tests.talk.test_pages import CHINESE_SIGN, START, asked, question, shown
-
-ERRORS = Path(page_errors.__file__)
-ROOT = ERRORS.parents[2]
 
 
 @pytest.fixture
@@ -85,12 +78,3 @@ def test_errors_are_told_in_chinese_on_the_chinese_page(page: ChatPage, engine: 
         assert note and CHINESE_SIGN.search(note)
         # Names of keys, roles and what was given may stay; a sentence may not.
         assert not re.search(r"[A-Za-z]{2,}( [A-Za-z]+){2,}", note.replace(" user 和 assistant ", "")), note
-
-
-def test_the_wordings_that_are_translated_still_stand_in_the_code() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "onecard").rglob("*.py") if path != ERRORS)
-    source = re.sub(r'"\s*\n\s*f?"', "", source)
-    told_by_the_system = {os.strerror(number) for number in errno.errorcode}
-    for text in KNOWN.keys() - told_by_the_system:
-        pieces = [piece.strip(" :(`") for piece in re.split(r"\{\}| \(did you mean", text)]
-        assert all(piece in source for piece in pieces if len(piece) > 12), text
