@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,10 +27,10 @@ from onecard import old_names
 from onecard.config import FinetuneConfig, Problem, problems_of, refuse
 from onecard.console import ConfigError, nearest, say
 from onecard.given_paths import path_problems
-from onecard.translation import LANGUAGES, use_language
+from onecard.translation import LANGUAGE_FLAG, LANGUAGES, typed_language, use_language
 
 Config = TypeVar("Config")
-CONFIG_FLAG, PRINT_FLAG, LANGUAGE_FLAG = "config", "print_config", "language"
+CONFIG_FLAG, PRINT_FLAG = "config", "print_config"
 LANGUAGE_HELP = "Language of the messages; auto: that of the system."
 
 
@@ -113,7 +113,7 @@ def parse(
         SystemExit: with 0, after ``--help`` and ``--print_config``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    use_language(_typed_language(words))
+    use_language(typed_language(words))
     options = options_of(config_class)
     parser = _parser(config_class, options, description, dict(defaults or {}), verb)
     if any(word in ("-h", "--help") for word in words):
@@ -277,10 +277,6 @@ def _read_words(
         if not has_value and has_more:
             value, has_value = words[position], "="
             position += 1
-        while name in options and options[name].takes_several and words[position : position + 1]:
-            if words[position].startswith("--"):
-                break
-            value, position = f"{value},{words[position]}", position + 1
         if name == LANGUAGE_FLAG and value not in LANGUAGES:
             problems.append((word, f"{value!r} is not one of {', '.join(LANGUAGES)}"))
         elif name == LANGUAGE_FLAG and name not in options:
@@ -293,14 +289,12 @@ def _read_words(
             yaml_files.append(value)
         elif options[name].is_text_list:
             typed[name] = [*typed.get(name, []), *_texts(value)]
-        elif options[name].takes_several:
-            typed[name] = _without_brackets(value)
-        elif options[name].takes_paths:
-            paths[name] = [*paths.get(name, []), value]
-            while position < len(words) and not words[position].startswith("--"):
-                paths[name].append(words[position])
-                position += 1
-            typed[name] = paths[name] if len(paths[name]) > 1 else value
+        elif options[name].takes_several or options[name].takes_paths:
+            more = list(takewhile(lambda word: not word.startswith("--"), words[position:]))
+            position += len(more)
+            paths[name] = [*paths.get(name, []), value, *more]
+            several = paths[name] if len(paths[name]) > 1 else value
+            typed[name] = several if options[name].takes_paths else _without_brackets(",".join([value, *more]))
         else:
             typed[name] = value if has_value else options[name].bare
     return typed, yaml_files
@@ -309,15 +303,6 @@ def _read_words(
 def _without_brackets(text: str) -> str:
     """Names with commas between them, out of a list in the form of Python: ['q_proj', 'v_proj'] -> q_proj,v_proj."""
     return ",".join(comma_list(re.sub(r"[\[\]'\"]", "", text)))
-
-
-def _typed_language(words: Sequence[str]) -> str:
-    """The value of --language, whatever else is on the command line; auto where there is none."""
-    for word, after in pairwise([*words, ""]):
-        name, _, value = word.partition("=")
-        if name == f"--{LANGUAGE_FLAG}" and (value or after) in LANGUAGES:
-            return value or after
-    return "auto"
 
 
 def _texts(word: str) -> list[str]:

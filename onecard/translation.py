@@ -10,13 +10,15 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from locale import getlocale
 from pathlib import Path
 
 import yaml
 
-LANGUAGES = ("auto", "en", "zh")
+LANGUAGE_FLAG, LANGUAGES = "language", ("auto", "en", "zh")
 _NAME = re.compile(r"\{(\w+)\}")
 _NUMBERS = frozenset(
     ("n", "m", "good", "all", "tokens", "learned", "cut", "train", "test", "batch", "bits", "rank", "layers", "step",
@@ -26,6 +28,15 @@ _CELLS = re.compile(r"(\S(?:.*?\S)?)(\s{2,}|$)")
 # What stands in front of a message: the flag or the place that is to blame.
 _PREFIX = re.compile(r"((?:note|--\w+|[^\s:]+(?::\d+(?:#\d+)?)?|\S+\.\w+): )(.+)")
 _chosen = {"language": "auto"}
+
+
+def typed_language(words: Sequence[str]) -> str:
+    """The value of --language, whatever else is on the command line; auto where there is none."""
+    for word, after in pairwise([*words, ""]):
+        name, _, value = word.partition("=")
+        if name == f"--{LANGUAGE_FLAG}" and (value or after) in LANGUAGES:
+            return value or after
+    return "auto"
 
 
 def use_language(language: str) -> None:

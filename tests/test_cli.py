@@ -98,6 +98,8 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 def test_several_files_follow_one_flag_or_several(words: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("several.yaml").write_text("data_path: [a.json, b c.txt]\n", encoding="utf-8")
+    for name in ("a.json", "b c.txt", "one.json"):
+        Path(name).touch()
     config = finetune(*words)
     assert (config.data.data_path, config.model.bits) == (["a.json", "b c.txt"], 8)
     Path("again.yaml").write_text(cli.to_yaml(config), encoding="utf-8")
