@@ -23,6 +23,7 @@ class AnsweringModelOptions(ModelOptions):
     """The base model and how it lies in memory."""
 
     model_path: str = "auto"
+    """Base model: a directory or a Hub id; auto: the one that the adapter's run was trained on."""
     bits: Literal["auto", 4, 8, 16, 32] = "auto"  # type: ignore[assignment]
     """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8), 16 or 32. auto: on a card those of the run,
     or 4; on a CPU 16, which answers fastest, or fewer where they do not fit."""

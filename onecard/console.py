@@ -125,10 +125,10 @@ def mirror_hint(repository: str, *, is_data_set: bool = False) -> str:
     """What to do where the Hub cannot be reached: the two ways to a mirror, or the mirror that is asked already."""
     if asked := os.environ.get("HF_ENDPOINT"):
         return f"HF_ENDPOINT={asked} was asked; check that address"
-    kind = " --repo_type dataset" if is_data_set else ""
+    kind = "dataset" if is_data_set else "model"
     return (
         f"where huggingface.co cannot be reached, set HF_ENDPOINT to a mirror, such as {MIRROR}, or download first: "
-        f"python tools/download.py --repo_id {repository}{kind} --endpoint {MIRROR}"
+        f"python tools/download.py --repo_id {repository} --repo_type {kind} --endpoint {MIRROR}"
     )
 
 

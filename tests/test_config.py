@@ -21,6 +21,7 @@ from onecard.config import (
     refuse,
 )
 from onecard.config_talk import (
+    AnsweringModelOptions,
     AskOptions,
     ChatConfig,
     ChatOptions,
@@ -35,7 +36,16 @@ from onecard.config_talk import (
 from onecard.console import ConfigError
 
 TRAINING = [ModelOptions, DataOptions, LoraOptions, TrainOptions, MemoryOptions]
-TALKING = [SamplingOptions, TalkerOptions, AskOptions, ChatOptions, PageOptions, ServeOptions, LimitOptions]
+TALKING = [
+    AnsweringModelOptions,
+    SamplingOptions,
+    TalkerOptions,
+    AskOptions,
+    ChatOptions,
+    PageOptions,
+    ServeOptions,
+    LimitOptions,
+]
 
 # The flags that users of this kind of kit already type; renaming one breaks their scripts.
 KEPT_NAMES = {
@@ -78,6 +88,7 @@ def test_every_option_has_a_help_text(module, groups) -> None:
 # (group, changed fields, flags that must be named)
 REFUSED = [
     (ModelOptions, {"model_path": ""}, ["--model_path"]),
+    (AnsweringModelOptions, {"model_path": ""}, ["--model_path"]),
     (ModelOptions, {"bits": 32, "dtype": "fp16"}, ["--bits"]),
     (ModelOptions, {"bits": 16, "dtype": "fp32"}, ["--bits"]),
     (DataOptions, {"data_path": ""}, ["--data_path"]),

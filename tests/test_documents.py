@@ -237,7 +237,9 @@ def test_tool_starts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_file(name: str) -> None:
+def test_settings_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_data.json").touch()  # what settings for a data set of one's own name
+    monkeypatch.chdir(REPOSITORY if name.startswith("tiny-llama") else tmp_path)
     text = text_of(f"config-sample/{name}")
     header = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
     command = next(line for line in header if line.startswith("python finetune"))

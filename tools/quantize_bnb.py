@@ -19,7 +19,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.cli import parse
-from onecard.config import Problem
+from onecard.config import Problem, ReadingOptions
 from onecard.console import run_main
 from onecard.export.quantize_options import SourceOptions
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
-class BnbOptions:
+class BnbOptions(ReadingOptions):
     """How weights are quantised, and what the result is measured on."""
 
     bits: Literal[4, 8] = 4
@@ -40,7 +40,7 @@ class BnbOptions:
     """Longest sample in tokens."""
 
     def problems(self) -> list[Problem]:
-        found: list[Problem] = []
+        found = super().problems()
         for name, least in (("eval_samples", 1), ("eval_len", 16)):
             if getattr(self, name) < least:
                 found.append((f"--{name}", f"{getattr(self, name)} is too little; use {least} or more"))
@@ -70,10 +70,10 @@ def quantize(config: BnbConfig) -> None:
 
     options, request = config.bnb, request_of(config.source)
     amount = CalibrationOptions(length=options.eval_len, n_held_out=options.eval_samples)
-    export_bnb(request, options.bits, text_for(request.base, options.eval_path), amount)
+    export_bnb(request, options.bits, text_for(request.base, options), amount)
 
 
-def text_for(base: str, eval_path: str) -> Any:
+def text_for(base: str, options: BnbOptions) -> Any:
     """The TextSource to measure on: the user's text, or text of the kind that the base was trained on."""
     from onecard.export.calibration import texts_of
     from onecard.export.quantize import TextSource
@@ -81,8 +81,8 @@ def text_for(base: str, eval_path: str) -> Any:
     from onecard.model.files import locate
     from tools.tiny_corpus import build
 
-    if eval_path:
-        return TextSource(lambda: texts_of(eval_path), name=eval_path)
+    if options.eval_path:
+        return TextSource(lambda: texts_of(options.eval_path, options), name=options.eval_path)
     config, embedded = read_config(locate(base)), read_config(ROOT / "sample" / "tiny-llama")
     if all(config.get(name) == embedded[name] for name in ("model_type", "vocab_size", "hidden_size")):
         # Statements only: the embedded base was hardly taught to foresee the questions of its corpus.

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from onecard.config import ReadingOptions, column_names
 from onecard.console import ConfigError, DataError
 from onecard.text.conversation import Conversation, Document
 from onecard.text.encode import Dropped, Encoder, EncodeSettings
+from onecard.text.plain_text import TxtSplit
 from onecard.text.sources import ReadReport, Source, read
 from onecard.text.special_tokens import beginning_ids
 from onecard.text.template import Template
@@ -117,30 +119,39 @@ def _joined(texts: Iterable[str]) -> Iterator[str]:
         yield "\n\n".join(held)
 
 
-def texts_of(path: str) -> Iterator[str]:
+def texts_of(path: str, reading: ReadingOptions | None = None) -> Iterator[str]:
     """The text of a file, a folder or a Hub data set, record by record; of a conversation, what was said.
 
     Raises DataError: nothing there, nothing usable.
     """
+    source = _source(path, reading)
     # The texts follow one another anyway; apart from blank lines they stay as they are.
-    for sample in read(Source((path,), txt_split="paragraph"), report=ReadReport()):
+    split: TxtSplit = "paragraph" if source.txt_split == "auto" else source.txt_split
+    for sample in read(replace(source, txt_split=split), report=ReadReport()):
         yield sample.text if isinstance(sample, Document) else _spoken(sample)
 
 
-def data_rows(path: str, template: Template, tokenizer: Any, length: int) -> Iterator[list[int]]:
+def data_rows(
+    path: str, template: Template, tokenizer: Any, length: int, reading: ReadingOptions | None = None
+) -> Iterator[list[int]]:
     """Token ids of training data as training sees them: through the template, each sample a row.
 
     Raises DataError: nothing there, nothing usable.
     """
     encoder = Encoder(template, tokenizer, EncodeSettings(length, "everything"))
     n_given = 0
-    for sample in read(path, report=ReadReport()):
+    for sample in read(_source(path, reading), report=ReadReport()):
         coded = encoder.encode_many([sample])[0]
         for one in [] if isinstance(coded, Dropped) else coded:
             n_given += 1
             yield one.ids
     if n_given == 0:
         raise DataError("no sample fits --calibration_len through its template", path)
+
+
+def _source(path: str, reading: ReadingOptions | None) -> Source:
+    options = reading or ReadingOptions()
+    return Source((path,), column_names(options.columns) or (), options.txt_split)
 
 
 def _spoken(conversation: Conversation) -> str:

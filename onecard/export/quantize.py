@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from onecard.cli import comma_list
-from onecard.config import ModelOptions
+from onecard.config import ModelOptions, ReadingOptions
 from onecard.console import ConfigError, say, warn
 from onecard.export.bnb import check_same_weights, plain_weights, save_quantized, stored_dtype
 from onecard.export.calibration import (
@@ -74,7 +74,7 @@ class TextSource:
     """What to fit to and to measure on: `texts` as plain text, or training data through a template.
 
     packed: the texts follow one another in rows of full length. `held_out`: texts to measure on; None: some of the
-    texts are kept back for that.
+    texts are kept back for that. `reading`: how the training data are read.
     """
 
     texts: Callable[[], Iterable[str]] | None
@@ -83,6 +83,7 @@ class TextSource:
     packed: bool = True
     held_out: Callable[[], Iterable[str]] | None = None
     name: str = "the calibration text"
+    reading: ReadingOptions | None = None
 
 
 def request_of(options: SourceOptions) -> Request:
@@ -99,11 +100,11 @@ def request_of(options: SourceOptions) -> Request:
 def text_source_of(options: CalibrationTextOptions, embedded: Callable[[], Iterable[str]]) -> TextSource:
     """The text that the options name; `embedded` is taken where they name none, each text in a row of its own."""
     path = options.calibration_path
-    held_out = (lambda: texts_of(options.eval_path)) if options.eval_path else None
+    held_out = (lambda: texts_of(options.eval_path, options)) if options.eval_path else None
     if options.calibration == "data":
-        return TextSource(None, path, options.prompt_type, held_out=held_out)
+        return TextSource(None, path, options.prompt_type, held_out=held_out, reading=options)
     if path:
-        return TextSource(lambda: texts_of(path), held_out=held_out)
+        return TextSource(lambda: texts_of(path, options), held_out=held_out)
     return TextSource(embedded, packed=False, held_out=held_out)
 
 
@@ -201,7 +202,7 @@ def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, reque
     length = min(amount.length, _longest(source))
     if corpus.texts is None:
         template = load_template(corpus.prompt_type, tokenizer)
-        rows: Iterator[list[int]] = data_rows(corpus.data_path, template, tokenizer, length)
+        rows: Iterator[list[int]] = data_rows(corpus.data_path, template, tokenizer, length, corpus.reading)
     else:
         rows = text_rows(corpus.texts(), tokenizer, length, packed=corpus.packed)
     held_out: Rows | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from onecard.config import Problem
+from onecard.config import Problem, ReadingOptions
 from onecard.export.output import size_problems
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # weights of a row that share a scale; -1: the whole row
@@ -48,7 +48,7 @@ class SourceOptions:
 
 
 @dataclass
-class CalibrationTextOptions:
+class CalibrationTextOptions(ReadingOptions):
     """The text that weights are fitted to, and other text that the result is measured on."""
 
     calibration: Literal["text", "data"] = "text"
@@ -69,7 +69,7 @@ class CalibrationTextOptions:
     """Which samples are drawn."""
 
     def problems(self) -> list[Problem]:
-        found: list[Problem] = []
+        found = super().problems()
         if self.calibration == "data" and not self.calibration_path:
             found.append(("--calibration_path", "is needed with --calibration data: the training data"))
         for name, least in (("calibration_samples", 1), ("calibration_len", 16), ("eval_samples", 1)):

@@ -137,7 +137,7 @@ class OriginCheck:
         try:
             name = plain_origin(origin)
         except ValueError:  # "null" of a file or a frame without rights, or nonsense
-            option = "serve.py --allowed_origins names those that may, and this one has no name: serve it over HTTP"
+            option = "serve.py --allowed_origins names those that may; this one has no name: serve the page over HTTP"
         else:
             flag = "serve.py --allowed_origins"  # chat.py has none
             option = f"add {name} to {flag}" if self._allowed else f"allow this one with {flag} {name}"

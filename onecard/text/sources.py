@@ -276,7 +276,7 @@ def _named_files(paths: tuple[str, ...], skipped: list[str]) -> list[tuple[str, 
     found: list[tuple[str, Path | None]] = []
     twice = next((path for number, path in enumerate(paths) if path in paths[:number]), None)
     if twice is not None:
-        raise DataError("is given twice; leave one out (check --data_path)", twice)
+        raise DataError("is given twice; leave one out", twice)
     for path in paths:
         files = _local_files(Path(path), skipped) if _is_local(path) else [(_hub_id(path), None)]
         taken = {name for name, _ in found}

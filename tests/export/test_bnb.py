@@ -117,7 +117,7 @@ def test_as_many_samples_as_asked_for_of_text_that_is_named(
         saved(base, tmp_path / str(len(words)), 8, "--eval_samples", "3", *words)
         said = capsys.readouterr().out
         assert f"measuring on 3 samples of {name}, 192 tokens" in said and "perplexity on 3 held-out samples" in said
-    embedded = quantize_bnb.text_for(str(quantize_bnb.ROOT / "sample" / "tiny-llama"), "")
+    embedded = quantize_bnb.text_for(str(quantize_bnb.ROOT / "sample" / "tiny-llama"), quantize_bnb.BnbOptions())
     assert embedded.name == "the corpus of sample/tiny-llama" and not embedded.packed
     own.write_text("\n", encoding="utf-8")
     with pytest.raises((ConfigError, DataError)):

@@ -254,7 +254,7 @@ def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "file").write_text("x", encoding="utf-8")
     for argv, words in (
         ([], "--model_path: is missing"),
-        (["--model_path", str(tmp_path / "absent")], "does not exist"),
+        (["--model_path", str(tmp_path / "absent")], "there is no directory"),
         (["--model_path", str(tmp_path / "file")], "is a file"),
     ):
         code, out, err = run([verb, *argv], capsys)

@@ -173,7 +173,7 @@ def check_answers(model: Any) -> None:
     read = score(model, long, 0, lambda: None)
     expected = [scores[k, token].item() for k, token in enumerate(long[1:])]
     assert [entry.logprob for entry in read[1:] if entry] == pytest.approx(expected, abs=1e-3)
-    assert abs(sum(value**2 for value in embed(model, long, lambda: None)) - 1) < 1e-6
+    assert abs(sum(value**2 for value in embed(model, [long], lambda: None)[0]) - 1) < 1e-6
     if model.config.model_type not in NO_BEAMS:
         assert len(answers(model, [long], n_beams=2)) == 1
 

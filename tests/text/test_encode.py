@@ -287,7 +287,7 @@ def test_nothing_left_to_learn_is_dropped_with_the_reason(bytelevel_tokenizer):
     result = encode_sample(conversation, template, bytelevel_tokenizer, EncodeSettings(32))
     assert isinstance(result, Dropped)
     assert not result.bad
-    assert "--cutoff_len 32" in result.reason
+    assert "all 32 tokens" in result.reason and "--cutoff_len" in result.reason
 
 
 @pytest.mark.parametrize("which", TOKENIZERS)
