@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from onecard.recipes import finetune
 from tests import tiny
@@ -46,9 +47,12 @@ def test_a_run_begun_on_the_cpu_goes_on_on_the_card(
     tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = {"bits": 32, "total_batch": 4, "num_epoch": 2, "learning_rate": 1e-3}
+    AcceleratorState._reset_state(True)  # accelerate has one device per process
     straight = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "straight", **shared))
     begun = tiny.config_for(tiny_base, instructions, tmp_path / "run", **shared)
     run_and_stop(begun, monkeypatch, after_steps=5)
+    AcceleratorState._reset_state(True)
     run = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", device="cuda", **shared))
+    AcceleratorState._reset_state(True)
     pairs = zip(tiny.losses_of(run), tiny.losses_of(straight), strict=True)
     assert max(abs(a - b) for (_, a), (_, b) in pairs) < 1e-3
