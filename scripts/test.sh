@@ -54,6 +54,13 @@ if [ -z "$gptq_only" ]; then
     say "pytest"
     run_tests "$python" "$slow and not gptq and not alone and not real" "${processes[@]}"
     run_tests "$python" "$slow and alone"
+    # In a process of its own, which has a simulated card from its start (tests/simcard/README.md).
+    if [ ${#words[@]} -eq 0 ] || [[ " ${words[*]}" =~ \ tests/(gpu|simcard) ]]; then
+        say "pytest, simulated card"
+        [ ${#words[@]} -gt 0 ] || places=(tests/gpu tests/simcard)
+        run_tests "$python" "$slow and (gpu or simcard)" --simcard sm75:11GiB,sm75:11GiB,late,garbage \
+            ${places[@]+"${places[@]}"}
+    fi
 fi
 if [ -n "$gptq_only" ] || [ ${#words[@]} -eq 0 ]; then
     prepare_gptq_venv
