@@ -189,7 +189,7 @@ def test_regenerate_undo_edit_clear(open_page: Any, url: str, engine: FakeEngine
     assert bubbles(page) == []
     page.wait_for_timeout(300)
     page.reload()
-    page.wait_for_function("onecard.is_ready()")
+    page.wait_for_function("window.onecard && onecard.is_ready()")
     page.click("#oc-undo")
     wait_until(lambda: bubbles(page) == before)
 
@@ -256,7 +256,7 @@ def test_reload_while_it_answers_keeps_the_piece(open_page: Any, url: str, engin
     wait_until(lambda: len(bubbles(page)) == 2)
     partial = bubbles(page)[-1]
     assert partial.startswith("word0 word1 word2") and "word399" not in partial
-    page.wait_for_function("onecard.is_ready()")
+    page.wait_for_function("window.onecard && onecard.is_ready()")
     page.click("#oc-regenerate")
     wait_until(lambda: page.is_visible("#oc-stop"))
     page.click("#oc-stop")
