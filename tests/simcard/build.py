@@ -1,4 +1,4 @@
-"""Compiles the simulated card once and keeps it in a cache folder, by the hash of its sources and torch's version.
+"""Compiles the simulated card once and keeps it in a cache folder, by the hash of its sources and torch.
 
 The folder is $ONECARD_SIMCARD_CACHE, else ~/.cache/onecard-simcard. Nothing here imports torch: the library must be
 loaded before torch asks, once, at its own import, whether there is CUDA.
@@ -62,8 +62,8 @@ def cache_folder() -> Path:
 
 
 def key() -> str:
-    """Changes with the sources, with torch and with Python."""
-    digest = hashlib.sha256(" ".join([version("torch"), sys.version, *FLAGS]).encode())
+    """Changes with the sources, with Python, and with torch and where it lies: the library is linked to that place."""
+    digest = hashlib.sha256(" ".join([version("torch"), str(torch_folder()), sys.version, *FLAGS]).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]

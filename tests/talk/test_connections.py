@@ -155,8 +155,12 @@ def stalled_reader(clock: Clock, size: int) -> Iterator[socket.socket]:
 
     with (
         listening(large, limits(unread_seconds=300, clock=clock)) as address,
-        socket.create_connection(address, timeout=60) as client,
+        socket.socket() as client,
     ):
+        # Before it connects: a buffer of the system's choice may grow until all of the answer has room in it.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 500_000)
+        client.settimeout(60)
+        client.connect(address)
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         yield client
 
