@@ -238,7 +238,7 @@ def test_old_autogptq_checkpoint(base, tmp_path, name) -> None:
         (["--group_size", "100"], "--group_size: 100 is not packed by anyone"),
         (["--group_size", "256"], "--group_size: 256 is wider than .* use 128"),
         (["--calibration", "data"], "--calibration_path: is needed with --calibration data"),
-        (["--calibration_path", "nowhere.txt"], "no such file"),
+        (["--calibration_path", "nowhere.txt"], "--calibration_path: there is no file or folder nowhere.txt"),
         (["--damp_percent", "2"], "--damp_percent"),
     ],
 )
