@@ -18,6 +18,7 @@ from onecard.console import nearest
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 OWN_FOLDERS = ("outputs", "sample")  # of this kit: no owner on the Hub is meant
+# Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 
 # PEFT's names of the kinds of adapters, and which of them are no change of weights.

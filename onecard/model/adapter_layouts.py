@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from onecard.console import ModelError
+from onecard.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
 from onecard.given_paths import other_kind
 from onecard.model.files import locate, safetensors_header
 
@@ -27,8 +28,6 @@ PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 STATE = "trainer_state.json"
-# Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
-WEIGHT_NAMES = (WEIGHTS, "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 LORA_KEY = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight|\.bias)?"
