@@ -3,10 +3,10 @@
 
 import sys
 
-from onecard.cli import parse
-from onecard.config_talk import ChatConfig
+from onecard.config.inference import ChatConfig
+from onecard.config.parsing import parse
 from onecard.console import run_main
-from onecard.talk.run_files import stored_by_first
+from onecard.inference.run_files import stored_by_first
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 
 import sys
 
-from onecard.cli import parse
-from onecard.config import REPOSITORY, FinetuneConfig
+from onecard.config.parsing import parse
+from onecard.config.training import REPOSITORY, FinetuneConfig
 from onecard.console import run_main
 
 DEFAULTS = {

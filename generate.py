@@ -3,10 +3,10 @@
 
 import sys
 
-from onecard.cli import parse
-from onecard.config_talk import GenerateConfig
+from onecard.config.inference import GenerateConfig
+from onecard.config.parsing import parse
 from onecard.console import run_main
-from onecard.talk.run_files import stored_options
+from onecard.inference.run_files import stored_options
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,8 +22,8 @@ if str(ROOT) not in sys.path:
     # Started as `python benchmarks/batch_size.py`, Python sees only this folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import comma_list, parse  # noqa: E402
-from onecard.config import (  # noqa: E402
+from onecard.config.parsing import comma_list, parse  # noqa: E402
+from onecard.config.training import (  # noqa: E402
     DataOptions,
     FinetuneConfig,
     MemoryOptions,
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(BatchOptions, argv, description=__doc__ or "")
 
     from benchmarks.machine import machine, say_table, write_result
-    from onecard.train.fit import auto_total_batch
+    from onecard.train.auto_config import auto_total_batch
 
     found = []
     for n_rows in map(int, comma_list(options.rows)):
@@ -92,14 +92,14 @@ def evaluated(run: Path) -> float:
     """The loss of a finished run on sample/held_out.json."""
     from accelerate import Accelerator
 
-    from onecard.model.adapters import load_adapter
+    from onecard.data.chat_template import load_template
+    from onecard.data.dataset import encode_dataset
+    from onecard.data.encode import EncodeSettings
     from onecard.model.hardware import detect
     from onecard.model.load import load_base, load_tokenizer
-    from onecard.text.dataset import encode_dataset
-    from onecard.text.encode import EncodeSettings
-    from onecard.text.template import load_template
+    from onecard.model.lora.adapter import load_adapter
     from onecard.train.evaluate import evaluation_loss
-    from onecard.train.recovery import Limits
+    from onecard.train.oom import Limits
 
     options = replace(ModelOptions(bits=32, device="cpu"), gradient_checkpointing=False)
     tokenizer = load_tokenizer(options.model_path)

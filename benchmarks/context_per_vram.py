@@ -23,8 +23,8 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import parse  # noqa: E402
-from onecard.config import (  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import (  # noqa: E402
     DataOptions,
     FinetuneConfig,
     LoraOptions,
@@ -92,9 +92,9 @@ ROW = ("gib", "planned", "planned_ram_gib", "measured", "reserved_gib", "tokens_
 
 def row_of(options: ContextOptions, hardware: Any, gib: float) -> dict[str, Any]:
     """One size of card: planned, and where there is one, measured."""
-    from onecard.model.architecture import architecture_of
-    from onecard.model.memory import GIB
-    from onecard.model.plan import Card, longest_context
+    from onecard.model.memory.architecture import architecture_of
+    from onecard.model.memory.estimate import GIB
+    from onecard.model.memory.plan import Card, longest_context
 
     config = config_for(options.model_path, options.lora_r, gib)
     card = Card(f"{gib:g} GiB", int(gib * GIB), 1 << 40)
@@ -116,9 +116,9 @@ def row_of(options: ContextOptions, hardware: Any, gib: float) -> dict[str, Any]
 
 def ram_gib(config: FinetuneConfig, card: Any, length: int) -> float:
     """GiB of RAM that the plan for one row of `length` tokens asks for."""
-    from onecard.model.architecture import architecture_of
-    from onecard.model.memory import GIB
-    from onecard.model.plan import make_plan
+    from onecard.model.memory.architecture import architecture_of
+    from onecard.model.memory.estimate import GIB
+    from onecard.model.memory.plan import make_plan
 
     config = replace(config, data=replace(config.data, cutoff_len=max(8, length)))
     plan = make_plan(architecture_of(config.model.model_path), config, card, element_bytes=2)
@@ -164,10 +164,10 @@ def try_length(config: FinetuneConfig, hardware: Any, length: int) -> dict[str, 
     from benchmarks.random_models import base_model
     from benchmarks.synthetic_run import random_samples
     from onecard.console import ModelError
-    from onecard.model.architecture import architecture_of
-    from onecard.model.memory import CUDA_CONTEXT_BYTES, GIB
-    from onecard.train.fit import cap_memory
-    from onecard.train.recovery import give_back_memory, is_out_of_memory
+    from onecard.model.memory.architecture import architecture_of
+    from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
+    from onecard.train.auto_config import cap_memory
+    from onecard.train.oom import give_back_memory, is_out_of_memory
 
     give_back_memory()
     cap_memory(hardware, config.memory.vram - CUDA_CONTEXT_BYTES / GIB)
@@ -191,7 +191,7 @@ def step_at(
 ) -> tuple[float | None, Any, Any]:
     """Two steps under the plan for these samples: seconds of the second (None: memory ran out), the run, the plan."""
     from benchmarks.synthetic_run import build_run, plan_for
-    from onecard.train.fit import settle
+    from onecard.train.auto_config import settle
     from onecard.train.step import take_step
 
     length = int(samples.lengths.max())
@@ -210,8 +210,8 @@ def toy_row(options: ContextOptions, hardware: Any) -> dict[str, Any]:
     """A toy's longest context for a card of a few MiB, run once; the profiler's peak beside the plan."""
     from benchmarks.random_models import random_base
     from benchmarks.synthetic_run import planned_peak, random_samples, run_peak
-    from onecard.model.architecture import architecture_of
-    from onecard.model.plan import Card, longest_context
+    from onecard.model.memory.architecture import architecture_of
+    from onecard.model.memory.plan import Card, longest_context
     from onecard.train.step import take_step
 
     config = config_for("toy", options.lora_r, options.toy_mib / 1024)

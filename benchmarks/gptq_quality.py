@@ -26,8 +26,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
-from onecard.cli import parse  # noqa: E402
-from onecard.config import DEFAULT_BASE, Problem  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import DEFAULT_BASE, Problem  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 TEXTS = {
@@ -70,8 +70,8 @@ class BenchmarkOptions:
 
 def rows_of(text: str, seed: int, tokenizer: Any, length: int) -> Iterator[list[int]]:
     """Token ids of one kind of text, each sample a row of its own; endless for the two of the corpus."""
-    from onecard.export.calibration import data_rows, text_rows
-    from onecard.text.template import load_template
+    from onecard.data.chat_template import load_template
+    from onecard.export.quantize.calibration import data_rows, text_rows
     from tools.tiny_corpus import build
 
     if text == "data":
@@ -83,9 +83,9 @@ def rows_of(text: str, seed: int, tokenizer: Any, length: int) -> Iterator[list[
 
 def measure(options: BenchmarkOptions, text: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Quantise in every setting and compare, on one draw of one kind of text."""
-    from onecard.export.calibration import CalibrationOptions, calibration_of
-    from onecard.export.gptq import GptqSettings, quantize, quantized_layers
-    from onecard.export.quality import quality_of, round_layers
+    from onecard.export.quantize.calibration import CalibrationOptions, calibration_of
+    from onecard.export.quantize.evaluate import quality_of, round_layers
+    from onecard.export.quantize.gptq import GptqSettings, quantize, quantized_layers
     from onecard.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(options.model_path)
@@ -123,7 +123,7 @@ def loaded(directory: str) -> Any:
     """A model in fp32 on the CPU, which holds 16-bit weights exactly."""
     import torch
 
-    from onecard.config import ModelOptions
+    from onecard.config.training import ModelOptions
     from onecard.model.hardware import detect
     from onecard.model.load import load_base
 
@@ -152,7 +152,7 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(BenchmarkOptions, argv, description=__doc__ or "")
-    from onecard.model.gptq_checkpoint import check_gptq_installed
+    from onecard.model.gptq import check_gptq_installed
     from onecard.model.quantization import quiet_bitsandbytes
 
     check_gptq_installed("gptq_quality.py", "quantises by GPTQ")

@@ -22,8 +22,8 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import parse  # noqa: E402
-from onecard.config import (  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import (  # noqa: E402
     DataOptions,
     FinetuneConfig,
     LoraOptions,
@@ -92,7 +92,7 @@ def ladder(options: LadderOptions, hardware: Any) -> list[dict[str, Any]]:
     """Every row, measured one after the other, each on a model of its own."""
     import torch
 
-    from onecard.train.recovery import give_back_memory
+    from onecard.train.oom import give_back_memory
 
     # Paged optimizers lie in memory that torch's allocator does not see; the plain 8-bit one is of the same size.
     memory = MemoryOptions(
@@ -146,7 +146,7 @@ def our_peak(config: FinetuneConfig, hardware: Any, options: LadderOptions) -> t
     """The peak of our step under `config`, and the plan's."""
     from benchmarks.random_models import config_of
     from benchmarks.synthetic_run import build_run, plan_for, planned_peak, run_peak
-    from onecard.model.architecture import architecture_of
+    from onecard.model.memory.architecture import architecture_of
     from onecard.train.step import take_step
 
     raw = TOY if options.model_path == "toy" else config_of(options.model_path)
@@ -171,7 +171,7 @@ def _base_and_samples(model: ModelOptions, hardware: Any, options: LadderOptions
 def _attempt(measure: Any, *arguments: Any) -> tuple[Any, Any]:
     """What `measure` gives; (None, None) where memory ran out."""
     from onecard.console import ModelError
-    from onecard.train.recovery import is_out_of_memory
+    from onecard.train.oom import is_out_of_memory
 
     try:
         return measure(*arguments)

@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import parse  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import OneCardError, run_main, say  # noqa: E402
 
 HIDDEN, MLP, HEADS, ROWS = 2048, 5632, 16, 32_000
@@ -61,7 +61,7 @@ def make_base(directory: Path, layers: int, shard_bytes: int) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from onecard.export.tensors import ShardWriter
+    from onecard.export.io.weights import ShardWriter
 
     config = LlamaConfig(
         vocab_size=ROWS, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=layers, num_attention_heads=HEADS,
@@ -109,7 +109,7 @@ def merge_whole(base: str, adapter: str, result: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from onecard.model.adapters import load_adapter
+    from onecard.model.lora.adapter import load_adapter
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16, local_files_only=True)
     load_adapter(model, adapter, trainable=False).model.merge_and_unload().save_pretrained(result)
@@ -181,7 +181,7 @@ def run(options: BenchmarkOptions, folder: Path) -> dict[str, Any]:
 
 def largest_difference(one: Path, other: Path) -> float:
     """Between two results, tensor by tensor, in units of the tensor's largest value."""
-    from onecard.export.tensors import open_weights
+    from onecard.export.io.weights import open_weights
 
     theirs, largest = open_weights(other), 0.0
     for name, tensor in open_weights(one):

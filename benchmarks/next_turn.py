@@ -24,9 +24,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.streaming import machine  # noqa: E402
-from onecard.cli import parse  # noqa: E402
-from onecard.config import DEFAULT_BASE, ModelOptions  # noqa: E402
-from onecard.config_talk import LimitOptions, SamplingOptions, TalkerOptions  # noqa: E402
+from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 QUESTION = "Tell me about the capital of a country, its rivers, its trains and what people eat there. "
@@ -53,8 +53,8 @@ class BenchmarkOptions:
 def main() -> None:
     options = parse(BenchmarkOptions, description=__doc__)
 
-    from onecard.talk.engine import Engine
-    from onecard.talk.voices import open_voices
+    from onecard.inference.adapters import open_voices
+    from onecard.inference.engine import Engine
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(options, Path(folder))
@@ -99,8 +99,8 @@ def save_model(options: BenchmarkOptions, folder: Path) -> None:
 
 def conversation(engine: Any, options: BenchmarkOptions) -> list[float]:
     """CPU seconds to the first token of each turn."""
-    from onecard.talk.engine import Request
-    from onecard.text.conversation import Turn
+    from onecard.data.messages import Turn
+    from onecard.inference.engine import Request
 
     length = options.new_tokens
     first = SamplingOptions(max_new_tokens=1, min_new_tokens=1)

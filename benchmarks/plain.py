@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from benchmarks.synthetic_run import Samples
-from onecard.config import FinetuneConfig
-from onecard.model.adapters import add_lora
+from onecard.config.training import FinetuneConfig
+from onecard.data.batches import collate, step_samples
 from onecard.model.hardware import Hardware
 from onecard.model.load import LoadedBase
-from onecard.text.batches import collate, step_samples
+from onecard.model.lora.adapter import add_lora
+from onecard.train.build import build_accelerator
 from onecard.train.optim import build_optimizer
-from onecard.train.setup import build_accelerator
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -90,7 +90,8 @@ def build_plain(
 def upcast_like_peft(model: nn.Module) -> None:
     """Turn every 16-bit weight that is not quantised into fp32, as peft's `prepare_model_for_kbit_training` does.
 
-    Written again here because only `model/adapters.py` imports peft; a test compares the two. Tied weights stay tied.
+    Written again here because only `model/lora/adapter.py` imports peft; a test compares the two. Tied weights stay
+    tied.
     """
     wide: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
-from onecard.cli import parse  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 TOY = {
@@ -112,8 +112,8 @@ def main() -> None:
 def measure(name: str, rows: int, length: int, rest: dict[str, Any], hardware: Any) -> dict[str, Any]:
     """One step and one evaluation of one row, beside their plan; sizes in bytes."""
     from benchmarks.random_models import config_of
-    from onecard.model.architecture import architecture_of
-    from onecard.model.memory import Setup, account
+    from onecard.model.memory.architecture import architecture_of
+    from onecard.model.memory.estimate import Setup, account
 
     config = config_of(name) if hardware.is_gpu else toy_config(name)
     setup = Setup(**{"element_bytes": element_bytes(rest["bits"], hardware), "rows": rows, "length": length,
@@ -190,13 +190,13 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from accelerate.utils import AutocastKwargs
 
     from benchmarks.random_models import random_base
-    from onecard.config import LoraOptions, ModelOptions, TrainOptions
-    from onecard.model.adapters import add_lora
-    from onecard.model.head import quantize_head
-    from onecard.model.offload import embeddings_to_ram
-    from onecard.text.encode import Encoded
+    from onecard.config.training import LoraOptions, ModelOptions, TrainOptions
+    from onecard.data.encode import Encoded
+    from onecard.model.lora.adapter import add_lora
+    from onecard.model.memory_saving.activation_offload import embeddings_to_ram
+    from onecard.model.memory_saving.lm_head import quantize_head
+    from onecard.train.oom import Limits
     from onecard.train.optim import allocate_state, build_optimizer
-    from onecard.train.recovery import Limits
     from onecard.train.run import Run
     from onecard.train.step import use_limits
 

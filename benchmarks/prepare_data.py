@@ -32,7 +32,7 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import parse  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import OneCardError, run_main, say  # noqa: E402
 
 WAYS = ("onecard", "map", "map, masked")
@@ -104,9 +104,9 @@ def measure(options: BenchmarkOptions) -> dict[str, Any]:
 def encode_with_onecard(options: BenchmarkOptions, folder: Path) -> tuple[Watch, int]:
     from transformers import AutoTokenizer
 
-    from onecard.text.dataset import encode_dataset
-    from onecard.text.encode import EncodeSettings
-    from onecard.text.template import load_template
+    from onecard.data.chat_template import load_template
+    from onecard.data.dataset import encode_dataset
+    from onecard.data.encode import EncodeSettings
 
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     watch = Watch()

@@ -18,13 +18,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from onecard.config import ModelOptions
+from onecard.config.training import ModelOptions
 from onecard.console import ModelError
-from onecard.model.adapters import linear_layers
-from onecard.model.architecture import find_known
 from onecard.model.files import read_json
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import LoadedBase, checkpoint_layers, load_base
+from onecard.model.lora.adapter import linear_layers
+from onecard.model.memory.architecture import find_known
 from onecard.model.quantization import quantize_linear
 
 STD = 0.02  # of random weights: activations then stay far inside fp16

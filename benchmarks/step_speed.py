@@ -27,8 +27,8 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import parse  # noqa: E402
-from onecard.config import (  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import (  # noqa: E402
     DEFAULT_BASE,
     DataOptions,
     FinetuneConfig,
@@ -115,8 +115,8 @@ def build(options: SpeedOptions, hardware: Any) -> tuple[dict[str, Contestant], 
     from benchmarks.plain import build_plain
     from benchmarks.random_models import base_model, config_of
     from benchmarks.synthetic_run import build_run, plan_for, samples_of
-    from onecard.model.architecture import architecture_of
-    from onecard.train.fit import settle
+    from onecard.model.memory.architecture import architecture_of
+    from onecard.train.auto_config import settle
 
     config = config_for(options)
     samples = samples_of(options.data_path, ROOT / "sample" / "tiny-llama", config.data.cutoff_len)
@@ -172,7 +172,7 @@ def stepper(run: Any) -> Contestant:
 
 def cut(run: Any, indices: Any) -> list[Any]:
     """A step's samples as our run cuts them."""
-    from onecard.text.batches import micro_batches
+    from onecard.data.batches import micro_batches
 
     return micro_batches(indices, run.train_samples.lengths, **run.limits.cut)
 

@@ -27,9 +27,9 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import parse  # noqa: E402
-from onecard.config import DEFAULT_BASE, ModelOptions  # noqa: E402
-from onecard.config_talk import SamplingOptions  # noqa: E402
+from onecard.config.inference import SamplingOptions  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 MODES: dict[str, dict[str, Any]] = {
@@ -65,9 +65,9 @@ def main() -> None:
 
     import torch
 
-    from onecard.talk.generation import answer_rows, prepare, stream
-    from onecard.talk.loading import load_talker
-    from onecard.text.conversation import Turn
+    from onecard.data.messages import Turn
+    from onecard.inference.generate import answer_rows, prepare, stream
+    from onecard.inference.load import load_talker
 
     torch.set_num_threads(options.threads)
     model = ModelOptions(model_path=options.model_path, bits=options.bits, device=options.device)  # type: ignore[arg-type]

@@ -15,22 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard.config import FinetuneConfig
-from onecard.model.adapters import add_lora
-from onecard.model.architecture import Architecture
+from onecard.config.training import FinetuneConfig
+from onecard.data.chat_template import load_template
+from onecard.data.dataset import encode_dataset
+from onecard.data.encode import IGNORE_INDEX, Encoded, EncodeSettings
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import LoadedBase, load_tokenizer
-from onecard.model.memory import CONTEXT, Account
-from onecard.model.offload import embeddings_to_ram
-from onecard.model.plan import Plan, make_plan
-from onecard.text.dataset import encode_dataset
-from onecard.text.encode import IGNORE_INDEX, Encoded, EncodeSettings
-from onecard.text.template import load_template
+from onecard.model.lora.adapter import add_lora
+from onecard.model.memory.architecture import Architecture
+from onecard.model.memory.estimate import CONTEXT, Account
+from onecard.model.memory.plan import Plan, make_plan
+from onecard.model.memory_saving.activation_offload import embeddings_to_ram
+from onecard.train.auto_config import card_of, limits_of
+from onecard.train.build import build_accelerator, prepare_base
 from onecard.train.checkpoint import CheckpointStore
-from onecard.train.fit import card_of, limits_of
 from onecard.train.optim import allocate_state, build_optimizer
 from onecard.train.run import Run
-from onecard.train.setup import build_accelerator, prepare_base
 from onecard.train.state import TrainerState
 from onecard.train.step import use_limits
 from tests.live_memory import held_bytes, peak_bytes

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from onecard import cli
-from onecard.config import FinetuneConfig, toy_base_problem
-from onecard.config_talk import ChatConfig, GenerateConfig, PageOptions, ServeConfig
+from onecard.config import parsing as cli
+from onecard.config.inference import ChatConfig, GenerateConfig, PageOptions, ServeConfig
+from onecard.config.training import FinetuneConfig, toy_base_problem
 from onecard.console import say, warn
 
 
@@ -30,15 +30,22 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def _finetune(config: FinetuneConfig) -> Path:
-    from onecard.model.adapters import describe_trainable
     from onecard.model.hardware import detect
-    from onecard.train.fit import cap_memory, first_plan, keep_choices, resolve_lengths, resolve_total_batch, settle
+    from onecard.model.lora.adapter import describe_trainable
+    from onecard.train.auto_config import (
+        cap_memory,
+        first_plan,
+        keep_choices,
+        resolve_lengths,
+        resolve_total_batch,
+        settle,
+    )
+    from onecard.train.build import build_accelerator, build_run, open_reporter, prepare_data, training_state
     from onecard.train.loop import report_events, train
-    from onecard.train.rehearsal import rehearse_if_wanted
-    from onecard.train.reporting import check_sinks
+    from onecard.train.memory_probe import rehearse_if_wanted
     from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position
     from onecard.train.rundir import RunDirectory, Settings, portable
-    from onecard.train.setup import build_accelerator, build_run, open_reporter, prepare_data, training_state
+    from onecard.train.trackers import check_sinks
 
     if problem := toy_base_problem(config.model.model_path, config.data.data_path):
         warn(problem)
@@ -96,12 +103,12 @@ def _generate(config: GenerateConfig) -> None:
 
 def _ask(config: GenerateConfig) -> None:
     """Answer one instruction, or whoever sits at the keyboard."""
-    from onecard.talk.answers import with_system
-    from onecard.talk.generation import Chunk, Watching, prepare, stream_rows
-    from onecard.talk.loading import load_talker
-    from onecard.talk.sampling import CacheOptions
-    from onecard.talk.terminal import answer_once, interact
-    from onecard.text.conversation import Turn
+    from onecard.data.messages import Turn
+    from onecard.inference.batch.run import with_system
+    from onecard.inference.generate import Chunk, Watching, prepare, stream_rows
+    from onecard.inference.load import load_talker
+    from onecard.inference.sampling import CacheOptions
+    from onecard.serve.terminal.ask import answer_once, interact
 
     ask, sampling = config.ask, config.sampling
     talker, _ = load_talker(config.model, config.talker.lora_path, config.talker.prompt_type)
@@ -122,10 +129,10 @@ def _ask(config: GenerateConfig) -> None:
 
 def _answer_file(config: GenerateConfig) -> None:
     """Answer a file of questions, going on where an earlier start was cut off."""
-    from onecard.talk.answer_file import AnswerFile
-    from onecard.talk.answers import Job, answer_questions, survey
-    from onecard.talk.loading import load_talker
-    from onecard.text.sources import data_fingerprint, source_of
+    from onecard.data.sources import data_fingerprint, source_of
+    from onecard.inference.batch.results import AnswerFile
+    from onecard.inference.batch.run import Job, answer_questions, survey
+    from onecard.inference.load import load_talker
 
     ask, sampling, system = config.ask, config.sampling, config.talker.system
     source, output_path = source_of(ask), str(ask.output_path)
@@ -140,9 +147,9 @@ def _answer_file(config: GenerateConfig) -> None:
 
 def _ask_page(config: GenerateConfig) -> None:
     """Open the page for single questions."""
-    from onecard.talk.engine import open_engine
-    from onecard.talk.page_examples import questions
-    from onecard.talk.web import ask_page, launch
+    from onecard.inference.engine import open_engine
+    from onecard.serve.web.app import ask_page, launch
+    from onecard.serve.web.examples import questions
 
     engine = open_engine(config.model, config.talker, config.limits)
     blocks = ask_page(
@@ -168,19 +175,19 @@ def chat(config: ChatConfig) -> None:
 
 
 def _chat(config: ChatConfig) -> None:
-    from onecard.talk.engine import open_engine
+    from onecard.inference.engine import open_engine
 
     chat, talker = config.chat, config.talker
     engine = open_engine(config.model, talker, config.limits, chat.adapters_path)
     if chat.cli:
-        from onecard.talk.session import Session
-        from onecard.talk.terminal_chat import chat_in_terminal
+        from onecard.inference.history import Session
+        from onecard.serve.terminal.chat import chat_in_terminal
 
         session = Session(system=talker.system)
         chat_in_terminal(engine, session, config.sampling, show_beams=chat.show_beams, load=chat.load_chat)
     else:
-        from onecard.talk.page_examples import first_messages
-        from onecard.talk.web import chat_page, launch
+        from onecard.serve.web.app import chat_page, launch
+        from onecard.serve.web.examples import first_messages
 
         blocks = chat_page(
             engine, config.sampling, config.page, system=talker.system, show_beams=chat.show_beams,
@@ -201,15 +208,15 @@ def serve(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig) -> None:
-    from onecard.talk.engine import open_engine
-    from onecard.talk.server import build_app, run_server
+    from onecard.inference.engine import open_engine
+    from onecard.serve.api.app import build_app, run_server
 
     options, talker = config.serve, config.talker
     engine = open_engine(config.model, talker, config.limits, options.adapters_path, options.model_name)
     app = build_app(engine, options, config.limits, config.sampling, talker.system)
     if options.web:
-        from onecard.talk.page_examples import first_messages
-        from onecard.talk.web import chat_page, mount
+        from onecard.serve.web.app import chat_page, mount
+        from onecard.serve.web.examples import first_messages
 
         page = PageOptions(host=options.host, language=options.language)
         blocks = chat_page(engine, config.sampling, page, system=talker.system, examples=first_messages())

@@ -6,7 +6,7 @@
 #   bash scripts/test.sh --all              the slow ones too
 #   bash scripts/test.sh --gptq             only the tests of GPTQ, which run in .venv-gptq (see environment.sh)
 #   bash scripts/test.sh --real             only the tests on real small models (330 MB, installed into .venv)
-#   bash scripts/test.sh tests/text -x      other words go to pytest
+#   bash scripts/test.sh tests/data -x      other words go to pytest
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from onecard.console import say
-from onecard.model.loss import IGNORE_INDEX
-from onecard.text.encode import Encoder, EncodeSettings
-from onecard.text.sources import ReadReport, read
-from onecard.text.template import load_template
+from onecard.data.chat_template import load_template
+from onecard.data.encode import Encoder, EncodeSettings
+from onecard.data.sources import ReadReport, read
+from onecard.model.chunked_loss import IGNORE_INDEX
 
 HELD_OUT = Path(__file__).resolve().parents[1] / "sample" / "held_out.json"
 

@@ -17,26 +17,24 @@ Offence = tuple[int, str]  # (line, what is wrong)
 LAYERS = {
     "translation": 0,
     "console": 0,
-    "config": 0,
-    "config_talk": 0,
-    "cli": 0,
-    "given_paths": 0,
-    "old_names": 0,
     "manifest": 0,
-    "text": 1,
-    "model": 2,
-    "train": 3,
-    "talk": 3,
-    "export": 3,
-    "recipes": 4,
+    "config": 1,
+    "data": 2,
+    "model": 3,
+    "train": 4,
+    "inference": 4,
+    "export": 4,
+    "doctor": 2,
+    "serve": 5,
+    "recipes": 6,
 }
 SOLE_IMPORTERS = {
-    "peft": "onecard/model/adapters.py",
+    "peft": "onecard/model/lora/adapter.py",
     "bitsandbytes": "onecard/model/quantization.py",
     "deepspeed": "onecard/train/deepspeed_engine.py",
-    "gradio": "onecard/talk/web.py",
-    "gptqmodel": "onecard/export/gptq.py",
-    "gguf": "onecard/export/gguf.py",
+    "gradio": "onecard/serve/web/app.py",
+    "gptqmodel": "onecard/export/quantize/gptq.py",
+    "gguf": "onecard/export/gguf/writer.py",
 }
 NOT_FOR_TEXT = {"transformers", "peft", "bitsandbytes", "gradio", "accelerate", "gptqmodel", "gguf"}
 LIGHT = {"yaml", "jsonargparse", "onecard"}  # besides the standard library: all that cli, config and console import
@@ -98,7 +96,7 @@ class SourceFile:
 
     @property
     def layer(self) -> str:
-        """`text` for onecard/text/x.py, `cli` for onecard/cli.py, '' for everything else."""
+        """`data` for onecard/data/x.py, `recipes` for onecard/recipes.py, '' for everything else."""
         if not self.in_library or (self.path.name == "__init__.py" and len(self.path.parts) == 2):
             return ""
         return self.path.parts[1].removesuffix(".py")
@@ -161,7 +159,7 @@ def layers(file: SourceFile) -> Iterator[Offence]:
         if parts[0] != "onecard" or not file.layer or len(parts) < 2 or parts[1] not in LAYERS:
             continue
         own, other = LAYERS[file.layer], LAYERS[parts[1]]
-        if other > own or (other == own == 3 and parts[1] != file.layer):
+        if other > own or (other == own == 4 and parts[1] != file.layer):
             yield line, f"onecard.{file.layer} imports onecard.{parts[1]}"
 
 
@@ -180,18 +178,18 @@ def sole_importers(file: SourceFile) -> Iterator[Offence]:
 
 
 def text_is_plain(file: SourceFile) -> Iterator[Offence]:
-    """text takes any tokenizer-like object: no model library; torch only where batches become tensors."""
-    if file.layer != "text":
+    """data takes any tokenizer-like object: no model library; torch only where batches become tensors."""
+    if file.layer != "data":
         return
     for line, module in imports(file):
         name = module.split(".")[0]
         if name in NOT_FOR_TEXT or (name == "torch" and file.path.name != "batches.py"):
-            yield line, f"onecard.text imports {name}"
+            yield line, f"onecard.data imports {name}"
 
 
 def options_are_light(file: SourceFile) -> Iterator[Offence]:
     """cli, config and console import the standard library, yaml and jsonargparse only, so `--help` is instant."""
-    if file.layer not in ("cli", "config", "config_talk", "console", "given_paths", "old_names"):
+    if file.layer not in ("config", "console"):
         return
     for line, module in imports(file):
         name = module.split(".")[0]
@@ -442,7 +440,7 @@ def manners(file: SourceFile) -> Iterator[Offence]:
         if name == "print" and path != "onecard/console.py":
             yield node.lineno, "prints past onecard.console"
         if file.in_library and (
-            name in ("sys.exit", "exit", "quit") or (name == "os._exit" and path != "onecard/train/interrupts.py")
+            name in ("sys.exit", "exit", "quit") or (name == "os._exit" and path != "onecard/train/signals.py")
         ):
             yield node.lineno, f"{name} in the library; raise an OneCardError"
         if name in ("os.system", "os.popen") or _is_true(keywords.get("shell")):

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from onecard.cli import to_yaml
-from onecard.config import REPOSITORY, FinetuneConfig
+from onecard.config.parsing import to_yaml
+from onecard.config.training import REPOSITORY, FinetuneConfig
 
 TROUBLE = Path(__file__).parent / "invariants" / "finetune_with_trouble.py"
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
 from onecard.console import Stopped
 from onecard.recipes import finetune
 from onecard.train import loop
-from onecard.train.reporting import read_log
+from onecard.train.trackers import read_log
 from tests import tiny
 
 

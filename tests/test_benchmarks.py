@@ -14,7 +14,7 @@ from benchmarks import answering_on_cpu, context_per_vram, memory_ladder, step_s
 from benchmarks.plain import upcast_like_peft
 from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, random_samples
-from onecard.config import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
+from onecard.config.training import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
 from onecard.console import ModelError
 from onecard.model.hardware import detect
 from onecard.model.load import load_base

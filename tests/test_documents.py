@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onecard import cli
-from onecard.config import FinetuneConfig
-from onecard.config_talk import ChatConfig, GenerateConfig, ServeConfig
+from onecard.config import parsing as cli
+from onecard.config.inference import ChatConfig, GenerateConfig, ServeConfig
+from onecard.config.training import FinetuneConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md"]
@@ -263,37 +263,9 @@ def test_deepspeed_settings() -> None:
 # --- what is named exists --------------------------------------------------------------------------------------------
 
 
-def tree(document: str) -> dict[str, str]:
-    """Path -> purpose of every entry of the file tree; a line without a purpose of its own holds file names."""
-    found: dict[str, str] = {}
-    folders: list[str] = []
-    for line in next(fenced(document, "text")).splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        words = line.split()
-        if depth <= 2:
-            folders = [*folders[:depth], words[0]]
-            found["".join(folders)] = " ".join(words[1:])
-            words = words[1:]
-            here = "".join(folders)
-        if here.endswith("/"):
-            found |= {here + word: "" for word in words if re.fullmatch(r"[\w.-]+\.(py|jinja)", word)}
-    return found
-
-
-@pytest.mark.parametrize("document", DOCUMENTS[:2])
-def test_file_tree_lists_the_house(document: str) -> None:
-    listed = tree(document)
-    files = [
-        path.relative_to(REPOSITORY).as_posix()
-        for folder in ("onecard", "tools")
-        for path in sorted((REPOSITORY / folder).rglob("*"))
-        if path.suffix in (".py", ".jinja") and path.name != "__init__.py"
-    ]
-    assert len(files) >= 40
-    assert [file for file in files if file not in listed] == [], "add a line with its purpose"
-    assert [path for path in listed if not (REPOSITORY / path).exists()] == [], "no longer there"
-    in_library = [path for path in listed if path.startswith("onecard/") and not path.endswith(".jinja")]
-    assert [path for path in in_library if not listed[path]] == [], "say what it is for"
+def test_architecture_lists_every_module_as_it_is_now() -> None:
+    script = [sys.executable, str(REPOSITORY / "scripts" / "write_architecture.py"), "--check"]
+    assert subprocess.run(script, check=False).returncode == 0, "run python scripts/write_architecture.py"
 
 
 def test_every_path_in_the_documents_exists() -> None:

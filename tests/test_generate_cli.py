@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import generate
-from onecard.config import REPOSITORY
+from onecard.config.training import REPOSITORY
 from onecard.console import run_main
-from onecard.talk.terminal_screen import harmless
-from tests.talk.conftest import lively_base, run_dir  # noqa: F401  (fixtures)
-from tests.talk.test_terminal import keyboard
+from onecard.serve.terminal.screen import harmless
+from tests.inference.conftest import lively_base, run_dir  # noqa: F401  (fixtures)
+from tests.serve.terminal.test_ask import keyboard
 
 
 @pytest.fixture

@@ -31,8 +31,14 @@ SOURCES = sources()
 
 def test_the_walk_sees_the_whole_house() -> None:
     seen = {str(file.path) for file in SOURCES}
-    expected = {"finetune.py", "finetune_chat.py", "generate.py", "onecard/cli.py", "onecard/text/template.py"}
-    expected |= {"onecard/model/adapters.py", "onecard/train/loop.py", "onecard/talk/generation.py"}
+    expected = {
+        "finetune.py",
+        "finetune_chat.py",
+        "generate.py",
+        "onecard/config/parsing.py",
+        "onecard/data/chat_template.py",
+    }
+    expected |= {"onecard/model/lora/adapter.py", "onecard/train/loop.py", "onecard/inference/generate.py"}
     assert expected <= seen
     assert len(seen) >= 35
 
@@ -45,12 +51,17 @@ def test_rule(rule) -> None:
 
 # (rule, path, source, lines on which the rule must fire)
 BAD = [
-    ("layers", "onecard/text/encode.py", "from onecard.model import load\n", [1]),
-    ("layers", "onecard/text/encode.py", "from onecard import train\n", [1]),
-    ("layers", "onecard/text/encode.py", "from ..model.load import load_base\n", [1]),
-    ("layers", "onecard/train/loop.py", "def f():\n    from onecard.talk.generation import stream\n", [2]),
-    ("layers", "onecard/export/merge.py", "import onecard.train.loop\n", [1]),
-    ("layers", "onecard/config.py", "import importlib\nx = importlib.import_module('onecard.text.encode')\n", [2]),
+    ("layers", "onecard/data/encode.py", "from onecard.model import load\n", [1]),
+    ("layers", "onecard/data/encode.py", "from onecard import train\n", [1]),
+    ("layers", "onecard/data/encode.py", "from ..model.load import load_base\n", [1]),
+    ("layers", "onecard/train/loop.py", "def f():\n    from onecard.inference.generate import stream\n", [2]),
+    ("layers", "onecard/export/merge/merge.py", "import onecard.train.loop\n", [1]),
+    (
+        "layers",
+        "onecard/config/training.py",
+        "import importlib\nx = importlib.import_module('onecard.data.encode')\n",
+        [2],
+    ),
     ("layers", "onecard/model/load.py", "from onecard.recipes import finetune\n", [1]),
     ("layers", "onecard/model/load.py", "from tools.score import main\n", [1]),
     ("known_layers", "onecard/helpers.py", "x = 1\n", [1]),
@@ -59,10 +70,10 @@ BAD = [
     ("sole_importers", "onecard/model/load.py", "from peft.utils import x\nimport bitsandbytes as bnb\n", [1, 2]),
     ("sole_importers", "tools/chat.py", "def f():\n    import gradio\n", [2]),
     ("sole_importers", "onecard/train/optim.py", "__import__('bitsandbytes')\n", [1]),
-    ("text_is_plain", "onecard/text/encode.py", "import transformers\n", [1]),
-    ("text_is_plain", "onecard/text/encode.py", "import torch\n", [1]),
-    ("text_is_plain", "onecard/text/batches.py", "import torch\nfrom gradio import x\n", [2]),
-    ("options_are_light", "onecard/config.py", "def f():\n    import numpy\n", [2]),
+    ("text_is_plain", "onecard/data/encode.py", "import transformers\n", [1]),
+    ("text_is_plain", "onecard/data/encode.py", "import torch\n", [1]),
+    ("text_is_plain", "onecard/data/batches.py", "import torch\nfrom gradio import x\n", [2]),
+    ("options_are_light", "onecard/config/training.py", "def f():\n    import numpy\n", [2]),
     ("entries_are_light", "finetune.py", "import torch\n", [1]),
     (
         "entries_are_light",
@@ -70,7 +81,12 @@ BAD = [
         "try:\n    from transformers import x\nexcept ImportError:\n    pass\n",
         [2],
     ),
-    ("entries_are_light", "tools/score.py", "if TYPE_CHECKING:\n    from onecard.talk.scoring import Case\n", [1]),
+    (
+        "entries_are_light",
+        "tools/score.py",
+        "if TYPE_CHECKING:\n    from onecard.inference.batch.evaluate import Case\n",
+        [1],
+    ),
     ("quiet_import", "onecard/model/x.py", "import torch\nN = torch.cuda.device_count()\n", [2]),
     ("quiet_import", "onecard/model/x.py", "import os\nos.environ['A'] = '1'\n", [2]),
     ("quiet_import", "onecard/model/x.py", "import os\nHOME = os.environ.get('HOME')\n", [2]),
@@ -119,11 +135,15 @@ BAD = [
 # (rule, path, source): near misses on which a rule must stay silent
 GOOD = [
     ("layers", "onecard/train/loop.py", "from onecard.train import checkpoint\nfrom onecard.model.load import x\n"),
-    ("layers", "onecard/recipes.py", "from onecard.train.loop import x\nfrom onecard.talk.generation import y\n"),
-    ("sole_importers", "onecard/model/adapters.py", "import peft\n"),
-    ("text_is_plain", "onecard/text/batches.py", "import torch\nimport numpy\n"),
+    ("layers", "onecard/recipes.py", "from onecard.train.loop import x\nfrom onecard.inference.generate import y\n"),
+    ("sole_importers", "onecard/model/lora/adapter.py", "import peft\n"),
+    ("text_is_plain", "onecard/data/batches.py", "import torch\nimport numpy\n"),
     ("text_is_plain", "onecard/model/load.py", "import transformers\n"),
-    ("options_are_light", "onecard/cli.py", "import yaml\nimport re\nfrom onecard.config import x\n"),
+    (
+        "options_are_light",
+        "onecard/config/parsing.py",
+        "import yaml\nimport re\nfrom onecard.config.training import x\n",
+    ),
     ("entries_are_light", "finetune.py", "import sys\ndef main():\n    import torch\n"),
     (
         "quiet_import",
@@ -139,7 +159,7 @@ GOOD = [
     (
         "hands_off",
         "onecard/x.py",
-        "from onecard.config import C\ndef f(c: C | None):\n    c.x = 1\n    d = C()\n    d.y += 1\n",
+        "from onecard.config.training import C\ndef f(c: C | None):\n    c.x = 1\n    d = C()\n    d.y += 1\n",
     ),
     ("hands_off", "tools/x.py", "def f(proto):\n    proto.field = 1\n"),
     (
@@ -149,11 +169,11 @@ GOOD = [
     ),
     ("budgets", "onecard/x.py", "def f():\n" + "    x = 1\n" * 59),
     ("manners", "onecard/console.py", "print('a')\n"),
-    ("manners", "onecard/train/interrupts.py", "import os\nos._exit(1)\n"),
+    ("manners", "onecard/train/signals.py", "import os\nos._exit(1)\n"),
     ("manners", "onecard/x.py", "path.open('rb')\nopen(x, 'wb')\nopen(x, encoding='utf-8')\nos.open(x, 0)\n"),
     ("manners", "onecard/x.py", "torch.load(x, weights_only=True)\nf(trust_remote_code=flag)\n"),
     ("future_annotations", "onecard/x.py", "from __future__ import annotations\n"),
-    ("documented", "onecard/text/__init__.py", ""),
+    ("documented", "onecard/data/__init__.py", ""),
 ]
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from onecard.console import ConfigError
-from onecard.text.encode import Encoded
-from onecard.text.inspection import Bar, Piece, bars, pieces
-from tests.text.plain_tokenizer import PlainTokenizer
+from onecard.data.encode import Encoded
+from onecard.data.inspect import Bar, Piece, bars, pieces
+from tests.data.plain_tokenizer import PlainTokenizer
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from onecard.cli import options_of, to_yaml
-from onecard.config import FinetuneConfig
+from onecard.config.parsing import options_of, to_yaml
+from onecard.config.training import FinetuneConfig
 from onecard.console import run_main
-from onecard.model.architecture import known_models
 from onecard.model.hardware import Hardware
-from onecard.model.memory import GIB
+from onecard.model.memory.architecture import known_models
+from onecard.model.memory.estimate import GIB
 from tests.tiny import save_tiny_llama
 from tools.plan_memory import PlanOptions, main
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from onecard import cli
+from onecard.config import parsing as cli
 from onecard.console import ConfigError
 from tests.reached_code import FLAG, REPOSITORY, Walk, named_flags, reached
 
@@ -23,27 +23,27 @@ PROGRAMS.remove(REPOSITORY / "tools" / "make_tiny_base.py")  # without options
 # Options of other programs that are started from here, or that a person starts.
 FOREIGN = {"gpus", "query", "format", "nproc_per_node", "use_deepspeed"}
 # Code that serves every program through tables of options, and says only what is in the program's own.
-BY_TABLE = ("onecard.old_names", "onecard.given_paths")
+BY_TABLE = ("onecard.config.old_names", "onecard.config.given_paths")
 # Their `problems` are asked of the classes that make a program's own options: a test below.
-OF_OPTIONS = ("onecard.config", "onecard.config_talk")
+OF_OPTIONS = ("onecard.config.training", "onecard.config.inference")
 # (module, option): why the programs that do not have the option never come to its message.
 NEVER = {
-    ("onecard.export.merge", "dtype"): "only for a name that was typed",
-    ("onecard.export.output", "output_path"): "checksums reads, and makes no directory",
-    ("onecard.model.adapter_targets", "bits"): "exports build the model without weights, so without bits",
-    ("onecard.model.adapters", "bits"): "exports build the model without weights, so without bits",
+    ("onecard.export.merge.merge", "dtype"): "only for a name that was typed",
+    ("onecard.export.io.output", "output_path"): "checksums reads, and makes no directory",
+    ("onecard.model.lora.targets", "bits"): "exports build the model without weights, so without bits",
+    ("onecard.model.lora.adapter", "bits"): "exports build the model without weights, so without bits",
     ("onecard.model.hardware", "dtype"): "it is auto where it is no option",
     ("onecard.model.load", "attn_implementation"): "it is auto where it is no option",
     ("onecard.model.load", "max_memory"): "it is None where it is no option",
-    ("onecard.talk.engine", "top_logprobs"): "an option of a request, told to its client",
-    ("onecard.talk.voices", "adapter"): "an option of a request, told to its client",
-    ("onecard.talk.model_limits", "num_beams"): "score asks without beams",
-    ("onecard.talk.model_limits", "static_cache"): "score asks without a static cache",
-    ("onecard.talk.run_files", "adapters_path"): "generate has no folder of adapters",
-    ("onecard.text.jinja_chat", "prompt_type"): "merging takes the template that the run was trained with",
-    ("onecard.text.lost_turns", "prompt_type"): "merging takes the template that the run was trained with",
-    ("onecard.text.template", "prompt_type"): "merging takes the template that the run was trained with",
-    ("onecard.text.sources", "strict"): "only where it was typed",
+    ("onecard.inference.engine", "top_logprobs"): "an option of a request, told to its client",
+    ("onecard.inference.adapters", "adapter"): "an option of a request, told to its client",
+    ("onecard.inference.model_limits", "num_beams"): "score asks without beams",
+    ("onecard.inference.model_limits", "static_cache"): "score asks without a static cache",
+    ("onecard.inference.run_files", "adapters_path"): "generate has no folder of adapters",
+    ("onecard.data.jinja_chat", "prompt_type"): "merging takes the template that the run was trained with",
+    ("onecard.data.lost_turns", "prompt_type"): "merging takes the template that the run was trained with",
+    ("onecard.data.chat_template", "prompt_type"): "merging takes the template that the run was trained with",
+    ("onecard.data.sources", "strict"): "only where it was typed",
 }
 
 
@@ -112,9 +112,9 @@ def test_every_exception_is_still_one() -> None:
 def test_the_walk_sees_what_a_program_says() -> None:
     """A remedy of training in what only generate.py reaches would be found."""
     said = {(module, flag) for module, _, flag, _ in named_flags(walk_of(REPOSITORY / "generate.py"))}
-    assert {("onecard.model.load", "bits"), ("onecard.talk.loading", "model_path")} <= said
+    assert {("onecard.model.load", "bits"), ("onecard.inference.load", "model_path")} <= said
     assert not any(module.startswith("onecard.train") for module, _ in said)
-    assert ("onecard.train.fit", "total_batch") in {
+    assert ("onecard.train.auto_config", "total_batch") in {
         (module, flag) for module, _, flag, _ in named_flags(walk_of(REPOSITORY / "finetune.py"))
     }
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onecard import cli, console, translation
-from onecard.config import REPOSITORY, FinetuneConfig
-from onecard.config_talk import GenerateConfig
+from onecard import console, translation
+from onecard.config import parsing as cli
+from onecard.config.inference import GenerateConfig
+from onecard.config.training import REPOSITORY, FinetuneConfig
 from onecard.console import ConfigError
 from onecard.recipes import finetune, generate
 from onecard.translation import translated, use_language
@@ -44,7 +45,7 @@ def untranslated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         lines.extend(line for line in shown.splitlines() if PROSE.search(line))
         return shown
 
-    for module in (console, __import__("onecard.train.reporting", fromlist=["reporting"])):
+    for module in (console, __import__("onecard.train.trackers", fromlist=["reporting"])):
         monkeypatch.setattr(module, "translated", recorded)
     return lines
 

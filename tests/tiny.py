@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -100,7 +100,7 @@ def tensors_of(file: Path) -> dict[str, Any]:
 
 def losses_of(run: Path) -> list[tuple[int, float]]:
     """(step, loss) of every logged training step of a run."""
-    from onecard.train.reporting import read_log
+    from onecard.train.trackers import read_log
 
     return [(row["step"], row["loss"]) for row in read_log(run) if "loss" in row]
 

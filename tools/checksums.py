@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse_verb
-from onecard.config import Problem
+from onecard.config.parsing import parse_verb
+from onecard.config.training import Problem
 from onecard.console import ModelError, run_main, say, warn
 
 N_NAMED = 20
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_list(options: WriteOptions) -> None:
     """Write the list and say what is in it."""
-    from onecard.export.checksums import write
+    from onecard.export.hub.checksums import write
 
     done = write(Path(options.model_path).expanduser(), overwrite=options.overwrite)
     say(f"{done.path}: {done.n_files} files, {done.n_bytes:,} bytes")
@@ -76,7 +76,7 @@ def write_list(options: WriteOptions) -> None:
 
 def verify_list(options: VerifyOptions) -> None:
     """Say what differs. Raises ModelError when anything does."""
-    from onecard.export.checksums import verify
+    from onecard.export.hub.checksums import verify
 
     report = verify(Path(options.model_path).expanduser())
     n_wrong = report.n_wrong(strict=options.strict)

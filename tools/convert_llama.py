@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import missing, parse_verb
-from onecard.config import Problem
+from onecard.config.parsing import missing, parse_verb
+from onecard.config.training import Problem
 from onecard.console import run_main, say
-from onecard.export.output import new_directory, parse_size, size_problems
+from onecard.export.io.output import new_directory, parse_size, size_problems
 
 
 @dataclass
@@ -96,8 +96,8 @@ VERBS = {"hf": HfOptions, "pth": PthOptions, "reshard": ReshardOptions}
 def main(argv: list[str] | None = None) -> None:
     verb, options = parse_verb(VERBS, argv, description=__doc__ or "")
 
-    from onecard.export.llama_pth import HfChoices, directory_of, hf_to_pth, open_checkpoint, pth_to_hf, reshard
-    from onecard.export.tensors import open_weights
+    from onecard.export.io.weights import open_weights
+    from onecard.export.llama_pth.pth import HfChoices, directory_of, hf_to_pth, open_checkpoint, pth_to_hf, reshard
     from onecard.model.files import locate
 
     source = locate(options.model_path, what="model") if verb == "pth" else directory_of(options.model_path)

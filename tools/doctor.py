@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse
+from onecard.config.parsing import parse
 from onecard.console import ModelError, escaped, run_main, say
 
 COLOURS = {"ok": "32", "warning": "33", "problem": "31"}
@@ -38,7 +38,7 @@ class DoctorOptions:
 def main(argv: list[str] | None = None) -> None:
     options = parse(DoctorOptions, argv, description=__doc__ or "")
 
-    from onecard.model.doctor_facts import examine, without_names
+    from onecard.doctor.facts import examine, without_names
 
     findings = examine()
     counts = {state: sum(finding.state == state for finding in findings) for state in COLOURS}

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import comma_list, parse
-from onecard.config import Problem
+from onecard.config.parsing import comma_list, parse
+from onecard.config.training import Problem
 from onecard.console import escaped, run_main, say, warn
 
 N_LISTED = 40
@@ -65,8 +65,8 @@ class DownloadOptions:
 def main(argv: list[str] | None = None) -> None:
     options = parse(DownloadOptions, argv, description=__doc__ or "")
 
-    from onecard.export.download import cache_place, directory_place, fetch
-    from onecard.export.hub_files import Repository, list_files
+    from onecard.export.hub.download import cache_place, directory_place, fetch
+    from onecard.export.hub.files import Repository, list_files
 
     repository = Repository(options.repo_id, options.repo_type, options.revision, options.endpoint)
     listing = list_files(repository, comma_list(options.include), comma_list(options.exclude))

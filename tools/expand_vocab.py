@@ -15,10 +15,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import missing, parse_verb
-from onecard.config import Problem, ReadingOptions
+from onecard.config.parsing import missing, parse_verb
+from onecard.config.training import Problem, ReadingOptions
 from onecard.console import run_main
-from onecard.export.output import parse_size, size_problems
+from onecard.export.io.output import parse_size, size_problems
 
 
 @dataclass
@@ -125,18 +125,18 @@ def main(argv: list[str] | None = None) -> None:
     _, options = parse_verb(verbs, argv, description=__doc__)
     output_path = Path(options.output_path)
     if isinstance(options, TrainOptions):
-        from onecard.export.vocabulary_train import Training, train
-        from onecard.text.sources import source_of
+        from onecard.data.sources import source_of
+        from onecard.export.vocabulary.train import Training, train
 
         learned = {name: getattr(options, name) for name in Training.__dataclass_fields__ if name != "source"}
         train(Training(source_of(options), **learned), output_path, overwrite=options.overwrite)
     elif isinstance(options, MergeOptions):
-        from onecard.export.vocabulary_merge import Merging, merge
+        from onecard.export.vocabulary.merge import Merging, merge
 
         merging = Merging(options.tokenizer_path, options.new_path, options.max_new, options.eval_path)
         merge(merging, output_path, overwrite=options.overwrite)
     else:
-        from onecard.export.vocabulary_apply import Applying, apply
+        from onecard.export.vocabulary.resize import Applying, apply
 
         size = parse_size(options.max_shard_size, "--max_shard_size")
         applying = Applying(options.model_path, options.tokenizer_path, size, options.pad_to_multiple_of)

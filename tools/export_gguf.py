@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import comma_list, parse
-from onecard.config import Problem
+from onecard.config.parsing import comma_list, parse
+from onecard.config.training import Problem
 from onecard.console import run_main
-from onecard.talk.run_files import stored_options
+from onecard.inference.run_files import stored_options
 
 # Kinds of number that only llama.cpp's own program writes.
 LLAMA_QUANTIZE_KINDS = r"i?q\d_(k|k_[sml]|x*[sml]|nl|xs)|tq\d_\d"
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export(config: Config) -> None:
-    from onecard.export.gguf_export import GgufSettings, export_gguf
-    from onecard.export.ollama import ModelfileSettings
+    from onecard.export.gguf.export import GgufSettings, export_gguf
+    from onecard.export.gguf.ollama import ModelfileSettings
 
     options = config.export
     export_gguf(

@@ -18,8 +18,8 @@ if str(ROOT) not in sys.path:
     # Started as `python tools/inspect_data.py`, Python sees only the tool's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import parse  # noqa: E402
-from onecard.config import DEFAULT_BASE, DataOptions, Problem, toy_base_problem  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import DEFAULT_BASE, DataOptions, Problem, toy_base_problem  # noqa: E402
 from onecard.console import escaped, run_main, say, warn  # noqa: E402
 
 BAR_WIDTH = 40
@@ -50,12 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(InspectOptions, argv, description=__doc__ or "")
 
     # Imported after the options are known to be good: these take seconds to load.
+    from onecard.data.chat_template import load_template
+    from onecard.data.dataset import cache_directory, encode_dataset
+    from onecard.data.encode import EncodeSettings
+    from onecard.data.inspect import NO_LIMIT, inspect, pieces
+    from onecard.data.sources import source_of
     from onecard.model.load import load_tokenizer
-    from onecard.text.dataset import cache_directory, encode_dataset
-    from onecard.text.encode import EncodeSettings
-    from onecard.text.inspection import NO_LIMIT, inspect, pieces
-    from onecard.text.sources import source_of
-    from onecard.text.template import load_template
 
     data = options.data
     if problem := toy_base_problem(options.model_path, data.data_path):

@@ -13,10 +13,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import comma_list, parse
-from onecard.config import Problem
+from onecard.config.parsing import comma_list, parse
+from onecard.config.training import Problem
 from onecard.console import run_main, say, warn
-from onecard.export.output import parse_size, size_problems
+from onecard.export.io.output import parse_size, size_problems
 
 
 @dataclass
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def merge(options: MergeOptions) -> None:
-    from onecard.export.merge import MergeSettings, export_merged, find_base
+    from onecard.export.merge.merge import MergeSettings, export_merged, find_base
 
     settings = MergeSettings(
         dtype=options.dtype,

@@ -20,8 +20,8 @@ if str(ROOT) not in sys.path:
     # Started as `python tools/plan_memory.py`, Python sees only the tool's own folder.
     sys.path.insert(0, str(ROOT))
 
-from onecard.cli import comma_list, parse  # noqa: E402
-from onecard.config import (  # noqa: E402
+from onecard.config.parsing import comma_list, parse  # noqa: E402
+from onecard.config.training import (  # noqa: E402
     DataOptions,
     FinetuneConfig,
     LoraOptions,
@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(PlanOptions, argv, description=__doc__ or "", opens_files=False)
 
     # Imported after the options are known to be good: these take seconds to load.
-    from onecard.model import plan_text
-    from onecard.model.architecture import architecture_of, known_models
-    from onecard.model.plan import longest_context, make_plan
+    from onecard.model.memory import report as plan_text
+    from onecard.model.memory.architecture import architecture_of, known_models
+    from onecard.model.memory.plan import longest_context, make_plan
 
     if options.known:
         for line in plan_text.known_lines(known_models()):
@@ -152,14 +152,14 @@ def find_cards(options: PlanOptions) -> list[tuple[Any, Any]]:
     import torch
 
     from onecard.model.hardware import Hardware, detect
-    from onecard.model.plan import Card
+    from onecard.model.memory.plan import Card
 
     old, ram = options.memory.pretend_turing, psutil.virtual_memory().total
     sizes = {f"a card of {gib:g} GiB": int(gib * 2**30) for gib in numbers(options.memory.sizes, float)}
     if sizes:
         device = torch.device("cuda")
         return [(Card(name, size, ram), Hardware(device, name, size, not old, None)) for name, size in sizes.items()]
-    from onecard.train.fit import card_of
+    from onecard.train.auto_config import card_of
 
     found = detect(options.model.device, pretend_turing=old)
     if not found.is_gpu:
@@ -176,8 +176,8 @@ def element_bytes(config: FinetuneConfig, hardware: Any, model_type: str) -> int
 
 def largest_known(config: FinetuneConfig, card: Any, hardware: Any) -> str | None:
     """The known model with the most weights that would fit with these options."""
-    from onecard.model.architecture import architecture_of, known_models
-    from onecard.model.plan import make_plan
+    from onecard.model.memory.architecture import architecture_of, known_models
+    from onecard.model.memory.plan import make_plan
 
     for name in reversed(known_models()):
         model = architecture_of(name)
@@ -194,7 +194,7 @@ def throughput(options: PlanOptions) -> tuple[float | None, str]:
     """Tokens per second, and where that is from; None when nobody knows."""
     if options.tokens_per_s:
         return options.tokens_per_s, "given"
-    from onecard.train.reporting import read_log
+    from onecard.train.trackers import read_log
 
     run = Path(options.train.output_path).expanduser()
     logged = [row["tokens_per_s"] for row in read_log(run) if row.get("tokens_per_s")]
@@ -203,7 +203,7 @@ def throughput(options: PlanOptions) -> tuple[float | None, str]:
 
 def draw(models: list[Any], config: FinetuneConfig, cards: list[tuple[Any, Any]], path: Path) -> None:
     """Write the PNG. Raises ConfigError when it cannot be written."""
-    from onecard.model.plan_text import curves_of, draw_curves
+    from onecard.model.memory.report import curves_of, draw_curves
 
     what = models[0].name if len(models) == 1 else "Every saving on"
     title = f"{what}, {config.model.bits} bits, LoRA rank {config.lora.lora_r}"

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse
-from onecard.config import Problem, ReadingOptions
+from onecard.config.parsing import parse
+from onecard.config.training import Problem, ReadingOptions
 from onecard.console import run_main
-from onecard.export.quantize_options import SourceOptions
+from onecard.export.quantize.options import SourceOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def quantize(config: BnbConfig) -> None:
-    from onecard.export.calibration import CalibrationOptions
-    from onecard.export.quantize import export_bnb, request_of
+    from onecard.export.quantize.calibration import CalibrationOptions
+    from onecard.export.quantize.run import export_bnb, request_of
 
     options, request = config.bnb, request_of(config.source)
     amount = CalibrationOptions(length=options.eval_len, n_held_out=options.eval_samples)
@@ -75,9 +75,9 @@ def quantize(config: BnbConfig) -> None:
 
 def text_for(base: str, options: BnbOptions) -> Any:
     """The TextSource to measure on: the user's text, or text of the kind that the base was trained on."""
-    from onecard.export.calibration import texts_of
-    from onecard.export.quantize import TextSource
-    from onecard.export.stored_base import read_config
+    from onecard.export.io.base import read_config
+    from onecard.export.quantize.calibration import texts_of
+    from onecard.export.quantize.run import TextSource
     from onecard.model.files import locate
     from tools.tiny_corpus import build
 

@@ -16,10 +16,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse
-from onecard.config import Problem
+from onecard.config.parsing import parse
+from onecard.config.training import Problem
 from onecard.console import run_main
-from onecard.export.quantize_options import GROUP_SIZES, CalibrationTextOptions, SourceOptions
+from onecard.export.quantize.options import GROUP_SIZES, CalibrationTextOptions, SourceOptions
 
 
 @dataclass
@@ -66,9 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def quantize(config: GptqConfig) -> None:
-    from onecard.export.calibration import CalibrationOptions
-    from onecard.export.gptq import GptqSettings
-    from onecard.export.quantize import export_gptq, request_of, text_source_of
+    from onecard.export.quantize.calibration import CalibrationOptions
+    from onecard.export.quantize.gptq import GptqSettings
+    from onecard.export.quantize.run import export_gptq, request_of, text_source_of
     from onecard.model.hardware import detect
     from tools.tiny_corpus import build
 

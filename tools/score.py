@@ -15,13 +15,13 @@ from typing import Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse
-from onecard.config import REPOSITORY, ModelOptions, Problem, ReadingOptions
-from onecard.config_talk import AnsweringModelOptions
+from onecard.config.inference import AnsweringModelOptions
+from onecard.config.parsing import parse
+from onecard.config.training import REPOSITORY, ModelOptions, Problem, ReadingOptions
 from onecard.console import escaped, run_main, say
-from onecard.talk.run_files import stored_options
+from onecard.inference.run_files import stored_options
 
-# Case and Score of onecard.talk.scoring, which is imported only after the options are known to be good.
+# Case and Score of onecard.inference.batch.evaluate, which is imported only after the options are known to be good.
 Case: TypeAlias = Any
 Score: TypeAlias = Any
 
@@ -79,9 +79,9 @@ def main() -> None:
 
 def scored(config: ScoreConfig) -> str:
     """Answer every question with and without the adapter; the report, ready to print."""
-    from onecard.talk.loading import load_talker
-    from onecard.talk.scoring import read_cases, score
-    from onecard.text.sources import source_of
+    from onecard.data.sources import source_of
+    from onecard.inference.batch.evaluate import read_cases, score
+    from onecard.inference.load import load_talker
 
     options = config.score
     talker, _ = load_talker(config.model, options.lora_path, options.prompt_type)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import parse
-from onecard.config_talk import ServeConfig
+from onecard.config.inference import ServeConfig
+from onecard.config.parsing import parse
 from onecard.console import run_main
-from onecard.talk.run_files import stored_by_first
+from onecard.inference.run_files import stored_by_first
 
 
 def main() -> None:

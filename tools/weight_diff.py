@@ -15,10 +15,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.cli import missing, parse_verb
-from onecard.config import Problem
+from onecard.config.parsing import missing, parse_verb
+from onecard.config.training import Problem
 from onecard.console import run_main, say
-from onecard.export.output import new_directory, parse_size, size_problems
+from onecard.export.io.output import new_directory, parse_size, size_problems
 
 
 @dataclass
@@ -92,8 +92,8 @@ VERBS = {"make": MakeOptions, "recover": RecoverOptions, "verify": VerifyOptions
 def main(argv: list[str] | None = None) -> None:
     verb, options = parse_verb(VERBS, argv, description=__doc__ or "")
 
-    from onecard.export import weight_diff
-    from onecard.export.tensors import open_weights
+    from onecard.export.io.weights import open_weights
+    from onecard.export.weight_diff import diff as weight_diff
     from onecard.model.files import locate
 
     base = locate(options.base_path)

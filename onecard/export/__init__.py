@@ -1,0 +1,3 @@
+"""A trained model in the forms that other programs read."""
+
+from __future__ import annotations

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
-from onecard.config import ModelOptions
+from onecard.config.training import ModelOptions
 from onecard.console import warn
 from onecard.model.files import check_weights, locate, read_json, safetensors_header
-from onecard.model.gptq_checkpoint import stored_quantization
+from onecard.model.gptq import stored_quantization
 from onecard.model.hardware import FP32_FAMILIES, Hardware
 
 ON_A_CARD = 4

@@ -12,8 +12,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from onecard.config.given_paths import HUB_ID
 from onecard.console import ModelError, first_line, mirror_hint, nearest
-from onecard.given_paths import HUB_ID
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 SAMPLE_BYTES = 4096  # read at each of SAMPLES places of a weight file for the fingerprint

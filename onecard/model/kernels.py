@@ -1,6 +1,6 @@
 """Triton kernels of liger-kernel for norms, rotary positions and MLPs, where a person asks for them.
 
-The loss is not among them: `loss.py` chunks it on every card. Whether they help on a given card is for
+The loss is not among them: `chunked_loss.py` chunks it on every card. Whether they help on a given card is for
 `benchmarks/step_speed.py` to say. https://github.com/linkedin/Liger-Kernel
 """
 

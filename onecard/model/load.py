@@ -16,10 +16,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from onecard.config import ModelOptions, memory_map
+from onecard.config.training import ModelOptions, memory_map
 from onecard.console import ConfigError, ModelError, say, warn
 from onecard.model.files import base_fingerprint, check_weights, locate, read_json
-from onecard.model.gptq_checkpoint import (
+from onecard.model.gptq import (
     check_gptq_installed,
     is_gptq,
     quantized_model_config,

@@ -1,6 +1,7 @@
 """Which weights of a base are quantised and which get an adapter: one rule for loading, adapters and the plan.
 
-Knows modules, plain, quantised or wrapped by PEFT. It does not know bits, adapters or PEFT's limits (`adapters.py`).
+Knows modules, plain, quantised or wrapped by PEFT. It does not know bits, adapters or PEFT's limits
+(`model/lora/adapter.py`).
 """
 
 from __future__ import annotations

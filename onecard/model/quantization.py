@@ -1,7 +1,7 @@
 """Base weights in 4 or 8 bits and optimizers with 8-bit state: everything that touches bitsandbytes.
 
 The only file that imports it, and only inside functions: a run with 16 or 32 bits never does. Knows tensors and
-modules; does not know where weights come from (`load.py`) or what is trained on them (`adapters.py`).
+modules; does not know where weights come from (`load.py`) or what is trained on them (`model/lora/adapter.py`).
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def quiet_bitsandbytes() -> Iterator[None]:
 
     - At every layer of every step in 8 bits: that inputs are cast to fp16. The cast is the method.
     - When it is imported (peft does that) on a CPU with AVX512-BF16: that it cannot fetch a kernel for the packed
-      weights which `keep_one_arithmetic_on_cpu` avoids. So import `adapters.py` inside the block, too.
+      weights which `keep_one_arithmetic_on_cpu` avoids. So import `model/lora/adapter.py` inside the block, too.
     - When peft imports torchao, which gptqmodel brings along: that its kernels of other cards and Pythons do not load
       here, and that it uses torch in a way that will be an error some day.
     """

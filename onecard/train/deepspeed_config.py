@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from onecard.config import TrainOptions
+from onecard.config.training import TrainOptions
 from onecard.console import ConfigError, nearest, warn
 
 FLAG = "--deepspeed"

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from onecard.console import ModelError
-from onecard.model.loss import summed_loss
-from onecard.text.batches import collate, micro_batches, share_for_rank
-from onecard.text.encode import Encoded
-from onecard.train.recovery import SMALLEST_CHUNK, Limits, give_back_memory, is_out_of_memory, padded_tokens
+from onecard.data.batches import collate, micro_batches, share_for_rank
+from onecard.data.encode import Encoded
+from onecard.model.chunked_loss import summed_loss
+from onecard.train.oom import SMALLEST_CHUNK, Limits, give_back_memory, is_out_of_memory, padded_tokens
 
 MAX_FAILURES = 3  # of one row, at a chunk of logits that cannot be made smaller
 TOO_LONG = "a single held-out row does not fit in memory; use a shorter --cutoff_len, or --test_size 0"

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from onecard.config import TrainOptions
+from onecard.config.training import TrainOptions
 from onecard.console import say
-from onecard.text.batches import steps_per_epoch
+from onecard.data.batches import steps_per_epoch
 
 Result = TypeVar("Result")
 MOST_STEPS = 200

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from onecard.config import TrainOptions
+from onecard.config.training import TrainOptions
 from onecard.console import CheckpointError, Stopped, warn
-from onecard.text.batches import step_samples, steps_per_epoch
-from onecard.text.encode import Encoded
+from onecard.data.batches import step_samples, steps_per_epoch
+from onecard.data.encode import Encoded
 from onecard.train.evaluate import evaluation_loss
-from onecard.train.interrupts import Interrupts
 from onecard.train.intervals import Timer
-from onecard.train.reporting import Reporter
 from onecard.train.run import Event, Run
+from onecard.train.signals import Interrupts
 from onecard.train.state import TrainerState, write_state
 from onecard.train.step import NotFinite, Requests, StepResult, take_step
+from onecard.train.trackers import Reporter
 
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
 MAX_SKIPPED_IN_A_ROW = 50

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from onecard.console import few
-from onecard.model.loss import summed_loss
-from onecard.text.batches import collate
-from onecard.train.recovery import give_back_memory, is_out_of_memory
+from onecard.data.batches import collate
+from onecard.model.chunked_loss import summed_loss
+from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.run import Run
 
 N_OTHERS = 4  # records from outside the step: where the base fails on all of these too, no record is to blame

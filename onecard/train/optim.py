@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from onecard.config import TrainOptions
+from onecard.config.training import TrainOptions
 from onecard.console import ConfigError
 from onecard.model.quantization import allocate_bitsandbytes_state, optimizer_class
 

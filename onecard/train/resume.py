@@ -14,16 +14,16 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from onecard import cli
-from onecard.config import FinetuneConfig, TrainOptions
+from onecard.config import parsing as cli
+from onecard.config.given_paths import foreign_advice
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.console import CheckpointError, ConfigError, quiet_rank, say, warn
-from onecard.given_paths import foreign_advice
-from onecard.model.adapter_layouts import kept_fingerprint, other_base
 from onecard.model.files import base_fingerprint
+from onecard.model.lora.formats import kept_fingerprint, other_base
 from onecard.train.checkpoint import Found, verify
-from onecard.train.reporting import read_log
 from onecard.train.rundir import OPTIONS_NAME, RunDirectory
 from onecard.train.state import TrainerState, differences, read_state
+from onecard.train.trackers import read_log
 
 GONE_BACK_NAME = "gone_back_to.txt"
 # The options behind each part of a run's identity that is stored as a hash.

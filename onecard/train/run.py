@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from onecard.config import TrainOptions
-from onecard.model.offload import ActivationOffload
-from onecard.model.plan import RECOMPUTE, Plan
-from onecard.text.encode import Encoded
+from onecard.config.training import TrainOptions
+from onecard.data.encode import Encoded
+from onecard.model.memory.plan import RECOMPUTE, Plan
+from onecard.model.memory_saving.activation_offload import ActivationOffload
+from onecard.train.accelerator import Engine
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.deepspeed_engine import DeepSpeedEngine
-from onecard.train.engine import Engine
 from onecard.train.evaluate import Room
-from onecard.train.recovery import Limits
+from onecard.train.oom import Limits
 from onecard.train.state import OPTIMIZER_NAME, TrainerState
 
 

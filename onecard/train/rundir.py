@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
 from onecard.console import quiet_rank, say, warn
+from onecard.data.chat_template import BUILT_IN
 from onecard.manifest import move
-from onecard.text.template import BUILT_IN
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.run_lock import RunLock
 from onecard.train.state import STATE_NAME, TrainerState

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard.config import TrainOptions
+from onecard.config.training import TrainOptions
 from onecard.console import CheckpointError, ConfigError, warn
-from onecard.model.adapters import restore_adapter, save_adapter
+from onecard.model.lora.adapter import restore_adapter, save_adapter
 from onecard.train.optim import with_present_options
 
 STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"

@@ -1,7 +1,7 @@
 """One optimizer step: its samples in micro-batches, the gradients, the clipping, the update.
 
 The loss of a step is per supervised token of the whole step, whatever the cut and the number of processes. When memory
-runs out, the gradients are forgotten, the limits are made smaller (`recovery.py`) and the step is done again. Knows a
+runs out, the gradients are forgotten, the limits are made smaller (`oom.py`) and the step is done again. Knows a
 `Run`; does not know schedules of saving and evaluating, which are `loop.py`'s.
 """
 
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from onecard.console import ModelError, OneCardError
-from onecard.model.adapters import unwrap
+from onecard.data.batches import collate, micro_batches, share_for_rank, step_samples
+from onecard.model.chunked_loss import summed_loss
 from onecard.model.load import checkpoint_layers
-from onecard.model.loss import summed_loss
-from onecard.model.offload import ActivationOffload
-from onecard.model.tiling import tile_mlps
-from onecard.text.batches import collate, micro_batches, share_for_rank, step_samples
+from onecard.model.lora.adapter import unwrap
+from onecard.model.memory_saving.activation_offload import ActivationOffload
+from onecard.model.memory_saving.tiled_mlp import tile_mlps
 from onecard.train.not_finite import explain
+from onecard.train.oom import Limits, give_back_memory, is_out_of_memory, smaller
 from onecard.train.optim import set_learning_rate
-from onecard.train.recovery import Limits, give_back_memory, is_out_of_memory, smaller
 from onecard.train.run import Event, Run
 from onecard.train.state import seed_step
 

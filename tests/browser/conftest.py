@@ -99,10 +99,10 @@ def serving(web_page: Any, **options: Any) -> Iterator[str]:
     """The address of a page that is served from a thread of this process."""
     import uvicorn
 
-    from onecard.config_talk import PageOptions
-    from onecard.talk import web
-    from onecard.talk.listening import open_socket
-    from onecard.talk.page_server import Doors, page_application
+    from onecard.config.inference import PageOptions
+    from onecard.serve.listen import open_socket
+    from onecard.serve.web import app as web
+    from onecard.serve.web.server import Doors, page_application
 
     page = PageOptions(**options)
     doors = Doors(lambda app: web.mount(app, web_page, auth=page.auth), web.public_link)

@@ -12,9 +12,9 @@ import os
 import signal
 import sys
 
-from onecard.config_talk import PageOptions, SamplingOptions
-from onecard.talk import web
-from tests.talk.fake_engine import FakeEngine
+from onecard.config.inference import PageOptions, SamplingOptions
+from onecard.serve.web import app as web
+from tests.fake_engine import FakeEngine
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.browser.conftest import serving, wait_until
 from tests.browser.test_chat_page import ask, at_rest, bubbles, choose, send
-from tests.talk.fake_engine import FakeEngine
+from tests.fake_engine import FakeEngine
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 LYING = {"viewport": {"width": 740, "height": 360}, "is_mobile": True, "has_touch": True}
@@ -28,8 +28,9 @@ def engine() -> FakeEngine:
 
 @pytest.fixture(scope="module")
 def chat_url(engine: FakeEngine) -> Iterator[str]:
-    from onecard.config_talk import PageOptions, SamplingOptions
-    from onecard.talk import page_examples, web
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
+    from onecard.serve.web import examples as page_examples
 
     sampling, examples = SamplingOptions(max_new_tokens=512), page_examples.first_messages()
     with serving(web.chat_page(engine, sampling, PageOptions(), examples=examples)) as address:
@@ -38,8 +39,9 @@ def chat_url(engine: FakeEngine) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def ask_url(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from onecard.config_talk import PageOptions, SamplingOptions
-    from onecard.talk import page_examples, web
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
+    from onecard.serve.web import examples as page_examples
 
     path = tmp_path_factory.mktemp("flags") / "flagged.jsonl"
     page = web.ask_page(engine, SamplingOptions(), PageOptions(), examples=page_examples.questions(), flag_path=path)

@@ -18,9 +18,9 @@ PICTURES_OF = os.environ.get("ONECARD_SCREENSHOTS") or None  # a run directory, 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
-    from onecard.config import ModelOptions
-    from onecard.config_talk import LimitOptions, TalkerOptions
-    from onecard.talk.engine import open_engine
+    from onecard.config.inference import LimitOptions, TalkerOptions
+    from onecard.config.training import ModelOptions
+    from onecard.inference.engine import open_engine
 
     model = ModelOptions(
         model_path=str(REPOSITORY / "sample" / "tiny-llama"), bits=32, device="cpu", gradient_checkpointing=False
@@ -37,8 +37,9 @@ def flagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(engine: Any, flagged: Path) -> Iterator[str]:
-    from onecard.config_talk import PageOptions, SamplingOptions
-    from onecard.talk import page_examples, web
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
+    from onecard.serve.web import examples as page_examples
 
     blocks = web.ask_page(
         engine, SamplingOptions(max_new_tokens=24), PageOptions(), examples=page_examples.questions(), flag_path=flagged
@@ -59,9 +60,9 @@ def finished(page: Any) -> str:
 
 
 def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> None:
-    from onecard.config_talk import SamplingOptions
-    from onecard.talk.engine import Request
-    from onecard.text.conversation import Turn
+    from onecard.config.inference import SamplingOptions
+    from onecard.data.messages import Turn
+    from onecard.inference.engine import Request
 
     page = open_page(url)
     page.click("text=Find the job in the text.")
@@ -135,8 +136,8 @@ def test_copy_and_flag(open_page: Any, url: str, flagged: Path) -> None:
 
 
 def test_the_real_engine_in_a_chat(open_page: Any, engine: Any) -> None:
-    from onecard.config_talk import PageOptions, SamplingOptions
-    from onecard.talk import web
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
     from tests.browser.test_chat_page import ask, at_rest, bubbles, send
 
     sampling = SamplingOptions(max_new_tokens=400, min_new_tokens=400, temperature=1.0)
@@ -158,8 +159,8 @@ def test_the_real_engine_in_a_chat(open_page: Any, engine: Any) -> None:
 def test_a_password_is_asked_for(browser: Any, engine: Any) -> None:
     import httpx
 
-    from onecard.config_talk import PageOptions, SamplingOptions
-    from onecard.talk import web
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
 
     page = PageOptions(auth="me:secret")
     with serving(web.ask_page(engine, SamplingOptions(), page), auth="me:secret") as address:
@@ -180,8 +181,8 @@ def test_a_password_is_asked_for(browser: Any, engine: Any) -> None:
 
 @pytest.mark.skipif(PICTURES_OF is None, reason="ONECARD_SCREENSHOTS=<run directory> renews the pictures in docs/")
 def test_pictures_for_the_documents(open_page: Any, url: str, engine: Any) -> None:
-    from onecard.config_talk import PageOptions, SamplingOptions
-    from onecard.talk import web
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
     from tests.browser.test_chat_page import ask
 
     page = open_page(url, viewport={"width": 1280, "height": 940})

@@ -1,4 +1,4 @@
-"""The chat page as a person meets it, in Chromium; what is said comes from the fake engine of tests/talk."""
+"""The chat page as a person meets it, in Chromium; what is said comes from the fake engine of tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.browser.conftest import serving, wait_until
-from tests.talk.fake_engine import FORMULAS, FakeEngine
+from tests.fake_engine import FORMULAS, FakeEngine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAYS = FakeEngine().script.say
@@ -38,8 +38,8 @@ def engine() -> FakeEngine:
 
 @pytest.fixture(scope="module")
 def url(engine: FakeEngine) -> Iterator[str]:
-    from onecard.config_talk import PageOptions, SamplingOptions
-    from onecard.talk import web
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
 
     sampling = SamplingOptions(max_new_tokens=512, temperature=0.7, top_p=0.9)
     examples = ["Say something", "Show me code"]

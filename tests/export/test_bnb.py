@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard.config import ModelOptions
+from onecard.config.training import ModelOptions
 from onecard.console import ConfigError, DataError, ModelError
-from onecard.export.bnb import check_same_weights, stored_dtype
-from onecard.export.tensors import open_weights
+from onecard.export.io.weights import open_weights
+from onecard.export.quantize.bnb import check_same_weights, stored_dtype
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.recipes import finetune

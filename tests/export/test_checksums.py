@@ -15,8 +15,8 @@ import pytest
 
 from onecard import manifest
 from onecard.console import ConfigError, DataError, ModelError, run_main
-from onecard.export import checksums
-from onecard.export.checksums import LIST, is_inside, read_list, verify, write
+from onecard.export.hub import checksums
+from onecard.export.hub.checksums import LIST, is_inside, read_list, verify, write
 from tools import checksums as tool
 
 NAMES = [

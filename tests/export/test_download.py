@@ -18,8 +18,9 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 
 from onecard.console import run_main
-from onecard.export import download, hub_files
-from onecard.export.hub_files import choose
+from onecard.export.hub import download
+from onecard.export.hub import files as hub_files
+from onecard.export.hub.files import choose
 from tests.export.hub_server import COMMIT, Hub, serving, sha256
 from tools import download as tool
 

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import tools.export_gguf as tool
 from onecard.console import run_main
-from onecard.export import gguf as writing
-from onecard.export.gguf_layout import read_layout, rope_divisors
-from onecard.export.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
-from onecard.text.jinja_chat import render_chat
-from onecard.text.template import FOLDER
+from onecard.data.chat_template import FOLDER
+from onecard.data.jinja_chat import render_chat
+from onecard.export.gguf import writer as writing
+from onecard.export.gguf.layout import read_layout, rope_divisors
+from onecard.export.gguf.tokenizer import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
 from tests import tiny
 from tests.export import gguf_models
 

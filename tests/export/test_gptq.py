@@ -18,16 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onecard.config import DEFAULT_BASE, ModelOptions
-from onecard.config_talk import SamplingOptions
+from onecard.config.inference import SamplingOptions
+from onecard.config.training import DEFAULT_BASE, ModelOptions
 from onecard.console import ConfigError, ModelError, OneCardError
-from onecard.export.quality import round_to_nearest
+from onecard.data.messages import Turn
+from onecard.export.quantize.evaluate import round_to_nearest
+from onecard.inference.generate import answer_rows, prepare
+from onecard.inference.load import load_talker
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.recipes import finetune
-from onecard.talk.generation import answer_rows, prepare
-from onecard.talk.loading import load_talker
-from onecard.text.conversation import Turn
 from tests import tiny
 from tools import quantize_gptq
 
@@ -282,7 +282,7 @@ def test_gptq_beats_rounding_on_the_trained_base(tmp_path, capsys) -> None:
     """The issue's bar: better than plain rounding, and within 4 % of 16 bits, at 4 bits in groups of 128.
 
     Better is what stays closer to the 16-bit predictions; which perplexity is lower is luck where rounding costs less
-    than a percent (see `onecard/export/quality.py` and benchmarks/gptq_quality.py).
+    than a percent (see `onecard/export/quantize/evaluate.py` and benchmarks/gptq_quality.py).
     """
     words = ["--model_path", DEFAULT_BASE, "--output_path", str(tmp_path / "gptq"), "--device", "cpu"]
     quantize_gptq.main([*words, "--batch_size", "32"])

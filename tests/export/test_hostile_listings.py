@@ -16,8 +16,9 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from onecard.console import ModelError, OneCardError
-from onecard.export import download, hub_files
-from onecard.export.hub_files import Repository, list_files
+from onecard.export.hub import download
+from onecard.export.hub import files as hub_files
+from onecard.export.hub.files import Repository, list_files
 from tests.export.hub_server import COMMIT, Hub, serving, sha256
 
 N_LISTINGS = 1000

@@ -20,8 +20,8 @@ import tools.export_gguf as export_gguf
 import tools.quantize_bnb as quantize_bnb
 import tools.weight_diff as weight_diff
 from onecard.console import run_main
-from onecard.export import gptq
-from onecard.export.gguf_layout import read_layout
+from onecard.export.gguf.layout import read_layout
+from onecard.export.quantize import gptq
 from tests import tiny
 from tests.export import gguf_models
 

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tools.export_gguf as tool
-from onecard.text.conversation import Turn
-from onecard.text.template import load_template
-from onecard.text.tokenization import segment_tokenizer
+from onecard.data.chat_template import load_template
+from onecard.data.messages import Turn
+from onecard.data.tokenization import segment_tokenizer
 from tests.export import gguf_models
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it compiles for some minutes")

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from onecard.console import run_main
-from onecard.export import llama_layout as layout
-from onecard.export.llama_pth import hf_to_pth, open_checkpoint
-from onecard.export.tensors import same_bits
+from onecard.export.io.weights import same_bits
+from onecard.export.llama_pth import layout
+from onecard.export.llama_pth.pth import hf_to_pth, open_checkpoint
 from tests import tiny
 from tests.export import meta_llama
 from tests.export.meta_llama import LLAMA_1, LLAMA_2, LLAMA_3

@@ -16,15 +16,15 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onecard.config import ModelOptions
-from onecard.config_talk import SamplingOptions
+from onecard.config.inference import SamplingOptions
+from onecard.config.training import ModelOptions
 from onecard.console import ConfigError, ModelError, run_main
-from onecard.export.merge import MergeSettings, export_merged, find_base, merge_into
-from onecard.export.tensors import open_weights
+from onecard.data.messages import Turn
+from onecard.export.io.weights import open_weights
+from onecard.export.merge.merge import MergeSettings, export_merged, find_base, merge_into
+from onecard.inference.generate import generate_batch
+from onecard.inference.load import load_talker
 from onecard.recipes import finetune
-from onecard.talk.generation import generate_batch
-from onecard.talk.loading import load_talker
-from onecard.text.conversation import Turn
 from tests import tiny
 from tests.model.every_family import save_small
 from tests.model.model_families import save_family

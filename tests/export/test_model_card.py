@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onecard.export import merge
-from onecard.export.model_card import CARD, adapter_lines, front_matter, lines_of, name_of, write_card
+from onecard import export
+from onecard.export.io.model_card import CARD, adapter_lines, front_matter, lines_of, name_of, write_card
 
 BASE_CARD = """---
 license: other
@@ -61,8 +61,11 @@ def test_a_base_without_a_card_or_with_a_broken_one_is_no_obstacle(tmp_path: Pat
 
 def test_every_maker_of_a_model_writes_its_own_card() -> None:
     """A tool that copies what lies beside the weights copies the base's card, too."""
-    folder = Path(merge.__file__).parent
-    copying = {file.name for file in folder.glob("*.py") if "copy_small_files(" in file.read_text(encoding="utf-8")}
-    writing = {file.name for file in folder.glob("*.py") if "write_card(" in file.read_text(encoding="utf-8")}
-    # quantize.py writes for gptq.py and bnb.py; a difference gives back every bit of the original, its card included.
-    assert copying - writing == {"gptq.py", "bnb.py", "weight_diff.py", "tensors.py"} and "quantize.py" in writing
+    files = sorted(Path(export.__file__).parent.rglob("*.py"))
+    text = {f"{file.parent.name}/{file.name}": file.read_text(encoding="utf-8") for file in files}
+    copying = {name for name, code in text.items() if "copy_small_files(" in code}
+    writing = {name for name, code in text.items() if "write_card(" in code}
+    # quantize/run.py writes for gptq.py and bnb.py; a difference gives back every bit of the original, its card
+    # included.
+    assert copying - writing == {"quantize/gptq.py", "quantize/bnb.py", "weight_diff/diff.py", "io/weights.py"}
+    assert "quantize/run.py" in writing

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from onecard.console import ConfigError
-from onecard.export.ollama import GO_TEMPLATES, ModelfileSettings, go_template, modelfile, quoted
-from onecard.text.jinja_chat import render_chat
-from onecard.text.template import BUILT_IN, FOLDER, built_in_name
+from onecard.data.chat_template import BUILT_IN, FOLDER, built_in_name
+from onecard.data.jinja_chat import render_chat
+from onecard.export.gguf.ollama import GO_TEMPLATES, ModelfileSettings, go_template, modelfile, quoted
 
 BOS, EOS = "<s>", "</s>"
 WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\(|\)|:=|=|,|[^\s()=:,]+')

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onecard.console import ConfigError, ModelError
-from onecard.export import output
-from onecard.export.output import new_directory, new_file, parse_size
+from onecard.export.io import output
+from onecard.export.io.output import new_directory, new_file, parse_size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -230,7 +230,7 @@ def test_a_kill_between_the_two_renames_is_mended_by_the_next_start(old: Path) -
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-from onecard.export import output
+from onecard.export.io import output
 target = Path(sys.argv[1])
 moves = []
 def move(source, to):
@@ -283,7 +283,7 @@ def test_a_second_process_is_told_to_wait(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from onecard.export.output import new_directory
+from onecard.export.io.output import new_directory
 with new_directory(Path(sys.argv[1])) as partial:
     print("inside", flush=True)
     sys.stdin.readline()

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from onecard.config import ModelOptions
+from onecard.config.training import ModelOptions
 from onecard.console import ConfigError, ModelError
-from onecard.export.calibration import CalibrationOptions, calibration_of, data_rows, text_rows, texts_of
-from onecard.export.quality import quality_of, round_layers, round_to_nearest
+from onecard.data.chat_template import load_template
+from onecard.export.quantize.calibration import CalibrationOptions, calibration_of, data_rows, text_rows, texts_of
+from onecard.export.quantize.evaluate import quality_of, round_layers, round_to_nearest
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
-from onecard.text.template import load_template
 from tests.model.model_families import save_family
 
 

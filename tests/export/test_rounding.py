@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onecard.console import ModelError
-from onecard.export.rounding import DoesNotFit, check_fits_fp16, rounded, rounded_sum
+from onecard.export.merge.rounding import DoesNotFit, check_fits_fp16, rounded, rounded_sum
 
 TYPES = (torch.float16, torch.bfloat16)
 

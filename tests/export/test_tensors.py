@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from onecard.console import ModelError
-from onecard.export.tensors import DTYPES, ShardWriter, copy_small_files, open_weights, read_pickled
+from onecard.export.io.weights import DTYPES, ShardWriter, copy_small_files, open_weights, read_pickled
 from tests.tiny import tensors_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -350,7 +350,7 @@ def test_memory_stays_at_about_one_shard(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 import torch
-from onecard.export.tensors import ShardWriter, open_weights
+from onecard.export.io.weights import ShardWriter, open_weights
 source = Path(sys.argv[1])
 (source / "out").mkdir()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1 / 1024)

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onecard.console import ModelError
-from onecard.export.adapted import Stage
-from onecard.export.effect import effect_of
-from onecard.export.merge import MergeReport, MergeSettings, merge_into
-from onecard.export.stored_base import open_base
-from onecard.export.verify import probe_prompts, verify_merge
+from onecard.export.io.base import open_base
+from onecard.export.merge.effect import effect_of
+from onecard.export.merge.lora_stack import Stage
+from onecard.export.merge.merge import MergeReport, MergeSettings, merge_into
+from onecard.export.merge.verify import probe_prompts, verify_merge
 from tests import tiny
 from tests.export.test_merge import loaded, make_adapter
 
@@ -121,7 +121,7 @@ def test_the_reported_effect_is_that_of_whole_models(merged: Any) -> None:
 def test_probe_prompts_speak_both_languages_and_the_template(merged: Any, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from onecard.text.template import FOLDER
+    from onecard.data.chat_template import FOLDER
 
     base, _, result, _ = merged
     copy = tmp_path / "copy"

@@ -16,9 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard.console import run_main
-from onecard.export import vocabulary, vocabulary_growth, vocabulary_train
-from onecard.export.vocabulary import decode, encode
-from onecard.text.sources import Source
+from onecard.data.sources import Source
+from onecard.export.vocabulary import bpe_growth as vocabulary_growth
+from onecard.export.vocabulary import corpus as vocabulary
+from onecard.export.vocabulary import train as vocabulary_train
+from onecard.export.vocabulary.corpus import decode, encode
 from tests import tiny
 from tools import expand_vocab
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard.console import run_main
-from onecard.export.tensors import open_weights
-from onecard.export.weight_arithmetic import add_bits, add_floats, fit_rows, subtract_bits, subtract_floats
+from onecard.export.io.weights import open_weights
+from onecard.export.weight_diff.arithmetic import add_bits, add_floats, fit_rows, subtract_bits, subtract_floats
 from tests import tiny
 from tools import weight_diff
 
@@ -330,7 +330,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_base_is_refused_before_anything_is_written(
     tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onecard.export import weight_diff as library
+    from onecard.export.weight_diff import diff as library
 
     weights = dict(open_weights(published / "base"))
     weights["model.norm.weight"][3] += 1

@@ -142,7 +142,7 @@ def serve() -> None:
 def import_everything() -> None:
     """Import what a run imports, but not run anything, which would start threads."""
     names = [
-        "onecard.train.setup",
+        "onecard.train.build",
         "transformers.models.llama.modeling_llama",
         "transformers.integrations.sdpa_attention",
     ]

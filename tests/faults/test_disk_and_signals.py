@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from onecard.cli import to_yaml
+from onecard.config.parsing import to_yaml
 from onecard.train.checkpoint import verify
 from tests import tiny
 from tests.faults.conftest import OPTIONS, Bench, assert_as_undisturbed, newest, step_of

@@ -11,12 +11,12 @@ import torch
 from benchmarks import context_per_vram, memory_ladder, step_speed
 from benchmarks.random_models import random_base
 from benchmarks.synthetic_run import build_run, plan_for, planned_peak, random_samples, run_peak
-from onecard.config import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
-from onecard.model.architecture import architecture_of
+from onecard.config.training import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
 from onecard.model.hardware import detect
-from onecard.model.memory import CUDA_CONTEXT_BYTES, GIB
-from onecard.train.fit import cap_memory
-from onecard.train.recovery import give_back_memory
+from onecard.model.memory.architecture import architecture_of
+from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
+from onecard.train.auto_config import cap_memory
+from onecard.train.oom import give_back_memory
 from onecard.train.run import Run
 from onecard.train.step import take_step
 from tests.simcard import is_simulated

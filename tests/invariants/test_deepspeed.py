@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
 from onecard.recipes import finetune
 from tests import tiny
 from tests.launching import checkpoints, fail, finish, launch, python_path, torchrun

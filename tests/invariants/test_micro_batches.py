@@ -38,11 +38,11 @@ def test_the_loss_is_per_supervised_token_of_the_whole_step(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from onecard.data.batches import step_samples
+    from onecard.data.chat_template import load_template
+    from onecard.data.dataset import encode_dataset
+    from onecard.data.encode import IGNORE_INDEX, EncodeSettings
     from onecard.model.load import load_tokenizer
-    from onecard.text.batches import step_samples
-    from onecard.text.dataset import encode_dataset
-    from onecard.text.encode import IGNORE_INDEX, EncodeSettings
-    from onecard.text.template import load_template
 
     tokenizer = load_tokenizer(str(tiny_base))
     data = encode_dataset(

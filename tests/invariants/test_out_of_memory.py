@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onecard.config import FinetuneConfig
+from onecard.config.training import FinetuneConfig
 from onecard.console import ModelError
 from onecard.recipes import finetune
 from onecard.train import evaluate, step
-from onecard.train.engine import Engine
-from onecard.train.reporting import read_log
+from onecard.train.accelerator import Engine
+from onecard.train.trackers import read_log
 from tests import tiny
 from tests.launching import finish, launch, torchrun
 from tests.runs import assert_same_end, final_checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from onecard.recipes import finetune
-from onecard.train.reporting import read_log
+from onecard.train.trackers import read_log
 from tests import tiny
 from tests.runs import assert_same_end, run_and_stop
 

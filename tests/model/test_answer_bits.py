@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.config import ModelOptions
-from onecard.config_talk import AnsweringModelOptions, ChatConfig, GenerateConfig, ServeConfig
+from onecard.config.inference import AnsweringModelOptions, ChatConfig, GenerateConfig, ServeConfig
+from onecard.config.training import ModelOptions
+from onecard.inference.load import load_talker
+from onecard.inference.run_files import stored_options, trained_bits
 from onecard.model import answer_bits
 from onecard.model.answer_bits import count_weights, fastest_on_cpu, with_answer_bits
 from onecard.model.hardware import Hardware, detect
 from onecard.model.load import load_base
-from onecard.talk.loading import load_talker
-from onecard.talk.run_files import stored_options, trained_bits
 
 CARD = Hardware(torch.device("cuda"), "RTX 3060", 12 * 2**30, True, (8, 6))
 CPU = detect("cpu")

@@ -15,10 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from onecard.console import ConfigError
 from onecard.model import kernels
 from onecard.model.attention import NAME, attend, avoid_flash
+from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import Hardware, choose_dtype, detect
 from onecard.model.kernels import use_liger
 from onecard.model.load import LoadedBase
-from onecard.model.loss import summed_loss
 from tests.model.model_families import small_batch
 
 Loads = Callable[..., LoadedBase]

@@ -13,21 +13,21 @@ import pytest
 import torch
 import transformers as tf
 
-from onecard.config import FinetuneConfig, LoraOptions, ModelOptions
-from onecard.config_talk import SamplingOptions
+from onecard.config.inference import SamplingOptions
+from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions
 from onecard.console import ConfigError, OneCardError
-from onecard.model.adapters import adaptable_layers, add_lora, load_adapter, save_adapter
-from onecard.model.architecture import architecture_of
+from onecard.inference.call import pad_left
+from onecard.inference.embeddings import embed, score
+from onecard.inference.model_limits import NO_BEAMS, go_together
+from onecard.inference.prefix_cache import PrefixCache, can_be_kept, expanded
+from onecard.inference.sampling import generation_config
+from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import FP32_FAMILIES, detect
 from onecard.model.load import load_base
-from onecard.model.loss import summed_loss
-from onecard.model.plan import Card, make_plan
+from onecard.model.lora.adapter import adaptable_layers, add_lora, load_adapter, save_adapter
+from onecard.model.memory.architecture import architecture_of
+from onecard.model.memory.plan import Card, make_plan
 from onecard.model.quantization import unquantised
-from onecard.talk.call import pad_left
-from onecard.talk.model_limits import NO_BEAMS, go_together
-from onecard.talk.prefix_cache import PrefixCache, can_be_kept, expanded
-from onecard.talk.reading import embed, score
-from onecard.talk.sampling import generation_config
 from tests.model.every_family import MODEL_TYPES, VOCAB, save_config_alone, save_small
 
 GIB = 2**30

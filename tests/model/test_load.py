@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from onecard.config import ModelOptions
+from onecard.config.training import ModelOptions
 from onecard.console import ConfigError, ModelError
 from onecard.model.load import base_fingerprint, load_base, load_tokenizer
 from onecard.model.quantization import quantization_config
@@ -261,9 +261,9 @@ def test_fingerprint_tells_bases_apart(llama, family_directory, tmp_path) -> Non
 
 OFFLINE = """
 import sys, time
-from onecard.config import LoraOptions, ModelOptions
+from onecard.config.training import LoraOptions, ModelOptions
 from onecard.console import run_main
-from onecard.model.adapters import add_lora
+from onecard.model.lora.adapter import add_lora
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
 name, start = "some-org/some-model", time.perf_counter()

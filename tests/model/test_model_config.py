@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers as tf
 
-from onecard.config import LoraOptions
+from onecard.config.training import LoraOptions
 from onecard.console import ModelError
-from onecard.model.adapters import add_lora
-from onecard.model.architecture import architecture_of
+from onecard.model.lora.adapter import add_lora
+from onecard.model.memory.architecture import architecture_of
 from onecard.model.model_config import ignored_keys, read_model_config, without_chance
 from tests.model.every_family import save_small, small_config
 from tests.model.model_families import small_batch

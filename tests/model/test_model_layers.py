@@ -10,16 +10,16 @@ import pytest
 import torch
 import transformers as tf
 
-from onecard.config import FinetuneConfig, LoraOptions, ModelOptions
+from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions
 from onecard.console import ConfigError, ModelError
-from onecard.model.adapters import adaptable_layers, add_lora, describe_trainable, load_adapter, save_adapter
-from onecard.model.architecture import architecture_of
-from onecard.model.head import quantize_head
-from onecard.model.memory import n_trained
+from onecard.model.lora.adapter import adaptable_layers, add_lora, describe_trainable, load_adapter, save_adapter
+from onecard.model.memory.architecture import architecture_of
+from onecard.model.memory.estimate import n_trained
+from onecard.model.memory.plan import Card, make_plan
+from onecard.model.memory_saving.lm_head import quantize_head
+from onecard.model.memory_saving.tiled_mlp import tile_mlps
 from onecard.model.model_layers import expert_tensors, linear_layers
-from onecard.model.plan import Card, make_plan
 from onecard.model.quantization import dequantize_4bit, quantization_config, stored_bytes, unquantised
-from onecard.model.tiling import tile_mlps
 from tests.model.every_family import save_small
 from tests.model.test_every_family import (
     assert_close,
@@ -277,7 +277,7 @@ def test_the_plan_gives_up_nothing_for_what_a_model_cannot_do(small) -> None:
     """No checkpoints in JetMoe, no small head in Mamba: asked for or chosen, they save nothing."""
     from dataclasses import replace
 
-    from onecard.model.memory import account
+    from onecard.model.memory.estimate import account
 
     for model_type, change in (
         ("jetmoe", {"gradient_checkpointing": False}),

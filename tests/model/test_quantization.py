@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
-from onecard.config import LoraOptions
+from onecard.config.training import LoraOptions
 from onecard.console import ConfigError
-from onecard.model.adapters import add_lora, linear_layers
-from onecard.model.loss import summed_loss
+from onecard.model.chunked_loss import summed_loss
+from onecard.model.lora.adapter import add_lora, linear_layers
 from onecard.model.quantization import (
     dequantize_4bit,
     keep_one_arithmetic_on_cpu,
@@ -117,7 +117,7 @@ def test_importing_everything_says_nothing() -> None:
     script = (
         "import sys; from onecard.model.quantization import quiet_bitsandbytes\n"
         "assert 'bitsandbytes' not in sys.modules and 'peft' not in sys.modules\n"
-        "with quiet_bitsandbytes():\n    import onecard.model.adapters\n"
+        "with quiet_bitsandbytes():\n    import onecard.model.lora.adapter\n"
         "assert 'bitsandbytes' in sys.modules\n"
     )
     done = subprocess.run(

@@ -14,10 +14,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from benchmarks.plan_accuracy import element_bytes, peaks, real_run, toy_config
-from onecard.config import FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions
+from onecard.config.training import FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions
 from onecard.console import ConfigError, ModelError
-from onecard.model.adapter_tokens import read_new_tokens
-from onecard.model.adapters import (
+from onecard.model.chunked_loss import summed_loss
+from onecard.model.hardware import detect
+from onecard.model.lora.adapter import (
     add_lora,
     describe_trainable,
     load_adapter,
@@ -25,13 +26,12 @@ from onecard.model.adapters import (
     restore_adapter,
     save_adapter,
 )
-from onecard.model.architecture import architecture_of
-from onecard.model.hardware import detect
-from onecard.model.head import quantize_head
-from onecard.model.loss import summed_loss
-from onecard.model.memory import FP32, Setup, account, n_trained, optimizer_bytes
-from onecard.model.offload import ActivationOffload, embeddings_to_ram
-from onecard.model.plan import Card, make_plan
+from onecard.model.lora.vocabulary import read_new_tokens
+from onecard.model.memory.architecture import architecture_of
+from onecard.model.memory.estimate import FP32, Setup, account, n_trained, optimizer_bytes
+from onecard.model.memory.plan import Card, make_plan
+from onecard.model.memory_saving.activation_offload import ActivationOffload, embeddings_to_ram
+from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config, quiet_bitsandbytes
 from tests.live_memory import held_bytes
 from tests.model.model_families import VOCAB, save_family

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from onecard.export.quantize import Request, whole_model
-from onecard.model.adapters import load_adapter
+from onecard.export.quantize.run import Request, whole_model
+from onecard.model.lora.adapter import load_adapter
 from onecard.recipes import finetune
 from tests import tiny
 from tests.gain import answer_nll, kept_share

@@ -20,7 +20,9 @@ from tests.simcard.build import MODULE, Unavailable, build
 UNITS = {"GiB": 2**30, "MiB": 2**20}
 # Streaming multiprocessors of a usual card of this capability, which bitsandbytes chooses kernels by.
 MULTIPROCESSORS = {(7, 5): 68, (8, 0): 108, (8, 6): 82, (8, 9): 128}
-CONTEXT_BYTES = 512 * 2**20  # what a process holds before its first tensor; assumed, as in onecard/model/memory.py
+CONTEXT_BYTES = (
+    512 * 2**20
+)  # what a process holds before its first tensor; assumed, as in onecard/model/memory/estimate.py
 WORDS = ("late", "garbage", "expandable")
 
 

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import yaml
 
-from onecard.cli import options_of
-from onecard.config import FinetuneConfig
+from onecard.config.parsing import options_of
+from onecard.config.training import FinetuneConfig
 from onecard.console import OneCardError
-from onecard.model.memory import GIB
+from onecard.model.memory.estimate import GIB
 from onecard.recipes import finetune
-from onecard.train import intervals, loop, reporting
-from onecard.train.reporting import read_log
+from onecard.train import intervals, loop
+from onecard.train import trackers as reporting
 from onecard.train.resume import NOT_OF_THE_RUN
+from onecard.train.trackers import read_log
 from tests import tiny
 from tests.runs import final_checkpoint, run_and_stop
 

@@ -103,7 +103,7 @@ def test_extra_files_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_importing_the_store_imports_no_torch() -> None:
-    modules = "onecard.train.checkpoint, onecard.train.interrupts, onecard.train.run_lock"
+    modules = "onecard.train.checkpoint, onecard.train.signals, onecard.train.run_lock"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

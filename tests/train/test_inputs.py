@@ -13,11 +13,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from onecard.console import ModelError
+from onecard.data.chat_template import load_template
+from onecard.data.dataset import encode_dataset
+from onecard.data.encode import EncodeSettings
 from onecard.recipes import finetune
-from onecard.text.dataset import encode_dataset
-from onecard.text.encode import EncodeSettings
-from onecard.text.template import load_template
-from onecard.train.setup import SampleView, check_inputs
+from onecard.train.build import SampleView, check_inputs
 from tests import tiny
 from tests.model.test_input_limits import small_model
 

@@ -13,15 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onecard.config import FinetuneConfig, TrainOptions
+from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.data.batches import auto_test_size
 from onecard.recipes import finetune
-from onecard.text.batches import auto_test_size
-from onecard.train import intervals, loop, rehearsal
-from onecard.train.fit import auto_total_batch, useless_settings
+from onecard.train import intervals, loop
+from onecard.train import memory_probe as rehearsal
+from onecard.train.auto_config import auto_total_batch, useless_settings
 from onecard.train.intervals import Timer, resolve_intervals
 from onecard.train.loop import total_steps
-from onecard.train.reporting import read_log
 from onecard.train.state import TrainerState
+from onecard.train.trackers import read_log
 from tests import tiny
 from tests.runs import assert_same_end, final_checkpoint
 

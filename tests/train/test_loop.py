@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.config import TrainOptions
+from onecard.config.training import TrainOptions
 from onecard.console import OneCardError
 from onecard.recipes import finetune
 from onecard.train.loop import total_steps
-from onecard.train.reporting import read_log
+from onecard.train.trackers import read_log
 from tests import tiny
 
 
@@ -47,12 +47,12 @@ def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Pat
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM
 
+    from onecard.data.chat_template import load_template
+    from onecard.data.dataset import encode_dataset
+    from onecard.data.encode import IGNORE_INDEX, EncodeSettings
     from onecard.model.load import load_tokenizer
-    from onecard.text.dataset import encode_dataset
-    from onecard.text.encode import IGNORE_INDEX, EncodeSettings
-    from onecard.text.template import load_template
     from onecard.train.evaluate import evaluation_loss
-    from onecard.train.recovery import Limits
+    from onecard.train.oom import Limits
 
     tokenizer = load_tokenizer(str(tiny_base))
     template = load_template("alpaca", tokenizer)

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from onecard.recipes import finetune
 from onecard.train import evaluate, step
-from onecard.train.reporting import read_log
 from onecard.train.step import NotFinite
+from onecard.train.trackers import read_log
 from tests import tiny
 from tests.runs import final_checkpoint
 

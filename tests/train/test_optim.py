@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from onecard.config import TrainOptions
+from onecard.config.training import TrainOptions
 from onecard.console import ConfigError
 from onecard.train.optim import (
     build_optimizer,

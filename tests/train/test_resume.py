@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from onecard.cli import parse
-from onecard.config import FinetuneConfig, TrainOptions
+from onecard.config.parsing import parse
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.console import CheckpointError, ConfigError
 from onecard.recipes import finetune
 from onecard.train.optim import learning_rate_factor
-from onecard.train.reporting import read_log
 from onecard.train.state import read_state
+from onecard.train.trackers import read_log
 from tests import tiny
 from tests.runs import final_checkpoint, run_and_stop
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onecard.cli import parse, to_yaml
-from onecard.config import FinetuneConfig
+from onecard.config.parsing import parse, to_yaml
+from onecard.config.training import FinetuneConfig
 from onecard.console import OneCardError
 from onecard.recipes import finetune
 from onecard.train.rundir import PATHS, portable

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from onecard.config.given_paths import path_problems
 from onecard.console import CheckpointError, ConfigError, ModelError
-from onecard.given_paths import path_problems
+from onecard.data import batches
 from onecard.recipes import finetune
-from onecard.text import batches
 from tests import tiny
 from tests.runs import final_checkpoint, run_and_stop
 

@@ -13,14 +13,14 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 
-from onecard.config import FinetuneConfig, LoraOptions, ModelOptions, TrainOptions
-from onecard.config_talk import SamplingOptions
+from onecard.config.inference import SamplingOptions
+from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions, TrainOptions
 from onecard.console import CheckpointError, ConfigError
-from onecard.model.adapters import add_lora
+from onecard.data.messages import Turn
+from onecard.inference.generate import generate_batch
+from onecard.inference.load import adapter_fingerprint, load_talker
+from onecard.model.lora.adapter import add_lora
 from onecard.recipes import finetune
-from onecard.talk.generation import generate_batch
-from onecard.talk.loading import adapter_fingerprint, load_talker
-from onecard.text.conversation import Turn
 from onecard.train.optim import build_optimizer
 from tests import tiny
 from tests.runs import assert_same_end, run_and_stop
@@ -143,7 +143,7 @@ def test_runs_from_before_these_options_go_on(base, data, tmp_path, monkeypatch)
 
 
 def test_a_base_without_new_tokens_is_refused_before_it_is_loaded(tiny_base, data, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("onecard.train.setup.load_base", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("onecard.train.build.load_base", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(ConfigError, match=r"has no new_tokens\.json"):
         finetune(tiny.config_for(tiny_base, data, tmp_path / "run", train_new_tokens=True))
 

@@ -1,0 +1,162 @@
+"""What a command line names and is not there: said with all else that is wrong, before anything heavy is loaded.
+
+Knows names of options, files and folders. A Hub id cannot be told from a folder that is missing, so it is left to
+whoever downloads it. Imports nothing heavy, and opens no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from onecard.config.training import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES, Problem
+from onecard.console import nearest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+OWN_FOLDERS = ("outputs", "sample")  # of this kit: no owner on the Hub is meant
+# Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
+
+# PEFT's names of the kinds of adapters, and which of them are no change of weights.
+OTHER_KINDS = {
+    "PREFIX_TUNING": "a prefix-tuning", "P_TUNING": "a p-tuning", "PROMPT_TUNING": "a prompt-tuning",
+    "MULTITASK_PROMPT_TUNING": "a prompt-tuning", "ADAPTION_PROMPT": "an adaption-prompt", "IA3": "an IA3",
+    "ADALORA": "an AdaLoRA", "LOHA": "a LoHa", "LOKR": "a LoKr", "OFT": "an OFT", "BOTTLENECK": "a bottleneck",
+}  # fmt: skip
+NOT_MERGEABLE = (
+    "PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "BOTTLENECK"
+)  # fmt: skip
+
+
+def path_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the files and folders that these options name; None, empty and auto name nothing."""
+    found: list[Problem] = []
+    for name, check in CHECKS.items():
+        value = values.get(name)
+        for part in _parts(value):
+            text = check(part) if part not in ("auto", "none") else ""
+            found += [(f"--{name}", text)] if text else []
+    return found
+
+
+def _parts(value: Any) -> list[str]:
+    """The paths in a value: one, several with commas between them, or a list."""
+    if not value:
+        return []
+    if isinstance(value, list):
+        return [str(part) for part in value]
+    text = str(value)
+    is_one = "," not in text or Path(text).expanduser().exists()
+    return [text] if is_one else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _data(text: str) -> str:
+    path = Path(text).expanduser()
+    is_hub_id = HUB_ID.fullmatch(text) and path.suffix.lower() not in DATA_SUFFIXES
+    return (
+        "" if path.exists() or (is_hub_id and not _is_own(path)) else f"there is no file or folder {text}{_near(path)}"
+    )
+
+
+def _directory(text: str) -> str:
+    path = Path(text).expanduser()
+    if path.exists() or (HUB_ID.fullmatch(text) and not _is_own(path)):
+        return ""
+    return f"there is no directory {text}{_near(path)}"
+
+
+def _adapter(text: str) -> str:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        return _directory(text)
+    places = [path, *path.glob("checkpoint-*")]
+    if any((place / name).is_file() for place in places for name in ADAPTER_WEIGHTS):
+        kind = other_kind(_read_config(path))
+        return f"{text} {kind}" if kind else ""
+    held = ", ".join(sorted(inner.name for inner in path.iterdir())[:6]) or "nothing"
+    return f"{text} holds no adapter ({ADAPTER_WEIGHTS[0]}); it holds: {held}"
+
+
+def other_kind(adapter_config: Mapping[str, Any]) -> str:
+    """What to do with an adapter that is not LoRA, by its adapter_config.json; empty for LoRA."""
+    kind = str(adapter_config.get("peft_type") or "LORA")
+    if kind == "LORA":
+        return ""
+    told = f"is {OTHER_KINDS.get(kind, kind)} adapter, and only LoRA adapters can be loaded here"
+    if kind in NOT_MERGEABLE:
+        return f"{told}; it cannot be merged either: train a LoRA adapter on the same data"
+    return f"{told}; merge it into its base with peft (merge_and_unload), and give the result as the base model"
+
+
+def foreign_advice(path: Path) -> str:
+    """What to do with a checkpoint of another program, or a directory that holds some; empty for our own."""
+    foreign = next((place for place in (path, *_newest_first(path)) if _is_foreign(place)), None)
+    if foreign is None:
+        return ""
+    return (
+        f"{foreign} was written by another program, whose optimizer cannot go on here. To start a new run from its "
+        f"weights: --init_adapter {foreign}"
+    )
+
+
+def _is_foreign(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written by the Trainer of transformers, as those of other kits are."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "log_history" in state and "identity" not in state
+
+
+def _checkpoint(text: str) -> str:
+    return foreign_advice(Path(text).expanduser()) or _must_exist(text)
+
+
+def _newest_first(path: Path) -> list[Path]:
+    numbered = {int(place.name[11:]): place for place in path.glob("checkpoint-*") if place.name[11:].isdigit()}
+    return [numbered[step] for step in sorted(numbered, reverse=True)]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads it says more
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _must_exist(text: str) -> str:
+    path = Path(text).expanduser()
+    return "" if path.exists() else f"there is no file or directory {text}{_near(path)}"
+
+
+def _template(text: str) -> str:
+    path, known = Path(text).expanduser(), ("auto", *BUILT_IN_TEMPLATES)
+    if text in (*known, *TEMPLATE_ALIASES) or path.is_file():
+        return ""
+    if path.suffix in (".jinja", ".jinja2", ".j2"):
+        return f"there is no template file {text}{_near(path)}"
+    return f"no template is called {text!r}{nearest(text, known)}; choose {', '.join(known)}, or give a .jinja file"
+
+
+def _is_own(path: Path) -> bool:
+    return path.parts[:1] != () and path.parts[0] in OWN_FOLDERS
+
+
+def _near(path: Path) -> str:
+    """The nearest name in the folder, where that is there."""
+    try:
+        return nearest(path.name, [entry.name for entry in path.parent.iterdir()])
+    except OSError:
+        return f" (nor a folder {path.parent})"
+
+
+CHECKS: dict[str, Callable[[str], str]] = {
+    "model_path": _directory, "data_path": _data, "calibration_path": _data, "prompt_type": _template,
+    "lora_path": _adapter, "init_adapter": _adapter, "lora_remote_checkpoint": _adapter, "adapters_path": _must_exist,
+    "resume_from_checkpoint": _checkpoint, "deepspeed": _must_exist, "load_chat": _must_exist,
+}  # fmt: skip

@@ -1,0 +1,395 @@
+"""From the command line and YAML to a config, with all that is wrong said at once.
+
+Order: defaults < the options stored with a run < ``--config file.yaml`` < flags. jsonargparse makes the help text and
+checks the types; this module adds what it lacks: every bad setting in one answer, each by its flag's name, and the
+name that an unknown one has here. Nothing heavy is imported, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import groupby, takewhile
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from onecard.config import old_names
+from onecard.config.given_paths import path_problems
+from onecard.config.training import FinetuneConfig, Problem, problems_of, refuse
+from onecard.console import ConfigError, nearest, say
+from onecard.translation import LANGUAGE_FLAG, LANGUAGES, typed_language, use_language
+
+Config = TypeVar("Config")
+CONFIG_FLAG, PRINT_FLAG = "config", "print_config"
+LANGUAGE_HELP = "Language of the messages; auto: that of the system."
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting: its name, the group of the config that holds it ('' for the config itself), type and default."""
+
+    name: str
+    group: str
+    type: Any
+    default: Any
+    bare: str | None  # the value that the flag means when none is typed after it
+    advice: tuple[str, str]  # values that are not taken (a regular expression), and what to do for them
+    takes_several: bool  # names with commas between them; spaces and a list are taken, too
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def is_text(self) -> bool:
+        return (
+            self.type is str or self.takes_paths or (type(None) in get_args(self.type) and str in get_args(self.type))
+        )
+
+    @property
+    def takes_paths(self) -> bool:
+        """Whether more than one word may follow the flag, and the flag be given again; one word stays a text."""
+        return {str, list[str]} <= set(get_args(self.type))
+
+    @property
+    def is_text_list(self) -> bool:
+        """Whether each time the flag is given adds a text."""
+        return self.type == list[str]
+
+
+def options_of(config_class: type) -> dict[str, Option]:
+    """Every option of a config class by name, in order of declaration; groups are flattened."""
+    found: dict[str, Option] = {}
+    holders = [("", config_class())]
+    holders += [(f.name, getattr(holders[0][1], f.name)) for f in fields(config_class)]
+    for group, holder in holders:
+        if not is_dataclass(holder):
+            continue
+        types = get_type_hints(type(holder))
+        for item in fields(holder):
+            value = getattr(holder, item.name)
+            if is_dataclass(value):
+                continue
+            bare = "true" if types[item.name] is bool else item.metadata.get("bare")
+            several = bool(item.metadata.get("several"))
+            advice = item.metadata.get("advice", ("", ""))
+            found[item.name] = Option(item.name, group, types[item.name], value, bare, advice, several)
+    return found
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    defaults: Mapping[str, Any] | None = None,
+    stored: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    verb: str = "",
+    opens_files: bool = True,
+) -> Config:
+    """Turn a command line into a checked config.
+
+    Args:
+        config_class: a dataclass of scalar fields, or of groups that are such dataclasses.
+        argv: words after the program's name; `None` reads `sys.argv`.
+        description: first lines of the help text; lines that begin with "python " stay lines of their own.
+        defaults: values that this program starts from instead of the class's own.
+        stored: given the settings typed so far, the options that an earlier run stored; they win over defaults only.
+        verb: the word before the options, for the help text; `parse_verb` has read it already.
+        opens_files: whether what the options name must be there; False for a program that only plans.
+
+    Raises:
+        ConfigError: with every unknown name, wrong type, contradiction and missing file found, not only the first.
+        SystemExit: with 0, after ``--help`` and ``--print_config``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    use_language(typed_language(words))
+    options = options_of(config_class)
+    parser = _parser(config_class, options, description, dict(defaults or {}), verb)
+    if any(word in ("-h", "--help") for word in words):
+        parser.print_help()
+        raise SystemExit(0)
+
+    problems: list[Problem] = []
+    typed, yaml_files = _read_words(words, options, problems)
+    values = {name: option.default for name, option in options.items()} | dict(defaults or {})
+    from_files: dict[str, Any] = {}
+    for file in yaml_files:
+        from_files |= _read_yaml(Path(file), options, problems)
+    flags = _checked(typed, options, parser, problems)
+    if stored is not None:
+        values |= _checked(stored({**from_files, **flags}), options, parser, problems)
+    values |= _checked(from_files, options, parser, problems)
+    values |= flags
+    config = _build(config_class, options, values)
+    problems += _config_problems(config)
+    only_print = any(word == f"--{PRINT_FLAG}" for word in words)
+    refuse(problems if only_print or not opens_files else problems + path_problems(values))
+    if only_print:
+        say(to_yaml(config).rstrip())
+        raise SystemExit(0)
+    return config
+
+
+def parse_verb(
+    verbs: Mapping[str, type[Any]], argv: Sequence[str] | None = None, *, description: str = ""
+) -> tuple[str, Any]:
+    """The verb that stands first on a command line (`weight_diff.py make ...`), and its checked config.
+
+    Args:
+        verbs: the config class of each verb; the first line of its docstring is the verb's help.
+
+    Raises as `parse` does, and ConfigError for a missing or unknown verb.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = words[0] if words else ""
+    if verb in verbs:
+        about = (verbs[verb].__doc__ or "").split("\n")[0]
+        return verb, parse(verbs[verb], words[1:], description=f"{verb}: {about}\n\n{description}".strip(), verb=verb)
+    if any(word in ("-h", "--help") for word in words):
+        lines = [f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in verbs.items()]
+        say("\n".join([_wrapped(description), "", "Verbs, each with its own --help:", *lines]).strip())
+        raise SystemExit(0)
+    listed = ", ".join(verbs)
+    if not verb or verb.startswith("--"):
+        raise ConfigError("", f"say first what to do: {listed}")
+    raise ConfigError("", f"{verb!r} is none of {listed}{nearest(verb, list(verbs))}")
+
+
+def missing(options: object, *names: str) -> list[Problem]:
+    """The problems of settings that have no default and were not given."""
+    return [(f"--{name}", "is missing") for name in names if not getattr(options, name)]
+
+
+def comma_list(text: str) -> list[str]:
+    """The parts of a text with commas between them."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def to_yaml(config: object) -> str:
+    """The config as flat YAML that ``--config`` reads back."""
+    values: dict[str, Any] = {}
+    for name, option in options_of(type(config)).items():
+        holder = getattr(config, option.group) if option.group else config
+        values[name] = getattr(holder, name)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _config_problems(config: object) -> list[Problem]:
+    own = config.problems() if hasattr(config, "problems") else []
+    return own + problems_of(config)
+
+
+def _parser(
+    config_class: type, options: Mapping[str, Option], description: str, defaults: dict[str, Any], verb: str
+) -> Any:
+    """A jsonargparse parser whose help groups options as the config does."""
+    import jsonargparse
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+        """Leaves the description as `_wrapped` made it."""
+
+    parser = jsonargparse.ArgumentParser(
+        description=_wrapped(description or (config_class.__doc__ or "").split("\n")[0]),
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+        usage=f"%(prog)s {verb} [--config FILE.yaml] [--OPTION VALUE ...]".replace("  ", " "),
+    )
+    parser.add_argument(f"--{CONFIG_FLAG}", type=str, metavar="FILE", help="YAML file of options; flags win over it.")
+    parser.add_argument(f"--{PRINT_FLAG}", action="store_true", help="Print the resolved options as YAML and exit.")
+    if LANGUAGE_FLAG not in options:
+        parser.add_argument(f"--{LANGUAGE_FLAG}", choices=LANGUAGES, default="auto", help=LANGUAGE_HELP)
+    given = {name: option.default for name, option in options.items()} | defaults
+    for holder, group in _holders(config_class, options):
+        about = (holder.__doc__ or "").split("\n")[0].rstrip(".")
+        section = parser.add_argument_group(about)
+        for name, text in _help_texts(holder).items():
+            if name in options and options[name].group == group:
+                section.add_argument(f"--{name}", type=options[name].type, default=given[name], help=text)
+    return parser
+
+
+def _holders(config_class: type, options: Mapping[str, Option]) -> list[tuple[type, str]]:
+    """The classes that hold options, each with the name of its group ('' for the config itself)."""
+    example = config_class()
+    found = [(config_class, "")] if any(not option.group for option in options.values()) else []
+    values = [(f.name, getattr(example, f.name)) for f in fields(config_class)]
+    return found + [(type(value), name) for name, value in values if is_dataclass(value)]
+
+
+def _help_texts(holder: type) -> dict[str, str]:
+    """The text under each field of a dataclass, by the field's name, those of its bases first.
+
+    Read from the source with one parse per class; jsonargparse's own way takes longer than all else that --help does.
+    """
+    found: dict[str, str] = {}
+    for kind in reversed(holder.__mro__[:-1]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        lines = body.body if isinstance(body, ast.ClassDef) else []
+        for line, after in zip(lines, [*lines[1:], None], strict=True):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                text = ast.literal_eval(after.value) if is_text else ""  # type: ignore[union-attr]
+                found[line.target.id] = str(text or found.get(line.target.id, ""))
+    return found
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in the width of the terminal; empty lines and lines of a command stay as they are."""
+    width = shutil.get_terminal_size().columns - 2
+    is_prose = re.compile(r"(?!python )\S")
+    found: list[str] = []
+    for prose, lines in groupby(text.strip().splitlines(), lambda line: bool(is_prose.match(line))):
+        block = list(lines)
+        found += [textwrap.fill(" ".join(block), width)] if prose else block
+    return "\n".join(found)
+
+
+def _read_words(
+    words: Sequence[str], options: Mapping[str, Option], problems: list[Problem]
+) -> tuple[dict[str, Any], list[str]]:
+    """Split the command line into settings by name (values still as typed) and YAML files."""
+    typed: dict[str, Any] = {}
+    paths: dict[str, list[str]] = {}
+    yaml_files: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        name, has_value, value = word[2:].partition("=")
+        if not word.startswith("--") or not name:
+            problems.append((word, "is not an option; options start with -- and are listed by --help"))
+            continue
+        if name == PRINT_FLAG:
+            continue
+        has_more = position < len(words) and not words[position].startswith("--")
+        if not has_value and has_more:
+            value, has_value = words[position], "="
+            position += 1
+        if name == LANGUAGE_FLAG and value not in LANGUAGES:
+            problems.append((word, f"{value!r} is not one of {', '.join(LANGUAGES)}"))
+        elif name == LANGUAGE_FLAG and name not in options:
+            continue
+        elif name != CONFIG_FLAG and name not in options:
+            problems.append((f"--{name}", f"no such option{_nearest_flag(name, options)}"))
+        elif not has_value and (name == CONFIG_FLAG or options[name].bare is None):
+            problems.append((f"--{name}", "needs a value"))
+        elif name == CONFIG_FLAG:
+            yaml_files.append(value)
+        elif options[name].is_text_list:
+            typed[name] = [*typed.get(name, []), *_texts(value)]
+        elif options[name].takes_several or options[name].takes_paths:
+            more = list(takewhile(lambda word: not word.startswith("--"), words[position:]))
+            position += len(more)
+            paths[name] = [*paths.get(name, []), value, *more]
+            several = paths[name] if len(paths[name]) > 1 else value
+            typed[name] = several if options[name].takes_paths else _without_brackets(",".join([value, *more]))
+        else:
+            typed[name] = value if has_value else options[name].bare
+    return typed, yaml_files
+
+
+def _without_brackets(text: str) -> str:
+    """Names with commas between them, out of a list in the form of Python: ['q_proj', 'v_proj'] -> q_proj,v_proj."""
+    return ",".join(comma_list(re.sub(r"[\[\]'\"]", "", text)))
+
+
+def _texts(word: str) -> list[str]:
+    """A word as a list of texts: a JSON list of strings is one; all else is one text, in which \\n is a new line."""
+    try:
+        listed = json.loads(word)
+    except ValueError:
+        listed = None
+    if isinstance(listed, list) and all(isinstance(text, str) for text in listed):
+        return listed
+    return [word.replace("\\n", "\n")]
+
+
+def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem]) -> dict[str, Any]:
+    """The settings of one YAML file; unknown keys become problems."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise ConfigError(f"--{CONFIG_FLAG}", f"cannot read {path}: {reason.strerror or reason}") from reason
+    except (yaml.YAMLError, UnicodeDecodeError) as reason:
+        raise ConfigError(f"--{CONFIG_FLAG}", f"{path} is not YAML: {reason}") from reason
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--{CONFIG_FLAG}", f"{path} must hold `option: value` lines, not a {type(content).__name__}")
+    unknown = [str(key) for key in content if key not in options]
+    for key in unknown:
+        problems.append((f"{path}: {key}", f"no such option{_nearest_flag(key, options)}"))
+    return {key: value for key, value in content.items() if key in options}
+
+
+def _checked(
+    raw: Mapping[str, Any], options: Mapping[str, Option], parser: Any, problems: list[Problem]
+) -> dict[str, Any]:
+    """Values of the right type; each that is not becomes a problem."""
+    good: dict[str, Any] = {}
+    for name, value in raw.items():
+        option = options[name]
+        if isinstance(value, bool) and "on" in get_args(option.type):  # YAML 1.1 reads on and off as true and false
+            value = "on" if value else "off"
+        if option.is_text and isinstance(value, str):
+            # Taken as typed: an instruction such as "a: b" must not be read as YAML.
+            good[name] = value
+            continue
+        if (
+            (option.is_text_list or option.takes_paths)
+            and isinstance(value, list)
+            and all(isinstance(text, str) for text in value)
+        ):
+            good[name] = list(value)
+            continue
+        if option.takes_several and isinstance(value, list):
+            good[name] = ",".join(str(part) for part in value)
+            continue
+        try:
+            words = [f"--{name}={value}"] if isinstance(value, str) else None
+            parsed = parser.parse_args(words) if words else parser.parse_object({name: value})
+            good[name] = parsed[name]
+        except Exception:  # jsonargparse raises several kinds; each means that the value does not fit the type
+            wrong, advice = option.advice
+            more = f"; {advice}" if wrong and re.fullmatch(wrong, str(value), re.IGNORECASE) else ""
+            problems.append((option.flag, f"{value!r} is not {_expected(option.type)}{more}"))
+    return good
+
+
+def _expected(kind: Any) -> str:
+    """What a type asks for, in words: `one of 4, 8, 16, 32`, `a whole number`."""
+    choices = [c for c in get_args(kind) if c is not type(None)]
+    if choices and not isinstance(choices[0], type) and get_origin(kind) is not None:
+        return "one of " + ", ".join(str(c).lower() if isinstance(c, bool) else str(c) for c in choices)
+    plain = choices[0] if choices else kind
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(plain, str(plain))
+
+
+def _nearest_flag(name: str, options: Mapping[str, Option]) -> str:
+    from onecard.config.inference import GenerateConfig
+
+    name = name.replace("-", "_")
+    others = {**options_of(FinetuneConfig), **options_of(GenerateConfig)}
+    # Farther words are other words: batch_size is not test_size.
+    meant = nearest(name, list(options), cutoff=0.75).replace("did you mean ", "did you mean --")
+    return old_names.hint(name, options, others) or meant
+
+
+def _build(config_class: type[Config], options: Mapping[str, Option], values: Mapping[str, Any]) -> Config:
+    config = config_class()
+    for name, option in options.items():
+        holder = getattr(config, option.group) if option.group else config
+        setattr(holder, name, values[name])
+    return config

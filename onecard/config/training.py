@@ -1,0 +1,394 @@
+"""Every option of training, and of the base model, declared once; those of inference are in `inference.py`.
+
+A field's docstring is its help text; flags, YAML keys and documentation derive from these classes (see `parsing.py`).
+This module knows types, defaults and which settings contradict one another. It does not know the disk, the card or
+the model, and it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from onecard.console import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEFAULT_BASE = str(REPOSITORY / "sample" / "tiny-llama")
+TOY_DATA = REPOSITORY / "sample"  # what DEFAULT_BASE is good for
+# The names of fields that --columns can give; data/formats.py says what they mean.
+COLUMN_NAMES = (
+    "answer", "ask", "completion", "content", "context", "conversation", "conversations", "from", "history", "input",
+    "inputs", "instruction", "messages", "output", "prompt", "query", "question", "response", "role", "system",
+    "target", "targets", "text", "thought", "value",
+)  # fmt: skip
+LARGEST_TOTAL_BATCH = 32  # of those that are chosen
+
+# Files of onecard/data/templates, and what Chinese-Vicuna called two of them.
+BUILT_IN_TEMPLATES = ("alpaca", "vicuna-chat", "chatml", "llama-2", "llama-3", "mistral", "none")
+TEMPLATE_ALIASES = {"instruct": "alpaca", "chat": "vicuna-chat"}
+
+Problem = tuple[str, str]  # (flag, what is wrong with it)
+
+
+@dataclass
+class ModelOptions:
+    """The base model and how it lies in memory."""
+
+    model_path: str = DEFAULT_BASE
+    """Base model: a directory in Hugging Face form or a Hub id; auto (generate.py): the one the adapter names."""
+    bits: Literal[4, 8, 16, 32] = 4
+    """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8), 16 or 32."""
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Number format of the arithmetic. auto: bf16 where the card has it natively, fp16 on older cards, fp32 on CPU."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel. auto lets transformers choose; sdpa works on every card."""
+    gradient_checkpointing: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
+    """Recompute each layer in the backward pass (on, off): several times less memory, slower. auto: on where needed."""
+    max_memory: str | None = None
+    """Spread the model over several GPUs, with so much of each: 0:10GiB,1:10GiB,cpu:30GiB (chat and generation)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: only architectures of transformers itself are loaded."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if not self.model_path:
+            found.append(("--model_path", "is empty; give a directory or a Hub id"))
+        if self.bits == 32 and self.dtype in ("fp16", "bf16"):
+            found.append(("--bits", f"32 contradicts --dtype {self.dtype}; use --bits 16 or --dtype fp32"))
+        if self.max_memory is not None and memory_map(self.max_memory) is None:
+            found.append(("--max_memory", f"{self.max_memory!r} is not of the form 0:10GiB,1:10GiB,cpu:30GiB"))
+        if self.bits == 16 and self.dtype == "fp32":
+            found.append(("--bits", "16 contradicts --dtype fp32; use --bits 32 or another --dtype"))
+        return found
+
+
+@dataclass
+class ReadingOptions:
+    """How the files of --data_path are read."""
+
+    columns: str = ""
+    """Other names of fields, theirs:ours with commas between: ask:instruction,answer:output,cot:thought."""
+    txt_split: Literal["auto", "line", "paragraph", "file", "uncut"] = "auto"
+    """What cuts a txt into texts. auto: blank lines (paragraph) if it has any, else line; uncut: as in old runs."""
+
+    def problems(self) -> list[Problem]:
+        if column_names(self.columns) is None:
+            text = f"{self.columns!r} is not of the form ask:instruction,answer:output; "
+            return [("--columns", f"{text}ours are {', '.join(COLUMN_NAMES)}")]
+        return []
+
+
+@dataclass
+class DataOptions(ReadingOptions):
+    """What is learned from, and how it is put into words."""
+
+    data_path: str | list[str] = str(REPOSITORY / "sample" / "merge_sample.json")
+    """Training data: json, jsonl, csv, parquet or txt files, folders of these, Hub dataset ids; one or several."""
+    prompt_type: str = "auto"
+    """Prompt template: auto, alpaca, vicuna-chat, chatml, llama-2, llama-3, mistral, none, or a .jinja file."""
+    dialogue: bool = False
+    """The data are conversations: where --prompt_type auto finds no template in the tokenizer, it takes vicuna-chat."""
+    cutoff_len: int = 1024
+    """Longest sample in tokens. Longer ones lose whole oldest turns, then the end of the answer."""
+    train_on: Literal["all", "last", "everything"] = "all"
+    """Which tokens are learned: all answers, the last answer only, or every token, prompts too."""
+    test_size: float | Literal["auto"] = "auto"
+    """Rows kept for evaluation: a count (200), a fraction (0.05) or 0, which turns it off. auto: 5 %, at most 1,000."""
+    strict: bool = False
+    """End at the first bad record instead of skipping and counting it."""
+    cache_path: str | None = None
+    """Folder for encoded data; the default is a folder `onecard` in the user's cache directory."""
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if not self.data_path:
+            found.append(("--data_path", "is empty; give a file, a folder or a Hub dataset id"))
+        if self.cutoff_len < 8:
+            found.append(("--cutoff_len", f"{self.cutoff_len} tokens leave no room for an answer; use 8 or more"))
+        size = 0 if self.test_size == "auto" else self.test_size
+        if not 0 <= size < math.inf or (size > 1 and size != int(size)):
+            found.append(("--test_size", f"{size} is neither a fraction (0.05), a count (200), 0 nor auto"))
+        return found
+
+
+@dataclass
+class LoraOptions:
+    """The adapter that is trained while the base stays frozen."""
+
+    lora_r: int = 8
+    """Rank of the adapter matrices."""
+    lora_alpha: int = 16
+    """Scale of the adapter: its output is multiplied by alpha / r (rsLoRA: alpha / sqrt(r))."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapter. Above 0 the random masks depend on how a step is cut into micro-batches."""
+    lora_target_modules: str = field(default="all-linear", metadata={"several": True})
+    """Layers that get an adapter: all-linear, or names with commas or spaces between them (q_proj,v_proj)."""
+    lora_target_parameters: str = field(default="", metadata={"several": True})
+    """Experts of a mixture that get adapters, too: experts, or names (experts.gate_up_proj,experts.down_proj)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r): keeps high ranks trainable (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters: better at low rank, slower (arXiv:2402.09353)."""
+    lora_init: Literal["default", "pissa", "loftq"] = "default"
+    """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948) or loftq (arXiv:2310.08659)."""
+    train_new_tokens: bool = False
+    """Train the rows of new tokens as well, in embeddings and head (a base made by tools/expand_vocab.py apply)."""
+    train_embeddings: bool = False
+    """Train embeddings and head in full, in fp32: 16 bytes more for each of their weights, 10 with 8-bit Adam."""
+
+    @property
+    def trains_vocabulary(self) -> str:
+        """The flag of what is trained beside the adapter, or an empty text."""
+        return "--train_new_tokens" if self.train_new_tokens else "--train_embeddings" if self.train_embeddings else ""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.lora_r < 1:
+            found.append(("--lora_r", f"{self.lora_r} would train nothing; use 1 or more"))
+        if self.lora_alpha < 1:
+            found.append(("--lora_alpha", f"{self.lora_alpha} would switch the adapter off; use 1 or more"))
+        if not 0 <= self.lora_dropout < 1:
+            found.append(("--lora_dropout", f"{self.lora_dropout} is not a probability below 1"))
+        if not self.lora_target_modules.strip(", "):
+            found.append(("--lora_target_modules", "is empty; use all-linear or names such as q_proj,v_proj"))
+        if self.lora_target_parameters:
+            # peft computes W + BA for all experts at once: nothing stands between A and its input.
+            asked = {
+                "--lora_dropout": self.lora_dropout > 0, "--use_dora": self.use_dora,
+                "--lora_init": self.lora_init != "default",
+            }  # fmt: skip
+            found += [(flag, "does not go with --lora_target_parameters") for flag, is_on in asked.items() if is_on]
+        if self.train_new_tokens and self.train_embeddings:
+            found.append(("--train_new_tokens", "is contained in --train_embeddings; give only one of them"))
+        return found
+
+
+@dataclass
+class TrainOptions:
+    """One run: how long, in which steps, what is saved and what is told."""
+
+    output_path: str = "outputs/my-first-adapter"
+    """Directory of the run: adapter, checkpoints, log and options."""
+    num_epoch: float = 3
+    """Passes over the training data."""
+    max_steps: int = 0
+    """End after so many optimizer steps whatever --num_epoch says; 0: no limit."""
+    total_batch: int = 0
+    """Samples per optimizer step, over all GPUs. This decides the result; 0: 4 to 32, by the number of rows."""
+    micro_batch: int = 0
+    """Most rows that pass through the model at once; 0: only --micro_tokens limits. A matter of memory alone."""
+    micro_tokens: int = 0
+    """Most tokens, padding included, that pass at once; 0: chosen by the plan unless --micro_batch is given."""
+    learning_rate: float = 2e-4
+    """Highest learning rate."""
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
+    """auto: adamw where it fits, else paged_adamw_8bit: a quarter of the memory, and paged ones can move to RAM."""
+    loraplus_ratio: float = 0.0
+    """LoRA+: learning rate of the B matrices as a multiple of the A matrices' (arXiv:2402.12354); 0: off."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of all steps in which the learning rate rises from 0: at least 5 steps, or a fifth of a short run."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0; above 0 it takes the place of --warmup_ratio."""
+    seed: int = 42
+    """Decides the order of the data, the split, the adapter's start and dropout."""
+    log_steps: int = 10
+    """Write a row to log.jsonl every so many steps."""
+    log_samples: bool = False
+    """Write the record ids of each step into log.jsonl, every step."""
+    eval_steps: int = 0
+    """Evaluate every so many steps (and at the end); 0: a third of the run, at most an epoch or 200 steps, but never
+    more than a tenth of the time. --test_size 0 turns evaluation off."""
+    save_steps: int = 0
+    """Save a checkpoint every so many steps (and at the end); 0: an eighth of the run, at most an epoch or 200."""
+    eval_minutes: float = 10
+    """Evaluate after so many minutes as well, if that takes less than a tenth of the time; 0: never."""
+    save_minutes: float = 10
+    """Save a checkpoint after so many minutes as well, under the same condition; 0: never."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay, at least 2; the best one stays besides."""
+    final_weights: Literal["last", "best"] = "last"
+    """Which weights the run directory ends with: the last step's, or those of the lowest evaluation loss."""
+    resume_from_checkpoint: str = field(default="auto", metadata={"bare": "auto"})
+    """auto goes on from the newest whole checkpoint in --output_path, if any; a directory: from that one; or none."""
+    init_adapter: str | None = None
+    """Start a new run from trained adapter weights: a directory or a Hub id."""
+    lora_remote_checkpoint: str | None = None
+    """The same as --init_adapter, under the name that users of older kits know."""
+    from_data_beginning: bool = False
+    """With a resumed run: keep weights and optimizer, but start at the first step of this (perhaps new) data."""
+    accept_changes: str = field(default="", metadata={"several": True})
+    """Go on although these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed (some of them).
+    base also accepts an --init_adapter that was trained on another base."""
+    wandb: bool = False
+    """Send the log to Weights & Biases as well (pip install wandb)."""
+    wandb_project: str = "onecard"
+    """Project name on Weights & Biases."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard as well, into OUTPUT_PATH/tensorboard."""
+    deepspeed: str | None = None
+    """DeepSpeed configuration (json) for several GPUs; start with `accelerate launch` or `torchrun`."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    @property
+    def start_adapter(self) -> str | None:
+        """Where a new run takes its first adapter weights from, or None for fresh ones."""
+        return self.init_adapter or self.lora_remote_checkpoint
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.log_steps < 1:
+            found.append(("--log_steps", f"{self.log_steps} is too small; use 1 or more"))
+        for name in ("max_steps", "total_batch", "micro_batch", "micro_tokens", "warmup_steps", "weight_decay",
+                     "max_grad_norm", "seed", "eval_steps", "save_steps", "eval_minutes", "save_minutes"):  # fmt: skip
+            if getattr(self, name) < 0:
+                found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
+        if self.num_epoch <= 0 and not self.max_steps:
+            found.append(("--num_epoch", f"{self.num_epoch} would train nothing; use more than 0, or --max_steps"))
+        if not 0 < self.learning_rate < 10:
+            found.append(("--learning_rate", f"{self.learning_rate} is outside 0..10; 2e-4 is usual for LoRA"))
+        if not 0 <= self.warmup_ratio < 1:
+            found.append(("--warmup_ratio", f"{self.warmup_ratio} is not a share of the steps; use 0 up to below 1"))
+        if self.loraplus_ratio and self.loraplus_ratio < 1:
+            found.append(("--loraplus_ratio", f"{self.loraplus_ratio}: use 0 (off) or 1 and above; 16 is usual"))
+        if self.keep_checkpoints < 2:
+            found.append(("--keep_checkpoints", f"{self.keep_checkpoints}: the last two always stay; use 2 or more"))
+        if not self.output_path:
+            found.append(("--output_path", "is empty; give a directory for the run"))
+        if self.init_adapter and self.lora_remote_checkpoint:
+            found.append(("--lora_remote_checkpoint", "is another name of --init_adapter; give only one of them"))
+        if self.deepspeed and "8bit" in self.optimizer:
+            found.append(("--optimizer", f"{self.optimizer} does not work under DeepSpeed; use adamw"))
+        found.extend(self._change_problems())
+        return found
+
+    def _change_problems(self) -> list[Problem]:
+        known = {"base", "data", "template", "lora", "bits", "batch", "seed"}
+        unknown = sorted(set(filter(None, self.accept_changes.replace(" ", "").split(","))) - known)
+        if not unknown:
+            return []
+        return [("--accept_changes", f"{', '.join(unknown)} is unknown; known are {', '.join(sorted(known))}")]
+
+
+@dataclass
+class MemoryOptions:
+    """How the run is made to fit; what is auto is chosen by the plan, which prints its reasons."""
+
+    vram: float = 0.0
+    """GiB of the card that the run may use; 0: all that is free."""
+    loss_chunk: int = 0
+    """Supervised tokens whose logits exist at once; 0: chosen by the plan; -1: all of a micro-batch."""
+    offload_activations: Literal["auto", "on", "off"] = "auto"
+    """Keep the inputs of the layers in RAM until their gradients are computed."""
+    offload_embeddings: Literal["auto", "on", "off"] = "auto"
+    """Keep the frozen input embeddings in RAM."""
+    head_bits: Literal["auto", "4", "8", "16"] = "auto"
+    """Bits of the frozen output head; 4 and 8 change the logits a little."""
+    mlp_tile: int = 0
+    """Tokens that pass through an MLP at once; 0: chosen by the plan; -1: all of a micro-batch."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: norms, rotary positions and MLPs from liger-kernel (pip install liger-kernel; Triton, not on Turing)."""
+    pretend_turing: bool = False
+    """Treat any card as one of the Turing generation: fp16 with a scaler, no bf16, no FlashAttention."""
+    rehearsal: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
+    """Try the largest micro-batch first (on, off). auto: not on a CPU that has room where it would take long."""
+    ignore_plan: bool = False
+    """Start although the plan says that it does not fit."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.vram < 0:
+            found.append(("--vram", f"{self.vram:g} GiB is negative; give the card's memory, or 0 for what is free"))
+        for name in ("loss_chunk", "mlp_tile"):
+            if getattr(self, name) < -1:
+                found.append((f"--{name}", f"{getattr(self, name)} is no number of tokens; 0: by the plan, -1: all"))
+        if self.kernels == "liger" and self.pretend_turing:
+            found.append(("--kernels", "liger does not go with --pretend_turing: it needs a newer card; use torch"))
+        return found
+
+
+@dataclass
+class FinetuneConfig:
+    """Everything one training run needs; see the classes of its fields."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.memory.offload_activations == "on" and not self.model.gradient_checkpointing:
+            text = "on needs --gradient_checkpointing on: it keeps the inputs of layers"
+            found.append(("--offload_activations", text))
+        flag = self.lora.trains_vocabulary
+        if flag and self.memory.offload_embeddings == "on":
+            found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
+        if flag and self.memory.head_bits in ("4", "8"):
+            found.append(("--head_bits", f"{self.memory.head_bits} contradicts {flag}: a quantised head cannot learn"))
+        if flag and self.train.start_adapter:
+            text = "contradicts --init_adapter: what that one trains, goes on; merge it first (tools/merge_lora.py)"
+            found.append((flag, text))
+        return found
+
+
+def column_names(text: str) -> tuple[tuple[str, str], ...] | None:
+    """--columns as pairs: "ask:instruction,answer:output" -> (("ask", "instruction"), ...); None if it is wrong."""
+    parts = [part.strip().rpartition(":") for part in text.split(",") if part.strip()]
+    pairs = tuple((theirs.strip(), ours.strip()) for theirs, _, ours in parts)
+    unclear = len(dict(pairs)) < len(pairs) or len({ours for _, ours in pairs}) < len(pairs)
+    return None if unclear or any(not theirs or ours not in COLUMN_NAMES for theirs, ours in pairs) else pairs
+
+
+def toy_base_problem(model_path: str, data_path: str | list[str]) -> str:
+    """What is wrong with learning one's own data on the toy base, or an empty text."""
+    paths = [Path(path).resolve() for path in ([data_path] if isinstance(data_path, str) else data_path)]
+    if Path(model_path).resolve() != Path(DEFAULT_BASE) or all(TOY_DATA in path.parents for path in paths):
+        return ""
+    return (
+        "the base is sample/tiny-llama, a toy of 4 million weights: it shows that all works and learns nothing of use "
+        "from data of your own; give --model_path, a directory or a Hub id (settings by card: config-sample/)"
+    )
+
+
+def memory_map(text: str) -> dict[int | str, str] | None:
+    """--max_memory as accelerate takes it: "0:10GiB,cpu:30GiB" -> {0: "10GiB", "cpu": "30GiB"}; None if it is wrong."""
+    found: dict[int | str, str] = {}
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+|cpu):(\d+(?:\.\d+)?[KMG]i?B)", part)
+        if match is None:
+            return None
+        place, amount = match.groups()
+        found[place if place == "cpu" else int(place)] = amount
+    return found
+
+
+def problems_of(config: object) -> list[Problem]:
+    """All contradictions in a config and in its groups, in the order of their declaration."""
+    found: list[Problem] = []
+    for group in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, group.name)
+        if hasattr(value, "problems"):
+            found.extend(value.problems())
+    return found
+
+
+def refuse(problems: list[Problem]) -> None:
+    """Raise one ConfigError that lists all `problems`; does nothing when there are none."""
+    if len(problems) == 1:
+        raise ConfigError(*problems[0])
+    if problems:
+        listed = "\n".join(f"  {flag}: {message}" for flag, message in problems)
+        raise ConfigError("", f"{len(problems)} settings cannot work:\n{listed}")

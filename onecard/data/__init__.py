@@ -1,0 +1,3 @@
+"""From a file of records to token ids: readers, formats, chat templates, tokenization, cached data sets, batches."""
+
+from __future__ import annotations

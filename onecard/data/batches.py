@@ -1,0 +1,170 @@
+"""Which samples make a step, and how a step is cut into what fits on the card.
+
+Everything here is a pure function of its arguments: no hidden state, so a resumed run finds its place from the step
+number alone. Knows indices, lengths and padding. Does not know models, losses or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from onecard.console import ConfigError
+from onecard.data.encode import IGNORE_INDEX, Encoded
+
+# Matrix products of fewer rows leave a card waiting; below this share of the longest row a row is mostly padding.
+BUSY_TOKENS = 1024
+SHORTEST_SHARE = 0.8
+HELD_OUT, MOST_HELD_OUT = 0.05, 1000  # of the conversations, by default
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples of one optimizer step: indices (n,), n = total_batch except in the last step of an epoch."""
+
+    epoch: int
+    step_in_epoch: int
+    indices: np.ndarray
+
+
+def steps_per_epoch(n: int, total_batch: int) -> int:
+    """Steps in which `n` samples are seen once each: 10 samples in batches of 4 are 3 steps."""
+    return -(-n // total_batch)
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..n-1, int64 (n,): the same for the same arguments on every machine and NumPy version.
+
+    RandomState's streams are frozen by NumPy's policy, those of Generator are not.
+    https://numpy.org/doc/stable/reference/random/compatibility.html
+    """
+    return _cached_order(n, seed, epoch)
+
+
+@lru_cache(maxsize=4)
+def _cached_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    # Asked for at every step; a million indices take milliseconds to shuffle. Read-only, because it is shared.
+    order = np.random.RandomState([seed % 2**32, seed // 2**32 % 2**32, epoch]).permutation(n)
+    order.setflags(write=False)
+    return order
+
+
+def step_samples(step: int, n: int, total_batch: int, seed: int) -> StepSamples:
+    """The samples of optimizer step `step`, counted from 0 over all epochs; every index once per epoch.
+
+    n=5, total_batch=2: steps 0, 1, 2 are epoch 0 with 2, 2 and 1 samples; step 3 begins epoch 1.
+    """
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(n, total_batch))
+    first = step_in_epoch * total_batch
+    return StepSamples(epoch, step_in_epoch, epoch_order(n, seed, epoch)[first : first + total_batch])
+
+
+def micro_batches(
+    indices: np.ndarray, lengths: np.ndarray, *, micro_batch: int = 0, micro_tokens: int = 0
+) -> list[np.ndarray]:
+    """The step's samples, longest first, cut into what is run at once.
+
+    micro_batch limits rows, micro_tokens limits rows x longest (padding counts); 0 is no limit. A row longer than the
+    budget stands alone. The longest come first, so that a step that does not fit fails at once. With a token budget a
+    micro-batch also ends before rows that would be mostly padding, once it holds enough to keep a card busy.
+
+    lengths [9, 3, 5, 4], indices [0, 1, 2, 3], micro_tokens 10 -> [0], [2, 3], [1]    (9; 2 x 5; 3)
+    """
+    order = indices[np.argsort(-lengths[indices].astype(np.int64), kind="stable")]
+    micros: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        n_rows = len(order) - start
+        if micro_batch:
+            n_rows = min(n_rows, micro_batch)
+        if micro_tokens:
+            n_rows = min(n_rows, max(1, micro_tokens // longest))
+            n_rows = _without_padding(lengths[order[start : start + n_rows]])
+        micros.append(order[start : start + n_rows])
+        start += n_rows
+    return micros
+
+
+def _without_padding(lengths: np.ndarray) -> int:
+    """How many of these rows, longest first, go together: all, or those before the first that is much shorter.
+
+    lengths [400, 390, 380, 200, 150] -> 3, since 3 x 400 tokens are enough and 200 is less than 0.8 x 400.
+    """
+    enough = -(-BUSY_TOKENS // max(1, int(lengths[0])))
+    shorter = np.flatnonzero(lengths < SHORTEST_SHARE * lengths[0])
+    return int(max(enough, shorter[0])) if len(shorter) and enough < len(lengths) else len(lengths)
+
+
+def share_for_rank(
+    micros: Sequence[np.ndarray], rank: int, world_size: int, lengths: np.ndarray | None = None
+) -> list[np.ndarray | None]:
+    """This rank's micro-batches; every rank gets the same number, filled up with None (a dummy of weight zero).
+
+    Each rank runs one micro-batch at a time and waits for the others, so the k-th ones should cost alike: they are
+    dealt in order of padded tokens, to and fro. Without `lengths` rows are counted instead of tokens.
+
+    costs [9, 8, 7, 6, 5], 2 ranks -> rank 0: 9, 6, 5    rank 1: 8, 7, None
+    """
+    costs = [len(micro) * (int(lengths[micro].max()) if lengths is not None else 1) for micro in micros]
+    by_cost = sorted(range(len(micros)), key=lambda i: (-costs[i], i))
+    mine: list[np.ndarray | None] = []
+    for first in range(0, len(by_cost), world_size):
+        deal = by_cost[first : first + world_size]
+        seat = rank if (first // world_size) % 2 == 0 or len(deal) < world_size else world_size - 1 - rank
+        mine.append(micros[deal[seat]] if seat < len(deal) else None)
+    return mine
+
+
+def collate(samples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to the longest: input_ids, attention_mask, labels, each LongTensor (batch, seq).
+
+    ids [5, 6, 2] and [7, 2], pad 0:
+        input_ids [[5, 6, 2], [7, 2, 0]]  attention_mask [[1, 1, 1], [1, 1, 0]]  labels [[-100, 6, 2], [-100, 2, -100]]
+    A pad is never a label, also where the pad token is the eos token.
+    """
+    shape = (len(samples), max(len(sample.input_ids) for sample in samples))
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        n = len(sample.input_ids)
+        input_ids[row, :n] = torch.tensor(sample.input_ids, dtype=torch.long)
+        attention_mask[row, :n] = 1
+        labels[row, :n] = torch.tensor(sample.labels, dtype=torch.long)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def auto_test_size(n_conversations: int) -> float:
+    """What --test_size auto keeps for evaluation: 5 %, at most 1,000 conversations, and none of a single one.
+
+    The error of their mean loss is a 30th of the spread between rows; more rows take their time from training.
+    """
+    if n_conversations < 2:
+        return 0
+    return HELD_OUT if HELD_OUT * n_conversations <= MOST_HELD_OUT else MOST_HELD_OUT
+
+
+def split(groups: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of training and test samples, each ascending; samples of one group never part.
+
+    groups int64 (n,). test_size: below 1 a fraction of the groups (at least one), from 1 on a count of them, 0 none.
+    groups [0, 0, 1, 2], test_size 1 -> for one seed ([0, 1, 3], [2])
+    Raises ConfigError when it leaves nothing to train on.
+    """
+    everything = np.arange(len(groups))
+    if test_size == 0:
+        return everything, everything[:0]
+    names = np.unique(groups)
+    n_test = int(test_size) if test_size >= 1 else max(1, round(test_size * len(names)))
+    if n_test >= len(names):
+        raise ConfigError(
+            "--test_size", f"{test_size:g} takes {n_test} of {len(names)} conversations; none is left to train on"
+        )
+    chosen = names[epoch_order(len(names), seed, 0)[:n_test]]
+    is_test = np.isin(groups, chosen)
+    return everything[~is_test], everything[is_test]

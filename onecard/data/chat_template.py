@@ -1,0 +1,373 @@
+"""Prompt templates: the one place that decides how a conversation is written down for a model.
+
+A template is a Hugging Face chat template (Jinja). The same file serves training, chat, `apply_chat_template`, vLLM,
+llama.cpp and Ollama, and is stored in the run directory as `chat_template.jinja`. What Jinja cannot say is in a
+comment on its first line: ``{#- onecard: {"end": "<|im_end|>" or "eos", "stop": ["\\n\\nUser:"]} -#}``.
+
+Knows how a conversation becomes text and where each answer begins and ends in it.
+Does not know token ids (tokenization.py), masks and truncation (encode.py), or files of data (sources.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from onecard.config.training import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES
+from onecard.console import ConfigError, DataError, nearest
+from onecard.data.jinja_chat import compile_chat_template, reads_input, render_chat
+from onecard.data.lost_turns import TurnKeeper
+from onecard.data.messages import Conversation, Turn, turns_to_messages
+from onecard.data.special_tokens import added_tokens, beginning_ids, single_token, special_tokens
+from onecard.data.thoughts import completion, empty_thought, has_thought, opened_thought
+
+BUILT_IN = BUILT_IN_TEMPLATES
+FOLDER = Path(__file__).resolve().parent / "templates"
+FLAG = "--prompt_type"
+EOS = "eos"
+_PLACEHOLDER = re.compile("\x00([0-9]+)\x00")
+_MOST_SKELETONS = 4096
+_PROBE = "onecard probe answer"
+_ANSWER = "{{- message['content'] + eos_token -}}"  # of alpaca, llama-2 and mistral
+_METADATA = re.compile(r"\A\{#-?\s*onecard:(.*?)-?#\}", re.DOTALL)
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation between two borders that no token crosses.
+
+    `text + end` is what the template wrote; `end` (answers only) is the text that closes the answer. `learn` is False
+    for what is never learned, whatever is asked for: an answer that the data mark so, a thought that nobody had.
+    """
+
+    text: str
+    is_answer: bool
+    end: str = ""
+    learn: bool = True
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template with how an answer ends: `end` is a text such as "<|im_end|>", or "eos" for the tokenizer's own.
+
+    `stop` holds further texts at which generation ends, for models that were never taught the end token. `day`
+    (2026-03-01) is the one a dated template writes down; empty for today. Training keeps the day of its first encoding.
+    """
+
+    name: str
+    jinja: str
+    end: str = EOS
+    stop: tuple[str, ...] = ()
+    day: str = ""
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, special_tokens: Mapping[str, str], add_generation_prompt: bool
+    ) -> str:
+        """The text `tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False)` gives.
+
+        Raises DataError when the template refuses the messages.
+        """
+        return render_chat(self.jinja, messages, special_tokens, add_generation_prompt, self.day)
+
+    def messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
+        """Messages for this template; an alpaca input joins the question where the template does not know inputs.
+
+        (Turn("user", "Translate", "cat"),) -> [{"role": "user", "content": "Translate\\n\\ncat"}] for chatml
+        """
+        if not reads_input(self.jinja):
+            turns = [replace(t, content=f"{t.content}\n\n{t.input}", input="") if t.input else t for t in turns]
+        return turns_to_messages(turns)
+
+    def segments(
+        self, conversation: Conversation | Sequence[Turn], tokenizer: Any, *, add_generation_prompt: bool = False
+    ) -> list[Segment]:
+        """The rendered text, cut at the borders of the answers; where it cannot be cut, one segment.
+
+        chatml, [user "Hi", assistant "Hello"] ->
+            Segment("<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", is_answer=False)
+            Segment("Hello", is_answer=True, end="<|im_end|>")
+            Segment("\\n", is_answer=False)        # with a next question: the beginning of the next prompt
+        """
+        turns = conversation.turns if isinstance(conversation, Conversation) else tuple(conversation)
+        return Writer(self, tokenizer).segments(turns, add_generation_prompt=add_generation_prompt)
+
+    def end_text(self, tokenizer: Any) -> str:
+        """The text that closes an answer. Raises ConfigError when it is the tokenizer's eos and there is none."""
+        if self.end != EOS:
+            return self.end
+        if not tokenizer.eos_token:
+            raise ConfigError(
+                FLAG, f"template {self.name} ends answers with the tokenizer's eos token, and this one has none"
+            )
+        return str(tokenizer.eos_token)
+
+    def stop_strings(self, tokenizer: Any) -> list[str]:
+        """Texts at which generation ends; the end of an answer is among them when it is not one token."""
+        texts = [*self.stop]
+        end = self.end_text(tokenizer)
+        if single_token(end, tokenizer) is None:
+            texts.append(end)
+        return [text for text in dict.fromkeys(texts) if single_token(text, tokenizer) is None]
+
+    def stop_ids(self, tokenizer: Any) -> list[int]:
+        """Token ids at which generation ends: the end of an answer, the tokenizer's eos, stops that are one token."""
+        texts = [self.end_text(tokenizer), *self.stop]
+        ids = [single_token(text, tokenizer) for text in texts] + [tokenizer.eos_token_id]
+        return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+
+_Skeleton = tuple[list[str | int], bool, str]
+
+
+class Writer:
+    """A template bound to a tokenizer's special tokens; made once per data set, because it runs once per record."""
+
+    def __init__(self, template: Template, tokenizer: Any) -> None:
+        self.template = template
+        self.special_tokens = special_tokens(tokenizer)
+        self.end = template.end_text(tokenizer)
+        self._inserts_as_it_is = built_in_name(template.jinja) is not None
+        self._skeletons: dict[Any, list[_Skeleton] | None] = {}
+        self._keeper = TurnKeeper(self._rendered)
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+        """The text of all turns. Raises DataError where the template refuses or leaves out one of them."""
+        return self._rendered(self._keeper.kept(turns, prompt=prompt), prompt)
+
+    def _rendered(self, turns: Sequence[Turn], prompt: bool) -> str:
+        return self.template.render(
+            self.template.messages(turns), special_tokens=self.special_tokens, add_generation_prompt=prompt
+        )
+
+    def segments(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
+        """The rendered text cut at the answers' borders; one segment where the template is not append-only."""
+        pieces = self.cut(turns, add_generation_prompt=add_generation_prompt)
+        if pieces is None:
+            return [Segment(self.render(turns, prompt=add_generation_prompt), is_answer=False)]
+        return pieces
+
+    def cut(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment] | None:
+        """The segments, or None when the template is not append-only for these turns.
+
+        Append-only: what generation was fed for each answer, then the answer and its end, is how the text that
+        generation is fed for the next answer begins. Otherwise what is learned would not be what is fed later.
+        """
+        if not self._inserts_as_it_is:
+            return self._cut_rendered(turns, add_generation_prompt=add_generation_prompt)
+        shape = (add_generation_prompt, *[(turn.role, turn.input != "") for turn in turns])
+        if shape not in self._skeletons:
+            if len(self._skeletons) >= _MOST_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[shape] = self._skeleton(turns, add_generation_prompt)
+        skeletons = self._skeletons[shape]
+        if skeletons is None:
+            return None
+        texts = [text for turn in turns for text in (turn.content, turn.input)]
+        found = [
+            Segment("".join([part if isinstance(part, str) else texts[part] for part in parts]), is_answer, end)
+            for parts, is_answer, end in skeletons
+        ]
+        # What follows the last answer is no segment where it is empty, such as an empty question without a template.
+        return found[:-1] if found and not found[-1].is_answer and not found[-1].text else found
+
+    def _skeleton(self, turns: Sequence[Turn], add_generation_prompt: bool) -> list[_Skeleton] | None:
+        """The segments of any conversation of this shape, with numbers where contents and inputs go.
+
+        Only for the built-in templates, which are known (and tested) to insert what they are given as it is. Jinja
+        would otherwise take more time than everything else that is done to a short record.
+        """
+        numbered = [
+            Turn(turn.role, f"\0{2 * k}\0", f"\0{2 * k + 1}\0" if turn.input else "") for k, turn in enumerate(turns)
+        ]
+        segments = self._cut_rendered(numbered, add_generation_prompt=add_generation_prompt)
+        if segments is None:
+            return None
+        split = [_PLACEHOLDER.split(segment.text) for segment in segments]
+        parts = [[part if k % 2 == 0 else int(part) for k, part in enumerate(pieces)] for pieces in split]
+        return [(parts_of, seg.is_answer, seg.end) for parts_of, seg in zip(parts, segments, strict=True)]
+
+    def _cut_rendered(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> list[Segment] | None:
+        """`cut` by rendering the conversation up to each answer and comparing."""
+        pieces: list[Segment] = []
+        written = full = ""
+        for k, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            try:
+                prompt = self.render(turns[:k], prompt=True)
+            except DataError:  # no question comes before this answer
+                return None
+            full = self.render(turns[: k + 1], prompt=False)
+            if not prompt.startswith(written) or not full.startswith(prompt):
+                return None
+            answer, in_text = self._answer(full[len(prompt) :], turn)
+            if not in_text.endswith(self.end) and (add_generation_prompt or k < len(turns) - 1):
+                return None  # the end is taught all the same, and the text that goes on does not have it
+            pieces += [Segment(prompt[len(written) :], is_answer=False), *answer]
+            written = prompt + in_text
+        finished = bool(pieces) and turns[-1].role == "assistant" and not add_generation_prompt
+        last = full if finished else self.render(turns, prompt=add_generation_prompt)
+        if not last.startswith(written):
+            return None
+        rest = last[len(written) :]
+        return [*pieces, Segment(rest, is_answer=False)] if rest else pieces
+
+    def prompt_and_answer(self, turns: Sequence[Turn]) -> list[Segment]:
+        """What generation is fed for the last answer, then that answer.
+
+        Used where only the last answer counts, and for templates that rewrite history (Qwen3 drops old thinking).
+        """
+        history = self.segments(turns[:-1], add_generation_prompt=True)
+        prompt = self.render(turns[:-1], prompt=True)
+        full = self.render(turns, prompt=False)
+        if full.startswith(prompt):
+            return [*history, *self._answer(full[len(prompt) :], turns[-1])[0]]
+        # The generation prompt holds more than the finished text, such as an opened thought: complete the prompt.
+        content = next((text for text in _as_written(turns[-1]) if text in full), turns[-1].content)
+        text = completion(self.opened_thought, content) if self.opened_thought else content
+        return [*history, Segment(text, is_answer=True, end=self.end)]
+
+    @cached_property
+    def opened_thought(self) -> str:
+        """The thought that every generation prompt of this template opens at its end, or ""."""
+        return opened_thought(self._probe[0])
+
+    @cached_property
+    def lead(self) -> str:
+        """What the template writes between the generation prompt and an answer.
+
+        " " for Llama 2; "assistant: " where the template knows no generation prompt; what closes an opened thought.
+        The model learns to write it, and it is no part of the answer.
+        """
+        prompt, full = self._probe
+        if full.startswith(prompt):
+            return full[len(prompt) :].partition(_PROBE)[0]
+        return completion(self.opened_thought, "") if self.opened_thought else ""
+
+    @cached_property
+    def _probe(self) -> tuple[str, str]:
+        """The generation prompt for a question, and the text with its answer; twice "" where the template refuses."""
+        asked = (Turn("user", "question"), Turn("assistant", _PROBE))
+        try:
+            return self.render(asked[:1], prompt=True), self.render(asked, prompt=False)
+        except DataError:  # it wants a system message, or other things
+            return "", ""
+
+    def _answer(self, rest: str, turn: Turn) -> tuple[list[Segment], str]:
+        """The answer in `rest`, the text after the prompt; and how much of `rest` the answer takes.
+
+        rest "Hello<|im_end|>\\n", answer "Hello" -> [Segment("Hello", True, end="<|im_end|>")], "Hello<|im_end|>"
+
+        An empty thought that the template puts before it is a segment of its own, which is not learned.
+        """
+        thought = "" if has_thought(turn.content) else empty_thought(rest)
+        start = len(self.lead) if rest.startswith(self.lead) else len(thought)
+        content = next((text for text in _as_written(turn) if text in rest[start:]), None)
+        after_content = start if content is None else rest.index(content, start) + len(content)
+        stop = rest.find(self.end, after_content)
+        in_text = rest[: stop + len(self.end)]
+        if stop < 0:
+            # The template does not close answers; the end must be taught all the same.
+            stop = len(rest) if content is None else after_content
+            in_text = rest[:stop]
+        answer = Segment(rest[len(thought) : stop], is_answer=True, end=self.end)
+        return [Segment(thought, is_answer=False, learn=False), answer] if thought else [answer], in_text
+
+
+def _as_written(turn: Turn) -> tuple[str, str]:
+    """What a template may have made of a turn's content: itself, or without the blanks around it."""
+    return turn.content, turn.content.strip()
+
+
+def load_template(prompt_type: str, tokenizer: Any, *, dialogue: bool = False) -> Template:
+    """The template of this name or file; `auto` is the tokenizer's own, else alpaca, or vicuna-chat for dialogue.
+
+    Raises ConfigError for an unknown name, an unreadable file, broken Jinja or broken metadata.
+    """
+    if prompt_type == "auto":
+        own = own_chat_template(tokenizer)
+        if own is not None:
+            return _from_jinja("auto", own, tokenizer)
+        prompt_type = "vicuna-chat" if dialogue else "alpaca"
+    prompt_type = TEMPLATE_ALIASES.get(prompt_type, prompt_type)
+    if prompt_type in BUILT_IN:
+        jinja = (FOLDER / f"{prompt_type}.jinja").read_text(encoding="utf-8")
+        # Many tokenizers name a BOS that they never write (Phi-3, SmolLM2): their models have not seen it in front.
+        names_only = tokenizer.bos_token and tokenizer.bos_token_id not in beginning_ids(tokenizer)
+        return _from_jinja(prompt_type, _without_bos(jinja) if names_only else jinja, tokenizer)
+    path = Path(prompt_type)
+    if path.suffix not in (".jinja", ".jinja2", ".j2") and not path.is_file():
+        known = ", ".join(("auto", *BUILT_IN))
+        hint = nearest(prompt_type, ("auto", *BUILT_IN))
+        raise ConfigError(FLAG, f"no template is called {prompt_type!r}{hint}; choose {known}, or give a .jinja file")
+    try:
+        return _from_jinja(path.stem, path.read_text(encoding="utf-8"), tokenizer)
+    except (OSError, UnicodeDecodeError) as reason:
+        raise ConfigError(FLAG, f"cannot read the template file {prompt_type}: {reason}") from reason
+
+
+def own_chat_template(tokenizer: Any) -> str | None:
+    """The tokenizer's own chat template, if it has one; of several named ones, the one called default."""
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, list):
+        own = {item["name"]: item["template"] for item in own}
+    return own.get("default") if isinstance(own, dict) else own or None
+
+
+def built_in_name(jinja: str) -> str | None:
+    """Which built-in template this is, by its text: a run stores the text alone.
+
+    Without BOS, or with a space before the answers, it is still the same one.
+    """
+    return _built_in_texts().get(jinja.strip())
+
+
+@lru_cache(maxsize=1)
+def _built_in_texts() -> dict[str, str]:
+    texts = {(FOLDER / f"{name}.jinja").read_text(encoding="utf-8").strip(): name for name in BUILT_IN}
+    texts |= {text.replace(_ANSWER, "{{- ' ' + " + _ANSWER.removeprefix("{{- ")): name for text, name in texts.items()}
+    return texts | {_without_bos(text): name for text, name in texts.items()}
+
+
+def _without_bos(built_in: str) -> str:
+    return built_in.replace("{{- bos_token -}}\n", "", 1)
+
+
+def _from_jinja(name: str, jinja: str, tokenizer: Any) -> Template:
+    """A template out of its text: end and stops from the first line, or found out by rendering a probe."""
+    compile_chat_template(jinja)
+    match = _METADATA.match(jinja)
+    if match is None:
+        template = Template(name=name, jinja=jinja, end=_find_end(jinja, tokenizer))
+    else:
+        template = Template(name, jinja, *_read_metadata(name, match.group(1)))
+    template.end_text(tokenizer)
+    return template
+
+
+def _read_metadata(name: str, text: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        metadata = json.loads(text)
+        end, stop = metadata["end"], metadata.get("stop", [])
+    except (ValueError, KeyError, TypeError, AttributeError) as reason:
+        raise ConfigError(
+            FLAG, f'template {name}: its first line is not {{"end": ..., "stop": [...]}}: {reason}'
+        ) from reason
+    good = isinstance(end, str) and end and isinstance(stop, list) and all(isinstance(s, str) and s for s in stop)
+    if not good:
+        raise ConfigError(FLAG, f"template {name}: on its first line `end` must be a text and `stop` a list of texts")
+    return end, tuple(stop)
+
+
+def _find_end(jinja: str, tokenizer: Any) -> str:
+    """How a template without metadata closes an answer: the first special token after a probe answer, else eos."""
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+    text = render_chat(jinja, messages, special_tokens(tokenizer), False)
+    tail = text.rpartition(_PROBE)[2].lstrip()
+    added = [str(token) for token in added_tokens(tokenizer).values()]
+    starts = [token for token in {*added, *tokenizer.all_special_tokens} if token and tail.startswith(token)]
+    return max(starts, key=len) if starts else EOS

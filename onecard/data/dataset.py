@@ -1,0 +1,235 @@
+"""A data set, encoded once and kept in Arrow files: read through memory maps, never whole in RAM.
+
+Knows what decides the encoded data (the cache key) and how samples are encoded in batches and found again by number.
+Does not know templates or masks (encode.py), how the file is kept whole (arrow_cache.py), nor steps (batches.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from onecard.console import DataError, warn
+from onecard.data.arrow_cache import DatasetReport, Row, can_write, read_manifest, remove_stale, write_cache
+from onecard.data.chat_template import Template
+from onecard.data.encode import Coded, Dropped, Encoded, Encoder, EncodeSettings, segments_of, to_encoded
+from onecard.data.jinja_chat import is_dated
+from onecard.data.messages import Conversation, Document
+from onecard.data.sources import Source, data_fingerprint, read
+from onecard.data.tokenization import tokenizer_fingerprint
+
+BATCH_RECORDS = 2048
+# One batch of long documents must not fill the memory.
+BATCH_CHARACTERS = 1_000_000
+
+
+class EncodedDataset:
+    """Encoded samples in a memory-mapped Arrow file.
+
+    lengths, supervised: int32 (n_samples,), tokens and learned tokens of each sample. groups: int64 (n_samples,).
+    fingerprint: SHA-256 over all ids and what of them is learned, so two runs with the same one learn the same; with a
+    dated template over what the samples are made of, the day aside.
+    """
+
+    def __init__(self, arrow_file: Path, report: DatasetReport, fingerprint: str) -> None:
+        self.report, self.fingerprint, self.path = report, fingerprint, arrow_file
+        self._keep: Any = None
+        reader = pa.ipc.open_file(pa.memory_map(str(arrow_file)))
+        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self.lengths = self._column(lambda batch: np.diff(batch.column("input_ids").offsets.to_numpy()), np.int32)
+        self.supervised = self._column(lambda batch: batch.column("n_supervised").to_numpy(), np.int32)
+        self.groups = self._column(lambda batch: batch.column("group").to_numpy(), np.int64)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Encoded:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        batch, row = self._batches[which], int(index - self._starts[which])
+        ids = batch.column("input_ids")[row].values.to_numpy().tolist()
+        spans = batch.column("spans")[row].values.to_numpy().tolist()
+        coded = Coded(ids, spans, batch.column("cut")[row].as_py())
+        return to_encoded(coded, batch.column("record")[row].as_py(), int(self.groups[index]))
+
+    def first_beyond(self, limit: int) -> tuple[int, int] | None:
+        """The number of the first sample that holds an id of `limit` or more, and that id; None where none does."""
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            column = batch.column("input_ids")
+            ids = column.values.to_numpy()
+            places = np.flatnonzero(ids >= limit)
+            if len(places):
+                row = int(np.searchsorted(column.offsets.to_numpy(), places[0], side="right")) - 1
+                return int(start) + row, int(ids[places[0]])
+        return None
+
+    def summary_lines(self) -> list[str]:
+        return self.report.summary_lines()
+
+    def keep(self, thing: Any) -> None:
+        """Hold something, such as a temporary folder, for as long as this data set lives."""
+        self._keep = thing
+
+    def _column(self, of: Any, dtype: Any) -> np.ndarray:
+        parts = [of(batch) for batch in self._batches]
+        return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype)
+
+
+def encode_dataset(
+    source: str | Source, template: Template, tokenizer: Any, settings: EncodeSettings, cache_dir: Path
+) -> EncodedDataset:
+    """The encoded data set, from the cache where it is whole, else encoded now and kept there.
+
+    A dated template writes the day of the first encoding into all samples, and the cache keeps it: after midnight the
+    same data mean the same, and their fingerprint is the same on any day. Only asking a model writes the present day.
+
+    Raises DataError when nothing can be learned from the data, or with settings.strict at the first bad record.
+    """
+    key = cache_key(source, template, tokenizer, settings)
+    dated = _dated_fingerprint(source, template, settings) if is_dated(template.jinja) else None
+    target = Path(cache_dir) / f"{key[:32]}.arrow"
+    found = read_manifest(target, key)
+    if found is not None:
+        report, fingerprint = found
+        return EncodedDataset(target, report, dated or fingerprint)
+    temporary = None
+    if not can_write(target.parent):
+        temporary = tempfile.TemporaryDirectory(prefix="onecard-", ignore_cleanup_errors=True)
+        warn(f"--cache_path {target.parent} cannot be written; encoding into {temporary.name} for this run only")
+        target = Path(temporary.name) / target.name
+    remove_stale(target.parent)
+    samples = Encoder(replace(template, day=date.today().isoformat()) if dated else template, tokenizer, settings)
+    report = DatasetReport()
+    with _cycles_collected_by_batch():
+        fingerprint = write_cache(target, key, report, _encoded(source, samples, settings, report))
+    dataset = EncodedDataset(target, report, dated or fingerprint)
+    dataset.keep(temporary)
+    return dataset
+
+
+def cache_directory(typed: str | None) -> Path:
+    """Where encoded data is kept: as typed, or `onecard` in the user's cache directory."""
+    if typed:
+        return Path(typed).expanduser()
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME).parent / "onecard"
+
+
+def cache_key(source: str | Source, template: Template, tokenizer: Any, settings: EncodeSettings) -> str:
+    """SHA-256 over everything that decides the encoded data, so that no stale cache is ever taken."""
+    parts = {
+        "data": data_fingerprint(source),
+        "split": source.txt_split if isinstance(source, Source) else "auto",
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": [template.jinja, template.end, template.stop],
+        "settings": asdict(settings),
+        "code": _code_fingerprint(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _dated_fingerprint(source: str | Source, template: Template, settings: EncodeSettings) -> str:
+    """Stands for the ids where they differ from day to day: encoded anew, a run that goes on would be refused."""
+    parts = [data_fingerprint(source), template.jinja, settings.cutoff_len, settings.train_on]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _code_fingerprint() -> str:
+    """The text package's own source and the libraries that tokenise: no version number to forget to raise."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        digest.update(source.name.encode() + source.read_bytes())
+    for library in ("tokenizers", "sentencepiece", "jinja2"):
+        try:
+            digest.update(version(library).encode())
+        except PackageNotFoundError:
+            digest.update(b"none")
+    return digest.hexdigest()
+
+
+def _encoded(
+    source: str | Source, encoder: Encoder, settings: EncodeSettings, report: DatasetReport
+) -> Iterator[list[Row]]:
+    """Batches of coded samples. While one batch is tokenised in a thread, the next one is read and rendered."""
+    group = 0
+    waiting: tuple[list[Conversation | Document], Any, Future[list[list[list[int]]]]] | None = None
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for batch in _in_batches(read(source, report=report.read, strict=settings.strict)):
+            plans = [encoder.plan(sample) for sample in batch]
+            ahead = (batch, plans, pool.submit(encoder.tokens.ids, segments_of(plans)))
+            if waiting is not None:
+                yield _rows(waiting[0], encoder.assemble(waiting[1], waiting[2].result()), group, settings, report)
+                group += len(waiting[0])
+            waiting = ahead
+        if waiting is not None:
+            yield _rows(waiting[0], encoder.assemble(waiting[1], waiting[2].result()), group, settings, report)
+
+
+@contextmanager
+def _cycles_collected_by_batch() -> Iterator[None]:
+    """Python looks for reference cycles after every few hundred new objects; here that is a quarter of the time.
+
+    Nothing made per record has cycles; what a template may leave behind `write_cache` collects once per batch.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _in_batches(samples: Iterable[Conversation | Document]) -> Iterator[list[Conversation | Document]]:
+    batch: list[Conversation | Document] = []
+    n_characters = 0
+    for sample in samples:
+        batch.append(sample)
+        n_characters += _n_characters(sample)
+        if len(batch) >= BATCH_RECORDS or n_characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _n_characters(sample: Conversation | Document) -> int:
+    if isinstance(sample, Document):
+        return len(sample.text)
+    return sum(len(turn.content) + len(turn.input) for turn in sample.turns)
+
+
+def _rows(
+    samples: list[Conversation | Document],
+    results: list[list[Coded] | Dropped],
+    first_group: int,
+    settings: EncodeSettings,
+    report: DatasetReport,
+) -> list[Row]:
+    rows: list[Row] = []
+    for group, (sample, result) in enumerate(zip(samples, results, strict=True), start=first_group):
+        if not isinstance(result, Dropped):
+            rows += [(coded, sample.record, group) for coded in result]
+        elif not result.bad:
+            report.add_dropped(sample.record, result.reason)
+        elif settings.strict:
+            raise DataError(f"{sample.record}: {result.reason} (--strict ends the run here)")
+        else:
+            report.read.reject(sample.record, result.reason)
+    return rows

@@ -1,0 +1,312 @@
+"""Samples to token ids and labels: what is learned, what is cut, what is dropped and why.
+
+Knows masks and truncation. Does not know files, caches (dataset.py), batches or models.
+
+The rule that everything here serves: the ids of a training sample up to an answer are the ids that generation feeds
+the model before that answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from onecard.console import DataError
+from onecard.data.chat_template import Segment, Template
+from onecard.data.messages import Conversation, Document, Turn
+from onecard.data.thoughts import empty_thought
+from onecard.data.tokenization import any_of, control_tokens, segment_tokenizer
+
+IGNORE_INDEX = -100
+TrainOn = Literal["all", "last", "everything"]
+Sample = Conversation | Document
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One training sample: input_ids (seq,), labels (seq,) with IGNORE_INDEX where nothing is learned.
+
+    group: the number of the conversation it came from; samples of a group go to the same side of a split.
+    cut: whether turns or the end of an answer were cut off to fit.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    record: str
+    group: int
+    cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A sample that teaches nothing. `bad`: the record itself is at fault, not the length limit."""
+
+    reason: str
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """cutoff_len: longest sample in tokens. strict: a bad record ends the run."""
+
+    cutoff_len: int
+    train_on: TrainOn = "all"
+    strict: bool = False
+
+
+class Coded(NamedTuple):
+    """ids with the half-open ranges [start, end) that are learned, flat: [s0, e0, s1, e1, ...]."""
+
+    ids: list[int]
+    spans: list[int]
+    cut: bool = False
+
+
+class Draft(NamedTuple):
+    """A sample before tokenisation. learn_last: only the last answer is learned, the others are its history."""
+
+    turns: tuple[Turn, ...]
+    segments: list[Segment]
+    learn_last: bool
+
+
+class Prompt(NamedTuple):
+    """What generation feeds the model, and how the text of the answer begins behind it.
+
+    continues: a space that the answer begins with is its own, and no habit of the tokenizer's at the beginning of a
+    text. lead: what the template writes before an answer; the model writes it too, and it is not shown.
+    """
+
+    ids: list[int]
+    continues: bool = False
+    lead: str = ""
+
+
+def encode_prompt(turns: Sequence[Turn], template: Template, tokenizer: Any) -> list[int]:
+    """What generation feeds the model for the next answer; ends with the template's generation prompt."""
+    return segment_tokenizer(template, tokenizer).prompt_ids(tuple(turns))
+
+
+def prompt_for(turns: Sequence[Turn], template: Template, tokenizer: Any) -> Prompt:
+    """`encode_prompt`, with what reading the answer takes."""
+    tokens = segment_tokenizer(template, tokenizer)
+    ids = tokens.prompt_ids(tuple(turns))
+    lead = tokens.writer.lead
+    lead = lead.removeprefix(empty_thought(lead))  # the model may well have a thought where the template has none
+    control = any_of(control_tokens(template, tokenizer)) if lead else None
+    return Prompt(ids, tokens.continues(ids), control.sub("", lead) if control else lead)
+
+
+def encode_sample(
+    sample: Sample, template: Template, tokenizer: Any, settings: EncodeSettings, *, group: int = 0
+) -> list[Encoded] | Dropped:
+    """The training samples one record gives: one, or several for long documents and templates that rewrite history.
+
+    chatml, [user "Hi", assistant "Hello"], with <|im_start|>=1, <|im_end|>=2:
+        input_ids  1 user \\n Hi 2 \\n 1 assistant \\n Hello 2
+        labels     -  -    -  -  - -  -  -         -  Hello 2        (- is IGNORE_INDEX)
+
+    Raises DataError for a bad record when settings.strict.
+    """
+    result = Encoder(template, tokenizer, settings).encode_many([sample])[0]
+    if isinstance(result, Dropped):
+        if result.bad and settings.strict:
+            raise DataError(f"{sample.record}: {result.reason}")
+        return result
+    return [to_encoded(coded, sample.record, group) for coded in result]
+
+
+def to_encoded(coded: Coded, record: str, group: int) -> Encoded:
+    """Spans to labels: ids [5, 6, 7, 8], spans [2, 4] -> labels [-100, -100, 7, 8]."""
+    labels = [IGNORE_INDEX] * len(coded.ids)
+    for start, end in zip(coded.spans[::2], coded.spans[1::2], strict=True):
+        labels[start:end] = coded.ids[start:end]
+    return Encoded(coded.ids, labels, record, group, coded.cut)
+
+
+class Encoder:
+    """Encodes many samples with one tokenizer call; bound to template, tokenizer and settings."""
+
+    def __init__(self, template: Template, tokenizer: Any, settings: EncodeSettings) -> None:
+        self.tokens = segment_tokenizer(template, tokenizer)
+        self.writer = self.tokens.writer
+        self.settings = settings
+        self._control = any_of(control_tokens(template, tokenizer))
+        self._stops = any_of(template.stop_strings(tokenizer))
+
+    def encode_many(self, samples: Sequence[Sample]) -> list[list[Coded] | Dropped]:
+        """One result per sample, in order: a list of coded samples, or why there is none."""
+        return self.code([self.plan(sample) for sample in samples])
+
+    def plan(self, sample: Sample) -> list[Draft] | Dropped:
+        """How a sample will be written, or why it cannot be used. No tokenising yet."""
+        if isinstance(sample, Document):
+            bad = self._fault(sample.text, self._control)
+            text = Segment(sample.text, is_answer=True)
+            return Dropped(bad, bad=True) if bad else [Draft((), [text], learn_last=False)]
+        for turn in sample.turns:
+            bad = self._fault(turn.content, self._control) or (turn.input and self._fault(turn.input, self._control))
+            if not bad and turn.role == "assistant":
+                bad = self._fault(turn.content, self._stops)
+            if bad:
+                return Dropped(bad, bad=True)
+        if not sample.turns or sample.turns[-1].role != "assistant":
+            return Dropped("the conversation does not end with an answer", bad=True)
+        turns = sample.turns
+        while turns and not _is_to_learn(turns[-1]):
+            turns = turns[:-1]
+        if not turns:
+            return Dropped("the record marks all its answers as not to be learned")
+        try:
+            # What follows the last answer to learn would only take room.
+            return self._drafts(sample.turns if self.settings.train_on == "everything" else turns)
+        except DataError as reason:
+            return Dropped(str(reason), bad=True)
+
+    def code(self, plans: Sequence[list[Draft] | Dropped]) -> list[list[Coded] | Dropped]:
+        """Tokenise all planned segments in one call and put the samples together."""
+        return self.assemble(plans, self.tokens.ids(segments_of(plans)))
+
+    def assemble(
+        self, plans: Sequence[list[Draft] | Dropped], ids_of_drafts: Sequence[list[list[int]]]
+    ) -> list[list[Coded] | Dropped]:
+        """The samples of each plan, out of the ids of `segments_of(plans)`; too long ones are shortened."""
+        ids = iter(ids_of_drafts)
+        return [plan if isinstance(plan, Dropped) else self._assemble(plan, ids) for plan in plans]
+
+    def _assemble(self, plan: list[Draft], ids: Iterator[list[list[int]]]) -> list[Coded] | Dropped:
+        coded: list[Coded] = []
+        reason = Dropped("nothing to learn")
+        for draft in plan:
+            fitted = self._fit(draft, next(ids))
+            if isinstance(fitted, Dropped):
+                reason = fitted
+            else:
+                coded += fitted
+        return coded or reason
+
+    def _drafts(self, turns: tuple[Turn, ...]) -> list[Draft]:
+        if self.settings.train_on == "last":
+            return [self._draft(turns, learn_last=True)]
+        whole = self.writer.cut(turns)
+        if whole is not None:
+            return [Draft(turns, _marked(_without_tail(whole), turns), learn_last=False)]
+        ends = [k + 1 for k, turn in enumerate(turns) if _is_to_learn(turn)]
+        return [self._draft(turns[:end], learn_last=True) for end in ends]
+
+    def _draft(self, turns: tuple[Turn, ...], *, learn_last: bool) -> Draft:
+        whole = None if learn_last else self.writer.cut(turns)
+        if whole is not None:
+            return Draft(turns, _marked(_without_tail(whole), turns), learn_last=False)
+        return Draft(turns, _marked(self.writer.prompt_and_answer(turns), turns), learn_last=True)
+
+    def _fit(self, draft: Draft, ids: list[list[int]]) -> list[Coded] | Dropped:
+        """The sample, shortened where it is longer than cutoff_len."""
+        if not draft.turns:
+            return self._chunks(ids[0])
+        coded = self._join(draft, ids)
+        if len(coded.ids) > self.settings.cutoff_len:
+            return self._shorten(draft)
+        return [coded] if coded.spans else Dropped("nothing to learn")
+
+    def _join(self, draft: Draft, ids: Sequence[list[int]], *, cut: bool = False) -> Coded:
+        """Segments [prompt, answer] with ids [[5, 6], [7, 8]] and BOS 1 -> ids [1, 5, 6, 7, 8], spans [3, 5]."""
+        joined = list(self.tokens.beginning_of(draft.segments[0].text))
+        learn_all = self.settings.train_on == "everything"
+        spans = [0, len(joined)] if learn_all and joined else []
+        for number, (segment, piece) in enumerate(zip(draft.segments, ids, strict=True), start=1):
+            is_wanted = learn_all or (segment.is_answer and (not draft.learn_last or number == len(ids)))
+            if is_wanted and segment.learn and piece:
+                if learn_all and spans[-1:] == [len(joined)]:
+                    spans[-1] += len(piece)
+                else:
+                    spans += [len(joined), len(joined) + len(piece)]
+            joined += piece
+        return Coded(joined, _learnable(spans), cut)
+
+    def _shorten(self, draft: Draft) -> list[Coded] | Dropped:
+        """Whole oldest exchanges go first, the system turn stays; then the end of the last answer goes."""
+        head = [turn for turn in draft.turns[:1] if turn.role == "system"]
+        starts = [k for k, turn in enumerate(draft.turns) if turn.role == "user"] or [len(head)]
+        # The shorter the history the shorter the sample, so the first length that fits is found by halving.
+        low, high, best = 1, len(starts) - 1, None
+        while low <= high:
+            middle = (low + high) // 2
+            shorter = self._draft((*head, *draft.turns[starts[middle] :]), learn_last=draft.learn_last)
+            coded = self._join(shorter, self.tokens.ids([shorter.segments])[0], cut=True)
+            if len(coded.ids) <= self.settings.cutoff_len:
+                best, high = coded, middle - 1
+            else:
+                low = middle + 1
+        if best is not None:
+            return [best]
+        return self._cut_answer(self._draft((*head, *draft.turns[starts[-1] :]), learn_last=True))
+
+    def _cut_answer(self, draft: Draft) -> list[Coded] | Dropped:
+        """The last answer cut to what fits, without an end token: the model must not learn to stop there."""
+        limit = self.settings.cutoff_len
+        open_ended = draft._replace(segments=[*draft.segments[:-1], draft.segments[-1]._replace(end="")])
+        ids = self.tokens.ids([open_ended.segments])[0]
+        coded = self._join(open_ended, ids, cut=True)
+        if len(coded.ids) - len(ids[-1]) >= limit:
+            return Dropped(f"the question alone takes all {limit} tokens of a sample (finetune.py --cutoff_len)")
+        spans = [min(place, limit) for place in coded.spans]
+        return [coded._replace(ids=coded.ids[:limit], spans=spans)] if spans else Dropped("nothing to learn")
+
+    def _chunks(self, ids: list[int]) -> list[Coded] | Dropped:
+        """A document, in pieces of cutoff_len tokens that each begin as `tokenizer(text)` does; the last ends with eos.
+
+        ids [5, 6, 7, 8, 9], BOS 1, eos 2, cutoff_len 4 -> [1, 5, 6, 7], [1, 8, 9, 2]
+        """
+        room = self.settings.cutoff_len - len(self.tokens.beginning)
+        if not ids:
+            return Dropped("the text is empty")
+        pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
+        if self.tokens.eos_id is not None and len(pieces[-1]) < room:
+            # Where eos would stand alone in a piece it is left out: that would teach to stop before beginning.
+            pieces[-1] = [*pieces[-1], self.tokens.eos_id]
+        begun = [[*self.tokens.beginning, *piece] for piece in pieces]
+        coded = [Coded(piece, _learnable([0, len(piece)])) for piece in begun]
+        return [piece for piece in coded if piece.spans] or Dropped("nothing to learn")
+
+    def _fault(self, text: str, pattern: Any) -> str:
+        found = pattern.search(text) if pattern is not None else None
+        if found is None:
+            return ""
+        return f"holds the text {found.group()!r}, which ends or steers an answer; learning it would teach a false stop"
+
+
+def segments_of(plans: Sequence[list[Draft] | Dropped]) -> list[list[Segment]]:
+    """The segments of every draft of the plans, in order."""
+    return [draft.segments for plan in plans if not isinstance(plan, Dropped) for draft in plan]
+
+
+def _is_to_learn(turn: Turn) -> bool:
+    return turn.role == "assistant" and turn.learn
+
+
+def _marked(segments: list[Segment], turns: Sequence[Turn]) -> list[Segment]:
+    """The segments of these turns; answers that the data mark so are not learned."""
+    if all(turn.learn for turn in turns):
+        return segments
+    learn = [turn.learn for turn in turns if turn.role == "assistant"]
+    if len(learn) != sum(segment.is_answer for segment in segments):
+        # A history that cannot be cut at its answers, and one of them is in it.
+        return [*(segment._replace(learn=False) for segment in segments[:-1]), segments[-1]._replace(learn=learn[-1])]
+    marks = iter(learn)
+    return [segment._replace(learn=next(marks)) if segment.is_answer else segment for segment in segments]
+
+
+def _without_tail(segments: list[Segment]) -> list[Segment]:
+    """What follows the last answer's end (a newline) belongs to a next prompt; here there is none."""
+    return segments[:-1] if not segments[-1].is_answer else segments
+
+
+def _learnable(spans: list[int]) -> list[int]:
+    """The first token is predicted from nothing, so it is never learned: [0, 3] -> [1, 3]; [0, 1] -> []."""
+    if spans and spans[0] == 0:
+        spans = [1, *spans[1:]]
+        if spans[1] == 1:
+            spans = spans[2:]
+    return spans

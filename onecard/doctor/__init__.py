@@ -1,0 +1,3 @@
+"""What this machine can do, and what is missing on it."""
+
+from __future__ import annotations

@@ -1,0 +1,301 @@
+"""The facts about this machine, each gathered on its own: one that cannot be had never hides the others.
+
+Kernels are really run, forward and backward. Judges nothing: `report.py` does. Everything that may be missing is
+imported inside functions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import getpass
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from onecard.config.training import REPOSITORY
+from onecard.doctor import report as doctor
+from onecard.doctor.report import Card, Finding, Package, Torch
+
+OPTIONAL = ("gptqmodel", "optimum", "auto-gptq", "deepspeed", "liger-kernel", "flash-attn", "llama-cpp-python")
+EXTRA_FILES = {"gptqmodel": "requirements-gptq.txt", "deepspeed": "requirements-deepspeed.txt"}
+SMI_SECONDS = 20
+MEND_KERNELS = (
+    "pip install --force-reinstall --no-deps bitsandbytes, of the pinned version; `python -m bitsandbytes` says more"
+)
+
+
+def examine() -> list[Finding]:
+    """Every check of this machine, in the order of a report. Never raises; takes some ten seconds."""
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "system": _system, "RAM": _memory, "disk": _disks, "packages": _packages, "torch": _torch, "cards": _cards,
+        "matrix product": _cpu_matmul, "bitsandbytes": _bitsandbytes, "sentencepiece": _sentencepiece,
+        "gradio": _gradio, "settings": lambda: doctor.judge_settings(os.environ),
+    }  # fmt: skip
+    return [finding for name, check in checks.items() for finding in isolated(name, check)]
+
+
+def isolated(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """Run one check; what it raises becomes its finding, because the others must still be heard."""
+    try:
+        return check()
+    except ImportError as reason:
+        return [Finding(name, "problem", f"cannot be checked: {_line(reason)}", doctor.INSTALL)]
+    except Exception as reason:
+        return [
+            Finding(name, "problem", f"the check itself failed: {_line(reason)}", "tell us, with --json and --debug")
+        ]
+
+
+def without_names(text: str) -> str:
+    """The text, fit for a public bug report."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # no such user: a container's number
+        user = ""
+    return doctor.scrubbed(text, str(Path.home()), user, platform.node())
+
+
+def pinned(file: Path) -> list[Package]:
+    """The packages that a requirements file pins for this Python and system, and what is installed of them."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if not text or text.startswith("-"):
+            continue
+        wanted = Requirement(text)
+        if wanted.marker and not wanted.marker.evaluate():
+            continue
+        here = installed(wanted.name)
+        fits = here is not None and wanted.specifier.contains(here, prereleases=True)
+        found.append(Package(wanted.name, str(wanted.specifier).removeprefix("=="), here, fits))
+    return found
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _system() -> list[Finding]:
+    return doctor.judge_system(platform.platform(), sys.version_info[:3], sys.maxsize > 2**32)
+
+
+def _memory() -> list[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return doctor.judge_memory(memory.total, memory.available)
+
+
+def _disks() -> list[Finding]:
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    found = []
+    for name, place in (("disk here", Path.cwd()), ("disk of the Hub cache", Path(cache).expanduser().absolute())):
+        there = next(folder for folder in (place, *place.parents) if folder.is_dir())
+        found += doctor.judge_disk(name, str(place), shutil.disk_usage(there).free)
+    return found
+
+
+def _packages() -> list[Finding]:
+    files = ["requirements.txt", *(file for name, file in EXTRA_FILES.items() if installed(name))]
+    found = [finding for file in files for finding in doctor.judge_packages(pinned(REPOSITORY / file), file)]
+    return found + doctor.judge_pairs({name: installed(name) for name in OPTIONAL})
+
+
+def torch_and_cards() -> tuple[Torch, list[str]]:
+    """What torch was built for, what the driver runs, and the names of the cards that the driver sees."""
+    smi = _nvidia_smi("--query-gpu=name,driver_version")
+    driver = smi[0][1] if smi else None
+    try:
+        import torch
+    except (ImportError, OSError) as reason:
+        return Torch("", None, False, driver, None, error=_line(reason)), []
+    facts = Torch(
+        torch.__version__, torch.version.cuda, torch.cuda.is_available(), driver, _driver_cuda(),
+        os.environ.get("CUDA_VISIBLE_DEVICES"), has_driver=Path("/proc/driver/nvidia/version").exists(),
+    )  # fmt: skip
+    return facts, [row[0] for row in smi]
+
+
+def why_no_card() -> Finding | None:
+    """Why torch uses no GPU though one was to be expected; None where nothing speaks of one, or torch has one."""
+    facts, names = torch_and_cards()
+    return None if facts.is_available or facts.error else doctor.why_no_card(facts, names)
+
+
+def _torch() -> list[Finding]:
+    facts, names = torch_and_cards()
+    found = doctor.judge_torch(facts, names)
+    if facts.error:
+        return found
+    import torch
+
+    if torch.version.hip:
+        found.append(
+            Finding("torch", "warning", "built for AMD (ROCm), which nobody has tested here", "tell us how it goes")
+        )
+    return found
+
+
+def _cards() -> list[Finding]:
+    import torch
+
+    n_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [finding for i in range(n_cards) for finding in doctor.judge_card(_card(i))]
+
+
+def _card(index: int) -> Card:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    with torch.cuda.device(index):
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        matmul = _error_of(lambda: _run_matmul(f"cuda:{index}", torch.float16))
+        flash = _error_of(lambda: _run_flash_attention(f"cuda:{index}"))
+    return Card(
+        index, properties.name, (properties.major, properties.minor), total_bytes, free_bytes, native, matmul, flash,
+        _others(str(getattr(properties, "uuid", ""))),
+    )  # fmt: skip
+
+
+def _cpu_matmul() -> list[Finding]:
+    import torch
+
+    return doctor.judge_kernel("fp32 on the CPU", "cpu", _error_of(lambda: _run_matmul("cpu", torch.float32)))
+
+
+def _bitsandbytes() -> list[Finding]:
+    import torch
+
+    n_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = []
+    for device in ("cpu", *(f"cuda:{i}" for i in range(n_cards))):
+        for bits in (4, 8):
+            error = _error_of(partial(_run_quantized, device, bits))
+            needed = device != "cpu" or not n_cards  # on a machine with a card nobody trains on its CPU
+            found += doctor.judge_kernel(f"bitsandbytes {bits}-bit", device, error, needed=needed, remedy=MEND_KERNELS)
+    return found
+
+
+def _sentencepiece() -> list[Finding]:
+    def run() -> None:
+        import sentencepiece
+
+        text = "Hello, 世界 123"
+        model = sentencepiece.SentencePieceProcessor(
+            model_file=str(REPOSITORY / "sample" / "tiny-llama" / "tokenizer.model")
+        )
+        if model.decode(model.encode(text)) != text:
+            raise ArithmeticError("a text does not come back from its tokens")
+
+    return doctor.judge_kernel("sentencepiece", "cpu", _error_of(run))
+
+
+def _gradio() -> list[Finding]:
+    """In a process of its own: it is large, and only the pages of chat.py need it."""
+    command = [sys.executable, "-c", "import gradio; print(gradio.__version__)"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    error = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
+    return doctor.judge_kernel("gradio", "cpu", error, needed=False)
+
+
+def _run_matmul(device: str, dtype: Any) -> None:
+    import torch
+
+    a = torch.arange(64 * 64, dtype=torch.float32).reshape(64, 64).remainder(7)
+    product = (a.to(device, dtype) @ a.to(device, dtype).T).float().cpu()
+    if not torch.equal(product, a @ a.T):  # whole numbers below 2048 are exact in fp16, too
+        raise ArithmeticError("the result is wrong")
+
+
+def _run_flash_attention(device: str) -> None:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    x = torch.zeros(1, 2, 64, 64, device=device, dtype=torch.float16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    torch.cuda.synchronize(device)
+
+
+def _run_quantized(device: str, bits: Any) -> None:
+    """One quantised layer forward and backward, against the layer that it was made from."""
+    import torch
+
+    from onecard.model.quantization import quantize_linear, quiet_bitsandbytes
+
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(128, 256, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(256, 128, generator=generator))
+    x = torch.randn(8, 128, generator=generator)
+    small_x = x.to(device, dtype).requires_grad_()
+    with quiet_bitsandbytes():
+        y = quantize_linear(linear.to(device, dtype), bits, dtype)(small_x)
+        y.sum().backward()
+    weight = linear.weight.detach().float().cpu()
+    pairs = ((y.detach(), x @ weight.T), (small_x.grad, weight.sum(0).expand(8, -1)))
+    for got, wanted in pairs:
+        if got is None or not (got.float().cpu() - wanted).norm() < 0.2 * wanted.norm():  # NaN is caught, too
+            raise ArithmeticError("the result is wrong")
+
+
+def _error_of(run: Callable[[], Any]) -> str:
+    """Run something; returns what it raised in one line, or ''. A kernel may fail in any way at all."""
+    try:
+        run()
+        return ""
+    except Exception as reason:
+        return _line(reason)
+
+
+def _driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the driver runs. https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VERSION.html"""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            library, number = ctypes.CDLL(name), ctypes.c_int(0)
+        except OSError:
+            continue
+        if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
+            return number.value // 1000, number.value % 1000 // 10
+    return None
+
+
+def _others(uuid: str) -> list[tuple[int, int]]:
+    """(process id, bytes) of other processes on the card; empty where the driver does not tell (Windows)."""
+    rows = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory")
+    rows = [row for row in rows if len(row) == 3 and row[0].removeprefix("GPU-") == uuid.removeprefix("GPU-")]
+    return [(int(pid), int(mib) * 2**20) for _, pid, mib in rows if mib.isdigit() and int(pid) != os.getpid()]
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    """Rows of cells that the driver's own program prints; none where there is no driver."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return []
+    command = [program, query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):  # it hangs where the driver does; torch's own word remains
+        return []
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
+
+
+def _line(reason: BaseException) -> str:
+    first = str(reason).strip().partition("\n")[0]
+    return f"{type(reason).__name__}: {first}"[:300]

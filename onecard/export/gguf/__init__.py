@@ -1,0 +1,3 @@
+"""Export to llama.cpp and Ollama."""
+
+from __future__ import annotations

@@ -1,0 +1,222 @@
+"""The story of `tools/export_gguf.py`: a model, with adapters merged in, becomes a directory for llama.cpp and Ollama.
+
+Knows the order of things and what to tell. The format is writer.py's, the tokens tokenizer.py's, the Modelfile
+ollama.py's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from onecard.console import DataError, say, warn
+from onecard.data.chat_template import Template, Writer, built_in_name, load_template, own_chat_template
+from onecard.data.special_tokens import single_token, special_tokens
+from onecard.export.gguf import ollama
+from onecard.export.gguf import writer as gguf
+from onecard.export.gguf.layout import Layout, check_tensors, read_layout, with_own_head
+from onecard.export.gguf.tokenizer import Vocabulary, read_vocabulary
+from onecard.export.io import output
+from onecard.export.io.weights import Weights, open_weights
+from onecard.model.files import locate
+from onecard.model.load import load_tokenizer
+
+MERGED = ".merged"
+MERGED_DTYPES = {"f16": "fp16", "bf16": "bf16"}  # by the type of the file; fp32 for all others
+MIB = 2**20
+PIECES_BYTES = 96 * MIB  # the fp32 pieces in which a tensor is rounded, and what gguf makes of them on the way
+
+
+@dataclass(frozen=True)
+class GgufSettings:
+    """What is exported, and how. prompt_type: auto takes the template stored with the model, if there is one."""
+
+    model_path: str
+    output_path: Path
+    gguf_type: str = "f16"
+    adapters: Sequence[str] = ()
+    prompt_type: str = "auto"
+    modelfile: bool = True
+    accept_other_base: bool = False
+    overwrite: bool = False
+    ollama: ollama.ModelfileSettings = field(default_factory=ollama.ModelfileSettings)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model: where it lies, its parts, and what is planned of it."""
+
+    directory: Path
+    layout: Layout
+    vocabulary: Vocabulary
+    weights: Weights
+    planned: list[gguf.Planned]
+    tokenizer: Any
+    template: Template | None
+
+    @property
+    def model(self) -> tuple[Layout, Vocabulary, Weights]:
+        return self.layout, self.vocabulary, self.weights
+
+
+def export_gguf(settings: GgufSettings) -> Path:
+    """Write DIRECTORY/model-TYPE.gguf and a Modelfile, reopen and compare, and say what was done; returns the file.
+
+    Raises ModelError and ConfigError: another family, parts missing, damaged or of other sizes, no room, and an
+    existing directory without `overwrite`.
+    """
+    base = locate(settings.model_path)
+    name = settings.output_path.expanduser().absolute().name
+    inputs = [base, *(Path(adapter) for adapter in settings.adapters)]
+    # Checked before the merge, which takes longest; and with an adapter again afterwards, on what was merged.
+    source = open_source(base, settings)
+    needed = gguf.file_bytes(source.planned, source.vocabulary)
+    if settings.adapters:
+        itemsize = 2 if settings.gguf_type in MERGED_DTYPES else 4
+        needed += sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in source.weights.entries.values())
+    with output.new_directory(
+        settings.output_path, overwrite=settings.overwrite, inputs=inputs, needed_bytes=needed
+    ) as partial:
+        if settings.adapters:
+            source = open_source(_merge(partial / MERGED, settings), settings)
+        for note in source.layout.notes:
+            warn(note)
+        file = partial / f"model-{settings.gguf_type}.gguf"
+        _say_plan(source, settings)
+        gguf.write(
+            file, source.model, source.planned, name=name, gguf_type=settings.gguf_type,
+            chat_template=chat_template_for(source.template, source.tokenizer),
+        )  # fmt: skip
+        reports = gguf.verify(file, source.model, source.planned)
+        told = _template_told(source, settings)
+        if settings.modelfile:
+            text = _modelfile(file.name, source, settings)
+            (partial / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
+        n_bytes = file.stat().st_size
+        shutil.rmtree(partial / MERGED, ignore_errors=True)
+    _say_done(settings, file.name, n_bytes, reports, told)
+    return settings.output_path / file.name
+
+
+def open_source(directory: Path, settings: GgufSettings) -> Source:
+    """Look at everything that an export needs, without reading a weight. Raises as `export_gguf` does."""
+    layout = read_layout(directory)
+    weights = open_weights(directory)
+    layout = with_own_head(layout, weights)
+    names, left_out = check_tensors(directory, layout, weights)
+    layout = replace(layout, notes=(*layout.notes, *left_out))
+    tokenizer = load_tokenizer(str(directory))
+    template = _template(settings.prompt_type, tokenizer)
+    end_id = single_token(template.end_text(tokenizer), tokenizer) if template else None
+    vocabulary = read_vocabulary(
+        tokenizer, directory, layout.vocab_size, beginning=_beginning(template, tokenizer), end_id=end_id
+    )
+    planned = gguf.plan(layout, names, settings.gguf_type)
+    return Source(directory, layout, vocabulary, weights, planned, tokenizer, template)
+
+
+def chat_template_for(template: Template | None, tokenizer: Any) -> str | None:
+    """The Jinja text for the GGUF: as stored, but a BOS that the tokenizer does not have stays away.
+
+    llama.cpp hands a template the text of some token as bos_token in any case; Hugging Face hands it nothing.
+    """
+    if template is None:
+        return None
+    jinja = template.jinja
+    if tokenizer.bos_token or "bos_token" not in jinja:
+        return jinja
+    first, separator, rest = jinja.partition("#}\n") if jinja.startswith("{#- onecard:") else ("", "", jinja)
+    return f"{first}{separator}{{%- set bos_token = '' -%}}\n{rest}"
+
+
+def _template(prompt_type: str, tokenizer: Any) -> Template | None:
+    if prompt_type == "auto" and own_chat_template(tokenizer) is None:
+        return None
+    return load_template(prompt_type, tokenizer)
+
+
+def _beginning(template: Template | None, tokenizer: Any) -> str:
+    """The text of BOS where the template writes it in front, else nothing."""
+    bos = str(tokenizer.bos_token or "")
+    if template is None or not bos:
+        return ""
+    try:
+        question = [{"role": "user", "content": "a"}]
+        text = template.render(question, special_tokens=special_tokens(tokenizer), add_generation_prompt=True)
+    except DataError:  # a template that wants other messages; then its beginning stays unknown
+        return ""
+    return bos if text.startswith(bos) else ""
+
+
+def _merge(directory: Path, settings: GgufSettings) -> Path:
+    from onecard.export.merge.merge import MergeSettings, merge_into  # peft takes seconds, and only adapters need it
+
+    directory.mkdir()
+    # Learned sums are rounded once: here to the file's own 16 bits, which gguf then stores as they are, or there.
+    dtype = MERGED_DTYPES.get(settings.gguf_type, "fp32")
+    report = merge_into(
+        directory, settings.model_path, list(settings.adapters),
+        MergeSettings(dtype=dtype, accept_other_base=settings.accept_other_base),
+    )  # fmt: skip
+    for note in report.notes:
+        warn(note)
+    say(
+        f"merged {len(report.adapters)} adapter(s) into {settings.model_path}"
+        + f": {report.proof}" * bool(report.proof)
+    )
+    return directory
+
+
+def _modelfile(file_name: str, source: Source, settings: GgufSettings) -> str:
+    template, tokenizer = source.template, source.tokenizer
+    go, stops = None, []
+    if template is not None:
+        bos = "" if source.vocabulary.adds_bos else _beginning(template, tokenizer)
+        built_in = built_in_name(template.jinja)
+        if built_in:
+            lead = Writer(template, tokenizer).lead
+            go = ollama.go_template(built_in, bos=bos, eos=str(tokenizer.eos_token), lead=lead)
+        stops = [template.end_text(tokenizer), *template.stop]
+    return ollama.modelfile(file_name, go, stops, settings.ollama)
+
+
+def _template_told(source: Source, settings: GgufSettings) -> str:
+    if source.template is None:
+        return "no chat template: none is stored with the model (give one with --prompt_type)"
+    built_in = built_in_name(source.template.jinja)
+    told = f"chat template: {built_in or 'the model’s own'}, in the GGUF"
+    if not settings.modelfile:
+        return told
+    if built_in:
+        return f"{told} and, as a Go template, in the Modelfile"
+    return (
+        f"{told}; none in the Modelfile, because only built-in ones are known as Go templates: Ollama recognises "
+        "well-known ones in the GGUF, else add a TEMPLATE line"
+    )
+
+
+def _say_plan(source: Source, settings: GgufSettings) -> None:
+    largest = max(source.weights.entries[tensor.source].n_bytes for tensor in source.planned if tensor.source)
+    ram = 2 * largest + 2 * max(tensor.n_bytes for tensor in source.planned) + PIECES_BYTES
+    vocabulary = source.vocabulary
+    words = {"llama": "SentencePiece", "gpt2": f"byte-level BPE, cut as {vocabulary.pre}"}[vocabulary.model]
+    unused = f", {vocabulary.n_unused} of them in no text" if vocabulary.n_unused else ""
+    say(
+        f"{source.layout.family} model, {len(source.planned)} tensors as {settings.gguf_type}, "
+        f"{len(vocabulary.tokens)} tokens ({words}{unused}); takes about {ram // MIB} MiB of RAM beside the program"
+    )
+
+
+def _say_done(settings: GgufSettings, file_name: str, n_bytes: int, reports: list[gguf.KindReport], told: str) -> None:
+    kinds = ", ".join(
+        f"{report.n_tensors} {report.kind} ({report.n_bytes / MIB:.1f} MiB, error at most {report.error:.2%})"
+        for report in reports
+    )
+    say(f"wrote {settings.output_path / file_name}: {n_bytes / MIB:.1f} MiB")
+    say(f"reopened and compared with the source: {kinds}")
+    say(told)
+    if settings.modelfile:
+        say(f"for Ollama: ollama create NAME -f {settings.output_path / 'Modelfile'}")

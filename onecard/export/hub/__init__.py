@@ -1,0 +1,3 @@
+"""Downloads from the Hugging Face Hub, and checksums of model directories."""
+
+from __future__ import annotations

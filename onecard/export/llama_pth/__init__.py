@@ -1,0 +1,3 @@
+"""Export to Meta's consolidated .pth files."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Adapters merged into the base, each tensor compared with its source."""
+
+from __future__ import annotations

@@ -1,0 +1,382 @@
+"""Adapters merged into their base: a whole Hugging Face directory, written layer by layer.
+
+https://arxiv.org/abs/2106.09685 section 4.1: W + B A * scale; peft's own merge does it for every variant, in fp32, and
+the result is rounded once. Knows files, dtypes, tied heads, tokenizers and which base an adapter belongs to. Does not
+know how one layer is merged (`lora_stack.py`) and rounded (`rounding.py`), or how the result is proven (`verify.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onecard.console import ConfigError, ModelError, say
+from onecard.export.io.base import StoredBase, open_base
+from onecard.export.io.left_out import TABLES
+from onecard.export.io.model_card import adapter_lines, write_card
+from onecard.export.io.output import new_directory, progress
+from onecard.export.io.weights import ShardWriter, checksum, copy_small_files
+from onecard.export.merge.lora_stack import Adapted, Stage, adapt
+from onecard.export.merge.rounding import DTYPES, NAMES, DoesNotFit, rounded, rounded_sum
+from onecard.model.files import base_fingerprint, locate, write_json
+from onecard.model.load import TOKENIZER_FILES, load_tokenizer
+from onecard.model.lora.adapter import base_of_adapter
+from onecard.model.lora.formats import kept_fingerprint, other_base, read_adapter
+
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_AND_TEMPLATE = (
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json", TEMPLATE
+)  # fmt: skip
+PROGRAM_BYTES = int(0.7 * 2**30)  # Python with torch, transformers and peft
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How adapters are merged."""
+
+    dtype: str = "auto"
+    """fp16, bf16 or fp32; auto: fp16 where weights and activations fit, else bf16."""
+    max_shard_bytes: int = 5 * 10**9
+    accept_other_base: bool = False
+    """Merge although the adapter was trained on another base."""
+    verify: bool = True
+    """Measure on the reopened result how much of the adapters' effect on the predictions is kept."""
+    trust_remote_code: bool = False
+
+
+@dataclass
+class MergeReport:
+    """What was merged, and what was seen while doing so."""
+
+    directory: Path
+    dtype: str
+    adapters: list[str]
+    n_targets: int = 0
+    """Layers that an adapter targets."""
+    unchanged: list[str] = field(default_factory=list)
+    """Those that came out as they went in: their adapter was never trained, or moved them by less than one rounding."""
+    checksums: dict[str, int] = field(default_factory=dict)
+    """CRC-32 of each tensor that was written, by its stored name."""
+    is_tied: bool = False
+    """Whether the result's head is its embeddings' weight."""
+    n_tensors: int = 0
+    total_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    proof: str = ""
+    """What the verification found, in one line; empty where there was none."""
+    files_proof: str = ""
+    """What comparing Meta's files with the merged weights found; empty where none were written."""
+
+
+def merge_into(
+    directory: Path, base: str, adapters: Sequence[str], settings: MergeSettings = MergeSettings()
+) -> MergeReport:
+    """Write base + adapters, in their order, as a Hugging Face model into an existing empty `directory`.
+
+    One layer at a time has weights, in fp32; about one shard read and one being written are in memory. With
+    `settings.verify` the result is reopened and compared before this returns.
+
+    Raises ModelError and ConfigError: an adapter that does not fit or was trained on another base, a quantised base,
+    values that overflow in fp16, NaN, files missing or damaged, a result that does not agree with the adapters.
+    """
+    if not adapters:
+        raise ConfigError("--lora_path", "names no adapter; there is nothing to merge")
+    stored = open_base(base, trust_remote_code=settings.trust_remote_code)
+    dtypes, told = target_dtypes(settings.dtype), list[str]()
+    for dtype in dtypes[:-1]:
+        try:
+            return _merge_as(dtype, directory, base, stored, adapters, settings)
+        except DoesNotFit as reason:
+            told.append(f"{reason}; the result is stored in {NAMES[dtypes[-1]]}, whose steps are 8 times as coarse")
+            say(told[0])
+        for path in directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    report = _merge_as(dtypes[-1], directory, base, stored, adapters, settings)
+    report.notes[:0] = told
+    return report
+
+
+def _merge_as(
+    dtype: torch.dtype, directory: Path, base: str, stored: StoredBase, adapters: Sequence[str], settings: MergeSettings
+) -> MergeReport:
+    adapted = adapt(stored, adapters)
+    report = MergeReport(directory, NAMES[dtype], list(adapters), is_tied=stored.is_tied)
+    for stage in adapted.stages:
+        report.notes += [*stage.notes, *check_same_base(stage, base, accept=settings.accept_other_base)]
+    say(
+        f"merging {len(adapters)} adapter(s) into {len(adapted.targets)} layers of {base}, in {report.dtype}; this "
+        f"takes about {ram_bytes(adapted, settings) / 2**30:.1f} GiB of RAM"
+    )
+    _write_weights(adapted, dtype, settings, report)
+    _write_config(adapted, dtype, directory, is_tied=report.is_tied)
+    made_of = [adapter_lines(name, stage.files.directory) for name, stage in zip(adapters, adapted.stages, strict=True)]
+    lines = [*chain.from_iterable(made_of), f"- merged in {report.dtype}"]
+    write_card(directory, stored.directory, base, "finetune", lines)
+    report.notes += _write_tokenizer(adapted, directory)
+    if adapted.rows != stored.rows:
+        report.notes.append(f"the vocabulary has {adapted.rows} rows now; the base has {stored.rows}")
+    if stored.unties:
+        report.notes.append(
+            "config.json of the base says that embeddings and head share their weight, but its files hold two "
+            "different ones: both are kept, as transformers loads them, and tie_word_embeddings is false now"
+        )
+    if stored.is_tied and not report.is_tied:
+        report.notes.append(
+            "embeddings and head share their weight in the base, and the adapter changed one of them alone: the result "
+            "stores both (tie_word_embeddings is false), which keeps every logit"
+        )
+    if len(report.unchanged) == report.n_targets:
+        raise ModelError(
+            f"merging changed none of {report.n_targets} layers: the adapter was never trained, or all it does is lost "
+            f"in {report.dtype}"
+        )
+    if settings.verify:
+        from onecard.export.merge.verify import verify_merge
+
+        del adapted  # the proof reads the adapters anew; both at once would cost their size
+        report.proof = verify_merge(directory, stored, adapters, report, needs_fp16=settings.dtype == "auto")
+    return report
+
+
+def find_base(model_path: str, adapter: str) -> str:
+    """The base to merge into; "auto" is the one that the adapter names. Raises ConfigError where it names none."""
+    if model_path != "auto":
+        return model_path
+    named = base_of_adapter(adapter)
+    if named is None:
+        read_adapter(adapter)  # what is no adapter at all is told as that
+        raise ConfigError("--model_path", f"is needed: the adapter {adapter} does not name its base model")
+    try:
+        locate(named)
+    except ModelError as reason:
+        raise ConfigError("--model_path", f"is needed: {adapter} names a base that cannot be had: {reason}") from reason
+    return named
+
+
+def target_dtypes(wanted: str) -> list[torch.dtype]:
+    """The dtypes to try for the result, the preferred one first. Raises ConfigError for a name that is none."""
+    if wanted == "auto":
+        return [torch.float16, torch.bfloat16]
+    if wanted not in DTYPES:
+        raise ConfigError("--dtype", f"{wanted!r} is none of auto, {', '.join(DTYPES)}")
+    return [DTYPES[wanted]]
+
+
+def ram_bytes(adapted: Adapted, settings: MergeSettings) -> int:
+    """About what merging takes: a shard read (its pages count), one written and its copy on the way, the adapters."""
+    weights = adapted.base.weights
+    shard = min(settings.max_shard_bytes, weights.total_bytes)
+    held = sum(tensor.nbytes for stage in adapted.stages for tensor in stage.files.tensors.values())
+    layer = max(entry.n_bytes for entry in weights.entries.values())
+    return PROGRAM_BYTES + weights.largest_file_bytes + shard + held + 4 * layer
+
+
+def check_same_base(stage: Stage, base: str, *, accept: bool) -> list[str]:
+    """Compare the base's fingerprint with the one that the adapter's run kept; returns what could not be checked.
+
+    Raises ModelError for another base, unless that is accepted.
+    """
+    directory = stage.files.directory
+    if kept_fingerprint(directory) is None:
+        return [f"{directory} keeps no fingerprint of its base, so it could not be checked that this is it"]
+    other = other_base(directory, base, base_fingerprint(base))
+    if other is None:
+        return []
+    if accept:
+        return [f"{other}; accepted"]
+    raise ModelError(
+        f"{other}. Give that base; or, if this is the same model in another form (other shards, another dtype, an "
+        "adapter before this one merged in), add --accept_other_base"
+    )
+
+
+def export_merged(
+    target: Path,
+    base: str,
+    adapters: Sequence[str],
+    settings: MergeSettings,
+    *,
+    file_format: str = "hf",
+    overwrite: bool = False,
+) -> MergeReport:
+    """`merge_into` a directory that gets its name only when everything is written and proven.
+
+    `file_format` hf: a Hugging Face directory; pth: consolidated.0x.pth and params.json, as LLaMA was published.
+    Raises as `merge_into` and `output.new_directory` do.
+    """
+    weights = open_base(base, trust_remote_code=settings.trust_remote_code)
+    itemsize = target_dtypes(settings.dtype)[0].itemsize
+    n_bytes = sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in weights.weights.entries.values())
+    inputs = [weights.directory, *(Path(adapter).expanduser() for adapter in adapters)]
+    copies = 2 if file_format == "pth" else 1
+    with new_directory(target, overwrite=overwrite, inputs=inputs, needed_bytes=copies * n_bytes) as partial:
+        if file_format == "hf":
+            return merge_into(partial, base, adapters, settings)
+        from onecard.export.llama_pth.pth import hf_to_pth
+
+        between = partial / ".hf"
+        between.mkdir()
+        report = merge_into(between, base, adapters, settings)
+        report.files_proof = "; ".join(hf_to_pth(between, partial))
+        shutil.rmtree(between)
+    return report
+
+
+def _write_weights(adapted: Adapted, dtype: torch.dtype, settings: MergeSettings, report: MergeReport) -> None:
+    """Write every tensor of the base, the merged ones in their place."""
+    writer = ShardWriter(report.directory, settings.max_shard_bytes)
+    for name, tensor in merged_tensors(adapted, dtype, report, strict=settings.dtype == "auto"):
+        writer.add(name, tensor)
+        report.checksums[name] = checksum(tensor)
+        report.n_tensors += 1
+    report.total_bytes = sum(file.stat().st_size for file in writer.finish())
+
+
+def merged_tensors(
+    adapted: Adapted, dtype: torch.dtype, report: MergeReport, *, strict: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the result by their stored names, in the order of the base's files.
+
+    Counts targets in `report` and says there whether head and embeddings are still one. Raises as `merge_into` does;
+    strict: DoesNotFit, too, for values too small for fp16.
+    """
+    base, weights, groups, done = adapted.base, adapted.base.weights, _groups(adapted), set[str]()
+    with progress("merging", weights.total_bytes, in_bytes=True) as move_on:
+        for name, entry in weights.entries.items():
+            group = groups.get(name, ())
+            if name.endswith(TABLES):
+                yield name, weights.read(name)
+            elif not group:
+                yield name, rounded(name, weights.read(name), kept_dtype(base, name, dtype), strict=strict)
+            elif group[0] not in done:
+                done.add(group[0])
+                yield from _stored(base, _merged_group(adapted, group, dtype, report, strict), report)
+            move_on(entry.n_bytes)
+    weights.close()
+
+
+def _stored(base: StoredBase, merged: dict[str, Tensor], report: MergeReport) -> Iterator[tuple[str, Tensor]]:
+    """One group under its stored names; of a pair that is still one, the half that the files lacked stays out."""
+    embedding, head = merged.get(f"{base.embedding}.weight"), merged.get(f"{base.head}.weight")
+    if base.is_tied and embedding is not None and head is not None:
+        report.is_tied = torch.equal(embedding, head)
+    for parameter, tensor in merged.items():
+        own = base.own_name(parameter)
+        if own or not report.is_tied:
+            yield own or parameter, tensor
+
+
+def _groups(adapted: Adapted) -> dict[str, tuple[str, ...]]:
+    """The layers that are merged together, by the stored name of each of their tensors: one, or a tied pair."""
+    base, groups = adapted.base, dict[str, tuple[str, ...]]()
+    for module in adapted.touched:
+        is_pair = base.is_tied and module in adapted.vocabulary
+        group = tuple(adapted.vocabulary) if is_pair else (module,)
+        groups |= {base.required_name(parameter): group for parameter in adapted.parameters_of(module)}
+    return groups
+
+
+def _merged_group(
+    adapted: Adapted, group: tuple[str, ...], dtype: torch.dtype, report: MergeReport, strict: bool
+) -> dict[str, Tensor]:
+    """The final tensors of one layer, or of a tied pair, by their names in the model."""
+    base, result = adapted.base, dict[str, Tensor]()
+    for module in group:
+        is_changed = False
+        for name, tensor in adapted.merged(module).items():
+            # Rounded by the name that is stored, so that a tied pair stays one.
+            stored, before = base.required_name(name), base.read(name)
+            round_it = rounded if torch.equal(tensor, before) else rounded_sum
+            result[name] = round_it(stored, tensor, kept_dtype(base, stored, dtype), strict=strict)
+            is_changed = is_changed or not torch.equal(result[name], before.to(result[name].dtype))
+        if module in adapted.targets:
+            report.n_targets += 1
+            report.unchanged += [] if is_changed else [module]
+    return result
+
+
+def kept_dtype(base: StoredBase, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a stored tensor gets: `dtype`, but for integers, tables, and what was kept wider on purpose."""
+    stored = base.weights.entries[name].dtype
+    is_wider = stored != base.dtype and stored.itemsize > dtype.itemsize
+    return stored if not stored.is_floating_point or name.endswith(TABLES) or is_wider else dtype
+
+
+def _write_config(adapted: Adapted, dtype: torch.dtype, directory: Path, *, is_tied: bool) -> None:
+    """Copy what lies beside the base's weights; config.json says the new dtype, rows of vocabulary and tying."""
+    base = adapted.base
+    copy_small_files(base.directory, directory)
+    config = json.loads(json.dumps(base.config))
+    parts = [config, *(config[name] for name in ("text_config",) if isinstance(config.get(name), dict))]
+    for part in parts:
+        dtype_keys = [key for key in ("dtype", "torch_dtype") if key in part] or (["dtype"] if part is config else [])
+        part |= dict.fromkeys(dtype_keys, str(dtype).removeprefix("torch."))
+        part |= {"vocab_size": adapted.rows} if "vocab_size" in part else {}
+        part |= {"tie_word_embeddings": False} if (base.is_tied or base.unties) and not is_tied else {}
+    write_json(directory / "config.json", config)
+
+
+def _write_tokenizer(adapted: Adapted, directory: Path) -> list[str]:
+    """Put the last adapter's tokenizer and template in place of the base's, where its run keeps them."""
+    source = adapted.stages[-1].files.directory
+    places = [source, source.parent] if source.name.startswith("checkpoint-") else [source]
+    run = next((place for place in places if list(_matching(place, TOKENIZER_FILES))), None)
+    if run is not None:
+        kept = _still_true(adapted, directory, run)
+        for file in _matching(directory, TOKENIZER_AND_TEMPLATE):
+            if file.name != TEMPLATE and file.name not in kept:
+                file.unlink()
+    for place in reversed(places):
+        for file in _matching(place, TOKENIZER_AND_TEMPLATE if place == run else (TEMPLATE,)):
+            shutil.copyfile(file, directory / file.name)
+    if not list(_matching(directory, TOKENIZER_FILES)):
+        return ["neither the run nor the base holds a tokenizer; copy one into the result before you use it"]
+    return _check_vocabulary(adapted, directory, run)
+
+
+def _still_true(adapted: Adapted, directory: Path, run: Path) -> list[str]:
+    """Files of the base's tokenizer that the run lacks and that tell the same: tokenizer.model, in most cases.
+
+    A run that transformers 5 wrote holds tokenizer.json alone, but llama.cpp and Meta's programs read the other one.
+    Kept while both tokenizers give the same tokens the same ids; `directory` holds the base's files at this moment.
+    """
+    lacking = [file.name for file in _matching(directory, ("*.model", "*.tiktoken")) if not (run / file.name).is_file()]
+    original = adapted.base.directory / "original" / "tokenizer.model"  # where LLaMA-3 keeps Meta's own
+    if not list(_matching(directory, TOKENIZER_FILES)) or not (lacking or original.is_file()):
+        return []
+    one, other = (
+        load_tokenizer(str(place), trust_remote_code=adapted.base.trust_remote_code).get_vocab()
+        for place in (adapted.base.directory, run)
+    )
+    if one != other:
+        return []
+    if original.is_file():
+        (directory / "original").mkdir()
+        shutil.copyfile(original, directory / "original" / original.name)
+    return lacking
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    for pattern in dict.fromkeys(patterns):
+        yield from sorted(directory.glob(pattern))
+
+
+def _check_vocabulary(adapted: Adapted, directory: Path, run: Path | None) -> list[str]:
+    tokenizer = load_tokenizer(str(directory), trust_remote_code=adapted.base.trust_remote_code)
+    n_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if n_tokens <= adapted.rows:
+        return []
+    told = f"the tokenizer of {run or adapted.base.directory} has {n_tokens} tokens, the model {adapted.rows} rows"
+    if run is None:
+        return [f"{told}: the last ones cannot be used, as in the base"]
+    raise ModelError(
+        f"{told}: tokens were added, and neither the base nor an adapter holds rows for them; merge into the base with "
+        "the grown vocabulary that the adapter was trained on"
+    )

@@ -1,0 +1,78 @@
+"""The options that the quantising tools share. Imports nothing heavy: `--help` goes through here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onecard.config.training import Problem, ReadingOptions
+from onecard.export.io.output import size_problems
+
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # weights of a row that share a scale; -1: the whole row
+
+
+@dataclass
+class SourceOptions:
+    """The model to quantise, and where the result goes."""
+
+    model_path: str = ""
+    """Base or merged model: a directory or a Hub id; with --lora_path it may be left to the adapter to name it."""
+    lora_path: str = ""
+    """Adapter to merge first (a run, one of its checkpoints, a Hub id); several with commas, in this order."""
+    accept_other_base: bool = False
+    """Merge although the adapter was trained on another base."""
+    output_path: str = ""
+    """Directory to write."""
+    overwrite: bool = False
+    """Replace what is at --output_path."""
+    max_shard_size: str = "5GB"
+    """Largest weight file, such as 5GB or 500MB."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    batch_size: int = 4
+    """Samples that pass through the model at once; less takes less memory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if not self.model_path and not self.lora_path:
+            found.append(("--model_path", "is needed: the model to quantise (or --lora_path, which names its base)"))
+        if not self.output_path:
+            found.append(("--output_path", "is needed: the directory to write"))
+        if self.batch_size < 1:
+            found.append(("--batch_size", f"{self.batch_size} does nothing; use 1 or more"))
+        return found + size_problems(self.max_shard_size)
+
+
+@dataclass
+class CalibrationTextOptions(ReadingOptions):
+    """The text that weights are fitted to, and other text that the result is measured on."""
+
+    calibration: Literal["text", "data"] = "text"
+    """Fit to plain text, or to training data (data) as the model saw it, through its template."""
+    calibration_path: str = ""
+    """File, folder or Hub data set (txt, jsonl, parquet, ...). Without it, text: the corpus of sample/tiny-llama."""
+    prompt_type: str = "auto"
+    """For data: the template. auto takes the one stored with the adapter or the model."""
+    calibration_samples: int = 256
+    """Samples of full length to fit to; of shorter ones more are taken."""
+    calibration_len: int = 512
+    """Longest sample in tokens."""
+    eval_path: str = ""
+    """Text to measure on. Without it some of the calibration text is kept back and never fitted to."""
+    eval_samples: int = 64
+    """Held-out samples of full length to measure on; of shorter ones more are taken."""
+    seed: int = 42
+    """Which samples are drawn."""
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.calibration == "data" and not self.calibration_path:
+            found.append(("--calibration_path", "is needed with --calibration data: the training data"))
+        for name, least in (("calibration_samples", 1), ("calibration_len", 16), ("eval_samples", 1)):
+            if getattr(self, name) < least:
+                found.append((f"--{name}", f"{getattr(self, name)} is too little; use {least} or more"))
+        return found

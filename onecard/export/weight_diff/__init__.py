@@ -1,0 +1,3 @@
+"""The difference of two models as a file, and the model rebuilt from it."""
+
+from __future__ import annotations

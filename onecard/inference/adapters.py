@@ -1,0 +1,140 @@
+"""One base model and the adapters that can speak through it, one at a time.
+
+Each adapter brings its own tokenizer and prompt template, so that it is asked in the words it was trained with. Knows
+run directories, and how an adapter is taken off the base and another one put on. It does not know requests or queues:
+`engine.py` sees to it that nobody is talking while the adapter changes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onecard.config.inference import TalkerOptions
+from onecard.config.training import ModelOptions
+from onecard.console import ConfigError, ModelError, nearest, warn
+from onecard.data.chat_template import BUILT_IN, Template, load_template
+from onecard.inference.generate import Talker
+from onecard.inference.load import base_path, load_talker, load_words
+from onecard.inference.run_files import adapters_in
+from onecard.inference.sampling import CacheOptions
+from onecard.model.lora.adapter import load_adapter, remove_adapter
+
+
+@dataclass(frozen=True)
+class Voice:
+    """An adapter (None: the base alone) with the words it was trained with."""
+
+    lora_path: str | None
+    tokenizer: Any
+    template: Template
+
+
+class Voices:
+    """The model of this card with what it can be; `paths` are adapters by name, the first one is put on at once."""
+
+    def __init__(self, options: ModelOptions, talker_options: TalkerOptions, paths: Mapping[str, str | None]) -> None:
+        self._paths = dict(paths)
+        first = next(iter(self._paths))
+        base = base_path(options.model_path, self._paths[first])
+        self._options, self._prompt_type = replace(options, model_path=base), talker_options.prompt_type
+        self._cache = CacheOptions(talker_options.static_cache, talker_options.compile)
+        talker, depends_on = load_talker(self._options, self._paths[first], self._prompt_type)
+        self.model: Any = talker.model
+        self._fingerprint = depends_on["base"]
+        self._on: str | None = first  # the name of what the model is now; None: the base, after an adapter failed
+        self._voices = {first: Voice(self._paths[first], talker.tokenizer, talker.template)}
+        self._templates: dict[tuple[str, str], Template] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._paths)
+
+    @property
+    def n_tokens(self) -> int:
+        """Size of the vocabulary: ids are below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def get(self, name: str = "", prompt_type: str = "") -> Voice:
+        """The voice of this name ('': the first) with this built-in template ('': its own). Raises ConfigError."""
+        name = name or self.names[0]
+        if name not in self._paths:
+            known = ", ".join(self.names)
+            raise ConfigError("--adapter", f"no adapter is called {name!r}{nearest(name, self.names)}; known: {known}")
+        with self._lock:
+            if name not in self._voices:
+                path = self._paths[name]
+                self._voices[name] = Voice(path, *load_words(self._options, path, self._prompt_type))
+            voice = self._voices[name]
+            return replace(voice, template=self._template(name, prompt_type, voice)) if prompt_type else voice
+
+    def use(self, name: str = "", prompt_type: str = "") -> Talker:
+        """Make the model speak with this voice. Raises ModelError; what spoke before then speaks again."""
+        name = name or self.names[0]
+        voice = self.get(name, prompt_type)
+        if name != self._on:
+            self._switch(name, voice.lora_path)
+        return Talker(self.model, voice.tokenizer, voice.template, self._cache)
+
+    def _switch(self, name: str, lora_path: str | None) -> None:
+        before = self._on
+        self.model, self._on = remove_adapter(self.model), None
+        try:
+            self._put_on(name, lora_path)
+        except ModelError:
+            if before is not None:
+                self._put_on(before, self._paths[before])
+            raise
+
+    def _put_on(self, name: str, lora_path: str | None) -> None:
+        if lora_path is not None:
+            adapter = load_adapter(self.model, lora_path, trainable=False, fingerprint=self._fingerprint)
+            for note in adapter.notes:
+                warn(f"{name}: {note}")
+            self.model = adapter.model
+            self.model.eval()
+        self._on = name
+
+    def _template(self, name: str, prompt_type: str, voice: Voice) -> Template:
+        # Only built-in names: a request must not be able to make the server open a file.
+        if prompt_type not in BUILT_IN:
+            raise ConfigError("--prompt_type", f"{prompt_type!r} is unknown; choose one of {', '.join(BUILT_IN)}")
+        key = (name, prompt_type)
+        if key not in self._templates:
+            self._templates[key] = load_template(prompt_type, voice.tokenizer)
+        return self._templates[key]
+
+
+def open_voices(
+    options: ModelOptions, talker_options: TalkerOptions, adapters_path: str | None, model_name: str | None
+) -> Voices:
+    """Load the model, and find the adapters of a folder. Raises ConfigError and ModelError.
+
+    The first name is the adapter that was typed, else the first of the folder, else the base; the others of the
+    folder follow, and the base.
+    """
+    first = talker_options.lora_path
+    found = adapters_in(adapters_path) if adapters_path else {}
+    if first is None and found:
+        first = next(iter(found.values()))
+    base = base_path(options.model_path, first)
+    typed = {model_name or name_of(first or base): first}
+    known = {str(Path(path).expanduser().resolve()) for path in typed.values() if path}
+    others: dict[str, str | None] = {
+        name: path for name, path in found.items() if str(Path(path).resolve()) not in known and name not in typed
+    }
+    if found and first is not None and name_of(base) not in {**typed, **others}:
+        others[name_of(base)] = None
+    return Voices(replace(options, model_path=base), talker_options, {**typed, **others})
+
+
+def name_of(path: str) -> str:
+    """The name by which a model is known: the last part of its path or Hub id; a checkpoint keeps its run's name."""
+    parts = [part for part in path.replace("\\", "/").rstrip("/").split("/") if part not in ("", ".", "..")]
+    if len(parts) > 1 and parts[-1].startswith("checkpoint-"):
+        return f"{parts[-2]}-{parts[-1]}"
+    return parts[-1] if parts else "model"

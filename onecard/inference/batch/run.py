@@ -1,0 +1,179 @@
+"""A file of questions to a file of answers: batched, in order, and going on after a kill where it stopped.
+
+Questions pass in windows of some batches. Within a window they are sorted by length, so that little of a batch is
+padding; written they are in the order of the file. A later start cuts the same windows into the same batches, so it
+writes the answers that an undisturbed run would have written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from onecard.config.inference import SamplingOptions
+from onecard.console import ConfigError, DataError, ModelError, Stopped, say, warn
+from onecard.data.messages import Turn
+from onecard.data.questions import Question, read_questions
+from onecard.data.sources import ReadReport, Source
+from onecard.inference.batch.results import AnswerFile, answer_row
+from onecard.inference.generate import Generation, Row, Talker, answer_rows, prepare
+
+WINDOW_BATCHES = 8
+
+
+@dataclass
+class Tally:
+    """What was done in this start."""
+
+    n_answers: int = 0
+    n_errors: int = 0
+    n_cut: int = 0
+    n_new_tokens: int = 0
+    seconds: float = 0.0
+    _begun: float = field(default_factory=time.perf_counter)
+
+    def count(self, generation: Generation) -> None:
+        self.n_new_tokens += generation.n_new_tokens
+        self.n_cut += generation.finish_reason == "length"
+        self.seconds = time.perf_counter() - self._begun
+
+    def line(self) -> str:
+        speed = self.n_new_tokens / self.seconds if self.seconds else 0.0
+        return f"{self.n_answers} answers, {self.n_new_tokens:,} tokens, {speed:.1f} tokens/s"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Who answers which questions, and how. `system` goes before questions without a system text of their own."""
+
+    talker: Talker
+    source: Source
+    n_questions: int  # as `survey` counted
+    sampling: SamplingOptions
+    batch_size: int
+    system: str = ""
+
+
+def survey(source: Source) -> int:
+    """Read the questions once, before a model is loaded: how many there are; what was skipped is said.
+
+    Raises DataError when there are none.
+    """
+    report = ReadReport()
+    n_questions = sum(1 for _ in read_questions(source, report=report))
+    for line in report.summary_lines():
+        say(line)
+    return n_questions
+
+
+def answer_questions(job: Job, answers: AnswerFile) -> Tally:
+    """Answer what is not yet answered in `answers`.
+
+    A question that cannot be asked (too long a prompt) gets a line with `output` null and an `error`.
+    Raises Stopped with 130 on Ctrl-C: everything written stays, and the same command goes on.
+    """
+    if answers.n_done > job.n_questions:
+        raise ConfigError("--output_path", f"{answers.path} has {answers.n_done} lines for {job.n_questions} questions")
+    tally = Tally()
+    console = Console(stderr=True)
+    progress = Progress(console=console, disable=not console.is_terminal, transient=True)
+    bar = progress.add_task("answering", total=job.n_questions, completed=answers.n_done)
+    try:
+        with progress:
+            for rows in _finished_rows(job, answers.n_done, tally):
+                answers.append(rows)
+                progress.update(bar, completed=answers.n_done)
+    except KeyboardInterrupt:
+        done = f"stopped with {answers.n_done} of {job.n_questions} answers in {answers.path}"
+        raise Stopped(f"{done}; run the same command again to go on", 130) from None
+    if tally.n_errors:
+        warn(f"{tally.n_errors} questions could not be asked; their lines say why under `error`")
+    if tally.n_cut:
+        warn(f"{tally.n_cut} answers were cut at --max_new_tokens {job.sampling.max_new_tokens} or the model's limit")
+    return tally
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive questions; `first` is the number of the first one in the file, from 0."""
+
+    first: int
+    questions: list[Question]
+
+
+def windows(questions: Iterable[Question], size: int, first: int) -> Iterator[Window]:
+    """`size` questions at a time; the last window may be smaller."""
+    remaining = iter(questions)
+    while taken := list(islice(remaining, size)):
+        yield Window(first, taken)
+        first += len(taken)
+
+
+def answer_safely(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions) -> list[Generation]:
+    """Answer rows, in halves when they do not fit into the card's memory together.
+
+    Raises ModelError when one alone does not fit.
+    """
+    try:
+        return answer_rows(talker, rows, sampling)
+    except torch.OutOfMemoryError as reason:
+        if len(rows) == 1:
+            raise ModelError(
+                f"a question of {len(rows[0].ids)} tokens with an answer of up to {rows[0].room} does not fit into "
+                "memory; use fewer --bits or, in generate.py, a smaller --max_new_tokens or --num_beams"
+            ) from reason
+    torch.cuda.empty_cache()
+    middle = len(rows) // 2
+    return answer_safely(talker, rows[:middle], sampling) + answer_safely(talker, rows[middle:], sampling)
+
+
+def _finished_rows(job: Job, n_done: int, tally: Tally) -> Iterator[list[dict[str, Any]]]:
+    """Lists of rows to be written, in the order of the file, from question number `n_done` on."""
+    size = job.batch_size * WINDOW_BATCHES
+    first = n_done - n_done % size
+    questions = islice(read_questions(job.source, report=ReadReport()), first, None)
+    for window in windows(questions, size, first):
+        yield from _answer_window(job, window, max(n_done, window.first), tally)
+
+
+def _answer_window(job: Job, window: Window, next_number: int, tally: Tally) -> Iterator[list[dict[str, Any]]]:
+    """The window's rows from `next_number` on, each as soon as nothing before it is missing."""
+    finished: dict[int, dict[str, Any]] = {}
+    prepared: list[Row] = []
+    n_done = next_number
+    for number, question in enumerate(window.questions, start=window.first):
+        try:
+            prepared.append(prepare(job.talker, with_system(question.turns, job.system), job.sampling, number=number))
+        except DataError as reason:
+            finished[number] = answer_row(question.fields, None, "error", str(reason))
+            tally.n_errors += number >= n_done
+    # The longest first: what does not fit into memory shows at once. The number makes the order the same every time.
+    prepared.sort(key=lambda row: (-len(row.ids), row.number))
+    batches = [prepared[start : start + job.batch_size] for start in range(0, len(prepared), job.batch_size)]
+    for batch in [*batches, []]:  # the empty one lets out a window in which nothing could be asked
+        if batch and all(row.number < n_done for row in batch):
+            continue
+        for row, generation in zip(batch, answer_safely(job.talker, batch, job.sampling), strict=True):
+            fields = window.questions[row.number - window.first].fields
+            finished[row.number] = answer_row(fields, generation.text, generation.finish_reason)
+            tally.count(generation)
+        ready = []
+        while next_number in finished:
+            ready.append(finished.pop(next_number))
+            next_number += 1
+        tally.n_answers += len(ready)
+        yield ready
+
+
+def with_system(turns: Sequence[Turn], system: str) -> tuple[Turn, ...]:
+    """The turns with this system text in front, unless they have one."""
+    if not system or turns[0].role == "system":
+        return tuple(turns)
+    return (Turn("system", system), *turns)

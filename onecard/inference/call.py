@@ -1,0 +1,318 @@
+"""One call of `model.generate`: what goes in for some prompts, and the reading of what comes out.
+
+The same call serves answers that are typed live and answers that are given whole; a watch on it changes nothing.
+Prompts are padded on the left by hand and masked; `model.generate` derives the positions from the mask. Knows ids,
+modes and texts. It does not know conversations, limits of the model or who asks: `generate.py` and `engine.py` do.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache, LogitsProcessorList, StoppingCriteriaList
+
+from onecard.config.inference import SamplingOptions
+from onecard.data.chat_template import Template
+from onecard.inference.model_limits import check_generation
+from onecard.inference.prefix_cache import PrefixCache, expanded
+from onecard.inference.sampling import CacheOptions, generation_config, logits_processors, seeded
+from onecard.inference.stopping import (
+    Ended,
+    FinishReason,
+    RoomUsedUp,
+    StopAtText,
+    answer_so_far,
+    answer_text,
+    ended_answer,
+)
+from onecard.inference.streamer import (
+    CollectLogprobs,
+    EndWhenTold,
+    Left,
+    SeeBeams,
+    SeeLogprobs,
+    TokenLogprob,
+    Watch,
+    leaving_early,
+)
+
+# Thirty pictures a second look continuous, and leave the processor to the model.
+INTERVAL_SECONDS = 1 / 30
+CONTEXT_TOKENS = 8  # of a prompt: enough for a character and the space behind it
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of the prompt, of the answer so far with its end token, and those of the prompt that were cached."""
+
+    n_prompt_tokens: int = 0
+    n_new_tokens: int = 0
+    n_cached_tokens: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """An answer so far.
+
+    text: the whole best answer so far, because beams rewrite themselves; with one beam each text begins with the one
+        before it. beams: all running beams, the best first, if they were asked for.
+    finish_reason: None until the last chunk, whose text is what `model.generate` returned.
+    logprobs: of the tokens shown so far, if they were asked for.
+    place: above 0 while the request waits for its turn: so many are in front of it, itself included.
+    """
+
+    text: str = ""
+    beams: tuple[str, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage = field(default_factory=Usage)
+    logprobs: tuple[TokenLogprob, ...] = ()
+    place: int = 0
+
+
+@dataclass(frozen=True)
+class Talker:
+    """A model that answers, with the tokenizer and the template that it was trained with.
+
+    prefixes: what it has read before as this `adapter`; None: each prompt is read from its beginning.
+    """
+
+    model: Any
+    tokenizer: Any
+    template: Template
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    prefixes: PrefixCache | None = None
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: ids (n_prompt,), the most new tokens it may get, and its number, which chooses its random numbers.
+
+    continues: the answer goes on in the prompt's text, and is no text of its own. lead: what is not shown at its
+    beginning; see `encode.Prompt` for both.
+    """
+
+    ids: list[int]
+    room: int
+    number: int = 0
+    continues: bool = False
+    lead: str = ""
+
+    @property
+    def before(self) -> list[int]:
+        """The ids behind which the answer's text begins."""
+        return self.ids[-CONTEXT_TOKENS:] if self.continues else []
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What is wanted while an answer is being written. top_logprobs: None for no log-probabilities, else how many."""
+
+    show_beams: bool = False
+    top_logprobs: int | None = None
+    interval_seconds: float = INTERVAL_SECONDS
+    max_seconds: float = math.inf
+
+
+class Call:
+    """One call of `model.generate` for some rows: its arguments, and the reading of what comes out of it."""
+
+    def __init__(
+        self, talker: Talker, rows: Sequence[Row], sampling: SamplingOptions, watching: Watching | None = None
+    ) -> None:
+        check_generation(talker.model, len(rows), sampling, talker.cache)
+        self.talker, self.rows, self.sampling = talker, rows, sampling
+        self.stop_ids = talker.template.stop_ids(talker.tokenizer)
+        self.stop_texts = [*talker.template.stop_strings(talker.tokenizer), *sampling.stop]
+        self.pad_id = padding_id(talker.tokenizer, self.stop_ids)
+        self.n_prompt = max((len(row.ids) for row in rows), default=0)
+        self.shows_beams = watching is not None and watching.show_beams and sampling.num_beams > 1
+        wants_logprobs = watching is not None and watching.top_logprobs is not None
+        self.logprobs = SeeLogprobs(len(rows), watching.top_logprobs or 0) if watching and wants_logprobs else None
+        self.n_cached = 0  # tokens of the prompt that are not read anew
+
+    def run(self, watch: Watch | None = None) -> list[list[int]]:
+        """The new ids of each row, or of its beams, best first, if they are shown; with padding behind the end."""
+        talker, read = self.talker, self.rows[0].ids
+        is_one_prompt = all(row.ids == read for row in self.rows)
+        prefixes = None if talker.cache.static or not is_one_prompt else talker.prefixes
+        past = prefixes.take(talker.model, talker.adapter, read) if prefixes else None
+        early = nullcontext() if watch is None or talker.cache.compile else leaving_early(talker.model, watch)
+        try:
+            with torch.inference_mode(), early:
+                sequences = self._generate(past, watch)
+            read = sequences[0].tolist()
+        finally:
+            if prefixes and past is not None:
+                prefixes.keep(talker.adapter, read, past)
+        new_ids: list[list[int]] = sequences[:, self.n_prompt :].tolist()
+        return new_ids
+
+    def _generate(self, past: Cache | None, watch: Watch | None) -> torch.Tensor:
+        """Prompts and answers (batch, longest); `past` holds the beginning of the prompt that all rows share."""
+        talker, numbers = self.talker, [row.number for row in self.rows]
+        device = talker.model.device
+        input_ids, attention_mask = pad_left([row.ids for row in self.rows], self.pad_id)
+        arguments: dict[str, Any] = {}
+        if past is not None:
+            self.n_cached = past.get_seq_length()
+            n_rows = len(self.rows) * self.sampling.num_beams
+            arguments["past_key_values"] = (
+                expanded(talker.model, self.rows[0].ids, past, n_rows) if n_rows > 1 else past
+            )
+        with seeded(self.sampling, numbers, device):
+            sequences: torch.Tensor = talker.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=generation_config(
+                    self.sampling,
+                    stop_ids=self.stop_ids,
+                    pad_id=self.pad_id,
+                    max_new_tokens=max(row.room for row in self.rows),
+                    num_return_sequences=self.sampling.num_beams if self.shows_beams else 1,
+                    cache=talker.cache,
+                ),
+                logits_processor=self._processors(watch, numbers),
+                stopping_criteria=self._criteria(watch),
+                **arguments,
+            )
+        return sequences
+
+    def answers(self, new_ids: Sequence[Sequence[int]]) -> list[Ended]:
+        """What is shown of each row's returned ids (best beams only)."""
+        n_beams = len(new_ids) // len(self.rows)
+        return [ended_answer(ids, **self._ends(row)) for row, ids in zip(self.rows, new_ids[::n_beams], strict=True)]
+
+    def chunks(self, snapshot: Sequence[Sequence[int]], before: Sequence[Chunk]) -> list[Chunk]:
+        """One chunk per row from the ids of a moment, several beams of a row one after another."""
+        n_beams = len(snapshot) // len(self.rows)
+        chunks = []
+        for k, (row, old) in enumerate(zip(self.rows, before, strict=True)):
+            beams = snapshot[k * n_beams : (k + 1) * n_beams]
+            ended = answer_so_far(beams[0], **self._ends(row))
+            texts = self._beam_texts(row, beams, finished=False)
+            # A tokenizer whose decode takes something back: with one beam, what was shown stays.
+            text = ended.text if n_beams > 1 or ended.text.startswith(old.text) else old.text
+            logprobs = self._shown_logprobs(k, beams[0], text)
+            chunks.append(Chunk(text, texts, None, Usage(len(row.ids), ended.n_tokens, self.n_cached), logprobs))
+        return chunks
+
+    def last_chunks(
+        self, new_ids: Sequence[Sequence[int]] | None, before: Sequence[Chunk], *, cancelled: bool
+    ) -> list[Chunk]:
+        """The chunks that end the answer. `new_ids` is None when generation was left early: what was shown stays."""
+        if new_ids is None:
+            reason: FinishReason = "cancelled" if cancelled else "length"
+            return [Chunk(old.text, old.beams, reason, old.usage, old.logprobs) for old in before]
+        n_beams = len(new_ids) // len(self.rows)
+        chunks = []
+        for k, (row, ended) in enumerate(zip(self.rows, self.answers(new_ids), strict=True)):
+            beams = new_ids[k * n_beams : (k + 1) * n_beams]
+            texts = self._beam_texts(row, beams, finished=True)
+            logprobs = self._shown_logprobs(k, beams[0][: ended.n_tokens], ended.text)
+            usage = Usage(len(row.ids), ended.n_tokens, self.n_cached)
+            chunks.append(Chunk(ended.text, texts, ended.reason, usage, logprobs))
+        return chunks
+
+    def _ends(self, row: Row) -> dict[str, Any]:
+        return {
+            "tokenizer": self.talker.tokenizer,
+            "stop_ids": self.stop_ids,
+            "stop_texts": self.stop_texts,
+            "room": row.room,
+            "before": row.before,
+            "lead": row.lead,
+        }
+
+    def _beam_texts(self, row: Row, beams: Sequence[Sequence[int]], *, finished: bool) -> tuple[str, ...]:
+        if not self.shows_beams:
+            return ()
+        read = ended_answer if finished else answer_so_far
+        return tuple(read(ids, **self._ends(row)).text for ids in beams)
+
+    def _shown_logprobs(self, k: int, ids: Sequence[int], text: str) -> tuple[TokenLogprob, ...]:
+        """Those of the tokens whose text is shown: not of the end token, nor of what is held back."""
+        if self.logprobs is None:
+            return ()
+        n_shown = min(len(ids), len(self.logprobs.rows[k]))
+        n_shown = next((n for n in range(n_shown) if ids[n] in self.stop_ids), n_shown)
+        row = self.rows[k]
+        while n_shown and len(answer_text(ids[:n_shown], self.talker.tokenizer, row.before, row.lead)) > len(text):
+            n_shown -= 1
+        return tuple(self.logprobs.rows[k][:n_shown])
+
+    def _processors(self, watch: Watch | None, numbers: Sequence[int]) -> LogitsProcessorList:
+        processors = LogitsProcessorList([self.logprobs] if self.logprobs else [])
+        processors.extend(logits_processors(self.sampling, numbers))
+        if watch is not None and self.sampling.num_beams > 1:
+            processors.append(SeeBeams(watch))
+        return processors
+
+    def _criteria(self, watch: Watch | None) -> StoppingCriteriaList:
+        criteria = StoppingCriteriaList([RoomUsedUp([row.room for row in self.rows], self.n_prompt)])
+        if self.stop_texts:
+            criteria.append(StopAtText(self.stop_texts, self.talker.tokenizer, self.n_prompt))
+        if self.logprobs:
+            criteria.append(CollectLogprobs(self.logprobs))
+        if watch is not None:
+            criteria.append(EndWhenTold(watch, shows=self.sampling.num_beams == 1))
+        return criteria
+
+
+class GenerateThread(threading.Thread):
+    """Runs a call beside the thread that reads the answer."""
+
+    def __init__(self, call: Call, watch: Watch) -> None:
+        super().__init__(name="onecard-generate", daemon=True)
+        self._call, self._watch = call, watch
+        self._new_ids: list[list[int]] | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            new_ids = self._call.run(self._watch)
+            # Out of time, `generate` returns what it has, and the answer counts as cut.
+            self._new_ids = new_ids if not self._watch.must_end else None
+        except Left:
+            pass
+        except BaseException as reason:
+            self._error = reason
+        finally:
+            self._watch.finish()
+
+    def result(self) -> list[list[int]] | None:
+        """The new ids, or None when generation was left early. Raises what generation raised."""
+        error, self._error = self._error, None  # an exception that keeps itself alive would keep its tensors alive
+        if error is not None:
+            raise error
+        return self._new_ids
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, each (batch, longest row).
+
+    [[5, 6, 7], [8]], pad 0  ->  [[5, 6, 7],   [[1, 1, 1],
+                                  [0, 0, 8]]    [0, 0, 1]]
+    """
+    longest = max(len(ids) for ids in rows)
+    input_ids = [[pad_id] * (longest - len(ids)) + list(ids) for ids in rows]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]
+    return torch.tensor(input_ids), torch.tensor(mask)
+
+
+def padding_id(tokenizer: Any, stop_ids: Sequence[int]) -> int:
+    """An id for padding: BOS where there is one, for it stands in every prompt anyway.
+
+    The mask hides padding from the model, but not from the repetition penalty: padded with the end token, only the
+    shorter rows of a batch would be made to end later.
+    """
+    for token_id in (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id):
+        if token_id is not None and token_id not in stop_ids:
+            return int(token_id)
+    return next(token_id for token_id in range(len(stop_ids) + 1) if token_id not in stop_ids)

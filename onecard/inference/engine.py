@@ -1,0 +1,312 @@
+"""The one model of this card, shared: requests wait their turn, adapters are switched, limits are kept.
+
+Pages, terminal and API ask an `Engine`; nothing else touches the model. Knows requests, limits and adapters. It does
+not know HTTP, pages or conversations' history (`history.py`), nor how tokens are chosen (`generate.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+
+from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
+from onecard.config.training import ModelOptions
+from onecard.console import ConfigError, DataError, ModelError
+from onecard.data.chat_template import Template
+from onecard.data.encode import Prompt, encode_prompt, prompt_for
+from onecard.data.messages import Turn
+from onecard.inference.adapters import Voice, Voices, open_voices
+from onecard.inference.embeddings import Check, embed, score
+from onecard.inference.generate import Chunk, ContextTooLong, Row, Talker, Watching, longest_sequence, stream_rows
+from onecard.inference.prefix_cache import PrefixCache
+from onecard.inference.queue import Busy, Turnstile
+from onecard.inference.streamer import TokenLogprob
+
+__all__ = ["Busy", "ContextTooLong", "Engine", "LimitExceeded", "OutOfMemory", "Request"]
+
+MOST_TOP_LOGPROBS = 20
+LONGEST_CONTEXT = 1 << 20  # where neither the model nor the limits say
+Result = TypeVar("Result")
+
+
+class OutOfMemory(ModelError):
+    """The card's memory is full. The memory of this request is free again, and the next one works."""
+
+
+class LimitExceeded(ConfigError):
+    """A request asks for more than a limit allows; `flag` is the option of the request, such as --num_beams."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, and how it is answered.
+
+    turns: the conversation, ending with a user turn; or prompt_ids: token ids to go on from, as they are.
+    adapter: a name out of `Engine.names`; '' is the first of them.
+    prompt_type: a built-in template's name; '' is the one that the adapter was trained with.
+    n: independent answers at once. number: which stream of random numbers the first of them draws from, the next
+        answer from the next one; another number gives another answer to the same seed.
+    top_logprobs: None for no log-probabilities, else how many alternatives to tell.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    adapter: str = ""
+    prompt_type: str = ""
+    n: int = 1
+    number: int = 0
+    show_beams: bool = False
+    top_logprobs: int | None = None
+
+
+class Engine:
+    """A model with its adapters, for many askers at once."""
+
+    def __init__(self, voices: Voices, limits: LimitOptions) -> None:
+        self.limits = limits
+        self._voices = voices
+        self._prefixes = PrefixCache(limits.prefix_cache_gib)
+        self._turnstile = Turnstile(limits.max_queue)
+        self._cancels: set[threading.Event] = set()  # of all requests that wait or are being answered
+        self._is_closed = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `Request.adapter` may name, the default first."""
+        return self._voices.names
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens of prompt and answer together."""
+        return longest_sequence(self._voices.model) or LONGEST_CONTEXT
+
+    @property
+    def prompt_limit(self) -> int:
+        """Tokens of the longest prompt that is taken; one token is left for the answer."""
+        own = self.context_limit - 1
+        return min(own, self.limits.max_prompt_tokens) if self.limits.max_prompt_tokens else own
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return self._turnstile.n_waiting
+
+    def has(self, adapter: str) -> bool:
+        return adapter == "" or adapter in self.names
+
+    def tokenizer(self, adapter: str = "") -> Any:
+        return self._voices.get(adapter).tokenizer
+
+    def template(self, adapter: str = "", prompt_type: str = "") -> Template:
+        return self._voices.get(adapter, prompt_type).template
+
+    def count_tokens(self, turns: Sequence[Turn], adapter: str = "", prompt_type: str = "") -> int:
+        """Tokens of what the model is fed for the next answer to these turns."""
+        voice = self._voices.get(adapter, prompt_type)
+        return len(encode_prompt(turns, voice.template, voice.tokenizer))
+
+    def stream(self, request: Request, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
+        """Answer a request: lists with one chunk per answer, the last of which have a `finish_reason`.
+
+        While it waits for its turn the chunks are empty and tell the `place`. Setting `cancel` from any thread, or
+        closing the iterator, ends it within a second; the model is then free for the next one, whatever happened.
+
+        Raises LimitExceeded, ContextTooLong, Busy, OutOfMemory and ModelError, always instead of the last chunks.
+        """
+        cancel = cancel or threading.Event()
+        rows = self._rows(request)
+        waiting = [Chunk() for _ in rows]
+        ticket = self._enter(cancel)
+        begun = 0.0
+        try:
+            for place in self._turnstile.wait(ticket, cancel):
+                yield [replace(chunk, place=place) for chunk in waiting]
+            if cancel.is_set():
+                yield [replace(chunk, finish_reason="cancelled") for chunk in waiting]
+                return
+            begun = time.monotonic()
+            yield from self._answer(request, rows, cancel)
+        finally:
+            self._leave(ticket, cancel, begun)
+
+    def embed(
+        self, prompts: Sequence[Sequence[int]], adapter: str = "", cancel: threading.Event | None = None
+    ) -> list[Sequence[float]]:
+        """One vector per prompt: the mean of the last hidden states, of length 1. (n, hidden)"""
+        most = self.limits.max_embedding_inputs
+        if len(prompts) > most:
+            raise LimitExceeded("--max_embedding_inputs", f"{len(prompts)} texts at once; {most} are allowed")
+        for ids in prompts:
+            self._check_prompt(ids)
+        return self._alone(adapter, cancel, lambda talker, check: embed(talker.model, prompts, check))
+
+    def score(
+        self,
+        prompt_ids: Sequence[int],
+        adapter: str = "",
+        top_logprobs: int = 0,
+        cancel: threading.Event | None = None,
+    ) -> list[TokenLogprob | None]:
+        """What the model thinks of each of the prompt's own tokens; None for the first, which follows nothing."""
+        self._check_prompt(prompt_ids)
+        self._check_top(top_logprobs)
+        return self._alone(adapter, cancel, lambda talker, check: score(talker.model, prompt_ids, top_logprobs, check))
+
+    def close(self) -> None:
+        """Cancel all requests; later ones are refused with ModelError."""
+        self._is_closed = True
+        for cancel in tuple(self._cancels):
+            cancel.set()
+
+    def _answer(self, request: Request, rows: list[Row], cancel: threading.Event) -> Iterator[list[Chunk]]:
+        seconds = self.limits.max_request_seconds or math.inf
+        watching = Watching(request.show_beams, request.top_logprobs, max_seconds=seconds)
+        advice = (
+            f"{request.n} answers of up to {rows[0].room} tokens to a prompt of {len(rows[0].ids)}, with "
+            f"{request.sampling.num_beams} beams each, do not fit into memory; lower --max_new_tokens, --num_beams, n, "
+            "shorten the conversation, or load the model in fewer --bits"
+        )
+        is_shown = False
+        try:
+            with memory_errors(advice):
+                for chunks in stream_rows(self._talker(request), rows, request.sampling, watching, cancel):
+                    yield chunks
+                    is_shown = is_shown or any(chunk.text for chunk in chunks)
+            return
+        except OutOfMemory:
+            if not self._prefixes.clear() or is_shown:
+                raise
+        with memory_errors(advice):  # once more, with the memory of the other conversations
+            yield from stream_rows(self._talker(request), rows, request.sampling, watching, cancel)
+
+    def _talker(self, request: Request) -> Talker:
+        """What answers this request. Raises ModelError for an adapter that does not load."""
+        talker = self._voices.use(request.adapter, request.prompt_type)
+        return replace(talker, prefixes=self._prefixes, adapter=request.adapter or self.names[0])
+
+    def _alone(self, adapter: str, cancel: threading.Event | None, work: Callable[[Talker, Check], Result]) -> Result:
+        """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
+        cancel = cancel or threading.Event()
+        self._voices.get(adapter)
+        ticket = self._enter(cancel)
+        begun = 0.0
+        try:
+            for _ in self._turnstile.wait(ticket, cancel):
+                pass
+            begun = time.monotonic()
+            deadline = begun + (self.limits.max_request_seconds or math.inf)
+
+            def check() -> None:
+                if cancel.is_set():
+                    raise ModelError("the request was cancelled")
+                if time.monotonic() >= deadline:
+                    raise ModelError("this takes longer than --max_request_seconds allows; send less at once")
+
+            check()
+            advice = "the texts do not fit into memory; send shorter ones, or fewer at once"
+            try:
+                with memory_errors(advice):
+                    return work(self._voices.use(adapter), check)
+            except OutOfMemory:
+                if not self._prefixes.clear():
+                    raise
+            with memory_errors(advice):
+                return work(self._voices.use(adapter), check)
+        finally:
+            self._leave(ticket, cancel, begun)
+
+    def _enter(self, cancel: threading.Event) -> object:
+        """Stand in the line. Raises Busy."""
+        if self._is_closed:
+            raise ModelError("the model is being shut down")
+        ticket = self._turnstile.join()
+        self._cancels.add(cancel)
+        return ticket
+
+    def _leave(self, ticket: object, cancel: threading.Event, begun: float) -> None:
+        self._cancels.discard(cancel)
+        self._turnstile.leave(ticket, time.monotonic() - begun if begun else 0.0)
+
+    def _rows(self, request: Request) -> list[Row]:
+        """The request's prompt, once per answer, after all its limits were checked."""
+        voice = self._voices.get(request.adapter, request.prompt_type)
+        sampling = request.sampling
+        for flag, message in sampling.problems():
+            raise LimitExceeded(flag, message)
+        for flag, value, limit in (
+            ("--max_new_tokens", sampling.max_new_tokens, "max_answer_tokens"),
+            ("--num_beams", sampling.num_beams, "max_beams"),
+            ("--n", request.n, "max_choices"),
+        ):
+            most = getattr(self.limits, limit)
+            if not 1 <= value <= most:
+                raise LimitExceeded(flag, f"{value} is not between 1 and {most}, the limit that --{limit} sets")
+        if request.top_logprobs is not None:
+            self._check_top(request.top_logprobs)
+            if sampling.num_beams > 1:
+                raise LimitExceeded("--num_beams", "with several beams there are no log-probabilities of tokens")
+        prompt = self._prompt(request, voice)
+        room = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
+        return [Row(prompt.ids, room, request.number + k, prompt.continues, prompt.lead) for k in range(request.n)]
+
+    def _prompt(self, request: Request, voice: Voice) -> Prompt:
+        if request.prompt_ids is not None:
+            prompt = Prompt(list(request.prompt_ids), continues=True)
+        elif [turn.role for turn in request.turns if turn.role != "system"][-1:] == ["user"]:
+            prompt = prompt_for(request.turns, voice.template, voice.tokenizer)
+        else:
+            raise DataError("there is no question: the last message, but for the system's, must be the user's")
+        self._check_prompt(prompt.ids)
+        return prompt
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise DataError("the prompt is empty")
+        n_known = self._voices.n_tokens
+        if not all(0 <= token_id < n_known for token_id in ids):
+            raise DataError(f"the prompt holds token ids that the model does not have (0 to {n_known - 1})")
+        if len(ids) > self.prompt_limit:
+            raise ContextTooLong(len(ids), self.prompt_limit + 1)
+
+    def _check_top(self, top_logprobs: int) -> None:
+        if not 0 <= top_logprobs <= MOST_TOP_LOGPROBS:
+            raise LimitExceeded("--top_logprobs", f"{top_logprobs} is not between 0 and {MOST_TOP_LOGPROBS}")
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn running out of memory into OutOfMemory with this advice, after everything the attempt held was let go."""
+    try:
+        yield
+        return
+    except (torch.OutOfMemoryError, MemoryError) as reason:
+        traceback.clear_frames(reason.__traceback__)  # they hold the activations
+    except RuntimeError as reason:
+        if "can't allocate memory" not in str(reason):  # PyTorch on CPU has no class of its own for it
+            raise
+        traceback.clear_frames(reason.__traceback__)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemory(advice)
+
+
+def open_engine(
+    model: ModelOptions,
+    talker: TalkerOptions,
+    limits: LimitOptions,
+    adapters_path: str | None = None,
+    model_name: str | None = None,
+) -> Engine:
+    """Load the model and what can be switched to. Raises ConfigError and ModelError."""
+    return Engine(open_voices(model, talker, adapters_path, model_name), limits)

@@ -1,0 +1,150 @@
+"""Answers from a model: prompts in, answers out, whole or while they are being written.
+
+One generator for every face: `stream` types an answer live, `answer_rows` gives many whole ones, and both run the same
+call of `model.generate` (call.py) with the same settings.
+
+What the model is fed comes from `prompt_for`, the same door that training uses. Does not know files
+(inference/batch/run.py), queues and adapters (engine.py) or terminals.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onecard.config.inference import SamplingOptions
+from onecard.console import ConfigError, DataError
+from onecard.data.chat_template import Template
+from onecard.data.encode import prompt_for
+from onecard.data.messages import Turn
+from onecard.inference.call import Call, Chunk, GenerateThread, Row, Talker, Usage, Watching
+from onecard.inference.model_limits import go_together
+from onecard.inference.stopping import FinishReason
+from onecard.inference.streamer import TokenLogprob, Watch
+from onecard.model.input_limits import embedding_rows, no_row
+
+__all__ = [
+    "Chunk", "ContextTooLong", "Generation", "Row", "Talker", "TokenLogprob", "Usage", "Watching", "answer_rows",
+    "generate_batch", "longest_sequence", "prepare", "stream", "stream_rows",
+]  # fmt: skip
+
+
+class ContextTooLong(DataError):
+    """A prompt that leaves no room for an answer. `limit` counts prompt and answer together, in tokens."""
+
+    def __init__(self, n_prompt_tokens: int, limit: int) -> None:
+        self.n_prompt_tokens, self.limit = n_prompt_tokens, limit
+        super().__init__(
+            f"the prompt has {n_prompt_tokens} tokens, and the model reads at most {limit}, answer included: shorten it"
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `n_new_tokens` counts the end token too, although it is not shown."""
+
+    text: str
+    finish_reason: FinishReason
+    n_prompt_tokens: int
+    n_new_tokens: int
+
+
+def stream(
+    talker: Talker,
+    turns: Sequence[Turn],
+    sampling: SamplingOptions,
+    watching: Watching | None = None,
+    cancel: threading.Event | None = None,
+) -> Iterator[Chunk]:
+    """Answer the last user turn, chunk by chunk; the last chunk has a `finish_reason`.
+
+    Closing the iterator, or setting `cancel` from any thread, stops the model within a second. Raises ContextTooLong,
+    and what `model.generate` raises, such as `torch.OutOfMemoryError`.
+    """
+    row = prepare(talker, turns, sampling)
+    for (chunk,) in stream_rows(talker, [row], sampling, watching, cancel):
+        yield chunk
+
+
+def stream_rows(
+    talker: Talker,
+    rows: Sequence[Row],
+    sampling: SamplingOptions,
+    watching: Watching | None = None,
+    cancel: threading.Event | None = None,
+) -> Iterator[list[Chunk]]:
+    """`stream` for several prepared rows at once: one list per step, with one chunk per row."""
+    watching = watching or Watching()
+    if watching.top_logprobs is not None and sampling.num_beams > 1:
+        raise ConfigError("--num_beams", "with several beams there are no log-probabilities of single tokens")
+    call = Call(talker, rows, sampling, watching)
+    watch = Watch(call.n_prompt, cancel or threading.Event(), time.monotonic() + watching.max_seconds)
+    thread = GenerateThread(call, watch)
+    thread.start()
+    chunks = [Chunk(usage=Usage(len(row.ids))) for row in rows]
+    try:
+        for snapshot in watch.snapshots(watching.interval_seconds):
+            if watch.must_end:
+                break
+            chunks = call.chunks(snapshot, chunks)
+            yield chunks
+    finally:
+        watch.abandoned = True
+        thread.join()
+    yield call.last_chunks(thread.result(), chunks, cancelled=watch.cancel.is_set())
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: Any,
+    template: Template,
+    conversations: Sequence[Sequence[Turn]],
+    sampling: SamplingOptions,
+) -> list[Generation]:
+    """Answer the last user turn of each conversation; one generation each, in order.
+
+    Greedy answers equal those of the conversations asked one by one (in fp32; in 16 bits the padding changes the last
+    bits of the scores). Raises ContextTooLong for a prompt longer than the model can read.
+    """
+    talker = Talker(model, tokenizer, template)
+    rows = [prepare(talker, turns, sampling, number=number) for number, turns in enumerate(conversations)]
+    return answer_rows(talker, rows, sampling)
+
+
+def prepare(talker: Talker, turns: Sequence[Turn], sampling: SamplingOptions, *, number: int = 0) -> Row:
+    """The row for a conversation.
+
+    Raises ContextTooLong when its prompt leaves no room for an answer, DataError for a token that the base lacks.
+    """
+    prompt = prompt_for(turns, talker.template, talker.tokenizer)
+    ids = prompt.ids
+    n_rows = embedding_rows(talker.model)
+    if max(ids, default=0) >= n_rows:
+        raise DataError(no_row(talker.tokenizer, max(ids), n_rows))
+    limit = longest_sequence(talker.model)
+    room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(ids))
+    if limit is not None and room < 1:
+        raise ContextTooLong(len(ids), limit)
+    return Row(ids, room, number, prompt.continues, prompt.lead)
+
+
+def answer_rows(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions) -> list[Generation]:
+    """Answer prepared rows in one call of `model.generate`, in order; one by one where padding would change them."""
+    if not rows:
+        return []
+    if not go_together(talker.model, [len(row.ids) for row in rows]):
+        return [answer for row in rows for answer in answer_rows(talker, [row], sampling)]
+    call = Call(talker, rows, sampling)
+    return [
+        Generation(ended.text, ended.reason or "length", len(row.ids), ended.n_tokens)
+        for row, ended in zip(rows, call.answers(call.run()), strict=True)
+    ]
+
+
+def longest_sequence(model: Any) -> int | None:
+    """How many tokens the model can read, prompt and answer together, or None where its config sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None

@@ -1,0 +1,77 @@
+"""From paths to a model that can answer: base, adapter, tokenizer and template, as the run stored them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+from onecard.config.training import DEFAULT_BASE, ModelOptions
+from onecard.console import ConfigError, warn
+from onecard.data.chat_template import Template, load_template
+from onecard.inference.generate import Talker
+from onecard.inference.run_files import has_tokenizer, run_directory, stored_template, trained_bits
+from onecard.model.answer_bits import with_answer_bits
+from onecard.model.hardware import detect
+from onecard.model.load import load_base, load_tokenizer
+from onecard.model.lora.adapter import base_of_adapter, load_adapter
+
+
+def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[Talker, dict[str, Any]]:
+    """Load what answers, and what its answers depend on (for `inference/batch/results.py`).
+
+    `options.model_path` "auto" is the base that the adapter names, or the embedded one where there is no adapter.
+    The tokenizer and, for `prompt_type` "auto", the template are the run's own. Raises ModelError and ConfigError.
+    """
+    options = replace(options, model_path=base_path(options.model_path, lora_path), gradient_checkpointing=False)
+    tokenizer, template = load_words(options, lora_path, prompt_type)
+    hardware = detect(options.device)
+    options = with_answer_bits(options, hardware, trained_bits(lora_path))
+    loaded = load_base(options, hardware, gptq=True)
+    model: Any = loaded.model
+    if lora_path is not None:
+        adapter = load_adapter(model, lora_path, trainable=False, fingerprint=loaded.fingerprint)
+        model = adapter.model
+        for note in adapter.notes:
+            warn(note)
+    model.eval()
+    depends_on = {
+        "base": loaded.fingerprint,
+        "adapter": adapter_fingerprint(model),
+        "bits": options.bits,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "template": hashlib.sha256(template.jinja.encode("utf-8")).hexdigest(),
+    }
+    return Talker(model, tokenizer, template), depends_on
+
+
+def load_words(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[Any, Template]:
+    """The tokenizer and the template that go with an adapter, or with the base alone."""
+    run = run_directory(lora_path)
+    tokenizer = load_tokenizer(
+        str(run) if has_tokenizer(run) else options.model_path, trust_remote_code=options.trust_remote_code
+    )
+    return tokenizer, load_template((prompt_type == "auto" and stored_template(run)) or prompt_type, tokenizer)
+
+
+def base_path(model_path: str, lora_path: str | None) -> str:
+    """The base model to load. Raises ConfigError when neither the command nor the adapter names one."""
+    if model_path != "auto":
+        return model_path
+    if lora_path is None:
+        return DEFAULT_BASE
+    named = base_of_adapter(lora_path)
+    if named is None:
+        raise ConfigError("--model_path", f"is needed: the adapter {lora_path} does not name its base model")
+    return named
+
+
+def adapter_fingerprint(model: Any) -> str | None:
+    """SHA-256 over the adapter's tensors, wherever they came from; None for a base model alone."""
+    digest, n_tensors = hashlib.sha256(), 0
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in (".lora_", ".token_adapter.trainable_tokens", ".modules_to_save.")):
+            n_tensors += 1
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest() if n_tensors else None

@@ -1,0 +1,374 @@
+"""The loss: a sum over the supervised tokens of a micro-batch, so that a step does not depend on how it is cut.
+
+Knows logits, labels and the way from the last hidden states to the logits. It does not know steps, scaling by a step's
+token count or the optimizer: `train/loop.py` does.
+
+With `chunk_tokens`, logits exist for that many tokens at a time. Let V be the vocabulary and H the hidden size; beside
+the model's own last hidden states, what lives at the peak of a chunk is
+
+    chunk_tokens * V * CHUNK_BYTES_PER_LOGIT[16 or 32]     the chunk's logits
+    with a soft cap: chunk_tokens * V * CAPPED_BYTES_PER_LOGIT[16 or 32] + CAPPED_ROWS * V * 8
+    batch * seq * H * (2 or 4)                             the gradient of the hidden states, kept for the backward pass
+    trained head only: weights * 4, twice                  its gradients, and those of one chunk
+    quantised head only: V * H * 2 (fp32: 4)               the weight, dequantised by bitsandbytes for the gradient
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy, pad
+
+from onecard.console import ModelError, warn
+from onecard.data.encode import IGNORE_INDEX
+
+# Bytes at the peak for each logit of a chunk, by the bits of the logits: 16-bit ones and their fp32 copy, which becomes
+# the softmax and then the gradient in place; fp32 logits are their own copy. The same forward, backward and in
+# evaluation; counted in tests/model/test_chunked_loss.py.
+CHUNK_BYTES_PER_LOGIT = {16: 6, 32: 4}
+# With a soft cap (Gemma), since the gradient of tanh needs its result.
+CAPPED_BYTES_PER_LOGIT = {16: 6, 32: 8}
+
+# Gradients of fp16 hidden states are computed before the loss scaler's factor is known, so they bring their own: the
+# softmax of a large vocabulary is full of probabilities below 6e-8, fp16's smallest number. A power of two changes no
+# digit of what does not underflow. With 1024, a head whose weights reach 32 would overflow; they lie below 2.
+SCALE = 1024.0
+CAPPED_ROWS = 16  # of logits, while the gradient of the cap is computed in fp32
+ROWS_AT_ONCE = 1024  # of hidden states, while their gradients are scaled in fp32
+
+# Numbers of config.json that families do something to the head's output with: most scale it, HyperCLOVA X multiplies
+# where Granite divides by the same name, and MiniCPM 3 divides what enters the head. So what fits is found by trying.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# How the logits of a model come about, by model, found at the first call of each; None: not as any of the known ways.
+_ways: weakref.WeakKeyDictionary[nn.Module, _Way | None] = weakref.WeakKeyDictionary()
+
+
+def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, int]:
+    """Return the cross-entropy summed over supervised tokens (a scalar, fp32) and the number of those tokens.
+
+    batch: `input_ids` and `labels`, each (batch, seq), padded on the right. A label of -100 is not learned; labels are
+    shifted here, so position t predicts token t + 1. `model` may be wrapped (DDP, accelerate): its own forward is
+    called, so that gradient hooks fire, with an empty micro-batch too (loss 0, gradients 0).
+
+        labels        -100 -100   7    9  -100     rows share one list of positions: here 1 and 2,
+                      -100 -100 -100   4  -100     the union of [1, 2] and [2]
+        logits of        .    x    x    .    .     (2, 2, vocab) instead of (2, 5, vocab)
+        loss           -log p(7|..) - log p(9|..) - log p(4|..), 3 tokens
+
+    chunk_tokens: logits exist for at most so many supervised tokens at a time, forward and backward in one pass;
+    0: for all positions at once. The result is the same. Soft-capping and scaling of logits (Gemma 2, Cohere, Granite)
+    are applied as the model does; a model whose logits cannot be reproduced here is warned of once and not chunked.
+
+    `attention_mask` is not passed on: a causal model's real token never looks at a pad to its right, so the mask
+    changes nothing, but costs a (batch, 1, seq, seq) tensor and the fast causal kernel.
+    Raises ModelError for a model whose `logits_to_keep` takes no list of positions.
+    """
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
+    # The last position predicts nothing that is known; a token alone therefore has nothing to learn.
+    targets = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    if chunk_tokens > 0:
+        result = _chunked_loss(model, inputs, targets, chunk_tokens)
+        if result is not None:
+            return result
+    positions = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
+    if len(positions) == 0:
+        positions = torch.zeros(1, dtype=torch.long, device=targets.device)
+    logits = _logits_at(model, inputs, positions)
+    wanted = targets[:, positions]
+    supervised = wanted != IGNORE_INDEX
+    n_supervised = int(supervised.sum())
+    if n_supervised == 0:
+        return logits.float().sum() * 0.0, 0
+    return cross_entropy(logits[supervised].float(), wanted[supervised], reduction="sum"), n_supervised
+
+
+def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    """Return the logits (batch, len(positions), vocab) at `positions`, computing no others where the model can."""
+    n_positions, n_seq = len(positions), inputs["input_ids"].shape[1]
+    if not takes_positions(model):
+        return _forward(model, **inputs).logits[:, positions]
+    logits = _forward(model, **inputs, logits_to_keep=positions).logits
+    if logits.shape[1] != n_positions:
+        raise ModelError(
+            f"{type(model).__name__} gave logits for {logits.shape[1]} positions of {n_seq}, but "
+            f"{n_positions} were asked for: its logits_to_keep does not take a list of positions"
+        )
+    return logits
+
+
+def _forward(model: nn.Module, **inputs: Any) -> Any:
+    """Call the model without the sentence of GPT-2 that asks for an `attention_mask`: pads on the right need none."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def worth_saying(record: logging.LogRecord) -> bool:
+        return "passing in an `attention_mask`" not in str(record.msg)
+
+    logger.addFilter(worth_saying)
+    try:
+        return model(**inputs)
+    finally:
+        logger.removeFilter(worth_saying)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the forward of the model inside all wrappers takes `logits_to_keep`."""
+    return "logits_to_keep" in inspect.signature(type(_innermost(model)).forward).parameters
+
+
+def _innermost(model: nn.Module) -> Any:
+    inner: Any = model
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What a family does to the head's output, in this order: Cohere multiplies, Granite divides, Gemma 2 caps."""
+
+    factor: float | None = None
+    divisor: float | None = None
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The way from hidden states (tokens, hidden) to logits (tokens, vocab), under the autocast that the model uses."""
+
+    module: nn.Module
+    autocast: bool
+    autocast_dtype: torch.dtype
+    way: _Way = field(default_factory=_Way)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Return what the head alone makes of one chunk, differentiable where gradients are enabled."""
+        # Evaluation runs under autocast inside the model's forward only, and this is outside.
+        with torch.autocast(hidden.device.type, self.autocast_dtype, self.autocast, cache_enabled=False):
+            return self.module(hidden)
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Return the logits in fp32; `output` is overwritten (in fp32 without a cap, the logits are that memory).
+
+        No layer keeps its own output for its gradient; for one that does, autograd would report the overwriting.
+        """
+        if self.way.factor is not None:
+            output.mul_(self.way.factor)
+        if self.way.divisor is not None:
+            output.div_(self.way.divisor)
+        if self.way.cap is None:
+            return output.float()
+        return output.div_(self.way.cap).tanh_().to(torch.float32, copy=True).mul_(self.way.cap)
+
+    def unfinish(self, gradient: Tensor, output: Tensor) -> None:
+        """Turn the gradient of the logits into that of the head's output, in place; `output` is as `finish` left it."""
+        if self.way.cap is not None:
+            for rows, tanh in zip(gradient.split(CAPPED_ROWS), output.split(CAPPED_ROWS), strict=True):
+                rows.mul_(1 - tanh.float().square())
+        if self.way.divisor is not None:
+            gradient.div_(self.way.divisor)
+        if self.way.factor is not None:
+            gradient.mul_(self.way.factor)
+
+
+def _chunked_loss(
+    model: nn.Module, inputs: dict[str, Any], targets: Tensor, chunk_tokens: int
+) -> tuple[Tensor, int] | None:
+    """The loss of `targets` (batch, seq), chunk by chunk; None for a model whose logits cannot be computed here."""
+    inner = _innermost(model)
+    is_new = inner not in _ways
+    found = _hidden_states(model, inner, inputs)
+    if found is None and is_new:
+        warn(
+            f"the logits of {type(inner).__name__} are not what its head and its config.json give, so the loss is "
+            "computed for all tokens at once, which takes more memory (less for a shorter finetune.py --cutoff_len)"
+        )
+    if found is None:
+        return None
+    hidden, head = found
+    flat = targets.flatten().to(hidden.device)
+    rows = (flat != IGNORE_INDEX).nonzero().squeeze(1)
+    tokens, states = _Tokens(rows, flat[rows], chunk_tokens), hidden.flatten(0, 1)
+    trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
+    if torch.is_grad_enabled() and (states.requires_grad or trained):
+        loss: Any = _ChunkedLoss.apply(head, tokens, states, *trained)
+        return loss, len(rows)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for some, wanted in tokens.chunks():
+        loss += _softmax_in_place(head.finish(head.output(states[some])), wanted)
+    return loss, len(rows)
+
+
+def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tuple[Tensor, _Head] | None:
+    """Run the model up to its head; return what enters the head (batch, seq, hidden), and the head.
+
+    The model itself computes the logits of one token only. The first time, those are compared with ours, bit by bit.
+    None: there is no head, it is not called once with all positions, or the logits differ.
+    """
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    is_new = inner not in _ways
+    if head is None or (not is_new and _ways[inner] is None):
+        _ways[inner] = None
+        return None
+    entered: list[tuple[Tensor, bool, torch.dtype]] = []
+    left: list[Tensor] = []
+
+    def keep_one(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not arguments or arguments[0].shape[:-1] != inputs["input_ids"].shape:
+            return None
+        hidden, device = arguments[0], arguments[0].device.type
+        entered.append((hidden, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+        # A clone, whose strides let one row be multiplied without a copy of the head's weight (bmm would make one).
+        return (hidden[:1, :1].clone(memory_format=torch.contiguous_format), *arguments[1:])
+
+    def keep_result(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        left.append(output.detach().clone())  # a clone, since a model may go on in place
+
+    no_graph = ExitStack()  # of a token whose logits are not used: it would hold, or offload, a trained head's copies
+
+    def stop_graph(_module: nn.Module, _arguments: Any) -> None:
+        no_graph.enter_context(torch.no_grad())
+
+    def go_on(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        no_graph.close()
+
+    hooks = [head.register_forward_pre_hook(keep_one), head.register_forward_pre_hook(stop_graph)]
+    hooks.append(head.register_forward_hook(go_on))
+    if is_new:
+        hooks.append(head.register_forward_hook(keep_result))
+    try:
+        logits = _forward(model, **inputs).logits
+    finally:
+        no_graph.close()
+        for hook in hooks:
+            hook.remove()
+    if is_new:
+        _ways[inner] = _way(inner.config.get_text_config(), head, left[0], logits) if len(entered) == 1 else None
+    way = _ways[inner]
+    if way is None or len(entered) != 1:
+        return None
+    hidden, autocast, dtype = entered[0]
+    return hidden, _Head(head, autocast, dtype, way)
+
+
+def _way(config: Any, head: nn.Module, output: Tensor, logits: Tensor) -> _Way | None:
+    """Which way leads from the head's `output` to the model's own `logits` of the same token, bit by bit."""
+    scales = [getattr(config, name, None) for name in SCALES]
+    caps = [getattr(config, name, None) for name in CAPS]
+    found: list[_Way] = []
+    for cap in (*filter(None, caps), None):
+        found += [_Way(scale, None, cap) for scale in filter(None, scales)]
+        found += [_Way(None, scale, cap) for scale in filter(None, scales)]
+        found.append(_Way(cap=cap))
+    for way in found:
+        made = _Head(head, False, output.dtype, way).finish(output.clone())
+        if torch.equal(made.to(output.dtype), logits.to(output)):
+            return way
+    return None
+
+
+def states_before_head(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """Return what enters the head for `input_ids` (batch, seq), and the way from such states to logits in fp32.
+
+    States are (batch, seq, hidden); the way takes (tokens, hidden). Pads stand on the right, as for `summed_loss`, and
+    no gradients are kept. None for a model whose logits cannot be computed here, such as one without a head.
+    """
+    inner = _innermost(model)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
+    with torch.no_grad():
+        found = _hidden_states(model, inner, inputs)
+    if found is None:
+        return None
+    states, head = found
+    return states, lambda some: head.finish(head.output(some))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The supervised tokens: their rows in the flat hidden states, what they should predict, how many at a time."""
+
+    rows: Tensor
+    wanted: Tensor
+    at_a_time: int
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.rows), self.at_a_time):
+            yield self.rows[start : start + self.at_a_time], self.wanted[start : start + self.at_a_time]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The summed loss; the forward pass computes the gradients, too, and the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, head: _Head, tokens: _Tokens, hidden: Tensor, *trained: Tensor) -> Tensor:
+        """hidden: (batch * seq, hidden). trained: the head's parameters that need gradients."""
+        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[2] else None
+        of_trained = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for rows, wanted in tokens.chunks():
+            chunk = hidden.detach()[rows].requires_grad_(of_hidden is not None)
+            learned = [*([chunk] if of_hidden is not None else []), *trained]
+            part, gradients = _learn_chunk(head, chunk, wanted, learned)
+            loss += part
+            if of_hidden is not None:
+                of_hidden[rows] = gradients.pop(0)  # type: ignore[assignment]
+            for whole in of_trained:
+                gradient = gradients.pop(0)
+                if gradient is not None:
+                    whole += gradient
+                del gradient  # as large as the head: not two of them while the next chunk makes its own
+        ctx.save_for_backward(of_hidden, *of_trained)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale in place: a second backward pass through the same graph is an error that autograd reports."""
+        factor = grad_outputs[0] / SCALE
+        gradients = ctx.saved_tensors
+        for gradient in gradients:
+            # In fp32, since the factor may be more than fp16 can hold; in pieces, since a long context is wide.
+            for rows in gradient.split(ROWS_AT_ONCE) if gradient is not None else ():
+                rows.copy_(rows.float().mul_(factor))
+        return (None, None, *gradients)
+
+
+def _learn_chunk(
+    head: _Head, hidden: Tensor, wanted: Tensor, learned: list[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the summed loss of a chunk and SCALE times its gradients for `learned`; None for what is not used."""
+    # What is saved here is needed at once; to offload it would send a trained head's 16-bit copy to RAM for each chunk.
+    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+        output = head.output(hidden)
+    scores = output.detach()
+    probabilities = head.finish(scores)
+    loss = _softmax_in_place(probabilities, wanted)
+    probabilities[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+    head.unfinish(probabilities.mul_(SCALE), scores)
+    scores.copy_(probabilities)  # the gradient in the dtype and in the memory of the output that it belongs to
+    del probabilities
+    return loss, list(torch.autograd.grad(output, learned, scores, allow_unused=True))
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
+
+
+def _softmax_in_place(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Turn fp32 logits (tokens, vocab) into probabilities; return the summed cross-entropy of the `wanted` ids."""
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    of_wanted = logits.gather(1, wanted[:, None])
+    total = logits.exp_().sum(dim=1, keepdim=True)
+    logits.div_(total)
+    return (total.log() - of_wanted).sum()

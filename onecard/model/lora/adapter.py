@@ -1,0 +1,387 @@
+"""LoRA adapters on a frozen base: attach, load, save, restore. The only file that imports peft.
+
+Knows tensor names, shapes and PEFT's files. It does not know data, steps or optimizers. What it writes is plain PEFT:
+`PeftModel.from_pretrained(base, directory)` gives the same logits without this project, whatever the start was.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from onecard.config.training import LoraOptions
+from onecard.console import ConfigError, ModelError, say, warn
+from onecard.model.lora import init as adapter_starts
+from onecard.model.lora import vocabulary as adapter_tokens
+from onecard.model.lora.formats import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    AdapterFiles,
+    compare,
+    differences_of,
+    find_config,
+    infer_config,
+    other_base,
+    read_adapter,
+    read_config,
+)
+from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
+from onecard.model.model_layers import linear_layers
+from onecard.model.quantization import n_elements, weight_bits
+
+ADAPTER = "default"
+PISSA = "pissa_niter_16"  # randomised SVD, 16 iterations: seconds per layer instead of minutes, as PEFT recommends
+LISTED = 10  # differences shown to a person
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A model with a trained adapter, and what had to be assumed about the adapter's files."""
+
+    model: PeftModel
+    notes: list[str]
+
+
+# PiSSA's first matrices by model. The saved form is the difference to them, so they live as long as the model does.
+_pissa_starts: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | None = None) -> PeftModel:
+    """Attach fresh fp32 adapters; everything else stays frozen, but for what `vocabulary.py` knows of.
+
+    pissa: https://arxiv.org/abs/2404.02948 (16 and 32 bits) loftq: https://arxiv.org/abs/2310.08659 (4 bits)
+    rslora: https://arxiv.org/abs/2312.03732 dora: https://arxiv.org/abs/2402.09353
+    new_ids: for --train_new_tokens; None: those that the base's directory lists.
+    Raises ModelError for layers that do not exist (with the nearest names), ConfigError for contradicting options.
+    """
+    linear = adaptable_layers(model)
+    left_out = linear_layers(model).keys() - linear.keys()
+    adapter_starts.check_start(options, linear)
+    start: Any = PISSA if options.lora_init == "pissa" else True
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=target_modules(model, options.lora_target_modules, linear),
+        target_parameters=target_parameters(model, options.lora_target_parameters),
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        init_lora_weights=start,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
+        task_type="CAUSAL_LM",
+        **adapter_tokens.config_settings(model, options, new_ids),
+    )
+    with _repeatable(model, options.lora_init == "pissa"):
+        peft_model = _attach(model, config)
+    if options.lora_init == "loftq":
+        adapter_starts.start_loftq(peft_model, ADAPTER)
+    if options.lora_init == "pissa":
+        live = _live_tensors(peft_model)
+        _pissa_starts[peft_model] = {name: tensor.clone() for name, tensor in live.items() if ".lora_" in name}
+    adapter_tokens.train_in_fp32(peft_model)
+    adapter_tokens.check_both_ends(peft_model.get_base_model(), options)
+    _check_trainable(peft_model)
+    if left_out and options.lora_target_modules.strip() == ALL_LINEAR:
+        kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in left_out}))
+        say(f"{len(left_out)} dense or shared layers ({kinds}) get no adapter: peft means the experts by these names")
+    return peft_model
+
+
+def load_adapter(
+    model: nn.Module,
+    source: str | Path,
+    *,
+    trainable: bool,
+    fingerprint: str | None = None,
+) -> LoadedAdapter:
+    """Attach a trained adapter from a run, a checkpoint, an older layout or the Hub.
+
+    fingerprint: of the base that the model is; a note tells of an adapter that was trained on another one. Raises
+    ModelError that lists every name and shape which differs from what this base needs; it is then left as it was.
+    """
+    loaded = attach_files(model, read_adapter(source), trainable=trainable)
+    other = other_base(source, _name_of(model), fingerprint) if fingerprint else None
+    advice = "Give that base as --model_path, unless this one is the same in another form (GPTQ, other shards)"
+    return replace(loaded, notes=[*loaded.notes, f"{other}. {advice}"]) if other else loaded
+
+
+def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool) -> LoadedAdapter:
+    """`load_adapter` for files that were read already. On a model without memory (meta) only the adapter gets any."""
+    config = _config_of(files, trainable)
+    adapter_tokens.check_indices(config.trainable_token_indices, model, files.directory)
+    has_no_memory = next(model.parameters()).is_meta
+    try:
+        peft_model = _attach(model, config, has_no_memory=has_no_memory)
+    except (ValueError, TypeError) as reason:  # TypeError: a setting of another type in adapter_config.json
+        raise ModelError(f"{files.directory} does not fit this base: {str(reason).splitlines()[0]}") from reason
+    differences = differences_of(_live_tensors(peft_model), files.tensors)
+    if differences:
+        remove_adapter(peft_model)
+        raise ModelError(_mismatch(files, differences, model))
+    if trainable:
+        adapter_tokens.train_in_fp32(peft_model)
+    if has_no_memory:
+        _give_memory(peft_model, files.tensors)
+    else:
+        set_peft_model_state_dict(peft_model, files.tensors, ADAPTER)
+    compare(_live_tensors(peft_model), files.tensors, files.weights)
+    if trainable:
+        _check_trainable(peft_model)
+    else:
+        peft_model.requires_grad_(False)  # peft wakes the rows of tokens when it makes them fp32
+    return LoadedAdapter(peft_model, files.notes)
+
+
+def remove_adapter(model: Any) -> Any:
+    """Return the base without its adapter, ready for another one; a base alone is returned as it is."""
+    if not isinstance(model, PeftModel):
+        return model
+    originals = adapter_tokens.untouched_modules(model.get_base_model())
+    base: Any = model.unload()
+    for name, module in originals.items():  # peft leaves the trained copies of whole modules in their place
+        base.set_submodule(name, module)
+    return base
+
+
+def save_adapter(model: nn.Module, directory: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, then reopen both and compare names, shapes, values.
+
+    A PiSSA start is converted: [A | A0] and [B | -B0] at twice the rank are exactly what training added to the base.
+    Raises ModelError for an adapter that is empty or not finite: nothing is written then.
+    """
+    peft_model = unwrap(model)
+    tensors, config = _saved_form(peft_model)
+    _refuse_useless(tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(directory))
+    # peft writes sets in the order of their hashes; sorted, the same adapter gives the same file.
+    written = read_config(directory)
+    written |= {
+        key: sorted(written[key]) for key in ("target_modules", "modules_to_save") if isinstance(written.get(key), list)
+    }
+    (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
+    if read_config(directory).get("r") != config.r:
+        raise ModelError(f"{directory / CONFIG} says another rank than was written; check the disk")
+
+
+def restore_adapter(model: nn.Module, directory: Path) -> None:
+    """Put the values that `save_adapter` wrote back into the live adapter, bit for bit, in place.
+
+    The parameters stay the same objects, so an optimizer keeps its hold on them. Raises ModelError that lists what
+    differs between the files and the live adapter (another rank, other targets, another base).
+    """
+    peft_model = unwrap(model)
+    files = read_adapter(directory)
+    expected, _ = _saved_form(peft_model)
+    differences = differences_of(expected, files.tensors) or _other_tokens(peft_model, files)
+    if differences:
+        raise ModelError(_mismatch(files, differences, peft_model))
+    tensors = files.tensors
+    if peft_model in _pissa_starts:
+        tensors, start = adapter_starts.split_pissa(files.tensors)
+        adapter_starts.rebase_pissa(peft_model, ADAPTER, _pissa_starts[peft_model], start)
+        _pissa_starts[peft_model] = start
+    set_peft_model_state_dict(peft_model, tensors, ADAPTER)
+    compare(_live_tensors(peft_model), tensors, files.weights)
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """One line: how many weights are trained, of how many, and on which layers."""
+    peft_model = unwrap(model)
+    n_all = sum(n_elements(parameter) for parameter in peft_model.parameters())
+    n_trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+    names = [name for name, _ in peft_model.named_parameters() if ".lora_A." in name]
+    layers = [name.split(".lora_A.")[0].replace(".base_layer", "") for name in names]
+    kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+    config: Any = peft_model.peft_config[ADAPTER]
+    return (
+        f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): rank {config.r} on "
+        f"{len(layers)} layers ({kinds}){adapter_tokens.describe(peft_model)}"
+    )
+
+
+def base_of_adapter(source: str | Path) -> str | None:
+    """Return the base model that an adapter's files name (a directory or a Hub id), or None where they do not."""
+    directory = find_config(source)
+    return read_config(directory).get("base_model_name_or_path") or None if directory else None
+
+
+def adaptable_layers(model: Any) -> dict[str, Any]:
+    """Return the linear layers that plain peft gives an adapter by their name, and finds again in an adapter's files.
+
+    In most mixtures of experts they are fewer than `linear_layers`: peft takes gate_proj, up_proj and down_proj for the
+    experts', whatever layer they are asked for, so dense and shared layers of these names cannot be said.
+    https://huggingface.co/docs/peft/developer_guides/lora (mixture of experts, transformers 5)
+    """
+    linear = linear_layers(model)
+    taken = {name for name in {name.rsplit(".", 1)[-1] for name in linear} if _means_experts(model, name)}
+    kept = {name: layer for name, layer in linear.items() if name.rsplit(".", 1)[-1] not in taken}
+    # Renamed as transformers renames the base's own tensors when it loads them, some names become others'.
+    files = {f"{PREFIX}{name}.lora_A.weight": torch.empty(0) for name in kept}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), files)
+    return {name: layer for name, layer in kept.items() if f"{PREFIX}{name}.lora_A.weight" in found}
+
+
+def _means_experts(model: Any, name: str) -> bool:
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # one of two names that are fused into one tensor
+        return True
+    return name not in (config.target_modules or ())
+
+
+def unwrap(model: Any) -> PeftModel:
+    """Return the PeftModel inside DDP and the like. Raises ModelError when there is none."""
+    while not isinstance(model, PeftModel) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    if not isinstance(model, PeftModel):
+        raise ModelError(f"{type(model).__name__} has no adapter; call add_lora or load_adapter first")
+    return model
+
+
+def _attach(model: Any, config: LoraConfig, *, has_no_memory: bool = False) -> PeftModel:
+    linear = linear_layers(model).values()
+    converted = copy.deepcopy(config)
+    convert_peft_config_for_transformers(converted, model, None)  # older adapters name experts as layers
+    if converted.target_parameters:
+        check_experts(model)
+    if config.use_dora and any(layer.weight.device.type == "cpu" and weight_bits(layer) == 8 for layer in linear):
+        raise ConfigError(
+            "--bits",
+            "8 does not work with DoRA on CPU: peft loses the scales of 8-bit weights there; use --bits 4, 16 or 32",
+        )
+    with warnings.catch_warnings():
+        # Between peft and transformers, and of no use to the person who trains: peft asks under the old name.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")  # see `adapter_tokens.check_both_ends`
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=has_no_memory)
+    if not any(weight_bits(layer) == 8 for layer in linear) and hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()  # peft switches it on; see `load.py`
+    return peft_model
+
+
+@contextmanager
+def _repeatable(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """PiSSA's start depends on the base alone, whatever was drawn before: a resumed run must meet the same one."""
+    if not wanted:
+        yield
+        return
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _check_trainable(peft_model: PeftModel) -> None:
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    if not trained:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(peft_model.get_base_model())})
+        raise ModelError(f"0 trainable parameters: no adapter was attached; the linear layers are {', '.join(known)}")
+    wrong = {parameter.dtype for parameter in trained} - {torch.float32}
+    if wrong:
+        raise ModelError(f"adapters must be fp32 to be trained, but some are {wrong}; please report this model")
+
+
+def _live_tensors(peft_model: PeftModel) -> dict[str, Tensor]:
+    # save_embedding_layers: the default "auto" would ask the Hub for the base's vocabulary size.
+    state = get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _give_memory(peft_model: PeftModel, tensors: dict[str, Tensor]) -> None:
+    """Put `tensors` in the places of an adapter on the meta device, where peft itself would move them to the base."""
+    state = peft_model.state_dict(keep_vars=True)
+    places = get_peft_model_state_dict(peft_model, state, ADAPTER, save_embedding_layers=False)
+    given = {id(places[name]): tensor for name, tensor in tensors.items()}
+    # By identity: a tied pair is one tensor under two names.
+    values = {key: given[id(place)] for key, place in state.items() if id(place) in given}
+    peft_model.load_state_dict(values, strict=False, assign=True)
+
+
+def _saved_form(peft_model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Return the tensors on CPU and the configuration as they belong into files that need no changed base."""
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in _live_tensors(peft_model).items()}
+    config: Any = replace(peft_model.peft_config[ADAPTER], inference_mode=True, init_lora_weights=True)  # type: ignore
+    if peft_model not in _pissa_starts:
+        return tensors, config
+    tensors = adapter_starts.join_pissa(tensors, _pissa_starts[peft_model])
+    alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)  # so that the scaling stays what it was
+    return tensors, replace(config, r=2 * config.r, lora_alpha=alpha)
+
+
+def _refuse_useless(tensors: dict[str, Tensor]) -> None:
+    if not tensors or any(tensor.numel() == 0 for tensor in tensors.values()):
+        raise ModelError("the adapter is empty: there is nothing to save, so nothing was written")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(
+            f"the adapter holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as "
+            f"{broken[0]}; it was not written"
+        )
+    second = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
+    if second and not any(tensor.any() for tensor in second):
+        warn("the adapter is saved untrained: every lora_B is zero, so the model answers like its base")
+
+
+def _config_of(files: AdapterFiles, trainable: bool) -> LoraConfig:
+    if files.config_directory is None:
+        return LoraConfig(**infer_config(files), inference_mode=not trainable)
+    stored = read_config(files.config_directory)
+    start = stored.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda")):
+        raise ModelError(
+            f"{files.directory} was started with {start} and saved unconverted: it needs a changed base. "
+            "Convert it with peft's path_initial_model_for_weight_conversion first"
+        )
+    try:
+        config: Any = PeftConfig.from_pretrained(str(files.config_directory))
+        # The base it is attached to now is named anew; a start such as "gaussian" no longer matters.
+        return replace(config, base_model_name_or_path=None, inference_mode=not trainable, init_lora_weights=True)
+    except (ValueError, TypeError, KeyError) as reason:
+        raise ModelError(f"{files.config_directory / CONFIG} cannot be used: {str(reason).splitlines()[0]}") from reason
+
+
+def _other_tokens(peft_model: PeftModel, files: AdapterFiles) -> list[str]:
+    """Rows of as many tokens fit in shape, whichever tokens they are."""
+    live: Any = peft_model.peft_config[ADAPTER]
+    stored = read_config(files.config_directory).get("trainable_token_indices") if files.config_directory else None
+    return ["trainable_token_indices: other tokens"] if stored != live.trainable_token_indices else []
+
+
+def _name_of(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def _mismatch(files: AdapterFiles, differences: list[str], model: Any) -> str:
+    trained_on = read_config(files.config_directory).get("base_model_name_or_path") if files.config_directory else None
+    here = _name_of(model)
+    rest = f"\n  ... and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+    return (
+        f"{files.directory} does not fit: it was trained on {trained_on or 'an unknown base'}, here is {here}; "
+        f"{len(differences)} tensors differ:\n  "
+        + "\n  ".join(differences[:LISTED])
+        + rest
+        + adapter_tokens.vocabulary_hint(files.tensors, model)
+    )

@@ -1,0 +1,251 @@
+"""Adapter files as they are found: today's PEFT form and the older ones that earlier kits left behind.
+
+Returns plain tensors under today's names and says what had to be assumed. It does not know peft or the model that the
+tensors belong to: `adapter.py` does, and checks them against it. Nothing pickled is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from onecard.config.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
+from onecard.config.given_paths import other_kind
+from onecard.console import ModelError
+from onecard.model.files import locate, safetensors_header
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+STATE = "trainer_state.json"
+LORA_KEY = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight|\.bias)?"
+)
+
+
+@dataclass
+class AdapterFiles:
+    """An adapter as found: tensors under PEFT's names, where its configuration lies (if any), what was assumed."""
+
+    directory: Path
+    weights: Path
+    tensors: dict[str, Tensor]
+    config_directory: Path | None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_adapter(source: str | Path) -> AdapterFiles:
+    """Read an adapter: run directory, checkpoint, older layout or Hub id.
+
+    Raises ModelError: not found, damaged, code in a pickle, no LoRA tensors, NaN or Inf in them.
+    """
+    notes: list[str] = []
+    directory = _directory_of(str(source), notes)
+    weights = next(directory / name for name in WEIGHT_NAMES if (directory / name).is_file())
+    config_directory = _config_directory(directory, notes)
+    kind = other_kind(read_config(config_directory) if config_directory else {})
+    if kind:
+        raise ModelError(f"{directory} {kind}")
+    found = _read_tensors(weights)
+    tensors = {_todays_name(key): tensor for key, tensor in found.items() if "lora_" in key}
+    if not tensors:
+        raise ModelError(f"{weights} holds no LoRA tensors ({len(found)} others): {_kind_of_names(found)}")
+    others = {key: tensor for key, tensor in found.items() if "lora_" not in key}
+    if weights.name.startswith("adapter_model"):  # such as a head trained in full (modules_to_save)
+        tensors |= others
+    elif others:
+        notes.append(f"{weights.name} holds {len(others)} tensors that are not LoRA's; they were left out")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(
+            f"{weights} holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as {broken[0]}: "
+            "the run that wrote it diverged; take an earlier checkpoint"
+        )
+    if weights.name != WEIGHTS:
+        notes.append(f"older layout: read {weights.name}")
+    return AdapterFiles(directory, weights, tensors, config_directory, notes)
+
+
+def _kind_of_names(names: Collection[str]) -> str:
+    """What files without a configuration hold in place of LoRA, by the names of their tensors."""
+    kinds = {
+        "prompt_embeddings": "PROMPT_TUNING", "prompt_encoder": "P_TUNING", "ia3_": "IA3", "hada_": "LOHA",
+        "lokr_": "LOKR", "oft_": "OFT", "adapter_down": "BOTTLENECK",
+    }  # fmt: skip
+    for words, kind in kinds.items():
+        if any(words in name for name in names):
+            return f"it {other_kind({'peft_type': kind})}"
+    return "it is no adapter, or it was saved empty"
+
+
+def infer_config(files: AdapterFiles) -> dict[str, Any]:
+    """Return LoRA settings read off the tensors' shapes, for an adapter without adapter_config.json.
+
+    lora_A (r, in) gives r, names give the targets; alpha is in no shape: 2 r, as most recipes have it.
+    """
+    ranks = {
+        name.removeprefix(PREFIX).rsplit(".lora_A", 1)[0]: tensor.shape[0]
+        for name, tensor in files.tensors.items()
+        if ".lora_A" in name
+    }
+    if not ranks:
+        raise ModelError(f"{files.weights} has no lora_A tensor, so its rank cannot be inferred; add its {CONFIG}")
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = 2 * r
+    example = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha,
+               "target_modules": sorted({name.rsplit(".", 1)[-1] for name in ranks})}  # fmt: skip
+    files.notes.append(
+        f"no {CONFIG}: took r = {r} and {len(ranks)} target layers from the shapes, and assumed lora_alpha = {alpha} "
+        f"(2 r). If it was another, write it into {files.directory / CONFIG}: {json.dumps(example)}"
+    )
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "task_type": "CAUSAL_LM",
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
+        "use_dora": any(".lora_magnitude_vector" in name for name in files.tensors),
+    }
+
+
+def other_base(source: str | Path, base: str, fingerprint: str) -> str | None:
+    """That an adapter was trained on other weights than `base` with this fingerprint; None: on these, or not kept."""
+    kept = kept_fingerprint(source)
+    if kept is None or kept == fingerprint:
+        return None
+    config = find_config(source)
+    named = read_config(config).get("base_model_name_or_path") if config else None
+    another = f"another base, {named}" if named else "another base"
+    return (
+        f"{source} was trained on {another}, not on {base}: the fingerprints of their files differ "
+        f"({kept[:12]} and {fingerprint[:12]}). On other weights an adapter does something else than it learned"
+    )
+
+
+def kept_fingerprint(source: str | Path) -> str | None:
+    """The fingerprint of its base that an adapter's run kept; None: of an old run, another kit or the Hub."""
+    path = Path(source).expanduser()
+    directory = path.parent if path.is_file() else path
+    above = [directory.parent] if directory.name.startswith("checkpoint-") else []
+    for place in (directory, *above, *sorted(directory.glob("checkpoint-*"))):
+        try:
+            kept = json.loads((place / STATE).read_text(encoding="utf-8"))["identity"]["base"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # absent, or of another kit's Trainer, whose file has the same name
+        if isinstance(kept, str):
+            return kept
+    return None
+
+
+def find_config(source: str | Path) -> Path | None:
+    """Return the directory with an adapter's adapter_config.json without reading its weights; None: it has none."""
+    return _config_directory(_directory_of(str(source), []), [])
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return adapter_config.json of `directory`. Raises ModelError when it is no JSON object."""
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise ModelError(f"{directory / CONFIG} cannot be read as JSON ({reason}); copy it again") from reason
+    if not isinstance(config, dict):
+        raise ModelError(f"{directory / CONFIG} holds no JSON object; copy it again")
+    return config
+
+
+def differences_of(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """One line for each name that only one side has, and for each other shape."""
+    lines = [f"{name}: missing in the files" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"{name}: this base has no such layer" for name in sorted(found.keys() - expected.keys())]
+    lines += [
+        f"{name}: {tuple(found[name].shape)} in the files, {tuple(expected[name].shape)} needed here"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    return lines
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+    """Raise ModelError unless both hold the same names, shapes and values (fp16 files as the fp32 they become)."""
+    differences = differences_of(expected, found)
+    if not differences:
+        differences = [
+            f"{name}: other values"
+            for name, tensor in expected.items()
+            if not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype))
+        ]
+    if differences:
+        raise ModelError(
+            f"{where} does not hold what it should after a check: {'; '.join(differences[:3])}; check the disk"
+        )
+
+
+def _directory_of(source: str, notes: list[str]) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file() and path.name in (*WEIGHT_NAMES, CONFIG):
+        path = path.parent
+    if not path.is_dir():
+        path = locate(source, what="adapter", patterns=(CONFIG, "adapter_model.*"))
+    if _has_weights(path):
+        return path
+    checkpoints = sorted(
+        (p for p in path.glob("checkpoint-*") if p.name[11:].isdigit() and _has_weights(p)),
+        key=lambda p: int(p.name[11:]),
+    )
+    if checkpoints:
+        notes.append(f"{path} has no finished adapter; took its newest checkpoint, {checkpoints[-1].name}")
+        return checkpoints[-1]
+    present = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
+    raise ModelError(f"{path} holds no adapter ({WEIGHTS}); it holds: {present}")
+
+
+def _has_weights(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in WEIGHT_NAMES)
+
+
+def _config_directory(directory: Path, notes: list[str]) -> Path | None:
+    """Where adapter_config.json lies: beside the weights, or one up where a checkpoint has none of its own."""
+    if (directory / CONFIG).is_file():
+        return directory
+    if directory.name.startswith("checkpoint-") and (directory.parent / CONFIG).is_file():
+        notes.append(f"{directory.name} has no {CONFIG}; took the one of {directory.parent}")
+        return directory.parent
+    return None
+
+
+def _read_tensors(weights: Path) -> dict[str, Tensor]:
+    if weights.suffix == ".safetensors":
+        safetensors_header(weights)
+        return load_file(weights)
+    try:
+        content = torch.load(weights, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as reason:
+        raise ModelError(
+            f"{weights} is refused: it is no plain pickle of tensors but holds code, or it is damaged. "
+            "Nothing in it was run; ask its author for safetensors"
+        ) from reason
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as reason:
+        raise ModelError(f"{weights} is damaged ({str(reason).splitlines()[0]}); copy it again") from reason
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(f"{weights} holds something else than named tensors; it is no adapter")
+    return content
+
+
+def _todays_name(key: str) -> str:
+    """`module.model...q_proj.lora_A.default.weight` -> `base_model.model.model...q_proj.lora_A.weight`."""
+    match = LORA_KEY.fullmatch(key.removeprefix("module."))
+    if match is None:
+        return key
+    module = match["module"].removeprefix(PREFIX)
+    return f"{PREFIX}{module}.{match['kind']}{match['end'] or ''}"

@@ -1,0 +1,3 @@
+"""What a run will need: the estimate, the plan that fits a card, its report."""
+
+from __future__ import annotations

@@ -1,0 +1,372 @@
+"""The arithmetic of memory: what a run holds on the card, part by part, from numbers alone.
+
+`account` adds up what lies there from the first step to the last (weights, adapter, gradients, optimizer) and the worst
+moment of a step: the loss, or one layer that is computed again for its gradients, as `layer_memory.py` plays it. Every
+number is bytes of tensors. What is not a tensor, the CUDA context and the allocator's slack, is a part of its own with
+assumed sizes that no card has confirmed yet.
+
+It knows an `Architecture` and a `Setup`; it does not know cards, options or which setup is best: `plan.py` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from onecard.model.lora.targets import EXPERTS
+from onecard.model.memory.architecture import Architecture, Linear
+from onecard.model.memory.families import ALWAYS_EAGER, CHANGED_EMBEDDINGS, COUNTED, LLAMA, STYLES
+from onecard.model.memory.layer_memory import FP32, LinearShape, Shape, layer_peak, loss_peak, stack_peak
+from onecard.model.memory_saving.activation_offload import CHUNK_BYTES, MIN_BYTES
+
+GIB = 2**30
+RNG_BYTES = 5056  # each checkpoint keeps the state of the CPU's generator; it lies in RAM
+IDS_BYTES = 8  # token ids, labels and masks are int64
+
+# Assumed, not measured: what a process holds before its first tensor (context, kernels, cuBLAS workspaces), and what
+# the caching allocator keeps beyond the tensors, as a share of what comes and goes.
+CUDA_CONTEXT_BYTES = GIB // 2
+SLACK_SHARE = 0.05
+
+# NF4 with double quantisation (arXiv:2305.14314): an 8-bit scale for each 64 weights, an fp32 one for each 256 scales,
+# one offset, and two tables of 16 and 256 numbers for each layer.
+NF4_BLOCK, NF4_SUPERBLOCK, NF4_TABLE_BYTES = 64, 256, FP32 * (1 + 16 + 256)
+# 8-bit Adam (arXiv:2110.02861): two bytes per weight and an fp32 scale for each 256; small tensors keep fp32 state.
+ADAM8_BLOCK, ADAM8_SMALLEST = 256, 4096
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run uses the card: all that decides its memory besides the model."""
+
+    bits: int
+    element_bytes: int
+    """Of the arithmetic and of everything unquantised: 2 (fp16, bf16) or 4 (fp32)."""
+    rows: int
+    """Of the largest micro-batch."""
+    length: int
+    """Its tokens per row, padding included."""
+    rank: int = 8
+    targets: str = "all-linear"
+    """As --lora_target_modules."""
+    expert_targets: str = ""
+    """As --lora_target_parameters."""
+    use_dora: bool = False
+    train_embeddings: bool = False
+    """Copies of embeddings and head are trained in full, in fp32, beside the frozen ones."""
+    n_new_tokens: int = 0
+    """Rows of embeddings and head that are trained, in fp32."""
+    lora_dropout: float = 0.0
+    """Above 0, its masks are kept for the backward pass."""
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = True
+    loss_chunk: int = 1024
+    """Supervised tokens whose logits exist at once; 0: all."""
+    offload_activations: bool = False
+    offload_embeddings: bool = False
+    head_bits: int = 16
+    """4 or 8: the output head is quantised, too."""
+    mlp_tile: int = 0
+    """Tokens that pass through an MLP at once; 0: all."""
+    eager_attention: bool = False
+    """Scores of all pairs of tokens exist at once."""
+    repeats_kv: bool = False
+    """Keys and values are copied for every query head, as the kernel of older cards needs them."""
+    on_gpu: bool = True
+
+    @property
+    def trains_vocabulary(self) -> bool:
+        """Whether embeddings and head get gradients, in full or in rows."""
+        return self.train_embeddings or self.n_new_tokens > 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch, padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes and what they are. `place` is card or RAM; what comes and goes within a step is `transient`."""
+
+    name: str
+    n_bytes: int
+    place: str = "card"
+    transient: bool = False
+
+
+@dataclass(frozen=True)
+class Account:
+    """All parts of one setup."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def card_bytes(self) -> int:
+        """The peak on the card: tensors, context and slack."""
+        return sum(part.n_bytes for part in self.parts if part.place == "card")
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The peak of tensors on the card alone: what `torch.cuda.max_memory_allocated` would say."""
+        return sum(p.n_bytes for p in self.parts if p.place == "card" and p.name not in (CONTEXT, SLACK))
+
+    @property
+    def ram_bytes(self) -> int:
+        """What lies in the machine's RAM instead of on the card."""
+        return sum(part.n_bytes for part in self.parts if part.place == "RAM")
+
+
+CONTEXT, SLACK = "CUDA context (assumed)", "allocator slack (assumed)"
+
+
+def account(model: Architecture, setup: Setup) -> Account:
+    """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment."""
+    setup = _possible(model, setup)
+    parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup)]
+    if setup.on_gpu:
+        moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
+        parts += [Part(CONTEXT, CUDA_CONTEXT_BYTES), Part(SLACK, int(moving * SLACK_SHARE))]
+    return Account(tuple(part for part in parts if part.n_bytes))
+
+
+def _possible(model: Architecture, setup: Setup) -> Setup:
+    """The setup without what this model's layers cannot do, whatever was asked for."""
+    return replace(
+        setup,
+        gradient_checkpointing=setup.gradient_checkpointing and model.checkpoints,
+        mlp_tile=setup.mlp_tile if model.tiles else 0,
+        head_bits=setup.head_bits if model.small_head else 16,
+    )
+
+
+def is_counted(model: Architecture) -> bool:
+    """Whether the activations of this family were counted against real steps; else they are an estimate."""
+    return model.model_type in COUNTED
+
+
+def linear_bytes(n_in: int, n_out: int, bits: int, element_bytes: int) -> int:
+    """One linear layer's weight (n_out, n_in) in `bits`, with the constants that quantisation needs."""
+    n_weights = n_in * n_out
+    if bits == 4:
+        blocks = -(-n_weights // NF4_BLOCK)
+        return -(-n_weights // 2) + blocks + -(-blocks // NF4_SUPERBLOCK) * FP32 + NF4_TABLE_BYTES
+    if bits == 8:
+        return n_weights + n_out * FP32
+    return n_weights * element_bytes
+
+
+def expert_bits(setup: Setup) -> int:
+    """Bits of experts that lie in one tensor: LLM.int8 has no form for these."""
+    return 4 if setup.bits == 4 else 8 * setup.element_bytes
+
+
+def adapter_shapes(model: Architecture, setup: Setup) -> list[tuple[Linear, tuple[int, ...]]]:
+    """The linear layers that get an adapter, and how many weights each tensor of one such adapter has."""
+    wanted = [name.strip().rsplit(".", 1)[-1] for name in setup.targets.split(",")]
+    everywhere = setup.targets.strip() == "all-linear"
+    experts = [name.strip() for name in setup.expert_targets.split(",") if name.strip()]
+    chosen = [linear for linear in model.linears if linear.adapted and (everywhere or linear.name in wanted)]
+    chosen += [each for each in model.experts if any(name == EXPERTS or each.name.endswith(name) for name in experts)]
+    found = []
+    for linear in chosen:
+        magnitude = (linear.n_out,) if setup.use_dora else ()
+        found.append((linear, (setup.rank * linear.n_in, setup.rank * linear.n_out, *magnitude)))
+    return found
+
+
+def vocabulary_shapes(model: Architecture, setup: Setup) -> list[int]:
+    """How many weights of embeddings and head are trained, in each tensor; tied, they are one."""
+    n_rows = model.vocab_size if setup.train_embeddings else setup.n_new_tokens
+    return [n_rows * model.hidden_size] * (1 if model.tied else 2) if n_rows else []
+
+
+def n_trained(model: Architecture, setup: Setup) -> int:
+    """Weights of the adapter, and those of embeddings and head that are trained."""
+    of_adapter = sum(linear.count * sum(sizes) for linear, sizes in adapter_shapes(model, setup))
+    return of_adapter + sum(vocabulary_shapes(model, setup))
+
+
+def optimizer_bytes(model: Architecture, setup: Setup) -> int:
+    """The state of the optimizer: two numbers per trained weight."""
+    every = [(size, linear.count) for linear, sizes in adapter_shapes(model, setup) for size in sizes]
+    every += [(size, 1) for size in vocabulary_shapes(model, setup)]
+    total = 0
+    for size, count in every:
+        small = "8bit" not in setup.optimizer or size < ADAM8_SMALLEST
+        total += count * (2 * size * FP32 if small else 2 * (size + -(-size // ADAM8_BLOCK) * FP32))
+    return total
+
+
+def _weights(model: Architecture, setup: Setup) -> list[Part]:
+    mlp_kinds = split_linears(model)[1]
+    attention, mlp, experts = (
+        sum(
+            linear.count * (linear_bytes(linear.n_in, linear.n_out, kept_bits, setup.element_bytes)
+                            + linear.bias * linear.n_out * setup.element_bytes)
+            for linear in linears
+        )
+        for linears, kept_bits in (
+            ([linear for linear in model.linears if linear not in mlp_kinds], setup.bits),
+            (mlp_kinds, setup.bits),
+            (model.experts, expert_bits(setup)),
+        )
+    )  # fmt: skip
+    head = model.hidden_size * model.vocab_size if setup.head_bits < 16 or not model.tied else 0
+    head_bits = setup.head_bits if setup.head_bits < 16 else 16
+    embeddings = model.n_embedding * setup.element_bytes
+    # A head tied to the embeddings keeps them on the card, unless it has a quantised copy of its own.
+    in_ram = setup.offload_embeddings and (not model.tied or setup.head_bits < 16)
+    bits = f"{setup.bits} bits"
+    return [
+        Part(f"base: attention, {bits}", attention),
+        Part(f"base: MLP, {bits}", mlp),
+        Part(f"base: experts, {expert_bits(setup)} bits", experts),
+        Part(_embedding_name(model, setup), embeddings, "RAM" if in_ram else "card"),
+        Part(f"output head{f', {head_bits} bits' if head_bits < 16 else ''}", head and linear_bytes(
+            model.hidden_size, model.vocab_size, head_bits, setup.element_bytes)),
+        Part("norms and the rest", model.n_other * setup.element_bytes),
+    ]  # fmt: skip
+
+
+def _embedding_name(model: Architecture, setup: Setup) -> str:
+    return "embeddings and head, tied" if model.tied and setup.head_bits >= 16 else "embeddings"
+
+
+def _training(model: Architecture, setup: Setup) -> list[Part]:
+    whole, trained = sum(vocabulary_shapes(model, setup)), n_trained(model, setup)
+    # Beside rows that are trained, peft keeps what they were.
+    kept = FP32 if setup.train_embeddings else 2 * FP32
+    name = "embeddings and head" if setup.train_embeddings else "rows of new tokens"
+    return [
+        Part(f"adapter, rank {setup.rank}, fp32", (trained - whole) * FP32),
+        Part(f"{name}, trained, fp32", whole * kept),
+        Part("gradients, fp32" if whole else "its gradients, fp32", trained * FP32),
+        Part(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
+    ]
+
+
+def _activations(model: Architecture, setup: Setup) -> list[Part]:
+    """What one micro-batch needs beside the weights, at its worst moment."""
+    shape = shape_of(model, setup)
+    hidden = shape.hidden_bytes
+    matrix = model.hidden_size * model.vocab_size * FP32 if setup.train_embeddings else 0
+    # A tied matrix gets one gradient: the head's waits until the embeddings', the last of all, is there.
+    waiting = matrix if model.tied else 0
+    loss = loss_peak(shape, model.vocab_size, setup.loss_chunk, setup.head_bits, _trained_head(model, setup))
+    if not setup.on_gpu and "8bit" not in setup.optimizer:
+        # On a CPU torch's AdamW works with two copies of a matrix, and still holds one of the matrix before.
+        loss = max(loss, matrix * (2 if model.tied else 3))
+    positions = 2 * setup.length * model.head_dim * setup.element_bytes
+    if shape.eager:
+        positions += setup.tokens * setup.length * setup.element_bytes * (2 if model.model_type == "gemma2" else 1)
+    if not setup.on_gpu and setup.gradient_checkpointing:
+        n_tiles = -(-setup.tokens // shape.tile_tokens) if shape.tile_tokens else 0
+        positions += RNG_BYTES * (model.n_layers + n_tiles)
+    # Ids, labels and mask; shifted labels, which of them are learned, and their places.
+    batch = Part("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
+    experts = _read_experts(model, setup)
+    if not setup.gradient_checkpointing:
+        kept, worst = _whole_stack(shape, model.n_layers, setup.trains_vocabulary)
+        moment = Part("all layers at their worst moment", max(worst + waiting, kept + loss), transient=True)
+        return [batch, moment, *experts]
+    # Reentrant checkpoints (8 bits) need the embeddings' output as a leaf, and autograd holds on to leaves.
+    leaf = hidden if setup.bits == 8 and not setup.trains_vocabulary else 0
+    inputs = model.n_layers * hidden + (leaf if model.model_type in CHANGED_EMBEDDINGS else 0)
+    layer, at_loss, at_layer = layer_peak(shape) + waiting, inputs, inputs
+    in_ram = 0
+    if setup.offload_activations and hidden >= MIN_BYTES:
+        # While the loss is computed none of them is on the card, while a layer is, its own and the next one's.
+        at_loss, at_layer = leaf, min(inputs, 2 * hidden + leaf)
+        # The input of the last norm goes to RAM as well; each takes whole buffers there.
+        last = shape.tokens * model.hidden_size * FP32
+        # So does what a chunked loss keeps for the backward pass: the gradient of the last hidden state.
+        sent = [*[hidden] * model.n_layers, last, *([hidden] if setup.loss_chunk else [])]
+        in_ram = sum(-(-size // CHUNK_BYTES) * CHUNK_BYTES for size in sent)
+    layer_is_worst = at_layer + layer >= at_loss + loss
+    return [
+        batch,
+        *experts,
+        Part("inputs of all layers", at_layer if layer_is_worst else at_loss, transient=True),
+        Part("inputs of all layers", in_ram, "RAM"),
+        Part("one layer, computed again" if layer_is_worst else "the loss and its gradient",
+             layer if layer_is_worst else loss, transient=True),
+    ]  # fmt: skip
+
+
+def _read_experts(model: Architecture, setup: Setup) -> list[Part]:
+    """Experts in 4 bits are dequantised a layer at a time; without checkpoints every layer's wait for the backward."""
+    if not model.experts or setup.bits > 4:
+        return []
+    of_layers = 1 if setup.gradient_checkpointing else model.n_layers
+    name = "experts of one layer, dequantised" if setup.gradient_checkpointing else "experts, dequantised"
+    return [Part(name, model.n_experts * of_layers // model.n_layers * setup.element_bytes, transient=True)]
+
+
+def _whole_stack(shape: Shape, n_layers: int, learns_input: bool) -> tuple[int, int]:
+    """`stack_peak`, of many layers extended from two and three: from the second on each adds the same."""
+    n_played = min(3, n_layers)
+    played = stack_peak(shape, n_played, learns_input=learns_input)
+    if n_layers == n_played:
+        return played
+    fewer = stack_peak(shape, n_played - 1, learns_input=learns_input)
+    kept, worst = (now + (n_layers - n_played) * (now - then) for now, then in zip(played, fewer, strict=True))
+    return kept, worst
+
+
+def _trained_head(model: Architecture, setup: Setup) -> tuple[int, int]:
+    """What a trained head adds to the loss: bytes as long as a chunk of it lives, and bytes of its gradient."""
+    weights = model.hidden_size * model.vocab_size
+    if setup.train_embeddings:
+        summed = weights * FP32 if setup.loss_chunk else 0  # over the chunks
+        # Autocast makes a 16-bit copy; its gradient takes its place before that becomes fp32.
+        return summed + weights * setup.element_bytes * (setup.element_bytes < FP32), weights * FP32
+    # Peft puts the rows into a copy of the whole matrix, and takes theirs out of the gradient of that.
+    rows, copy = setup.n_new_tokens * model.hidden_size, weights * setup.element_bytes
+    return (copy + rows * FP32, copy + rows * setup.element_bytes) if rows else (0, 0)
+
+
+def shape_of(model: Architecture, setup: Setup) -> Shape:
+    """One decoder layer of the model under this setup, as `layer_memory.py` plays it."""
+    adapted = {linear for linear, _ in adapter_shapes(model, setup)}
+    attention, mlp = (
+        [LinearShape(linear.n_in, linear.n_out, setup.rank if linear in adapted else 0) for linear in linears]
+        for linears in split_linears(model)
+    )
+    if model.experts or len(attention) < 2 or len(mlp) < 2:
+        attention, mlp = _like_llama(model, setup.rank)
+    (*attention_in, attention_out), (*mlp_in, mlp_out) = attention, mlp
+    return Shape(
+        rows=setup.rows, length=setup.length, hidden_size=model.hidden_size, n_heads=model.n_heads or 1,
+        n_kv_heads=model.n_kv_heads or 1, head_dim=model.head_dim or model.hidden_size,
+        attention_in=tuple(attention_in), attention_out=attention_out, mlp_in=tuple(mlp_in), mlp_out=mlp_out,
+        element_bytes=setup.element_bytes, bits=setup.bits, style=STYLES.get(model.model_type, LLAMA),
+        gated=sum(s.n_out for s in mlp_in) > mlp_out.n_in, repeats_kv=setup.repeats_kv,
+        checkpointed=setup.gradient_checkpointing, drops=setup.lora_dropout > 0,
+        eager=setup.eager_attention or model.model_type in ALWAYS_EAGER,
+        tile_tokens=setup.mlp_tile, on_gpu=setup.on_gpu,
+    )  # fmt: skip
+
+
+def _like_llama(model: Architecture, rank: int) -> tuple[list[LinearShape], list[LinearShape]]:
+    """Attention and MLP of a Llama with these sizes: an estimate for layers that are built in other ways."""
+    hidden, wide = model.hidden_size, model.intermediate_size or 4 * model.hidden_size
+    of_heads = model.n_heads * model.head_dim or hidden
+    shapes = [(hidden, of_heads), (hidden, of_heads), (hidden, of_heads), (of_heads, hidden)]
+    mlp = [(hidden, wide), (hidden, wide), (wide, hidden)]
+    return [LinearShape(*sizes, rank) for sizes in shapes], [LinearShape(*sizes, rank) for sizes in mlp]
+
+
+ATTENTION_IN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
+ATTENTION_OUT = ("o_proj", "dense", "out_proj")
+
+
+def split_linears(model: Architecture) -> tuple[list[Linear], list[Linear]]:
+    """The linear layers of attention and of the MLP, each in the order of the forward pass, the way out last."""
+    known = ATTENTION_IN + ATTENTION_OUT
+    adapted = [linear for linear in model.linears if linear.adapted]  # not those of vision and sound
+    outs = [linear for linear in adapted if linear.n_in == model.intermediate_size and linear.name not in known][-1:]
+    wide = (model.intermediate_size, 2 * model.intermediate_size)
+    ins = [linear for linear in adapted if linear.n_out in wide and linear.name not in known and linear not in outs]
+    attention = [linear for linear in adapted if linear not in [*ins, *outs]]
+    # Phi-3 names its way out before its way in.
+    return sorted(attention, key=lambda linear: linear.name in ATTENTION_OUT), [*ins, *outs]

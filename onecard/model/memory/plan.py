@@ -1,0 +1,310 @@
+"""The plan: which settings make a model fit a card, why, and what would be the longest context.
+
+Layers are recomputed (gradient checkpointing) unless everything fits without it, with room. Then settings are given up
+in the order of what they cost: first the token budget (nothing but time), then the loss in smaller pieces, activations
+in RAM, the 8-bit optimizer, embeddings in RAM, a quantised head, tiled MLPs. A setting that was given by hand is not
+touched. It knows options and cards as numbers; the arithmetic is `estimate.py`'s, the words
+`report.py`'s, and nothing here touches a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, MemoryOptions
+from onecard.console import ConfigError, nearest
+from onecard.model.lora.vocabulary import read_new_tokens
+from onecard.model.memory.architecture import Architecture
+from onecard.model.memory.estimate import GIB, Account, Setup, account, is_counted
+
+DEFAULT_MICRO_TOKENS = 4096
+LOSS_CHUNKS = (1024, 512, 256, 128)
+MLP_TILES = (8192, 4096, 2048)
+LONGEST_TRIED = 2**21  # tokens
+ROOM = 0.8  # of the card may be used without recomputed layers: the plan is not exact, and others use the card too
+RECOMPUTE = "--gradient_checkpointing"
+EMBEDDINGS = "--offload_embeddings"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card, or a machine without one, as the plan sees it."""
+
+    name: str
+    total_bytes: int
+    """What the run may use: the card's memory, or the machine's for a CPU."""
+    ram_bytes: int
+    """The machine's memory, where what leaves the card goes."""
+    is_gpu: bool = True
+    repeats_kv: bool = True
+    """Its attention kernel copies keys and values for each query head: cards before Ampere, and unknown ones."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting of the plan. `reason` is for a person; `by_hand` when it was typed and not chosen."""
+
+    flag: str
+    value: str
+    reason: str
+    by_hand: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, what it needs, and whether that fits."""
+
+    model: Architecture
+    card: Card
+    setup: Setup
+    account: Account
+    choices: tuple[Choice, ...]
+    longest_row: int
+    """Tokens of the longest sample that the plan is for."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the card, and what moves to RAM within the RAM."""
+        return self.account.card_bytes <= self.card.total_bytes and self.account.ram_bytes <= self.card.ram_bytes
+
+    @property
+    def micro_tokens(self) -> int:
+        """The token budget of a micro-batch."""
+        return self.setup.tokens
+
+
+def make_plan(
+    model: Architecture,
+    config: FinetuneConfig,
+    card: Card,
+    *,
+    element_bytes: int = 2,
+    longest_row: int = 0,
+) -> Plan:
+    """Choose what is auto in `config` so that `model` trains within `card`.
+
+    element_bytes: of the arithmetic, 2 or 4. longest_row: tokens of the longest sample where the data are known;
+    0: --cutoff_len. The plan is returned whether it fits or not. Raises ConfigError for an adapter on layers that the
+    model does not have, and for --train_new_tokens of a base without a list of them.
+    """
+    _check_targets(model, config)
+    longest = min(longest_row or config.data.cutoff_len, config.data.cutoff_len)
+    setup = _first_setup(model, config, card, element_bytes, longest)
+    choices = _typed(config)
+    if config.model.gradient_checkpointing == "auto":
+        setup, recompute = _recomputed(model, config, card, setup)
+        choices.append(recompute)
+    here = account(model, setup)
+    for step in _steps(config, card, setup):
+        if here.card_bytes <= card.total_bytes:
+            break
+        for changed, choice in step(setup):
+            there = account(model, changed)
+            if there.card_bytes >= here.card_bytes:
+                continue  # of no use here, such as embeddings in RAM whose head is tied to them
+            if there.ram_bytes > max(card.ram_bytes, here.ram_bytes):
+                choices += (
+                    [] if choice.flag in {c.flag for c in choices} else [_without_ram(choice, setup, there, card)]
+                )
+                continue
+            reason = f"{_gib(here.card_bytes)} would be needed, {_gib(card.total_bytes)} are there; {choice.reason}"
+            made = [replace(choice, reason=reason)]
+            if changed.offload_embeddings > setup.offload_embeddings and choice.flag != EMBEDDINGS:
+                made.append(Choice(EMBEDDINGS, "on", f"--head_bits {changed.head_bits} leaves them free to go"))
+            choices = [c for c in choices if c.flag not in {m.flag for m in made}] + made
+            setup, here = changed, there
+            if here.card_bytes <= card.total_bytes:
+                break
+    choices = _defaults(config, setup, choices)
+    return Plan(model, card, setup, here, tuple(choices), longest)
+
+
+def _recomputed(model: Architecture, config: FinetuneConfig, card: Card, setup: Setup) -> tuple[Setup, Choice]:
+    """Whether layers are computed again in the backward pass: not where all fits without it, and that is certain."""
+    without = replace(setup, gradient_checkpointing=False)
+    if not model.checkpoints:
+        return without, Choice(RECOMPUTE, "off", f"{model.model_type} layers cannot be computed again")
+    if not is_counted(model):
+        return setup, Choice(RECOMPUTE, "on", f"what {model.model_type} layers keep was never counted")
+    needs_it = {"--offload_activations": setup.offload_activations, "--deepspeed": config.train.deepspeed,
+                "--max_memory": config.model.max_memory}  # fmt: skip
+    for flag, wanted in needs_it.items():
+        if wanted:
+            return setup, Choice(RECOMPUTE, "on", f"goes with {flag}")
+    needed = account(model, without).card_bytes
+    # Without a card, what other programs hold of the machine's memory is not there either.
+    room = int(ROOM * (card.total_bytes if card.is_gpu else min(card.total_bytes, card.ram_bytes)))
+    if needed <= room:
+        return without, Choice(RECOMPUTE, "off", f"{_gib(needed)} are needed without it, which leaves room: faster")
+    return setup, Choice(RECOMPUTE, "on", f"{_gib(needed)} would be needed without it, {_gib(room)} may be used so")
+
+
+def longest_context(model: Architecture, config: FinetuneConfig, card: Card, *, element_bytes: int = 2) -> int:
+    """The longest single row, in tokens, for which `make_plan` finds a setup that fits; 0 when none does."""
+
+    def fits(length: int) -> bool:
+        data = replace(config.data, cutoff_len=length)
+        train = replace(config.train, micro_batch=0, micro_tokens=0)
+        return make_plan(model, replace(config, data=data, train=train), card, element_bytes=element_bytes).fits
+
+    if not fits(1):
+        return 0
+    low, high = 1, LONGEST_TRIED
+    while high - low > max(1, low // 256):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _check_targets(model: Architecture, config: FinetuneConfig) -> None:
+    targets = config.lora.lora_target_modules
+    if config.lora.lora_target_parameters and not model.experts:
+        raise ConfigError("--lora_target_parameters", f"{model.name} has no experts; leave it out")
+    if config.lora.lora_target_parameters and config.model.bits == 4:
+        raise ConfigError("--bits", "4 does not go with --lora_target_parameters; use 16, or 8 (experts stay in 16)")
+    known = sorted({linear.name for linear in model.linears})
+    names = [name.strip().rsplit(".", 1)[-1] for name in targets.split(",") if name.strip()]
+    wrong = [name for name in names if name not in known and targets.strip() != "all-linear"]
+    if wrong:
+        listed = f"{model.name} has no layer {wrong[0]}{nearest(wrong[0], known)}; it has {', '.join(known)}"
+        raise ConfigError("--lora_target_modules", listed)
+
+
+def _without_ram(choice: Choice, setup: Setup, there: Account, card: Card) -> Choice:
+    """Why something that would help stays as it is."""
+    now = {"--offload_activations": setup.offload_activations, "--offload_embeddings": setup.offload_embeddings}
+    value = str(setup.head_bits) if choice.flag not in now else "on" if now[choice.flag] else "off"
+    reason = f"{_gib(there.ram_bytes)} of RAM would be needed, {_gib(card.ram_bytes)} are there"
+    return Choice(choice.flag, value, f"{choice.value} would help, but {reason}")
+
+
+def _first_setup(model: Architecture, config: FinetuneConfig, card: Card, element_bytes: int, longest: int) -> Setup:
+    """The setup with everything typed by hand in it and nothing given up yet."""
+    memory, train = config.memory, config.train
+    budget = train.micro_tokens or (train.micro_batch * longest if train.micro_batch else DEFAULT_MICRO_TOKENS)
+    rows = max(1, budget // longest)
+    if train.micro_batch:
+        rows = min(rows, train.micro_batch)
+    return Setup(
+        bits=model.stored_bits or config.model.bits,
+        element_bytes=element_bytes,
+        rows=min(rows, train.total_batch or LARGEST_TOTAL_BATCH),
+        length=longest,
+        rank=config.lora.lora_r,
+        targets=config.lora.lora_target_modules,
+        expert_targets=config.lora.lora_target_parameters,
+        use_dora=config.lora.use_dora,
+        train_embeddings=config.lora.train_embeddings,
+        n_new_tokens=len(read_new_tokens(config.model.model_path)) if config.lora.train_new_tokens else 0,
+        lora_dropout=config.lora.lora_dropout,
+        optimizer="adamw" if train.optimizer == "auto" else train.optimizer,
+        gradient_checkpointing=bool(config.model.gradient_checkpointing),
+        loss_chunk=memory.loss_chunk if memory.loss_chunk > 0 else 0 if memory.loss_chunk < 0 else LOSS_CHUNKS[0],
+        offload_activations=memory.offload_activations == "on",
+        offload_embeddings=memory.offload_embeddings == "on",
+        head_bits=16 if memory.head_bits == "auto" else int(memory.head_bits),
+        mlp_tile=max(0, memory.mlp_tile),
+        eager_attention=config.model.attn_implementation == "eager",
+        repeats_kv=card.repeats_kv and card.is_gpu,
+        on_gpu=card.is_gpu,
+    )
+
+
+Step = Callable[[Setup], Iterator[tuple[Setup, Choice]]]
+
+
+def _steps(config: FinetuneConfig, card: Card, setup: Setup) -> list[Step]:
+    """What may be given up, in this order; what was typed by hand is not among it."""
+    memory, train = config.memory, config.train
+    frozen = not config.lora.trains_vocabulary
+    free: list[tuple[bool, Step]] = [
+        (not train.micro_tokens and not train.micro_batch, _smaller_budget),
+        (memory.loss_chunk == 0, _smaller_chunks),
+        (memory.offload_activations == "auto" and setup.gradient_checkpointing and card.is_gpu, _offload),
+        (train.optimizer == "auto" and not train.deepspeed, _small_optimizer),
+        (memory.offload_embeddings == "auto" and card.is_gpu and frozen, _embeddings_in_ram),
+        (memory.head_bits == "auto" and frozen, partial(_small_head, may_move=memory.offload_embeddings == "auto")),
+        (memory.mlp_tile == 0, _tiles),
+    ]
+    return [step for is_free, step in free if is_free]
+
+
+def _smaller_budget(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+    rows = setup.rows
+    while rows > 1:
+        rows = -(-rows // 2)
+        smaller = replace(setup, rows=rows)
+        yield smaller, Choice("--micro_tokens", f"{smaller.tokens:,}", "the step is cut into more pieces")
+
+
+def _smaller_chunks(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+    for chunk in LOSS_CHUNKS[1:]:
+        yield replace(setup, loss_chunk=chunk), Choice("--loss_chunk", str(chunk), "fewer logits exist at once")
+
+
+def _offload(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+    yield replace(setup, offload_activations=True), Choice("--offload_activations", "on", "layer inputs wait in RAM")
+
+
+def _small_optimizer(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+    small = "paged_adamw_8bit" if setup.on_gpu else "adamw_8bit"
+    yield replace(setup, optimizer=small), Choice("--optimizer", small, "its state takes a quarter")
+
+
+def _embeddings_in_ram(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+    yield replace(setup, offload_embeddings=True), Choice(EMBEDDINGS, "on", "frozen rows come from RAM")
+
+
+def _small_head(setup: Setup, *, may_move: bool) -> Iterator[tuple[Setup, Choice]]:
+    # With it the embeddings of a tied model are free to go; alone each of the two would save nothing.
+    for bits in (8, 4):
+        for in_ram in (False, True) if setup.on_gpu and may_move else (False,):
+            changed = replace(setup, head_bits=bits, offload_embeddings=setup.offload_embeddings or in_ram)
+            yield changed, Choice("--head_bits", str(bits), "the head is quantised: the logits change a little")
+
+
+def _tiles(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+    for tile in MLP_TILES:
+        if tile < setup.tokens:
+            yield replace(setup, mlp_tile=tile), Choice("--mlp_tile", str(tile), "MLPs take the tokens in turns")
+
+
+def _typed(config: FinetuneConfig) -> list[Choice]:
+    """The settings that were given by hand."""
+    empty = MemoryOptions()
+    found = [
+        (f"--{name}", getattr(config.memory, name), getattr(empty, name))
+        for name in ("loss_chunk", "offload_activations", "offload_embeddings", "head_bits", "mlp_tile")
+    ]
+    found += [("--micro_tokens", config.train.micro_tokens, 0), ("--micro_batch", config.train.micro_batch, 0)]
+    found += [("--optimizer", config.train.optimizer, "auto")]
+    if config.model.gradient_checkpointing != "auto":
+        found.append((RECOMPUTE, "on" if config.model.gradient_checkpointing else "off", "auto"))
+    return [Choice(flag, str(value), "given", by_hand=True) for flag, value, default in found if value != default]
+
+
+def _defaults(config: FinetuneConfig, setup: Setup, choices: list[Choice]) -> list[Choice]:
+    """Say as well what did not have to be given up, so that every setting of the run is on the page."""
+    named = {choice.flag for choice in choices}
+    if "--micro_batch" in named:
+        named.add("--micro_tokens")
+    fits = "fits"
+    plain = [
+        Choice(RECOMPUTE, "on" if setup.gradient_checkpointing else "off", fits),
+        Choice("--micro_tokens", f"{setup.tokens:,}", fits),
+        Choice("--loss_chunk", str(setup.loss_chunk), fits),
+        Choice("--offload_activations", "on" if setup.offload_activations else "off", fits),
+        Choice("--optimizer", setup.optimizer, fits),
+        Choice("--offload_embeddings", "on" if setup.offload_embeddings else "off", fits),
+        Choice("--head_bits", str(setup.head_bits), fits),
+        Choice("--mlp_tile", str(setup.mlp_tile or "off"), fits),
+    ]
+    order = [choice.flag for choice in plain]
+    every = choices + [choice for choice in plain if choice.flag not in named]
+    return sorted(every, key=lambda choice: order.index(choice.flag) if choice.flag in order else -1)
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.2f} GiB"

@@ -1,0 +1,3 @@
+"""Activations in RAM, MLPs in tiles, embeddings and head in RAM."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Listening sockets, and what guards them."""
+
+from __future__ import annotations

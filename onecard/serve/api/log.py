@@ -1,0 +1,120 @@
+"""One printed line per request: when, who, what, status, reason, duration, tokens. Texts only where they are wanted.
+
+2026-11-29T09:00:01+01:00 127.0.0.1 POST /v1/chat/completions 200 stop 1234 ms 12+80 tokens
+2026-11-29T09:00:02+01:00 127.0.0.1 POST /v1/chat/completions 400 unsupported_parameter:tools 1 ms
+
+Also the last net: what nobody foresaw is answered with 500, and printed by its place: its text may hold a prompt.
+Knows ASGI. It does not know what requests mean.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from onecard.console import say
+from onecard.data.messages import Turn
+from onecard.serve.api.errors import NOTE_KEY, ApiError, as_api_error, send_error
+from onecard.serve.api.requests import Prompt
+from onecard.serve.api.work import Progress
+
+LOGGED_PATHS = ("/v1/", "/health")
+FIRST_REFUSAL = 400
+LONGEST_PATH = 100  # characters of a path in a line
+PARAM = re.compile(r"[a-z_]{1,30}(\[\d{1,6}\])?(\.[a-z_]{1,30}(\[\d{1,6}\])?)*")  # no texts of a client's own
+
+
+@dataclass
+class Note:
+    """What the handler of a request tells the log. Texts stay out unless `with_texts`.
+
+    outcome: how an answer ended, or why there is none.
+    """
+
+    with_texts: bool = False
+    n_prompt_tokens: int = 0
+    n_new_tokens: int = 0
+    outcome: str = ""
+    texts: list[str] = field(default_factory=list)
+
+    def of_answer(self, progress: Progress, n: int) -> None:
+        """Take over the tokens of an answer, and its texts."""
+        usage = progress.usage(n)
+        self.n_prompt_tokens, self.n_new_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+        ends = dict.fromkeys(chunk.finish_reason for chunk in progress.chunks if chunk.finish_reason)
+        self.outcome = self.outcome or ",".join(ends)
+        self.add([chunk.text for chunk in progress.chunks])
+
+    def of_error(self, error: ApiError) -> None:
+        """Take over why a request failed: the code, and the field where its name is one of an API's."""
+        param = error.param or ""
+        self.outcome = error.code or "invalid_value"
+        if len(param) <= LONGEST_PATH and PARAM.fullmatch(param):
+            self.outcome += f":{param}"
+
+    def add(self, texts: Sequence[Turn | Prompt]) -> None:
+        """Prompts and answers to print, where they are printed."""
+        if self.with_texts:
+            told = [(text.role, text.content) if isinstance(text, Turn) else text for text in texts]
+            self.texts += [f"  {json.dumps(text, ensure_ascii=False)}" for text in told]
+
+
+class RequestLog:
+    """Outermost layer: prints a line for every request to the API, and for every refusal."""
+
+    def __init__(self, app: Any, with_texts: bool = False) -> None:
+        self._app, self._with_texts = app, with_texts
+
+    async def __call__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[Any]],
+        send: Callable[[Any], Awaitable[None]],
+    ) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        note, began, status = Note(self._with_texts), time.monotonic(), 0
+
+        async def send_and_see(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app({**scope, NOTE_KEY: note}, receive, send_and_see)
+        except Exception as reason:
+            error = as_api_error(reason)
+            note.of_error(error)
+            if not status:
+                await send_error(scope, send_and_see, error)
+        finally:
+            self._print(scope, status, time.monotonic() - began, note)
+        return None
+
+    def _print(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: Note) -> None:
+        # As it was sent, in plain ASCII: a decoded path could hold line breaks and write lines of its own.
+        path = bytes(scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0][:LONGEST_PATH]
+        if status < FIRST_REFUSAL and not path.decode("latin-1").startswith(LOGGED_PATHS):
+            return
+        safe_path = path.decode("ascii", "backslashreplace")
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        client = (scope.get("client") or ("-",))[0]
+        words = [now, client, scope["method"][:10], ascii(safe_path)[1:-1], str(status or "left"), note.outcome]
+        words.append(f"{seconds * 1000:.0f} ms")
+        if note.n_prompt_tokens or note.n_new_tokens:
+            words.append(f"{note.n_prompt_tokens}+{note.n_new_tokens} tokens")
+        say(" ".join(filter(None, words)))
+        for text in note.texts:
+            say(text)
+
+
+def note_of(scope: MutableMapping[str, Any]) -> Note:
+    """The note of this request."""
+    found = scope.get(NOTE_KEY)
+    return found if isinstance(found, Note) else Note()

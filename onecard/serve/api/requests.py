@@ -1,0 +1,244 @@
+"""From a client's JSON to what the engine is asked: every field is used, or refused by name; none is passed over.
+
+Knows OpenAI's parameters and what they are here. It does not know answers, streams or sockets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+
+from onecard.config.inference import LimitOptions, SamplingOptions
+from onecard.data.messages import Turn
+from onecard.serve.api.errors import ApiError, bad_request
+from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names
+from onecard.serve.api.schema import (
+    LONGEST_STOP,
+    MOST_STOPS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Message,
+    SamplingParameters,
+)
+
+Prompt = str | tuple[int, ...]
+FIELD_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+SEED_MODULUS = 2**64  # seeds may be negative for OpenAI, but not for NumPy
+FRESH_SEED_BITS = 48
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where a request is silent: the server's own options."""
+
+    sampling: SamplingOptions
+    limits: LimitOptions
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request in the engine's words: a conversation, or prompts to go on from, each answered `n` times.
+
+    max_new_tokens 0 asks for no answer at all, only for an echo; the client calls it `tokens_field`. top_logprobs: None
+    for no log-probabilities.
+    """
+
+    model: str
+    sampling: SamplingOptions
+    n: int = 1
+    turns: tuple[Turn, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    max_new_tokens: int = 1
+    tokens_field: str = "max_tokens"
+    echo: bool = False
+    top_logprobs: int | None = None
+    stream: bool = False
+    include_usage: bool = False
+
+    @property
+    def n_choices(self) -> int:
+        return self.n * max(len(self.prompts), 1)
+
+
+class JsonRequest(Request):
+    """A request whose JSON is an object of real texts and numbers."""
+
+    async def json(self) -> Any:
+        """The body. Raises ApiError for everything that is no JSON object in UTF-8."""
+        try:
+            value = json.loads(await self.body(), parse_constant=no_constant)
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except (ValueError, RecursionError) as reason:
+            text = "half a surrogate pair" if isinstance(reason, UnicodeEncodeError) else str(reason)
+            raise bad_request(f"the body is not JSON: {text}", code="invalid_json") from None
+        if not isinstance(value, dict):
+            raise bad_request("the body is not a JSON object", code="invalid_json")
+        return value
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body as `JsonRequest` does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def with_strict_json(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return with_strict_json
+
+
+def no_constant(name: str) -> float:
+    """Refuses NaN and Infinity, which Python reads and JSON does not know."""
+    raise ValueError(f"{name} is no number")
+
+
+def chat_ask(body: ChatRequest, defaults: Defaults) -> Ask:
+    """What a chat request asks for. Raises ApiError naming the field that cannot be served."""
+    check_names(body.model_extra or {}, ChatRequest.model_fields)
+    turns = tuple(turn_of(message, f"messages[{k}]") for k, message in enumerate(body.messages))
+    if defaults.system and not any(turn.role == "system" for turn in turns):
+        turns = (Turn("system", defaults.system), *turns)
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("top_logprobs goes with logprobs: true", "top_logprobs")
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise bad_request("max_tokens is the old name of max_completion_tokens; they differ here", "max_tokens")
+    tokens_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    ask = common_ask(body, defaults, getattr(body, tokens_field))
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return replace(ask, turns=turns, tokens_field=tokens_field, top_logprobs=top_logprobs)
+
+
+def completion_ask(body: CompletionRequest, defaults: Defaults) -> Ask:
+    """What a completion request asks for. Raises ApiError naming the field that cannot be served."""
+    check_names(body.model_extra or {}, CompletionRequest.model_fields)
+    prompts = prompts_of(body.prompt, "prompt")
+    ask = common_ask(body, defaults, body.max_tokens)
+    if len(prompts) * ask.n > defaults.limits.max_choices:
+        message = f"{len(prompts)} prompts with n = {ask.n} are more than {defaults.limits.max_choices} (--max_choices)"
+        raise bad_request(message, "prompt")
+    return replace(ask, prompts=prompts, echo=bool(body.echo), top_logprobs=body.logprobs)
+
+
+def embedding_texts(body: EmbeddingRequest, limits: LimitOptions) -> tuple[Prompt, ...]:
+    """The texts or token ids to embed. Raises ApiError naming the field that cannot be served."""
+    check_names(body.model_extra or {}, EmbeddingRequest.model_fields)
+    texts = prompts_of(body.input, "input")
+    most = limits.max_embedding_inputs
+    if len(texts) > most:
+        raise bad_request(f"{len(texts)} texts are more than {most} (--max_embedding_inputs); send fewer", "input")
+    return texts
+
+
+def common_ask(body: SamplingParameters, defaults: Defaults, max_new_tokens: int | None) -> Ask:
+    """The part that chat and completions share."""
+    if max_new_tokens is None:
+        max_new_tokens = min(defaults.sampling.max_new_tokens, defaults.limits.max_answer_tokens)
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "no_repeat_ngram_size")
+    typed = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    if body.top_k == -1:  # vLLM's word for all tokens
+        typed["top_k"] = 0
+    own_least = min(defaults.sampling.min_new_tokens, max_new_tokens)
+    sampling = replace(
+        defaults.sampling,
+        max_new_tokens=max(max_new_tokens, 1),
+        min_new_tokens=own_least if body.min_tokens is None else body.min_tokens,
+        stop=[*defaults.sampling.stop, *stop_texts(body.stop)],
+        seed=secrets.randbits(FRESH_SEED_BITS) if body.seed is None else body.seed % SEED_MODULUS,
+        **typed,
+    )
+    options = body.stream_options
+    return Ask(
+        model=body.model,
+        sampling=sampling,
+        n=body.n or 1,
+        max_new_tokens=max_new_tokens,
+        stream=bool(body.stream),
+        include_usage=bool(options and options.include_usage),
+    )
+
+
+def turn_of(message: Message, place: str) -> Turn:
+    """A message as a turn; a developer's message is a system's. `place` is such as messages[0]."""
+    check_message_names(message.model_extra or {}, place)
+    role = "system" if message.role == "developer" else message.role
+    if role == "assistant" and message.content in (None, []):
+        return Turn(role, "", name=message.name or "")
+    return Turn(role, content_text(message.content, f"{place}.content"), name=message.name or "")
+
+
+def content_text(content: Any, place: str) -> str:
+    """The text of a message's content: a text, or text parts one after another."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise bad_request(f"{place} is neither a text nor a list of text parts", place)
+    return "".join(part_text(part, f"{place}[{k}]") for k, part in enumerate(content))
+
+
+def part_text(part: Any, place: str) -> str:
+    """The text of one part: {"type": "text", "text": "Hi"}, perhaps with a mark for some cache."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        message = f"only text parts are supported, this one is {str(kind)[:40]!r}"
+        raise bad_request(message, f"{place}.type", "unsupported_parameter")
+    for name, value in part.items():
+        if name not in ("type", "text") and value is not None and not (name in CACHE_MARKS and isinstance(value, dict)):
+            raise bad_request(f"{name!r} of a text part is not supported", f"{place}.{name}", "unsupported_parameter")
+    if not isinstance(part.get("text"), str):
+        raise bad_request("a text part needs a text", f"{place}.text")
+    return str(part["text"])
+
+
+def prompts_of(value: Any, param: str) -> tuple[Prompt, ...]:
+    """The prompts in any of OpenAI's four forms: "a", ["a", "b"], [1, 2], [[1, 2], [3]]."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and value:
+        if all(isinstance(text, str) for text in value):
+            return tuple(value)
+        if is_token_ids(value):
+            return (tuple(value),)
+        if all(isinstance(ids, list) and ids and is_token_ids(ids) for ids in value):
+            return tuple(tuple(ids) for ids in value)
+    raise bad_request(f"{param} is neither a text, texts, token ids nor lists of token ids", param)
+
+
+def is_token_ids(values: Sequence[Any]) -> bool:
+    """True for whole numbers that could be ids of some vocabulary."""
+    return all(type(value) is int and 0 <= value < 2**31 for value in values)
+
+
+def stop_texts(value: Any) -> list[str]:
+    """The stop texts of a request: none, one, or a list."""
+    texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise bad_request("stop is neither a text nor a list of texts", "stop")
+    if len(texts) > MOST_STOPS or any(not 1 <= len(text) <= LONGEST_STOP for text in texts):
+        raise bad_request(f"stop takes up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters", "stop")
+    return texts
+
+
+def validation_error(reason: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, as OpenAI tells it."""
+    first: Mapping[str, Any] = next(iter(reason.errors()), {})
+    place = [part for part in first.get("loc", ()) if part != "body"]
+    param = ""
+    for part in place:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif FIELD_NAME.fullmatch(part):
+            param += f".{part}" if param else part
+    if not place:
+        return bad_request("a JSON object is needed, with `Content-Type: application/json`", code="invalid_json")
+    return bad_request(f"{param}: {first.get('msg', 'is not valid')}", param)

@@ -1,0 +1,169 @@
+"""The two shapes of an answer, chat and completion, whole and in pieces. Joined pieces equal the whole.
+
+Knows OpenAI's field names. It does not know threads, sockets or how pieces are sent (`stream.py`).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from onecard.inference.generate import Chunk
+from onecard.serve.api.logprobs import TokenTexts, chat_logprobs, completion_logprobs
+from onecard.serve.api.requests import Ask
+from onecard.serve.api.work import Echo, Progress
+
+
+@dataclass
+class Sent:
+    """What of one choice has been sent already."""
+
+    text: str = ""
+    n_tokens: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands at the top of every body of one answer."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    def body(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
+
+def new_head(prefix: str, model: str, fingerprint: str) -> Head:
+    """A head with a fresh id: prefix-0123456789abcdef01234567."""
+    return Head(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model, fingerprint)
+
+
+class ChatForm:
+    """chat.completion and chat.completion.chunk."""
+
+    kind, kind_of_pieces = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, ask: Ask, head: Head, texts: TokenTexts) -> None:
+        self.ask, self.head, self._texts = ask, head, texts
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The piece before all others: whose words follow."""
+        return self._piece(index, {"role": "assistant", "content": ""})
+
+    def text(self, progress: Progress, index: int) -> str:
+        """All that is shown of a choice."""
+        return progress.chunks[index].text
+
+    def piece(self, progress: Progress, index: int, sent: Sent, new_text: str) -> dict[str, Any] | None:
+        """What came after what was sent, or None; notes that it is sent."""
+        tokens = progress.chunks[index].logprobs[sent.n_tokens :]
+        sent.n_tokens += len(tokens)
+        if not new_text and not tokens:
+            return None
+        wanted = self.ask.top_logprobs is not None
+        return self._piece(index, {"content": new_text}, chat_logprobs(self._texts, tokens) if wanted else None)
+
+    def end(self, index: int, reason: str) -> dict[str, Any]:
+        """The piece that says why the choice ends."""
+        return self._piece(index, {}) | {"finish_reason": reason}
+
+    def empty(self, index: int) -> dict[str, Any]:
+        """A piece that adds nothing."""
+        return self._piece(index, {})
+
+    def whole(self, progress: Progress) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices = [self._choice(index, chunk) for index, chunk in enumerate(progress.chunks)]
+        return self.head.body(self.kind) | {"choices": choices, "usage": progress.usage(self.ask.n)}
+
+    def _choice(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        wanted = self.ask.top_logprobs is not None
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": chunk.text, "refusal": None},
+            "logprobs": chat_logprobs(self._texts, chunk.logprobs) if wanted else None,
+            "finish_reason": chunk.finish_reason,
+        }
+
+    def _piece(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+class CompletionForm:
+    """text_completion, whole and in pieces alike."""
+
+    kind = kind_of_pieces = "text_completion"
+
+    def __init__(self, ask: Ask, head: Head, texts: TokenTexts) -> None:
+        self.ask, self.head, self._texts = ask, head, texts
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Completions begin without one."""
+        return None
+
+    def text(self, progress: Progress, index: int) -> str:
+        """All that is shown of a choice, the echo included."""
+        echo = self._echo(progress, index)
+        return (echo.text if echo else "") + progress.chunks[index].text
+
+    def piece(self, progress: Progress, index: int, sent: Sent, new_text: str) -> dict[str, Any] | None:
+        """What came after what was sent, or None; notes that it is sent."""
+        logprobs = self._logprobs(progress, index, sent)
+        if not new_text and not (logprobs and logprobs["tokens"]):
+            return None
+        return self._piece(index, new_text, logprobs)
+
+    def end(self, index: int, reason: str) -> dict[str, Any]:
+        """The piece that says why the choice ends."""
+        return self._piece(index, "") | {"finish_reason": reason}
+
+    def empty(self, index: int) -> dict[str, Any]:
+        """A piece that adds nothing."""
+        return self._piece(index, "")
+
+    def whole(self, progress: Progress) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices = [
+            self._piece(index, self.text(progress, index), self._logprobs(progress, index, Sent()))
+            | {"finish_reason": chunk.finish_reason}
+            for index, chunk in enumerate(progress.chunks)
+        ]
+        return self.head.body(self.kind) | {"choices": choices, "usage": progress.usage(self.ask.n)}
+
+    def _echo(self, progress: Progress, index: int) -> Echo | None:
+        k = index // self.ask.n
+        return progress.echoes[k] if k < len(progress.echoes) else None
+
+    def _logprobs(self, progress: Progress, index: int, sent: Sent) -> dict[str, Any] | None:
+        """Entries of the tokens that were not sent yet: the prompt's if it is echoed, then the answer's.
+
+        With an echo there are as many as prompt and answer have tokens, the end that is not shown included: programs
+        that score texts with `echo` count on it.
+        """
+        if self.ask.top_logprobs is None:
+            return None
+        chunk, echo = progress.chunks[index], self._echo(progress, index)
+        tokens = [*(echo.scores if echo else ()), *chunk.logprobs]
+        ids: list[int | None] = [*(echo.ids if echo else ()), *(token.token_id for token in chunk.logprobs)]
+        n_hidden = chunk.usage.n_new_tokens - len(chunk.logprobs) if echo and chunk.finish_reason else 0
+        tokens, ids = [*tokens, *[None] * n_hidden], [*ids, *[None] * n_hidden]
+        body, sent.offset = completion_logprobs(self._texts, tokens[sent.n_tokens :], ids[sent.n_tokens :], sent.offset)
+        sent.n_tokens = len(tokens)
+        return body
+
+    def _piece(self, index: int, text: str, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+
+Form = ChatForm | CompletionForm

@@ -1,0 +1,295 @@
+"""The bodies that go in and out, as models that check themselves and describe themselves in the OpenAPI document.
+
+Names, types and bounds are OpenAI's (https://platform.openai.com/docs/api-reference), with additions of this
+server's. Does not know what a value does to an answer (`requests.py`) or which limits the server was started with.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, FailFast, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
+
+from onecard.serve.api.parameters import CACHE_MARKS, close_message, close_request
+
+MOST_ALTERNATIVES = 20
+MOST_STOPS = 16
+LONGEST_STOP = 1000  # characters
+BIGGEST = 2**31 - 1
+
+TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}}
+    | {name: {"description": "Changes nothing.", "type": ["object", "null"]} for name in CACHE_MARKS},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
+NO_CONTENT = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
+TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        TOKEN_IDS,
+        {"type": "array", "items": TOKEN_IDS, "minItems": 1},
+    ]
+}
+STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+STOPS = {"type": "array", "items": STOP_TEXT, "maxItems": MOST_STOPS}
+STOP = {"anyOf": [STOP_TEXT | {"minLength": 0}, STOPS, {"type": "null"}]}
+
+
+def describe_message(schema: dict[str, Any]) -> None:
+    """Say in the OpenAPI document who may be without content."""
+    close_message(schema)
+    of_assistant = {"properties": {"role": {"const": "assistant"}}}
+    schema["anyOf"] = [of_assistant, {"properties": {"content": CONTENT}, "required": ["content"]}]
+
+
+class Message(BaseModel):
+    """One message of the conversation. Contents are texts; several text parts are joined.
+
+    Only an assistant's message may be without content. A name is told to templates that read it; the others have no
+    place for it.
+    """
+
+    model_config = {"extra": "allow", "json_schema_extra": describe_message}
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Any, WithJsonSchema({"anyOf": [CONTENT, NO_CONTENT]})] = None
+    name: StrictStr | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides the answer."""
+
+    model_config = {"extra": "forbid"}
+
+    include_usage: StrictBool | None = None
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class ServiceParameters(BaseModel):
+    """Besides the model: what is said to the books, queues and caches of other services, and changes no answer."""
+
+    model: StrictStr
+    user: StrictStr | None = None
+    safety_identifier: StrictStr | None = None
+    metadata: dict[str, Any] | None = None
+    store: StrictBool | None = None
+    service_tier: StrictStr | None = None
+    prompt_cache_key: StrictStr | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: StrictStr | None = None
+    cache_control: dict[str, Any] | None = None
+    cache_prompt: StrictBool | None = None
+    cache_salt: StrictStr | None = None
+    request_id: StrictStr | None = None
+
+
+class SamplingParameters(ServiceParameters):
+    """How answers are chosen; what is left out is as the server was started. The last five are this server's own."""
+
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[Any, WithJsonSchema(STOP)] = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=BIGGEST)] | None = None
+    repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    num_beams: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    no_repeat_ngram_size: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+
+
+class ChatRequest(SamplingParameters):
+    """POST /v1/chat/completions."""
+
+    model_config = {"extra": "allow", "json_schema_extra": close_request}
+
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+
+
+class CompletionRequest(SamplingParameters):
+    """POST /v1/completions."""
+
+    model_config = {"extra": "allow", "json_schema_extra": close_request}
+
+    prompt: Annotated[Any, WithJsonSchema(PROMPT)]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    echo: StrictBool | None = None
+
+
+class EmbeddingRequest(ServiceParameters):
+    """POST /v1/embeddings."""
+
+    model_config = {"extra": "allow", "json_schema_extra": close_request}
+
+    input: Annotated[Any, WithJsonSchema(PROMPT)]
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class PromptTokensDetails(BaseModel):
+    """Tokens of the prompt that were not read anew, because the request before began alike."""
+
+    cached_tokens: int
+
+
+class UsageBody(BaseModel):
+    """Tokens; with several choices the prompt counts once and the answers together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Alternative(BaseModel):
+    """A token that could have stood there. `bytes` are those of its text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenInfo(Alternative):
+    """A token of the answer."""
+
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities in the form of chat."""
+
+    content: list[TokenInfo]
+    refusal: None = None
+
+
+class ChatAnswer(BaseModel):
+    """What the assistant said."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of `n` answers."""
+
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageBody
+    system_fingerprint: str
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities in the form of completions; all four lists have one entry per token."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(BaseModel):
+    """One of `n` continuations of one prompt."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    """The answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageBody
+    system_fingerprint: str
+
+
+class Embedding(BaseModel):
+    """One vector: numbers, or base64 of little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The answer of /v1/embeddings."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class ModelCard(BaseModel):
+    """A name that `model` may have."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "onecard"
+
+
+class ModelList(BaseModel):
+    """The answer of /v1/models; the first is the one the server was started with."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """The answer of /health."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; `param` is the field that is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorDetail

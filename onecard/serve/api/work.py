@@ -1,0 +1,161 @@
+"""What the threads of the API do: turn texts into token ids, ask the engine, keep the picture of all choices.
+
+Knows the engine. It does not know asyncio, HTTP or the shapes of answers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from onecard.console import ConfigError, DataError
+from onecard.data.tokenization import segment_tokenizer
+from onecard.inference.detokenize import decode
+from onecard.inference.engine import Engine, Request
+from onecard.inference.generate import Chunk, ContextTooLong, Usage
+from onecard.inference.streamer import TokenLogprob
+from onecard.serve.api.errors import as_api_error
+from onecard.serve.api.requests import Ask, Prompt
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that is told again, with the log-probabilities of its tokens if they were asked for."""
+
+    text: str
+    scores: tuple[TokenLogprob | None, ...] = ()
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All choices of a request so far, by index: prompt after prompt, `n` of each. Echoes by prompt."""
+
+    chunks: tuple[Chunk, ...]
+    echoes: tuple[Echo, ...] = ()
+
+    @property
+    def place(self) -> int:
+        """Above 0 while the request waits: so many are in front."""
+        return max(chunk.place for chunk in self.chunks)
+
+    @property
+    def is_cancelled(self) -> bool:
+        return any(chunk.finish_reason == "cancelled" for chunk in self.chunks)
+
+    def usage(self, n: int) -> dict[str, Any]:
+        """Tokens in OpenAI's names: a prompt counts once for its `n` answers."""
+        n_prompt = sum(chunk.usage.n_prompt_tokens for chunk in self.chunks[::n])
+        n_new = sum(chunk.usage.n_new_tokens for chunk in self.chunks)
+        n_cached = sum(chunk.usage.n_cached_tokens for chunk in self.chunks[::n])
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_new,
+            "total_tokens": n_prompt + n_new,
+            "prompt_tokens_details": {"cached_tokens": n_cached},
+        }
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Embeddings in order, and the tokens that were read for them."""
+
+    vectors: list[Sequence[float]]
+    n_tokens: int
+
+
+def answer_chat(engine: Engine, ask: Ask, cancel: threading.Event) -> Iterator[Progress]:
+    """Answer a conversation. Raises ApiError with the field that is to blame, and what the engine raises."""
+    request = Request(
+        turns=ask.turns,
+        sampling=ask.sampling,
+        adapter=ask.model,
+        n=ask.n,
+        top_logprobs=ask.top_logprobs,
+    )
+    with blaming("messages", ask.tokens_field):
+        for chunks in engine.stream(request, cancel):
+            yield Progress(tuple(chunks))
+
+
+def answer_prompts(engine: Engine, ask: Ask, cancel: threading.Event) -> Iterator[Progress]:
+    """Go on from each prompt, one after another. Raises like `answer_chat`."""
+    progress = Progress(tuple(Chunk() for _ in range(ask.n_choices)))
+    with blaming("prompt"):
+        prompts = [(prompt, token_ids(engine, ask.model, prompt)) for prompt in ask.prompts]
+        for k, (prompt, ids) in enumerate(prompts):
+            if ask.echo:
+                progress = replace(progress, echoes=(*progress.echoes, echo(engine, ask, prompt, ids, cancel)))
+            for chunks in answers_to(engine, ask, ids, k * ask.n, cancel):
+                before, after = progress.chunks[: k * ask.n], progress.chunks[(k + 1) * ask.n :]
+                progress = replace(progress, chunks=(*before, *chunks, *after))
+                yield progress
+            if cancel.is_set():
+                break
+    yield replace(progress, chunks=tuple(cancelled_if_open(chunk) for chunk in progress.chunks))
+
+
+def answers_to(
+    engine: Engine, ask: Ask, ids: tuple[int, ...], number: int, cancel: threading.Event
+) -> Iterator[list[Chunk]]:
+    """The engine's stream for one prompt; a single empty answer where none is wanted."""
+    if ask.max_new_tokens == 0:
+        check_length(engine, ids)
+        yield [Chunk(finish_reason="length", usage=Usage(len(ids)))] * ask.n
+        return
+    request = Request(
+        prompt_ids=ids,
+        sampling=ask.sampling,
+        adapter=ask.model,
+        n=ask.n,
+        number=number,
+        top_logprobs=ask.top_logprobs,
+    )
+    yield from engine.stream(request, cancel)
+
+
+def embed_texts(engine: Engine, model: str, texts: tuple[Prompt, ...], cancel: threading.Event) -> Iterator[Vectors]:
+    """One result: the vectors of all texts. Raises like `answer_chat`."""
+    with blaming("input"):
+        ids = [token_ids(engine, model, text) for text in texts]
+        yield Vectors(engine.embed(ids, model, cancel), sum(len(one) for one in ids))
+
+
+def token_ids(engine: Engine, model: str, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a raw text, as training reads a document's beginning; ids stay as they are."""
+    if not isinstance(prompt, str):
+        return prompt
+    return tuple(segment_tokenizer(engine.template(model), engine.tokenizer(model)).text_ids(prompt))
+
+
+def echo(engine: Engine, ask: Ask, prompt: Prompt, ids: tuple[int, ...], cancel: threading.Event) -> Echo:
+    """The prompt as text, scored where log-probabilities are wanted."""
+    text = prompt if isinstance(prompt, str) else decode(ids, engine.tokenizer(ask.model))
+    if ask.top_logprobs is None:
+        return Echo(text, (), ids)
+    return Echo(text, tuple(engine.score(ids, ask.model, ask.top_logprobs, cancel)), ids)
+
+
+def check_length(engine: Engine, ids: tuple[int, ...]) -> None:
+    """What the engine checks before it answers. Raises DataError."""
+    if not ids:
+        raise DataError("the prompt is empty")
+    if len(ids) > engine.prompt_limit:
+        raise ContextTooLong(len(ids), engine.prompt_limit + 1)
+
+
+def cancelled_if_open(chunk: Chunk) -> Chunk:
+    """The chunk with an end: nothing will follow any more."""
+    return chunk if chunk.finish_reason else replace(chunk, finish_reason="cancelled")
+
+
+@contextmanager
+def blaming(text_field: str, tokens_field: str = "max_tokens") -> Iterator[None]:
+    """Turns errors about options and data into ones about the request's fields that hold its texts and its length."""
+    try:
+        yield
+    except (ConfigError, DataError) as reason:
+        raise as_api_error(reason, text_field, tokens_field) from None

@@ -1,0 +1,371 @@
+"""Who may talk to this machine over the network; the same for the pages and the API.
+
+Layers around any ASGI application. They look at addresses, names, keys and sizes. They do not know pages, models or
+what a request asks for. Why each is there:
+
+- Host: a foreign page can make its own name point to 127.0.0.1 ("DNS rebinding"); the browser then believes that this
+  server belongs to that page. The Host header still names the page's machine, so only known names get through.
+- Origin: a foreign page may send a POST to 127.0.0.1 without being able to read the answer; it would use the card.
+- Key: compared in constant time, on every path but /health.
+- Body: counted while it is being read, because the length that a client announces may be missing or wrong, and after
+  unpacking, because a little gzip can unpack to gigabytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.middleware.cors import CORSMiddleware
+
+from onecard.config.inference import is_address, is_loopback, plain_host, plain_origin, split_list
+from onecard.serve.api.errors import ApiError, send_error
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+OPEN_PATHS = ("/health",)
+READING_METHODS = ("GET", "HEAD", "OPTIONS")
+STANDARD_PORTS = (":80", ":443")
+GZIP = ("gzip", "x-gzip")  # RFC 9110, 8.4.1.3
+POLICY_VIOLATION = 1008  # code of a refused websocket
+DRAIN_SECONDS = 30  # so long a body that is too large is still read: who is cut off while sending reads no answer
+
+
+@dataclass(frozen=True)
+class NetworkRules:
+    """Who may come in. Lists are texts with commas, as they are typed.
+
+    host: the address that is listened on. key: None for no key. max_body_bytes: of one request.
+    """
+
+    host: str = "127.0.0.1"
+    allowed_hosts: str = ""
+    allowed_origins: str = ""
+    key: str | None = None
+    max_body_bytes: int = 8_000_000
+
+
+class Protection:
+    """All layers around an application; `app.add_middleware(Protection, rules=...)`, or `Protection(app, rules)`."""
+
+    def __init__(self, app: App, rules: NetworkRules) -> None:
+        origins = [plain_origin(origin) for origin in split_list(rules.allowed_origins)]
+        app = BodyLimit(app, rules.max_body_bytes)
+        if rules.key is not None:
+            app = KeyCheck(app, rules.key)
+        if origins:
+            # Methods are the paths' matter: they refuse in OpenAI's shape. Pages on the internet that reach into a
+            # private network are asked for that by browsers.
+            app = CORSMiddleware(
+                app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], allow_private_network=True,
+                expose_headers=["retry-after"],
+            )  # fmt: skip
+        app = OriginCheck(app, origins)
+        app = HostCheck(app, rules.host, [plain_host(name) for name in split_list(rules.allowed_hosts)])
+        self._app = PlainHeaders(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+class HostCheck:
+    """Lets only requests through that were sent to a name of this server.
+
+    bound to 127.0.0.1, allowed "box.lan":  localhost:8000, [::1]:9, box.lan  yes;  evil.example  403;  none  400
+    Bound to every address (0.0.0.0, ::) any literal address is right as well: only names can be made to lie.
+    """
+
+    def __init__(self, app: App, host: str, allowed: Iterable[str]) -> None:
+        self._app = app
+        self._names = {"localhost", host.lower()} | {host_name(name) or name.lower() for name in allowed}
+        self._any_address = is_wildcard(host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        hosts = headers_of(scope, b"host")
+        name = host_name(hosts[0]) if len(hosts) == 1 else None
+        if name is None:
+            return await refuse(scope, send, ApiError(400, "the Host header is missing or broken", code="bad_host"))
+        if not self._knows(name):
+            message = f"this server is not called {name!r}; if it should be, start it with --allowed_hosts {name}"
+            return await refuse(scope, send, ApiError(403, message, code="host_not_allowed"))
+        return await self._app(scope, receive, send)
+
+    def _knows(self, name: str) -> bool:
+        return name in self._names or is_loopback(name) or (self._any_address and is_address(name))
+
+
+class OriginCheck:
+    """Refuses what a foreign page in a browser sends: state-changing requests and websockets with another Origin.
+
+    So is the question that browsers ask before (OPTIONS, "preflight"): its answer is where a page's author looks first.
+    Programs send no Origin and are not concerned. Behind a proxy that speaks TLS the scheme differs from what is seen
+    here, so host and port are compared.
+    """
+
+    def __init__(self, app: App, allowed: Iterable[str]) -> None:
+        self._app = app
+        self._allowed = {origin.rstrip("/").lower() for origin in allowed}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asks = scope["type"] == "http" and is_preflight(scope)
+        changes = scope["type"] == "websocket" or (scope["type"] == "http" and scope["method"] not in READING_METHODS)
+        origins = headers_of(scope, b"origin") if changes or asks else []
+        # A page that asks stands on another origin, even where host and port are ours.
+        hosts = headers_of(scope, b"host") if origins and not asks else []
+        for origin in origins:
+            if not self._trusts(origin.lower(), hosts):
+                return await refuse(scope, send, ApiError(403, self._advice(origin), code="origin_not_allowed"))
+        return await self._app(scope, receive, send)
+
+    def _advice(self, origin: str) -> str:
+        try:
+            name = plain_origin(origin)
+        except ValueError:  # "null" of a file or a frame without rights, or nonsense
+            option = "serve.py --allowed_origins names those that may; this one has no name: serve the page over HTTP"
+        else:
+            flag = "serve.py --allowed_origins"  # chat.py has none
+            option = f"add {name} to {flag}" if self._allowed else f"allow this one with {flag} {name}"
+        return f"pages of other origins may not call this server; {option}"
+
+    def _trusts(self, origin: str, hosts: list[str]) -> bool:
+        if origin in self._allowed:
+            return True
+        scheme, separator, place = origin.partition("://")
+        return (
+            bool(separator) and scheme in ("http", "https") and [plain_place(h) for h in hosts] == [plain_place(place)]
+        )
+
+
+class KeyCheck:
+    """Asks for the key on every path but /health: `Authorization: Bearer KEY`, or Basic with the key as password.
+
+    Basic is what a browser can do, so the page on the same port opens after one question.
+    """
+
+    def __init__(self, app: App, key: str) -> None:
+        self._app = app
+        self._digest = hashlib.sha256(key.encode("utf-8")).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN_PATHS or self._is_known(scope):
+            return await self._app(scope, receive, send)
+        headers = {"www-authenticate": 'Basic realm="OneCard", charset="UTF-8"'}
+        message = "a key is needed here: send it as `Authorization: Bearer KEY`, or as the password of Basic"
+        return await refuse(scope, send, ApiError(401, message, code="invalid_api_key", headers=headers))
+
+    def _is_known(self, scope: Scope) -> bool:
+        given = [given_key(value) for value in headers_of(scope, b"authorization")]
+        # Digests of equal length: the time of comparing tells nothing, not even how long the key is.
+        return len(given) == 1 and hmac.compare_digest(hashlib.sha256(given[0]).digest(), self._digest)
+
+
+def is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks, for a page of another origin, if a request would be answered."""
+    return scope["method"] == "OPTIONS" and bool(headers_of(scope, b"access-control-request-method"))
+
+
+class BodyLimit:
+    """Answers 413 to a body of more than `max_bytes`, announced or not, and unpacks gzip up to that size.
+
+    Another Content-Encoding gets 415, with the ones that are known (RFC 9110, 15.5.16).
+    """
+
+    def __init__(self, app: App, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        encodings = [
+            name.strip().lower() for value in headers_of(scope, b"content-encoding") for name in value.split(",")
+        ]
+        encodings = [name for name in encodings if name not in ("", "identity")]
+        body = CountedBody(scope, receive, send, self._max_bytes, is_packed=bool(encodings))
+        announced = headers_of(scope, b"content-length")
+        if any(length.isdigit() and int(length[:20]) > self._max_bytes for length in announced):
+            return await body.refuse(body.too_large())
+        if encodings and (len(encodings) > 1 or encodings[0] not in GZIP):
+            message = f"bodies packed as {', '.join(encodings)[:100]!r} are not read here; send gzip, or unpacked JSON"
+            headers = {"accept-encoding": "gzip"}
+            return await body.refuse(ApiError(415, message, code="unsupported_content_encoding", headers=headers))
+        if encodings:
+            outer = (b"content-encoding", b"content-length")
+            scope = {**scope, "headers": [header for header in scope["headers"] if header[0].lower() not in outer]}
+        try:
+            await self._app(scope, body.receive, body.send)
+        except Exception:
+            if body.refusal is None:
+                raise
+        if body.refusal is not None and not body.has_answered:
+            await body.refuse(body.refusal)
+        return None
+
+
+class CountedBody:
+    """The two ends of a request, counting what comes in; nothing of the application's goes out once it is refused.
+
+    refusal: why the body cannot be read further.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int, *, is_packed: bool) -> None:
+        self._scope, self._receive, self._send, self._max_bytes = scope, receive, send, max_bytes
+        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if is_packed else None
+        self._n_bytes = self._n_unpacked = 0
+        self.refusal: ApiError | None = None
+        self.has_answered = self.is_read = False
+
+    async def receive(self) -> Message:
+        """The next message, unpacked; raises BodyRefused once the body is too large or broken."""
+        if self.refusal is None:
+            message = await self._next()
+            if self._n_bytes > self._max_bytes:
+                self.refusal = self.too_large()
+            elif self._gzip is not None and message["type"] == "http.request":
+                message = {**message, "body": self._unpacked(self._gzip, message.get("body", b""))}
+        if self.refusal is not None:
+            raise BodyRefused
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self.refusal is not None and not self.has_answered:
+            return
+        self.has_answered = True
+        await self._send(message)
+
+    def too_large(self) -> ApiError:
+        message = f"the body is larger than {self._max_bytes} bytes (--max_body_bytes), which is the limit here"
+        return ApiError(413, message, code="body_too_large")
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with this error."""
+
+        async def begin(part: Message) -> None:
+            await self._send({**part, "more_body": True} if part["type"] == "http.response.body" else part)
+
+        # Told at once, for those who read while they send; ended later, for those who send all of it first.
+        await send_error(self._scope, begin, error)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drain(), DRAIN_SECONDS)
+        await self._send({"type": "http.response.body", "body": b""})
+
+    def _unpacked(self, gzip: Any, packed: bytes) -> bytes:
+        """What these bytes unpack to, never much more than the limit; notes the refusal of what cannot be read."""
+        try:
+            found: bytes = gzip.decompress(packed, self._max_bytes - self._n_unpacked + 1)
+        except zlib.error:
+            self.refusal = ApiError(400, "the body is not gzip, as its Content-Encoding says", code="invalid_gzip")
+            return b""
+        self._n_unpacked += len(found)
+        if self._n_unpacked > self._max_bytes:
+            self.refusal = self.too_large()
+        elif gzip.unused_data or (self.is_read and not gzip.eof):
+            words = "goes on behind its end" if gzip.eof else "is cut off"
+            self.refusal = ApiError(400, f"the gzip of the body {words}", code="invalid_gzip")
+        return found
+
+    async def _drain(self) -> None:
+        """Read and forget what is left."""
+        while not self.is_read:
+            await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._n_bytes += len(message.get("body", b""))
+        self.is_read = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+
+class BodyRefused(Exception):
+    """Ends the reading of a body; `BodyLimit` answers."""
+
+
+class PlainHeaders:
+    """Tells browsers not to guess types, not to show the pages inside foreign ones, not to pass the address on."""
+
+    HEADERS = (
+        (b"x-content-type-options", b"nosniff"),
+        (b"x-frame-options", b"SAMEORIGIN"),
+        (b"referrer-policy", b"same-origin"),
+    )
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                known = {name for name, _ in message.get("headers", [])}
+                added = [header for header in self.HEADERS if header[0] not in known]
+                message = {**message, "headers": [*message.get("headers", []), *added]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+async def refuse(scope: Scope, send: Send, error: ApiError) -> None:
+    """Answer with this error; a websocket is closed before it opens."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message[:100]})
+    else:
+        await send_error(scope, send, error)
+
+
+def headers_of(scope: Scope, name: bytes) -> list[str]:
+    """All values of a header; bytes that are no ASCII stay distinguishable and match nothing."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]
+
+
+def given_key(header: str) -> bytes:
+    """The key in an Authorization header, b"" where there is none. "Basic " + base64("me:KEY") -> b"KEY"."""
+    scheme, _, value = header.strip().partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode("utf-8")
+    if scheme.lower() != "basic":
+        return b""
+    try:
+        return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def host_name(header: str) -> str | None:
+    """The name in a Host header without port and brackets, in lower case; None for what is none.
+
+    "LocalHost:8000" -> "localhost"    "[::1]:80" -> "::1"    "a@b", "", "x:y" -> None
+    """
+    try:
+        parts = urlsplit(f"//{header}")
+        name, _ = parts.hostname, parts.port  # reading the port checks it
+    except ValueError:
+        return None
+    is_plain = name is not None and "@" not in header and header.isascii() and parts.netloc == header
+    return name if is_plain and not parts.path and not any(sign.isspace() for sign in header) else None
+
+
+def plain_place(place: str) -> str:
+    """host:port in lower case, without a port that browsers leave out."""
+    place = place.lower()
+    for port in STANDARD_PORTS:
+        place = place.removesuffix(port)
+    return place
+
+
+def is_wildcard(host: str) -> bool:
+    """True for the address that stands for all of this machine's."""
+    return is_address(host) and ipaddress.ip_address(host).is_unspecified

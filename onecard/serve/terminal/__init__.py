@@ -1,0 +1,3 @@
+"""Asking and chatting in a terminal."""
+
+from __future__ import annotations

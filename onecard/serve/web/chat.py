@@ -1,0 +1,367 @@
+"""What the buttons of the chat page do: from what the browser holds to what it should show next.
+
+The conversation lives in the browser, which sends it along with every step: so a reload keeps it, a restart of the
+server loses nothing, and two tabs know nothing of one another. Here it is checked each time like a stranger's file.
+Knows sessions, settings and answers. It does not know gradio, nor where anything stands on the page (app.py).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from onecard.config.inference import SamplingOptions
+from onecard.console import DataError, OneCardError
+from onecard.inference.chat_file import Chat, now, read_chat, to_json
+from onecard.inference.engine import Busy, Engine, Request
+from onecard.inference.history import Session, fit_history, prompt_budget
+from onecard.serve.web.answer import Running, Step, answer_steps, failure_words
+from onecard.serve.web.i18n import WORDS, language_of, word
+from onecard.serve.web.sanitize import original, plain_markdown
+from onecard.serve.web.script import TOO_LARGE
+from onecard.serve.web.settings import NAMES, Settings, SettingsReader, moved_words
+from onecard.serve.web.undo import kept, taken
+from onecard.translation import translated
+
+MAX_REGENERATIONS = 1_000_000
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows next; None leaves a part as it is.
+
+    chat: the conversation as JSON, without the answer that is being written; partial: that answer so far.
+    messages: what the conversation looks like; box: the text in the input box. sent: a number and the text that was
+    taken from the box; the browser empties the box if this is still what stands there.
+    toast: a line that goes away by itself.
+    number: how many answers to the last question there have been before this one.
+    earlier: the versions of the conversation that Undo can bring back, as JSON (see undo.py).
+    """
+
+    chat: str | None = None
+    partial: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    box: str | None = None
+    status: str | None = None
+    note: str | None = None
+    beams: tuple[str, ...] | None = None
+    running: bool | None = None
+    number: int | None = None
+    sent: str | None = None
+    toast: str | None = None
+    earlier: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the browser sends with every step.
+
+    browser: its session's id. number: as in `View`; with another one, the same seed gives another answer.
+    """
+
+    browser: str
+    chat: str
+    partial: str
+    settings: Sequence[Any]
+    language: str = "en"
+    number: int = 0
+    earlier: str = ""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The page after it was loaded anew."""
+
+    view: View
+    settings: Settings
+    language: str
+
+
+class ChatPage:
+    """The handlers of the chat page, for all browsers at once; nothing of a conversation is kept here."""
+
+    def __init__(self, engine: Engine, system: str, sampling: SamplingOptions, *, show_beams: bool = False) -> None:
+        self.engine = engine
+        self.reader = SettingsReader(engine, Settings(engine.names[0], "", system, sampling, show_beams))
+        self.running = Running()
+
+    @property
+    def start(self) -> Settings:
+        """What the page begins with, and goes back to."""
+        return self.reader.start
+
+    def submit(self, asked: Asked, text: str) -> Iterator[View]:
+        """Ask `text`."""
+        if not text.strip():
+            return
+        yield from self._guarded(replace(asked, number=0), lambda before: before.ask(text), text)
+
+    def regenerate(self, asked: Asked) -> Iterator[View]:
+        """Answer the last question once more."""
+        asked = replace(asked, number=asked.number + 1)
+        yield from self._guarded(asked, lambda before: before.regenerate(), None)
+
+    def edit(self, asked: Asked, index: int, text: str) -> Iterator[View]:
+        """Put another question in the place of message `index` (as the view numbers them), and answer it."""
+        asked = replace(asked, number=0)
+        yield from self._guarded(asked, lambda before: before.edit(index, original(text)), None)
+
+    def stop(self, browser: str) -> None:
+        """End this browser's answer within a second; what there is of it stays."""
+        self.running.stop(browser)
+
+    def leave(self, browser: str) -> None:
+        """The page was closed: end its answer and forget the session."""
+        self.running.end(browser)
+
+    def undo(self, asked: Asked) -> View:
+        """Bring back what Clear, an edit, Regenerate or a loaded file replaced; else take the last exchange back.
+
+        The question of an exchange that is taken back returns to the box.
+        """
+        return self._at_rest(asked, _undone)
+
+    def clear(self, asked: Asked) -> View:
+        """Forget the conversation, until Undo brings it back; system prompt and settings stay."""
+        return self._at_rest(asked, _cleared)
+
+    def save(self, asked: Asked) -> tuple[str, str]:
+        """Name and text of the file that the browser offers to the user. Raises DataError for a forged conversation."""
+        chat = self._chat(asked)
+        settings, _ = self.reader.read(asked.settings)
+        chat = replace(
+            chat, session=chat.session.with_system(settings.system), sampling=settings.sampling,
+            adapter=settings.adapter, prompt_type=settings.prompt_type or "auto", created=chat.created or now(),
+        )  # fmt: skip
+        stamp = "".join(sign for sign in chat.created[:19] if sign.isdigit())
+        return f"onecard-chat-{stamp[:8]}-{stamp[8:]}.json", to_json(chat)
+
+    def load(self, asked: Asked, text: str) -> tuple[View, Settings]:
+        """The chat in a file that the user gave, and the settings that it was held with."""
+        settings, _ = self.reader.read(asked.settings)
+        if not text:
+            return View(), settings
+        if text == TOO_LARGE:
+            return View(note=word(asked.language, "note.too_large")), settings
+        if asked.browser in self.running:
+            return View(toast=word(asked.language, "note.busy")), settings
+        try:
+            chat, remarks = read_chat(text)
+        except DataError as reason:
+            return View(note=failure_words(reason, asked.language)), settings
+        notes = [word(asked.language, "note.loaded", n=len(chat.session.turns))]
+        notes += [translated(remark, asked.language) for remark in remarks]
+        settings, more = self._settings_of(chat, settings, asked.language)
+        try:
+            replaced = self._chat(asked)
+        except DataError:
+            replaced = Chat()  # what cannot be read is no loss
+        earlier = kept(asked.earlier, replaced, chat)
+        notes += [word(asked.language, "note.replaced")] if replaced.session.turns else []
+        view = View(**_shown(chat), note="\n".join([*notes, *more]), status="", beams=(), earlier=earlier)
+        return view, settings
+
+    def restore(self, stored: str, browser_language: str, wanted: str = "auto") -> Restored:
+        """The page as this browser last saw it, out of its own storage; anything broken in there counts as absent."""
+        memory = _object(stored)
+        language = remembered_language(stored, browser_language, wanted)
+        settings = self.start
+        values = memory.get("settings")
+        if isinstance(values, list) and len(values) == len(NAMES):
+            settings, _ = self.reader.read(values)
+        names = ("chat", "partial", "box", "earlier")
+        texts = {key: memory[key] if isinstance(memory.get(key), str) else "" for key in names}
+        try:
+            chat = _merged(texts["chat"], texts["partial"])
+        except DataError:
+            chat = Chat()
+        return Restored(View(**_shown(chat), box=texts["box"], earlier=texts["earlier"]), settings, language)
+
+    def _guarded(self, asked: Asked, step: Any, text: str | None) -> Iterator[View]:
+        """Answer what `step` makes of the session, unless an answer is being written or the step cannot be made."""
+        cancel = self.running.begin(asked.browser)
+        if cancel is None:
+            # Not as a note: the answer that is being written has the notes.
+            yield View(toast=word(asked.language, "note.busy"))
+            return
+        try:
+            chat = self._chat(asked)
+            settings, moved = self.reader.read(asked.settings)
+            before = chat.session.with_system(settings.system)
+            answering = _Answering(self.engine, asked, settings, replace(chat, session=before), text)
+            note = moved_words(moved, asked.language)
+            for view in answering.views(step(before), cancel, note):
+                if view.running is False:
+                    # Before the page learns of it: it may ask the next question at once.
+                    self.running.end(asked.browser)
+                yield view
+        except OneCardError as reason:
+            yield View(box=text, note=failure_words(reason, asked.language), running=False, messages=_seen(asked))
+        finally:
+            self.running.end(asked.browser)
+
+    def _at_rest(self, asked: Asked, change: Callable[[Chat, Asked], View]) -> View:
+        if asked.browser in self.running:
+            return View(toast=word(asked.language, "note.busy"))
+        try:
+            return replace(View(status="", note="", beams=()), **_said(change(self._chat(asked), asked)))
+        except DataError as reason:
+            return View(note=failure_words(reason, asked.language))
+
+    def _chat(self, asked: Asked) -> Chat:
+        return _merged(asked.chat, asked.partial)
+
+    def _settings_of(self, chat: Chat, settings: Settings, language: str) -> tuple[Settings, list[str]]:
+        notes = []
+        if chat.adapter and not self.engine.has(chat.adapter):
+            notes.append(word(language, "note.no_adapter", name=chat.adapter))
+        adapter = chat.adapter if chat.adapter in self.engine.names else settings.adapter
+        prompt_type = "" if chat.prompt_type == "auto" else chat.prompt_type or settings.prompt_type
+        settings = replace(settings, adapter=adapter, prompt_type=prompt_type, system=chat.session.system)
+        settings, moved = self.reader.with_sampling(settings, chat.sampling)
+        return settings, [*notes, *moved_words(moved, language).splitlines()]
+
+
+@dataclass(frozen=True)
+class _Answering:
+    """One answer on its way into a chat. `before`: the chat as it was; `text`: what came out of the box."""
+
+    engine: Engine
+    asked: Asked
+    settings: Settings
+    before: Chat
+    text: str | None
+
+    def views(self, session: Session, cancel: Any, note: str) -> Iterator[View]:
+        fitted = fit_history(session.prompt, self._count, self._budget())
+        if fitted.n_dropped:
+            note = "\n".join([*note.splitlines(), word(self.asked.language, "note.dropped", n=fitted.n_dropped)])
+        request = Request(
+            fitted.turns, sampling=self.settings.sampling, adapter=self.settings.adapter,
+            prompt_type=self.settings.prompt_type, number=self.asked.number,
+            show_beams=self.settings.show_beams,
+        )  # fmt: skip
+        begun = replace(self.before, session=session)
+        # Until the first words come, a regenerated or edited answer still stands in the browser's memory.
+        is_new = self.text is not None
+        sent = f"{time.monotonic_ns()} {self.text}" if is_new else None
+        yield View(
+            chat=to_json(begun) if is_new else None, partial="", messages=messages_of(session, "…"), sent=sent,
+            status="", note=note, beams=(), running=True, number=self.asked.number,
+        )  # fmt: skip
+        is_kept, answered = is_new, replace(begun, session=session.answer(""))
+        for step in answer_steps(self.engine, request, cancel, self.asked.language):
+            if step.is_last:
+                yield self._last(begun, step, note)
+                return
+            chunk = step.chunk
+            yield View(
+                chat=None if is_kept or not chunk.text else to_json(begun), partial=chunk.text,
+                messages=messages_of(session, chunk.text or "…"), status=step.status, beams=chunk.beams,
+                earlier=None if is_kept or not chunk.text else self._earlier(answered),
+            )  # fmt: skip
+            is_kept = is_kept or bool(chunk.text)
+
+    def _last(self, begun: Chat, step: Step, note: str) -> View:
+        language, text = self.asked.language, step.chunk.text
+        notes = note.splitlines()
+        chat, box = begun, None
+        if step.failure is not None:
+            notes.append(failure_words(step.failure, language))
+        if text or step.chunk.finish_reason in ("stop", "length"):
+            chat = replace(begun, session=begun.session.answer(text))
+            notes += [word(language, "note.kept")] if step.failure is not None else []
+        elif step.failure is not None:
+            chat, box = self.before, self.text
+            if self.text is not None and not isinstance(step.failure, Busy):
+                notes.append(word(language, "note.returned"))
+        else:
+            chat = begun if self.text is not None else self.before
+            notes.append(word(language, "note.nothing_yet"))
+        n_lost = len(self.before.session.turns) - len(chat.session.turns)
+        if n_lost > 0:
+            notes.append(word(language, "note.edited", n=n_lost))
+        status = step.status if step.chunk.usage.n_new_tokens else ""
+        return View(
+            **_shown(chat), box=box, status=status, note="\n".join(notes), beams=step.chunk.beams, running=False,
+            earlier=self._earlier(chat),
+        )  # fmt: skip
+
+    def _earlier(self, chat: Chat) -> str | None:
+        """What Undo can bring back once `chat` stands there; a new question replaces nothing."""
+        is_replaced = self.text is None and chat is not self.before
+        return kept(self.asked.earlier, self.before, chat) if is_replaced else None
+
+    def _count(self, turns: Any) -> int:
+        return self.engine.count_tokens(turns, self.settings.adapter, self.settings.prompt_type)
+
+    def _budget(self) -> int:
+        limits = self.engine.limits
+        return prompt_budget(self.engine.context_limit, self.settings.sampling.max_new_tokens, limits.max_prompt_tokens)
+
+
+def messages_of(session: Session, partial: str | None = None) -> list[dict[str, Any]]:
+    """The conversation for a chat view, made harmless; `partial` is the answer that is being written."""
+    turns = [(turn.role, "\n\n".join(filter(None, (turn.content, turn.input)))) for turn in session.turns]
+    if partial is not None:
+        turns.append(("assistant", partial))
+    return [{"role": role, "content": [{"type": "text", "text": plain_markdown(text)}]} for role, text in turns]
+
+
+def remembered_language(stored: str, browser_language: str, wanted: str = "auto") -> str:
+    """The language that was chosen in this browser before, else the one that the owner or the browser wants."""
+    language = _object(stored).get("language")
+    return language if isinstance(language, str) and language in WORDS else language_of(browser_language, wanted)
+
+
+def _cleared(chat: Chat, asked: Asked) -> View:
+    cleared = replace(chat, session=chat.session.clear(), created="")
+    if not chat.session.turns:
+        return View(**_shown(cleared))
+    earlier = kept(asked.earlier, chat, cleared)
+    return View(**_shown(cleared), earlier=earlier, note=word(asked.language, "note.cleared"))
+
+
+def _undone(chat: Chat, asked: Asked) -> View:
+    version, earlier = taken(asked.earlier, chat)
+    if version is not None:
+        return View(**_shown(version), earlier=earlier, note=word(asked.language, "note.restored"))
+    session, text = chat.session.undo()
+    return View(**_shown(replace(chat, session=session)), box=text)
+
+
+def _seen(asked: Asked) -> list[dict[str, Any]] | None:
+    """What the view shows when a step could not be made: without the words that were typed into it."""
+    try:
+        return messages_of(_merged(asked.chat, asked.partial).session)
+    except DataError:
+        return None
+
+
+def _said(view: View) -> dict[str, Any]:
+    return {part.name: value for part in fields(View) if (value := getattr(view, part.name)) is not None}
+
+
+def _shown(chat: Chat) -> dict[str, Any]:
+    return {"chat": to_json(chat), "partial": "", "messages": messages_of(chat.session)}
+
+
+def _merged(chat: str, partial: str) -> Chat:
+    """The conversation with the piece of an answer that a reload or a dead server left."""
+    if not chat.strip():
+        return Chat()
+    merged = read_chat(chat).chat
+    if partial and merged.session.awaits_answer:
+        merged = replace(merged, session=merged.session.answer(partial))
+    return merged
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,193 @@
+"""The settings that a page shows: their bounds, what the browser sends of them, and words for what cannot be used.
+
+Knows options, limits and the engine's adapters. It does not know gradio, sessions or how anything is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from onecard.config.inference import SamplingOptions
+from onecard.data.chat_template import BUILT_IN, FOLDER, Template
+from onecard.inference.engine import Engine
+from onecard.serve.web.i18n import word
+
+OWN_PROMPT_TYPE = ""  # the adapter's own template
+MAX_SEED = 2**32 - 1
+MAX_STOP_TEXTS, MAX_TEXT_CHARS = 16, 100_000
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a slider can be set to."""
+
+    least: float
+    most: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A value that could not be used, and the one that was used instead. No name: the values did not fit the page."""
+
+    name: str = ""
+    given: Any = None
+    used: Any = None
+    allowed: Bounds | Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything beside the conversation that an answer depends on, in the order in which the page sends it."""
+
+    adapter: str
+    prompt_type: str
+    system: str
+    sampling: SamplingOptions
+    show_beams: bool = False
+
+    def values(self) -> list[Any]:
+        """As the page's components hold them; `from_values` reads them back."""
+        sampling = self.sampling
+        stop = "\n".join(text.replace("\n", "\\n") for text in sampling.stop)
+        numbers = [getattr(sampling, name) for name in NUMBERS]
+        return [self.adapter, self.prompt_type, self.system, *numbers, stop, self.show_beams]
+
+
+NUMBERS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "seed",
+)
+NAMES = ("adapter", "prompt_type", "system", *NUMBERS, "stop_texts", "show_beams")
+FRACTIONS = ("temperature", "top_p", "repetition_penalty")
+
+
+def bounds_of(engine: Engine, start: SamplingOptions) -> dict[str, Bounds]:
+    """The bounds of each number. They follow the engine's limits, and hold what the owner started with in any case."""
+    longest = max(1, min(engine.limits.max_answer_tokens, engine.context_limit - 1))
+    usual = {
+        "max_new_tokens": Bounds(1, longest, 1),
+        "min_new_tokens": Bounds(0, longest, 1),
+        "temperature": Bounds(0, 2, 0.05),
+        "top_p": Bounds(0.05, 1, 0.05),
+        "top_k": Bounds(0, 200, 1),
+        "num_beams": Bounds(1, engine.limits.max_beams, 1),
+        "repetition_penalty": Bounds(1, 2, 0.05),
+        "no_repeat_ngram_size": Bounds(0, 20, 1),
+        "seed": Bounds(0, MAX_SEED, 1),
+    }
+    limited = ("max_new_tokens", "min_new_tokens", "num_beams")
+    return {
+        name: bounds if name in limited else _holding(bounds, getattr(start, name)) for name, bounds in usual.items()
+    }
+
+
+def _holding(bounds: Bounds, value: float) -> Bounds:
+    # Off the grid of steps a slider would show the value that was started with as another one.
+    on_grid = math.isclose((value - bounds.least) / bounds.step, round((value - bounds.least) / bounds.step))
+    step = bounds.step if on_grid else 0.01
+    return Bounds(min(bounds.least, value), max(bounds.most, value), step)
+
+
+class SettingsReader:
+    """Reads settings that come from a browser, where anybody may have written anything."""
+
+    def __init__(self, engine: Engine, start: Settings) -> None:
+        self.engine = engine
+        self.bounds = bounds_of(engine, start.sampling)
+        self.start = self._within(start)
+
+    def read(self, values: Sequence[Any]) -> tuple[Settings, tuple[Moved, ...]]:
+        """The settings, and which values were missing or not allowed, so that others took their place."""
+        if len(values) != len(NAMES):
+            return self.start, (Moved(),)
+        given = dict(zip(NAMES, values, strict=True))
+        stop = _stop_texts(given["stop_texts"])
+        sampling = SamplingOptions(**{name: self._number(name, given[name]) for name in NUMBERS}, stop=stop)
+        settings = Settings(
+            _text(given["adapter"]), _text(given["prompt_type"]), _text(given["system"]), sampling,
+            given["show_beams"] is True,
+        )  # fmt: skip
+        settings = self._within(settings)
+        return settings, self._moves(given, settings)
+
+    def with_sampling(self, settings: Settings, sampling: SamplingOptions | None) -> tuple[Settings, tuple[Moved, ...]]:
+        """These settings with the sampling of a loaded chat, moved into bounds."""
+        if sampling is None:
+            return settings, ()
+        given = replace(settings, sampling=sampling)
+        inside = self._within(given)
+        return inside, self._moves(dict(zip(NAMES, given.values(), strict=True)), inside)
+
+    def _moves(self, given: Mapping[str, Any], settings: Settings) -> tuple[Moved, ...]:
+        used = dict(zip(NAMES, settings.values(), strict=True))
+        choices = {"adapter": self.engine.names, "prompt_type": BUILT_IN}
+        allowed: dict[str, Bounds | Sequence[str]] = {**self.bounds, **choices}
+        allowed["min_new_tokens"] = replace(self.bounds["min_new_tokens"], most=settings.sampling.max_new_tokens)
+        names = [name for name in allowed if given[name] != used[name]]
+        return tuple(Moved(name, given[name], used[name], allowed[name]) for name in names)
+
+    def _within(self, settings: Settings) -> Settings:
+        sampling = settings.sampling
+        values = {name: self._number(name, getattr(sampling, name)) for name in NUMBERS}
+        values["min_new_tokens"] = min(values["min_new_tokens"], values["max_new_tokens"])
+        adapter = settings.adapter if settings.adapter in self.engine.names else self.engine.names[0]
+        stop = [text[:MAX_TEXT_CHARS] for text in sampling.stop if text][:MAX_STOP_TEXTS]
+        prompt_type = settings.prompt_type if settings.prompt_type in BUILT_IN else OWN_PROMPT_TYPE
+        inside = replace(settings, adapter=adapter, prompt_type=prompt_type)
+        return replace(inside, sampling=replace(sampling, **values, stop=stop))
+
+    def _number(self, name: str, value: Any) -> Any:
+        bounds = self.bounds[name]
+        usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = value if usable else getattr(self.start.sampling, name)
+        number = min(max(number, bounds.least), bounds.most)
+        return float(number) if name in FRACTIONS else round(number)
+
+
+def moved_words(moves: Sequence[Moved], language: str) -> str:
+    """What to tell a person about values that others took the place of: a line for each."""
+    lines = []
+    for move in moves:
+        if not move.name:
+            lines.append(word(language, "note.clamped"))
+            continue
+        allowed = (
+            ", ".join(move.allowed)
+            if not isinstance(move.allowed, Bounds)
+            else word(language, "note.from_to", least=f"{move.allowed.least:g}", most=f"{move.allowed.most:.10g}")
+        )
+        given = word(language, "note.no_value") if move.given in (None, "") else str(move.given)[:40]
+        used = move.used if move.used != OWN_PROMPT_TYPE else word(language, "prompt_type.own", name="")
+        lines.append(
+            word(language, "note.moved", name=word(language, move.name), given=given, used=used, allowed=allowed)
+        )
+    return "\n".join(lines)
+
+
+def template_name(template: Template) -> str:
+    """The built-in template that this is, whatever the file is called that it was stored in; else its own name."""
+    for name in BUILT_IN:
+        if template.jinja == (FOLDER / f"{name}.jinja").read_text(encoding="utf-8"):
+            return name
+    return template.name
+
+
+def _text(value: Any) -> str:
+    return value[:MAX_TEXT_CHARS] if isinstance(value, str) else ""
+
+
+def _stop_texts(value: Any) -> list[str]:
+    """One stop text per line; the two characters \\n stand for a line break."""
+    lines = [line.replace("\\n", "\n") for line in _text(value).splitlines() if line]
+    return lines[:MAX_STOP_TEXTS]

@@ -1,0 +1,223 @@
+"""From options to a `Run` that is ready to train: data, model, optimizer; `resume.py` knows where it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+
+from onecard.config.training import FinetuneConfig
+from onecard.console import ModelError, say, warn
+from onecard.data.batches import split
+from onecard.data.chat_template import Template, load_template
+from onecard.data.dataset import cache_directory, encode_dataset
+from onecard.data.encode import Encoded, EncodeSettings
+from onecard.data.sources import source_of
+from onecard.model.attention import avoid_flash
+from onecard.model.hardware import Hardware, choose_dtype
+from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
+from onecard.model.kernels import use_liger
+from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tokenizer
+from onecard.model.lora.adapter import add_lora, load_adapter
+from onecard.model.memory_saving.activation_offload import embeddings_to_ram
+from onecard.model.memory_saving.lm_head import quantize_head
+from onecard.train.auto_config import choices_of, limits_of, resolve_test_size
+from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
+from onecard.train.deepspeed_engine import prepare
+from onecard.train.loop import total_steps
+from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
+from onecard.train.resume import ResumePoint, continued
+from onecard.train.run import Run
+from onecard.train.rundir import RunDirectory
+from onecard.train.state import TrainerState, restore_state
+from onecard.train.step import use_limits
+from onecard.train.trackers import Reporter, TensorBoardSink, WandbSink
+
+MIXED_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
+
+
+class SampleView:
+    """Some rows of an encoded dataset, by index, with `lengths` and `supervised` in the same order."""
+
+    def __init__(self, dataset: Any, indices: np.ndarray) -> None:
+        self.dataset, self.indices = dataset, indices
+        self.lengths, self.supervised = dataset.lengths[indices], dataset.supervised[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Encoded:
+        return self.dataset[int(self.indices[position])]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from, encoded, and what encoded it."""
+
+    tokenizer: Any
+    template: Template
+    train: SampleView
+    test: list[Encoded]
+    fingerprint: str
+    test_size: float
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, held-out ones included."""
+        return max(int(self.train.lengths.max()), *(len(sample.input_ids) for sample in self.test), 1)
+
+
+def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: str) -> Accelerator:
+    """The accelerator of this process, in the number format that suits the card and the family; which and why is said.
+
+    Raises ConfigError for a format that the card does not have.
+    """
+    model = config.model
+    if config.train.deepspeed:
+        check_deepspeed(config.train)
+    dtype, reason = choose_dtype(model.dtype, model.bits, hardware, model_type)
+    say(f"{hardware.name}: {model.bits}-bit base, arithmetic in {str(dtype).removeprefix('torch.')} ({reason})")
+    # Under DeepSpeed the accelerator only connects the processes; see train/deepspeed_engine.py.
+    mixed_precision = "no" if config.train.deepspeed else MIXED_PRECISION[dtype]
+    # Autocast would keep a 16-bit copy of every adapter from its first use to the end of the forward pass.
+    no_copies = AutocastKwargs(cache_enabled=False)
+    return Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed_precision, kwargs_handlers=[no_copies])
+
+
+def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: ResumePoint | None = None) -> Data:
+    """Read and encode the data (or find it encoded), and set the held-out rows aside, as the run began.
+
+    Raises DataError for data that cannot be used, ConfigError for a split that leaves nothing to train on.
+    """
+    options = config.data
+    tokenizer = load_tokenizer(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
+    template = load_template(options.prompt_type, tokenizer, dialogue=options.dialogue)
+    settings = EncodeSettings(options.cutoff_len, options.train_on, options.strict)
+    with accelerator.main_process_first():  # the others find the first one's cache
+        dataset = encode_dataset(source_of(options), template, tokenizer, settings, cache_directory(options.cache_path))
+    for line in dataset.summary_lines():
+        say(line)
+    test_size = resolve_test_size(options.test_size, point, len(np.unique(dataset.groups)))
+    train_rows, test_rows = split(dataset.groups, test_size, config.train.seed)
+    say(f"template {template.name}; {len(train_rows):,} samples to train on, {len(test_rows):,} to evaluate on")
+    test = [dataset[int(i)] for i in test_rows]
+    return Data(tokenizer, template, SampleView(dataset, train_rows), test, dataset.fingerprint, test_size)
+
+
+def check_inputs(model: Any, data: Data) -> None:
+    """Find what the base cannot be fed, held-out rows included, before a step does.
+
+    Raises ModelError that names the record and the token, or its length; warns of positions that were never trained.
+    """
+    dataset, n_rows = data.train.dataset, min(embedding_rows(model), head_rows(model))
+    beyond = dataset.first_beyond(n_rows)
+    if beyond is not None:
+        number, token_id = beyond
+        raise ModelError(f"{dataset[number].record}: {no_row(data.tokenizer, token_id, n_rows)}")
+    longest = dataset[int(np.argmax(dataset.lengths))]
+    n_tokens, limit = len(longest.input_ids), position_limit(model)
+    if limit is not None and n_tokens > limit:
+        raise ModelError(f"{longest.record} has {n_tokens:,} tokens, but the base has {limit:,} positions; use "
+                         f"--cutoff_len {limit}")  # fmt: skip
+    trained = rotary_limit(model)
+    if trained is not None and n_tokens > trained:
+        warn(f"{longest.record} has {n_tokens:,} tokens, more than the {trained:,} positions that the base was trained "
+             f"for; --cutoff_len {trained} keeps within them")  # fmt: skip
+
+
+def training_state(config: FinetuneConfig, data: Data, point: ResumePoint | None) -> TrainerState:
+    """The position to train from. Raises CheckpointError and ConfigError where the checkpoint is not of this run."""
+    planned = total_steps(config.train, len(data.train))
+    fresh = TrainerState(total_steps=planned, identity=run_identity(config, data))
+    return fresh if point is None else continued(config, point, fresh)
+
+
+def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator, data: Data, state: TrainerState,
+              point: ResumePoint | None, directory: RunDirectory) -> Run:  # fmt: skip
+    """Load the base, add or restore the adapter, and build the optimizer.
+
+    `config` is one that `fit.settle` has filled in.
+    """
+    options = config.train
+    state = replace(state, choices=choices_of(config))
+    base = load_base(config.model, hardware)
+    check_inputs(base.model, data)
+    prepare_base(config, hardware, base)
+    torch.manual_seed(options.seed)  # the adapter's first values
+    plain = _adapter(config, base.model, point)
+    optimizer = build_optimizer(plain, options)
+    if options.deepspeed:
+        model, stepper = prepare(plain, optimizer, deepspeed_config(options), base.dtype, accelerator.device)
+    else:
+        # evaluation_mode: not inside DistributedDataParallel; see `engine.Engine`.
+        model, stepper = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
+        if point is None:
+            # Only now: accelerate puts what it finds onto the card, and paged state would no longer be paged.
+            allocate_state(optimizer)
+    run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state)
+    if config.memory.offload_embeddings == "on":
+        embeddings_to_ram(plain, accelerator.device)
+    use_limits(run, limits_of(config))
+    if point is not None:
+        restore_state(point.path, plain, run.training, options)
+        tidy_loaded_state(optimizer)
+    return run
+
+
+def prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -> None:
+    """What the plan wants of the base before adapters are attached."""
+    if config.memory.head_bits in ("4", "8"):
+        bits: Any = int(config.memory.head_bits)
+        saved = quantize_head(base.model, bits, base.dtype)
+        say(f"the head lies in {config.memory.head_bits} bits ({saved / 2**20:+,.0f} MiB freed)")
+    if hardware.is_gpu and not hardware.has_flash_attention:
+        avoid_flash(base.model)
+    if config.memory.kernels == "liger":
+        use_liger(base.model, hardware)
+
+
+def run_identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
+    """What makes two starts parts of one run. Card, micro-batch and number of processes are no part of it."""
+    return {
+        "base": base_fingerprint(config.model.model_path),
+        "data": data.fingerprint,
+        "template": hashlib.sha256(data.template.jinja.encode()).hexdigest(),
+        # Options that came later stand there only when used: runs from before them go on.
+        "lora": {
+            name: value
+            for name, value in asdict(config.lora).items()
+            if value or not name.startswith(("train_", "lora_target_parameters"))
+        },
+        "bits": config.model.bits,
+        "batch": {"total_batch": config.train.total_batch, "test_size": data.test_size},
+        "seed": config.train.seed,
+    }
+
+
+def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> Reporter:
+    """The run's reporter, with the sinks that were asked for."""
+    options = config.train
+    reporter = Reporter(directory.path, run.state.total_steps, run.state.step, enabled=run.accelerator.is_main_process)
+    if reporter.enabled and options.tensorboard:
+        reporter.sinks.append(TensorBoardSink(directory.path))
+    if reporter.enabled and options.wandb:
+        reporter.sinks.append(WandbSink(directory.path, options.wandb_project, asdict(config)))
+    return reporter
+
+
+def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None) -> Any:
+    """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow."""
+    start = config.train.start_adapter
+    if start is None:
+        return add_lora(base, config.lora)
+    # The rank and the layers are those of the adapter that the run began with, not of the flags.
+    loaded = load_adapter(base, point.path if point is not None else start, trainable=True)
+    say(f"the adapter {start} is what this run starts from; its rank and layers stay")
+    for note in loaded.notes:
+        warn(note)
+    return loaded.model

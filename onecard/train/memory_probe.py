@@ -1,0 +1,168 @@
+"""Before the first step: the largest micro-batches that the data can make, forward, backward and in evaluation.
+
+These are the one with the most tokens and, where another one it is, the longest row, whose attention is the largest.
+
+What does not fit is found in the first minute and not in the fourth hour; the limits are then made smaller at once
+(`oom.py`). Weights, optimizer and random numbers are left as they were. Knows the loop's `Run`; does not know how
+memory was planned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from onecard.console import say
+from onecard.data.batches import steps_per_epoch
+from onecard.model.memory.estimate import GIB
+from onecard.train.intervals import WAIT_PER_TIME_TAKEN
+from onecard.train.loop import evaluate
+from onecard.train.oom import Limits
+from onecard.train.run import Run
+from onecard.train.step import accumulate, make_room
+
+# On a CPU, by itself: a rehearsal of at most this share of the run's tokens, or where less room than this is left.
+LARGEST_SHARE, ENOUGH_ROOM = 0.03, 0.5
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The largest micro-batch: `rows` rows of `length` tokens."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return self.rows * self.length
+
+
+def worst_micro_batch(lengths: np.ndarray, limits: Limits, total_batch: int) -> Worst:
+    """The micro-batch with the most padded tokens that `limits` allow for samples of these lengths.
+
+    lengths [900, 250, 250, 250, 250], 1,000 tokens: [250 x 4] is larger than [900]. In steps of 2 samples it is [900].
+    """
+    longest_first = np.sort(lengths)[::-1].astype(np.int64)
+    n_shorter = len(lengths) - np.searchsorted(-longest_first, -longest_first, side="left")
+    rows = np.minimum(n_shorter, total_batch)
+    if limits.micro_batch:
+        rows = np.minimum(rows, limits.micro_batch)
+    if limits.micro_tokens:
+        rows = np.minimum(rows, np.maximum(1, limits.micro_tokens // np.maximum(1, longest_first)))
+    best = int(np.argmax(rows * longest_first))
+    return Worst(int(rows[best]), int(longest_first[best]))
+
+
+def rehearse_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
+    """Rehearse, or say why not. auto: on a card always; on a CPU where memory is short or it takes little of the run.
+
+    There the plan is exact and the machine's memory large, while a short run would wait longer than it trains.
+    """
+    share, plan = _share_of_run(run), run.plan
+    if wanted == "auto" and plan is not None and not plan.card.is_gpu:
+        room = min(plan.card.total_bytes, plan.card.ram_bytes)
+        needless = share > LARGEST_SHARE and run.planned_bytes < ENOUGH_ROOM * room
+        wanted = not needless  # the same on every process: their plan is for the same card
+        if not wanted and run.state.step < run.state.total_steps:
+            say(f"no rehearsal: it would take {min(1.0, share):.0%} of the time of this run, and "
+                f"{run.planned_bytes / GIB:.2f} of {room / GIB:.1f} GiB are planned (--rehearsal on)")  # fmt: skip
+    if wanted and run.state.step < run.state.total_steps:
+        rehearse(run)
+
+
+def _share_of_run(run: Run) -> float:
+    """The tokens of a rehearsal as a share of those that are left to train on, padding aside."""
+    lengths = run.train_samples.lengths
+    worst = worst_micro_batch(lengths, run.limits, run.options.total_batch)
+    tried = 2 * worst.tokens + (2 * int(lengths.max()) if worst.length < int(lengths.max()) else 0)
+    return tried / max(1.0, _tokens_left(run))
+
+
+def rehearse(run: Run) -> None:
+    """Try the worst micro-batch of training and of evaluation; say the peak beside the plan's, and how long it takes.
+
+    Raises ModelError, with the plan beside what happened, when not even the smallest limits fit.
+    """
+    if run.options.deepspeed:
+        say("no rehearsal under DeepSpeed, which cannot forget gradients")
+        return
+    on_gpu = run.accelerator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    run.model.train()  # layers are computed again in this mode only
+    lengths = run.train_samples.lengths
+    started = time.monotonic()
+    worst = _fitting(run, lambda: worst_micro_batch(lengths, run.limits, run.options.total_batch))
+    seconds = (time.monotonic() - started) / 2
+    if worst.length < int(lengths.max()):
+        _fitting(run, lambda: Worst(1, int(lengths.max())))
+    run.engine.forget()
+    evaluation_s = _rehearse_evaluation(run) if run.test_samples else 0.0
+    said = f"rehearsed {worst.rows} x {worst.length:,} tokens"
+    if on_gpu:
+        peak = torch.cuda.max_memory_reserved()
+        said += f": peak {peak / GIB:.2f} GiB reserved, {run.planned_bytes / GIB:.2f} GiB planned"
+        torch.cuda.reset_peak_memory_stats()
+    say(f"{said}; {_duration(run, worst.tokens / max(seconds, 1e-9), evaluation_s)}")
+
+
+def _rehearse_evaluation(run: Run) -> float:
+    """Evaluate the largest micro-batch of held-out rows; returns the seconds that all would take at its speed."""
+    lengths = np.array([len(sample.input_ids) for sample in run.test_samples])
+    largest = worst_micro_batch(lengths, run.limits, len(lengths))
+    started = time.monotonic()
+    evaluate(run, [run.test_samples[int(i)] for i in _rows(lengths, largest)])
+    return (time.monotonic() - started) * float(lengths.sum()) / largest.tokens / run.accelerator.num_processes
+
+
+def _fitting(run: Run, worst_now: Callable[[], Worst]) -> Worst:
+    """Forward and backward of the worst micro-batch, under smaller limits until it passes; returns the one that did."""
+    while True:
+        worst = worst_now()
+        rows = _rows(run.train_samples.lengths, worst)
+        # Twice, so that the second meets the gradients of the first, as in a step.
+        failed = [any(accumulate(run, [rows], worst.tokens)[1] for _ in range(2))]
+        if not any(gather_object(failed)):
+            run.n_failures = 0
+            return worst
+        make_room(run, np.full(worst.rows, worst.length))
+
+
+def _duration(run: Run, tokens_per_s: float, evaluation_s: float) -> str:
+    """The rest of the run at this speed. The first pass is the slowest, so it is an upper estimate."""
+    training = _tokens_left(run) / run.accelerator.num_processes / tokens_per_s / 60
+    evaluating = _n_evaluations(run.state.step, run.state.total_steps, run.options.eval_steps) * evaluation_s / 60
+    if run.options.eval_minutes:  # those by the clock
+        n_more = training // run.options.eval_minutes
+        evaluating += min(n_more * evaluation_s / 60, training / WAIT_PER_TIME_TAKEN)
+    part = f", {_span(evaluating)} of it for evaluation" if evaluating else ""
+    return f"at its speed the run would take at most about {_span(training + evaluating)}{part}"
+
+
+def _n_evaluations(step: int, total_steps: int, eval_steps: int) -> int:
+    """Evaluations by the number of steps from here to the end, that of the last step too."""
+    return total_steps // eval_steps - step // eval_steps + (total_steps % eval_steps > 0)
+
+
+def _span(minutes: float) -> str:
+    return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} min"
+
+
+def _tokens_left(run: Run) -> float:
+    """Tokens of the steps to come."""
+    n_samples = len(run.train_samples)
+    per_step = float(run.train_samples.lengths.sum()) / steps_per_epoch(n_samples, run.options.total_batch)
+    return (run.state.total_steps - run.state.step) * per_step
+
+
+def _rows(lengths: np.ndarray, worst: Worst) -> np.ndarray:
+    """Samples that make a micro-batch of this size."""
+    fitting = np.flatnonzero(lengths <= worst.length)
+    return fitting[np.argsort(-lengths[fitting].astype(np.int64), kind="stable")[: worst.rows]]

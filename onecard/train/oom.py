@@ -1,0 +1,97 @@
+"""Running out of memory ends no run: what passes through the model at once is made smaller, and the step is done again.
+
+A step is a set of samples, so its result does not depend on how it is cut. What is given up, in this order: what the
+layers keep for the backward pass (they are computed again), half of the token budget until every row stands alone, half
+of the loss's chunk, the layers' inputs (they go to RAM), MLPs in tiles.
+Nothing is given back during a run: what did not fit once would fail again. Knows limits and exceptions; does not know
+steps or models' insides.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from onecard.data.batches import micro_batches
+
+SMALLEST_CHUNK = 64  # supervised tokens
+SMALLEST_TILE = 256  # tokens
+FIRST_TILE = 2048
+
+# What CUDA, its libraries and the CPU's allocator (Linux, Windows) say instead of raising OutOfMemoryError.
+OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory",
+               "CUDA error: out of memory", "cudaErrorMemoryAllocation", "DefaultCPUAllocator: can't allocate memory",
+               "DefaultCPUAllocator: not enough memory")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much passes through the model at once; 0 is no limit."""
+
+    micro_batch: int = 0
+    """Rows."""
+    micro_tokens: int = 0
+    """Tokens, padding included."""
+    loss_chunk: int = 0
+    """Supervised tokens whose logits exist."""
+    offload_activations: bool = False
+    """The inputs of checkpointed layers wait in RAM."""
+    mlp_tile: int = 0
+    """Tokens in an MLP."""
+    recompute_layers: bool = False
+    """Layers are computed again in the backward pass, although the plan had them keep what they computed."""
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """The part that decides how a step is cut, as `batches.micro_batches` takes it."""
+        return {"micro_batch": self.micro_batch, "micro_tokens": self.micro_tokens}
+
+
+def is_out_of_memory(reason: BaseException) -> bool:
+    """Whether an exception says that the card (or the RAM) has no room left."""
+    if isinstance(reason, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(reason, RuntimeError) and any(words in str(reason) for words in OTHER_WORDS)
+
+
+def smaller(
+    limits: Limits, lengths: np.ndarray, *, can_offload: bool, can_recompute: bool = False
+) -> tuple[Limits, str] | None:
+    """The next smaller limits for samples of these lengths, and what changes in words; None when nothing is left.
+
+    limits of 4,096 tokens, rows of 900: 3,600 at once (4 rows) become 1,800 (2 rows), then 900 (1 row), then the
+    loss's chunk is halved.
+    """
+    if can_recompute and not limits.recompute_layers:
+        return replace(limits, recompute_layers=True), "the layers are computed again in the backward pass from now on"
+    longest = max(1, int(lengths.max()))
+    at_once = max(
+        padded_tokens(micro, lengths) for micro in micro_batches(np.arange(len(lengths)), lengths, **limits.cut)
+    )
+    if at_once > longest:
+        half = max(longest, at_once // 2)
+        return replace(limits, micro_tokens=half), f"{half:,} tokens at once instead of {at_once:,}"
+    most = min(limits.loss_chunk or at_once, at_once)
+    if most // 2 >= SMALLEST_CHUNK:
+        return replace(limits, loss_chunk=most // 2), f"logits of {most // 2} tokens at once instead of {most}"
+    if can_offload and not limits.offload_activations:
+        return replace(limits, offload_activations=True), "the inputs of the layers wait in RAM from now on"
+    tile = limits.mlp_tile // 2 if limits.mlp_tile else min(FIRST_TILE, longest // 2)
+    if tile >= SMALLEST_TILE:
+        return replace(limits, mlp_tile=tile), f"MLPs take {tile} tokens at a time"
+    return None
+
+
+def padded_tokens(micro: np.ndarray, lengths: np.ndarray) -> int:
+    """Tokens of one micro-batch, padding included; `micro` are positions in `lengths`."""
+    return len(micro) * max(1, int(lengths[micro].max()))
+
+
+def give_back_memory() -> None:
+    """Let go of what the failed attempt left, the allocator's cached blocks too. Call it outside `except`."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

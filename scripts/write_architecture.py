@@ -1,0 +1,58 @@
+"""Writes the file tree of docs/architecture.md, one line per module, from the first lines of the modules themselves.
+
+    python scripts/write_architecture.py            write it
+    python scripts/write_architecture.py --check    end with status 1 where it is out of date
+
+Reads syntax only: nothing of the project is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
+FIRST, LAST = "<!-- file tree: written by scripts/write_architecture.py -->\n", "<!-- end of the file tree -->\n"
+
+
+def purpose(module: Path) -> str:
+    """The first sentence of a module's docstring, on one line; '' without one."""
+    lines = (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    return " ".join(lines.split())
+
+
+def tree(folder: Path, depth: int = 0) -> list[str]:
+    """The lines of a folder: its own, its modules, then its sub-packages."""
+    start = folder / "__init__.py"
+    name = "  " * depth + folder.name + "/"
+    lines = [f"{name:<36}{purpose(start) if start.exists() else ''}".rstrip()]
+    for module in sorted(folder.glob("*.py")):
+        if module != start:
+            name = "  " * (depth + 1) + module.name
+            lines.append(f"{name:<36}{purpose(module)}".rstrip())
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and any(path.rglob("*.py"))):
+        lines += tree(inner, depth + 1)
+    return lines
+
+
+def page() -> str:
+    """The whole page with the tree as it is now. Raises ValueError where the page has lost its two marks."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(FIRST)
+    after = rest.split(LAST)[1]
+    lines = [f"{path.name:<36}{purpose(path)}" for path in sorted(ROOT.glob("*.py"))]
+    lines += tree(ROOT / "onecard") + tree(ROOT / "tools")
+    return f"{before}{FIRST}\n```text\n" + "\n".join(lines) + f"\n```\n\n{LAST}{after}"
+
+
+def main() -> int:
+    text = page()
+    if "--check" in sys.argv[1:]:
+        return int(text != PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(text, encoding="utf-8", newline="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""A quantised head: near the original, trained through, tied or not, and nobody ties it again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onecard.config.training import LoraOptions
+from onecard.console import ConfigError, ModelError
+from onecard.model.chunked_loss import summed_loss
+from onecard.model.lora.adapter import add_lora, load_adapter, save_adapter
+from onecard.model.memory_saving.lm_head import quantize_head
+from onecard.model.quantization import quantize_linear, stored_bytes, weight_bits
+from tests.model.model_families import FAMILIES, VOCAB, save_family, small_batch
+
+# Relative error of NF4 and of int8 on normal numbers, and the bytes of 128 x 64 weights with their constants: NF4 keeps
+# one byte per 64 weights, one fp32 number per 256 of those, two tables and an offset; int8 one fp32 number per row.
+ERROR = {4: (0.05, 0.15), 8: (0.001, 0.02)}
+BYTES = {4: VOCAB * 64 // 2 + VOCAB + 4 + 4 * (16 + 256) + 4, 8: VOCAB * 64 + 4 * VOCAB}
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(small_batch()["input_ids"]).logits
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trains_through_a_quantised_head(family, tied, bits, load_family, tmp_path) -> None:
+    directory = save_family(family, tmp_path / "base", tie_word_embeddings=tied)
+    base = load_family(family, 4, model_path=str(directory)).model
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    assert (head.weight is embeddings.weight) == tied
+    embedded, before = embeddings.weight.clone(), logits_of(base)
+    saved = quantize_head(base, bits, torch.float32)
+    after = logits_of(base)
+    low, high = ERROR[bits]
+    assert weight_bits(base.get_output_embeddings()) == bits and low < distance(after, before) < high
+    assert base.get_input_embeddings() is embeddings and torch.equal(embeddings.weight, embedded)
+    assert saved == (0 if tied else embeddings.weight.nbytes) - BYTES[bits]
+    base.tie_weights()
+    assert torch.equal(logits_of(base), after)
+    assert quantize_head(base, bits, torch.float32) == 0  # it is done already
+
+    model = add_lora(base, LoraOptions(lora_r=4)).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(0, 0.05)
+    expected, _ = summed_loss(model, small_batch())
+    loss, n_supervised = summed_loss(model, small_batch(), chunk_tokens=4)
+    assert abs(loss.item() - expected.item()) / n_supervised < 1e-5
+    pairs = list(zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True))
+    assert pairs and all(theirs.any() and torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_of_a_quantised_head_fit_the_plain_base(tied, load_family, tmp_path) -> None:
+    directory = str(save_family("llama", tmp_path / "base", tie_word_embeddings=tied))
+    base = load_family("llama", model_path=directory).model
+    quantize_head(base, 4, torch.float32)
+    model = add_lora(base, LoraOptions(lora_r=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.05)
+    save_adapter(model, tmp_path / "adapter")
+    plain = load_family("llama", model_path=directory).model
+    opened = load_adapter(plain, tmp_path / "adapter", trainable=False).model.eval()
+    assert distance(logits_of(opened), logits_of(model.eval())) < 0.15
+    assert weight_bits(opened.get_output_embeddings()) == 32
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gradient_of_the_input_is_that_of_the_dequantised_layer(bits) -> None:
+    layer = torch.nn.Linear(64, 96)
+    copy = quantize_linear(layer, bits, torch.float32)
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+    assert copy.weight.device == layer.weight.device and layer.weight.dtype == torch.float32
+    x = torch.randn(5, 64, requires_grad=True)
+    weights = (copy.eval()(torch.eye(64)) - layer.bias).T.detach()  # the hook keeps training's arithmetic in eval mode
+    assert distance(weights, layer.weight) < ERROR[bits][1]
+    assert torch.allclose(copy(x), x @ weights.T + layer.bias, atol=1e-5)
+    direction = torch.randn(5, 96)
+    (gradient,) = torch.autograd.grad(copy(x), x, direction)
+    assert torch.allclose(gradient, direction @ weights, atol=1e-5)
+    assert stored_bytes(copy) < stored_bytes(layer) / (5 if bits == 4 else 3)
+
+
+def test_refusals(load_family) -> None:
+    model = load_family("llama").model
+    model.get_output_embeddings().requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"--head_bits.*trained"):
+        quantize_head(model, 4, torch.float32)
+    model.requires_grad_(False)
+    quantize_head(model, 8, torch.float32)
+    with pytest.raises(ConfigError, match=r"--head_bits.*8 bits already"):
+        quantize_head(model, 4, torch.float32)
+    with pytest.raises(ModelError, match="no output head"):
+        quantize_head(model.model, 4, torch.float32)

@@ -1,0 +1,7 @@
+"""What the tests of inference prepare, for those of the servers and pages too."""
+
+from __future__ import annotations
+
+from tests.inference.conftest import adapters_folder, lively_base, questions, run_dir, talker
+
+__all__ = ["adapters_folder", "lively_base", "questions", "run_dir", "talker"]
