@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Chat with a model: a page in the browser, or with --cli in this terminal. `--help` lists every option."""
 
+from __future__ import annotations
+
 import sys
 
 from onecard.config.inference import ChatConfig

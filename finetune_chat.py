@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Fine-tune a language model on conversations. `python finetune_chat.py --help` lists every option."""
 
+from __future__ import annotations
+
 import sys
 
 from onecard.config.parsing import parse

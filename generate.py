@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Ask a model: one --instruction, a file of them (--data_path), or one after another. `--help` lists every option."""
 
+from __future__ import annotations
+
 import sys
 
 from onecard.config.inference import GenerateConfig

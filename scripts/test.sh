@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All checks: makes .venv with requirements-dev.txt (again only when the requirement files change), then ruff, mypy
-# and the tests. No card and no network needed, apart from the install.
+# All checks: makes .venv with requirements-dev.txt (again only when the requirement files change), then ruff, mypy,
+# import-linter and the tests. No card and no network needed, apart from the install.
 #
 #   bash scripts/test.sh                    everything but the tests marked slow
 #   bash scripts/test.sh --all              the slow ones too
@@ -51,6 +51,8 @@ if [ -z "$gptq_only" ]; then
     "$python" -m ruff format --check .
     say "mypy"
     "$python" -m mypy
+    say "import-linter"
+    "$(dirname "$python")/lint-imports" --no-logo --no-cache
     say "pytest"
     run_tests "$python" "$slow and not gptq and not alone and not real" "${processes[@]}"
     run_tests "$python" "$slow and alone"

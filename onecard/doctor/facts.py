@@ -6,7 +6,6 @@ imported inside functions.
 
 from __future__ import annotations
 
-import ctypes
 import getpass
 import os
 import platform
@@ -21,11 +20,11 @@ from typing import Any
 
 from onecard.config.training import REPOSITORY
 from onecard.doctor import report as doctor
-from onecard.doctor.report import Card, Finding, Package, Torch
+from onecard.doctor.report import Card, Package
+from onecard.model.nvidia_driver import Finding, line_of, nvidia_smi, torch_and_cards
 
 OPTIONAL = ("gptqmodel", "optimum", "auto-gptq", "deepspeed", "liger-kernel", "flash-attn", "llama-cpp-python")
 EXTRA_FILES = {"gptqmodel": "requirements-gptq.txt", "deepspeed": "requirements-deepspeed.txt"}
-SMI_SECONDS = 20
 MEND_KERNELS = (
     "pip install --force-reinstall --no-deps bitsandbytes, of the pinned version; `python -m bitsandbytes` says more"
 )
@@ -46,10 +45,10 @@ def isolated(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
     except ImportError as reason:
-        return [Finding(name, "problem", f"cannot be checked: {_line(reason)}", doctor.INSTALL)]
+        return [Finding(name, "problem", f"cannot be checked: {line_of(reason)}", doctor.INSTALL)]
     except Exception as reason:
         return [
-            Finding(name, "problem", f"the check itself failed: {_line(reason)}", "tell us, with --json and --debug")
+            Finding(name, "problem", f"the check itself failed: {line_of(reason)}", "tell us, with --json and --debug")
         ]
 
 
@@ -112,27 +111,6 @@ def _packages() -> list[Finding]:
     files = ["requirements.txt", *(file for name, file in EXTRA_FILES.items() if installed(name))]
     found = [finding for file in files for finding in doctor.judge_packages(pinned(REPOSITORY / file), file)]
     return found + doctor.judge_pairs({name: installed(name) for name in OPTIONAL})
-
-
-def torch_and_cards() -> tuple[Torch, list[str]]:
-    """What torch was built for, what the driver runs, and the names of the cards that the driver sees."""
-    smi = _nvidia_smi("--query-gpu=name,driver_version")
-    driver = smi[0][1] if smi else None
-    try:
-        import torch
-    except (ImportError, OSError) as reason:
-        return Torch("", None, False, driver, None, error=_line(reason)), []
-    facts = Torch(
-        torch.__version__, torch.version.cuda, torch.cuda.is_available(), driver, _driver_cuda(),
-        os.environ.get("CUDA_VISIBLE_DEVICES"), has_driver=Path("/proc/driver/nvidia/version").exists(),
-    )  # fmt: skip
-    return facts, [row[0] for row in smi]
-
-
-def why_no_card() -> Finding | None:
-    """Why torch uses no GPU though one was to be expected; None where nothing speaks of one, or torch has one."""
-    facts, names = torch_and_cards()
-    return None if facts.is_available or facts.error else doctor.why_no_card(facts, names)
 
 
 def _torch() -> list[Finding]:
@@ -260,42 +238,11 @@ def _error_of(run: Callable[[], Any]) -> str:
         run()
         return ""
     except Exception as reason:
-        return _line(reason)
-
-
-def _driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the driver runs. https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VERSION.html"""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            library, number = ctypes.CDLL(name), ctypes.c_int(0)
-        except OSError:
-            continue
-        if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
-            return number.value // 1000, number.value % 1000 // 10
-    return None
+        return line_of(reason)
 
 
 def _others(uuid: str) -> list[tuple[int, int]]:
     """(process id, bytes) of other processes on the card; empty where the driver does not tell (Windows)."""
-    rows = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory")
+    rows = nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory")
     rows = [row for row in rows if len(row) == 3 and row[0].removeprefix("GPU-") == uuid.removeprefix("GPU-")]
     return [(int(pid), int(mib) * 2**20) for _, pid, mib in rows if mib.isdigit() and int(pid) != os.getpid()]
-
-
-def _nvidia_smi(query: str) -> list[list[str]]:
-    """Rows of cells that the driver's own program prints; none where there is no driver."""
-    program = shutil.which("nvidia-smi")
-    if not program:
-        return []
-    command = [program, query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):  # it hangs where the driver does; torch's own word remains
-        return []
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
-
-
-def _line(reason: BaseException) -> str:
-    first = str(reason).strip().partition("\n")[0]
-    return f"{type(reason).__name__}: {first}"[:300]

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from onecard.console import ConfigError, warn
-from onecard.doctor.report import OLD_TORCH
+from onecard.model.nvidia_driver import OLD_TORCH, missing_gpu
 
 TURING = (7, 5)  # CUDA capability
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -120,9 +120,7 @@ def is_fragile_in_fp16(model_type: str) -> bool:
 @cache
 def _missing_gpu() -> str:
     """Why PyTorch sees no GPU and what to do, where one was to be expected; else an empty text."""
-    from onecard.doctor.facts import why_no_card
-
-    finding = why_no_card()
+    finding = missing_gpu()
     return f"{finding.value}; {finding.remedy}" if finding is not None else ""
 
 

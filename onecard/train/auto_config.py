@@ -157,7 +157,10 @@ def useless_settings(options: TrainOptions, n_rows: int, n_test: int, total_step
                               ("--save_steps", options.save_steps, "saved")):  # fmt: skip
         if steps > total_steps:
             found.append(
-                (flag, f"{steps} is more than the {total_steps} steps of the run: by it only the last is {done}")
+                (
+                    flag,
+                    f"{steps} is more than the {total_steps} steps of the run: by it only the last is {done}",
+                )
             )
     if options.final_weights == "best" and not n_test:
         found.append(("--final_weights", "best needs rows to evaluate on (--test_size); the last weights are taken"))

@@ -78,7 +78,10 @@ def byte_level(words: str, *, normalizer: Any = None, prefix_space: bool = False
     else:
         split = pre_tokenizers.Split(Regex(words), behavior="isolated")
         core.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [
+                split,
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)

@@ -56,7 +56,10 @@ def save_bytelevel(directory: Path, *, qwen: bool) -> Path:
     core = Tokenizer(models.BPE(ignore_merges=not qwen))
     cut = pre_tokenizers.Split(Regex(WORDS_CUT), behavior="isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            cut,
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     core.decoder = decoders.ByteLevel()
     if qwen:

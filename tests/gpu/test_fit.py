@@ -102,10 +102,27 @@ def test_a_card_that_is_too_small_changes_the_cut_and_not_the_loss() -> None:
 def test_each_benchmark_runs_on_the_card(tmp_path: Path) -> None:
     files = {name: tmp_path / f"{name}.json" for name in ("ladder", "context", "speed")}
     memory_ladder.main(
-        ["--pretend_turing", "--length", "2048", "--loss_chunk", "256", "--output", str(files["ladder"])]
+        [
+            "--pretend_turing",
+            "--length",
+            "2048",
+            "--loss_chunk",
+            "256",
+            "--output",
+            str(files["ladder"]),
+        ]
     )
     context_per_vram.main(
-        ["--model_path", "Llama-3.2-1B", "--vram", "4", "--tries", "2", "--output", str(files["context"])]
+        [
+            "--model_path",
+            "Llama-3.2-1B",
+            "--vram",
+            "4",
+            "--tries",
+            "2",
+            "--output",
+            str(files["context"]),
+        ]
     )
     step_speed.main(["--pretend_turing", "--rounds", "3", "--output", str(files["speed"])])
     results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}

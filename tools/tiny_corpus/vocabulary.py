@@ -52,6 +52,10 @@ NAMES = (
 NAMES_ZH = ("小明", "小红", "小华", "小丽", "小刚", "小芳", "小李", "小王", "小张", "小林", "小陈", "小美")
 
 CHINESE_WORDS = frozenset(
-    (*(chinese for _, chinese in PAIRS), *NAMES_ZH, *(row[0] for row in read_table("chinese_pieces")))
+    (
+        *(chinese for _, chinese in PAIRS),
+        *NAMES_ZH,
+        *(row[0] for row in read_table("chinese_pieces")),
+    )
 )
 """Where the tokenizer's training text is cut, so that no piece joins two words."""

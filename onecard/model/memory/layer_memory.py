@@ -125,8 +125,7 @@ def stack_peak(shape: Shape, n_layers: int, *, learns_input: bool = False) -> tu
 def loss_peak(shape: Shape, vocab_size: int, loss_chunk: int, head_bits: int, trained: tuple[int, int] = (0, 0)) -> int:
     """The worst moment from the last layer's output to its gradient: the norm, the head and the loss of every token.
 
-    loss_chunk: tokens whose logits exist at once, see `model/chunked_loss.py`; 0: all, as cross-entropy does it
-    otherwise.
+    loss_chunk: tokens whose logits exist at once, see `chunked_loss.py`; 0: all, as cross-entropy does it.
     """
     tape = Tape()
     x = tape.new(shape.hidden_bytes, needs_grad=True)
@@ -380,8 +379,7 @@ def _written_gelu(tape: Tape, x: Sized) -> Sized:
 
 
 def _tiled_mlp(tape: Tape, x: Sized, shape: Shape) -> Sized:
-    """The MLP over a tile of tokens at a time, each checkpointed (see `model/memory_saving/tiled_mlp.py`); the tiles
-    are joined by a copy."""
+    """The MLP over a tile of tokens at a time, checkpointed (see `tiled_mlp.py`); the tiles are joined by a copy."""
     style = replace(shape.style, norms_out=False)
     tile = replace(shape, rows=1, length=shape.tile_tokens, tile_tokens=0, checkpointed=True, style=style)
     forward, backward = Tape(keeps_saved=False), Tape()
