@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from starlette.middleware.cors import CORSMiddleware
 
 from onecard.config.inference import is_address, is_loopback, plain_host, plain_origin, split_list
-from onecard.serve.api.errors import ApiError, send_error
+from onecard.serve.http_error import ApiError, send_error
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]

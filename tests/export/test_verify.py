@@ -16,7 +16,8 @@ from onecard.console import ModelError
 from onecard.export.io.base import open_base
 from onecard.export.merge.effect import effect_of
 from onecard.export.merge.lora_stack import Stage
-from onecard.export.merge.merge import MergeReport, MergeSettings, merge_into
+from onecard.export.merge.merge import MergeSettings, merge_into
+from onecard.export.merge.tensors import MergeReport
 from onecard.export.merge.verify import probe_prompts, verify_merge
 from tests import tiny
 from tests.export.test_merge import loaded, make_adapter

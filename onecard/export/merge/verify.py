@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -29,11 +29,9 @@ from onecard.export.io.weights import checksum
 from onecard.export.merge.effect import Effect, effect_of
 from onecard.export.merge.lora_stack import Adapted, adapt, empty, fill, plain_name
 from onecard.export.merge.rounding import DoesNotFit, is_finite
+from onecard.export.merge.tensors import MergeReport
 from onecard.model.load import load_tokenizer
 from onecard.model.lora.adapter import load_adapter
-
-if TYPE_CHECKING:
-    from onecard.export.merge.merge import MergeReport
 
 # Half of what fp16 holds: other texts than the probe prompts reach further.
 NOISE = 1e-9  # nats per token that fp32 arithmetic alone moves

@@ -26,7 +26,7 @@ from onecard.config.inference import LimitOptions, SamplingOptions, ServeOptions
 from onecard.console import OneCardError, nearest
 from onecard.inference.engine import Engine
 from onecard.serve.api import schema
-from onecard.serve.api.errors import ApiError, as_api_error
+from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.jobs import Job, Jobs, Work, stopping
 from onecard.serve.api.log import RequestLog, note_of
 from onecard.serve.api.logprobs import TokenTexts
@@ -35,6 +35,7 @@ from onecard.serve.api.requests import validation_error as as_field_error
 from onecard.serve.api.responses import ChatForm, CompletionForm, Form, new_head
 from onecard.serve.api.stream import EventStream, events
 from onecard.serve.api.work import Progress, Vectors, answer_chat, answer_prompts, embed_texts
+from onecard.serve.http_error import ApiError
 from onecard.serve.listen import run_server
 from onecard.serve.security import NetworkRules, Protection
 

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 from onecard.inference.queue import Busy
-from onecard.serve.api.errors import ApiError
+from onecard.serve.http_error import ApiError
 
 SPARE_THREADS = 16  # beyond the queue: for those that are about to be refused, or to end
 RETRY_AFTER_SECONDS = 5

@@ -19,9 +19,10 @@ from typing import Any
 
 from onecard.console import say
 from onecard.data.messages import Turn
-from onecard.serve.api.errors import NOTE_KEY, ApiError, as_api_error, send_error
+from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.requests import Prompt
 from onecard.serve.api.work import Progress
+from onecard.serve.http_error import NOTE_KEY, ApiError, send_error
 
 LOGGED_PATHS = ("/v1/", "/health")
 FIRST_REFUSAL = 400

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onecard.console import nearest
-from onecard.serve.api.errors import bad_request
+from onecard.serve.http_error import bad_request
 
 # Parameters that this server does not have, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

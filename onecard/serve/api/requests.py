@@ -18,7 +18,6 @@ from fastapi.routing import APIRoute
 
 from onecard.config.inference import LimitOptions, SamplingOptions
 from onecard.data.messages import Turn
-from onecard.serve.api.errors import ApiError, bad_request
 from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names
 from onecard.serve.api.schema import (
     LONGEST_STOP,
@@ -29,6 +28,7 @@ from onecard.serve.api.schema import (
     Message,
     SamplingParameters,
 )
+from onecard.serve.http_error import ApiError, bad_request
 
 Prompt = str | tuple[int, ...]
 FIELD_NAME = re.compile(r"[a-z_][a-z0-9_]*")

@@ -18,11 +18,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from onecard.serve.api.errors import ApiError, as_api_error
+from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.jobs import Job, stopping
 from onecard.serve.api.log import Note
 from onecard.serve.api.responses import Form, Sent
 from onecard.serve.api.work import Progress
+from onecard.serve.http_error import ApiError
 
 KEEP_ALIVE_SECONDS = 5.0  # proxies close what is silent for long
 SNAPSHOT_SECONDS = 0.25  # between two pictures of the best beam, each of which is the whole text

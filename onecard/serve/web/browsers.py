@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from urllib.parse import parse_qs
 
-from onecard.serve.api.errors import ApiError
+from onecard.serve.http_error import ApiError
 from onecard.serve.security import App, Message, Receive, Scope, Send, refuse
 
 # The page, its parts, its steps (joined, heard of, cancelled), and logging in.
