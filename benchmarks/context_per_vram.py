@@ -163,7 +163,7 @@ def try_length(config: FinetuneConfig, hardware: Any, length: int) -> dict[str, 
 
     from benchmarks.random_models import base_model
     from benchmarks.synthetic_run import random_samples
-    from onecard.console import ModelError
+    from onecard.errors import ModelError
     from onecard.model.memory.architecture import architecture_of
     from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
     from onecard.train.auto_config import cap_memory

@@ -170,7 +170,7 @@ def _base_and_samples(model: ModelOptions, hardware: Any, options: LadderOptions
 
 def _attempt(measure: Any, *arguments: Any) -> tuple[Any, Any]:
     """What `measure` gives; (None, None) where memory ran out."""
-    from onecard.console import ModelError
+    from onecard.errors import ModelError
     from onecard.train.oom import is_out_of_memory
 
     try:

@@ -29,7 +29,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.console import OneCardError, run_main, say  # noqa: E402
+from onecard.console import run_main, say  # noqa: E402
+from onecard.errors import OneCardError  # noqa: E402
 
 HIDDEN, MLP, HEADS, ROWS = 2048, 5632, 16, 32_000
 LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP + 2 * HIDDEN)

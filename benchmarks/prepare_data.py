@@ -33,7 +33,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.console import OneCardError, run_main, say  # noqa: E402
+from onecard.console import run_main, say  # noqa: E402
+from onecard.errors import OneCardError  # noqa: E402
 
 WAYS = ("onecard", "map", "map, masked")
 LIMIT_BYTES = int(1.5 * 2**30)

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config.training import ModelOptions
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.files import read_json
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import LoadedBase, checkpoint_layers, load_base

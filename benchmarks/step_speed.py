@@ -37,7 +37,8 @@ from onecard.config.training import (  # noqa: E402
     ModelOptions,
     TrainOptions,
 )
-from onecard.console import ModelError, run_main, say  # noqa: E402
+from onecard.console import run_main, say  # noqa: E402
+from onecard.errors import ModelError  # noqa: E402
 
 OURS, PLAIN, LIGER = "onecard", "plain Hugging Face + PEFT", "onecard, liger kernels"
 # How far the losses of the same step may lie apart: in 16 bits plain Hugging Face computes its norms' weights and its

@@ -1,7 +1,8 @@
 """What a person reads: messages on the terminal and errors that say what to do next.
 
 Knows nothing of models or data. Everything the library prints goes through :func:`say` and :func:`warn`; everything
-it refuses is an :class:`OneCardError`, which :func:`run_main` turns into one readable message and an exit code.
+it refuses is an :class:`~onecard.errors.OneCardError`, which :func:`run_main` turns into one readable
+message and an exit code.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
+from onecard.errors import OneCardError, Stopped
 from onecard.translation import translated
 
 # Control characters but tab and line feed, and marks that turn the direction of writing: in a name from the network or
@@ -24,54 +26,6 @@ UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 
 
 MIRROR = "https://hf-mirror.com"
-
-
-class OneCardError(Exception):
-    """Something the person at the keyboard can mend. The text says what, where, which value and what to do next.
-
-    `exit_code` is what the process ends with: 1 for a failed run, 2 for settings that cannot work.
-    """
-
-    exit_code = 1
-
-
-class ConfigError(OneCardError):
-    """A setting that cannot work; carries the flag's name, such as ``--lora_r``."""
-
-    exit_code = 2
-
-    def __init__(self, flag: str, message: str) -> None:
-        self.flag = flag
-        super().__init__(f"{flag}: {message}" if flag else message)
-
-
-class DataError(OneCardError):
-    """Data that cannot be used; carries the file and, where one is to blame, the line (counted from 1)."""
-
-    def __init__(self, message: str, file: str | None = None, line: int | None = None) -> None:
-        self.file, self.line = file, line
-        place = f"{file}:{line}: " if file and line else f"{file}: " if file else ""
-        super().__init__(place + message)
-
-
-class CheckpointError(OneCardError):
-    """A checkpoint that cannot be written or trusted. `disk_full` is true where room or rights were missing."""
-
-    def __init__(self, message: str, *, disk_full: bool = False) -> None:
-        self.disk_full = disk_full
-        super().__init__(message)
-
-
-class ModelError(OneCardError):
-    """A base model or an adapter that cannot be loaded, trained or saved."""
-
-
-class Stopped(OneCardError):
-    """The run was asked to stop and has saved itself; `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        self.exit_code = exit_code
-        super().__init__(message)
 
 
 def say(message: str = "", *, is_styled: bool = False) -> None:

@@ -6,32 +6,16 @@ written there. Files beside these are none of our business. Knows nothing of che
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from onecard.storage import sha256_of, sync_directory, sync_file
+
 MANIFEST = "manifest.json"
 FORMAT = 1
-CHUNK_BYTES = 1 << 20
-
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
-# torch.save and safetensors do not raise OSError when the disk is full; this is what they say instead.
-_NO_ROOM_WORDS = (
-    "no space left",
-    "file too large",
-    "disk quota exceeded",
-    "read-only file system",
-    "not enough space on the disk",
-    "pytorchstreamwriter failed",
-    "unexpected pos",
-)
 
 
 class ManifestError(Exception):
@@ -117,73 +101,5 @@ def _file_problem(directory: Path, name: str, entry: dict[str, Any], sizes_only:
     return None
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _checksum(files: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the file's bytes are on the disk, not in a cache."""
-    with path.open("r+b") as file:  # Windows syncs only what is open for writing
-        _sync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until renames inside `path` are on the disk, where the system can do that (Windows cannot)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    except OSError as reason:
-        # Some network and FUSE filesystems sync no directories; they order renames themselves.
-        if reason.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    if sys.platform == "darwin":
-        import fcntl
-
-        # On macOS fsync stops at the drive's own cache; not every filesystem there knows the stronger call.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(descriptor)
-
-
-def move(source: Path, target: Path) -> None:
-    """Rename; a file takes the place of `target` atomically, a directory needs a free one.
-
-    Raises: OSError. On Windows a virus scanner may hold a file open for a moment, so it is tried for two seconds.
-    """
-    for _ in range(20 if os.name == "nt" else 0):
-        try:
-            source.replace(target)
-            return
-        except PermissionError:
-            time.sleep(0.1)
-    source.replace(target)
-
-
-def is_no_room(reason: BaseException | None) -> bool:
-    """True when an error, or the one behind it, says that the disk is full, over quota or read-only."""
-    seen: set[int] = set()
-    while reason is not None and id(reason) not in seen:
-        seen.add(id(reason))
-        if isinstance(reason, OSError) and reason.errno in _NO_ROOM:
-            return True
-        if isinstance(reason, Exception) and any(words in str(reason).lower() for words in _NO_ROOM_WORDS):
-            return True
-        reason = reason.__cause__ or reason.__context__
-    return False

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onecard.config.training import FinetuneConfig
-from onecard.console import Stopped
+from onecard.errors import Stopped
 from onecard.recipes import finetune
 from onecard.train import loop
 from onecard.train.trackers import read_log

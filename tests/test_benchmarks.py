@@ -15,7 +15,7 @@ from benchmarks.plain import upcast_like_peft
 from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, random_samples
 from onecard.config.training import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.model.quantization import stored_bytes

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onecard.console import ConfigError
 from onecard.data.encode import Encoded
 from onecard.data.inspect import Bar, Piece, bars, pieces
+from onecard.errors import ConfigError
 from tests.data.plain_tokenizer import PlainTokenizer
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"

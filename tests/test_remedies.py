@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from onecard.config import parsing as cli
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from tests.reached_code import FLAG, REPOSITORY, Walk, named_flags, reached
 
 PROGRAMS = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "tools").glob("*.py")])

@@ -17,7 +17,7 @@ from onecard import console, translation
 from onecard.config import parsing as cli
 from onecard.config.inference import GenerateConfig
 from onecard.config.training import REPOSITORY, FinetuneConfig
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.recipes import finetune, generate
 from onecard.translation import translated, use_language
 from tools import inspect_data

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.config.parsing import parse_verb
 from onecard.config.training import Problem
-from onecard.console import ModelError, run_main, say, warn
+from onecard.console import run_main, say, warn
+from onecard.errors import ModelError
 
 N_NAMED = 20
 

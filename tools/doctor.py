@@ -19,7 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.config.parsing import parse
-from onecard.console import ModelError, escaped, run_main, say
+from onecard.console import escaped, run_main, say
+from onecard.errors import ModelError
 
 COLOURS = {"ok": "32", "warning": "33", "problem": "31"}
 WIDTH = 110

@@ -30,7 +30,8 @@ from onecard.config.training import (  # noqa: E402
     Problem,
     TrainOptions,
 )
-from onecard.console import ConfigError, run_main, say  # noqa: E402
+from onecard.console import run_main, say  # noqa: E402
+from onecard.errors import ConfigError  # noqa: E402
 
 
 @dataclass

@@ -26,7 +26,8 @@ import yaml
 from onecard.config import old_names
 from onecard.config.given_paths import path_problems
 from onecard.config.training import FinetuneConfig, Problem, problems_of, refuse
-from onecard.console import ConfigError, nearest, say
+from onecard.console import nearest, say
+from onecard.errors import ConfigError
 from onecard.translation import LANGUAGE_FLAG, LANGUAGES, typed_language, use_language
 
 Config = TypeVar("Config")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_BASE = str(REPOSITORY / "sample" / "tiny-llama")

@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from onecard.console import DataError, OneCardError, warn
+from onecard.console import warn
 from onecard.data.encode import Coded
 from onecard.data.sources import ReadReport
+from onecard.errors import DataError, OneCardError
+from onecard.storage import sha256_of, sync_file, write_whole
 
 # (coded sample, where its record is found, its group)
 Row = tuple[Coded, str, int]
@@ -103,16 +105,16 @@ def write_cache(target: Path, key: str, report: DatasetReport, batches: Iterable
         if not report.n_samples:
             reasons = "; ".join(report.summary_lines())
             raise DataError(f"nothing can be learned from it: {reasons}")
-        _sync(partial)
+        sync_file(partial)
         manifest = {
             "key": key,
             "bytes": partial.stat().st_size,
-            "sha256": _sha256(partial),
+            "sha256": sha256_of(partial),
             "fingerprint": content.fingerprint(),
             "report": report.as_dict(),
         }
         partial.replace(target)
-        _replace_text(target.with_suffix(".json"), json.dumps(manifest, ensure_ascii=False))
+        write_whole(target.with_suffix(".json"), json.dumps(manifest, ensure_ascii=False))
         return content.fingerprint()
     except OSError as reason:
         if reason.errno not in _NO_ROOM | _CANNOT_WRITE:
@@ -193,7 +195,7 @@ def read_manifest(target: Path, key: str) -> tuple[DatasetReport, str] | None:
         whole = (
             manifest["key"] == key
             and target.stat().st_size == manifest["bytes"]
-            and _sha256(target) == manifest["sha256"]
+            and sha256_of(target) == manifest["sha256"]
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
@@ -223,23 +225,3 @@ def remove_stale(folder: Path) -> None:
                 partial.unlink()
         except OSError:
             continue
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from onecard.console import ConfigError
 from onecard.data.encode import IGNORE_INDEX, Encoded
+from onecard.errors import ConfigError
 
 # Matrix products of fewer rows leave a card waiting; below this share of the longest row a row is mostly padding.
 BUSY_TOKENS = 1024

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from onecard.config.training import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES
-from onecard.console import ConfigError, DataError, nearest
+from onecard.console import nearest
 from onecard.data.jinja_chat import compile_chat_template, reads_input, render_chat
 from onecard.data.lost_turns import TurnKeeper
 from onecard.data.messages import Conversation, Turn, turns_to_messages
 from onecard.data.special_tokens import added_tokens, beginning_ids, single_token, special_tokens
 from onecard.data.thoughts import completion, empty_thought, has_thought, opened_thought
+from onecard.errors import ConfigError, DataError
 
 BUILT_IN = BUILT_IN_TEMPLATES
 FOLDER = Path(__file__).resolve().parent / "templates"

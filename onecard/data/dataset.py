@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from onecard.console import DataError, warn
+from onecard.console import warn
 from onecard.data.arrow_cache import DatasetReport, Row, can_write, read_manifest, remove_stale, write_cache
 from onecard.data.chat_template import Template
 from onecard.data.encode import Coded, Dropped, Encoded, Encoder, EncodeSettings, segments_of, to_encoded
@@ -30,6 +30,7 @@ from onecard.data.jinja_chat import is_dated
 from onecard.data.messages import Conversation, Document
 from onecard.data.sources import Source, data_fingerprint, read
 from onecard.data.tokenization import tokenizer_fingerprint
+from onecard.errors import DataError
 
 BATCH_RECORDS = 2048
 # One batch of long documents must not fill the memory.

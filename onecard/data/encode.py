@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from onecard.console import DataError
 from onecard.data.chat_template import Segment, Template
 from onecard.data.messages import Conversation, Document, Turn
 from onecard.data.thoughts import empty_thought
 from onecard.data.tokenization import any_of, control_tokens, segment_tokenizer
+from onecard.errors import DataError
 
 IGNORE_INDEX = -100
 TrainOn = Literal["all", "last", "everything"]

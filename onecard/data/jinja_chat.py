@@ -21,7 +21,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from onecard.console import ConfigError, DataError
+from onecard.errors import ConfigError, DataError
 
 _QUESTION = "onecard probe question"
 

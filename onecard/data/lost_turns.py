@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from onecard.console import DataError
 from onecard.data.messages import Role, Turn
+from onecard.errors import DataError
 
 _MOST_SHAPES = 4096
 _Way = Callable[[Sequence[Turn]], list[Turn]]

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from onecard.config.training import column_names
-from onecard.console import DataError, mirror_hint
+from onecard.console import mirror_hint
 from onecard.data.columns import Columns, thought_hints
 from onecard.data.formats import Shaped, to_sample
 from onecard.data.messages import Conversation, Document
 from onecard.data.plain_text import RawRecord, TxtSplit
 from onecard.data.readers import SUFFIXES, read_file
 from onecard.data.values import UnusableRecord, safe
+from onecard.errors import DataError
 
 _KEPT_BAD_RECORDS = 1000
 _KEPT_FIELD_NAMES = 50

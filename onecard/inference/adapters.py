@@ -15,8 +15,9 @@ from typing import Any
 
 from onecard.config.inference import TalkerOptions
 from onecard.config.training import ModelOptions
-from onecard.console import ConfigError, ModelError, nearest, warn
+from onecard.console import nearest, warn
 from onecard.data.chat_template import BUILT_IN, Template, load_template
+from onecard.errors import ConfigError, ModelError
 from onecard.inference.generate import Talker
 from onecard.inference.load import base_path, load_talker, load_words
 from onecard.inference.run_files import adapters_in

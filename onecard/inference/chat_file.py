@@ -12,9 +12,7 @@ know the engine, pages or terminals.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -22,10 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import DataError, nearest
+from onecard.console import nearest
 from onecard.data.chat_template import BUILT_IN
 from onecard.data.messages import Turn, turns_to_messages
+from onecard.errors import DataError
 from onecard.inference.history import Session
+from onecard.storage import write_whole
 
 VERSION = 1
 MAX_BYTES = 10_000_000
@@ -83,16 +83,9 @@ def save_chat(chat: Chat, path: Path) -> None:
     """Write the file, whole or not at all; one that stands there is replaced. Raises DataError that names it."""
     # A link stays a link: the file that it points to is replaced.
     target = path.expanduser().resolve()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with partial.open("xb") as stream:
-            stream.write(to_json(chat).encode("utf-8"))
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(target)
+        write_whole(target, to_json(chat))
     except OSError as reason:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise DataError(
             f"the chat cannot be written there ({reason.strerror or reason}); give another place", str(path)
         ) from reason

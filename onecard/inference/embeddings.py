@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.inference.model_limits import go_together, reads_in_pieces
 from onecard.inference.streamer import TokenLogprob, token_logprobs
 from onecard.model.chunked_loss import states_before_head

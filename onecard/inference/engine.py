@@ -20,10 +20,10 @@ import torch
 
 from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
 from onecard.config.training import ModelOptions
-from onecard.console import ConfigError, DataError, ModelError
 from onecard.data.chat_template import Template
 from onecard.data.encode import Prompt, encode_prompt, prompt_for
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError, DataError, ModelError
 from onecard.inference.adapters import Voice, Voices, open_voices
 from onecard.inference.embeddings import Check, embed, score
 from onecard.inference.generate import Chunk, ContextTooLong, Row, Talker, Watching, longest_sequence, stream_rows

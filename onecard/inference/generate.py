@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import ConfigError, DataError
 from onecard.data.chat_template import Template
 from onecard.data.encode import prompt_for
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError, DataError
 from onecard.inference.call import Call, Chunk, GenerateThread, Row, Talker, Usage, Watching
 from onecard.inference.model_limits import go_together
 from onecard.inference.stopping import FinishReason

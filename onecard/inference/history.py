@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from onecard.console import DataError
 from onecard.data.messages import Role, Turn
+from onecard.errors import DataError
 
 Count = Callable[[Sequence[Turn]], int]  # turns -> tokens of the prompt that they become
 

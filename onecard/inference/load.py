@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from onecard.config.training import DEFAULT_BASE, ModelOptions
-from onecard.console import ConfigError, warn
+from onecard.console import warn
 from onecard.data.chat_template import Template, load_template
+from onecard.errors import ConfigError
 from onecard.inference.generate import Talker
 from onecard.inference.run_files import has_tokenizer, run_directory, stored_template, trained_bits
 from onecard.model.answer_bits import with_answer_bits

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.inference.sampling import CacheOptions
 
 ONE_ROW = ("rwkv",)  # rows beside each other are mixed up

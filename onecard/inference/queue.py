@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from onecard.console import OneCardError
+from onecard.errors import OneCardError
 
 LOOK_SECONDS = 0.05  # how soon a waiting request notices that it was cancelled
 PLACE_SECONDS = 0.5  # how often it tells its place

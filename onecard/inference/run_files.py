@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 
 OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, pad
 
-from onecard.console import ModelError, warn
+from onecard.console import warn
 from onecard.data.encode import IGNORE_INDEX
+from onecard.errors import ModelError
 
 # Bytes at the peak for each logit of a chunk, by the bits of the logits: 16-bit ones and their fp32 copy, which becomes
 # the softmax and then the gradient in place; fp32 logits are their own copy. The same forward, backward and in

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.given_paths import HUB_ID
-from onecard.console import ModelError, first_line, mirror_hint, nearest
+from onecard.console import first_line, mirror_hint, nearest
+from onecard.errors import ModelError
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 SAMPLE_BYTES = 4096  # read at each of SAMPLES places of a weight file for the fingerprint

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.files import read_json, weight_files
 
 REQUIREMENTS = "requirements-gptq.txt"

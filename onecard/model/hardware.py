@@ -15,7 +15,8 @@ from functools import cache
 import psutil
 import torch
 
-from onecard.console import ConfigError, warn
+from onecard.console import warn
+from onecard.errors import ConfigError
 from onecard.model.nvidia_driver import OLD_TORCH, missing_gpu
 
 TURING = (7, 5)  # CUDA capability

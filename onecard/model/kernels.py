@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from transformers import PreTrainedModel
 
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.model.hardware import Hardware
 
 FLAG = "--kernels"

@@ -17,7 +17,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from onecard.config.training import ModelOptions, memory_map
-from onecard.console import ConfigError, ModelError, say, warn
+from onecard.console import say, warn
+from onecard.errors import ConfigError, ModelError
 from onecard.model.files import base_fingerprint, check_weights, locate, read_json
 from onecard.model.gptq import (
     check_gptq_installed,

@@ -12,7 +12,7 @@ import transformers
 from packaging.version import InvalidVersion, Version
 from transformers import AutoConfig, PreTrainedConfig
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 
 CONFIG = "config.json"
 # Names under which families without an attribute_map entry for it write the same number.

@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationMethod
 
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.model.model_layers import expert_tensors, quantised_layers
 
 QUANTIZER = "onecard_bitsandbytes"

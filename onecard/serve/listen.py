@@ -17,7 +17,8 @@ from typing import Any
 
 import uvicorn
 
-from onecard.console import ConfigError, say
+from onecard.console import say
+from onecard.errors import ConfigError
 from onecard.serve.connections import ConnectionLimits, LimitedConnection
 
 BACKLOG = 2048  # connections that the kernel holds until they are taken

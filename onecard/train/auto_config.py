@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, Problem, TrainOptions
-from onecard.console import ConfigError, say, warn
+from onecard.console import say, warn
 from onecard.data.batches import auto_test_size
+from onecard.errors import ConfigError
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import check_stored_bits
 from onecard.model.memory.architecture import Architecture, architecture_of

@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
 from onecard.config.training import FinetuneConfig
-from onecard.console import ModelError, say, warn
+from onecard.console import say, warn
 from onecard.data.batches import split
 from onecard.data.chat_template import Template, load_template
 from onecard.data.dataset import cache_directory, encode_dataset
 from onecard.data.encode import Encoded, EncodeSettings
 from onecard.data.sources import source_of
+from onecard.errors import ModelError
 from onecard.model.attention import avoid_flash
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from onecard import manifest
-from onecard.console import CheckpointError, warn
+from onecard import manifest, storage
+from onecard.console import warn
+from onecard.errors import CheckpointError
 
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _SET_ASIDE = re.compile(r"checkpoint-\d+\.broken(-\d+)?")
@@ -127,8 +128,8 @@ class CheckpointStore:
             for path in [*manifest.content_files(partial), partial / manifest.MANIFEST]:
                 final = self.run_dir / path.relative_to(partial)
                 final.parent.mkdir(parents=True, exist_ok=True)
-                manifest.move(path, final)
-                manifest.sync_directory(final.parent)
+                storage.move(path, final)
+                storage.sync_directory(final.parent)
         except BaseException as reason:
             self._raise_as_checkpoint_error(reason, self.run_dir)
             raise
@@ -158,14 +159,14 @@ class CheckpointStore:
         if target.exists():
             replaced = self._hidden(target.name, "replaced")
             shutil.rmtree(replaced, ignore_errors=True)
-            manifest.move(target, replaced)
+            storage.move(target, replaced)
         try:
-            manifest.move(partial, target)
+            storage.move(partial, target)
         except BaseException:
             if replaced is not None:
-                manifest.move(replaced, target)
+                storage.move(replaced, target)
             raise
-        manifest.sync_directory(self.run_dir)
+        storage.sync_directory(self.run_dir)
 
     def _restore_replaced(self) -> None:
         """Bring back the old checkpoint of a step where the new one did not arrive whole; else let the old one go."""
@@ -179,7 +180,7 @@ class CheckpointStore:
             if target.exists():
                 self._remove(old, target.name)
             else:
-                manifest.move(old, target)
+                storage.move(old, target)
 
     def _rotate(self, newest_step: int, best_step: int | None, keep_last: int) -> None:
         """Remove old checkpoints: none that is the newest, the best, or among the last `keep_last` usable ones."""
@@ -198,7 +199,7 @@ class CheckpointStore:
         hidden = self._hidden(name, "deleted")
         shutil.rmtree(hidden, ignore_errors=True)
         try:
-            manifest.move(path, hidden)
+            storage.move(path, hidden)
         except OSError as reason:  # the new checkpoint is safe already; this one only takes room
             warn(f"{path} is no longer needed but cannot be removed ({reason})")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -216,7 +217,7 @@ class CheckpointStore:
         while os.path.lexists(aside):
             number += 1
             aside = path.with_name(f"{path.name}.{word}-{number}")
-        manifest.move(path, aside)
+        storage.move(path, aside)
         return aside
 
     def _checkpoints(self) -> dict[int, Path]:
@@ -230,7 +231,7 @@ class CheckpointStore:
         return self.run_dir / f".{name}.{state}-{os.getpid()}"
 
     def _raise_as_checkpoint_error(self, reason: BaseException, target: Path) -> None:
-        no_room = isinstance(reason, Exception) and manifest.is_no_room(reason)
+        no_room = isinstance(reason, Exception) and storage.is_no_room(reason)
         if isinstance(reason, CheckpointError) or not (no_room or isinstance(reason, OSError)):
             return
         todo = "Make room there or give another --output_path" if no_room else "Check the disk and your right to write"

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.training import TrainOptions
-from onecard.console import ConfigError, nearest, warn
+from onecard.console import nearest, warn
+from onecard.errors import ConfigError
 
 FLAG = "--deepspeed"
 AUTO = "auto"

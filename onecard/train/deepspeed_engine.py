@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from onecard.console import CheckpointError, ConfigError
+from onecard.errors import CheckpointError, ConfigError
 
 # What DeepSpeed's ZeRO optimizer calls, in its state_dict, the places of parameters in the partition of this process.
 _PIECES = "param_slice_mappings"

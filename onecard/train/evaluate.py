@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard.console import ModelError
 from onecard.data.batches import collate, micro_batches, share_for_rank
 from onecard.data.encode import Encoded
+from onecard.errors import ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.train.oom import SMALLEST_CHUNK, Limits, give_back_memory, is_out_of_memory, padded_tokens
 

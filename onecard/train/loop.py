@@ -17,9 +17,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from onecard.config.training import TrainOptions
-from onecard.console import CheckpointError, Stopped, warn
+from onecard.console import warn
 from onecard.data.batches import step_samples, steps_per_epoch
 from onecard.data.encode import Encoded
+from onecard.errors import CheckpointError, Stopped
 from onecard.train.evaluate import evaluation_loss
 from onecard.train.intervals import Timer
 from onecard.train.run import Event, Run

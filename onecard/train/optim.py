@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from onecard.config.training import TrainOptions
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.model.quantization import allocate_bitsandbytes_state, optimizer_class
 
 FEWEST_WARMUP_STEPS = 5

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from onecard.console import CheckpointError
+from onecard.errors import CheckpointError
 
 LOCK = ".run.lock"
 OWNER = ".run.pid"  # a file of its own: on Windows nobody else can read a locked one

@@ -19,7 +19,7 @@ from typing import Any
 from onecard.config.training import FinetuneConfig
 from onecard.console import quiet_rank, say, warn
 from onecard.data.chat_template import BUILT_IN
-from onecard.manifest import move
+from onecard.storage import move
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.run_lock import RunLock
 from onecard.train.state import STATE_NAME, TrainerState

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from onecard.config.training import TrainOptions
-from onecard.console import CheckpointError, ConfigError, warn
+from onecard.console import warn
+from onecard.errors import CheckpointError, ConfigError
 from onecard.model.lora.adapter import restore_adapter, save_adapter
 from onecard.train.optim import with_present_options
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from onecard.console import ModelError, OneCardError
 from onecard.data.batches import collate, micro_batches, share_for_rank, step_samples
+from onecard.errors import ModelError, OneCardError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.load import checkpoint_layers
 from onecard.model.lora.adapter import unwrap

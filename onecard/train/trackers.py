@@ -16,7 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from onecard.console import ConfigError, say, warn
+from onecard.console import say, warn
+from onecard.errors import ConfigError
+from onecard.storage import write_whole
 from onecard.translation import translated
 
 LOG_NAME = "log.jsonl"
@@ -131,9 +133,7 @@ class Reporter:
         path = self.run_dir / LOG_NAME
         rows = [row for row in read_log(self.run_dir) if row.get("step", 0) <= step]
         if path.is_file():
-            scratch = path.with_name(f".{LOG_NAME}.partial")
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            scratch.replace(path)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _write(self, row: dict[str, Any]) -> None:
         try:

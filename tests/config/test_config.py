@@ -35,7 +35,7 @@ from onecard.config.training import (
     problems_of,
     refuse,
 )
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 
 TRAINING = [ModelOptions, DataOptions, LoraOptions, TrainOptions, MemoryOptions]
 TALKING = [

@@ -12,9 +12,9 @@ from onecard.config.given_paths import DATA_SUFFIXES, path_problems
 from onecard.config.inference import ChatConfig, GenerateConfig, ServeConfig
 from onecard.config.old_names import BY_NAME, KITS, OLD_NAMES, flags_in, hint
 from onecard.config.training import BUILT_IN_TEMPLATES, FinetuneConfig
-from onecard.console import ConfigError
 from onecard.data.chat_template import load_template
 from onecard.data.readers import SUFFIXES
+from onecard.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig)

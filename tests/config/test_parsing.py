@@ -16,7 +16,7 @@ import yaml
 from onecard.config import parsing as cli
 from onecard.config.inference import ChatConfig, GenerateConfig, ServeConfig
 from onecard.config.training import FinetuneConfig
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRIES = ["finetune.py", "finetune_chat.py", "generate.py", "chat.py"]

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onecard.console import DataError
 from onecard.data import json_records, plain_text
 from onecard.data import readers as records
 from onecard.data.formats import UnusableRecord, to_sample
 from onecard.data.json_records import JsonValues
 from onecard.data.messages import Conversation, Document
 from onecard.data.sources import ReadReport, read
+from onecard.errors import DataError
 from tests.faults.bad_data import BAD_FILES, OK, BadFile, pair, write_bad_corpus
 
 NAMES = [file.name for file in BAD_FILES]

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onecard.console import ConfigError
 from onecard.data.batches import (
     auto_test_size,
     collate,
@@ -20,6 +19,7 @@ from onecard.data.batches import (
     steps_per_epoch,
 )
 from onecard.data.encode import IGNORE_INDEX, Encoded
+from onecard.errors import ConfigError
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 

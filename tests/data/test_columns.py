@@ -9,13 +9,13 @@ import pytest
 
 from onecard.config import training as config
 from onecard.config.training import DEFAULT_BASE, REPOSITORY, column_names, toy_base_problem
-from onecard.console import DataError
 from onecard.data.columns import renamed
 from onecard.data.formats import _SHAPES, FIRST_OF_SEVERAL, to_sample
 from onecard.data.messages import Turn
 from onecard.data.questions import to_question
 from onecard.data.sources import ReadReport, Source, data_fingerprint, read
 from onecard.data.values import UnusableRecord
+from onecard.errors import DataError
 
 
 def user(text: str, second: str = "") -> Turn:

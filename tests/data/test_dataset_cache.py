@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from onecard.console import DataError, OneCardError
 from onecard.data import arrow_cache
 from onecard.data import dataset as dataset_module
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import EncodedDataset, cache_key, encode_dataset
 from onecard.data.encode import IGNORE_INDEX, EncodeSettings, encode_sample
 from onecard.data.sources import ReadReport, read
+from onecard.errors import DataError, OneCardError
 from tests import tiny
 from tests.data.plain_tokenizer import PlainTokenizer
 
@@ -204,7 +204,7 @@ if at == "batch":
 else:
     def stop(*args):
         print("now", flush=True); time.sleep(60)
-    arrow_cache._replace_text = stop
+    arrow_cache.write_whole = stop
 tokenizer = PlainTokenizer()
 template = load_template("alpaca", tokenizer)
 dataset.encode_dataset({data!r}, template, tokenizer, EncodeSettings(1000), Path({cache!r}))
@@ -268,7 +268,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(build, tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(arrow_cache, "_sync", full)
+    monkeypatch.setattr(arrow_cache, "sync_file", full)
     with pytest.raises(OneCardError, match=r"--cache_path .*No space left on device"):
         build()
     assert list((tmp_path / "cache").iterdir()) == []

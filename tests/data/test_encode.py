@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from onecard.console import DataError
 from onecard.data.chat_template import BUILT_IN, Segment, load_template
 from onecard.data.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_prompt, encode_sample
 from onecard.data.messages import Conversation, Document, Turn
 from onecard.data.sources import ReadReport, read
 from onecard.data.tokenization import SegmentTokenizer, segment_tokenizer, tokenizer_fingerprint
+from onecard.errors import DataError
 from tests.data.conftest import APPEND_ONLY, CLOSES_AT_THE_END, REWRITES_HISTORY, SPACED
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample"

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from onecard.console import DataError
 from onecard.data.chat_template import Segment, Template, load_template
 from onecard.data.encode import IGNORE_INDEX, Encoder, EncodeSettings, encode_prompt, encode_sample
 from onecard.data.lost_turns import without_system_turns
 from onecard.data.messages import Conversation, Turn
 from onecard.data.special_tokens import added_tokens, beginning_ids
 from onecard.data.tokenization import SegmentTokenizer
+from onecard.errors import DataError
 from tests.data.template_logics import TEMPLATES
 from tests.data.tokenizer_kinds import KINDS, STRIPPING
 

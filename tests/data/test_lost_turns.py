@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from onecard.console import DataError
 from onecard.data.chat_template import BUILT_IN, Writer, load_template
 from onecard.data.lost_turns import joined_system_turns
 from onecard.data.messages import Turn
+from onecard.errors import DataError
 
 ORDERS = ("sua", "ssua", "usa", "uasua", "sussasua", "suasu", "us", "uasu", "uassua")
 ROLES = {"s": "system", "u": "user", "a": "assistant"}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from onecard.config.training import REPOSITORY
-from onecard.console import DataError
 from onecard.data.formats import UnusableRecord
 from onecard.data.messages import Conversation, Turn
 from onecard.data.questions import Question, read_questions, to_question
 from onecard.data.sources import ReadReport, read
+from onecard.errors import DataError
 
 
 def user(content: str, second: str = "") -> Turn:

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from onecard.console import DataError
 from onecard.data.formats import SHAPE_NAMES, to_sample
 from onecard.data.messages import Conversation, Document, Turn
 from onecard.data.plain_text import AT_BLANK_LINES
 from onecard.data.sources import ReadReport, data_fingerprint, read
+from onecard.errors import DataError
 
 SAMPLE = Path(__file__).parents[2] / "sample"
 SHAPES = SAMPLE / "shapes"

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onecard.console import ConfigError, DataError
 from onecard.data.chat_template import BUILT_IN, FOLDER, Segment, Writer, load_template
 from onecard.data.messages import Conversation, Turn
 from onecard.data.special_tokens import special_tokens
+from onecard.errors import ConfigError, DataError
 from tests.data.conftest import APPEND_ONLY, CLOSES_AT_THE_END, REWRITES_HISTORY, SPACED
 
 TOKENIZERS = ("sp_tokenizer", "bytelevel_tokenizer", "bytelevel_bos_tokenizer")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from onecard.config.training import ModelOptions
-from onecard.console import ConfigError, DataError, ModelError
+from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.io.weights import open_weights
 from onecard.export.quantize.bnb import check_same_weights, stored_dtype
 from onecard.model.hardware import detect

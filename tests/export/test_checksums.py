@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from onecard import manifest
-from onecard.console import ConfigError, DataError, ModelError, run_main
+from onecard.console import run_main
+from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.hub import checksums
 from onecard.export.hub.checksums import LIST, is_inside, read_list, verify, write
 from tools import checksums as tool

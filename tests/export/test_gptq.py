@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from onecard.config.inference import SamplingOptions
 from onecard.config.training import DEFAULT_BASE, ModelOptions
-from onecard.console import ConfigError, ModelError, OneCardError
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError, ModelError, OneCardError
 from onecard.export.quantize.evaluate import round_to_nearest
 from onecard.inference.generate import answer_rows, prepare
 from onecard.inference.load import load_talker

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, file_download
 
-from onecard.console import ModelError, OneCardError
+from onecard.errors import ModelError, OneCardError
 from onecard.export.hub import download
 from onecard.export.hub import files as hub_files
 from onecard.export.hub.files import Repository, list_files

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard.config.inference import SamplingOptions
 from onecard.config.training import ModelOptions
-from onecard.console import ConfigError, ModelError, run_main
+from onecard.console import run_main
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError, ModelError
 from onecard.export.io.weights import open_weights
 from onecard.export.merge.merge import MergeSettings, export_merged, find_base, merge_into
 from onecard.inference.generate import generate_batch

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.export.io import output
 from onecard.export.io.output import new_directory, new_file, parse_size
 

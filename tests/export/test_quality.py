@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from onecard.config.training import ModelOptions
-from onecard.console import ConfigError, ModelError
 from onecard.data.chat_template import load_template
+from onecard.errors import ConfigError, ModelError
 from onecard.export.quantize.calibration import CalibrationOptions, calibration_of, data_rows, text_rows, texts_of
 from onecard.export.quantize.evaluate import quality_of, round_layers, round_to_nearest
 from onecard.model.hardware import detect

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.export.merge.rounding import DoesNotFit, check_fits_fp16, rounded, rounded_sum
 
 TYPES = (torch.float16, torch.bfloat16)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.export.io.weights import DTYPES, ShardWriter, copy_small_files, open_weights, read_pickled
 from tests.tiny import tensors_of
 

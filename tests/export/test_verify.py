@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.export.io.base import open_base
 from onecard.export.merge.effect import effect_of
 from onecard.export.merge.lora_stack import Stage

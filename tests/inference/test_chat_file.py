@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import DataError
 from onecard.data.messages import Turn
+from onecard.errors import DataError
 from onecard.inference.chat_file import MAX_BYTES, MAX_MESSAGES, Chat, load_chat, read_chat, save_chat, to_json
 from onecard.inference.history import Session
 

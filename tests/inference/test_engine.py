@@ -12,8 +12,8 @@ import torch
 
 from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
 from onecard.config.training import ModelOptions
-from onecard.console import ConfigError, DataError, ModelError
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError, DataError, ModelError
 from onecard.inference.engine import Busy, ContextTooLong, Engine, LimitExceeded, OutOfMemory, Request, open_engine
 from onecard.inference.generate import Chunk, stream
 from onecard.inference.streamer import decoder_layers

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import DataError
 from onecard.data.chat_template import Template, load_template
 from onecard.data.encode import encode_prompt
 from onecard.data.messages import Turn
+from onecard.errors import DataError
 from onecard.inference.call import pad_left, padding_id
 from onecard.inference.detokenize import decode
 from onecard.inference.generate import Row, Talker, answer_rows, generate_batch, prepare

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onecard.console import DataError
 from onecard.data.messages import Turn
+from onecard.errors import DataError
 from onecard.inference.history import PromptTooLong, Session, fit_history, prompt_budget
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
 from onecard.config.training import DEFAULT_BASE, ModelOptions
-from onecard.console import ConfigError, ModelError
 from onecard.data.chat_template import FOLDER
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError, ModelError
 from onecard.inference.engine import Request, open_engine
 from onecard.inference.generate import generate_batch
 from onecard.inference.load import base_path, load_talker

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import ConfigError
 from onecard.data.chat_template import load_template
+from onecard.errors import ConfigError
 from onecard.inference import embeddings as reading
 from onecard.inference.generate import Row, Talker, answer_rows, stream_rows
 from onecard.inference.model_limits import check_generation, go_together, reads_in_pieces

@@ -9,8 +9,8 @@ import torch
 
 from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
 from onecard.config.training import ModelOptions
-from onecard.console import ConfigError
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError
 from onecard.inference.engine import Engine, Request, open_engine
 from onecard.inference.generate import Chunk
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import ConfigError
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError
 from onecard.inference.call import Call
 from onecard.inference.generate import Row, Watching, prepare, stream, stream_rows
 from onecard.inference.sampling import generation_config, logits_processors, mode_of, seeded

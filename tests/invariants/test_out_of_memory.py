@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard.config.training import FinetuneConfig
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.recipes import finetune
 from onecard.train import evaluate, step
 from onecard.train.accelerator import Engine

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.model import kernels
 from onecard.model.attention import NAME, attend, avoid_flash
 from onecard.model.chunked_loss import summed_loss

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import onecard.model.chunked_loss
 from onecard.config.training import LoraOptions
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.chunked_loss import CAPPED_BYTES_PER_LOGIT, CHUNK_BYTES_PER_LOGIT, summed_loss, takes_positions
 from onecard.model.lora.adapter import add_lora
 from tests.model.model_families import FAMILIES, save_family, small_batch

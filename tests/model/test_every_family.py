@@ -15,7 +15,7 @@ import transformers as tf
 
 from onecard.config.inference import SamplingOptions
 from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions
-from onecard.console import ConfigError, OneCardError
+from onecard.errors import ConfigError, OneCardError
 from onecard.inference.call import pad_left
 from onecard.inference.embeddings import embed, score
 from onecard.inference.model_limits import NO_BEAMS, go_together

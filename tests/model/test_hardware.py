@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.model import hardware
 from onecard.model.hardware import FP16_FRAGILE_FAMILIES, Hardware, choose_dtype, detect
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from onecard.config.training import ModelOptions
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.load import base_fingerprint, load_base, load_tokenizer
 from onecard.model.quantization import quantization_config
 from tests.model.model_families import save_family

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 from onecard.config.training import LoraOptions
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.lora.adapter import add_lora
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.model_config import ignored_keys, read_model_config, without_chance

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 
 from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.lora.adapter import adaptable_layers, add_lora, describe_trainable, load_adapter, save_adapter
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import n_trained

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from onecard.config.training import LoraOptions
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora.adapter import add_lora, linear_layers
 from onecard.model.quantization import (

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.plan_accuracy import element_bytes, peaks, real_run, toy_config
 from onecard.config.training import FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import detect
 from onecard.model.lora.adapter import (

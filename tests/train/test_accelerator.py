@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from onecard.config.training import REPOSITORY, TrainOptions
-from onecard.console import CheckpointError, ConfigError
+from onecard.errors import CheckpointError, ConfigError
 from onecard.train import deepspeed_config as settings
 from onecard.train.accelerator import Engine
 from onecard.train.deepspeed_engine import Autocast, Layout, LossScale, ShardedOptimizer, join_states, split_state

@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from onecard.config.training import FinetuneConfig
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import known_models
 from onecard.model.memory.estimate import GIB

@@ -17,7 +17,7 @@ import yaml
 
 from onecard.config.parsing import options_of
 from onecard.config.training import FinetuneConfig
-from onecard.console import OneCardError
+from onecard.errors import OneCardError
 from onecard.model.memory.estimate import GIB
 from onecard.recipes import finetune
 from onecard.train import intervals, loop

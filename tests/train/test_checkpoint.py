@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from onecard import manifest
-from onecard.console import CheckpointError, ModelError
+from onecard.errors import CheckpointError, ModelError
 from onecard.train.checkpoint import CheckpointStore, verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]

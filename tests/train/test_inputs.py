@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from onecard.console import ModelError
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import encode_dataset
 from onecard.data.encode import EncodeSettings
+from onecard.errors import ModelError
 from onecard.recipes import finetune
 from onecard.train.build import SampleView, check_inputs
 from tests import tiny

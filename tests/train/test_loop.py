@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onecard.config.training import TrainOptions
-from onecard.console import OneCardError
+from onecard.errors import OneCardError
 from onecard.recipes import finetune
 from onecard.train.loop import total_steps
 from onecard.train.trackers import read_log

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from onecard.config.training import TrainOptions
-from onecard.console import ModelError
 from onecard.data.batches import micro_batches
+from onecard.errors import ModelError
 from onecard.model.memory.estimate import GIB
 from onecard.model.memory.plan import Card
 from onecard.recipes import finetune

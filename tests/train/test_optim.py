@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onecard.config.training import TrainOptions
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.train.optim import (
     build_optimizer,
     learning_rate_factor,

@@ -11,7 +11,7 @@ import yaml
 
 from onecard.config.parsing import parse
 from onecard.config.training import FinetuneConfig, TrainOptions
-from onecard.console import CheckpointError, ConfigError
+from onecard.errors import CheckpointError, ConfigError
 from onecard.recipes import finetune
 from onecard.train.optim import learning_rate_factor
 from onecard.train.state import read_state

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from onecard.console import CheckpointError
+from onecard.errors import CheckpointError
 from onecard.train.run_lock import RunLock
 
 REPOSITORY = Path(__file__).resolve().parents[2]

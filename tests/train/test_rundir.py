@@ -9,7 +9,7 @@ import yaml
 
 from onecard.config.parsing import parse, to_yaml
 from onecard.config.training import FinetuneConfig
-from onecard.console import OneCardError
+from onecard.errors import OneCardError
 from onecard.recipes import finetune
 from onecard.train.rundir import PATHS, portable
 from tests import tiny

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from onecard.config.given_paths import path_problems
-from onecard.console import CheckpointError, ConfigError, ModelError
 from onecard.data import batches
+from onecard.errors import CheckpointError, ConfigError, ModelError
 from onecard.recipes import finetune
 from tests import tiny
 from tests.runs import final_checkpoint, run_and_stop

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.recipes import finetune
 from onecard.train import loop
 from onecard.train import memory_probe as rehearsal

@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState
 
 from onecard.config.inference import SamplingOptions
 from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions, TrainOptions
-from onecard.console import CheckpointError, ConfigError
 from onecard.data.messages import Turn
+from onecard.errors import CheckpointError, ConfigError
 from onecard.inference.generate import generate_batch
 from onecard.inference.load import adapter_fingerprint, load_talker
 from onecard.model.lora.adapter import add_lora

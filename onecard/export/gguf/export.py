@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onecard.console import DataError, say, warn
+from onecard.console import say, warn
 from onecard.data.chat_template import Template, Writer, built_in_name, load_template, own_chat_template
 from onecard.data.special_tokens import single_token, special_tokens
+from onecard.errors import DataError
 from onecard.export.gguf import ollama
 from onecard.export.gguf import writer as gguf
 from onecard.export.gguf.layout import Layout, check_tensors, read_layout, with_own_head

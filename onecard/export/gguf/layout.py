@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError, few, first_line
+from onecard.console import few, first_line
+from onecard.errors import ModelError
 from onecard.export.io.base import read_config, refuse_quantized
 from onecard.export.io.left_out import has_own_head, left_out
 from onecard.export.io.weights import Weights

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecard.console import ModelError, warn
+from onecard.console import warn
+from onecard.errors import ModelError
 from onecard.export.vocabulary.corpus import SPACE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

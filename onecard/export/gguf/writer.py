@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.export.gguf.layout import (
     EMBEDDING,
     HEAD,

@@ -6,17 +6,16 @@ not know what the files mean, nor the hashes that the Hub keeps (`download.py` d
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
 
-from onecard.console import ConfigError, DataError, ModelError
+from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.io.output import new_file, progress
 from onecard.manifest import MANIFEST, ManifestError, read_manifest
+from onecard.storage import sha256_of
 
 LIST = "SHA256SUMS"
 PIECE_BYTES = 1 << 22
@@ -136,20 +135,6 @@ def is_inside(name: str) -> bool:
     """Whether a listed name stays below the directory of its list."""
     path = PurePath(name)
     return bool(path.parts) and ".." not in path.parts and not path.anchor and "\0" not in name
-
-
-def sha256_of(path: Path, moved: Callable[[int], Any]) -> str:
-    """Hex SHA-256 of a file, read in pieces; `moved` is told the bytes of each. Raises OSError."""
-    return digest_of(path, hashlib.sha256(), moved)
-
-
-def digest_of(path: Path, digest: Any, moved: Callable[[int], Any]) -> str:
-    """The same for any `hashlib` object, which may have been fed already."""
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            digest.update(piece)
-            moved(len(piece))
-    return str(digest.hexdigest())
 
 
 def _compare(directory: Path, listed: Mapping[str, str], sizes: Mapping[str, int], report: Report) -> None:

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecard.console import ConfigError, ModelError, Stopped
-from onecard.export.hub.checksums import digest_of
+from onecard.errors import ConfigError, ModelError, Stopped
 from onecard.export.hub.files import PASSING, TIMEOUT_S, TRIES, HubFile, Listing, explained, wait_s
 from onecard.export.io.output import free_room_bytes, new_directory, progress
-from onecard.manifest import is_no_room, sync_file
+from onecard.storage import digest_of, is_no_room, sync_file
 
 
 @dataclass(frozen=True)
@@ -241,9 +240,9 @@ def _is_right(path: Path, file: HubFile) -> bool:
     if _size(path) != file.n_bytes:
         return False
     if file.sha256:
-        return digest_of(path, hashlib.sha256(), _ignore) == file.sha256
+        return digest_of(path, hashlib.sha256()) == file.sha256
     header = f"blob {file.n_bytes}\0".encode()
-    return not file.blob_id or digest_of(path, hashlib.sha1(header, usedforsecurity=False), _ignore) == file.blob_id
+    return not file.blob_id or digest_of(path, hashlib.sha1(header, usedforsecurity=False)) == file.blob_id
 
 
 def _make_folders(root: Path, path: Path) -> None:
@@ -288,7 +287,3 @@ def _folder_name(listing: Listing) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _ignore(_n_bytes: int) -> None:
-    """Nobody watches: hashing is many times faster than the network."""

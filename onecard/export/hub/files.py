@@ -21,7 +21,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 from urllib.parse import quote
 
-from onecard.console import MIRROR, ConfigError, ModelError, first_line
+from onecard.console import MIRROR, first_line
+from onecard.errors import ConfigError, ModelError
 from onecard.export.hub.checksums import is_inside
 
 OFFICIAL = "https://huggingface.co"

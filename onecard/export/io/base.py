@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.console import ModelError, first_line
+from onecard.console import first_line
+from onecard.errors import ModelError
 from onecard.export.io.left_out import TABLES, has_own_head
 from onecard.export.io.weights import Weights, open_weights, own_memory
 from onecard.model.files import locate, read_json

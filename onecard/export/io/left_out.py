@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from onecard.console import ModelError, few
+from onecard.console import few
+from onecard.errors import ModelError
 from onecard.export.io.weights import Weights, same_bits
 
 # Tables that older files hold and that every program computes anew; nothing is missed without them.

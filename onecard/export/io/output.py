@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.training import Problem
-from onecard.console import ConfigError, ModelError, first_line, say
-from onecard.manifest import content_files, is_no_room, move, sync_directory, sync_file
+from onecard.console import first_line, say
+from onecard.errors import ConfigError, ModelError
+from onecard.manifest import content_files
+from onecard.storage import is_no_room, move, sync_directory, sync_file
 
 OUTPUT_FLAG = "--output_path"
 LINE_SECONDS = 20.0  # between two lines of progress where there is no terminal

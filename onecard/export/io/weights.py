@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onecard.console import ModelError, first_line
+from onecard.console import first_line
+from onecard.errors import ModelError
 from onecard.manifest import MANIFEST
 from onecard.model.files import check_weights, read_json, safetensors_header, write_json
 

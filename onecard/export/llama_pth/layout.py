@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 
 EMBEDDINGS, HEAD, ROPE_TABLE = "tok_embeddings.weight", "output.weight", "rope.freqs"
 TOP_NAMES = {EMBEDDINGS: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", HEAD: "lm_head.weight"}

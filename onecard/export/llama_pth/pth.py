@@ -16,7 +16,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError, few, warn
+from onecard.console import few, warn
+from onecard.errors import ModelError
 from onecard.export.io.left_out import left_out
 from onecard.export.io.output import progress
 from onecard.export.io.weights import ShardWriter, Weights, open_weights, read_pickled, same_bits

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.export.llama_pth.layout import Params, SpecialIds
 from onecard.export.vocabulary.corpus import is_tiktoken
 from onecard.model.files import write_json

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.console import ModelError, first_line
+from onecard.console import first_line
+from onecard.errors import ModelError
 from onecard.export.io.base import StoredBase
 from onecard.export.merge.rounding import is_finite
 from onecard.model.lora.adapter import ADAPTER, attach_files

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from onecard.console import ConfigError, ModelError, say
+from onecard.console import say
+from onecard.errors import ConfigError, ModelError
 from onecard.export.io.base import StoredBase, open_base
 from onecard.export.io.model_card import adapter_lines, write_card
 from onecard.export.io.output import new_directory

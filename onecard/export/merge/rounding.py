@@ -13,7 +13,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.export.io.weights import own_memory
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

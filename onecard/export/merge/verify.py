@@ -18,10 +18,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from onecard.console import DataError, ModelError, first_line
+from onecard.console import first_line
 from onecard.data.chat_template import load_template, own_chat_template
 from onecard.data.messages import Turn
 from onecard.data.tokenization import segment_tokenizer
+from onecard.errors import DataError, ModelError
 from onecard.export.io.base import StoredBase, open_base
 from onecard.export.io.left_out import TABLES
 from onecard.export.io.output import progress

@@ -12,13 +12,13 @@ from itertools import islice
 from typing import Any
 
 from onecard.config.training import ReadingOptions, column_names
-from onecard.console import ConfigError, DataError
 from onecard.data.chat_template import Template
 from onecard.data.encode import Dropped, Encoder, EncodeSettings
 from onecard.data.messages import Conversation, Document
 from onecard.data.plain_text import TxtSplit
 from onecard.data.sources import ReadReport, Source, read
 from onecard.data.special_tokens import beginning_ids
+from onecard.errors import ConfigError, DataError
 
 LEAST_TOKENS = 2048  # fewer say next to nothing about the inputs of a layer
 READ_AHEAD = 4  # as many times the rows asked for are read, and of those some are drawn

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, nll_loss
 from torch.nn.utils.rnn import pad_sequence
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.chunked_loss import IGNORE_INDEX, states_before_head, summed_loss
 
 CHUNK_TOKENS = 128  # logits of a large vocabulary exist for so many tokens at a time, in a few copies

@@ -24,16 +24,17 @@ from typing import Any, TextIO
 import torch
 import transformers
 
-from onecard.console import ConfigError, ModelError, Stopped, first_line, say, warn
+from onecard.console import first_line, say, warn
+from onecard.errors import ConfigError, ModelError, Stopped
 from onecard.export.io.left_out import has_own_head
 from onecard.export.io.output import progress
 from onecard.export.io.weights import Weights, copy_small_files, open_weights
 from onecard.export.quantize.bnb import plain_weights, stored_dtype, write_config
 from onecard.export.quantize.calibration import Rows
 from onecard.export.quantize.options import GROUP_SIZES
-from onecard.manifest import is_no_room
 from onecard.model.files import base_fingerprint, read_json, write_json
 from onecard.model.gptq import QUANTIZE_CONFIG, quiet_gptqmodel
+from onecard.storage import is_no_room
 
 KEPT_BY_LAYER = ("llama", "qwen3_moe")  # the families whose half-done work gptqmodel 7.6 can keep
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -18,8 +18,9 @@ import torch
 
 from onecard.config.parsing import comma_list
 from onecard.config.training import ModelOptions, ReadingOptions
-from onecard.console import ConfigError, say, warn
+from onecard.console import say, warn
 from onecard.data.chat_template import load_template
+from onecard.errors import ConfigError
 from onecard.export.io.base import build_skeleton
 from onecard.export.io.left_out import check_quantised
 from onecard.export.io.model_card import CARD, lines_of, write_card

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.export.vocabulary.bpe_growth import Growth, MergeRules, grow
 from onecard.model.files import read_json
 

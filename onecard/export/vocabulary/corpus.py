@@ -20,9 +20,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from onecard.console import DataError, ModelError
 from onecard.data.messages import Conversation
 from onecard.data.sources import ReadReport, Source, read
+from onecard.errors import DataError, ModelError
 from onecard.model.files import SMALL_FILES, locate, read_json
 
 Kind = Literal["sentencepiece", "bytelevel"]

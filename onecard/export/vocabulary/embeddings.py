@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.export.io.base import build_skeleton, read_config, refuse_quantized
 from onecard.export.io.left_out import has_own_head
 from onecard.export.io.weights import Weights

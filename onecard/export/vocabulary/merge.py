@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecard.console import ConfigError, ModelError, say, warn
+from onecard.console import say, warn
+from onecard.errors import ConfigError, ModelError
 from onecard.export.io.output import new_directory, progress
 from onecard.export.vocabulary import bytelevel
 from onecard.export.vocabulary import sentencepiece as sentencepiece_kind

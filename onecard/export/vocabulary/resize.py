@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.console import ConfigError, ModelError, say
+from onecard.console import say
+from onecard.errors import ConfigError, ModelError
 from onecard.export.io.model_card import write_card
 from onecard.export.io.output import new_directory, progress
 from onecard.export.io.weights import ShardWriter, Weights, copy_small_files, open_weights, same_bits

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.export.vocabulary.bpe_growth import Growth, PieceRules, grow
 from onecard.export.vocabulary.corpus import SPACE, encode, read_proto
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from onecard.console import ConfigError, DataError, ModelError, say, warn
+from onecard.console import say, warn
 from onecard.data.sources import Source
+from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.io.output import new_directory
 from onecard.export.vocabulary.corpus import Corpus, Kind, kind_of, locate_tokenizer, open_tokenizer, write_held_out
 

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError, few
+from onecard.console import few
+from onecard.errors import ModelError
 from onecard.export.io.base import read_config, refuse_quantized
 from onecard.export.io.left_out import IN_A_LAYER, TABLES
 from onecard.export.io.output import progress

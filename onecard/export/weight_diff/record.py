@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.console import ModelError, few
+from onecard.console import few
+from onecard.errors import ModelError
 from onecard.export.io.weights import DTYPES, Weights
 from onecard.model.files import read_json, write_json
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import DataError
 from onecard.data.batches import collate, micro_batches
 from onecard.data.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_sample, prompt_for
 from onecard.data.messages import Conversation
 from onecard.data.sources import ReadReport, Source, read
+from onecard.errors import DataError
 from onecard.inference.batch.run import answer_safely
 from onecard.inference.call import Row, Talker, padding_id
 from onecard.inference.generate import longest_sequence

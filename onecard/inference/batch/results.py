@@ -18,8 +18,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from onecard.console import CheckpointError, ConfigError
 from onecard.data.json_records import NumberText
+from onecard.errors import CheckpointError, ConfigError
+from onecard.storage import write_whole
 
 FLAG = "--output_path"
 OWN_FIELDS = ("output", "finish_reason", "error")
@@ -82,9 +83,7 @@ class AnswerFile:
                 stream.truncate(n_whole_bytes)
             return
         # Settings first: answers without them could not be gone on with.
-        partial = self.settings_path.with_name(self.settings_path.name + ".partial")
-        partial.write_text(json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.settings_path)
+        write_whole(self.settings_path, json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n")
         self.path.write_bytes(b"")
 
     def _check_same_job(self) -> None:

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import ConfigError, DataError, ModelError, Stopped, say, warn
+from onecard.console import say, warn
 from onecard.data.messages import Turn
 from onecard.data.questions import Question, read_questions
 from onecard.data.sources import ReadReport, Source
+from onecard.errors import ConfigError, DataError, ModelError, Stopped
 from onecard.inference.batch.results import AnswerFile, answer_row
 from onecard.inference.generate import Generation, Row, Talker, answer_rows, prepare
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config.training import LoraOptions
-from onecard.console import ConfigError, ModelError, say, warn
+from onecard.console import say, warn
+from onecard.errors import ConfigError, ModelError
 from onecard.model.lora import init as adapter_starts
 from onecard.model.lora import vocabulary as adapter_tokens
 from onecard.model.lora.formats import (

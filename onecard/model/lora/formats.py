@@ -21,7 +21,7 @@ from torch import Tensor
 
 from onecard.config.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
 from onecard.config.given_paths import other_kind
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.files import locate, safetensors_header
 
 PREFIX = "base_model.model."

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config.training import LoraOptions
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.files import locate, weight_files
 from onecard.model.lora.formats import PREFIX
 from onecard.model.quantization import dequantize_4bit, weight_bits

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from onecard.console import ConfigError, ModelError, nearest
+from onecard.console import nearest
+from onecard.errors import ConfigError, ModelError
 from onecard.model.model_layers import expert_tensors, linear_layers
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from onecard.config.training import LoraOptions
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.files import locate, read_json
 
 NEW_TOKENS = "new_tokens.json"  # written beside an enlarged base by tools/expand_vocab.py

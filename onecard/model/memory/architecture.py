@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from onecard.console import ModelError, mirror_hint, nearest
+from onecard.console import mirror_hint, nearest
+from onecard.errors import ModelError
 from onecard.model.files import HUB_ID, read_json
 from onecard.model.memory_saving.tiled_mlp import plain_mlps
 from onecard.model.model_config import CONFIG, HEAD_READ_DIRECTLY, OTHER_NAMES, attempt, read_model_config

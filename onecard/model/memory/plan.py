@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, MemoryOptions
-from onecard.console import ConfigError, nearest
+from onecard.console import nearest
+from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import Architecture
 from onecard.model.memory.estimate import GIB, Account, Setup, account, is_counted

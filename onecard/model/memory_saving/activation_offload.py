@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from onecard.console import ConfigError, warn
+from onecard.console import warn
+from onecard.errors import ConfigError
 
 MIN_BYTES = 1 << 20
 CHUNK_BYTES = 8 << 20

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.model_config import HEAD_READ_DIRECTLY
 from onecard.model.quantization import quantize_linear, quantized_linear_types, stored_bytes, weight_bits
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from onecard.console import ModelError, warn
+from onecard.console import warn
+from onecard.errors import ModelError
 from onecard.model.quantization import weight_bits
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")

@@ -23,7 +23,8 @@ from starlette.exceptions import HTTPException
 
 from onecard import __version__
 from onecard.config.inference import LimitOptions, SamplingOptions, ServeOptions
-from onecard.console import OneCardError, nearest
+from onecard.console import nearest
+from onecard.errors import OneCardError
 from onecard.inference.engine import Engine
 from onecard.serve.api import schema
 from onecard.serve.api.errors import as_api_error

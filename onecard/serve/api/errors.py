@@ -8,7 +8,8 @@ from __future__ import annotations
 import traceback
 from pathlib import PurePath
 
-from onecard.console import ConfigError, DataError, OneCardError, warn
+from onecard.console import warn
+from onecard.errors import ConfigError, DataError, OneCardError
 from onecard.inference.engine import ContextTooLong, OutOfMemory
 from onecard.inference.queue import Busy
 from onecard.serve.http_error import ApiError, bad_request

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from onecard.console import ConfigError, DataError
 from onecard.data.tokenization import segment_tokenizer
+from onecard.errors import ConfigError, DataError
 from onecard.inference.detokenize import decode
 from onecard.inference.engine import Engine, Request
 from onecard.inference.generate import Chunk, ContextTooLong, Usage

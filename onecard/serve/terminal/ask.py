@@ -11,7 +11,8 @@ import importlib
 import time
 from collections.abc import Callable, Iterator
 
-from onecard.console import DataError, ModelError, error, say, warn
+from onecard.console import error, say, warn
+from onecard.errors import DataError, ModelError
 from onecard.inference.generate import Chunk
 from onecard.serve.terminal.screen import Screen
 

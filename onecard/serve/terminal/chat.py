@@ -17,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import ConfigError, DataError, OneCardError, nearest
+from onecard.console import nearest
 from onecard.data.chat_template import BUILT_IN
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError, DataError, OneCardError
 from onecard.inference.chat_file import Chat, load_chat, save_chat
 from onecard.inference.engine import Engine, Request
 from onecard.inference.generate import Chunk

@@ -12,7 +12,8 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import DataError, nearest
+from onecard.console import nearest
+from onecard.errors import DataError
 
 
 class Command(NamedTuple):

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
 
-from onecard.console import OneCardError, warn
+from onecard.console import warn
+from onecard.errors import OneCardError
 from onecard.inference.engine import Busy, Engine, OutOfMemory, Request
 from onecard.inference.generate import Chunk
 from onecard.serve.web.i18n import word

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import OneCardError
 from onecard.data.messages import Turn
+from onecard.errors import OneCardError
 from onecard.inference.chat_file import now
 from onecard.inference.engine import Engine, Request
 from onecard.serve.web.answer import Running, answer_steps, failure_words

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import DataError, OneCardError
+from onecard.errors import DataError, OneCardError
 from onecard.inference.chat_file import Chat, now, read_chat, to_json
 from onecard.inference.engine import Busy, Engine, Request
 from onecard.inference.history import Session, fit_history, prompt_budget

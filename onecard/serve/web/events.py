@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
-from onecard.console import OneCardError
 from onecard.data.chat_template import BUILT_IN
+from onecard.errors import OneCardError
 from onecard.inference.engine import Engine
 from onecard.serve.web.answer import as_html
 from onecard.serve.web.ask import AnswerView, AskPage, Question

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-from onecard.console import DataError
+from onecard.errors import DataError
 from onecard.inference.chat_file import Chat, read_chat, to_json
 
 MAX_CHARS = 200_000  # each step of the page sends the versions along; the newest stays whatever its size

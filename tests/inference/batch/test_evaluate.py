@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onecard.config.training import ModelOptions
-from onecard.console import DataError
+from onecard.errors import DataError
 from onecard.inference.batch import evaluate as scoring
 from onecard.inference.batch.evaluate import mean_loss, read_cases, score
 from onecard.inference.generate import Generation

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onecard.console import CheckpointError, ConfigError
 from onecard.data.json_records import NumberText
+from onecard.errors import CheckpointError, ConfigError
 from onecard.inference.batch.results import AnswerFile, answer_row, as_line, whole_lines
 
 JOB = {"questions": "abc", "temperature": 0.5, "ids": (1, 2)}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import ConfigError, DataError, ModelError, Stopped
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError, DataError, ModelError, Stopped
 from onecard.inference.batch import run as answers_module
 from onecard.inference.batch.results import AnswerFile
 from onecard.inference.batch.run import Job, answer_questions, answer_safely, survey, with_system

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from onecard.config.training import LoraOptions
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora import adapter as adapters
 from onecard.model.lora.adapter import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import transformers as tf
 
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.memory.architecture import Linear, architecture_of, find_known, known_models
 from onecard.model.model_layers import linear_layers
 from tests.model.model_families import FAMILIES, N_FAMILIES, family_configs

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from onecard.config.training import FinetuneConfig
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import GIB, account
 from onecard.model.memory.plan import Card, Plan, longest_context, make_plan

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from onecard.config.training import LoraOptions, ModelOptions
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import Hardware
 from onecard.model.load import LoadedBase, load_base

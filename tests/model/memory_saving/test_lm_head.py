@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onecard.config.training import LoraOptions
-from onecard.console import ConfigError, ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora.adapter import add_lora, load_adapter, save_adapter
 from onecard.model.memory_saving.lm_head import quantize_head

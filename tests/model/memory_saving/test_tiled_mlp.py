@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from onecard.config.training import LoraOptions, ModelOptions
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import Hardware
 from onecard.model.load import LoadedBase, load_base

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from onecard.console import ConfigError
+from onecard.errors import ConfigError
 from onecard.serve.listen import open_socket, run_server, url_of
 from tests.serve.api.serving import long_body
 

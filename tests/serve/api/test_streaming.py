@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from onecard.config.inference import LimitOptions
-from onecard.console import ModelError
+from onecard.errors import ModelError
 from onecard.inference.engine import Engine, OutOfMemory
 from tests.serve.api.serving import (
     LONG,

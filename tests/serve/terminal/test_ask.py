@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from onecard.console import DataError
+from onecard.errors import DataError
 from onecard.inference.generate import Chunk, Usage
 from onecard.serve.terminal.ask import answer_once, interact
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from onecard.config.inference import SamplingOptions
-from onecard.console import DataError, ModelError, OneCardError
 from onecard.data.messages import Turn
+from onecard.errors import DataError, ModelError, OneCardError
 from onecard.inference.engine import Busy, ContextTooLong, LimitExceeded, OutOfMemory
 from onecard.inference.generate import Chunk, Usage
 from onecard.inference.history import Session

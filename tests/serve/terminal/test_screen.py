@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from onecard.console import DataError
+from onecard.errors import DataError
 from onecard.inference.generate import Chunk
 from onecard.serve.terminal.screen import Screen, harmless, last_lines
 
