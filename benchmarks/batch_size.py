@@ -99,7 +99,7 @@ def evaluated(run: Path) -> float:
     from onecard.model.load import load_base, load_tokenizer
     from onecard.model.lora.adapter import load_adapter
     from onecard.train.evaluate import evaluation_loss
-    from onecard.train.oom import Limits
+    from onecard.train.oom import MicroBatchLimits
 
     options = replace(ModelOptions(bits=32, device="cpu"), gradient_checkpointing=False)
     tokenizer = load_tokenizer(options.model_path)
@@ -107,7 +107,7 @@ def evaluated(run: Path) -> float:
     data = encode_dataset(held_out, load_template("auto", tokenizer), tokenizer, EncodeSettings(1024), run.parent)
     model = load_adapter(load_base(options, detect("cpu")).model, run, trainable=False).model
     samples = [data[number] for number in range(len(data))]
-    return evaluation_loss(model, samples, Accelerator(cpu=True), limits=Limits(micro_tokens=4096))
+    return evaluation_loss(model, samples, Accelerator(cpu=True), limits=MicroBatchLimits(micro_tokens=4096))
 
 
 if __name__ == "__main__":

@@ -94,10 +94,10 @@ def row_of(options: ContextOptions, hardware: Any, gib: float) -> dict[str, Any]
     """One size of card: planned, and where there is one, measured."""
     from onecard.model.memory.architecture import architecture_of
     from onecard.model.memory.estimate import GIB
-    from onecard.model.memory.plan import Card, longest_context
+    from onecard.model.memory.plan import CardSpec, longest_context
 
     config = config_for(options.model_path, options.lora_r, gib)
-    card = Card(f"{gib:g} GiB", int(gib * GIB), 1 << 40)
+    card = CardSpec(f"{gib:g} GiB", int(gib * GIB), 1 << 40)
     planned = longest_context(architecture_of(options.model_path), config, card, element_bytes=2)
     tried: list[dict[str, Any]] = []
     if hardware.is_gpu and planned:
@@ -191,13 +191,13 @@ def step_at(
 ) -> tuple[float | None, Any, Any]:
     """Two steps under the plan for these samples: seconds of the second (None: memory ran out), the run, the plan."""
     from benchmarks.synthetic_run import build_run, plan_for
-    from onecard.train.auto_config import settle
+    from onecard.train.auto_config import resolve
     from onecard.train.step import take_step
 
     length = int(samples.lengths.max())
     config = replace(config, data=replace(config.data, cutoff_len=length))
     first = plan_for(config, model, hardware, length)
-    filled, plan = settle(config, hardware, first, length)
+    filled, plan = resolve(config, hardware, first, length)
     run = build_run(filled, hardware, base, samples)
     take_step(run)
     begun = time.perf_counter()
@@ -211,13 +211,13 @@ def toy_row(options: ContextOptions, hardware: Any) -> dict[str, Any]:
     from benchmarks.random_models import random_base
     from benchmarks.synthetic_run import planned_peak, random_samples, run_peak
     from onecard.model.memory.architecture import architecture_of
-    from onecard.model.memory.plan import Card, longest_context
+    from onecard.model.memory.plan import CardSpec, longest_context
     from onecard.train.step import take_step
 
     config = config_for("toy", options.lora_r, options.toy_mib / 1024)
     config = replace(config, memory=replace(config.memory, pretend_turing=False))
     model = architecture_of(TOY)
-    card = Card("toy", options.toy_mib << 20, 1 << 40, is_gpu=False, repeats_kv=False)
+    card = CardSpec("toy", options.toy_mib << 20, 1 << 40, is_gpu=False, repeats_kv=False)
     length = longest_context(model, config, card, element_bytes=4)
     base, samples = random_base(TOY, config.model, hardware), random_samples([length] * 2, model.vocab_size)
     _, run, plan = step_at(config, hardware, model, base, samples)

@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.streaming import machine  # noqa: E402
-from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions  # noqa: E402
+from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
 from onecard.config.training import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
@@ -54,16 +54,16 @@ def main() -> None:
     options = parse(BenchmarkOptions, description=__doc__)
 
     from onecard.inference.adapters import open_voices
-    from onecard.inference.engine import Engine
+    from onecard.inference.engine import InferenceEngine
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(options, Path(folder))
         model = ModelOptions(model_path=folder, bits=32, device="cpu")
-        voices = open_voices(model, TalkerOptions(prompt_type="vicuna-chat"), None, "random")
+        voices = open_voices(model, InferenceOptions(prompt_type="vicuna-chat"), None, "random")
     seconds: dict[str, list[list[float]]] = {"kept": [], "read anew": []}
     for _ in range(options.rounds):
         for name, gib in (("kept", 2.0), ("read anew", 0.0)):
-            seconds[name].append(conversation(Engine(voices, LimitOptions(prefix_cache_gib=gib)), options))
+            seconds[name].append(conversation(InferenceEngine(voices, LimitOptions(prefix_cache_gib=gib)), options))
     medians = {
         name: [statistics.median(turn) for turn in zip(*rounds, strict=True)] for name, rounds in seconds.items()
     }
@@ -100,7 +100,7 @@ def save_model(options: BenchmarkOptions, folder: Path) -> None:
 def conversation(engine: Any, options: BenchmarkOptions) -> list[float]:
     """CPU seconds to the first token of each turn."""
     from onecard.data.messages import Turn
-    from onecard.inference.engine import Request
+    from onecard.inference.engine import GenerationRequest
 
     length = options.new_tokens
     first = SamplingOptions(max_new_tokens=1, min_new_tokens=1)
@@ -110,9 +110,9 @@ def conversation(engine: Any, options: BenchmarkOptions) -> list[float]:
     for _ in range(options.turns):
         turns = (*turns, Turn("user", QUESTION))
         begun = time.process_time()
-        list(engine.stream(Request(turns, sampling=first)))
+        list(engine.stream(GenerationRequest(turns, sampling=first)))
         found.append(time.process_time() - begun)
-        text = list(engine.stream(Request(turns, sampling=rest)))[-1][0].text
+        text = list(engine.stream(GenerationRequest(turns, sampling=rest)))[-1][0].text
         turns = (*turns, Turn("assistant", text))
     return found
 

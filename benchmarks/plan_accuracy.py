@@ -113,10 +113,10 @@ def measure(name: str, rows: int, length: int, rest: dict[str, Any], hardware: A
     """One step and one evaluation of one row, beside their plan; sizes in bytes."""
     from benchmarks.random_models import config_of
     from onecard.model.memory.architecture import architecture_of
-    from onecard.model.memory.estimate import Setup, account
+    from onecard.model.memory.estimate import MemoryConfig, account
 
     config = config_of(name) if hardware.is_gpu else toy_config(name)
-    setup = Setup(**{"element_bytes": element_bytes(rest["bits"], hardware), "rows": rows, "length": length,
+    setup = MemoryConfig(**{"element_bytes": element_bytes(rest["bits"], hardware), "rows": rows, "length": length,
                      "on_gpu": hardware.is_gpu, **rest})  # fmt: skip
     planned = account(architecture_of(config, name=name), setup)
     found = peaks(config, setup, hardware)
@@ -191,11 +191,11 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
 
     from benchmarks.random_models import random_base
     from onecard.config.training import LoraOptions, ModelOptions, TrainOptions
-    from onecard.data.encode import Encoded
+    from onecard.data.encode import LabelledSample
     from onecard.model.lora.adapter import add_lora
     from onecard.model.memory_saving.activation_offload import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
-    from onecard.train.oom import Limits
+    from onecard.train.oom import MicroBatchLimits
     from onecard.train.optim import allocate_state, build_optimizer
     from onecard.train.run import Run
     from onecard.train.step import use_limits
@@ -223,9 +223,9 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
                               kwargs_handlers=[AutocastKwargs(cache_enabled=False)])  # fmt: skip
     model, stepped = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
     ids = np.random.default_rng(0).integers(3, config["vocab_size"], (2 * setup.rows, setup.length)).tolist()
-    samples = Samples(Encoded(row, [-100, *row[1:]], str(number), number) for number, row in enumerate(ids))
+    samples = Samples(LabelledSample(row, [-100, *row[1:]], str(number), number) for number, row in enumerate(ids))
     run = Run(train, model, plain, stepped, accelerator, samples, [], None)  # type: ignore[arg-type]
-    use_limits(run, Limits(setup.rows, 0, setup.loss_chunk, setup.offload_activations, setup.mlp_tile))
+    use_limits(run, MicroBatchLimits(setup.rows, 0, setup.loss_chunk, setup.offload_activations, setup.mlp_tile))
     plain.train()
     return run
 

@@ -117,13 +117,13 @@ def build(options: SpeedOptions, hardware: Any) -> tuple[dict[str, Contestant], 
     from benchmarks.random_models import base_model, config_of
     from benchmarks.synthetic_run import build_run, plan_for, samples_of
     from onecard.model.memory.architecture import architecture_of
-    from onecard.train.auto_config import settle
+    from onecard.train.auto_config import resolve
 
     config = config_for(options)
     samples = samples_of(options.data_path, ROOT / "sample" / "tiny-llama", config.data.cutoff_len)
     architecture = architecture_of(config_of(options.model_path))
     longest = int(samples.lengths.max())
-    filled, _ = settle(config, hardware, plan_for(config, architecture, hardware, longest), longest)
+    filled, _ = resolve(config, hardware, plan_for(config, architecture, hardware, longest), longest)
     run = build_run(filled, hardware, base_model(config.model, hardware), samples)
     unchecked = replace(config.model, gradient_checkpointing=False)
     # fp32 master copies, full optimizer: the plan's own savings are ours alone, except the optimizer.

@@ -67,26 +67,26 @@ def main() -> None:
 
     from onecard.data.messages import Turn
     from onecard.inference.generate import answer_rows, prepare, stream
-    from onecard.inference.load import load_talker
+    from onecard.inference.load import load_bundle
 
     torch.set_num_threads(options.threads)
     model = ModelOptions(model_path=options.model_path, bits=options.bits, device=options.device)  # type: ignore[arg-type]
-    talker, _ = load_talker(model, None, "auto")
+    bundle, _ = load_bundle(model, None, "auto")
     turns = [Turn("user", "Tell me all you know about the capital of France, 请用中文。")]
     modes: dict[str, Any] = {}
     for name, settings in MODES.items():
         sampling = SamplingOptions(
             max_new_tokens=options.new_tokens, min_new_tokens=options.new_tokens, no_repeat_ngram_size=4, **settings
         )
-        row = prepare(talker, turns, sampling)
+        row = prepare(bundle, turns, sampling)
         n_chunks = 0
 
         def plain(row: Any = row, sampling: SamplingOptions = sampling) -> int:
-            return answer_rows(talker, [row], sampling)[0].n_new_tokens
+            return answer_rows(bundle, [row], sampling)[0].n_new_tokens
 
         def streamed(sampling: SamplingOptions = sampling) -> int:
             nonlocal n_chunks
-            chunks = list(stream(talker, turns, sampling))
+            chunks = list(stream(bundle, turns, sampling))
             n_chunks = len(chunks)
             return chunks[-1].usage.n_new_tokens
 

@@ -18,12 +18,12 @@ import torch
 from onecard.config.training import FinetuneConfig
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import encode_dataset
-from onecard.data.encode import IGNORE_INDEX, Encoded, EncodeSettings
+from onecard.data.encode import IGNORE_INDEX, EncodeSettings, LabelledSample
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import LoadedBase, load_tokenizer
 from onecard.model.lora.adapter import add_lora
 from onecard.model.memory.architecture import Architecture
-from onecard.model.memory.estimate import CONTEXT, Account
+from onecard.model.memory.estimate import CONTEXT, MemoryEstimate
 from onecard.model.memory.plan import Plan, make_plan
 from onecard.model.memory_saving.activation_offload import embeddings_to_ram
 from onecard.train.auto_config import card_of, limits_of
@@ -38,10 +38,10 @@ from tests.live_memory import held_bytes, peak_bytes
 SPECIAL_IDS = 3  # the first ids of a vocabulary are control tokens
 
 
-class Samples(Sequence[Encoded]):
+class Samples(Sequence[LabelledSample]):
     """Encoded samples as a run takes them: with `lengths` and `supervised` in the same order."""
 
-    def __init__(self, samples: Sequence[Encoded]) -> None:
+    def __init__(self, samples: Sequence[LabelledSample]) -> None:
         self.samples = list(samples)
         self.lengths = np.array([len(sample.input_ids) for sample in samples])
         # The first token of a row is predicted by nothing.
@@ -71,7 +71,7 @@ def random_samples(lengths: Sequence[int], vocab_size: int, *, seed: int = 0) ->
     made = []
     for number, length in enumerate(lengths):
         ids = np.random.RandomState([seed, number]).randint(SPECIAL_IDS, vocab_size, length).tolist()
-        made.append(Encoded(ids, list(ids), f"random:{number}", number))
+        made.append(LabelledSample(ids, list(ids), f"random:{number}", number))
     return Samples(made)
 
 
@@ -143,7 +143,7 @@ def run_peak(run: Run, work: Callable[[], object], *, embeddings_in_ram: bool) -
     return replace(peak, tensor_bytes=on_card, ram_bytes=moved + waiting)
 
 
-def planned_peak(account: Account) -> Peak:
+def planned_peak(account: MemoryEstimate) -> Peak:
     """What the plan says of the same."""
     context = sum(part.n_bytes for part in account.parts if part.name == CONTEXT)
     return Peak(account.tensor_bytes, account.ram_bytes, account.card_bytes - context)

@@ -35,16 +35,16 @@ def _finetune(config: FinetuneConfig) -> Path:
     from onecard.train.auto_config import (
         cap_memory,
         first_plan,
-        keep_choices,
+        pin_choices,
+        resolve,
         resolve_lengths,
         resolve_total_batch,
-        settle,
     )
     from onecard.train.build import build_accelerator, build_run, open_reporter, prepare_data, training_state
     from onecard.train.loop import report_events, train
     from onecard.train.memory_probe import rehearse_if_wanted
     from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position
-    from onecard.train.rundir import RunDirectory, Settings, portable
+    from onecard.train.rundir import RunDirectory, RunSettings, portable
     from onecard.train.trackers import check_sinks
 
     if problem := toy_base_problem(config.model.model_path, config.data.data_path):
@@ -62,13 +62,13 @@ def _finetune(config: FinetuneConfig) -> Path:
         data = prepare_data(config, accelerator, point)
         config = replace(config, data=replace(config.data, test_size=data.test_size))
         config = resolve_total_batch(config, point, len(data.train))
-        fitted, plan = settle(keep_choices(config, point), hardware, first, data.longest, accelerator)
+        fitted, plan = resolve(pin_choices(config, point), hardware, first, data.longest, accelerator)
         state = training_state(config, data, point)
         fitted = resolve_lengths(fitted, len(data.train), len(data.test))
         run = build_run(fitted, hardware, accelerator, data, state, point, directory)
         run.plan = plan
         say(describe_trainable(run.plain_model))
-        settings = Settings(cli.to_yaml(portable(config)), data.tokenizer, data.template.jinja)
+        settings = RunSettings(cli.to_yaml(portable(config)), data.tokenizer, data.template.jinja)
         directory.write_settings(settings)
         reporter = open_reporter(config, run, directory)
         try:
@@ -105,19 +105,19 @@ def _ask(config: GenerateConfig) -> None:
     """Answer one instruction, or whoever sits at the keyboard."""
     from onecard.data.messages import Turn
     from onecard.inference.batch.run import with_system
-    from onecard.inference.generate import Chunk, Watching, prepare, stream_rows
-    from onecard.inference.load import load_talker
+    from onecard.inference.generate import Chunk, StreamingOptions, prepare, stream_rows
+    from onecard.inference.load import load_bundle
     from onecard.inference.sampling import CacheOptions
     from onecard.serve.terminal.ask import answer_once, interact
 
     ask, sampling = config.ask, config.sampling
-    talker, _ = load_talker(config.model, config.talker.lora_path, config.talker.prompt_type)
-    talker = replace(talker, cache=CacheOptions(config.talker.static_cache, config.talker.compile))
+    bundle, _ = load_bundle(config.model, config.inference.lora_path, config.inference.prompt_type)
+    bundle = replace(bundle, cache=CacheOptions(config.inference.static_cache, config.inference.compile))
 
     def answer(instruction: str, number: int) -> Iterator[Chunk]:
-        turns = with_system([Turn("user", instruction, ask.input)], config.talker.system)
-        row = prepare(talker, turns, sampling, number=number)
-        for (chunk,) in stream_rows(talker, [row], sampling, Watching(show_beams=ask.show_beams)):
+        turns = with_system([Turn("user", instruction, ask.input)], config.inference.system)
+        row = prepare(bundle, turns, sampling, number=number)
+        for (chunk,) in stream_rows(bundle, [row], sampling, StreamingOptions(show_beams=ask.show_beams)):
             yield chunk
 
     rewrites = sampling.num_beams > 1
@@ -131,15 +131,15 @@ def _answer_file(config: GenerateConfig) -> None:
     """Answer a file of questions, going on where an earlier start was cut off."""
     from onecard.data.sources import data_fingerprint, source_of
     from onecard.inference.batch.results import AnswerFile
-    from onecard.inference.batch.run import Job, answer_questions, survey
-    from onecard.inference.load import load_talker
+    from onecard.inference.batch.run import BatchJob, answer_questions, survey
+    from onecard.inference.load import load_bundle
 
-    ask, sampling, system = config.ask, config.sampling, config.talker.system
+    ask, sampling, system = config.ask, config.sampling, config.inference.system
     source, output_path = source_of(ask), str(ask.output_path)
     n_questions = survey(source)
-    talker, depends_on = load_talker(config.model, config.talker.lora_path, config.talker.prompt_type)
+    bundle, depends_on = load_bundle(config.model, config.inference.lora_path, config.inference.prompt_type)
     depends_on |= {"questions": data_fingerprint(source), **asdict(sampling), "system": system}
-    job = Job(talker, source, n_questions, sampling, ask.batch_size, system)
+    job = BatchJob(bundle, source, n_questions, sampling, ask.batch_size, system)
     with AnswerFile(Path(output_path), depends_on) as answers:
         tally = answer_questions(job, answers)
     say(f"{tally.line()}; all {n_questions} are in {output_path}")
@@ -151,12 +151,12 @@ def _ask_page(config: GenerateConfig) -> None:
     from onecard.serve.web.app import ask_page, launch
     from onecard.serve.web.examples import questions
 
-    engine = open_engine(config.model, config.talker, config.limits)
+    engine = open_engine(config.model, config.inference, config.limits)
     blocks = ask_page(
         engine,
         config.sampling,
         config.page,
-        system=config.talker.system,
+        system=config.inference.system,
         show_beams=config.ask.show_beams,
         examples=questions(),
     )
@@ -177,20 +177,20 @@ def chat(config: ChatConfig) -> None:
 def _chat(config: ChatConfig) -> None:
     from onecard.inference.engine import open_engine
 
-    chat, talker = config.chat, config.talker
-    engine = open_engine(config.model, talker, config.limits, chat.adapters_path)
+    chat, bundle = config.chat, config.inference
+    engine = open_engine(config.model, bundle, config.limits, chat.adapters_path)
     if chat.cli:
-        from onecard.inference.history import Session
+        from onecard.inference.history import ChatHistory
         from onecard.serve.terminal.chat import chat_in_terminal
 
-        session = Session(system=talker.system)
+        session = ChatHistory(system=bundle.system)
         chat_in_terminal(engine, session, config.sampling, show_beams=chat.show_beams, load=chat.load_chat)
     else:
         from onecard.serve.web.app import chat_page, launch
         from onecard.serve.web.examples import first_messages
 
         blocks = chat_page(
-            engine, config.sampling, config.page, system=talker.system, show_beams=chat.show_beams,
+            engine, config.sampling, config.page, system=bundle.system, show_beams=chat.show_beams,
             examples=first_messages(),
         )  # fmt: skip
         launch(blocks, config.page, max_body_bytes=config.limits.max_body_bytes)
@@ -211,14 +211,14 @@ def _serve(config: ServeConfig) -> None:
     from onecard.inference.engine import open_engine
     from onecard.serve.api.app import build_app, run_server
 
-    options, talker = config.serve, config.talker
-    engine = open_engine(config.model, talker, config.limits, options.adapters_path, options.model_name)
-    app = build_app(engine, options, config.limits, config.sampling, talker.system)
+    options, bundle = config.serve, config.inference
+    engine = open_engine(config.model, bundle, config.limits, options.adapters_path, options.model_name)
+    app = build_app(engine, options, config.limits, config.sampling, bundle.system)
     if options.web:
         from onecard.serve.web.app import chat_page, mount
         from onecard.serve.web.examples import first_messages
 
         page = PageOptions(host=options.host, language=options.language)
-        blocks = chat_page(engine, config.sampling, page, system=talker.system, examples=first_messages())
+        blocks = chat_page(engine, config.sampling, page, system=bundle.system, examples=first_messages())
         mount(app, blocks)
     run_server(app, options.host, options.port)

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 from onecard.config.inference import LimitOptions
 from onecard.data.messages import Turn
-from onecard.inference.engine import OutOfMemory, Request
+from onecard.inference.engine import GenerationRequest, OutOfMemory
 from onecard.inference.generate import Chunk, Usage
-from onecard.inference.queue import Busy, Turnstile
+from onecard.inference.queue import QueueFull, RequestQueue
 
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>\n\n"
@@ -62,10 +62,10 @@ class FakeEngine:
     context_limit: int = 2048
 
     def __post_init__(self) -> None:
-        self.turnstile = Turnstile(self.limits.max_queue)
-        self.asked: list[Request] = []
+        self.turnstile = RequestQueue(self.limits.max_queue)
+        self.asked: list[GenerationRequest] = []
         self.ended: list[str] = []
-        self.refused: list[Request] = []
+        self.refused: list[GenerationRequest] = []
 
     def has(self, adapter: str) -> bool:
         return adapter == "" or adapter in self.names
@@ -76,12 +76,12 @@ class FakeEngine:
     def count_tokens(self, turns: Sequence[Turn], adapter: str = "", prompt_type: str = "") -> int:
         return sum(4 + len(turn.content.split()) for turn in turns)
 
-    def stream(self, request: Request, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
+    def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
         cancel = cancel or threading.Event()
         self.asked.append(request)
         try:
             ticket = self.turnstile.join()
-        except Busy:
+        except QueueFull:
             self.refused.append(request)
             raise
         ending = "closed"
@@ -95,7 +95,7 @@ class FakeEngine:
             self.turnstile.leave(ticket, 1.0)
             self.ended.append(ending)
 
-    def _answer(self, request: Request, cancel: threading.Event) -> Iterator[Chunk]:
+    def _answer(self, request: GenerationRequest, cancel: threading.Event) -> Iterator[Chunk]:
         question = request.turns[-1].content.lower()
         prompt = self.count_tokens(request.turns)
         if "memory" in question:
@@ -117,7 +117,7 @@ class FakeEngine:
         reason = "length" if len(pieces) < len(text.split(" ")) else "stop"
         yield Chunk(shown, self._beams(request, shown), reason, Usage(prompt, len(pieces) + 1))
 
-    def _text(self, question: str, request: Request) -> str:
+    def _text(self, question: str, request: GenerationRequest) -> str:
         if "hostile" in question:
             return HOSTILE
         if "code" in question:
@@ -134,7 +134,7 @@ class FakeEngine:
         return self.script.say + again
 
     @staticmethod
-    def _beams(request: Request, text: str) -> tuple[str, ...]:
+    def _beams(request: GenerationRequest, text: str) -> tuple[str, ...]:
         n = request.sampling.num_beams
         return tuple(f"{text} [{k}]" if k else text for k in range(n)) if request.show_beams and n > 1 else ()
 

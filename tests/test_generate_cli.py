@@ -58,7 +58,7 @@ def test_the_runs_options_stand_below_what_is_typed(command, run_dir, lively_bas
     assert [config.model.bits for config in configs] == [32, 4, 32]
     assert [config.model.model_path for config in configs] == [str(lively_base), str(lively_base), "other"]
     for config in configs:  # nothing of the training's own, and never leave to run foreign code
-        assert (config.ask.data_path, config.ask.output_path, config.talker.prompt_type) == (None, None, "auto")
+        assert (config.ask.data_path, config.ask.output_path, config.inference.prompt_type) == (None, None, "auto")
         assert (config.model.trust_remote_code, config.model.device, config.sampling.seed) == (False, "auto", 42)
 
 

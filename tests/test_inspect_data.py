@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onecard.data.encode import Encoded
-from onecard.data.inspect import Bar, Piece, bars, pieces
+from onecard.data.encode import LabelledSample
+from onecard.data.inspect import LengthBin, MaskedText, bars, pieces
 from onecard.errors import ConfigError
 from tests.data.plain_tokenizer import PlainTokenizer
 
@@ -92,8 +92,8 @@ def test_it_starts_from_any_folder(tmp_path):
 
 
 def test_pieces_worked_example():
-    sample = Encoded([0, ord("H") + 2, ord("i") + 2, 1], [-100, ord("H") + 2, ord("i") + 2, 1], "a:1", 0)
-    assert pieces(sample, PlainTokenizer()) == [Piece("<s>", False), Piece("Hi</s>", True)]
+    sample = LabelledSample([0, ord("H") + 2, ord("i") + 2, 1], [-100, ord("H") + 2, ord("i") + 2, 1], "a:1", 0)
+    assert pieces(sample, PlainTokenizer()) == [MaskedText("<s>", False), MaskedText("Hi</s>", True)]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_bars_hold_every_sample_and_the_limit_is_a_border(lengths, cutoff_len):
 
 def test_bars_worked_example():
     assert bars(np.array([3, 5, 9], np.int32), 8, 4) == [
-        Bar(1, 2, 0),
-        Bar(3, 4, 1),
-        Bar(5, 6, 1),
-        Bar(7, 8, 0),
-        Bar(9, 10, 1),
+        LengthBin(1, 2, 0),
+        LengthBin(3, 4, 1),
+        LengthBin(5, 6, 1),
+        LengthBin(7, 8, 0),
+        LengthBin(9, 10, 1),
     ]

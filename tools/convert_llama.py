@@ -97,7 +97,14 @@ def main(argv: list[str] | None = None) -> None:
     verb, options = parse_verb(VERBS, argv, description=__doc__ or "")
 
     from onecard.export.io.weights import open_weights
-    from onecard.export.llama_pth.pth import HfChoices, directory_of, hf_to_pth, open_checkpoint, pth_to_hf, reshard
+    from onecard.export.llama_pth.pth import (
+        HfConfigChoices,
+        directory_of,
+        hf_to_pth,
+        open_checkpoint,
+        pth_to_hf,
+        reshard,
+    )
     from onecard.model.files import locate
 
     source = locate(options.model_path, what="model") if verb == "pth" else directory_of(options.model_path)
@@ -105,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(options.output_path)
     with new_directory(target, overwrite=options.overwrite, inputs=[source], needed_bytes=needed_bytes) as partial:
         if verb == "hf":
-            choices = HfChoices(options.max_positions, options.instruct)
+            choices = HfConfigChoices(options.max_positions, options.instruct)
             told = pth_to_hf(source, partial, parse_size(options.max_shard_size, "--max_shard_size"), choices)
         elif verb == "pth":
             told = hf_to_pth(source, partial, n_shards=options.n_shards or None)

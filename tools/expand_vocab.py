@@ -126,20 +126,20 @@ def main(argv: list[str] | None = None) -> None:
     output_path = Path(options.output_path)
     if isinstance(options, TrainOptions):
         from onecard.data.sources import source_of
-        from onecard.export.vocabulary.train import Training, train
+        from onecard.export.vocabulary.train import TrainSettings, train
 
-        learned = {name: getattr(options, name) for name in Training.__dataclass_fields__ if name != "source"}
-        train(Training(source_of(options), **learned), output_path, overwrite=options.overwrite)
+        learned = {name: getattr(options, name) for name in TrainSettings.__dataclass_fields__ if name != "source"}
+        train(TrainSettings(source_of(options), **learned), output_path, overwrite=options.overwrite)
     elif isinstance(options, MergeOptions):
-        from onecard.export.vocabulary.merge import Merging, merge
+        from onecard.export.vocabulary.merge import TokenizerMergeSettings, merge
 
-        merging = Merging(options.tokenizer_path, options.new_path, options.max_new, options.eval_path)
+        merging = TokenizerMergeSettings(options.tokenizer_path, options.new_path, options.max_new, options.eval_path)
         merge(merging, output_path, overwrite=options.overwrite)
     else:
-        from onecard.export.vocabulary.resize import Applying, apply
+        from onecard.export.vocabulary.resize import ResizeSettings, apply
 
         size = parse_size(options.max_shard_size, "--max_shard_size")
-        applying = Applying(options.model_path, options.tokenizer_path, size, options.pad_to_multiple_of)
+        applying = ResizeSettings(options.model_path, options.tokenizer_path, size, options.pad_to_multiple_of)
         apply(applying, output_path, overwrite=options.overwrite)
 
 

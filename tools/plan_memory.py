@@ -153,13 +153,15 @@ def find_cards(options: PlanOptions) -> list[tuple[Any, Any]]:
     import torch
 
     from onecard.model.hardware import Hardware, detect
-    from onecard.model.memory.plan import Card
+    from onecard.model.memory.plan import CardSpec
 
     old, ram = options.memory.pretend_turing, psutil.virtual_memory().total
     sizes = {f"a card of {gib:g} GiB": int(gib * 2**30) for gib in numbers(options.memory.sizes, float)}
     if sizes:
         device = torch.device("cuda")
-        return [(Card(name, size, ram), Hardware(device, name, size, not old, None)) for name, size in sizes.items()]
+        return [
+            (CardSpec(name, size, ram), Hardware(device, name, size, not old, None)) for name, size in sizes.items()
+        ]
     from onecard.train.auto_config import card_of
 
     found = detect(options.model.device, pretend_turing=old)

@@ -81,18 +81,18 @@ def scored(config: ScoreConfig) -> str:
     """Answer every question with and without the adapter; the report, ready to print."""
     from onecard.data.sources import source_of
     from onecard.inference.batch.evaluate import read_cases, score
-    from onecard.inference.load import load_talker
+    from onecard.inference.load import load_bundle
 
     options = config.score
-    talker, _ = load_talker(config.model, options.lora_path, options.prompt_type)
-    cases = read_cases(source_of(options), talker, limit=options.limit)
+    bundle, _ = load_bundle(config.model, options.lora_path, options.prompt_type)
+    cases = read_cases(source_of(options), bundle, limit=options.limit)
     scores: dict[str, Score] = {}
     if options.with_base or not options.lora_path:
         # One model serves both: the adapter is switched off for the first round.
-        with talker.model.disable_adapter() if options.lora_path else nullcontext():
-            scores["before" if options.lora_path else "base"] = score(talker, cases, batch_size=options.batch_size)
+        with bundle.model.disable_adapter() if options.lora_path else nullcontext():
+            scores["before" if options.lora_path else "base"] = score(bundle, cases, batch_size=options.batch_size)
     if options.lora_path:
-        scores["after"] = score(talker, cases, batch_size=options.batch_size)
+        scores["after"] = score(bundle, cases, batch_size=options.batch_size)
     return as_json(options, cases, scores) if options.json else as_tables(options, cases, scores)
 
 

@@ -78,7 +78,7 @@ class SamplingOptions:
 
 
 @dataclass
-class TalkerOptions:
+class InferenceOptions:
     """Which model talks, and in which words."""
 
     lora_path: str | None = None
@@ -265,7 +265,7 @@ class GenerateConfig:
     """Everything `generate.py` needs; see the classes of its fields."""
 
     ask: AskOptions = field(default_factory=AskOptions)
-    talker: TalkerOptions = field(default_factory=TalkerOptions)
+    inference: InferenceOptions = field(default_factory=InferenceOptions)
     model: ModelOptions = field(default_factory=AnsweringModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     page: PageOptions = field(default_factory=PageOptions)
@@ -277,7 +277,7 @@ class ChatConfig:
     """Everything `chat.py` needs; see the classes of its fields."""
 
     chat: ChatOptions = field(default_factory=ChatOptions)
-    talker: TalkerOptions = field(default_factory=TalkerOptions)
+    inference: InferenceOptions = field(default_factory=InferenceOptions)
     model: ModelOptions = field(default_factory=AnsweringModelOptions)
     sampling: SamplingOptions = field(
         default_factory=lambda: SamplingOptions(max_new_tokens=512, temperature=0.7, top_p=0.9)
@@ -291,7 +291,7 @@ class ServeConfig:
     """Everything `tools/serve.py` needs. `sampling` holds for what a request leaves open; OpenAI's default is 1.0."""
 
     serve: ServeOptions = field(default_factory=ServeOptions)
-    talker: TalkerOptions = field(default_factory=TalkerOptions)
+    inference: InferenceOptions = field(default_factory=InferenceOptions)
     model: ModelOptions = field(default_factory=AnsweringModelOptions)
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(max_new_tokens=512, temperature=1.0))
     limits: LimitOptions = field(default_factory=LimitOptions)

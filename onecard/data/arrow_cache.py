@@ -24,13 +24,13 @@ import numpy as np
 import pyarrow as pa
 
 from onecard.console import warn
-from onecard.data.encode import Coded
+from onecard.data.encode import EncodedSample
 from onecard.data.sources import ReadReport
 from onecard.errors import DataError, OneCardError
 from onecard.storage import sha256_of, sync_file, write_whole
 
 # (coded sample, where its record is found, its group)
-Row = tuple[Coded, str, int]
+Row = tuple[EncodedSample, str, int]
 
 _KEPT_DROPPED_RECORDS = 1000
 _STALE_PARTIAL_S = 24 * 3600

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from onecard.data.encode import IGNORE_INDEX, Encoded
+from onecard.data.encode import IGNORE_INDEX, LabelledSample
 from onecard.errors import ConfigError
 
 # Matrix products of fewer rows leave a card waiting; below this share of the longest row a row is mostly padding.
@@ -120,7 +120,7 @@ def share_for_rank(
     return mine
 
 
-def collate(samples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(samples: Sequence[LabelledSample], pad_id: int) -> dict[str, torch.Tensor]:
     """Rows padded on the right to the longest: input_ids, attention_mask, labels, each LongTensor (batch, seq).
 
     ids [5, 6, 2] and [7, 2], pad 0:

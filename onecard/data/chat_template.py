@@ -94,7 +94,7 @@ class Template:
             Segment("\\n", is_answer=False)        # with a next question: the beginning of the next prompt
         """
         turns = conversation.turns if isinstance(conversation, Conversation) else tuple(conversation)
-        return Writer(self, tokenizer).segments(turns, add_generation_prompt=add_generation_prompt)
+        return PromptRenderer(self, tokenizer).segments(turns, add_generation_prompt=add_generation_prompt)
 
     def end_text(self, tokenizer: Any) -> str:
         """The text that closes an answer. Raises ConfigError when it is the tokenizer's eos and there is none."""
@@ -124,7 +124,7 @@ class Template:
 _Skeleton = tuple[list[str | int], bool, str]
 
 
-class Writer:
+class PromptRenderer:
     """A template bound to a tokenizer's special tokens; made once per data set, because it runs once per record."""
 
     def __init__(self, template: Template, tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ MARK = "\ufdd0"
 _BY_WHITESPACE = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 
 
-class Continuing(NamedTuple):
+class ContinuationTokenizer(NamedTuple):
     """backend: the copy. after_tokens: the original puts no space after an added token either. by_words: it puts one
     in front of every word, so that a text behind whitespace is no continuation for it."""
 
@@ -27,7 +27,7 @@ class Continuing(NamedTuple):
     by_words: bool
 
 
-def continuing(backend: Any) -> Continuing | None:
+def continuing(backend: Any) -> ContinuationTokenizer | None:
     """The copy of a `tokenizers.Tokenizer`, or None where nothing is ever put in front of a text."""
     state = json.loads(backend.to_str())
     steps = list(_steps(state["normalizer"])) + list(_steps(state["pre_tokenizer"]))
@@ -44,7 +44,7 @@ def continuing(backend: Any) -> Continuing | None:
         for step in steps
     )
     by_words = any(step["type"] in _BY_WHITESPACE for step in steps)
-    return Continuing(type(backend).from_str(json.dumps(state)), only_first, by_words)
+    return ContinuationTokenizer(type(backend).from_str(json.dumps(state)), only_first, by_words)
 
 
 def _steps(node: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -25,7 +25,15 @@ import pyarrow as pa
 from onecard.console import warn
 from onecard.data.arrow_cache import DatasetReport, Row, can_write, read_manifest, remove_stale, write_cache
 from onecard.data.chat_template import Template
-from onecard.data.encode import Coded, Dropped, Encoded, Encoder, EncodeSettings, segments_of, to_encoded
+from onecard.data.encode import (
+    DroppedSample,
+    EncodedSample,
+    Encoder,
+    EncodeSettings,
+    LabelledSample,
+    segments_of,
+    to_encoded,
+)
 from onecard.data.jinja_chat import is_dated
 from onecard.data.messages import Conversation, Document
 from onecard.data.sources import Source, data_fingerprint, read
@@ -58,14 +66,14 @@ class EncodedDataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Encoded:
+    def __getitem__(self, index: int) -> LabelledSample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
         batch, row = self._batches[which], int(index - self._starts[which])
         ids = batch.column("input_ids")[row].values.to_numpy().tolist()
         spans = batch.column("spans")[row].values.to_numpy().tolist()
-        coded = Coded(ids, spans, batch.column("cut")[row].as_py())
+        coded = EncodedSample(ids, spans, batch.column("cut")[row].as_py())
         return to_encoded(coded, batch.column("record")[row].as_py(), int(self.groups[index]))
 
     def first_beyond(self, limit: int) -> tuple[int, int] | None:
@@ -218,14 +226,14 @@ def _n_characters(sample: Conversation | Document) -> int:
 
 def _rows(
     samples: list[Conversation | Document],
-    results: list[list[Coded] | Dropped],
+    results: list[list[EncodedSample] | DroppedSample],
     first_group: int,
     settings: EncodeSettings,
     report: DatasetReport,
 ) -> list[Row]:
     rows: list[Row] = []
     for group, (sample, result) in enumerate(zip(samples, results, strict=True), start=first_group):
-        if not isinstance(result, Dropped):
+        if not isinstance(result, DroppedSample):
             rows += [(coded, sample.record, group) for coded in result]
         elif not result.bad:
             report.add_dropped(sample.record, result.reason)

@@ -24,7 +24,7 @@ Sample = Conversation | Document
 
 
 @dataclass(slots=True)
-class Encoded:
+class LabelledSample:
     """One training sample: input_ids (seq,), labels (seq,) with IGNORE_INDEX where nothing is learned.
 
     group: the number of the conversation it came from; samples of a group go to the same side of a split.
@@ -39,7 +39,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
+class DroppedSample:
     """A sample that teaches nothing. `bad`: the record itself is at fault, not the length limit."""
 
     reason: str
@@ -55,7 +55,7 @@ class EncodeSettings:
     strict: bool = False
 
 
-class Coded(NamedTuple):
+class EncodedSample(NamedTuple):
     """ids with the half-open ranges [start, end) that are learned, flat: [s0, e0, s1, e1, ...]."""
 
     ids: list[int]
@@ -63,7 +63,7 @@ class Coded(NamedTuple):
     cut: bool = False
 
 
-class Draft(NamedTuple):
+class SamplePlan(NamedTuple):
     """A sample before tokenisation. learn_last: only the last answer is learned, the others are its history."""
 
     turns: tuple[Turn, ...]
@@ -100,7 +100,7 @@ def prompt_for(turns: Sequence[Turn], template: Template, tokenizer: Any) -> Pro
 
 def encode_sample(
     sample: Sample, template: Template, tokenizer: Any, settings: EncodeSettings, *, group: int = 0
-) -> list[Encoded] | Dropped:
+) -> list[LabelledSample] | DroppedSample:
     """The training samples one record gives: one, or several for long documents and templates that rewrite history.
 
     chatml, [user "Hi", assistant "Hello"], with <|im_start|>=1, <|im_end|>=2:
@@ -110,19 +110,19 @@ def encode_sample(
     Raises DataError for a bad record when settings.strict.
     """
     result = Encoder(template, tokenizer, settings).encode_many([sample])[0]
-    if isinstance(result, Dropped):
+    if isinstance(result, DroppedSample):
         if result.bad and settings.strict:
             raise DataError(f"{sample.record}: {result.reason}")
         return result
     return [to_encoded(coded, sample.record, group) for coded in result]
 
 
-def to_encoded(coded: Coded, record: str, group: int) -> Encoded:
+def to_encoded(coded: EncodedSample, record: str, group: int) -> LabelledSample:
     """Spans to labels: ids [5, 6, 7, 8], spans [2, 4] -> labels [-100, -100, 7, 8]."""
     labels = [IGNORE_INDEX] * len(coded.ids)
     for start, end in zip(coded.spans[::2], coded.spans[1::2], strict=True):
         labels[start:end] = coded.ids[start:end]
-    return Encoded(coded.ids, labels, record, group, coded.cut)
+    return LabelledSample(coded.ids, labels, record, group, coded.cut)
 
 
 class Encoder:
@@ -135,82 +135,82 @@ class Encoder:
         self._control = any_of(control_tokens(template, tokenizer))
         self._stops = any_of(template.stop_strings(tokenizer))
 
-    def encode_many(self, samples: Sequence[Sample]) -> list[list[Coded] | Dropped]:
+    def encode_many(self, samples: Sequence[Sample]) -> list[list[EncodedSample] | DroppedSample]:
         """One result per sample, in order: a list of coded samples, or why there is none."""
         return self.code([self.plan(sample) for sample in samples])
 
-    def plan(self, sample: Sample) -> list[Draft] | Dropped:
+    def plan(self, sample: Sample) -> list[SamplePlan] | DroppedSample:
         """How a sample will be written, or why it cannot be used. No tokenising yet."""
         if isinstance(sample, Document):
             bad = self._fault(sample.text, self._control)
             text = Segment(sample.text, is_answer=True)
-            return Dropped(bad, bad=True) if bad else [Draft((), [text], learn_last=False)]
+            return DroppedSample(bad, bad=True) if bad else [SamplePlan((), [text], learn_last=False)]
         for turn in sample.turns:
             bad = self._fault(turn.content, self._control) or (turn.input and self._fault(turn.input, self._control))
             if not bad and turn.role == "assistant":
                 bad = self._fault(turn.content, self._stops)
             if bad:
-                return Dropped(bad, bad=True)
+                return DroppedSample(bad, bad=True)
         if not sample.turns or sample.turns[-1].role != "assistant":
-            return Dropped("the conversation does not end with an answer", bad=True)
+            return DroppedSample("the conversation does not end with an answer", bad=True)
         turns = sample.turns
         while turns and not _is_to_learn(turns[-1]):
             turns = turns[:-1]
         if not turns:
-            return Dropped("the record marks all its answers as not to be learned")
+            return DroppedSample("the record marks all its answers as not to be learned")
         try:
             # What follows the last answer to learn would only take room.
             return self._drafts(sample.turns if self.settings.train_on == "everything" else turns)
         except DataError as reason:
-            return Dropped(str(reason), bad=True)
+            return DroppedSample(str(reason), bad=True)
 
-    def code(self, plans: Sequence[list[Draft] | Dropped]) -> list[list[Coded] | Dropped]:
+    def code(self, plans: Sequence[list[SamplePlan] | DroppedSample]) -> list[list[EncodedSample] | DroppedSample]:
         """Tokenise all planned segments in one call and put the samples together."""
         return self.assemble(plans, self.tokens.ids(segments_of(plans)))
 
     def assemble(
-        self, plans: Sequence[list[Draft] | Dropped], ids_of_drafts: Sequence[list[list[int]]]
-    ) -> list[list[Coded] | Dropped]:
+        self, plans: Sequence[list[SamplePlan] | DroppedSample], ids_of_drafts: Sequence[list[list[int]]]
+    ) -> list[list[EncodedSample] | DroppedSample]:
         """The samples of each plan, out of the ids of `segments_of(plans)`; too long ones are shortened."""
         ids = iter(ids_of_drafts)
-        return [plan if isinstance(plan, Dropped) else self._assemble(plan, ids) for plan in plans]
+        return [plan if isinstance(plan, DroppedSample) else self._assemble(plan, ids) for plan in plans]
 
-    def _assemble(self, plan: list[Draft], ids: Iterator[list[list[int]]]) -> list[Coded] | Dropped:
-        coded: list[Coded] = []
-        reason = Dropped("nothing to learn")
+    def _assemble(self, plan: list[SamplePlan], ids: Iterator[list[list[int]]]) -> list[EncodedSample] | DroppedSample:
+        coded: list[EncodedSample] = []
+        reason = DroppedSample("nothing to learn")
         for draft in plan:
             fitted = self._fit(draft, next(ids))
-            if isinstance(fitted, Dropped):
+            if isinstance(fitted, DroppedSample):
                 reason = fitted
             else:
                 coded += fitted
         return coded or reason
 
-    def _drafts(self, turns: tuple[Turn, ...]) -> list[Draft]:
+    def _drafts(self, turns: tuple[Turn, ...]) -> list[SamplePlan]:
         if self.settings.train_on == "last":
             return [self._draft(turns, learn_last=True)]
         whole = self.writer.cut(turns)
         if whole is not None:
-            return [Draft(turns, _marked(_without_tail(whole), turns), learn_last=False)]
+            return [SamplePlan(turns, _marked(_without_tail(whole), turns), learn_last=False)]
         ends = [k + 1 for k, turn in enumerate(turns) if _is_to_learn(turn)]
         return [self._draft(turns[:end], learn_last=True) for end in ends]
 
-    def _draft(self, turns: tuple[Turn, ...], *, learn_last: bool) -> Draft:
+    def _draft(self, turns: tuple[Turn, ...], *, learn_last: bool) -> SamplePlan:
         whole = None if learn_last else self.writer.cut(turns)
         if whole is not None:
-            return Draft(turns, _marked(_without_tail(whole), turns), learn_last=False)
-        return Draft(turns, _marked(self.writer.prompt_and_answer(turns), turns), learn_last=True)
+            return SamplePlan(turns, _marked(_without_tail(whole), turns), learn_last=False)
+        return SamplePlan(turns, _marked(self.writer.prompt_and_answer(turns), turns), learn_last=True)
 
-    def _fit(self, draft: Draft, ids: list[list[int]]) -> list[Coded] | Dropped:
+    def _fit(self, draft: SamplePlan, ids: list[list[int]]) -> list[EncodedSample] | DroppedSample:
         """The sample, shortened where it is longer than cutoff_len."""
         if not draft.turns:
             return self._chunks(ids[0])
         coded = self._join(draft, ids)
         if len(coded.ids) > self.settings.cutoff_len:
             return self._shorten(draft)
-        return [coded] if coded.spans else Dropped("nothing to learn")
+        return [coded] if coded.spans else DroppedSample("nothing to learn")
 
-    def _join(self, draft: Draft, ids: Sequence[list[int]], *, cut: bool = False) -> Coded:
+    def _join(self, draft: SamplePlan, ids: Sequence[list[int]], *, cut: bool = False) -> EncodedSample:
         """Segments [prompt, answer] with ids [[5, 6], [7, 8]] and BOS 1 -> ids [1, 5, 6, 7, 8], spans [3, 5]."""
         joined = list(self.tokens.beginning_of(draft.segments[0].text))
         learn_all = self.settings.train_on == "everything"
@@ -223,9 +223,9 @@ class Encoder:
                 else:
                     spans += [len(joined), len(joined) + len(piece)]
             joined += piece
-        return Coded(joined, _learnable(spans), cut)
+        return EncodedSample(joined, _learnable(spans), cut)
 
-    def _shorten(self, draft: Draft) -> list[Coded] | Dropped:
+    def _shorten(self, draft: SamplePlan) -> list[EncodedSample] | DroppedSample:
         """Whole oldest exchanges go first, the system turn stays; then the end of the last answer goes."""
         head = [turn for turn in draft.turns[:1] if turn.role == "system"]
         starts = [k for k, turn in enumerate(draft.turns) if turn.role == "user"] or [len(head)]
@@ -243,32 +243,32 @@ class Encoder:
             return [best]
         return self._cut_answer(self._draft((*head, *draft.turns[starts[-1] :]), learn_last=True))
 
-    def _cut_answer(self, draft: Draft) -> list[Coded] | Dropped:
+    def _cut_answer(self, draft: SamplePlan) -> list[EncodedSample] | DroppedSample:
         """The last answer cut to what fits, without an end token: the model must not learn to stop there."""
         limit = self.settings.cutoff_len
         open_ended = draft._replace(segments=[*draft.segments[:-1], draft.segments[-1]._replace(end="")])
         ids = self.tokens.ids([open_ended.segments])[0]
         coded = self._join(open_ended, ids, cut=True)
         if len(coded.ids) - len(ids[-1]) >= limit:
-            return Dropped(f"the question alone takes all {limit} tokens of a sample (finetune.py --cutoff_len)")
+            return DroppedSample(f"the question alone takes all {limit} tokens of a sample (finetune.py --cutoff_len)")
         spans = [min(place, limit) for place in coded.spans]
-        return [coded._replace(ids=coded.ids[:limit], spans=spans)] if spans else Dropped("nothing to learn")
+        return [coded._replace(ids=coded.ids[:limit], spans=spans)] if spans else DroppedSample("nothing to learn")
 
-    def _chunks(self, ids: list[int]) -> list[Coded] | Dropped:
+    def _chunks(self, ids: list[int]) -> list[EncodedSample] | DroppedSample:
         """A document, in pieces of cutoff_len tokens that each begin as `tokenizer(text)` does; the last ends with eos.
 
         ids [5, 6, 7, 8, 9], BOS 1, eos 2, cutoff_len 4 -> [1, 5, 6, 7], [1, 8, 9, 2]
         """
         room = self.settings.cutoff_len - len(self.tokens.beginning)
         if not ids:
-            return Dropped("the text is empty")
+            return DroppedSample("the text is empty")
         pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
         if self.tokens.eos_id is not None and len(pieces[-1]) < room:
             # Where eos would stand alone in a piece it is left out: that would teach to stop before beginning.
             pieces[-1] = [*pieces[-1], self.tokens.eos_id]
         begun = [[*self.tokens.beginning, *piece] for piece in pieces]
-        coded = [Coded(piece, _learnable([0, len(piece)])) for piece in begun]
-        return [piece for piece in coded if piece.spans] or Dropped("nothing to learn")
+        coded = [EncodedSample(piece, _learnable([0, len(piece)])) for piece in begun]
+        return [piece for piece in coded if piece.spans] or DroppedSample("nothing to learn")
 
     def _fault(self, text: str, pattern: Any) -> str:
         found = pattern.search(text) if pattern is not None else None
@@ -277,9 +277,9 @@ class Encoder:
         return f"holds the text {found.group()!r}, which ends or steers an answer; learning it would teach a false stop"
 
 
-def segments_of(plans: Sequence[list[Draft] | Dropped]) -> list[list[Segment]]:
+def segments_of(plans: Sequence[list[SamplePlan] | DroppedSample]) -> list[list[Segment]]:
     """The segments of every draft of the plans, in order."""
-    return [draft.segments for plan in plans if not isinstance(plan, Dropped) for draft in plan]
+    return [draft.segments for plan in plans if not isinstance(plan, DroppedSample) for draft in plan]
 
 
 def _is_to_learn(turn: Turn) -> bool:

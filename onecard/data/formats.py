@@ -58,7 +58,7 @@ INPUT_AS_QUESTION = "`input` was taken as the question: the instruction is empty
 
 
 @dataclass(slots=True)
-class Shaped:
+class ParsedRecord:
     """A sample, the shape it was found in, what was changed to make it usable, and the fields nobody reads."""
 
     sample: Conversation | Document
@@ -75,7 +75,7 @@ class _Shape:
     convert: Callable[[dict[str, Any], _Shape, list[str]], tuple[str, list[Turn]]]
 
 
-def to_sample(value: Any, record: str, columns: Columns = ()) -> Shaped:
+def to_sample(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
     """The conversation or document in one parsed record; `columns`: other names of its fields.
 
     {"instruction": "Add", "input": "2 3", "output": "5"}
@@ -103,7 +103,7 @@ def to_sample(value: Any, record: str, columns: Columns = ()) -> Shaped:
         text = text_of(value["text"], '"text"', notes)
         if not text.strip():
             raise UnusableRecord('"text" is empty')
-        return Shaped(Document(text, record), shape.name, notes, ignored)
+        return ParsedRecord(Document(text, record), shape.name, notes, ignored)
     name, turns = shape.convert(value, shape, notes)
     ordered = _in_order(_with_thought(turns, value, notes), notes)
     if False in marks.values():
@@ -111,7 +111,7 @@ def to_sample(value: Any, record: str, columns: Columns = ()) -> Shaped:
         ordered = tuple(replace(turn, learn=turn.role != "assistant") for turn in ordered)
     if shape.convert is _from_turns:
         ignored += _unused_keys(value[shape.required[0]], shape.required[0])
-    return Shaped(Conversation(ordered, record), name, notes, ignored)
+    return ParsedRecord(Conversation(ordered, record), name, notes, ignored)
 
 
 def _with_thought(turns: list[Turn], item: dict[str, Any], notes: list[str]) -> list[Turn]:

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from onecard.data.dataset import EncodedDataset
-from onecard.data.encode import IGNORE_INDEX, Encoded
+from onecard.data.encode import IGNORE_INDEX, LabelledSample
 
 NO_LIMIT = 2**31 - 1
 
 
-class Piece(NamedTuple):
+class MaskedText(NamedTuple):
     """Text of neighbouring tokens that are all learned, or all not."""
 
     text: str
     learned: bool
 
 
-class Bar(NamedTuple):
+class LengthBin(NamedTuple):
     """Samples of `low` to `high` tokens, both included."""
 
     low: int
@@ -45,7 +45,7 @@ class Inspection:
     n_bad: int
     longest: int
     median: int
-    bars: list[Bar]
+    bars: list[LengthBin]
     dropped: list[tuple[str, str]]
     bad: list[tuple[str, str]]
 
@@ -81,7 +81,7 @@ def inspect(limited: EncodedDataset, whole: EncodedDataset, cutoff_len: int) -> 
     )
 
 
-def bars(lengths: np.ndarray, cutoff_len: int, n_bars: int = 12) -> list[Bar]:
+def bars(lengths: np.ndarray, cutoff_len: int, n_bars: int = 12) -> list[LengthBin]:
     """A histogram whose borders include the limit, so that what is over it is seen.
 
     lengths [3, 5, 9], cutoff_len 8, 4 bars -> (1-2: 0) (3-4: 1) (5-6: 1) (7-8: 0) (9-10: 1)
@@ -101,10 +101,10 @@ def bars(lengths: np.ndarray, cutoff_len: int, n_bars: int = 12) -> list[Bar]:
             edges.append(edges[-1] + step)
             step *= 2
     counts, _ = np.histogram(lengths, bins=[edge + 0.5 for edge in edges])
-    return [Bar(low + 1, high, int(count)) for low, high, count in zip(edges, edges[1:], counts, strict=False)]
+    return [LengthBin(low + 1, high, int(count)) for low, high, count in zip(edges, edges[1:], counts, strict=False)]
 
 
-def pieces(sample: Encoded, tokenizer: Any) -> list[Piece]:
+def pieces(sample: LabelledSample, tokenizer: Any) -> list[MaskedText]:
     """The text of a sample, cut where learning begins and ends.
 
     ids of "<s>Hi</s>" with labels [-100, 7, 2] -> Piece("<s>", False), Piece("Hi</s>", True)
@@ -116,5 +116,5 @@ def pieces(sample: Encoded, tokenizer: Any) -> list[Piece]:
         text = tokenizer.decode(
             sample.input_ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        found.append(Piece(text, learned[start]))
+        found.append(MaskedText(text, learned[start]))
     return found

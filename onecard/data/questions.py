@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onecard.data.columns import TURN_LISTS, Columns, pair_of, renamed
-from onecard.data.formats import ANSWERS, ROLES, Shaped, to_sample
+from onecard.data.formats import ANSWERS, ROLES, ParsedRecord, to_sample
 from onecard.data.messages import Conversation, Document, Turn
 from onecard.data.sources import ReadReport, Source, read
 
@@ -33,7 +33,7 @@ def read_questions(source: str | Source, *, report: ReadReport) -> Iterator[Ques
         yield sample
 
 
-def to_question(value: Any, record: str, columns: Columns = ()) -> Shaped:
+def to_question(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
     """The question in one parsed record; `columns`: other names of its fields. Raises UnusableRecord.
 
     {"instruction": "Add", "input": "2 3"}                       -> user "Add" with input "2 3"
@@ -45,7 +45,7 @@ def to_question(value: Any, record: str, columns: Columns = ()) -> Shaped:
     shaped = to_sample(asked, record)
     sample = shaped.sample
     turns = (Turn("user", sample.text),) if isinstance(sample, Document) else sample.turns[:-1]
-    return Shaped(Question(turns, record, value), shaped.shape, shaped.notes)
+    return ParsedRecord(Question(turns, record, value), shaped.shape, shaped.notes)
 
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from onecard.config.training import column_names
 from onecard.console import mirror_hint
 from onecard.data.columns import Columns, thought_hints
-from onecard.data.formats import Shaped, to_sample
+from onecard.data.formats import ParsedRecord, to_sample
 from onecard.data.messages import Conversation, Document
 from onecard.data.plain_text import RawRecord, TxtSplit
 from onecard.data.readers import SUFFIXES, read_file
@@ -178,7 +178,7 @@ def read(
     *,
     report: ReadReport,
     strict: bool = False,
-    shape: Callable[[Any, str, Columns], Shaped] = to_sample,
+    shape: Callable[[Any, str, Columns], ParsedRecord] = to_sample,
 ) -> Iterator[Conversation | Document]:
     """The usable samples of files, folders (their files in the order of their names) and Hub data sets, one by one.
 
@@ -220,7 +220,7 @@ def data_fingerprint(source: str | Source) -> str:
 
 
 def _samples(
-    file: _OpenFile, report: ReadReport, strict: bool, shape: Callable[[Any, str], Shaped]
+    file: _OpenFile, report: ReadReport, strict: bool, shape: Callable[[Any, str], ParsedRecord]
 ) -> Iterator[Conversation | Document]:
     """The samples of one file; a file without a single record counts as one bad record."""
     n_seen_before = report.n_seen
@@ -243,7 +243,7 @@ def _refuse(file: _OpenFile, raw: RawRecord, reason: str, report: ReadReport, st
 
 
 def _sample(
-    raw: RawRecord, name: str, report: ReadReport, shape: Callable[[Any, str], Shaped]
+    raw: RawRecord, name: str, report: ReadReport, shape: Callable[[Any, str], ParsedRecord]
 ) -> Conversation | Document:
     if raw.problem:
         raise UnusableRecord(raw.problem)

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from onecard.console import warn
-from onecard.data.chat_template import Segment, Template, Writer
-from onecard.data.continuation import MARK, Continuing, continuing
+from onecard.data.chat_template import PromptRenderer, Segment, Template
+from onecard.data.continuation import MARK, ContinuationTokenizer, continuing
 from onecard.data.messages import Turn
 from onecard.data.special_tokens import added_tokens, beginning_ids, single_token, special_tokens
 
 _ANCHORS = ("\n", MARK, "。", "0", "|")
 _PROBES = ("a", " a", "\n", "\na", "1", "你", "é🙂", "</")
-_made: weakref.WeakKeyDictionary[Any, tuple[int, Continuing | None]] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[Any, tuple[int, ContinuationTokenizer | None]] = weakref.WeakKeyDictionary()
 
 
 class Border(Enum):
@@ -48,7 +48,7 @@ class SegmentTokenizer:
     """
 
     def __init__(self, template: Template, tokenizer: Any) -> None:
-        self.writer = Writer(template, tokenizer)
+        self.writer = PromptRenderer(template, tokenizer)
         self.beginning = beginning_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.end_id = single_token(self.writer.end, tokenizer)
@@ -226,7 +226,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _continuing_of(tokenizer: Any) -> Continuing | None:
+def _continuing_of(tokenizer: Any) -> ContinuationTokenizer | None:
     """The copy that `continuing` makes, made once per tokenizer: with a large vocabulary it takes a second."""
     n_tokens = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
     known = _made.get(tokenizer)

@@ -20,7 +20,7 @@ from typing import Any
 
 from onecard.config.training import REPOSITORY
 from onecard.doctor import report as doctor
-from onecard.doctor.report import Card, Package
+from onecard.doctor.report import CardFacts, Package
 from onecard.model.nvidia_driver import Finding, line_of, nvidia_smi, torch_and_cards
 
 OPTIONAL = ("gptqmodel", "optimum", "auto-gptq", "deepspeed", "liger-kernel", "flash-attn", "llama-cpp-python")
@@ -134,7 +134,7 @@ def _cards() -> list[Finding]:
     return [finding for i in range(n_cards) for finding in doctor.judge_card(_card(i))]
 
 
-def _card(index: int) -> Card:
+def _card(index: int) -> CardFacts:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
@@ -143,7 +143,7 @@ def _card(index: int) -> Card:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         matmul = _error_of(lambda: _run_matmul(f"cuda:{index}", torch.float16))
         flash = _error_of(lambda: _run_flash_attention(f"cuda:{index}"))
-    return Card(
+    return CardFacts(
         index, properties.name, (properties.major, properties.minor), total_bytes, free_bytes, native, matmul, flash,
         _others(str(getattr(properties, "uuid", ""))),
     )  # fmt: skip

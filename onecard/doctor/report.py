@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onecard.model.nvidia_driver import GET_TORCH, OK, OLD_TORCH, PROBLEM, WARNING, Finding, Torch, why_no_card
+from onecard.model.nvidia_driver import GET_TORCH, OK, OLD_TORCH, PROBLEM, WARNING, Finding, TorchBuild, why_no_card
 
 TURING, AMPERE, PASCAL = (7, 5), (8, 0), (6, 0)
 GIB = 2**30
@@ -28,7 +28,7 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Card:
+class CardFacts:
     """One GPU. `others` are (process id, bytes) of other processes on it; errors are empty where a test ran well."""
 
     index: int
@@ -110,7 +110,7 @@ def judge_pairs(installed: Mapping[str, str | None]) -> list[Finding]:
     return [*found, Finding("optional packages", OK, ", ".join(there) or "none")]
 
 
-def judge_torch(torch: Torch, names_of_cards: Sequence[str]) -> list[Finding]:
+def judge_torch(torch: TorchBuild, names_of_cards: Sequence[str]) -> list[Finding]:
     """Whether torch can use the cards that the driver sees."""
     if torch.error:
         return [Finding("torch", PROBLEM, f"cannot be imported: {torch.error}", INSTALL)]
@@ -126,7 +126,7 @@ def judge_torch(torch: Torch, names_of_cards: Sequence[str]) -> list[Finding]:
     return [*found, why_no_card(torch, names_of_cards) or nothing]
 
 
-def judge_card(card: Card) -> list[Finding]:
+def judge_card(card: CardFacts) -> list[Finding]:
     """One GPU: what it computes natively, what really ran, and who else is on it."""
     name = f"card {card.index}"
     major, minor = card.capability

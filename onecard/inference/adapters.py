@@ -13,20 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onecard.config.inference import TalkerOptions
+from onecard.config.inference import InferenceOptions
 from onecard.config.training import ModelOptions
 from onecard.console import nearest, warn
 from onecard.data.chat_template import BUILT_IN, Template, load_template
 from onecard.errors import ConfigError, ModelError
-from onecard.inference.generate import Talker
-from onecard.inference.load import base_path, load_talker, load_words
+from onecard.inference.generate import ModelBundle
+from onecard.inference.load import base_path, load_bundle, load_words
 from onecard.inference.run_files import adapters_in
 from onecard.inference.sampling import CacheOptions
 from onecard.model.lora.adapter import load_adapter, remove_adapter
 
 
 @dataclass(frozen=True)
-class Voice:
+class ServedAdapter:
     """An adapter (None: the base alone) with the words it was trained with."""
 
     lora_path: str | None
@@ -34,20 +34,22 @@ class Voice:
     template: Template
 
 
-class Voices:
+class AdapterManager:
     """The model of this card with what it can be; `paths` are adapters by name, the first one is put on at once."""
 
-    def __init__(self, options: ModelOptions, talker_options: TalkerOptions, paths: Mapping[str, str | None]) -> None:
+    def __init__(
+        self, options: ModelOptions, inference_options: InferenceOptions, paths: Mapping[str, str | None]
+    ) -> None:
         self._paths = dict(paths)
         first = next(iter(self._paths))
         base = base_path(options.model_path, self._paths[first])
-        self._options, self._prompt_type = replace(options, model_path=base), talker_options.prompt_type
-        self._cache = CacheOptions(talker_options.static_cache, talker_options.compile)
-        talker, depends_on = load_talker(self._options, self._paths[first], self._prompt_type)
-        self.model: Any = talker.model
+        self._options, self._prompt_type = replace(options, model_path=base), inference_options.prompt_type
+        self._cache = CacheOptions(inference_options.static_cache, inference_options.compile)
+        bundle, depends_on = load_bundle(self._options, self._paths[first], self._prompt_type)
+        self.model: Any = bundle.model
         self._fingerprint = depends_on["base"]
         self._on: str | None = first  # the name of what the model is now; None: the base, after an adapter failed
-        self._voices = {first: Voice(self._paths[first], talker.tokenizer, talker.template)}
+        self._voices = {first: ServedAdapter(self._paths[first], bundle.tokenizer, bundle.template)}
         self._templates: dict[tuple[str, str], Template] = {}
         self._lock = threading.Lock()
 
@@ -60,7 +62,7 @@ class Voices:
         """Size of the vocabulary: ids are below it."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
-    def get(self, name: str = "", prompt_type: str = "") -> Voice:
+    def get(self, name: str = "", prompt_type: str = "") -> ServedAdapter:
         """The voice of this name ('': the first) with this built-in template ('': its own). Raises ConfigError."""
         name = name or self.names[0]
         if name not in self._paths:
@@ -69,17 +71,17 @@ class Voices:
         with self._lock:
             if name not in self._voices:
                 path = self._paths[name]
-                self._voices[name] = Voice(path, *load_words(self._options, path, self._prompt_type))
-            voice = self._voices[name]
-            return replace(voice, template=self._template(name, prompt_type, voice)) if prompt_type else voice
+                self._voices[name] = ServedAdapter(path, *load_words(self._options, path, self._prompt_type))
+            served = self._voices[name]
+            return replace(served, template=self._template(name, prompt_type, served)) if prompt_type else served
 
-    def use(self, name: str = "", prompt_type: str = "") -> Talker:
+    def use(self, name: str = "", prompt_type: str = "") -> ModelBundle:
         """Make the model speak with this voice. Raises ModelError; what spoke before then speaks again."""
         name = name or self.names[0]
-        voice = self.get(name, prompt_type)
+        served = self.get(name, prompt_type)
         if name != self._on:
-            self._switch(name, voice.lora_path)
-        return Talker(self.model, voice.tokenizer, voice.template, self._cache)
+            self._switch(name, served.lora_path)
+        return ModelBundle(self.model, served.tokenizer, served.template, self._cache)
 
     def _switch(self, name: str, lora_path: str | None) -> None:
         before = self._on
@@ -100,25 +102,25 @@ class Voices:
             self.model.eval()
         self._on = name
 
-    def _template(self, name: str, prompt_type: str, voice: Voice) -> Template:
+    def _template(self, name: str, prompt_type: str, served: ServedAdapter) -> Template:
         # Only built-in names: a request must not be able to make the server open a file.
         if prompt_type not in BUILT_IN:
             raise ConfigError("--prompt_type", f"{prompt_type!r} is unknown; choose one of {', '.join(BUILT_IN)}")
         key = (name, prompt_type)
         if key not in self._templates:
-            self._templates[key] = load_template(prompt_type, voice.tokenizer)
+            self._templates[key] = load_template(prompt_type, served.tokenizer)
         return self._templates[key]
 
 
 def open_voices(
-    options: ModelOptions, talker_options: TalkerOptions, adapters_path: str | None, model_name: str | None
-) -> Voices:
+    options: ModelOptions, inference_options: InferenceOptions, adapters_path: str | None, model_name: str | None
+) -> AdapterManager:
     """Load the model, and find the adapters of a folder. Raises ConfigError and ModelError.
 
     The first name is the adapter that was typed, else the first of the folder, else the base; the others of the
     folder follow, and the base.
     """
-    first = talker_options.lora_path
+    first = inference_options.lora_path
     found = adapters_in(adapters_path) if adapters_path else {}
     if first is None and found:
         first = next(iter(found.values()))
@@ -130,7 +132,7 @@ def open_voices(
     }
     if found and first is not None and name_of(base) not in {**typed, **others}:
         others[name_of(base)] = None
-    return Voices(replace(options, model_path=base), talker_options, {**typed, **others})
+    return AdapterManager(replace(options, model_path=base), inference_options, {**typed, **others})
 
 
 def name_of(path: str) -> str:

@@ -23,22 +23,22 @@ from onecard.inference.model_limits import check_generation
 from onecard.inference.prefix_cache import PrefixCache, expanded
 from onecard.inference.sampling import CacheOptions, generation_config, logits_processors, seeded
 from onecard.inference.stopping import (
-    Ended,
+    FinishedAnswer,
     FinishReason,
-    RoomUsedUp,
+    MaxNewTokensPerRow,
     StopAtText,
     answer_so_far,
     answer_text,
     ended_answer,
 )
 from onecard.inference.streamer import (
+    BeamStreamer,
+    CancelCriteria,
     CollectLogprobs,
-    EndWhenTold,
-    Left,
-    SeeBeams,
-    SeeLogprobs,
+    GenerationCancelled,
+    LogprobsStreamer,
+    StreamState,
     TokenLogprob,
-    Watch,
     leaving_early,
 )
 
@@ -76,7 +76,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Talker:
+class ModelBundle:
     """A model that answers, with the tokenizer and the template that it was trained with.
 
     prefixes: what it has read before as this `adapter`; None: each prompt is read from its beginning.
@@ -91,7 +91,7 @@ class Talker:
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One prompt: ids (n_prompt,), the most new tokens it may get, and its number, which chooses its random numbers.
 
     continues: the answer goes on in the prompt's text, and is no text of its own. lead: what is not shown at its
@@ -111,7 +111,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Watching:
+class StreamingOptions:
     """What is wanted while an answer is being written. top_logprobs: None for no log-probabilities, else how many."""
 
     show_beams: bool = False
@@ -120,54 +120,62 @@ class Watching:
     max_seconds: float = math.inf
 
 
-class Call:
+class GenerateCall:
     """One call of `model.generate` for some rows: its arguments, and the reading of what comes out of it."""
 
     def __init__(
-        self, talker: Talker, rows: Sequence[Row], sampling: SamplingOptions, watching: Watching | None = None
+        self,
+        bundle: ModelBundle,
+        rows: Sequence[PromptRow],
+        sampling: SamplingOptions,
+        streaming: StreamingOptions | None = None,
     ) -> None:
-        check_generation(talker.model, len(rows), sampling, talker.cache)
-        self.talker, self.rows, self.sampling = talker, rows, sampling
-        self.stop_ids = talker.template.stop_ids(talker.tokenizer)
-        self.stop_texts = [*talker.template.stop_strings(talker.tokenizer), *sampling.stop]
-        self.pad_id = padding_id(talker.tokenizer, self.stop_ids)
+        check_generation(bundle.model, len(rows), sampling, bundle.cache)
+        self.bundle, self.rows, self.sampling = bundle, rows, sampling
+        self.stop_ids = bundle.template.stop_ids(bundle.tokenizer)
+        self.stop_texts = [*bundle.template.stop_strings(bundle.tokenizer), *sampling.stop]
+        self.pad_id = padding_id(bundle.tokenizer, self.stop_ids)
         self.n_prompt = max((len(row.ids) for row in rows), default=0)
-        self.shows_beams = watching is not None and watching.show_beams and sampling.num_beams > 1
-        wants_logprobs = watching is not None and watching.top_logprobs is not None
-        self.logprobs = SeeLogprobs(len(rows), watching.top_logprobs or 0) if watching and wants_logprobs else None
+        self.shows_beams = streaming is not None and streaming.show_beams and sampling.num_beams > 1
+        wants_logprobs = streaming is not None and streaming.top_logprobs is not None
+        self.logprobs = (
+            LogprobsStreamer(len(rows), streaming.top_logprobs or 0) if streaming and wants_logprobs else None
+        )
         self.n_cached = 0  # tokens of the prompt that are not read anew
 
-    def run(self, watch: Watch | None = None) -> list[list[int]]:
+    def run(self, stream_state: StreamState | None = None) -> list[list[int]]:
         """The new ids of each row, or of its beams, best first, if they are shown; with padding behind the end."""
-        talker, read = self.talker, self.rows[0].ids
+        bundle, read = self.bundle, self.rows[0].ids
         is_one_prompt = all(row.ids == read for row in self.rows)
-        prefixes = None if talker.cache.static or not is_one_prompt else talker.prefixes
-        past = prefixes.take(talker.model, talker.adapter, read) if prefixes else None
-        early = nullcontext() if watch is None or talker.cache.compile else leaving_early(talker.model, watch)
+        prefixes = None if bundle.cache.static or not is_one_prompt else bundle.prefixes
+        past = prefixes.take(bundle.model, bundle.adapter, read) if prefixes else None
+        early = (
+            nullcontext() if stream_state is None or bundle.cache.compile else leaving_early(bundle.model, stream_state)
+        )
         try:
             with torch.inference_mode(), early:
-                sequences = self._generate(past, watch)
+                sequences = self._generate(past, stream_state)
             read = sequences[0].tolist()
         finally:
             if prefixes and past is not None:
-                prefixes.keep(talker.adapter, read, past)
+                prefixes.keep(bundle.adapter, read, past)
         new_ids: list[list[int]] = sequences[:, self.n_prompt :].tolist()
         return new_ids
 
-    def _generate(self, past: Cache | None, watch: Watch | None) -> torch.Tensor:
+    def _generate(self, past: Cache | None, stream_state: StreamState | None) -> torch.Tensor:
         """Prompts and answers (batch, longest); `past` holds the beginning of the prompt that all rows share."""
-        talker, numbers = self.talker, [row.number for row in self.rows]
-        device = talker.model.device
+        bundle, numbers = self.bundle, [row.number for row in self.rows]
+        device = bundle.model.device
         input_ids, attention_mask = pad_left([row.ids for row in self.rows], self.pad_id)
         arguments: dict[str, Any] = {}
         if past is not None:
             self.n_cached = past.get_seq_length()
             n_rows = len(self.rows) * self.sampling.num_beams
             arguments["past_key_values"] = (
-                expanded(talker.model, self.rows[0].ids, past, n_rows) if n_rows > 1 else past
+                expanded(bundle.model, self.rows[0].ids, past, n_rows) if n_rows > 1 else past
             )
         with seeded(self.sampling, numbers, device):
-            sequences: torch.Tensor = talker.model.generate(
+            sequences: torch.Tensor = bundle.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=generation_config(
@@ -176,15 +184,15 @@ class Call:
                     pad_id=self.pad_id,
                     max_new_tokens=max(row.room for row in self.rows),
                     num_return_sequences=self.sampling.num_beams if self.shows_beams else 1,
-                    cache=talker.cache,
+                    cache=bundle.cache,
                 ),
-                logits_processor=self._processors(watch, numbers),
-                stopping_criteria=self._criteria(watch),
+                logits_processor=self._processors(stream_state, numbers),
+                stopping_criteria=self._criteria(stream_state),
                 **arguments,
             )
         return sequences
 
-    def answers(self, new_ids: Sequence[Sequence[int]]) -> list[Ended]:
+    def answers(self, new_ids: Sequence[Sequence[int]]) -> list[FinishedAnswer]:
         """What is shown of each row's returned ids (best beams only)."""
         n_beams = len(new_ids) // len(self.rows)
         return [ended_answer(ids, **self._ends(row)) for row, ids in zip(self.rows, new_ids[::n_beams], strict=True)]
@@ -220,9 +228,9 @@ class Call:
             chunks.append(Chunk(ended.text, texts, ended.reason, usage, logprobs))
         return chunks
 
-    def _ends(self, row: Row) -> dict[str, Any]:
+    def _ends(self, row: PromptRow) -> dict[str, Any]:
         return {
-            "tokenizer": self.talker.tokenizer,
+            "tokenizer": self.bundle.tokenizer,
             "stop_ids": self.stop_ids,
             "stop_texts": self.stop_texts,
             "room": row.room,
@@ -230,7 +238,7 @@ class Call:
             "lead": row.lead,
         }
 
-    def _beam_texts(self, row: Row, beams: Sequence[Sequence[int]], *, finished: bool) -> tuple[str, ...]:
+    def _beam_texts(self, row: PromptRow, beams: Sequence[Sequence[int]], *, finished: bool) -> tuple[str, ...]:
         if not self.shows_beams:
             return ()
         read = ended_answer if finished else answer_so_far
@@ -243,34 +251,34 @@ class Call:
         n_shown = min(len(ids), len(self.logprobs.rows[k]))
         n_shown = next((n for n in range(n_shown) if ids[n] in self.stop_ids), n_shown)
         row = self.rows[k]
-        while n_shown and len(answer_text(ids[:n_shown], self.talker.tokenizer, row.before, row.lead)) > len(text):
+        while n_shown and len(answer_text(ids[:n_shown], self.bundle.tokenizer, row.before, row.lead)) > len(text):
             n_shown -= 1
         return tuple(self.logprobs.rows[k][:n_shown])
 
-    def _processors(self, watch: Watch | None, numbers: Sequence[int]) -> LogitsProcessorList:
+    def _processors(self, stream_state: StreamState | None, numbers: Sequence[int]) -> LogitsProcessorList:
         processors = LogitsProcessorList([self.logprobs] if self.logprobs else [])
         processors.extend(logits_processors(self.sampling, numbers))
-        if watch is not None and self.sampling.num_beams > 1:
-            processors.append(SeeBeams(watch))
+        if stream_state is not None and self.sampling.num_beams > 1:
+            processors.append(BeamStreamer(stream_state))
         return processors
 
-    def _criteria(self, watch: Watch | None) -> StoppingCriteriaList:
-        criteria = StoppingCriteriaList([RoomUsedUp([row.room for row in self.rows], self.n_prompt)])
+    def _criteria(self, stream_state: StreamState | None) -> StoppingCriteriaList:
+        criteria = StoppingCriteriaList([MaxNewTokensPerRow([row.room for row in self.rows], self.n_prompt)])
         if self.stop_texts:
-            criteria.append(StopAtText(self.stop_texts, self.talker.tokenizer, self.n_prompt))
+            criteria.append(StopAtText(self.stop_texts, self.bundle.tokenizer, self.n_prompt))
         if self.logprobs:
             criteria.append(CollectLogprobs(self.logprobs))
-        if watch is not None:
-            criteria.append(EndWhenTold(watch, shows=self.sampling.num_beams == 1))
+        if stream_state is not None:
+            criteria.append(CancelCriteria(stream_state, shows=self.sampling.num_beams == 1))
         return criteria
 
 
 class GenerateThread(threading.Thread):
     """Runs a call beside the thread that reads the answer."""
 
-    def __init__(self, call: Call, watch: Watch) -> None:
+    def __init__(self, call: GenerateCall, stream_state: StreamState) -> None:
         super().__init__(name="onecard-generate", daemon=True)
-        self._call, self._watch = call, watch
+        self._call, self._watch = call, stream_state
         self._new_ids: list[list[int]] | None = None
         self._error: BaseException | None = None
 
@@ -279,7 +287,7 @@ class GenerateThread(threading.Thread):
             new_ids = self._call.run(self._watch)
             # Out of time, `generate` returns what it has, and the answer counts as cut.
             self._new_ids = new_ids if not self._watch.must_end else None
-        except Left:
+        except GenerationCancelled:
             pass
         except BaseException as reason:
             self._error = reason

@@ -24,7 +24,7 @@ from onecard.console import nearest
 from onecard.data.chat_template import BUILT_IN
 from onecard.data.messages import Turn, turns_to_messages
 from onecard.errors import DataError
-from onecard.inference.history import Session
+from onecard.inference.history import ChatHistory
 from onecard.storage import write_whole
 
 VERSION = 1
@@ -38,10 +38,10 @@ LARGEST_NUMBER = 2**53  # above it programs in other languages round
 
 
 @dataclass(frozen=True)
-class Chat:
+class SavedChat:
     """A conversation and what it was held with. `created` is a time in ISO 8601; "" for what is not known."""
 
-    session: Session = field(default_factory=Session)
+    session: ChatHistory = field(default_factory=ChatHistory)
     sampling: SamplingOptions | None = None
     adapter: str = ""
     prompt_type: str = ""
@@ -49,10 +49,10 @@ class Chat:
     created: str = ""
 
 
-class Loaded(NamedTuple):
+class LoadedChat(NamedTuple):
     """A chat that was read, and what a person should know about it: keys left out, a prompt type not taken."""
 
-    chat: Chat
+    chat: SavedChat
     notes: tuple[str, ...]
 
 
@@ -61,7 +61,7 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def to_json(chat: Chat) -> str:
+def to_json(chat: SavedChat) -> str:
     """The text of the file; characters as they are, half characters (lone surrogates) replaced."""
     content: dict[str, Any] = {"onecard_chat": VERSION}
     if chat.title:
@@ -79,7 +79,7 @@ def to_json(chat: Chat) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def save_chat(chat: Chat, path: Path) -> None:
+def save_chat(chat: SavedChat, path: Path) -> None:
     """Write the file, whole or not at all; one that stands there is replaced. Raises DataError that names it."""
     # A link stays a link: the file that it points to is replaced.
     target = path.expanduser().resolve()
@@ -91,7 +91,7 @@ def save_chat(chat: Chat, path: Path) -> None:
         ) from reason
 
 
-def load_chat(path: Path) -> Loaded:
+def load_chat(path: Path) -> LoadedChat:
     """Read and check a file. Raises DataError that names it."""
     try:
         with path.expanduser().open("rb") as stream:
@@ -101,7 +101,7 @@ def load_chat(path: Path) -> Loaded:
     return read_chat(data, str(path))
 
 
-def read_chat(data: bytes | str, name: str = "the chat") -> Loaded:
+def read_chat(data: bytes | str, name: str = "the chat") -> LoadedChat:
     """Check the content of a file called `name`. Raises DataError that says what is wrong, and where."""
     try:
         return _checked(_parsed(data))
@@ -125,7 +125,7 @@ def _parsed(data: bytes | str) -> Any:
         raise DataError(f"is not usable JSON ({reason})") from None
 
 
-def _checked(content: Any) -> Loaded:
+def _checked(content: Any) -> LoadedChat:
     if isinstance(content, list):
         content = {"messages": content}
     if not isinstance(content, dict):
@@ -143,10 +143,10 @@ def _checked(content: Any) -> Loaded:
         notes.append(f"the prompt type {_shown(names['prompt_type'])} is not built in and is not taken from the chat")
         names["prompt_type"] = ""
     session = _session(_text(content, "system"), content["messages"], notes)
-    return Loaded(Chat(session, sampling, **names), tuple(dict.fromkeys(notes)))
+    return LoadedChat(SavedChat(session, sampling, **names), tuple(dict.fromkeys(notes)))
 
 
-def _session(system: str, messages: Any, notes: list[str]) -> Session:
+def _session(system: str, messages: Any, notes: list[str]) -> ChatHistory:
     if not isinstance(messages, list):
         raise DataError(f"`messages` is {_kind(messages)}; a list of messages must stand there")
     if len(messages) > MAX_MESSAGES:
@@ -156,7 +156,7 @@ def _session(system: str, messages: Any, notes: list[str]) -> Session:
         if system.strip() and system != turns[0].content:
             raise DataError("has two system prompts: `system` and the first message; remove one of them")
         system = turns.pop(0).content
-    return Session(system, tuple(turns))
+    return ChatHistory(system, tuple(turns))
 
 
 def _turn(message: Any, number: int, notes: list[str]) -> Turn:

@@ -1,7 +1,7 @@
 """The one model of this card, shared: requests wait their turn, adapters are switched, limits are kept.
 
-Pages, terminal and API ask an `Engine`; nothing else touches the model. Knows requests, limits and adapters. It does
-not know HTTP, pages or conversations' history (`history.py`), nor how tokens are chosen (`generate.py`).
+Pages, terminal and API ask an `InferenceEngine`; nothing else touches the model. Knows requests, limits and adapters.
+It does not know HTTP, pages or conversations' history (`history.py`), nor how tokens are chosen (`generate.py`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,28 @@ from typing import Any, TypeVar
 
 import torch
 
-from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.config.training import ModelOptions
 from onecard.data.chat_template import Template
 from onecard.data.encode import Prompt, encode_prompt, prompt_for
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError, ModelError
-from onecard.inference.adapters import Voice, Voices, open_voices
+from onecard.inference.adapters import AdapterManager, ServedAdapter, open_voices
 from onecard.inference.embeddings import Check, embed, score
-from onecard.inference.generate import Chunk, ContextTooLong, Row, Talker, Watching, longest_sequence, stream_rows
+from onecard.inference.generate import (
+    Chunk,
+    ContextTooLong,
+    ModelBundle,
+    PromptRow,
+    StreamingOptions,
+    longest_sequence,
+    stream_rows,
+)
 from onecard.inference.prefix_cache import PrefixCache
-from onecard.inference.queue import Busy, Turnstile
+from onecard.inference.queue import QueueFull, RequestQueue
 from onecard.inference.streamer import TokenLogprob
 
-__all__ = ["Busy", "ContextTooLong", "Engine", "LimitExceeded", "OutOfMemory", "Request"]
+__all__ = ["ContextTooLong", "GenerationRequest", "InferenceEngine", "LimitExceeded", "OutOfMemory", "QueueFull"]
 
 MOST_TOP_LOGPROBS = 20
 LONGEST_CONTEXT = 1 << 20  # where neither the model nor the limits say
@@ -47,11 +55,11 @@ class LimitExceeded(ConfigError):
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What is asked, and how it is answered.
 
     turns: the conversation, ending with a user turn; or prompt_ids: token ids to go on from, as they are.
-    adapter: a name out of `Engine.names`; '' is the first of them.
+    adapter: a name out of `InferenceEngine.names`; '' is the first of them.
     prompt_type: a built-in template's name; '' is the one that the adapter was trained with.
     n: independent answers at once. number: which stream of random numbers the first of them draws from, the next
         answer from the next one; another number gives another answer to the same seed.
@@ -69,20 +77,20 @@ class Request:
     top_logprobs: int | None = None
 
 
-class Engine:
+class InferenceEngine:
     """A model with its adapters, for many askers at once."""
 
-    def __init__(self, voices: Voices, limits: LimitOptions) -> None:
+    def __init__(self, adapters: AdapterManager, limits: LimitOptions) -> None:
         self.limits = limits
-        self._voices = voices
+        self._voices = adapters
         self._prefixes = PrefixCache(limits.prefix_cache_gib)
-        self._turnstile = Turnstile(limits.max_queue)
+        self._turnstile = RequestQueue(limits.max_queue)
         self._cancels: set[threading.Event] = set()  # of all requests that wait or are being answered
         self._is_closed = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What `Request.adapter` may name, the default first."""
+        """What `GenerationRequest.adapter` may name, the default first."""
         return self._voices.names
 
     @property
@@ -112,10 +120,10 @@ class Engine:
 
     def count_tokens(self, turns: Sequence[Turn], adapter: str = "", prompt_type: str = "") -> int:
         """Tokens of what the model is fed for the next answer to these turns."""
-        voice = self._voices.get(adapter, prompt_type)
-        return len(encode_prompt(turns, voice.template, voice.tokenizer))
+        served = self._voices.get(adapter, prompt_type)
+        return len(encode_prompt(turns, served.template, served.tokenizer))
 
-    def stream(self, request: Request, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
+    def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
         """Answer a request: lists with one chunk per answer, the last of which have a `finish_reason`.
 
         While it waits for its turn the chunks are empty and tell the `place`. Setting `cancel` from any thread, or
@@ -148,7 +156,7 @@ class Engine:
             raise LimitExceeded("--max_embedding_inputs", f"{len(prompts)} texts at once; {most} are allowed")
         for ids in prompts:
             self._check_prompt(ids)
-        return self._alone(adapter, cancel, lambda talker, check: embed(talker.model, prompts, check))
+        return self._alone(adapter, cancel, lambda bundle, check: embed(bundle.model, prompts, check))
 
     def score(
         self,
@@ -160,7 +168,7 @@ class Engine:
         """What the model thinks of each of the prompt's own tokens; None for the first, which follows nothing."""
         self._check_prompt(prompt_ids)
         self._check_top(top_logprobs)
-        return self._alone(adapter, cancel, lambda talker, check: score(talker.model, prompt_ids, top_logprobs, check))
+        return self._alone(adapter, cancel, lambda bundle, check: score(bundle.model, prompt_ids, top_logprobs, check))
 
     def close(self) -> None:
         """Cancel all requests; later ones are refused with ModelError."""
@@ -168,9 +176,11 @@ class Engine:
         for cancel in tuple(self._cancels):
             cancel.set()
 
-    def _answer(self, request: Request, rows: list[Row], cancel: threading.Event) -> Iterator[list[Chunk]]:
+    def _answer(
+        self, request: GenerationRequest, rows: list[PromptRow], cancel: threading.Event
+    ) -> Iterator[list[Chunk]]:
         seconds = self.limits.max_request_seconds or math.inf
-        watching = Watching(request.show_beams, request.top_logprobs, max_seconds=seconds)
+        streaming = StreamingOptions(request.show_beams, request.top_logprobs, max_seconds=seconds)
         advice = (
             f"{request.n} answers of up to {rows[0].room} tokens to a prompt of {len(rows[0].ids)}, with "
             f"{request.sampling.num_beams} beams each, do not fit into memory; lower --max_new_tokens, --num_beams, n, "
@@ -179,7 +189,7 @@ class Engine:
         is_shown = False
         try:
             with memory_errors(advice):
-                for chunks in stream_rows(self._talker(request), rows, request.sampling, watching, cancel):
+                for chunks in stream_rows(self._talker(request), rows, request.sampling, streaming, cancel):
                     yield chunks
                     is_shown = is_shown or any(chunk.text for chunk in chunks)
             return
@@ -187,14 +197,16 @@ class Engine:
             if not self._prefixes.clear() or is_shown:
                 raise
         with memory_errors(advice):  # once more, with the memory of the other conversations
-            yield from stream_rows(self._talker(request), rows, request.sampling, watching, cancel)
+            yield from stream_rows(self._talker(request), rows, request.sampling, streaming, cancel)
 
-    def _talker(self, request: Request) -> Talker:
+    def _talker(self, request: GenerationRequest) -> ModelBundle:
         """What answers this request. Raises ModelError for an adapter that does not load."""
-        talker = self._voices.use(request.adapter, request.prompt_type)
-        return replace(talker, prefixes=self._prefixes, adapter=request.adapter or self.names[0])
+        bundle = self._voices.use(request.adapter, request.prompt_type)
+        return replace(bundle, prefixes=self._prefixes, adapter=request.adapter or self.names[0])
 
-    def _alone(self, adapter: str, cancel: threading.Event | None, work: Callable[[Talker, Check], Result]) -> Result:
+    def _alone(
+        self, adapter: str, cancel: threading.Event | None, work: Callable[[ModelBundle, Check], Result]
+    ) -> Result:
         """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
         cancel = cancel or threading.Event()
         self._voices.get(adapter)
@@ -237,9 +249,9 @@ class Engine:
         self._cancels.discard(cancel)
         self._turnstile.leave(ticket, time.monotonic() - begun if begun else 0.0)
 
-    def _rows(self, request: Request) -> list[Row]:
+    def _rows(self, request: GenerationRequest) -> list[PromptRow]:
         """The request's prompt, once per answer, after all its limits were checked."""
-        voice = self._voices.get(request.adapter, request.prompt_type)
+        served = self._voices.get(request.adapter, request.prompt_type)
         sampling = request.sampling
         for flag, message in sampling.problems():
             raise LimitExceeded(flag, message)
@@ -255,15 +267,17 @@ class Engine:
             self._check_top(request.top_logprobs)
             if sampling.num_beams > 1:
                 raise LimitExceeded("--num_beams", "with several beams there are no log-probabilities of tokens")
-        prompt = self._prompt(request, voice)
+        prompt = self._prompt(request, served)
         room = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
-        return [Row(prompt.ids, room, request.number + k, prompt.continues, prompt.lead) for k in range(request.n)]
+        return [
+            PromptRow(prompt.ids, room, request.number + k, prompt.continues, prompt.lead) for k in range(request.n)
+        ]
 
-    def _prompt(self, request: Request, voice: Voice) -> Prompt:
+    def _prompt(self, request: GenerationRequest, served: ServedAdapter) -> Prompt:
         if request.prompt_ids is not None:
             prompt = Prompt(list(request.prompt_ids), continues=True)
         elif [turn.role for turn in request.turns if turn.role != "system"][-1:] == ["user"]:
-            prompt = prompt_for(request.turns, voice.template, voice.tokenizer)
+            prompt = prompt_for(request.turns, served.template, served.tokenizer)
         else:
             raise DataError("there is no question: the last message, but for the system's, must be the user's")
         self._check_prompt(prompt.ids)
@@ -303,10 +317,10 @@ def memory_errors(advice: str) -> Iterator[None]:
 
 def open_engine(
     model: ModelOptions,
-    talker: TalkerOptions,
+    bundle: InferenceOptions,
     limits: LimitOptions,
     adapters_path: str | None = None,
     model_name: str | None = None,
-) -> Engine:
+) -> InferenceEngine:
     """Load the model and what can be switched to. Raises ConfigError and ModelError."""
-    return Engine(open_voices(model, talker, adapters_path, model_name), limits)
+    return InferenceEngine(open_voices(model, bundle, adapters_path, model_name), limits)

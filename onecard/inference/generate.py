@@ -20,15 +20,27 @@ from onecard.data.chat_template import Template
 from onecard.data.encode import prompt_for
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError
-from onecard.inference.call import Call, Chunk, GenerateThread, Row, Talker, Usage, Watching
+from onecard.inference.call import Chunk, GenerateCall, GenerateThread, ModelBundle, PromptRow, StreamingOptions, Usage
 from onecard.inference.model_limits import go_together
 from onecard.inference.stopping import FinishReason
-from onecard.inference.streamer import TokenLogprob, Watch
+from onecard.inference.streamer import StreamState, TokenLogprob
 from onecard.model.input_limits import embedding_rows, no_row
 
 __all__ = [
-    "Chunk", "ContextTooLong", "Generation", "Row", "Talker", "TokenLogprob", "Usage", "Watching", "answer_rows",
-    "generate_batch", "longest_sequence", "prepare", "stream", "stream_rows",
+    "Chunk",
+    "ContextTooLong",
+    "Generation",
+    "ModelBundle",
+    "PromptRow",
+    "StreamingOptions",
+    "TokenLogprob",
+    "Usage",
+    "answer_rows",
+    "generate_batch",
+    "longest_sequence",
+    "prepare",
+    "stream",
+    "stream_rows",
 ]  # fmt: skip
 
 
@@ -53,10 +65,10 @@ class Generation:
 
 
 def stream(
-    talker: Talker,
+    bundle: ModelBundle,
     turns: Sequence[Turn],
     sampling: SamplingOptions,
-    watching: Watching | None = None,
+    streaming: StreamingOptions | None = None,
     cancel: threading.Event | None = None,
 ) -> Iterator[Chunk]:
     """Answer the last user turn, chunk by chunk; the last chunk has a `finish_reason`.
@@ -64,37 +76,37 @@ def stream(
     Closing the iterator, or setting `cancel` from any thread, stops the model within a second. Raises ContextTooLong,
     and what `model.generate` raises, such as `torch.OutOfMemoryError`.
     """
-    row = prepare(talker, turns, sampling)
-    for (chunk,) in stream_rows(talker, [row], sampling, watching, cancel):
+    row = prepare(bundle, turns, sampling)
+    for (chunk,) in stream_rows(bundle, [row], sampling, streaming, cancel):
         yield chunk
 
 
 def stream_rows(
-    talker: Talker,
-    rows: Sequence[Row],
+    bundle: ModelBundle,
+    rows: Sequence[PromptRow],
     sampling: SamplingOptions,
-    watching: Watching | None = None,
+    streaming: StreamingOptions | None = None,
     cancel: threading.Event | None = None,
 ) -> Iterator[list[Chunk]]:
     """`stream` for several prepared rows at once: one list per step, with one chunk per row."""
-    watching = watching or Watching()
-    if watching.top_logprobs is not None and sampling.num_beams > 1:
+    streaming = streaming or StreamingOptions()
+    if streaming.top_logprobs is not None and sampling.num_beams > 1:
         raise ConfigError("--num_beams", "with several beams there are no log-probabilities of single tokens")
-    call = Call(talker, rows, sampling, watching)
-    watch = Watch(call.n_prompt, cancel or threading.Event(), time.monotonic() + watching.max_seconds)
-    thread = GenerateThread(call, watch)
+    call = GenerateCall(bundle, rows, sampling, streaming)
+    stream_state = StreamState(call.n_prompt, cancel or threading.Event(), time.monotonic() + streaming.max_seconds)
+    thread = GenerateThread(call, stream_state)
     thread.start()
     chunks = [Chunk(usage=Usage(len(row.ids))) for row in rows]
     try:
-        for snapshot in watch.snapshots(watching.interval_seconds):
-            if watch.must_end:
+        for snapshot in stream_state.snapshots(streaming.interval_seconds):
+            if stream_state.must_end:
                 break
             chunks = call.chunks(snapshot, chunks)
             yield chunks
     finally:
-        watch.abandoned = True
+        stream_state.abandoned = True
         thread.join()
-    yield call.last_chunks(thread.result(), chunks, cancelled=watch.cancel.is_set())
+    yield call.last_chunks(thread.result(), chunks, cancelled=stream_state.cancel.is_set())
 
 
 def generate_batch(
@@ -109,35 +121,35 @@ def generate_batch(
     Greedy answers equal those of the conversations asked one by one (in fp32; in 16 bits the padding changes the last
     bits of the scores). Raises ContextTooLong for a prompt longer than the model can read.
     """
-    talker = Talker(model, tokenizer, template)
-    rows = [prepare(talker, turns, sampling, number=number) for number, turns in enumerate(conversations)]
-    return answer_rows(talker, rows, sampling)
+    bundle = ModelBundle(model, tokenizer, template)
+    rows = [prepare(bundle, turns, sampling, number=number) for number, turns in enumerate(conversations)]
+    return answer_rows(bundle, rows, sampling)
 
 
-def prepare(talker: Talker, turns: Sequence[Turn], sampling: SamplingOptions, *, number: int = 0) -> Row:
+def prepare(bundle: ModelBundle, turns: Sequence[Turn], sampling: SamplingOptions, *, number: int = 0) -> PromptRow:
     """The row for a conversation.
 
     Raises ContextTooLong when its prompt leaves no room for an answer, DataError for a token that the base lacks.
     """
-    prompt = prompt_for(turns, talker.template, talker.tokenizer)
+    prompt = prompt_for(turns, bundle.template, bundle.tokenizer)
     ids = prompt.ids
-    n_rows = embedding_rows(talker.model)
+    n_rows = embedding_rows(bundle.model)
     if max(ids, default=0) >= n_rows:
-        raise DataError(no_row(talker.tokenizer, max(ids), n_rows))
-    limit = longest_sequence(talker.model)
+        raise DataError(no_row(bundle.tokenizer, max(ids), n_rows))
+    limit = longest_sequence(bundle.model)
     room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(ids))
     if limit is not None and room < 1:
         raise ContextTooLong(len(ids), limit)
-    return Row(ids, room, number, prompt.continues, prompt.lead)
+    return PromptRow(ids, room, number, prompt.continues, prompt.lead)
 
 
-def answer_rows(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions) -> list[Generation]:
+def answer_rows(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: SamplingOptions) -> list[Generation]:
     """Answer prepared rows in one call of `model.generate`, in order; one by one where padding would change them."""
     if not rows:
         return []
-    if not go_together(talker.model, [len(row.ids) for row in rows]):
-        return [answer for row in rows for answer in answer_rows(talker, [row], sampling)]
-    call = Call(talker, rows, sampling)
+    if not go_together(bundle.model, [len(row.ids) for row in rows]):
+        return [answer for row in rows for answer in answer_rows(bundle, [row], sampling)]
+    call = GenerateCall(bundle, rows, sampling)
     return [
         Generation(ended.text, ended.reason or "length", len(row.ids), ended.n_tokens)
         for row, ended in zip(rows, call.answers(call.run()), strict=True)

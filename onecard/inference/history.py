@@ -27,14 +27,14 @@ class PromptTooLong(DataError):
         )
 
 
-class Undone(NamedTuple):
+class UndoneTurn(NamedTuple):
     """The session without its last exchange, and the text that was asked, for the input box."""
 
-    session: Session
+    session: ChatHistory
     text: str
 
 
-class Fitted(NamedTuple):
+class FittedHistory(NamedTuple):
     """What is sent to the model: `n_tokens` of prompt; the `n_dropped` oldest turns were left out."""
 
     turns: tuple[Turn, ...]
@@ -43,7 +43,7 @@ class Fitted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Session:
+class ChatHistory:
     """A system prompt ("" for none), then user and assistant turns in alternation, the user's first.
 
     A last turn of the user awaits its answer. Raises DataError for turns in any other order.
@@ -70,7 +70,7 @@ class Session:
         """All turns as a template takes them, with the system turn in front where there is one."""
         return (Turn("system", self.system), *self.turns) if self.system.strip() else self.turns
 
-    def ask(self, text: str, input: str = "") -> Session:
+    def ask(self, text: str, input: str = "") -> ChatHistory:
         """With a new question, which awaits its answer.
 
         It takes the place of a question that never got one: templates refuse two user turns in a row. Raises DataError
@@ -81,26 +81,26 @@ class Session:
         answered = self.turns[:-1] if self.awaits_answer else self.turns
         return replace(self, turns=(*answered, Turn("user", text, input)))
 
-    def answer(self, text: str) -> Session:
+    def answer(self, text: str) -> ChatHistory:
         """With the answer, whole or stopped half-way, to the question that awaits one. Raises DataError: none does."""
         if not self.awaits_answer:
             raise DataError("there is no question to answer; ask one first")
         return replace(self, turns=(*self.turns, Turn("assistant", text)))
 
-    def regenerate(self) -> Session:
+    def regenerate(self) -> ChatHistory:
         """Without the last answer, whose question awaits another one. Raises DataError when nothing was asked yet."""
         if not self.turns:
             raise DataError("there is no answer to make anew; ask something first")
         return self if self.awaits_answer else replace(self, turns=self.turns[:-1])
 
-    def undo(self) -> Undone:
+    def undo(self) -> UndoneTurn:
         """Without the last question and its answer. Raises DataError when nothing was asked yet."""
         if not self.turns:
             raise DataError("there is nothing to undo")
         start = len(self.turns) - (1 if self.awaits_answer else 2)
-        return Undone(replace(self, turns=self.turns[:start]), self.turns[start].content)
+        return UndoneTurn(replace(self, turns=self.turns[:start]), self.turns[start].content)
 
-    def edit(self, index: int, text: str) -> Session:
+    def edit(self, index: int, text: str) -> ChatHistory:
         """With another text for `turns[index]`; everything behind it goes.
 
         An edited question awaits its answer; an edited answer stands, and the next question follows it.
@@ -113,11 +113,11 @@ class Session:
             raise DataError("the message is empty; type something")
         return replace(self, turns=(*self.turns[:index], replace(turn, content=text)))
 
-    def clear(self) -> Session:
+    def clear(self) -> ChatHistory:
         """Without turns; the system prompt stays."""
         return replace(self, turns=())
 
-    def with_system(self, text: str) -> Session:
+    def with_system(self, text: str) -> ChatHistory:
         """With another system prompt, which holds for the whole conversation from the next answer on."""
         return replace(self, system=text)
 
@@ -137,7 +137,7 @@ def prompt_budget(context_limit: int, max_new_tokens: int, max_prompt_tokens: in
     return min(budget, max_prompt_tokens) if max_prompt_tokens > 0 else budget
 
 
-def fit_history(turns: Sequence[Turn], count: Count, budget: int) -> Fitted:
+def fit_history(turns: Sequence[Turn], count: Count, budget: int) -> FittedHistory:
     """The turns without as many of the oldest exchanges as it takes for the prompt to have at most `budget` tokens.
 
     The system turn and the newest question always stay; what is kept begins with a question. `turns` is not changed.
@@ -154,7 +154,7 @@ def fit_history(turns: Sequence[Turn], count: Count, budget: int) -> Fitted:
         raise DataError("there is no user message to answer")
     n_tokens = count(tuple(turns))
     if n_tokens <= budget:
-        return Fitted(tuple(turns), 0, n_tokens)
+        return FittedHistory(tuple(turns), 0, n_tokens)
     # A place below 0 stands for the whole conversation, which is known not to fit.
     too_long, fits = (-1 if starts[0] > n_head else 0), len(starts) - 1
     kept = _from(turns, n_head, starts[fits])
@@ -170,7 +170,7 @@ def fit_history(turns: Sequence[Turn], count: Count, budget: int) -> Fitted:
             fits, kept, n_tokens = middle, candidate, n_candidate
         else:
             too_long = middle
-    return Fitted(kept, len(turns) - len(kept), n_tokens)
+    return FittedHistory(kept, len(turns) - len(kept), n_tokens)
 
 
 def _from(turns: Sequence[Turn], n_head: int, start: int) -> tuple[Turn, ...]:

@@ -10,7 +10,7 @@ from onecard.config.training import DEFAULT_BASE, ModelOptions
 from onecard.console import warn
 from onecard.data.chat_template import Template, load_template
 from onecard.errors import ConfigError
-from onecard.inference.generate import Talker
+from onecard.inference.generate import ModelBundle
 from onecard.inference.run_files import has_tokenizer, run_directory, stored_template, trained_bits
 from onecard.model.answer_bits import with_answer_bits
 from onecard.model.hardware import detect
@@ -18,7 +18,7 @@ from onecard.model.load import load_base, load_tokenizer
 from onecard.model.lora.adapter import base_of_adapter, load_adapter
 
 
-def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[Talker, dict[str, Any]]:
+def load_bundle(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[ModelBundle, dict[str, Any]]:
     """Load what answers, and what its answers depend on (for `inference/batch/results.py`).
 
     `options.model_path` "auto" is the base that the adapter names, or the embedded one where there is no adapter.
@@ -43,7 +43,7 @@ def load_talker(options: ModelOptions, lora_path: str | None, prompt_type: str) 
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "template": hashlib.sha256(template.jinja.encode("utf-8")).hexdigest(),
     }
-    return Talker(model, tokenizer, template), depends_on
+    return ModelBundle(model, tokenizer, template), depends_on
 
 
 def load_words(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[Any, Template]:

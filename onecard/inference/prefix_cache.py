@@ -27,7 +27,7 @@ ROPES_OF_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedPrefix:
     """The keys and values of these token ids, read by the model as this adapter."""
 
     adapter: str
@@ -47,7 +47,7 @@ class PrefixCache:
 
     def __init__(self, gib: float) -> None:
         self._most_bytes = int(gib * 2**30)
-        self._kept: list[Kept] = []
+        self._kept: list[CachedPrefix] = []
 
     def take(self, model: Any, adapter: str, ids: Sequence[int]) -> Cache | None:
         """A cache for a prompt of these ids, batch 1, which holds 0 to len(ids) - 1 of them; None: use no own cache."""
@@ -70,7 +70,7 @@ class PrefixCache:
         n_tokens = min(n_held, len(ids))
         if n_tokens < LEAST_TOKENS or not can_be_cut(cache, n_tokens):
             return
-        new = Kept(adapter, list(ids[:n_tokens]), cut(cache, n_tokens))
+        new = CachedPrefix(adapter, list(ids[:n_tokens]), cut(cache, n_tokens))
         others = [k for k in self._kept if k.adapter != adapter or n_same(k.ids, new.ids) < len(k.ids)]
         self._kept = [*others, new][-MOST_KEPT:]
         while sum(kept.n_bytes for kept in self._kept) > self._most_bytes:

@@ -15,7 +15,7 @@ LOOK_SECONDS = 0.05  # how soon a waiting request notices that it was cancelled
 PLACE_SECONDS = 0.5  # how often it tells its place
 
 
-class Busy(OneCardError):
+class QueueFull(OneCardError):
     """Nobody more may wait. `retry_after_seconds` is a guess from how long the last requests took."""
 
     def __init__(self, n_waiting: int, retry_after_seconds: int) -> None:
@@ -26,7 +26,7 @@ class Busy(OneCardError):
         )
 
 
-class Turnstile:
+class RequestQueue:
     """Lets one request in at a time, in the order in which they came; at most `max_waiting` wait."""
 
     def __init__(self, max_waiting: int) -> None:
@@ -41,7 +41,7 @@ class Turnstile:
         with self._changed:
             n_waiting = max(len(self._line) - 1, 0)
             if self._line and n_waiting >= self._max_waiting:
-                raise Busy(n_waiting, max(1, round(self._seconds_each * len(self._line))))
+                raise QueueFull(n_waiting, max(1, round(self._seconds_each * len(self._line))))
             self._line.append(ticket)
         return ticket
 

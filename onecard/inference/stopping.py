@@ -22,7 +22,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishedAnswer:
     """An answer's text, why it ended (None: it has not), and the number of its tokens, the end included."""
 
     text: str
@@ -49,7 +49,7 @@ class StopAtText(StoppingCriteria):
         return torch.tensor(hits, dtype=torch.bool, device=input_ids.device)
 
 
-class RoomUsedUp(StoppingCriteria):
+class MaxNewTokensPerRow(StoppingCriteria):
     """Ends each row at a length of its own, so that a long prompt does not shorten the answers beside it."""
 
     def __init__(self, rooms: Sequence[int], n_prompt: int) -> None:
@@ -70,7 +70,7 @@ def ended_answer(
     room: int,
     before: Sequence[int] = (),
     lead: str = "",
-) -> Ended:
+) -> FinishedAnswer:
     """What is shown of a row's new ids, padding behind its end included.
 
     `before`: ids whose text the answer continues. `lead`: what is not shown at its beginning.
@@ -92,10 +92,10 @@ def ended_answer(
             True,
             key=lambda n: _first_stop(answer_text(answer[:n], tokenizer, before, lead), stop_texts) is not None,
         )
-        return Ended(text[:cut], "stop", n_tokens)
+        return FinishedAnswer(text[:cut], "stop", n_tokens)
     if end is not None:
-        return Ended(text, "stop", end + 1)
-    return Ended(without_cut_character(text), "length", len(ids))
+        return FinishedAnswer(text, "stop", end + 1)
+    return FinishedAnswer(without_cut_character(text), "length", len(ids))
 
 
 def answer_so_far(
@@ -107,14 +107,14 @@ def answer_so_far(
     room: int,
     before: Sequence[int] = (),
     lead: str = "",
-) -> Ended:
+) -> FinishedAnswer:
     """`ended_answer` while more tokens may come: `reason` None, and nothing in the text that they can still change."""
     ended = ended_answer(
         new_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, room=room, before=before, lead=lead
     )
     if ended.reason == "stop" or len(new_ids) >= room:
         return ended
-    return Ended(without_open_end(ended.text, stop_texts), None, ended.n_tokens)
+    return FinishedAnswer(without_open_end(ended.text, stop_texts), None, ended.n_tokens)
 
 
 def answer_text(ids: Sequence[int], tokenizer: Any, before: Sequence[int] = (), lead: str = "") -> str:

@@ -34,11 +34,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Left(Exception):
+class GenerationCancelled(Exception):
     """Raised inside the model's forward pass when nobody waits for its result any more."""
 
 
-class Watch:
+class StreamState:
     """What the generating and the reading thread share.
 
     `cancel` may be set from anywhere and is only read here; `deadline` is a time of `time.monotonic`, or infinity.
@@ -94,11 +94,11 @@ class Watch:
                 self._wanted = True
 
 
-class SeeBeams(LogitsProcessor):
+class BeamStreamer(LogitsProcessor):
     """Shows the running beams to a watch and changes nothing."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, stream_state: StreamState) -> None:
+        self._watch = stream_state
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows * beams, prompt + new), each row's best beam first."""
@@ -106,14 +106,14 @@ class SeeBeams(LogitsProcessor):
         return scores
 
 
-class EndWhenTold(StoppingCriteria):
+class CancelCriteria(StoppingCriteria):
     """Ends all rows when the watch says so: `generate` then returns as if they had ended by themselves.
 
     shows: hand the rows, their newest tokens included, to the watch as well.
     """
 
-    def __init__(self, watch: Watch, *, shows: bool) -> None:
-        self._watch, self._shows = watch, shows
+    def __init__(self, stream_state: StreamState, *, shows: bool) -> None:
+        self._watch, self._shows = stream_state, shows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self._shows:
@@ -121,7 +121,7 @@ class EndWhenTold(StoppingCriteria):
         return torch.full((len(input_ids),), self._watch.must_end, dtype=torch.bool, device=input_ids.device)
 
 
-class SeeLogprobs(LogitsProcessor):
+class LogprobsStreamer(LogitsProcessor):
     """Keeps the log-probabilities of each step until the token that was chosen is known.
 
     The first of our processors, so that it sees the scores before temperature. `collect` is the criterion that goes
@@ -147,9 +147,9 @@ class SeeLogprobs(LogitsProcessor):
 
 
 class CollectLogprobs(StoppingCriteria):
-    """Tells `SeeLogprobs` which tokens were chosen and ends nothing."""
+    """Tells `LogprobsStreamer` which tokens were chosen and ends nothing."""
 
-    def __init__(self, seen: SeeLogprobs) -> None:
+    def __init__(self, seen: LogprobsStreamer) -> None:
         self._seen = seen
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -170,8 +170,8 @@ def token_logprobs(logprobs: Tensor, chosen: Tensor, n_top: int) -> list[TokenLo
 
 
 @contextmanager
-def leaving_early(model: Any, watch: Watch) -> Iterator[None]:
-    """Inside, the model's forward pass raises `Left` between two decoder layers when the watch says so.
+def leaving_early(model: Any, stream_state: StreamState) -> Iterator[None]:
+    """Inside, the model's forward pass raises `GenerationCancelled` between two decoder layers when the watch says so.
 
     The stopping criteria are asked only after a whole forward pass, and that of a long prompt takes seconds. Not for
     models whose layers lie partly in RAM (their own hooks must not be cut off halfway) or are compiled.
@@ -180,8 +180,8 @@ def leaving_early(model: Any, watch: Watch) -> Iterator[None]:
     layers = [] if moved and len(model.hf_device_map) > 1 else decoder_layers(model)
 
     def check(*_: Any) -> None:
-        if watch.must_end:
-            raise Left
+        if stream_state.must_end:
+            raise GenerationCancelled
 
     handles = [layer.register_forward_pre_hook(check) for layer in layers]
     try:

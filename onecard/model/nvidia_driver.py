@@ -37,7 +37,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Torch:
+class TorchBuild:
     """`cuda_build` is the CUDA version it was compiled for; `driver_cuda` the newest that the driver runs."""
 
     version: str
@@ -50,7 +50,7 @@ class Torch:
     has_driver: bool = False  # whether the system holds a driver, which nvidia-smi may still not find
 
 
-def why_no_card(torch: Torch, names_of_cards: Sequence[str]) -> Finding | None:
+def why_no_card(torch: TorchBuild, names_of_cards: Sequence[str]) -> Finding | None:
     """Why torch uses no GPU though one was to be expected; None where nothing speaks of one.
 
     A driver, a torch that was built for CUDA, or a CUDA_VISIBLE_DEVICES that names a card speak of one.
@@ -90,15 +90,15 @@ def why_no_card(torch: Torch, names_of_cards: Sequence[str]) -> Finding | None:
     )
 
 
-def torch_and_cards() -> tuple[Torch, list[str]]:
+def torch_and_cards() -> tuple[TorchBuild, list[str]]:
     """What torch was built for, what the driver runs, and the names of the cards that the driver sees."""
     smi = nvidia_smi("--query-gpu=name,driver_version")
     driver = smi[0][1] if smi else None
     try:
         import torch
     except (ImportError, OSError) as reason:
-        return Torch("", None, False, driver, None, error=line_of(reason)), []
-    facts = Torch(
+        return TorchBuild("", None, False, driver, None, error=line_of(reason)), []
+    facts = TorchBuild(
         torch.__version__, torch.version.cuda, torch.cuda.is_available(), driver, _driver_cuda(),
         os.environ.get("CUDA_VISIBLE_DEVICES"), has_driver=Path("/proc/driver/nvidia/version").exists(),
     )  # fmt: skip

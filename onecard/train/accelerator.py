@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 
-class Engine:
+class TrainingEngine:
     """Backward and step through accelerate: one process or several, with or without the fp16 scaler.
 
     Several processes add up their gradients once, when all of a step's are gathered: a process whose memory runs out

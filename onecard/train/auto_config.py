@@ -24,11 +24,11 @@ from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import check_stored_bits
 from onecard.model.memory.architecture import Architecture, architecture_of
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
-from onecard.model.memory.plan import Card, Plan, make_plan
+from onecard.model.memory.plan import CardSpec, Plan, make_plan
 from onecard.model.memory.report import plan_lines
 from onecard.train.intervals import resolve_intervals, say_intervals
 from onecard.train.loop import total_steps
-from onecard.train.oom import Limits
+from onecard.train.oom import MicroBatchLimits
 from onecard.train.optim import warmup_steps
 from onecard.train.resume import ResumePoint
 
@@ -37,17 +37,17 @@ RAM_LEFT_ALONE = 2 * GIB  # for the rest of the machine
 SMALLEST_TOTAL_BATCH, STEPS_PER_EPOCH = 4, 200
 
 
-def card_of(hardware: Hardware, vram_gib: float = 0.0) -> Card:
+def card_of(hardware: Hardware, vram_gib: float = 0.0) -> CardSpec:
     """The card as the plan sees it: what is free on it, or `vram_gib` of it."""
     ram = max(0, psutil.virtual_memory().available - RAM_LEFT_ALONE)
     if not hardware.is_gpu:
         total = int(vram_gib * GIB) or hardware.total_bytes
-        return Card(hardware.name, total, ram, is_gpu=False, repeats_kv=False)
+        return CardSpec(hardware.name, total, ram, is_gpu=False, repeats_kv=False)
     free, _ = torch.cuda.mem_get_info(hardware.device)
     held = torch.cuda.memory_reserved(hardware.device)
     # Of the context that the plan counts about half is there already, so it is not among what is free.
     total = int(vram_gib * GIB) or free + held + CUDA_CONTEXT_BYTES // 2
-    return Card(hardware.name, min(total, hardware.total_bytes), ram, repeats_kv=not hardware.has_flash_attention)
+    return CardSpec(hardware.name, min(total, hardware.total_bytes), ram, repeats_kv=not hardware.has_flash_attention)
 
 
 def cap_memory(hardware: Hardware, vram_gib: float) -> None:
@@ -72,7 +72,7 @@ def first_plan(config: FinetuneConfig, hardware: Hardware) -> Plan:
     return plan
 
 
-def settle(
+def resolve(
     config: FinetuneConfig, hardware: Hardware, first: Plan, longest_row: int, accelerator: Accelerator | None = None
 ) -> tuple[FinetuneConfig, Plan]:
     """Plan again for the samples as they are; returns the config with every choice filled in.
@@ -168,7 +168,7 @@ def useless_settings(options: TrainOptions, n_rows: int, n_test: int, total_step
     return found
 
 
-def keep_choices(config: FinetuneConfig, point: ResumePoint | None) -> FinetuneConfig:
+def pin_choices(config: FinetuneConfig, point: ResumePoint | None) -> FinetuneConfig:
     """What an earlier start of this run chose and what therefore stays: `optimizer` and `head_bits`.
 
     Raises ConfigError where another value was typed.
@@ -188,20 +188,22 @@ def keep_choices(config: FinetuneConfig, point: ResumePoint | None) -> FinetuneC
 
 
 def choices_of(config: FinetuneConfig) -> dict[str, Any]:
-    """What `keep_choices` keeps, of a config that `settle` has filled in."""
+    """What `pin_choices` keeps, of a config that `resolve` has filled in."""
     return {"optimizer": config.train.optimizer, "head_bits": config.memory.head_bits}
 
 
-def limits_of(config: FinetuneConfig) -> Limits:
-    """What passes through the model at once, of a config that `settle` has filled in."""
+def limits_of(config: FinetuneConfig) -> MicroBatchLimits:
+    """What passes through the model at once, of a config that `resolve` has filled in."""
     memory, train = config.memory, config.train
-    return Limits(
+    return MicroBatchLimits(
         train.micro_batch, train.micro_tokens, max(0, memory.loss_chunk), memory.offload_activations == "on",
         max(0, memory.mlp_tile),
     )  # fmt: skip
 
 
-def _plan(model: Architecture, config: FinetuneConfig, hardware: Hardware, card: Card, longest_row: int = 0) -> Plan:
+def _plan(
+    model: Architecture, config: FinetuneConfig, hardware: Hardware, card: CardSpec, longest_row: int = 0
+) -> Plan:
     dtype, _ = choose_dtype(config.model.dtype, config.model.bits, hardware, model.model_type)
     return make_plan(model, config, card, element_bytes=dtype.itemsize, longest_row=longest_row)
 

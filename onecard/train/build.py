@@ -16,7 +16,7 @@ from onecard.console import say, warn
 from onecard.data.batches import split
 from onecard.data.chat_template import Template, load_template
 from onecard.data.dataset import cache_directory, encode_dataset
-from onecard.data.encode import Encoded, EncodeSettings
+from onecard.data.encode import EncodeSettings, LabelledSample
 from onecard.data.sources import source_of
 from onecard.errors import ModelError
 from onecard.model.attention import avoid_flash
@@ -52,18 +52,18 @@ class SampleView:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Encoded:
+    def __getitem__(self, position: int) -> LabelledSample:
         return self.dataset[int(self.indices[position])]
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainingData:
     """What is learned from, encoded, and what encoded it."""
 
     tokenizer: Any
     template: Template
     train: SampleView
-    test: list[Encoded]
+    test: list[LabelledSample]
     fingerprint: str
     test_size: float
 
@@ -90,7 +90,7 @@ def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: st
     return Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed_precision, kwargs_handlers=[no_copies])
 
 
-def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: ResumePoint | None = None) -> Data:
+def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: ResumePoint | None = None) -> TrainingData:
     """Read and encode the data (or find it encoded), and set the held-out rows aside, as the run began.
 
     Raises DataError for data that cannot be used, ConfigError for a split that leaves nothing to train on.
@@ -107,10 +107,10 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     train_rows, test_rows = split(dataset.groups, test_size, config.train.seed)
     say(f"template {template.name}; {len(train_rows):,} samples to train on, {len(test_rows):,} to evaluate on")
     test = [dataset[int(i)] for i in test_rows]
-    return Data(tokenizer, template, SampleView(dataset, train_rows), test, dataset.fingerprint, test_size)
+    return TrainingData(tokenizer, template, SampleView(dataset, train_rows), test, dataset.fingerprint, test_size)
 
 
-def check_inputs(model: Any, data: Data) -> None:
+def check_inputs(model: Any, data: TrainingData) -> None:
     """Find what the base cannot be fed, held-out rows included, before a step does.
 
     Raises ModelError that names the record and the token, or its length; warns of positions that were never trained.
@@ -131,18 +131,18 @@ def check_inputs(model: Any, data: Data) -> None:
              f"for; --cutoff_len {trained} keeps within them")  # fmt: skip
 
 
-def training_state(config: FinetuneConfig, data: Data, point: ResumePoint | None) -> TrainerState:
+def training_state(config: FinetuneConfig, data: TrainingData, point: ResumePoint | None) -> TrainerState:
     """The position to train from. Raises CheckpointError and ConfigError where the checkpoint is not of this run."""
     planned = total_steps(config.train, len(data.train))
     fresh = TrainerState(total_steps=planned, identity=run_identity(config, data))
     return fresh if point is None else continued(config, point, fresh)
 
 
-def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator, data: Data, state: TrainerState,
-              point: ResumePoint | None, directory: RunDirectory) -> Run:  # fmt: skip
+def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator, data: TrainingData,
+              state: TrainerState, point: ResumePoint | None, directory: RunDirectory) -> Run:  # fmt: skip
     """Load the base, add or restore the adapter, and build the optimizer.
 
-    `config` is one that `fit.settle` has filled in.
+    `config` is one that `auto_config.resolve` has filled in.
     """
     options = config.train
     state = replace(state, choices=choices_of(config))
@@ -182,7 +182,7 @@ def prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -
         use_liger(base.model, hardware)
 
 
-def run_identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
+def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
     """What makes two starts parts of one run. Card, micro-batch and number of processes are no part of it."""
     return {
         "base": base_fingerprint(config.model.model_path),

@@ -32,7 +32,7 @@ MIN_KEPT = 2
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """The checkpoint to go on from."""
 
     path: Path
@@ -78,7 +78,7 @@ class CheckpointStore:
         self._rotate(step, best_step, max(MIN_KEPT, keep_last))
         return target
 
-    def newest_whole(self) -> Found | None:
+    def newest_whole(self) -> FoundCheckpoint | None:
         """The newest checkpoint whose every byte is as it was written, or None where there never was one.
 
         Tidies up first what a killed run left. Broken checkpoints newer than the one found are renamed to
@@ -92,7 +92,9 @@ class CheckpointStore:
         for step, path in sorted(self._checkpoints().items(), reverse=True):
             reasons = manifest.problems(path)
             if not reasons:
-                return Found(path, step, [(self._set_aside_if_possible(bad).name, why) for bad, why in broken])
+                return FoundCheckpoint(
+                    path, step, [(self._set_aside_if_possible(bad).name, why) for bad, why in broken]
+                )
             broken.append((path, "; ".join(reasons)))
         earlier = sorted(path for path in self._entries() if _SET_ASIDE.fullmatch(path.name))
         broken.extend((path, "was found broken earlier") for path in earlier)

@@ -116,7 +116,7 @@ class DeepSpeedEngine:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Where the parameters of the undivided optimizer lie in the partitions of the processes."""
 
     names: list[list[str]]
@@ -134,7 +134,7 @@ class Layout:
 class ShardedOptimizer:
     """The optimizer as the loop and the checkpoints see it: whole, though each process holds a part of its state."""
 
-    def __init__(self, engine: Any, base: torch.optim.Optimizer, layout: Layout, scaler: LossScale | None) -> None:
+    def __init__(self, engine: Any, base: torch.optim.Optimizer, layout: ShardLayout, scaler: LossScale | None) -> None:
         self.engine, self.base, self.layout, self.scaler = engine, base, layout, scaler
 
     @property
@@ -183,12 +183,12 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str
         {name: (piece.start, piece.numel) for name, piece in group.items()}
         for group in engine.optimizer.state_dict()[_PIECES]
     ]
-    layout = Layout(names, shapes, gather_object([own_pieces]))
+    layout = ShardLayout(names, shapes, gather_object([own_pieces]))
     scaler = LossScale() if dtype == torch.float16 else None
     return engine, ShardedOptimizer(engine, optimizer, layout, scaler)
 
 
-def join_states(shards: Sequence[dict[str, Any]], layout: Layout) -> dict[str, Any]:
+def join_states(shards: Sequence[dict[str, Any]], layout: ShardLayout) -> dict[str, Any]:
     """One optimizer state out of the flat ones of all processes.
 
     Two processes, parameters a (3 values) and b (2), padded to 3 per process:
@@ -210,7 +210,7 @@ def join_states(shards: Sequence[dict[str, Any]], layout: Layout) -> dict[str, A
     return {"state": state, "param_groups": groups}
 
 
-def split_state(state: dict[str, Any], layout: Layout, rank: int, sizes: Sequence[int]) -> dict[str, Any]:
+def split_state(state: dict[str, Any], layout: ShardLayout, rank: int, sizes: Sequence[int]) -> dict[str, Any]:
     """The flat optimizer state of process `rank` out of a whole one: the opposite of `join_states`.
 
     sizes: length of this process's partition per parameter group, padding included; the padding gets zeros.

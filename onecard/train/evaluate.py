@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 from onecard.data.batches import collate, micro_batches, share_for_rank
-from onecard.data.encode import Encoded
+from onecard.data.encode import LabelledSample
 from onecard.errors import ModelError
 from onecard.model.chunked_loss import summed_loss
-from onecard.train.oom import SMALLEST_CHUNK, Limits, give_back_memory, is_out_of_memory, padded_tokens
+from onecard.train.oom import SMALLEST_CHUNK, MicroBatchLimits, give_back_memory, is_out_of_memory, padded_tokens
 
 MAX_FAILURES = 3  # of one row, at a chunk of logits that cannot be made smaller
 TOO_LONG = "a single held-out row does not fit in memory; use a shorter --cutoff_len, or --test_size 0"
 
 
 @dataclass
-class Room:
+class EvaluationLimits:
     """What has been found not to fit in evaluation, so that it is not tried again; each process finds its own."""
 
     too_many_tokens: float = math.inf
@@ -32,11 +32,11 @@ class Room:
 
 def evaluation_loss(
     model: torch.nn.Module,
-    samples: list[Encoded],
+    samples: list[LabelledSample],
     accelerator: Any,
     *,
-    limits: Limits | None = None,
-    room: Room | None = None,
+    limits: MicroBatchLimits | None = None,
+    room: EvaluationLimits | None = None,
     told: Callable[[str], None] = lambda change: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
@@ -51,14 +51,14 @@ def evaluation_loss(
 
     Raises ModelError when a single row does not fit.
     """
-    was_training, limits = model.training, limits or Limits()
+    was_training, limits = model.training, limits or MicroBatchLimits()
     model.eval()
     lengths = np.array([len(sample.input_ids) for sample in samples])
     micros = micro_batches(np.arange(len(samples)), lengths, **limits.cut)
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, lengths)
     waiting = [micro for micro in mine if micro is not None]
     total = torch.zeros(2, dtype=torch.float64)
-    room, n_failures, n_done, n_mine = room or Room(), 0, 0, sum(map(len, waiting))
+    room, n_failures, n_done, n_mine = room or EvaluationLimits(), 0, 0, sum(map(len, waiting))
     loss_chunk = min(room.loss_chunk or limits.loss_chunk, limits.loss_chunk or room.loss_chunk)
     while waiting:
         micro = waiting.pop(0)
@@ -92,7 +92,9 @@ def evaluation_loss(
     return float(total[0] / total[1])
 
 
-def _loss_of(samples: list[Encoded], model: torch.nn.Module, device: Any, loss_chunk: int) -> torch.Tensor | None:
+def _loss_of(
+    samples: list[LabelledSample], model: torch.nn.Module, device: Any, loss_chunk: int
+) -> torch.Tensor | None:
     """The summed loss and the supervised tokens, float64 (2,); None when memory ran out."""
     try:
         with torch.no_grad():

@@ -19,14 +19,14 @@ from accelerate.utils import broadcast_object_list
 from onecard.config.training import TrainOptions
 from onecard.console import warn
 from onecard.data.batches import step_samples, steps_per_epoch
-from onecard.data.encode import Encoded
+from onecard.data.encode import LabelledSample
 from onecard.errors import CheckpointError, Stopped
 from onecard.train.evaluate import evaluation_loss
 from onecard.train.intervals import Timer
-from onecard.train.run import Event, Run
+from onecard.train.run import Run, RunEvent
 from onecard.train.signals import Interrupts
 from onecard.train.state import TrainerState, write_state
-from onecard.train.step import NotFinite, Requests, StepResult, take_step
+from onecard.train.step import NotFinite, StepRequests, StepResult, take_step
 from onecard.train.trackers import Reporter
 
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
@@ -54,9 +54,11 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     saved_step, skipped_in_a_row = state.step, 0
     with Interrupts() as interrupts:
 
-        def requested() -> Requests:
+        def requested() -> StepRequests:
             first = run.accelerator.is_main_process  # one clock for all
-            return Requests(interrupts.requested is not None, first and evaluation.is_due(), first and saving.is_due())
+            return StepRequests(
+                interrupts.requested is not None, first and evaluation.is_due(), first and saving.is_due()
+            )
 
         while state.step < state.total_steps:
             started_s = time.monotonic()
@@ -86,7 +88,7 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     return state
 
 
-def _step_or_keep(run: Run, saved_step: int, requested: Callable[[], Requests]) -> StepResult:
+def _step_or_keep(run: Run, saved_step: int, requested: Callable[[], StepRequests]) -> StepResult:
     """One step; when it is not finite, the weights are still those of the step before: they are kept first."""
     try:
         return take_step(run, requested)
@@ -183,13 +185,13 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
 
 
 def evaluate(
-    run: Run, samples: list[Encoded], progress: Callable[[int, int], None] = lambda done, total: None
+    run: Run, samples: list[LabelledSample], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> float:
     """The loss of held-out samples per supervised token, under the run's limits."""
 
     def told(change: str) -> None:
         message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
-        run.events.append(Event({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
+        run.events.append(RunEvent({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
 
     return evaluation_loss(run.model, samples, run.accelerator, limits=run.limits, room=run.evaluation_room,
                            told=told, progress=progress)  # fmt: skip

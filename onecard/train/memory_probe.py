@@ -23,7 +23,7 @@ from onecard.data.batches import steps_per_epoch
 from onecard.model.memory.estimate import GIB
 from onecard.train.intervals import WAIT_PER_TIME_TAKEN
 from onecard.train.loop import evaluate
-from onecard.train.oom import Limits
+from onecard.train.oom import MicroBatchLimits
 from onecard.train.run import Run
 from onecard.train.step import accumulate, make_room
 
@@ -32,7 +32,7 @@ LARGEST_SHARE, ENOUGH_ROOM = 0.03, 0.5
 
 
 @dataclass(frozen=True)
-class Worst:
+class LargestMicroBatch:
     """The largest micro-batch: `rows` rows of `length` tokens."""
 
     rows: int
@@ -44,7 +44,7 @@ class Worst:
         return self.rows * self.length
 
 
-def worst_micro_batch(lengths: np.ndarray, limits: Limits, total_batch: int) -> Worst:
+def worst_micro_batch(lengths: np.ndarray, limits: MicroBatchLimits, total_batch: int) -> LargestMicroBatch:
     """The micro-batch with the most padded tokens that `limits` allow for samples of these lengths.
 
     lengths [900, 250, 250, 250, 250], 1,000 tokens: [250 x 4] is larger than [900]. In steps of 2 samples it is [900].
@@ -57,7 +57,7 @@ def worst_micro_batch(lengths: np.ndarray, limits: Limits, total_batch: int) -> 
     if limits.micro_tokens:
         rows = np.minimum(rows, np.maximum(1, limits.micro_tokens // np.maximum(1, longest_first)))
     best = int(np.argmax(rows * longest_first))
-    return Worst(int(rows[best]), int(longest_first[best]))
+    return LargestMicroBatch(int(rows[best]), int(longest_first[best]))
 
 
 def rehearse_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
@@ -102,7 +102,7 @@ def rehearse(run: Run) -> None:
     worst = _fitting(run, lambda: worst_micro_batch(lengths, run.limits, run.options.total_batch))
     seconds = (time.monotonic() - started) / 2
     if worst.length < int(lengths.max()):
-        _fitting(run, lambda: Worst(1, int(lengths.max())))
+        _fitting(run, lambda: LargestMicroBatch(1, int(lengths.max())))
     run.engine.forget()
     evaluation_s = _rehearse_evaluation(run) if run.test_samples else 0.0
     said = f"rehearsed {worst.rows} x {worst.length:,} tokens"
@@ -122,7 +122,7 @@ def _rehearse_evaluation(run: Run) -> float:
     return (time.monotonic() - started) * float(lengths.sum()) / largest.tokens / run.accelerator.num_processes
 
 
-def _fitting(run: Run, worst_now: Callable[[], Worst]) -> Worst:
+def _fitting(run: Run, worst_now: Callable[[], LargestMicroBatch]) -> LargestMicroBatch:
     """Forward and backward of the worst micro-batch, under smaller limits until it passes; returns the one that did."""
     while True:
         worst = worst_now()
@@ -162,7 +162,7 @@ def _tokens_left(run: Run) -> float:
     return (run.state.total_steps - run.state.step) * per_step
 
 
-def _rows(lengths: np.ndarray, worst: Worst) -> np.ndarray:
+def _rows(lengths: np.ndarray, worst: LargestMicroBatch) -> np.ndarray:
     """Samples that make a micro-batch of this size."""
     fitting = np.flatnonzero(lengths <= worst.length)
     return fitting[np.argsort(-lengths[fitting].astype(np.int64), kind="stable")[: worst.rows]]

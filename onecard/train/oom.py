@@ -28,7 +28,7 @@ OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA 
 
 
 @dataclass(frozen=True)
-class Limits:
+class MicroBatchLimits:
     """How much passes through the model at once; 0 is no limit."""
 
     micro_batch: int = 0
@@ -58,8 +58,8 @@ def is_out_of_memory(reason: BaseException) -> bool:
 
 
 def smaller(
-    limits: Limits, lengths: np.ndarray, *, can_offload: bool, can_recompute: bool = False
-) -> tuple[Limits, str] | None:
+    limits: MicroBatchLimits, lengths: np.ndarray, *, can_offload: bool, can_recompute: bool = False
+) -> tuple[MicroBatchLimits, str] | None:
     """The next smaller limits for samples of these lengths, and what changes in words; None when nothing is left.
 
     limits of 4,096 tokens, rows of 900: 3,600 at once (4 rows) become 1,800 (2 rows), then 900 (1 row), then the

@@ -21,7 +21,7 @@ from onecard.console import quiet_rank, say, warn
 from onecard.errors import CheckpointError, ConfigError
 from onecard.model.files import base_fingerprint
 from onecard.model.lora.formats import kept_fingerprint, other_base
-from onecard.train.checkpoint import Found, verify
+from onecard.train.checkpoint import FoundCheckpoint, verify
 from onecard.train.rundir import OPTIONS_NAME, RunDirectory
 from onecard.train.state import TrainerState, differences, read_state
 from onecard.train.trackers import read_log
@@ -80,7 +80,7 @@ def start_position(config: FinetuneConfig, directory: RunDirectory, accelerator:
     return ResumePoint(found.path, read_state(found.path), _stored_options(found.path.parent), same_run)
 
 
-def find_start(options: TrainOptions, directory: RunDirectory) -> Found | None:
+def find_start(options: TrainOptions, directory: RunDirectory) -> FoundCheckpoint | None:
     """What `--resume_from_checkpoint` means here.
 
     Checkpoints in the run's own directory win over another directory that was typed, so that the same command can be
@@ -249,7 +249,7 @@ def _tell_unfinished(directory: RunDirectory) -> None:
              "A smaller --save_steps or --save_minutes saves earlier")  # fmt: skip
 
 
-def _gone_back(path: Path, directory: RunDirectory) -> Found:
+def _gone_back(path: Path, directory: RunDirectory) -> FoundCheckpoint:
     """An older checkpoint of this very run; newer ones are set aside, unless they came from it already.
 
     So the same command can be given again after a kill without losing what was done since it went back.
@@ -270,14 +270,14 @@ def _gone_back(path: Path, directory: RunDirectory) -> Found:
     return found
 
 
-def _named(path: Path) -> Found:
+def _named(path: Path) -> FoundCheckpoint:
     """As `_explicit`, and say so."""
     found = _explicit(path)
     say(f"going on from {path}")
     return found
 
 
-def _explicit(path: Path) -> Found:
+def _explicit(path: Path) -> FoundCheckpoint:
     """A checkpoint that was typed by name. Raises CheckpointError when it cannot be trusted."""
     if not path.is_dir():
         raise CheckpointError(f"--resume_from_checkpoint: there is no directory {path}")
@@ -287,7 +287,7 @@ def _explicit(path: Path) -> Found:
     problems = verify(path, require_manifest=False)
     if problems:
         raise CheckpointError(f"--resume_from_checkpoint: {path} is broken: {'; '.join(problems)}")
-    return Found(path, read_state(path).step)
+    return FoundCheckpoint(path, read_state(path).step)
 
 
 def _newest_in(path: Path) -> Path:

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from onecard.config.training import TrainOptions
-from onecard.data.encode import Encoded
+from onecard.data.encode import LabelledSample
 from onecard.model.memory.plan import RECOMPUTE, Plan
 from onecard.model.memory_saving.activation_offload import ActivationOffload
-from onecard.train.accelerator import Engine
+from onecard.train.accelerator import TrainingEngine
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.deepspeed_engine import DeepSpeedEngine
-from onecard.train.evaluate import Room
-from onecard.train.oom import Limits
+from onecard.train.evaluate import EvaluationLimits
+from onecard.train.oom import MicroBatchLimits
 from onecard.train.state import OPTIMIZER_NAME, TrainerState
 
 
 @dataclass(frozen=True)
-class Event:
+class RunEvent:
     """Something to report once: a row of log.jsonl, and words."""
 
     row: dict[str, Any]
@@ -40,29 +40,29 @@ class Run:
     optimizer: Any
     accelerator: Any
     train_samples: Any
-    """A sequence of `Encoded`, with `lengths` and `supervised` arrays of the same order."""
-    test_samples: list[Encoded]
+    """A sequence of `LabelledSample`, with `lengths` and `supervised` arrays of the same order."""
+    test_samples: list[LabelledSample]
     store: CheckpointStore
     state: TrainerState = field(default_factory=TrainerState)
-    limits: Limits = field(default_factory=Limits)
+    limits: MicroBatchLimits = field(default_factory=MicroBatchLimits)
     """How much passes through the model at once; smaller after memory ran out."""
     offload: ActivationOffload | None = None
     """Where the layers' inputs wait, if they do."""
-    evaluation_room: Room = field(default_factory=Room)
+    evaluation_room: EvaluationLimits = field(default_factory=EvaluationLimits)
     """What does not fit in evaluation."""
     plan: Plan | None = None
     """What was planned for this start, with the card that it is for."""
-    events: list[Event] = field(default_factory=list)
+    events: list[RunEvent] = field(default_factory=list)
     """What happened and has not been reported yet."""
     n_failures: int = 0
     """Times that memory ran out in the present step, at limits that could not be made smaller."""
 
     @cached_property
-    def engine(self) -> Engine | DeepSpeedEngine:
+    def engine(self) -> TrainingEngine | DeepSpeedEngine:
         """Backward and step, plain or through DeepSpeed."""
         if self.options.deepspeed:
             return DeepSpeedEngine(self.accelerator, self.model, self.optimizer)
-        return Engine(self.accelerator, self.model, self.optimizer, self.options.max_grad_norm)
+        return TrainingEngine(self.accelerator, self.model, self.optimizer, self.options.max_grad_norm)
 
     @property
     def training(self) -> dict[str, Any]:

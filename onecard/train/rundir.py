@@ -54,7 +54,7 @@ def _absolute(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """What a run directory tells about itself from its first minute on."""
 
     options_yaml: str
@@ -79,7 +79,7 @@ class RunDirectory:
         """Hold the directory for this run; raises CheckpointError when another run has it."""
         return nullcontext() if quiet_rank() else RunLock(self.path)
 
-    def write_settings(self, settings: Settings) -> None:
+    def write_settings(self, settings: RunSettings) -> None:
         """Put tokenizer, template and options in place, so that even a killed run can be chatted with."""
         if quiet_rank():
             return
@@ -95,7 +95,7 @@ class RunDirectory:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def publish(self, settings: Settings, state: TrainerState, *, final_weights: str) -> None:
+    def publish(self, settings: RunSettings, state: TrainerState, *, final_weights: str) -> None:
         """Put the adapter of the last (or best) checkpoint and all else that the directory promises in place.
 
         The manifest with the hashes comes last. Raises CheckpointError when that cannot be written: then the run has

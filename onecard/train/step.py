@@ -24,9 +24,9 @@ from onecard.model.lora.adapter import unwrap
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.model.memory_saving.tiled_mlp import tile_mlps
 from onecard.train.not_finite import explain
-from onecard.train.oom import Limits, give_back_memory, is_out_of_memory, smaller
+from onecard.train.oom import MicroBatchLimits, give_back_memory, is_out_of_memory, smaller
 from onecard.train.optim import set_learning_rate
-from onecard.train.run import Event, Run
+from onecard.train.run import Run, RunEvent
 from onecard.train.state import seed_step
 
 MAX_FAILURES = 3  # of one step, at limits that cannot be made smaller
@@ -36,7 +36,7 @@ SMALLER_HINT = (
 )
 
 
-class Requests(NamedTuple):
+class StepRequests(NamedTuple):
     """What is to be done at the end of a step."""
 
     stop: bool = False
@@ -49,12 +49,12 @@ class NotFinite(OneCardError):
 
 
 @dataclass(frozen=True)
-class Attempt:
+class GradientAttempt:
     """What came of gathering a step's gradients; they count for nothing where memory ran out."""
 
     loss: float
     grad_norm: float
-    requests: Requests
+    requests: StepRequests
     out_of_memory: bool
 
 
@@ -67,11 +67,11 @@ class StepResult:
     tokens: int
     learning_rate: float
     skipped: bool
-    requests: Requests
+    requests: StepRequests
     """Those of all processes."""
 
 
-def take_step(run: Run, requested: Callable[[], Requests] = Requests) -> StepResult:
+def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) -> StepResult:
     """One optimizer step over the samples that (seed, step) names, whatever the number of processes.
 
     requested: what this process wants done at its end. The loss is the sum over all micro-batches of all processes,
@@ -99,7 +99,7 @@ def take_step(run: Run, requested: Callable[[], Requests] = Requests) -> StepRes
     return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.requests)
 
 
-def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], Requests]) -> Attempt:
+def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], StepRequests]) -> GradientAttempt:
     """Forward and backward of a step's samples in micro-batches, and the clipping; the same however they are cut.
 
     Done again after a failure it draws the same random numbers, so it is the same step.
@@ -116,16 +116,16 @@ def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], Req
     loss_sum, failure = accumulate(run, micros, supervised)
     loss, requests, out_of_memory = _agree(accelerator, loss_sum, requested(), failure)
     if out_of_memory or not math.isfinite(loss):
-        return Attempt(loss, math.nan, requests, out_of_memory)
+        return GradientAttempt(loss, math.nan, requests, out_of_memory)
     try:
-        return Attempt(loss, run.engine.clip(), requests, False)
+        return GradientAttempt(loss, run.engine.clip(), requests, False)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise
         if accelerator.num_processes > 1 or not run.engine.can_repeat:
             place = f"out of memory at step {run.state.step + 1} while the gradients were put together"
             raise ModelError(f"{place}, which several processes cannot repeat; {SMALLER_HINT}") from reason
-    return Attempt(loss, math.nan, requests, True)
+    return GradientAttempt(loss, math.nan, requests, True)
 
 
 def _apply(run: Run) -> bool:
@@ -175,10 +175,10 @@ def make_room(run: Run, lengths: np.ndarray) -> None:
     if found is not None:
         use_limits(run, found[0])
     message = f"step {run.state.step + 1}: out of memory; {change}. The result does not change."
-    run.events.append(Event({"step": run.state.step + 1, "event": "out_of_memory", "change": change}, message))
+    run.events.append(RunEvent({"step": run.state.step + 1, "event": "out_of_memory", "change": change}, message))
 
 
-def use_limits(run: Run, limits: Limits) -> None:
+def use_limits(run: Run, limits: MicroBatchLimits) -> None:
     """Let what the limits say take effect: recomputed layers, offload and tiles included."""
     if limits.recompute_layers and run.plan is not None and not _is_checkpointed(run):
         checkpoint_layers(_base_of(run), reentrant=run.plan.setup.bits == 8)
@@ -207,13 +207,15 @@ def _backward(run: Run, micro: np.ndarray | None, supervised: int, is_last: bool
     return loss.detach()
 
 
-def _agree(accelerator: Any, loss: torch.Tensor, requests: Requests, failed: bool) -> tuple[float, Requests, bool]:
+def _agree(
+    accelerator: Any, loss: torch.Tensor, requests: StepRequests, failed: bool
+) -> tuple[float, StepRequests, bool]:
     """The step's loss over all processes, what any of them requests, and whether memory ran out: all do alike."""
     if accelerator.num_processes == 1:
         return float(loss), requests, failed
     flags = torch.tensor([float(flag) for flag in (*requests, failed)], device=loss.device)
     every = accelerator.reduce(torch.cat([loss.float()[None], flags]), reduction="sum").tolist()
-    return every[0], Requests(*(n > 0 for n in every[1:-1])), every[-1] > 0
+    return every[0], StepRequests(*(n > 0 for n in every[1:-1])), every[-1] > 0
 
 
 def _is_checkpointed(run: Run) -> bool:

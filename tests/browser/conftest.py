@@ -102,10 +102,10 @@ def serving(web_page: Any, **options: Any) -> Iterator[str]:
     from onecard.config.inference import PageOptions
     from onecard.serve.listen import open_socket
     from onecard.serve.web import app as web
-    from onecard.serve.web.server import Doors, page_application
+    from onecard.serve.web.server import MountHooks, page_application
 
     page = PageOptions(**options)
-    doors = Doors(lambda app: web.mount(app, web_page, auth=page.auth), web.public_link)
+    doors = MountHooks(lambda app: web.mount(app, web_page, auth=page.auth), web.public_link)
     application = page_application(doors, page, max_body_bytes=2_000_000)
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
     with open_socket("127.0.0.1", 0) as listening:

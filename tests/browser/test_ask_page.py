@@ -18,14 +18,14 @@ PICTURES_OF = os.environ.get("ONECARD_SCREENSHOTS") or None  # a run directory, 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
-    from onecard.config.inference import LimitOptions, TalkerOptions
+    from onecard.config.inference import InferenceOptions, LimitOptions
     from onecard.config.training import ModelOptions
     from onecard.inference.engine import open_engine
 
     model = ModelOptions(
         model_path=str(REPOSITORY / "sample" / "tiny-llama"), bits=32, device="cpu", gradient_checkpointing=False
     )
-    engine = open_engine(model, TalkerOptions(lora_path=PICTURES_OF), LimitOptions(max_beams=4))
+    engine = open_engine(model, InferenceOptions(lora_path=PICTURES_OF), LimitOptions(max_beams=4))
     yield engine
     engine.close()
 
@@ -62,7 +62,7 @@ def finished(page: Any) -> str:
 def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> None:
     from onecard.config.inference import SamplingOptions
     from onecard.data.messages import Turn
-    from onecard.inference.engine import Request
+    from onecard.inference.engine import GenerationRequest
 
     page = open_page(url)
     page.click("text=Find the job in the text.")
@@ -72,7 +72,7 @@ def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> Non
     page.click("#oc-submit")
     answer = finished(page)
     turns = (Turn("user", "Find the job in the text.", page.input_value("#oc-input textarea")),)
-    request = Request(turns, sampling=SamplingOptions(max_new_tokens=24, num_beams=3), show_beams=True)
+    request = GenerationRequest(turns, sampling=SamplingOptions(max_new_tokens=24, num_beams=3), show_beams=True)
     last = list(engine.stream(request))[-1][0]
     assert answer == last.text
     assert page.locator("#oc-beams textarea:visible").count() == 3

@@ -140,7 +140,7 @@ def test_print_config_shows_the_resolved_options(capsys: pytest.CaptureFixture, 
 def test_text_is_taken_as_typed(words: str) -> None:
     config = cli.parse(GenerateConfig, [f"--instruction={words}", f"--system={words}"])
     assert config.ask.instruction == words
-    assert config.talker.system == words
+    assert config.inference.system == words
 
 
 def test_numbers_and_switches() -> None:
@@ -337,16 +337,21 @@ def run(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.alone
+def spent_by_children_s() -> float:
+    """Processor time of all children that ended; wall time where the system does not tell it (Windows)."""
+    times = os.times()
+    return times.children_user + times.children_system if os.name == "posix" else times.elapsed
+
+
 @pytest.mark.parametrize("entry", [*ENTRIES, *TOOLS])
 def test_help_is_instant(entry: str) -> None:
     best_s = float("inf")
     n_runs = 0
-    # The best of five: other work on the machine makes a process wait for its turn, which is not our time.
+    # The best of five, of processor time: caches that other work on the machine fills cost some of it, too.
     while n_runs < 5 and best_s >= HELP_LIMIT_S:
-        start = time.perf_counter()
+        start = spent_by_children_s()
         done = run(entry, "--help")
-        best_s = min(best_s, time.perf_counter() - start)
+        best_s = min(best_s, spent_by_children_s() - start)
         n_runs += 1
         assert done.returncode == 0, done.stderr
         assert "--" in done.stdout

@@ -18,7 +18,7 @@ from onecard.data.batches import (
     step_samples,
     steps_per_epoch,
 )
-from onecard.data.encode import IGNORE_INDEX, Encoded
+from onecard.data.encode import IGNORE_INDEX, LabelledSample
 from onecard.errors import ConfigError
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=60)
@@ -113,7 +113,7 @@ def test_shares_are_balanced_by_tokens():
 
 def test_collate_pads_on_the_right_and_a_pad_is_never_a_label():
     eos = 2
-    samples = [Encoded([5, 6, eos], [-100, 6, eos], "a:1", 0), Encoded([7, eos], [-100, eos], "a:2", 1)]
+    samples = [LabelledSample([5, 6, eos], [-100, 6, eos], "a:1", 0), LabelledSample([7, eos], [-100, eos], "a:2", 1)]
     batch = collate(samples, pad_id=eos)
     assert batch["input_ids"].tolist() == [[5, 6, eos], [7, eos, eos]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

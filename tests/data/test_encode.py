@@ -9,7 +9,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from onecard.data.chat_template import BUILT_IN, Segment, load_template
-from onecard.data.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_prompt, encode_sample
+from onecard.data.encode import (
+    IGNORE_INDEX,
+    DroppedSample,
+    EncodeSettings,
+    LabelledSample,
+    encode_prompt,
+    encode_sample,
+)
 from onecard.data.messages import Conversation, Document, Turn
 from onecard.data.sources import ReadReport, read
 from onecard.data.tokenization import SegmentTokenizer, segment_tokenizer, tokenizer_fingerprint
@@ -48,9 +55,9 @@ any_conversation = settings(
 )
 
 
-def encode(conversation, template, tokenizer, settings=ROOMY) -> list[Encoded]:
+def encode(conversation, template, tokenizer, settings=ROOMY) -> list[LabelledSample]:
     result = encode_sample(conversation, template, tokenizer, settings)
-    assert not isinstance(result, Dropped), result.reason
+    assert not isinstance(result, DroppedSample), result.reason
     return result
 
 
@@ -58,7 +65,7 @@ def decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def spans(sample: Encoded) -> list[tuple[int, int]]:
+def spans(sample: LabelledSample) -> list[tuple[int, int]]:
     """[-, -, 7, 8, -, 9] -> [(2, 4), (5, 6)]"""
     learned = [label != IGNORE_INDEX for label in sample.labels]
     sides = [False, *learned, False]
@@ -84,7 +91,7 @@ def check_equality(conversation: Conversation, template, tokenizer) -> int:
     return len(ends)
 
 
-def learned_text(tokenizer, sample: Encoded, start: int, stop: int) -> str:
+def learned_text(tokenizer, sample: LabelledSample, start: int, stop: int) -> str:
     """What ids[start:stop] add to a text; alone they would lose their first space with SentencePiece."""
     anchor = tokenizer(["a"], add_special_tokens=False)["input_ids"][0]
     return decode(tokenizer, [*anchor, *sample.input_ids[start:stop]]).removeprefix("a")
@@ -193,9 +200,9 @@ def test_truncation_keeps_the_equality_and_never_teaches_an_early_stop(request, 
     conversation = _with_questions(conversation)
     whole = encode_sample(conversation, template, tokenizer, ROOMY)
     result = encode_sample(conversation, template, tokenizer, EncodeSettings(cutoff_len))
-    if isinstance(whole, Dropped):
+    if isinstance(whole, DroppedSample):
         return
-    if isinstance(result, Dropped):
+    if isinstance(result, DroppedSample):
         prompt = encode_prompt(_last_exchange(conversation.turns)[:-1], template, tokenizer)
         assert len(prompt) >= cutoff_len or not conversation.turns[-1].content
         return
@@ -285,7 +292,7 @@ def test_nothing_left_to_learn_is_dropped_with_the_reason(bytelevel_tokenizer):
     template = load_template("chatml", bytelevel_tokenizer)
     conversation = Conversation((Turn("user", "long " * 50), Turn("assistant", "a")), "x:1")
     result = encode_sample(conversation, template, bytelevel_tokenizer, EncodeSettings(32))
-    assert isinstance(result, Dropped)
+    assert isinstance(result, DroppedSample)
     assert not result.bad
     assert "all 32 tokens" in result.reason and "--cutoff_len" in result.reason
 
@@ -347,7 +354,7 @@ def test_a_long_document_is_learned_whole_in_pieces(request, which):
 def test_records_that_would_teach_a_false_stop_are_bad(bytelevel_tokenizer, turns, told):
     template = load_template("chatml", bytelevel_tokenizer)
     result = encode_sample(Conversation(turns, "x.json:7"), template, bytelevel_tokenizer, ROOMY)
-    assert isinstance(result, Dropped)
+    assert isinstance(result, DroppedSample)
     assert result.bad
     assert told in result.reason
     with pytest.raises(DataError, match=r"x\.json:7"):
@@ -376,7 +383,7 @@ def test_messages_that_the_template_refuses_are_bad_records(sp_tokenizer, with_t
         tokenizer,
         ROOMY,
     )
-    assert isinstance(result, Dropped)
+    assert isinstance(result, DroppedSample)
     assert "no system role" in result.reason
 
 

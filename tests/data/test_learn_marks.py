@@ -10,7 +10,7 @@ import pytest
 
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import encode_dataset
-from onecard.data.encode import IGNORE_INDEX, Dropped, EncodeSettings, encode_sample
+from onecard.data.encode import IGNORE_INDEX, DroppedSample, EncodeSettings, encode_sample
 from onecard.data.formats import to_sample
 from onecard.data.learn_marks import NOT_A_GOOD_ANSWER, NOT_LEARNED, SCALE_NOT_USED
 from onecard.data.messages import Conversation, Turn
@@ -37,7 +37,7 @@ def learned(tokenizer: Any, conversation: Conversation, name: str, mode: Any, cu
     tokenizer.chat_template = TEMPLATES[name]
     settings = EncodeSettings(cutoff_len, mode)
     found = encode_sample(conversation, load_template("auto", tokenizer), tokenizer, settings)
-    if isinstance(found, Dropped):
+    if isinstance(found, DroppedSample):
         assert not found.bad
         return []
     texts = []

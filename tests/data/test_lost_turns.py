@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onecard.data.chat_template import BUILT_IN, Writer, load_template
+from onecard.data.chat_template import BUILT_IN, PromptRenderer, load_template
 from onecard.data.lost_turns import joined_system_turns
 from onecard.data.messages import Turn
 from onecard.errors import DataError
@@ -31,7 +31,7 @@ def _turns(order: str) -> list[Turn]:
     return [Turn(ROLES[letter], f"text {k:02d} here") for k, letter in enumerate(order)]
 
 
-def _written(writer: Writer, turns: list[Turn]) -> str:
+def _written(writer: PromptRenderer, turns: list[Turn]) -> str:
     return "".join(part.text + part.end for part in writer.segments(turns, add_generation_prompt=True))
 
 
@@ -39,20 +39,20 @@ def _written(writer: Writer, turns: list[Turn]) -> str:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_no_system_message_is_lost_in_a_built_in_template(sp_tokenizer, name, order):
     turns = _turns(order)
-    text = _written(Writer(load_template(name, sp_tokenizer), sp_tokenizer), turns)
+    text = _written(PromptRenderer(load_template(name, sp_tokenizer), sp_tokenizer), turns)
     assert [text.count(turn.content) for turn in turns] == [1] * len(turns)
 
 
 @pytest.mark.parametrize("name", ("alpaca", "vicuna-chat", "llama-2", "mistral"))
 def test_a_system_message_without_a_question_beside_it_is_refused(sp_tokenizer, name):
-    writer = Writer(load_template(name, sp_tokenizer), sp_tokenizer)
+    writer = PromptRenderer(load_template(name, sp_tokenizer), sp_tokenizer)
     with pytest.raises(DataError, match=r"follows message 2 \(assistant\); put it first, or beside a question"):
         writer.render(_turns("uas"), prompt=True)
 
 
 @pytest.mark.parametrize("name", ("llama-2", "mistral"))
 def test_a_system_message_alone_is_refused(sp_tokenizer, name):
-    writer = Writer(load_template(name, sp_tokenizer), sp_tokenizer)
+    writer = PromptRenderer(load_template(name, sp_tokenizer), sp_tokenizer)
     with pytest.raises(DataError, match="a system message that no question follows"):
         writer.render(_turns("s"), prompt=True)
 
@@ -74,7 +74,7 @@ def test_an_answer_may_come_before_any_question(bytelevel_tokenizer, with_templa
     turns = _turns(order)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert _written(Writer(load_template("auto", tokenizer), tokenizer), turns) == rendered
+    assert _written(PromptRenderer(load_template("auto", tokenizer), tokenizer), turns) == rendered
 
 
 @pytest.mark.parametrize("jinja", (LOOPS_OVER_PARTS, ONLY_FIRST_SYSTEM, NO_SYSTEM), ids=("parts", "first", "none"))
@@ -82,7 +82,7 @@ def test_an_answer_may_come_before_any_question(bytelevel_tokenizer, with_templa
 def test_nothing_is_lost_in_a_template_of_somebody_else(bytelevel_tokenizer, with_template, jinja, order):
     tokenizer = with_template(bytelevel_tokenizer, jinja)
     turns = _turns(order)
-    text = _written(Writer(load_template("auto", tokenizer), tokenizer), turns)
+    text = _written(PromptRenderer(load_template("auto", tokenizer), tokenizer), turns)
     assert [text.count(turn.content) for turn in turns] == [1] * len(turns)
 
 
@@ -93,7 +93,7 @@ def test_the_end_is_found_where_contents_are_parts(bytelevel_tokenizer, with_tem
 
 def test_a_template_that_drops_a_question_or_an_answer_is_refused(bytelevel_bos_tokenizer, with_template):
     tokenizer = with_template(bytelevel_bos_tokenizer, ONLY_LAST)
-    writer = Writer(load_template("auto", tokenizer), tokenizer)
+    writer = PromptRenderer(load_template("auto", tokenizer), tokenizer)
     with pytest.raises(DataError, match=r"leaves out message 1 of 3 \(user\); choose another template with --prompt"):
         writer.render(_turns("uau"), prompt=True)
 

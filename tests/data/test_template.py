@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onecard.data.chat_template import BUILT_IN, FOLDER, Segment, Writer, load_template
+from onecard.data.chat_template import BUILT_IN, FOLDER, PromptRenderer, Segment, load_template
 from onecard.data.messages import Conversation, Turn
 from onecard.data.special_tokens import special_tokens
 from onecard.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ def test_renders_what_hugging_face_renders(request, which, name, turns, prompt):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(several=st.lists(turns(), min_size=1, max_size=4), prompt=st.booleans())
 def test_the_quick_way_for_built_in_templates_is_what_rendering_gives(sp_tokenizer, name, several, prompt):
-    writer = Writer(load_template(name, sp_tokenizer), sp_tokenizer)
+    writer = PromptRenderer(load_template(name, sp_tokenizer), sp_tokenizer)
     for conversation in several:
         end = -1 if prompt else None
         quick = writer.cut(conversation[:end], add_generation_prompt=prompt)
@@ -61,7 +61,7 @@ def test_the_quick_way_for_built_in_templates_is_what_rendering_gives(sp_tokeniz
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_an_empty_question_is_cut_alike_in_both_ways(sp_tokenizer, name):
-    writer = Writer(load_template(name, sp_tokenizer), sp_tokenizer)
+    writer = PromptRenderer(load_template(name, sp_tokenizer), sp_tokenizer)
     for prompt in (True, False):
         for turns in ([Turn("user", "")], [Turn("user", ""), Turn("assistant", "a"), Turn("user", "")]):
             quick = writer.cut(turns, add_generation_prompt=prompt)
@@ -154,7 +154,7 @@ def test_an_end_is_taught_even_where_the_template_has_none(bytelevel_bos_tokeniz
         "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
     )
     template, turns = load_template("auto", tokenizer), CONVERSATIONS[2]
-    writer = Writer(template, tokenizer)
+    writer = PromptRenderer(template, tokenizer)
     assert writer.lead == "assistant: "
     # No more than that: the next prompt is what the template writes, where no end stands behind the first answer.
     assert writer.cut(turns) is None
@@ -177,7 +177,7 @@ def test_what_a_template_writes_around_an_answer_is_learned_with_it(sp_tokenizer
         Segment("<s>[INST] Hi [/INST]", is_answer=False),
         Segment(" Hello ", is_answer=True, end="</s>"),
     ]
-    assert Writer(template, tokenizer).lead == " "
+    assert PromptRenderer(template, tokenizer).lead == " "
 
 
 def test_a_template_that_rewrites_history_is_not_cut(bytelevel_tokenizer, with_template):

@@ -15,12 +15,12 @@ import pytest
 from onecard.console import run_main
 from onecard.doctor import facts as doctor_facts
 from onecard.doctor import report as doctor
-from onecard.doctor.report import Card, Finding, Package, Torch
+from onecard.doctor.report import CardFacts, Finding, Package, TorchBuild
 from tools import doctor as tool
 
 GIB = 2**30
-TURING = Card(0, "RTX 2080 Ti", (7, 5), 11 * GIB, 10 * GIB, False, flash_error="no kernel")
-CUDA = Torch("2.13.0+cu126", "12.6", True, "560.35", (12, 6))
+TURING = CardFacts(0, "RTX 2080 Ti", (7, 5), 11 * GIB, 10 * GIB, False, flash_error="no kernel")
+CUDA = TorchBuild("2.13.0+cu126", "12.6", True, "560.35", (12, 6))
 
 
 def states(findings: Sequence[Finding]) -> list[str]:
@@ -39,7 +39,7 @@ def bad(findings: Sequence[Finding]) -> Finding:
 
 
 def test_a_good_machine_has_nothing_to_mend() -> None:
-    ampere = Card(0, "RTX 3090", (8, 6), 24 * GIB, 23 * GIB, True)
+    ampere = CardFacts(0, "RTX 3090", (8, 6), 24 * GIB, 23 * GIB, True)
     found = [
         *doctor.judge_system("Linux", (3, 11, 7), True), *doctor.judge_memory(32 * GIB, 20 * GIB),
         *doctor.judge_disk("disk", "~", 100 * GIB), *doctor.judge_torch(CUDA, ["RTX 3090"]), *doctor.judge_card(ampere),
@@ -111,7 +111,7 @@ def test_a_card_older_than_turing_is_told_which_torch_has_its_kernels() -> None:
 
 
 def test_where_nothing_speaks_of_a_card_there_is_no_word_of_one() -> None:
-    plain = Torch("2.13.0+cpu", None, False, None, None)
+    plain = TorchBuild("2.13.0+cpu", None, False, None, None)
     for hidden_by in (None, "", "-1"):
         assert doctor.why_no_card(replace(plain, hidden_by=hidden_by), []) is None
 

@@ -24,7 +24,7 @@ from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError, OneCardError
 from onecard.export.quantize.evaluate import round_to_nearest
 from onecard.inference.generate import answer_rows, prepare
-from onecard.inference.load import load_talker
+from onecard.inference.load import load_bundle
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.recipes import finetune
@@ -144,9 +144,9 @@ def test_generate_answers_with_it(base, made) -> None:
     weights = {layer: dequantised(tensors, layer, 4) for layer in layers_in(tensors)}
     assert len(weights) == 14
     torch.testing.assert_close(logits_of(made), reference_logits(base, weights), rtol=1e-4, atol=1e-4)
-    talker, _ = load_talker(ModelOptions(model_path=str(made)), None, "alpaca")
+    bundle, _ = load_bundle(ModelOptions(model_path=str(made)), None, "alpaca")
     sampling = SamplingOptions(max_new_tokens=8)
-    [answer] = answer_rows(talker, [prepare(talker, [Turn("user", "Count to 3")], sampling)], sampling)
+    [answer] = answer_rows(bundle, [prepare(bundle, [Turn("user", "Count to 3")], sampling)], sampling)
     assert 1 <= answer.n_new_tokens <= 8
 
 
@@ -319,7 +319,7 @@ def test_base_and_adapter_and_own_data(base, instructions, tmp_path, capsys) -> 
     quantize_gptq.main(["--lora_path", str(run), "--output_path", str(tmp_path / "g"), *LITTLE, *words])
     assert "perplexity on" in capsys.readouterr().out
     assert (tmp_path / "g" / "chat_template.jinja").is_file() and not list((tmp_path / "g").glob(".*"))
-    merged = load_talker(ModelOptions(model_path=str(base), bits=32), str(run), "auto")[0].model
+    merged = load_bundle(ModelOptions(model_path=str(base), bits=32), str(run), "auto")[0].model
     ids = torch.arange(3, 40)[None]
     exact, plain = merged(ids).logits, reference_logits(base, {})
     assert (logits_of(tmp_path / "g") - exact).norm() < (plain - exact).norm()

@@ -24,7 +24,7 @@ from onecard.errors import ConfigError, ModelError
 from onecard.export.io.weights import open_weights
 from onecard.export.merge.merge import MergeSettings, export_merged, find_base, merge_into
 from onecard.inference.generate import generate_batch
-from onecard.inference.load import load_talker
+from onecard.inference.load import load_bundle
 from onecard.recipes import finetune
 from tests import tiny
 from tests.model.every_family import save_small
@@ -318,11 +318,11 @@ def test_a_run_of_ours_answers_the_same_once_it_is_merged(
     questions = ("Count to 4", "数到 5")
     answers = []
     for model, adapter in ((str(tiny_base), str(run)), (str(merged), None)):
-        talker, _ = load_talker(ModelOptions(model, bits=32, device="cpu"), adapter, "auto")
+        bundle, _ = load_bundle(ModelOptions(model, bits=32, device="cpu"), adapter, "auto")
         rows = [[Turn("user", question)] for question in questions]
         greedy = SamplingOptions(max_new_tokens=12)
         answers.append(
-            [found.text for found in generate_batch(talker.model, talker.tokenizer, talker.template, rows, greedy)]
+            [found.text for found in generate_batch(bundle.model, bundle.tokenizer, bundle.template, rows, greedy)]
         )
     assert answers[0] == answers[1] and all(answers[0])
     # Another base of the same shape is refused, whether the run or its checkpoint is given.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from onecard.errors import ModelError
 from onecard.export.io.base import open_base
 from onecard.export.merge.effect import effect_of
-from onecard.export.merge.lora_stack import Stage
+from onecard.export.merge.lora_stack import LoadedLora
 from onecard.export.merge.merge import MergeSettings, merge_into
 from onecard.export.merge.tensors import MergeReport
 from onecard.export.merge.verify import probe_prompts, verify_merge
@@ -76,13 +76,13 @@ def test_a_wrong_merge_is_refused_and_no_rounding_is_blamed(
     merged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter, _, _ = merged
-    right = Stage.merged
+    right = LoadedLora.merged
 
-    def half(self: Stage, module: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def half(self: LoadedLora, module: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         before = {name: tensor.clone() for name, tensor in tensors.items()}
         return {name: torch.lerp(before[name], sum_, 0.5) for name, sum_ in right(self, module, tensors).items()}
 
-    monkeypatch.setattr(Stage, "merged", half)
+    monkeypatch.setattr(LoadedLora, "merged", half)
     for dtype in ("fp32", "bf16"):
         (tmp_path / dtype).mkdir()
         with pytest.raises(ModelError, match=r"does not agree with its adapters: (4|5)\d\.\d% of .* before rounding, "):

@@ -13,7 +13,7 @@ import yaml
 from onecard.config.training import LoraOptions, ModelOptions
 from onecard.data.chat_template import FOLDER, load_template
 from onecard.data.messages import Turn
-from onecard.inference.generate import Talker
+from onecard.inference.generate import ModelBundle
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
 from onecard.model.lora.adapter import add_lora, save_adapter
@@ -33,10 +33,10 @@ def lively_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def talker(lively_base: Path) -> Talker:
+def bundle(lively_base: Path) -> ModelBundle:
     tokenizer = load_tokenizer(str(lively_base))
     options = ModelOptions(model_path=str(lively_base), bits=32, device="cpu", gradient_checkpointing=False)
-    return Talker(load_base(options, detect("cpu")).model, tokenizer, load_template("alpaca", tokenizer))
+    return ModelBundle(load_base(options, detect("cpu")).model, tokenizer, load_template("alpaca", tokenizer))
 
 
 @pytest.fixture(scope="session")

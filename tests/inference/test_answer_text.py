@@ -9,7 +9,7 @@ import pytest
 from onecard.data.chat_template import load_template
 from onecard.data.encode import EncodeSettings, encode_sample, prompt_for
 from onecard.data.messages import Conversation, Turn
-from onecard.inference.call import Row
+from onecard.inference.call import PromptRow
 from onecard.inference.stopping import answer_so_far, ended_answer
 from tests.data.template_logics import TEMPLATES
 from tests.data.tokenizer_kinds import KINDS
@@ -34,7 +34,7 @@ def test_a_space_is_shown_where_the_data_have_it_and_not_where_the_template_writ
     (sample,) = encode_sample(Conversation(turns, "x:1"), template, tokenizer, EncodeSettings(500))
     prompt = prompt_for(turns[:1], template, tokenizer)
     new_ids = sample.input_ids[len(prompt.ids) :]
-    row = Row(prompt.ids, 99, 0, prompt.continues, prompt.lead)
+    row = PromptRow(prompt.ids, 99, 0, prompt.continues, prompt.lead)
     ends = {"stop_ids": template.stop_ids(tokenizer), "stop_texts": [], "room": 99}
     texts = [
         answer_so_far(new_ids[:n], tokenizer, **ends, before=row.before, lead=row.lead).text
@@ -56,7 +56,7 @@ def test_the_space_of_a_tokenizer_that_puts_one_behind_control_tokens_is_not_sho
     turns = (Turn("user", "What?"), Turn("assistant", "the fox"))
     (sample,) = encode_sample(Conversation(turns, "x:1"), template, tokenizer, EncodeSettings(500))
     prompt = prompt_for(turns[:1], template, tokenizer)
-    row = Row(prompt.ids, 99, 0, prompt.continues, prompt.lead)
+    row = PromptRow(prompt.ids, 99, 0, prompt.continues, prompt.lead)
     new_ids = sample.input_ids[len(prompt.ids) :]
     assert tokenizer.convert_ids_to_tokens(new_ids[0]).startswith("▁")
     ends = {"stop_ids": template.stop_ids(tokenizer), "stop_texts": [], "room": 99}

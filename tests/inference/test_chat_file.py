@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from onecard.config.inference import SamplingOptions
 from onecard.data.messages import Turn
 from onecard.errors import DataError
-from onecard.inference.chat_file import MAX_BYTES, MAX_MESSAGES, Chat, load_chat, read_chat, save_chat, to_json
-from onecard.inference.history import Session
+from onecard.inference.chat_file import MAX_BYTES, MAX_MESSAGES, SavedChat, load_chat, read_chat, save_chat, to_json
+from onecard.inference.history import ChatHistory
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "你好 👋"}]
 TURNS = (Turn("user", "Hi"), Turn("assistant", "你好 👋"))
 
 texts = st.text(max_size=30)
 sessions = st.builds(
-    lambda system, contents: Session(
+    lambda system, contents: ChatHistory(
         system, tuple(Turn("assistant" if k % 2 else "user", text) for k, text in enumerate(contents))
     ),
     texts,
@@ -36,20 +36,20 @@ samplings = st.none() | st.builds(
     seed=st.integers(0, 2**40),
 )
 chats = st.builds(
-    Chat, sessions, samplings, adapter=texts, prompt_type=st.sampled_from(["", "auto", "chatml"]), title=texts,
+    SavedChat, sessions, samplings, adapter=texts, prompt_type=st.sampled_from(["", "auto", "chatml"]), title=texts,
     created=st.just("2025-01-31T12:00:00+00:00"),
 )  # fmt: skip
 
 
 @given(chats)
-def test_what_is_saved_comes_back(chat: Chat) -> None:
+def test_what_is_saved_comes_back(chat: SavedChat) -> None:
     assert read_chat(to_json(chat)) == (chat, ())
     assert read_chat(to_json(chat).encode("utf-8")) == (chat, ())
 
 
 def test_the_file_is_readable_and_says_what_it_is(tmp_path: Path) -> None:
     sampling = SamplingOptions(temperature=0.7)
-    save_chat(Chat(Session("Be kind.", TURNS), sampling, adapter="my-run", title="Hi"), tmp_path / "a.json")
+    save_chat(SavedChat(ChatHistory("Be kind.", TURNS), sampling, adapter="my-run", title="Hi"), tmp_path / "a.json")
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert "你好 👋" in text, "characters, not escapes"
     content = json.loads(text)
@@ -58,17 +58,19 @@ def test_the_file_is_readable_and_says_what_it_is(tmp_path: Path) -> None:
     assert content == {
         "onecard_chat": 1, "title": "Hi", "adapter": "my-run", "system": "Be kind.", "messages": HELLO,
     }  # fmt: skip
-    assert load_chat(tmp_path / "a.json").chat.session == Session("Be kind.", TURNS)
+    assert load_chat(tmp_path / "a.json").chat.session == ChatHistory("Be kind.", TURNS)
 
 
 def test_half_a_character_does_not_stop_the_saving(tmp_path: Path) -> None:
-    save_chat(Chat(Session("", (Turn("user", "a\ud83d!"), Turn("assistant", "\ud83d\ude00")))), tmp_path / "a.json")
+    save_chat(
+        SavedChat(ChatHistory("", (Turn("user", "a\ud83d!"), Turn("assistant", "\ud83d\ude00")))), tmp_path / "a.json"
+    )
     loaded = load_chat(tmp_path / "a.json").chat.session
     assert [turn.content for turn in loaded.turns] == ["a\ufffd!", "😀"]
 
 
 def test_a_template_out_of_a_file_is_not_named() -> None:
-    assert "prompt_type" not in json.loads(to_json(Chat(prompt_type="/data/me/my.jinja")))
+    assert "prompt_type" not in json.loads(to_json(SavedChat(prompt_type="/data/me/my.jinja")))
 
 
 def test_saving_replaces_the_whole_file_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,17 +79,17 @@ def test_saving_replaces_the_whole_file_or_nothing(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(DataError, match=r"a\.json: the chat cannot be written there \(No space left"):
-            save_chat(Chat(), path)
+            save_chat(SavedChat(), path)
     assert path.read_text(encoding="utf-8") == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"], "no half file stays"
-    save_chat(Chat(), path)
+    save_chat(SavedChat(), path)
     assert json.loads(path.read_text(encoding="utf-8"))["messages"] == []
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link.json").symlink_to(tmp_path / "real" / "a.json")
-    save_chat(Chat(), tmp_path / "link.json")
+    save_chat(SavedChat(), tmp_path / "link.json")
     assert (tmp_path / "link.json").is_symlink()
     assert (tmp_path / "real" / "a.json").is_file()
 
@@ -95,7 +97,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["missing/a.json", ""])
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, path: str) -> None:
     with pytest.raises(DataError, match="cannot be written"):
-        save_chat(Chat(), tmp_path / path)
+        save_chat(SavedChat(), tmp_path / path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +120,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, path: str) -> None:
     ],
 )
 def test_other_programs_messages_are_read(content) -> None:
-    assert read_chat(json.dumps(content)) == (Chat(Session("", TURNS)), ())
+    assert read_chat(json.dumps(content)) == (SavedChat(ChatHistory("", TURNS)), ())
 
 
 @pytest.mark.parametrize("encode", [lambda t: t, lambda t: t.encode(), lambda t: b"\xef\xbb\xbf" + t.encode()])
@@ -128,16 +130,16 @@ def test_text_bytes_and_a_byte_order_mark(encode) -> None:
 
 def test_the_system_prompt_may_be_the_first_message() -> None:
     system = {"role": "system", "content": "Be kind."}
-    assert read_chat(json.dumps([system, *HELLO])).chat.session == Session("Be kind.", TURNS)
+    assert read_chat(json.dumps([system, *HELLO])).chat.session == ChatHistory("Be kind.", TURNS)
     same = {"system": "Be kind.", "messages": [system, *HELLO]}
-    assert read_chat(json.dumps(same)).chat.session == Session("Be kind.", TURNS)
+    assert read_chat(json.dumps(same)).chat.session == ChatHistory("Be kind.", TURNS)
     with pytest.raises(DataError, match="two system prompts"):
         read_chat(json.dumps({**same, "system": "Be short."}))
 
 
 def test_a_question_without_an_answer_and_an_alpaca_input_come_back() -> None:
-    session = Session("", (Turn("user", "Translate", "cat"),))
-    assert read_chat(to_json(Chat(session))).chat.session == session
+    session = ChatHistory("", (Turn("user", "Translate", "cat"),))
+    assert read_chat(to_json(SavedChat(session))).chat.session == session
 
 
 def test_unknown_keys_are_noted_once_and_a_strange_prompt_type_is_not_taken() -> None:
@@ -146,7 +148,7 @@ def test_unknown_keys_are_noted_once_and_a_strange_prompt_type_is_not_taken() ->
         "sytem": "x", "sampling": {"temprature": 1, "top_k": 5}, "prompt_type": "/etc/passwd",
     }  # fmt: skip
     chat, notes = read_chat(json.dumps(content))
-    assert chat == Chat(Session("", TURNS), SamplingOptions(top_k=5))
+    assert chat == SavedChat(ChatHistory("", TURNS), SamplingOptions(top_k=5))
     assert len(notes) == 4
     text = "\n".join(notes)
     assert "'sytem' is not known here and was left out (did you mean system?)" in text

@@ -10,11 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.config.training import ModelOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError, ModelError
-from onecard.inference.engine import Busy, ContextTooLong, Engine, LimitExceeded, OutOfMemory, Request, open_engine
+from onecard.inference.engine import (
+    ContextTooLong,
+    GenerationRequest,
+    InferenceEngine,
+    LimitExceeded,
+    OutOfMemory,
+    QueueFull,
+    open_engine,
+)
 from onecard.inference.generate import Chunk, stream
 from onecard.inference.streamer import decoder_layers
 
@@ -29,23 +37,23 @@ def options(lively_base: Path) -> ModelOptions:
 
 
 @pytest.fixture(scope="module")
-def engine(options: ModelOptions) -> Engine:
-    return open_engine(options, TalkerOptions(prompt_type="alpaca"), LimitOptions(max_queue=2, max_beams=4))
+def engine(options: ModelOptions) -> InferenceEngine:
+    return open_engine(options, InferenceOptions(prompt_type="alpaca"), LimitOptions(max_queue=2, max_beams=4))
 
 
-def answer(engine: Engine, **request) -> Chunk:
-    return list(engine.stream(Request(**{"turns": ASK, "sampling": BRIEF, **request})))[-1][0]
+def answer(engine: InferenceEngine, **request) -> Chunk:
+    return list(engine.stream(GenerationRequest(**{"turns": ASK, "sampling": BRIEF, **request})))[-1][0]
 
 
-def test_an_answer_is_that_of_the_generator(engine: Engine, talker) -> None:
-    assert answer(engine) == list(stream(talker, ASK, BRIEF))[-1]
+def test_an_answer_is_that_of_the_generator(engine: InferenceEngine, bundle) -> None:
+    assert answer(engine) == list(stream(bundle, ASK, BRIEF))[-1]
     assert engine.count_tokens(ASK) == answer(engine).usage.n_prompt_tokens
     assert engine.context_limit == 512
 
 
-def test_several_answers_differ_and_the_first_is_the_one_alone(engine: Engine) -> None:
+def test_several_answers_differ_and_the_first_is_the_one_alone(engine: InferenceEngine) -> None:
     sampling = SamplingOptions(max_new_tokens=10, temperature=1.5)
-    several = [chunk.text for chunk in list(engine.stream(Request(ASK, sampling=sampling, n=3)))[-1]]
+    several = [chunk.text for chunk in list(engine.stream(GenerationRequest(ASK, sampling=sampling, n=3)))[-1]]
     assert len(set(several)) == 3
     assert answer(engine, sampling=sampling).text == several[0]
     assert answer(engine, sampling=sampling, number=1).text == several[1]
@@ -63,14 +71,14 @@ def test_several_answers_differ_and_the_first_is_the_one_alone(engine: Engine) -
         ({"top_logprobs": 1, "sampling": SamplingOptions(num_beams=2)}, "--num_beams"),
     ],
 )
-def test_limits_are_refused_by_name(engine: Engine, request_changes: dict, flag: str) -> None:
+def test_limits_are_refused_by_name(engine: InferenceEngine, request_changes: dict, flag: str) -> None:
     with pytest.raises(LimitExceeded) as refused:
         answer(engine, **request_changes)
     assert refused.value.flag == flag
     assert answer(engine).text
 
 
-def test_prompts_that_cannot_be_asked(engine: Engine) -> None:
+def test_prompts_that_cannot_be_asked(engine: InferenceEngine) -> None:
     with pytest.raises(ContextTooLong) as refused:
         answer(engine, turns=(Turn("user", "fox!" * 300),))
     assert refused.value.limit == 512
@@ -87,25 +95,25 @@ def test_prompts_that_cannot_be_asked(engine: Engine) -> None:
     assert answer(engine, turns=(), prompt_ids=(1, 5, 6)).usage.n_prompt_tokens == 3
 
 
-def test_another_template_for_one_request(engine: Engine) -> None:
+def test_another_template_for_one_request(engine: InferenceEngine) -> None:
     assert engine.count_tokens(ASK, prompt_type="chatml") != engine.count_tokens(ASK)
     assert answer(engine, prompt_type="chatml").text != answer(engine).text
 
 
-def test_who_waits_is_told_the_place_and_a_full_line_sends_away(engine: Engine) -> None:
-    first = engine.stream(Request(ASK, sampling=LONG))
+def test_who_waits_is_told_the_place_and_a_full_line_sends_away(engine: InferenceEngine) -> None:
+    first = engine.stream(GenerationRequest(ASK, sampling=LONG))
     next(first)
     places: list[int] = []
 
     def ask() -> None:
-        places.extend(chunks[0].place for chunks in engine.stream(Request(ASK, sampling=BRIEF)))
+        places.extend(chunks[0].place for chunks in engine.stream(GenerationRequest(ASK, sampling=BRIEF)))
 
     others = [threading.Thread(target=ask) for _ in range(2)]
     for thread in others:
         thread.start()
     while engine.n_waiting < 2:
         time.sleep(0.01)
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         answer(engine)
     time.sleep(0.6)
     first.close()
@@ -115,11 +123,11 @@ def test_who_waits_is_told_the_place_and_a_full_line_sends_away(engine: Engine) 
     assert answer(engine).text
 
 
-def test_cancelling_while_waiting_gives_the_place_up(engine: Engine) -> None:
-    first = engine.stream(Request(ASK, sampling=LONG))
+def test_cancelling_while_waiting_gives_the_place_up(engine: InferenceEngine) -> None:
+    first = engine.stream(GenerationRequest(ASK, sampling=LONG))
     next(first)
     cancel = threading.Event()
-    waiting = engine.stream(Request(ASK, sampling=BRIEF), cancel)
+    waiting = engine.stream(GenerationRequest(ASK, sampling=BRIEF), cancel)
     assert next(waiting)[0].place == 1
     cancel.set()
     begun = time.monotonic()
@@ -131,7 +139,7 @@ def test_cancelling_while_waiting_gives_the_place_up(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 9 bytes")])
-def test_out_of_memory_says_what_to_lower_and_the_next_request_works(engine: Engine, talker, error) -> None:
+def test_out_of_memory_says_what_to_lower_and_the_next_request_works(engine: InferenceEngine, bundle, error) -> None:
     def full(*_):
         raise error
 
@@ -144,10 +152,10 @@ def test_out_of_memory_says_what_to_lower_and_the_next_request_works(engine: Eng
             engine.embed([[1, 5]])
     finally:
         handle.remove()
-    assert answer(engine) == list(stream(talker, ASK, BRIEF))[-1]
+    assert answer(engine) == list(stream(bundle, ASK, BRIEF))[-1]
 
 
-def test_other_faults_are_not_taken_for_memory(engine: Engine) -> None:
+def test_other_faults_are_not_taken_for_memory(engine: InferenceEngine) -> None:
     def broken(*_):
         raise RuntimeError("device-side assert")
 
@@ -162,11 +170,11 @@ def test_other_faults_are_not_taken_for_memory(engine: Engine) -> None:
 
 def test_adapters_are_switched_by_name_each_with_its_own_words(options: ModelOptions, adapters_folder: Path) -> None:
     alone = {
-        name: answer(open_engine(options, TalkerOptions(lora_path=str(adapters_folder / name)), LimitOptions()))
+        name: answer(open_engine(options, InferenceOptions(lora_path=str(adapters_folder / name)), LimitOptions()))
         for name in ("first", "second")
     }
     engine = open_engine(
-        options, TalkerOptions(lora_path=str(adapters_folder / "second")), LimitOptions(), str(adapters_folder)
+        options, InferenceOptions(lora_path=str(adapters_folder / "second")), LimitOptions(), str(adapters_folder)
     )
     base = engine.names[2]
     assert engine.names == ("second", "first", Path(options.model_path).name)
@@ -176,7 +184,7 @@ def test_adapters_are_switched_by_name_each_with_its_own_words(options: ModelOpt
         if name != base:
             assert got == alone[name or "second"]
     assert engine.template("first").jinja != engine.template("second").jinja
-    plain = answer(open_engine(options, TalkerOptions(), LimitOptions()))
+    plain = answer(open_engine(options, InferenceOptions(), LimitOptions()))
     assert answer(engine, adapter=base) == plain, "nothing of an adapter stays on the base"
 
 
@@ -185,7 +193,7 @@ def test_an_adapter_that_does_not_load_leaves_the_one_before(
 ) -> None:
     shutil.copytree(adapters_folder, tmp_path / "mixed")
     (tmp_path / "mixed" / "second" / "adapter_model.safetensors").write_bytes(b"damaged")
-    engine = open_engine(options, TalkerOptions(), LimitOptions(), str(tmp_path / "mixed"))
+    engine = open_engine(options, InferenceOptions(), LimitOptions(), str(tmp_path / "mixed"))
     before = answer(engine)
     with pytest.raises(ModelError):
         answer(engine, adapter="second")
@@ -195,10 +203,10 @@ def test_an_adapter_that_does_not_load_leaves_the_one_before(
 def test_a_folder_without_adapters_is_refused(options: ModelOptions, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match="--adapters_path"):
-            open_engine(options, TalkerOptions(), LimitOptions(), str(path))
+            open_engine(options, InferenceOptions(), LimitOptions(), str(path))
 
 
-def test_embeddings_have_length_one_and_do_not_depend_on_pieces(engine: Engine, monkeypatch) -> None:
+def test_embeddings_have_length_one_and_do_not_depend_on_pieces(engine: InferenceEngine, monkeypatch) -> None:
     ids = [1, *range(5, 60)]
     (vector,) = engine.embed([ids])
     assert len(vector) == 64
@@ -210,7 +218,7 @@ def test_embeddings_have_length_one_and_do_not_depend_on_pieces(engine: Engine, 
     assert torch.nn.functional.normalize(hidden, dim=0).tolist() == pytest.approx(vector, abs=1e-5)
 
 
-def test_scores_are_those_of_one_forward_pass(engine: Engine, monkeypatch) -> None:
+def test_scores_are_those_of_one_forward_pass(engine: InferenceEngine, monkeypatch) -> None:
     monkeypatch.setattr("onecard.inference.embeddings.PIECE_TOKENS", 4)
     ids = [1, *range(5, 20)]
     scores = engine.score(ids, top_logprobs=2)
@@ -225,8 +233,8 @@ def test_scores_are_those_of_one_forward_pass(engine: Engine, monkeypatch) -> No
 
 
 def test_closing_cancels_what_runs_and_refuses_what_comes(options: ModelOptions) -> None:
-    engine = open_engine(options, TalkerOptions(), LimitOptions())
-    chunks = engine.stream(Request(ASK, sampling=LONG))
+    engine = open_engine(options, InferenceOptions(), LimitOptions())
+    chunks = engine.stream(GenerationRequest(ASK, sampling=LONG))
     next(chunks)
     engine.close()
     assert list(chunks)[-1][0].finish_reason == "cancelled"
@@ -234,8 +242,8 @@ def test_closing_cancels_what_runs_and_refuses_what_comes(options: ModelOptions)
         answer(engine)
 
 
-def test_a_completion_goes_on_in_the_prompts_words_with_the_space_between(engine: Engine, talker) -> None:
-    tokenizer = talker.tokenizer
+def test_a_completion_goes_on_in_the_prompts_words_with_the_space_between(engine: InferenceEngine, bundle) -> None:
+    tokenizer = bundle.tokenizer
     n_spaces = 0
     for k in range(12):
         ids = [1, *tokenizer(f"The quick brown fox {k}", add_special_tokens=False)["input_ids"]]
@@ -252,7 +260,7 @@ def test_a_completion_goes_on_in_the_prompts_words_with_the_space_between(engine
 def test_reading_can_be_cancelled_and_has_its_time(options: ModelOptions) -> None:
     cancel = threading.Event()
     cancel.set()
-    engine = open_engine(options, TalkerOptions(), LimitOptions(max_request_seconds=1e-6))
+    engine = open_engine(options, InferenceOptions(), LimitOptions(max_request_seconds=1e-6))
     with pytest.raises(ModelError, match="cancelled"):
         engine.embed([[1, 5]], cancel=cancel)
     with pytest.raises(ModelError, match="max_request_seconds"):

@@ -18,73 +18,73 @@ from onecard.data.messages import Turn
 from onecard.errors import DataError
 from onecard.inference.call import pad_left, padding_id
 from onecard.inference.detokenize import decode
-from onecard.inference.generate import Row, Talker, answer_rows, generate_batch, prepare
+from onecard.inference.generate import ModelBundle, PromptRow, answer_rows, generate_batch, prepare
 
 GREEDY = SamplingOptions(max_new_tokens=12)
 
 
-def ask(talker: Talker, conversations: Sequence[Sequence[Turn]], sampling: SamplingOptions):
-    return generate_batch(talker.model, talker.tokenizer, talker.template, conversations, sampling)
+def ask(bundle: ModelBundle, conversations: Sequence[Sequence[Turn]], sampling: SamplingOptions):
+    return generate_batch(bundle.model, bundle.tokenizer, bundle.template, conversations, sampling)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}])
-def test_a_batch_equals_its_questions_one_by_one(talker, questions, options) -> None:
+def test_a_batch_equals_its_questions_one_by_one(bundle, questions, options) -> None:
     sampling = replace(GREEDY, **options)
-    together = ask(talker, questions, sampling)
-    assert together == [ask(talker, [question], sampling)[0] for question in questions]
+    together = ask(bundle, questions, sampling)
+    assert together == [ask(bundle, [question], sampling)[0] for question in questions]
     assert len({answer.text for answer in together}) == len(questions), "the test needs different answers"
     assert len({answer.n_prompt_tokens for answer in together}) >= 5, "the test needs ragged prompts"
 
 
-def test_a_token_that_the_base_has_no_row_for_is_named(talker) -> None:
+def test_a_token_that_the_base_has_no_row_for_is_named(bundle) -> None:
     """Before the model is called: there it would be a bare IndexError, and on a card the end of the process."""
-    tokenizer = copy.deepcopy(talker.tokenizer)
-    n_rows = talker.model.get_input_embeddings().weight.shape[0]
+    tokenizer = copy.deepcopy(bundle.tokenizer)
+    n_rows = bundle.model.get_input_embeddings().weight.shape[0]
     tokenizer.add_tokens([f"<new_{i}>" for i in range(n_rows - len(tokenizer) + 1)])
     new = tokenizer.convert_ids_to_tokens(n_rows)
     with pytest.raises(DataError, match=rf"the token '{new}' has the id {n_rows}, but the base has rows for"):
-        prepare(replace(talker, tokenizer=tokenizer), [Turn("user", f"say {new}")], GREEDY)
+        prepare(replace(bundle, tokenizer=tokenizer), [Turn("user", f"say {new}")], GREEDY)
 
 
-def test_the_model_is_fed_what_training_would_feed_it(talker, questions) -> None:
-    for question, answer in zip(questions, ask(talker, questions, GREEDY), strict=True):
-        ids = torch.tensor([encode_prompt(question, talker.template, talker.tokenizer)])
+def test_the_model_is_fed_what_training_would_feed_it(bundle, questions) -> None:
+    for question, answer in zip(questions, ask(bundle, questions, GREEDY), strict=True):
+        ids = torch.tensor([encode_prompt(question, bundle.template, bundle.tokenizer)])
         for _ in range(12):  # the plainest greedy search: no cache, no padding, no generate
-            ids = torch.cat([ids, talker.model(ids).logits[:, -1:].argmax(-1)], dim=1)
-        expected = decode(ids[0, -12:].tolist(), talker.tokenizer)
+            ids = torch.cat([ids, bundle.model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        expected = decode(ids[0, -12:].tolist(), bundle.tokenizer)
         assert answer.text == expected.rstrip("\ufffd")
 
 
-def test_a_sampled_answer_depends_on_the_rows_number_and_not_on_its_neighbours(talker, questions) -> None:
+def test_a_sampled_answer_depends_on_the_rows_number_and_not_on_its_neighbours(bundle, questions) -> None:
     sampling = replace(GREEDY, temperature=1.0, top_p=0.95, seed=3)
-    rows = [prepare(talker, question, sampling, number=number) for number, question in enumerate(questions)]
-    together = answer_rows(talker, rows, sampling)
-    reordered = answer_rows(talker, rows[::-1], sampling)[::-1]
+    rows = [prepare(bundle, question, sampling, number=number) for number, question in enumerate(questions)]
+    together = answer_rows(bundle, rows, sampling)
+    reordered = answer_rows(bundle, rows[::-1], sampling)[::-1]
     assert together == reordered
-    assert together == [answer_rows(talker, [row], sampling)[0] for row in rows]
-    same_question = [prepare(talker, questions[0], sampling, number=number) for number in range(4)]
-    assert len({answer.text for answer in answer_rows(talker, same_question, sampling)}) == 4
-    assert answer_rows(talker, rows, replace(sampling, seed=4)) != together
+    assert together == [answer_rows(bundle, [row], sampling)[0] for row in rows]
+    same_question = [prepare(bundle, questions[0], sampling, number=number) for number in range(4)]
+    assert len({answer.text for answer in answer_rows(bundle, same_question, sampling)}) == 4
+    assert answer_rows(bundle, rows, replace(sampling, seed=4)) != together
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_the_same_seed_gives_the_same_answers_whatever_was_drawn_before(talker, questions, beams, temperature) -> None:
+def test_the_same_seed_gives_the_same_answers_whatever_was_drawn_before(bundle, questions, beams, temperature) -> None:
     sampling = replace(GREEDY, num_beams=beams, temperature=temperature)
-    first = ask(talker, questions[:3], sampling)
+    first = ask(bundle, questions[:3], sampling)
     torch.rand(7)
     state = torch.get_rng_state()
-    assert ask(talker, questions[:3], sampling) == first
+    assert ask(bundle, questions[:3], sampling) == first
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers were used up"
 
 
-def test_generation_settings_that_came_with_the_base_count_for_nothing(talker, questions, monkeypatch) -> None:
-    expected = ask(talker, questions[:2], GREEDY)
+def test_generation_settings_that_came_with_the_base_count_for_nothing(bundle, questions, monkeypatch) -> None:
+    expected = ask(bundle, questions[:2], GREEDY)
     changed = {"temperature": 0.1, "top_k": 1, "top_p": 0.2, "num_beams": 4, "do_sample": True, "typical_p": 0.1,
                "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "length_penalty": 5.0}  # fmt: skip
     for name, value in changed.items():
-        monkeypatch.setattr(talker.model.generation_config, name, value)
-    assert ask(talker, questions[:2], GREEDY) == expected
+        monkeypatch.setattr(bundle.model.generation_config, name, value)
+    assert ask(bundle, questions[:2], GREEDY) == expected
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ class StopsAt(Template):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_stop_text_ends_its_own_row_only(talker, questions, beams) -> None:
+def test_a_stop_text_ends_its_own_row_only(bundle, questions, beams) -> None:
     sampling = replace(GREEDY, num_beams=beams)
-    before = ask(talker, questions, sampling)
+    before = ask(bundle, questions, sampling)
     stop = before[1].text[6:10]
-    stopping = Talker(talker.model, talker.tokenizer, replace(talker.template, stop=(stop,)))
+    stopping = ModelBundle(bundle.model, bundle.tokenizer, replace(bundle.template, stop=(stop,)))
     after = ask(stopping, questions, sampling)
     assert not any(stop in answer.text for answer in after)
     if beams == 1:  # with beams another answer may become the best one
@@ -114,51 +114,51 @@ def test_a_stop_text_ends_its_own_row_only(talker, questions, beams) -> None:
         assert [after[i] for i in unaffected] == [before[i] for i in unaffected]
 
 
-def test_no_step_is_spent_behind_the_end_of_the_last_row(talker, questions) -> None:
-    text = ask(talker, questions[:1], GREEDY)[0].text
-    template = replace(talker.template, stop=(text[4:7],))
+def test_no_step_is_spent_behind_the_end_of_the_last_row(bundle, questions) -> None:
+    text = ask(bundle, questions[:1], GREEDY)[0].text
+    template = replace(bundle.template, stop=(text[4:7],))
     n_steps = 0
 
     def count(*_: Any) -> None:
         nonlocal n_steps
         n_steps += 1
 
-    hook = talker.model.register_forward_pre_hook(count)
+    hook = bundle.model.register_forward_pre_hook(count)
     try:
-        answer = ask(Talker(talker.model, talker.tokenizer, template), questions[:1], GREEDY)[0]
+        answer = ask(ModelBundle(bundle.model, bundle.tokenizer, template), questions[:1], GREEDY)[0]
     finally:
         hook.remove()
     assert answer.finish_reason == "stop"
     assert n_steps == answer.n_new_tokens < GREEDY.max_new_tokens
 
 
-def test_a_stop_id_ends_its_own_row_only(talker, questions) -> None:
-    before = ask(talker, questions, GREEDY)
-    prompt = torch.tensor([encode_prompt(questions[2], talker.template, talker.tokenizer)])
-    ids = talker.model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
-    template = StopsAt(talker.template.name, talker.template.jinja, ids=(ids[3],))
-    after = ask(Talker(talker.model, talker.tokenizer, template), questions, GREEDY)
+def test_a_stop_id_ends_its_own_row_only(bundle, questions) -> None:
+    before = ask(bundle, questions, GREEDY)
+    prompt = torch.tensor([encode_prompt(questions[2], bundle.template, bundle.tokenizer)])
+    ids = bundle.model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
+    template = StopsAt(bundle.template.name, bundle.template.jinja, ids=(ids[3],))
+    after = ask(ModelBundle(bundle.model, bundle.tokenizer, template), questions, GREEDY)
     assert (after[2].finish_reason, after[2].n_new_tokens) == ("stop", 1 + ids.index(ids[3]))
     assert before[2].text.startswith(after[2].text)
     assert sum(answer.finish_reason == "length" for answer in after) >= 3
 
 
-def test_a_long_prompt_is_answered_in_the_room_that_is_left_and_costs_its_neighbours_nothing(talker, questions) -> None:
-    limit = talker.model.config.max_position_embeddings
+def test_a_long_prompt_is_answered_in_the_room_that_is_left_and_costs_its_neighbours_nothing(bundle, questions) -> None:
+    limit = bundle.model.config.max_position_embeddings
     texts = ("fox" + "!" * n for n in range(600))
-    text = next(text for text in texts if prepare(talker, [Turn("user", text)], GREEDY).room <= 4)
-    long, short = ask(talker, [[Turn("user", text)], questions[0]], GREEDY)
+    text = next(text for text in texts if prepare(bundle, [Turn("user", text)], GREEDY).room <= 4)
+    long, short = ask(bundle, [[Turn("user", text)], questions[0]], GREEDY)
     assert (long.n_prompt_tokens + long.n_new_tokens, long.finish_reason) == (limit, "length")
-    assert short == ask(talker, [questions[0]], GREEDY)[0]
+    assert short == ask(bundle, [questions[0]], GREEDY)[0]
 
 
-def test_a_prompt_longer_than_the_model_reads_is_refused_with_both_numbers(talker) -> None:
+def test_a_prompt_longer_than_the_model_reads_is_refused_with_both_numbers(bundle) -> None:
     with pytest.raises(DataError, match=r"the prompt has 5\d\d tokens, and the model reads at most 512"):
-        ask(talker, [[Turn("user", "fox!" * 150)]], GREEDY)
+        ask(bundle, [[Turn("user", "fox!" * 150)]], GREEDY)
 
 
-def test_no_questions_no_answers(talker) -> None:
-    assert ask(talker, [], GREEDY) == []
+def test_no_questions_no_answers(bundle) -> None:
+    assert ask(bundle, [], GREEDY) == []
 
 
 def test_padding_stands_left_and_is_masked() -> None:
@@ -167,8 +167,8 @@ def test_padding_stands_left_and_is_masked() -> None:
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_padding_is_never_a_stop(talker, bytelevel_tokenizer) -> None:
-    assert padding_id(talker.tokenizer, [2]) == talker.tokenizer.bos_token_id
+def test_padding_is_never_a_stop(bundle, bytelevel_tokenizer) -> None:
+    assert padding_id(bundle.tokenizer, [2]) == bundle.tokenizer.bos_token_id
     assert padding_id(bytelevel_tokenizer, [2]) == bytelevel_tokenizer.pad_token_id
     assert padding_id(bytelevel_tokenizer, [0, 1, 2]) == 3
 
@@ -181,10 +181,10 @@ def test_a_byte_level_tokenizer_without_bos_works_as_well(bytelevel_tokenizer, q
         vocab_size=448, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.15,
     )).eval()  # fmt: skip
-    talker = Talker(model, bytelevel_tokenizer, load_template("chatml", bytelevel_tokenizer))
-    together = ask(talker, questions, GREEDY)
-    assert together == [ask(talker, [question], GREEDY)[0] for question in questions]
+    bundle = ModelBundle(model, bytelevel_tokenizer, load_template("chatml", bytelevel_tokenizer))
+    together = ask(bundle, questions, GREEDY)
+    assert together == [ask(bundle, [question], GREEDY)[0] for question in questions]
 
 
 def test_rows_are_plain_values() -> None:
-    assert Row([1, 2], 3) == Row([1, 2], 3, 0)
+    assert PromptRow([1, 2], 3) == PromptRow([1, 2], 3, 0)

@@ -12,33 +12,33 @@ from hypothesis import strategies as st
 
 from onecard.data.messages import Turn
 from onecard.errors import DataError
-from onecard.inference.history import PromptTooLong, Session, fit_history, prompt_budget
+from onecard.inference.history import ChatHistory, PromptTooLong, fit_history, prompt_budget
 
 
 def turns_of(*contents: str) -> tuple[Turn, ...]:
     return tuple(Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(contents))
 
 
-THREE = Session("Be kind.", turns_of("u1", "a1", "u2", "a2", "u3", "a3"))
+THREE = ChatHistory("Be kind.", turns_of("u1", "a1", "u2", "a2", "u3", "a3"))
 
 
-def contents(session: Session) -> list[str]:
+def contents(session: ChatHistory) -> list[str]:
     return [turn.content for turn in session.turns]
 
 
 def test_a_question_is_asked_and_answered() -> None:
-    asked = Session("Be kind.").ask("Hi")
+    asked = ChatHistory("Be kind.").ask("Hi")
     assert asked.awaits_answer
     assert asked.prompt == (Turn("system", "Be kind."), Turn("user", "Hi"))
     answered = asked.answer("Hello")
     assert not answered.awaits_answer
     assert answered.turns == turns_of("Hi", "Hello")
     assert asked.turns == turns_of("Hi"), "the old session is as it was"
-    assert Session(" \n").ask("Hi").prompt == turns_of("Hi"), "a blank system prompt is none"
+    assert ChatHistory(" \n").ask("Hi").prompt == turns_of("Hi"), "a blank system prompt is none"
 
 
 def test_a_stopped_answer_is_kept_and_the_chat_goes_on() -> None:
-    session = Session().ask("Tell me").answer("Once upon a").ask("And then?")
+    session = ChatHistory().ask("Tell me").answer("Once upon a").ask("And then?")
     assert contents(session) == ["Tell me", "Once upon a", "And then?"]
 
 
@@ -65,29 +65,29 @@ def test_an_edited_question_awaits_its_answer_and_an_edited_answer_stands() -> N
     assert (contents(question), question.awaits_answer) == (["u1", "a1", "new"], True)
     answer = THREE.edit(1, "new")
     assert (contents(answer), answer.awaits_answer) == (["u1", "new"], False)
-    with_input = Session("", (Turn("user", "Translate", "cat"),)).edit(0, "Spell")
+    with_input = ChatHistory("", (Turn("user", "Translate", "cat"),)).edit(0, "Spell")
     assert with_input.turns == (Turn("user", "Spell", "cat"),)
 
 
 def test_clear_keeps_the_system_prompt() -> None:
-    assert THREE.clear() == Session("Be kind.")
+    assert THREE.clear() == ChatHistory("Be kind.")
     assert THREE.with_system("Be short.").turns == THREE.turns
 
 
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        (lambda: Session().ask(" \n\t"), "empty"),
-        (lambda: Session().answer("Hello"), "no question"),
+        (lambda: ChatHistory().ask(" \n\t"), "empty"),
+        (lambda: ChatHistory().answer("Hello"), "no question"),
         (lambda: THREE.answer("Hello"), "no question"),
-        (lambda: Session().regenerate(), "no answer"),
-        (lambda: Session().undo(), "nothing to undo"),
+        (lambda: ChatHistory().regenerate(), "no answer"),
+        (lambda: ChatHistory().undo(), "nothing to undo"),
         (lambda: THREE.edit(6, "x"), "no message 7; this chat has 6"),
         (lambda: THREE.edit(-1, "x"), "no message 0"),
         (lambda: THREE.edit(0, " "), "empty"),
-        (lambda: Session("", (Turn("assistant", "Hi"),)), "message 1 has the role assistant; user"),
-        (lambda: Session("", (Turn("user", "a"), Turn("user", "b"))), "message 2"),
-        (lambda: Session("", (Turn("system", "a"),)), "message 1"),
+        (lambda: ChatHistory("", (Turn("assistant", "Hi"),)), "message 1 has the role assistant; user"),
+        (lambda: ChatHistory("", (Turn("user", "a"), Turn("user", "b"))), "message 2"),
+        (lambda: ChatHistory("", (Turn("system", "a"),)), "message 1"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(step, words: str) -> None:

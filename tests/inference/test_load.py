@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.config.training import DEFAULT_BASE, ModelOptions
 from onecard.data.chat_template import FOLDER
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError
-from onecard.inference.engine import Request, open_engine
+from onecard.inference.engine import GenerationRequest, open_engine
 from onecard.inference.generate import generate_batch
-from onecard.inference.load import base_path, load_talker
+from onecard.inference.load import base_path, load_bundle
 from onecard.inference.run_files import run_directory, stored_options
 from onecard.model.files import base_fingerprint
 from tests import tiny
@@ -38,16 +38,16 @@ def test_damaged_stored_options_count_for_nothing(tmp_path: Path, text: str) -> 
 
 
 def test_template_and_tokenizer_are_the_runs_own(run_dir, lively_base, questions) -> None:
-    talker, depends_on = load_talker(AUTO, str(run_dir), "auto")
-    assert talker.template.jinja == (FOLDER / "chatml.jinja").read_text(encoding="utf-8")
-    from_checkpoint, same = load_talker(AUTO, str(run_dir / "checkpoint-3"), "auto")
-    assert from_checkpoint.template == talker.template
+    bundle, depends_on = load_bundle(AUTO, str(run_dir), "auto")
+    assert bundle.template.jinja == (FOLDER / "chatml.jinja").read_text(encoding="utf-8")
+    from_checkpoint, same = load_bundle(AUTO, str(run_dir / "checkpoint-3"), "auto")
+    assert from_checkpoint.template == bundle.template
     assert same == depends_on
     sampling = SamplingOptions(max_new_tokens=8)
-    answers = [generate_batch(t.model, t.tokenizer, t.template, questions, sampling) for t in (talker, from_checkpoint)]
+    answers = [generate_batch(t.model, t.tokenizer, t.template, questions, sampling) for t in (bundle, from_checkpoint)]
     assert answers[0] == answers[1]
     options = ModelOptions(model_path=str(lively_base), bits=32, device="cpu")
-    base, without = load_talker(options, None, "chatml")
+    base, without = load_bundle(options, None, "chatml")
     assert generate_batch(base.model, base.tokenizer, base.template, questions, sampling) != answers[0]
     assert without["adapter"] is None
     assert {name for name in without if without[name] != depends_on[name]} == {"adapter"}
@@ -56,13 +56,13 @@ def test_template_and_tokenizer_are_the_runs_own(run_dir, lively_base, questions
 def test_the_stored_template_counts_where_the_tokenizer_comes_from_the_base(run_dir, tmp_path: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"):
         shutil.copy(run_dir / name, tmp_path)
-    talker, _ = load_talker(AUTO, str(tmp_path), "auto")
-    assert talker.template.jinja == (FOLDER / "chatml.jinja").read_text(encoding="utf-8")
+    bundle, _ = load_bundle(AUTO, str(tmp_path), "auto")
+    assert bundle.template.jinja == (FOLDER / "chatml.jinja").read_text(encoding="utf-8")
 
 
 def test_a_template_that_was_typed_wins_over_the_stored_one(run_dir) -> None:
-    talker, _ = load_talker(AUTO, str(run_dir), "alpaca")
-    assert talker.template.name == "alpaca"
+    bundle, _ = load_bundle(AUTO, str(run_dir), "alpaca")
+    assert bundle.template.name == "alpaca"
 
 
 def test_the_tokenizer_is_the_runs_own_where_the_base_has_none(run_dir, lively_base, tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ def test_the_tokenizer_is_the_runs_own_where_the_base_has_none(run_dir, lively_b
     for file in list(base.glob("tokenizer*")):
         file.unlink()
     options = ModelOptions(model_path=str(base), bits=32, device="cpu")
-    talker, _ = load_talker(options, str(run_dir), "auto")
-    assert talker.tokenizer("Hi", add_special_tokens=False)["input_ids"]
+    bundle, _ = load_bundle(options, str(run_dir), "auto")
+    assert bundle.tokenizer("Hi", add_special_tokens=False)["input_ids"]
     with pytest.raises(ModelError):
-        load_talker(options, None, "alpaca")
+        load_bundle(options, None, "alpaca")
 
 
 def test_an_adapter_on_another_base_of_the_same_shape_is_told_of(
@@ -87,17 +87,17 @@ def test_an_adapter_on_another_base_of_the_same_shape_is_told_of(
     options = {str(base): ModelOptions(str(base), bits=32, device="cpu") for base in (lively_base, other)}
 
     def told(base: Path, adapter: Path) -> bool:
-        load_talker(options[str(base)], str(adapter), "auto")
+        load_bundle(options[str(base)], str(adapter), "auto")
         return f"trained on another base, {lively_base}, not on {base}" in capsys.readouterr().err
 
     assert told(other, run) and told(other, run / "checkpoint-3") and told(other, run / "adapter_config.json")
     assert not told(lively_base, run)
     assert not told(other, run_dir), "an old run, without a fingerprint"
     # Put on later, as the chat page and the API do.
-    engine = open_engine(options[str(other)], TalkerOptions(), LimitOptions(), str(tmp_path), "plain")
+    engine = open_engine(options[str(other)], InferenceOptions(), LimitOptions(), str(tmp_path), "plain")
     assert "trained on another base" in capsys.readouterr().err
     for name in ("other", "plain"):  # the base alone, then the adapter
-        asked = Request((Turn("user", "Hi"),), sampling=SamplingOptions(max_new_tokens=2), adapter=name)
+        asked = GenerationRequest((Turn("user", "Hi"),), sampling=SamplingOptions(max_new_tokens=2), adapter=name)
         list(engine.stream(asked))
     assert "trained on another base" in capsys.readouterr().err
 
@@ -115,5 +115,5 @@ def test_a_plain_adapter_without_the_runs_files_has_no_run_directory(run_dir, tm
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(run_dir / name, tmp_path)
     assert run_directory(str(tmp_path)) is None
-    talker, _ = load_talker(AUTO, str(tmp_path), "auto")
-    assert talker.template.name == "alpaca"
+    bundle, _ = load_bundle(AUTO, str(tmp_path), "auto")
+    assert bundle.template.name == "alpaca"

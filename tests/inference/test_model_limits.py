@@ -13,7 +13,7 @@ from onecard.config.inference import SamplingOptions
 from onecard.data.chat_template import load_template
 from onecard.errors import ConfigError
 from onecard.inference import embeddings as reading
-from onecard.inference.generate import Row, Talker, answer_rows, stream_rows
+from onecard.inference.generate import ModelBundle, PromptRow, answer_rows, stream_rows
 from onecard.inference.model_limits import check_generation, go_together, reads_in_pieces
 from onecard.inference.sampling import CacheOptions
 from onecard.model.load import load_tokenizer
@@ -33,28 +33,32 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return model
 
 
-def rows() -> list[Row]:
+def rows() -> list[PromptRow]:
     ids = pair()["input_ids"]
-    return [Row(ids[0].tolist(), 5, 0), Row(ids[1, :13].tolist(), 5, 1), Row(ids[0].flip(0).tolist(), 5, 2)]
+    return [
+        PromptRow(ids[0].tolist(), 5, 0),
+        PromptRow(ids[1, :13].tolist(), 5, 1),
+        PromptRow(ids[0].flip(0).tolist(), 5, 2),
+    ]
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "xlstm", "mamba2"])
 def test_a_batch_says_what_each_row_says_alone(model_type: str, small: Any, lively_base: Path) -> None:
     tokenizer = load_tokenizer(str(lively_base))
-    talker = Talker(small(model_type), tokenizer, load_template("alpaca", tokenizer))
+    bundle = ModelBundle(small(model_type), tokenizer, load_template("alpaca", tokenizer))
     sampling = SamplingOptions(min_new_tokens=5, max_new_tokens=5)
-    together = answer_rows(talker, rows(), sampling)
-    assert together == [answer_rows(talker, [row], sampling)[0] for row in rows()]
+    together = answer_rows(bundle, rows(), sampling)
+    assert together == [answer_rows(bundle, [row], sampling)[0] for row in rows()]
     assert len({answer.text for answer in together}) > 1
 
 
 def test_what_a_model_type_cannot_do_is_refused_by_its_flag(small: Any, lively_base: Path) -> None:
     tokenizer = load_tokenizer(str(lively_base))
-    talker = Talker(small("rwkv"), tokenizer, load_template("alpaca", tokenizer))
+    bundle = ModelBundle(small("rwkv"), tokenizer, load_template("alpaca", tokenizer))
     with pytest.raises(ConfigError, match=r"--num_beams: 2 does not work with rwkv models; use 1"):
-        answer_rows(talker, rows()[:1], SamplingOptions(num_beams=2))
+        answer_rows(bundle, rows()[:1], SamplingOptions(num_beams=2))
     with pytest.raises(ConfigError, match=r"--n: 3 answers at once do not work with rwkv models"):
-        list(stream_rows(talker, [rows()[0]] * 3, SamplingOptions()))
+        list(stream_rows(bundle, [rows()[0]] * 3, SamplingOptions()))
     static = CacheOptions(static=True)
     for model_type in ("gpt_neo", "deepseek_v4"):
         model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))

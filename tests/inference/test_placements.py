@@ -7,23 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.config.training import ModelOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError
-from onecard.inference.engine import Engine, Request, open_engine
+from onecard.inference.engine import GenerationRequest, InferenceEngine, open_engine
 from onecard.inference.generate import Chunk
 
 ASK = (Turn("user", "What is the capital of France?"),)
 
 
-def answer(engine: Engine, sampling: SamplingOptions, adapter: str = "") -> Chunk:
-    return list(engine.stream(Request(ASK, sampling=sampling, adapter=adapter)))[-1][0]
+def answer(engine: InferenceEngine, sampling: SamplingOptions, adapter: str = "") -> Chunk:
+    return list(engine.stream(GenerationRequest(ASK, sampling=sampling, adapter=adapter)))[-1][0]
 
 
-def opened(lively_base: Path, talker: TalkerOptions | None = None, folder: Path | None = None, **options) -> Engine:
+def opened(
+    lively_base: Path, bundle: InferenceOptions | None = None, folder: Path | None = None, **options
+) -> InferenceEngine:
     model = ModelOptions(**{"model_path": str(lively_base), "bits": 32, "device": "cpu", **options})
-    return open_engine(model, talker or TalkerOptions(), LimitOptions(), str(folder) if folder else None)
+    return open_engine(model, bundle or InferenceOptions(), LimitOptions(), str(folder) if folder else None)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
@@ -36,14 +38,14 @@ def test_adapters_over_every_number_of_bits(lively_base: Path, adapters_folder: 
     assert answer(engine, greedy, "second").text != first[0]
     assert [answer(engine, sampling, "first").text for sampling in (greedy, beams)] == first
     assert [answer(engine, sampling, engine.names[-1]).text for sampling in (greedy, beams)] == base
-    alone = opened(lively_base, TalkerOptions(lora_path=str(adapters_folder / "first")), bits=bits)
+    alone = opened(lively_base, InferenceOptions(lora_path=str(adapters_folder / "first")), bits=bits)
     assert answer(alone, greedy).text == first[0]
 
 
 def test_a_merged_model_answers_as_base_and_adapter_do(
     lively_base: Path, adapters_folder: Path, tmp_path: Path
 ) -> None:
-    engine = opened(lively_base, TalkerOptions(lora_path=str(adapters_folder / "first")))
+    engine = opened(lively_base, InferenceOptions(lora_path=str(adapters_folder / "first")))
     greedy = SamplingOptions(max_new_tokens=8)
     expected = answer(engine, greedy).text
     voice = engine._voices
@@ -56,7 +58,7 @@ def test_a_merged_model_answers_as_base_and_adapter_do(
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 0.9}])
 def test_a_static_cache_changes_nothing(lively_base: Path, options: dict) -> None:
     sampling = SamplingOptions(max_new_tokens=12, **options)
-    static = opened(lively_base, TalkerOptions(static_cache=True))
+    static = opened(lively_base, InferenceOptions(static_cache=True))
     assert answer(static, sampling).text == answer(opened(lively_base), sampling).text
     # Another length needs another cache.
     longer = SamplingOptions(max_new_tokens=40, **options)

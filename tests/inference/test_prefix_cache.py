@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.config.training import ModelOptions
 from onecard.data.messages import Turn
-from onecard.inference.engine import Engine, OutOfMemory, Request, open_engine
+from onecard.inference.engine import GenerationRequest, InferenceEngine, OutOfMemory, open_engine
 from onecard.inference.generate import Chunk
 from onecard.inference.prefix_cache import MOST_KEPT, PrefixCache, can_be_kept, new_cache
 from onecard.inference.streamer import decoder_layers
@@ -27,32 +27,32 @@ QUESTIONS = ("What is the capital of France?", "And of Italy?", "Why?", "把它�
 HELLO = (Turn("user", "Hello, who are you?"),)
 
 
-def opened(base: Path, gib: float, **talker: Any) -> Engine:
+def opened(base: Path, gib: float, **bundle: Any) -> InferenceEngine:
     options = ModelOptions(model_path=str(base), bits=32, device="cpu", gradient_checkpointing=False)
-    return open_engine(options, TalkerOptions(prompt_type="chatml", **talker), LimitOptions(prefix_cache_gib=gib))
+    return open_engine(options, InferenceOptions(prompt_type="chatml", **bundle), LimitOptions(prefix_cache_gib=gib))
 
 
 @pytest.fixture(scope="module")
-def plain(lively_base: Path) -> Engine:
+def plain(lively_base: Path) -> InferenceEngine:
     """Reads every conversation from its beginning."""
     return opened(lively_base, 0)
 
 
 @pytest.fixture
-def engine(lively_base: Path, plain: Engine) -> Engine:
+def engine(lively_base: Path, plain: InferenceEngine) -> InferenceEngine:
     """Shares the model of `plain`, and starts with nothing kept."""
-    return Engine(plain._voices, LimitOptions(prefix_cache_gib=1))
+    return InferenceEngine(plain._voices, LimitOptions(prefix_cache_gib=1))
 
 
-def answer(engine: Engine, turns: tuple[Turn, ...], **request: Any) -> Chunk:
+def answer(engine: InferenceEngine, turns: tuple[Turn, ...], **request: Any) -> Chunk:
     request.setdefault("sampling", MODES["greedy"])
-    return list(engine.stream(Request(turns, **request)))[-1][0]
+    return list(engine.stream(GenerationRequest(turns, **request)))[-1][0]
 
 
 class CountTokens:
     """How many tokens the model reads."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: InferenceEngine) -> None:
         self.total = 0
         self._layer = decoder_layers(engine._voices.model)[0]
 
@@ -68,7 +68,9 @@ class CountTokens:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_a_next_turn_reads_only_what_is_new_and_is_answered_alike(engine: Engine, plain: Engine, mode: str) -> None:
+def test_a_next_turn_reads_only_what_is_new_and_is_answered_alike(
+    engine: InferenceEngine, plain: InferenceEngine, mode: str
+) -> None:
     turns: tuple[Turn, ...] = ()
     n_before = 0
     for question in QUESTIONS:
@@ -84,9 +86,13 @@ def test_a_next_turn_reads_only_what_is_new_and_is_answered_alike(engine: Engine
         turns, n_before = (*turns, Turn("assistant", got.text)), n_prompt - 1
 
 
-def test_several_answers_and_logprobs_are_those_without_a_cache(engine: Engine, plain: Engine) -> None:
+def test_several_answers_and_logprobs_are_those_without_a_cache(
+    engine: InferenceEngine, plain: InferenceEngine
+) -> None:
     answer(engine, HELLO)
-    request = Request((*HELLO[:0], Turn("user", "Hello, who are we?")), sampling=MODES["sample"], n=3, top_logprobs=2)
+    request = GenerationRequest(
+        (*HELLO[:0], Turn("user", "Hello, who are we?")), sampling=MODES["sample"], n=3, top_logprobs=2
+    )
     got, expected = list(engine.stream(request))[-1], list(plain.stream(request))[-1]
     assert [chunk.text for chunk in got] == [chunk.text for chunk in expected]
     assert all(chunk.usage.n_cached_tokens > 8 for chunk in got)
@@ -96,7 +102,7 @@ def test_several_answers_and_logprobs_are_those_without_a_cache(engine: Engine, 
 
 
 def test_an_edited_message_is_read_anew_and_two_conversations_do_not_drive_each_other_out(
-    engine: Engine, plain: Engine
+    engine: InferenceEngine, plain: InferenceEngine
 ) -> None:
     told = (*HELLO, Turn("assistant", "A kind fox. " * 8), Turn("user", "Since when?"))
     other = (Turn("user", "Hello, and good evening to you."),)
@@ -107,17 +113,19 @@ def test_an_edited_message_is_read_anew_and_two_conversations_do_not_drive_each_
     assert again.usage.n_cached_tokens >= plain.count_tokens(told) - 1
 
 
-def test_an_answer_that_was_stopped_leaves_a_right_beginning(engine: Engine, plain: Engine) -> None:
+def test_an_answer_that_was_stopped_leaves_a_right_beginning(engine: InferenceEngine, plain: InferenceEngine) -> None:
     long = SamplingOptions(max_new_tokens=300, min_new_tokens=300)
     for wanted in (1, 3):
-        stream = engine.stream(Request(HELLO, sampling=long))
+        stream = engine.stream(GenerationRequest(HELLO, sampling=long))
         for _, _chunk in zip(range(wanted), stream, strict=False):
             pass
         stream.close()
         assert answer(engine, HELLO) == answer(plain, HELLO)
 
 
-def test_a_fault_in_the_middle_of_the_layers_leaves_nothing_half_read(engine: Engine, plain: Engine) -> None:
+def test_a_fault_in_the_middle_of_the_layers_leaves_nothing_half_read(
+    engine: InferenceEngine, plain: InferenceEngine
+) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("device-side assert")
 
@@ -131,16 +139,18 @@ def test_a_fault_in_the_middle_of_the_layers_leaves_nothing_half_read(engine: En
 
 def test_adapters_never_go_on_from_each_others_keys(lively_base: Path, adapters_folder: Path) -> None:
     options = ModelOptions(model_path=str(lively_base), bits=32, device="cpu", gradient_checkpointing=False)
-    talker = TalkerOptions(prompt_type="chatml")
+    bundle = InferenceOptions(prompt_type="chatml")
     keeps, reads = (
-        open_engine(options, talker, LimitOptions(prefix_cache_gib=gib), str(adapters_folder)) for gib in (1.0, 0.0)
+        open_engine(options, bundle, LimitOptions(prefix_cache_gib=gib), str(adapters_folder)) for gib in (1.0, 0.0)
     )
     for name in ("first", "second", "first", "second"):
         assert answer(keeps, HELLO, adapter=name) == answer(reads, HELLO, adapter=name)
     assert answer(keeps, HELLO, adapter="first").usage.n_cached_tokens > 8
 
 
-def test_full_memory_is_freed_of_other_conversations_and_the_request_tried_again(engine: Engine, plain: Engine) -> None:
+def test_full_memory_is_freed_of_other_conversations_and_the_request_tried_again(
+    engine: InferenceEngine, plain: InferenceEngine
+) -> None:
     def full_while_something_is_kept(*_: Any) -> None:
         if engine._prefixes._kept:
             raise torch.OutOfMemoryError("CUDA")

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from onecard.inference.queue import Busy, Turnstile
+from onecard.inference.queue import QueueFull, RequestQueue
 
 
 def test_one_at_a_time_in_the_order_of_coming() -> None:
-    turnstile, entered, inside = Turnstile(10), [], []
+    turnstile, entered, inside = RequestQueue(10), [], []
     tickets = [turnstile.join() for _ in range(8)]
 
     def go(k: int) -> None:
@@ -34,9 +34,9 @@ def test_one_at_a_time_in_the_order_of_coming() -> None:
 
 @pytest.mark.parametrize("most", [0, 3])
 def test_who_comes_to_a_full_line_is_sent_away_with_a_time(most: int) -> None:
-    turnstile = Turnstile(most)
+    turnstile = RequestQueue(most)
     tickets = [turnstile.join() for _ in range(most + 1)]
-    with pytest.raises(Busy) as refused:
+    with pytest.raises(QueueFull) as refused:
         turnstile.join()
     assert refused.value.retry_after_seconds >= 1
     assert f"{most} requests" in str(refused.value)
@@ -45,7 +45,7 @@ def test_who_comes_to_a_full_line_is_sent_away_with_a_time(most: int) -> None:
 
 
 def test_places_are_told_while_waiting_and_cancelling_leaves() -> None:
-    turnstile = Turnstile(5)
+    turnstile = RequestQueue(5)
     tickets = [turnstile.join() for _ in range(3)]
     cancel, places = threading.Event(), []
 

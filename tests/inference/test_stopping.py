@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onecard.inference.detokenize import decode, without_cut_character
-from onecard.inference.stopping import RoomUsedUp, StopAtText, ended_answer
+from onecard.inference.stopping import MaxNewTokensPerRow, StopAtText, ended_answer
 
 TEXTS = [
     "Yes.\n### Instruction:\nmore", "好的。\nUser: 再见", "a\nUser:b\nUser:c", " \n\nUser: leading blanks", "User:",
@@ -89,6 +89,6 @@ def test_at_most_one_characters_bytes_are_held_back(text: str, shown: str) -> No
 
 
 def test_room_is_each_rows_own_and_counts_for_all_its_beams() -> None:
-    used_up = RoomUsedUp([2, 3], n_prompt=10)
+    used_up = MaxNewTokensPerRow([2, 3], n_prompt=10)
     assert used_up(torch.zeros(4, 12), None).tolist() == [True, True, False, False]
     assert used_up(torch.zeros(2, 13), None).tolist() == [True, True]

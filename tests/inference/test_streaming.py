@@ -13,10 +13,10 @@ import torch
 from onecard.config.inference import SamplingOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError
-from onecard.inference.call import Call
-from onecard.inference.generate import Row, Watching, prepare, stream, stream_rows
+from onecard.inference.call import GenerateCall
+from onecard.inference.generate import PromptRow, StreamingOptions, prepare, stream, stream_rows
 from onecard.inference.sampling import generation_config, logits_processors, mode_of, seeded
-from onecard.inference.streamer import Watch, decoder_layers
+from onecard.inference.streamer import StreamState, decoder_layers
 
 MODES = {
     "greedy": {},
@@ -24,7 +24,7 @@ MODES = {
     "beam": {"num_beams": 4, "no_repeat_ngram_size": 3},
     "beam-sample": {"num_beams": 3, "temperature": 1.2},
 }
-EVERY_STEP = Watching(interval_seconds=0.0)
+EVERY_STEP = StreamingOptions(interval_seconds=0.0)
 
 
 def sampling_for(mode: str, **changes) -> SamplingOptions:
@@ -33,12 +33,12 @@ def sampling_for(mode: str, **changes) -> SamplingOptions:
     return sampling
 
 
-def plain_ids(talker, row: Row, sampling: SamplingOptions) -> list[int]:
+def plain_ids(bundle, row: PromptRow, sampling: SamplingOptions) -> list[int]:
     """`model.generate` as it is, without any hook of ours."""
-    stop_ids = talker.template.stop_ids(talker.tokenizer)
+    stop_ids = bundle.template.stop_ids(bundle.tokenizer)
     config = generation_config(sampling, stop_ids=stop_ids, pad_id=1, max_new_tokens=row.room)
     with torch.inference_mode(), seeded(sampling, [row.number], torch.device("cpu")):
-        sequences = talker.model.generate(
+        sequences = bundle.model.generate(
             input_ids=torch.tensor([row.ids]),
             attention_mask=torch.ones(1, len(row.ids), dtype=torch.long),
             generation_config=config,
@@ -48,29 +48,29 @@ def plain_ids(talker, row: Row, sampling: SamplingOptions) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_watching_does_not_change_the_ids(talker, mode: str) -> None:
+def test_watching_does_not_change_the_ids(bundle, mode: str) -> None:
     draw = random.Random(mode)
     n_tokens = 0
     for k in range(50):
-        row = Row([1, *(draw.randrange(3, 440) for _ in range(draw.randint(1, 40)))], 12, number=k)
+        row = PromptRow([1, *(draw.randrange(3, 440) for _ in range(draw.randint(1, 40)))], 12, number=k)
         sampling = sampling_for(mode, seed=k)
-        expected = plain_ids(talker, row, sampling)
-        watch = Watch(len(row.ids), threading.Event(), float("inf"))
-        (got,) = Call(talker, [row], sampling, Watching()).run(watch)
+        expected = plain_ids(bundle, row, sampling)
+        watch = StreamState(len(row.ids), threading.Event(), float("inf"))
+        (got,) = GenerateCall(bundle, [row], sampling, StreamingOptions()).run(watch)
         assert got[: len(expected)] == expected
         n_tokens += len(expected)
     assert n_tokens > 500
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_last_chunk_is_the_whole_answer_and_the_first_ones_come_early(talker, questions, mode: str) -> None:
+def test_the_last_chunk_is_the_whole_answer_and_the_first_ones_come_early(bundle, questions, mode: str) -> None:
     n_chunks = 0
     for turns in questions:
         sampling = sampling_for(mode, max_new_tokens=24)
-        row = prepare(talker, turns, sampling)
-        call = Call(talker, [row], sampling)
+        row = prepare(bundle, turns, sampling)
+        call = GenerateCall(bundle, [row], sampling)
         (expected,) = call.answers(call.run())
-        chunks = list(stream(talker, turns, sampling, EVERY_STEP))
+        chunks = list(stream(bundle, turns, sampling, EVERY_STEP))
         assert (chunks[-1].text, chunks[-1].finish_reason) == (expected.text, expected.reason)
         assert chunks[-1].usage.n_new_tokens == expected.n_tokens
         assert chunks[-1].usage.n_prompt_tokens == len(row.ids)
@@ -82,60 +82,60 @@ def test_the_last_chunk_is_the_whole_answer_and_the_first_ones_come_early(talker
     assert n_chunks >= 5 * len(questions)
 
 
-def test_all_beams_are_shown_best_first_and_at_the_end_as_generate_orders_them(talker, questions) -> None:
+def test_all_beams_are_shown_best_first_and_at_the_end_as_generate_orders_them(bundle, questions) -> None:
     sampling = sampling_for("beam", max_new_tokens=16)
-    chunks = list(stream(talker, questions[1], sampling, Watching(show_beams=True, interval_seconds=0.0)))
+    chunks = list(stream(bundle, questions[1], sampling, StreamingOptions(show_beams=True, interval_seconds=0.0)))
     assert len(chunks) > 3
     for chunk in chunks[1:]:
         assert len(chunk.beams) == 4
         assert chunk.beams[0] == chunk.text
-    alone = list(stream(talker, questions[1], sampling))[-1]
+    alone = list(stream(bundle, questions[1], sampling))[-1]
     assert (alone.text, alone.beams) == (chunks[-1].text, ())
     assert len(set(chunks[-1].beams)) > 1
 
 
-def test_rows_stream_side_by_side_and_equal_themselves_alone(talker, questions) -> None:
+def test_rows_stream_side_by_side_and_equal_themselves_alone(bundle, questions) -> None:
     for mode in ("greedy", "sample"):
         sampling = sampling_for(mode, max_new_tokens=20)
-        rows = [prepare(talker, turns, sampling, number=k) for k, turns in enumerate(questions)]
-        together = list(stream_rows(talker, rows, sampling, EVERY_STEP))[-1]
-        alone = [list(stream_rows(talker, [row], sampling))[-1][0] for row in rows]
+        rows = [prepare(bundle, turns, sampling, number=k) for k, turns in enumerate(questions)]
+        together = list(stream_rows(bundle, rows, sampling, EVERY_STEP))[-1]
+        alone = [list(stream_rows(bundle, [row], sampling))[-1][0] for row in rows]
         assert [chunk.text for chunk in together] == [chunk.text for chunk in alone]
         assert [chunk.usage for chunk in together] == [chunk.usage for chunk in alone]
 
 
-def test_stop_texts_of_the_request_end_the_answer(talker, questions) -> None:
-    whole = list(stream(talker, questions[1], sampling_for("greedy", max_new_tokens=40)))[-1].text
+def test_stop_texts_of_the_request_end_the_answer(bundle, questions) -> None:
+    whole = list(stream(bundle, questions[1], sampling_for("greedy", max_new_tokens=40)))[-1].text
     stop = whole[len(whole) // 2 :][:2]
-    chunks = list(stream(talker, questions[1], sampling_for("greedy", max_new_tokens=40, stop=[stop]), EVERY_STEP))
+    chunks = list(stream(bundle, questions[1], sampling_for("greedy", max_new_tokens=40, stop=[stop]), EVERY_STEP))
     assert chunks[-1].finish_reason == "stop"
     assert chunks[-1].text == whole[: whole.index(stop)]
     assert not any(stop in chunk.text for chunk in chunks)
 
 
-def test_min_new_tokens_keep_the_end_token_away(talker, questions) -> None:
+def test_min_new_tokens_keep_the_end_token_away(bundle, questions) -> None:
     n_longer = 0
     for seed in range(6):
         short = sampling_for("sample", temperature=3.0, top_k=0, top_p=1.0, max_new_tokens=200, seed=seed)
-        n_short = list(stream(talker, questions[0], short))[-1].usage.n_new_tokens
+        n_short = list(stream(bundle, questions[0], short))[-1].usage.n_new_tokens
         long = sampling_for(
             "sample", temperature=3.0, top_k=0, top_p=1.0, max_new_tokens=200, min_new_tokens=190, seed=seed
         )
-        assert list(stream(talker, questions[0], long))[-1].usage.n_new_tokens >= 190
+        assert list(stream(bundle, questions[0], long))[-1].usage.n_new_tokens >= 190
         n_longer += n_short < 190
     assert n_longer >= 1
 
 
 @pytest.mark.parametrize("how", ["close", "event"])
 @pytest.mark.parametrize("mode", MODES)
-def test_leaving_stops_the_work_within_a_second_twenty_times(talker, questions, mode: str, how: str) -> None:
+def test_leaving_stops_the_work_within_a_second_twenty_times(bundle, questions, mode: str, how: str) -> None:
     sampling = sampling_for(mode, max_new_tokens=400, min_new_tokens=400)
-    expected = list(stream(talker, questions[1], sampling_for(mode)))[-1]
+    expected = list(stream(bundle, questions[1], sampling_for(mode)))[-1]
     n_threads = threading.active_count()
     slowest = 0.0
     for k in range(20):
         cancel = threading.Event()
-        chunks = stream(talker, questions[k % 6], sampling, EVERY_STEP, cancel)
+        chunks = stream(bundle, questions[k % 6], sampling, EVERY_STEP, cancel)
         next(chunks)
         begun = time.monotonic()
         if how == "close":
@@ -148,18 +148,18 @@ def test_leaving_stops_the_work_within_a_second_twenty_times(talker, questions, 
         slowest = max(slowest, time.monotonic() - begun)
     assert slowest < 1.0
     assert threading.active_count() == n_threads
-    assert list(stream(talker, questions[1], sampling_for(mode)))[-1] == expected, "the model is as it was"
+    assert list(stream(bundle, questions[1], sampling_for(mode)))[-1] == expected, "the model is as it was"
 
 
-def test_a_long_prompt_is_left_between_two_layers(talker) -> None:
-    layers = decoder_layers(talker.model)
+def test_a_long_prompt_is_left_between_two_layers(bundle) -> None:
+    layers = decoder_layers(bundle.model)
     assert len(layers) == 2
     cancel = threading.Event()
     handle = layers[0].register_forward_hook(lambda *_: cancel.set())  # set while the prompt is being read
     n_reached = []
     other = layers[1].register_forward_hook(lambda *_: n_reached.append(1))
     try:
-        (last,) = list(stream(talker, [Turn("user", "Hi")], sampling_for("greedy"), None, cancel))
+        (last,) = list(stream(bundle, [Turn("user", "Hi")], sampling_for("greedy"), None, cancel))
     finally:
         handle.remove()
         other.remove()
@@ -167,55 +167,55 @@ def test_a_long_prompt_is_left_between_two_layers(talker) -> None:
     assert not any(layer._forward_pre_hooks for layer in layers), "nothing of ours stays on the model"
 
 
-def test_out_of_time_is_an_answer_that_was_cut(talker, questions) -> None:
+def test_out_of_time_is_an_answer_that_was_cut(bundle, questions) -> None:
     sampling = sampling_for("greedy", max_new_tokens=400, min_new_tokens=400)
-    last = list(stream(talker, questions[1], sampling, Watching(max_seconds=0.15)))[-1]
+    last = list(stream(bundle, questions[1], sampling, StreamingOptions(max_seconds=0.15)))[-1]
     assert last.finish_reason == "length"
     assert 0 < last.usage.n_new_tokens < 400
 
 
-def test_what_generate_raises_reaches_the_reader(talker, questions) -> None:
+def test_what_generate_raises_reaches_the_reader(bundle, questions) -> None:
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    handle = decoder_layers(talker.model)[1].register_forward_pre_hook(full)
+    handle = decoder_layers(bundle.model)[1].register_forward_pre_hook(full)
     n_threads = threading.active_count()
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            list(stream(talker, questions[0], sampling_for("greedy")))
+            list(stream(bundle, questions[0], sampling_for("greedy")))
     finally:
         handle.remove()
     assert threading.active_count() == n_threads
-    assert list(stream(talker, questions[0], sampling_for("greedy")))[-1].text
+    assert list(stream(bundle, questions[0], sampling_for("greedy")))[-1].text
 
 
-def test_logprobs_are_those_of_a_forward_pass_and_of_shown_tokens_only(talker, questions) -> None:
+def test_logprobs_are_those_of_a_forward_pass_and_of_shown_tokens_only(bundle, questions) -> None:
     for mode in ("greedy", "sample"):
         sampling = sampling_for(mode, repetition_penalty=1.0, max_new_tokens=30)
-        row = prepare(talker, questions[1], sampling)
-        chunks = list(stream_rows(talker, [row], sampling, Watching(top_logprobs=3, interval_seconds=0.0)))
-        assert chunks[-1][0].text == list(stream_rows(talker, [row], sampling))[-1][0].text
+        row = prepare(bundle, questions[1], sampling)
+        chunks = list(stream_rows(bundle, [row], sampling, StreamingOptions(top_logprobs=3, interval_seconds=0.0)))
+        assert chunks[-1][0].text == list(stream_rows(bundle, [row], sampling))[-1][0].text
         for (chunk,) in chunks:
             assert len(chunk.logprobs) <= chunk.usage.n_new_tokens
         entries = chunks[-1][0].logprobs
         ids = [entry.token_id for entry in entries]
         assert len(ids) >= 10
-        logits = talker.model(torch.tensor([row.ids + ids])).logits[0, len(row.ids) - 1 : -1].float().log_softmax(-1)
+        logits = bundle.model(torch.tensor([row.ids + ids])).logits[0, len(row.ids) - 1 : -1].float().log_softmax(-1)
         for k, entry in enumerate(entries):
             assert entry.logprob == pytest.approx(float(logits[k, entry.token_id]), abs=1e-4)
             assert [token_id for token_id, _ in entry.top] == logits[k].topk(3).indices.tolist()
 
 
-def test_logprobs_of_beams_are_refused(talker, questions) -> None:
+def test_logprobs_of_beams_are_refused(bundle, questions) -> None:
     with pytest.raises(ConfigError, match="num_beams"):
-        next(stream(talker, questions[0], sampling_for("beam"), Watching(top_logprobs=1)))
+        next(stream(bundle, questions[0], sampling_for("beam"), StreamingOptions(top_logprobs=1)))
 
 
-def test_a_slow_reader_misses_chunks_and_not_text(talker, questions) -> None:
+def test_a_slow_reader_misses_chunks_and_not_text(bundle, questions) -> None:
     sampling = sampling_for("greedy", max_new_tokens=100, min_new_tokens=100)
     shown = []
-    for chunk in stream(talker, questions[1], sampling, EVERY_STEP):
+    for chunk in stream(bundle, questions[1], sampling, EVERY_STEP):
         shown.append(chunk)
         time.sleep(0.05)
     assert len(shown) < 50
-    assert shown[-1] == list(stream(talker, questions[1], sampling))[-1]
+    assert shown[-1] == list(stream(bundle, questions[1], sampling))[-1]

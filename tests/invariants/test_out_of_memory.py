@@ -21,14 +21,14 @@ from onecard.config.training import FinetuneConfig
 from onecard.errors import ModelError
 from onecard.recipes import finetune
 from onecard.train import evaluate, step
-from onecard.train.accelerator import Engine
+from onecard.train.accelerator import TrainingEngine
 from onecard.train.trackers import read_log
 from tests import tiny
 from tests.launching import finish, launch, torchrun
 from tests.runs import assert_same_end, final_checkpoint
 
 # Memory may run out in each of these; the optimizer's own step is the exception, and has a test of its own.
-PLACES = [(step, "_backward"), (Engine, "clip"), (evaluate, "_loss_of")]
+PLACES = [(step, "_backward"), (TrainingEngine, "clip"), (evaluate, "_loss_of")]
 
 
 @pytest.fixture(autouse=True)
@@ -179,16 +179,16 @@ def test_inside_the_optimizer(tiny_base: Path, instructions: Path, tmp_path: Pat
     finetune(config)
     run = tmp_path / "disturbed" / "run"
     config = tiny.with_options(config, {"output_path": str(run)})
-    real, n_steps = Engine.step, 0
+    real, n_steps = TrainingEngine.step, 0
 
-    def second_fails(engine: Engine) -> bool:
+    def second_fails(engine: TrainingEngine) -> bool:
         nonlocal n_steps
         n_steps += 1
         with Operations({15 if n_steps == 2 else 0}):
             return real(engine)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "step", second_fails)
+        patch.setattr(TrainingEngine, "step", second_fails)
         with pytest.raises(ModelError, match=r"inside the optimizer at step 2, .* GiB were planned.*the same command"):
             finetune(config)
     assert final_checkpoint(run).name == "checkpoint-1"

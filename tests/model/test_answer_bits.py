@@ -10,7 +10,7 @@ import torch
 
 from onecard.config.inference import AnsweringModelOptions, ChatConfig, GenerateConfig, ServeConfig
 from onecard.config.training import ModelOptions
-from onecard.inference.load import load_talker
+from onecard.inference.load import load_bundle
 from onecard.inference.run_files import stored_options, trained_bits
 from onecard.model import answer_bits
 from onecard.model.answer_bits import count_weights, fastest_on_cpu, with_answer_bits
@@ -42,7 +42,7 @@ def test_what_was_typed_stays(auto) -> None:
     for bits in (4, 8, 16, 32):
         typed = replace(auto, bits=bits)
         assert with_answer_bits(typed, CPU, 4) is typed
-    assert load_talker(auto, None, "alpaca")[1]["bits"] == 16
+    assert load_bundle(auto, None, "alpaca")[1]["bits"] == 16
 
 
 @pytest.mark.parametrize(("free_gib", "dtype", "expected"), [

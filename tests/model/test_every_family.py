@@ -26,7 +26,7 @@ from onecard.model.hardware import FP32_FAMILIES, detect
 from onecard.model.load import load_base
 from onecard.model.lora.adapter import adaptable_layers, add_lora, load_adapter, save_adapter
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.plan import Card, make_plan
+from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.quantization import unquantised
 from tests.model.every_family import MODEL_TYPES, VOCAB, save_config_alone, save_small
 
@@ -125,7 +125,7 @@ def check_plan(directory: Path, real: Any) -> None:
     model = architecture_of(directory)
     for bits in (4, 32):
         config = FinetuneConfig(model=ModelOptions(model_path=str(directory), bits=bits))
-        assert make_plan(model, config, Card("a card", 8 * GIB, 8 * GIB)).account.card_bytes > 0
+        assert make_plan(model, config, CardSpec("a card", 8 * GIB, 8 * GIB)).account.card_bytes > 0
     assert model.n_weights == sum(weight.numel() for weight in real.parameters())
     adaptable = adaptable_layers(real)
     assert 0 < sum(kind.count for kind in model.linears if kind.adapted) <= len(adaptable)

@@ -28,8 +28,8 @@ from onecard.model.lora.adapter import (
 )
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import FP32, Setup, account, n_trained, optimizer_bytes
-from onecard.model.memory.plan import Card, make_plan
+from onecard.model.memory.estimate import FP32, MemoryConfig, account, n_trained, optimizer_bytes
+from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.memory_saving.activation_offload import ActivationOffload, embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config, quiet_bitsandbytes
@@ -370,7 +370,7 @@ def test_a_foreign_adapter_with_whole_matrices(load, directory, tmp_path) -> Non
 # --- memory
 
 
-def planned_over_measured(setup: Setup, tied: bool, **changes: Any) -> float:
+def planned_over_measured(setup: MemoryConfig, tied: bool, **changes: Any) -> float:
     config = toy_config("llama", num_hidden_layers=2, tie_word_embeddings=tied, **changes)
     with quiet_bitsandbytes():
         measured = peaks(config, setup, detect("cpu"))
@@ -392,21 +392,21 @@ MORE = [
 def test_planned_bytes_are_those_of_a_real_step(vocabulary, tied, number) -> None:
     bits = (4, 16, 8, 32)[(number + tied) % 4]
     width = element_bytes(bits, detect("cpu"))
-    setup = Setup(bits, width, 2, 192, rank=12, on_gpu=False, **vocabulary, **MORE[number])
+    setup = MemoryConfig(bits, width, 2, 192, rank=12, on_gpu=False, **vocabulary, **MORE[number])
     assert 0.99 <= planned_over_measured(setup, tied) <= 1.03
 
 
 @pytest.mark.parametrize("vocabulary", [{"n_new_tokens": 500}, {"train_embeddings": True}])
 @TIED
 def test_a_vocabulary_larger_than_the_rest_is_planned(vocabulary, tied) -> None:
-    setup = Setup(16, 2, 1, 64, rank=4, loss_chunk=16, on_gpu=False, **vocabulary)
+    setup = MemoryConfig(16, 2, 1, 64, rank=4, loss_chunk=16, on_gpu=False, **vocabulary)
     assert 0.99 <= planned_over_measured(setup, tied, vocab_size=20_000) <= 1.03
 
 
 @pytest.mark.parametrize("vocabulary", [{"n_new_tokens": 33}, {"train_embeddings": True}])
 @pytest.mark.parametrize(("tied", "optimizer"), [(False, "adamw"), (True, "adamw_8bit")])
 def test_what_lies_still_is_right_to_the_byte(vocabulary, tied, optimizer) -> None:
-    setup = Setup(16, 2, 1, 8, rank=48, optimizer=optimizer, on_gpu=False, **vocabulary)
+    setup = MemoryConfig(16, 2, 1, 8, rank=48, optimizer=optimizer, on_gpu=False, **vocabulary)
     config = toy_config("llama", num_hidden_layers=2, tie_word_embeddings=tied, vocab_size=1777)
     with quiet_bitsandbytes():
         run = real_run(config, setup, detect("cpu"))
@@ -422,11 +422,11 @@ def test_the_plan_leaves_trained_matrices_alone(options, directory) -> None:
     """However small the card, it neither moves nor quantises what is trained."""
     model = architecture_of(str(directory()))
     config = FinetuneConfig(ModelOptions(model_path=str(directory()), bits=16), lora=options)
-    plan = make_plan(model, config, Card("none", 1 << 20, 1 << 40))
+    plan = make_plan(model, config, CardSpec("none", 1 << 20, 1 << 40))
     assert not plan.fits and not plan.setup.offload_embeddings and plan.setup.head_bits == 16
     names = [part.name for part in plan.account.parts]
     assert any("trained, fp32" in name for name in names), names
-    frozen = make_plan(model, FinetuneConfig(config.model, memory=MemoryOptions()), Card("none", 1 << 20, 1 << 40))
+    frozen = make_plan(model, FinetuneConfig(config.model, memory=MemoryOptions()), CardSpec("none", 1 << 20, 1 << 40))
     assert frozen.setup.offload_embeddings or frozen.setup.head_bits < 16
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from onecard.export.quantize.run import Request, whole_model
+from onecard.export.quantize.run import QuantizeRequest, whole_model
 from onecard.model.lora.adapter import load_adapter
 from onecard.recipes import finetune
 from tests import tiny
@@ -81,7 +81,7 @@ def test_the_merge_keeps_the_gain(run: Run, tmp_path: Path, capsys: pytest.Captu
 def test_the_sum_that_quantisers_take_keeps_the_gain(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with whole_model(Request(str(run.base), (str(run.adapter),), tmp_path / "q"), tmp_path) as source:
+    with whole_model(QuantizeRequest(str(run.base), (str(run.adapter),), tmp_path / "q"), tmp_path) as source:
         model = loaded(source)
     with capsys.disabled():
         assert run.kept(model, "sum for quantisers") >= 0.99

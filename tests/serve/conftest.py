@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.inference.conftest import adapters_folder, lively_base, questions, run_dir, talker
+from tests.inference.conftest import adapters_folder, bundle, lively_base, questions, run_dir
 
-__all__ = ["adapters_folder", "lively_base", "questions", "run_dir", "talker"]
+__all__ = ["adapters_folder", "bundle", "lively_base", "questions", "run_dir"]

@@ -15,8 +15,8 @@ import torch
 from onecard.config.training import REPOSITORY, TrainOptions
 from onecard.errors import CheckpointError, ConfigError
 from onecard.train import deepspeed_config as settings
-from onecard.train.accelerator import Engine
-from onecard.train.deepspeed_engine import Autocast, Layout, LossScale, ShardedOptimizer, join_states, split_state
+from onecard.train.accelerator import TrainingEngine
+from onecard.train.deepspeed_engine import Autocast, LossScale, ShardedOptimizer, ShardLayout, join_states, split_state
 
 Written = Callable[[Any], TrainOptions]
 
@@ -118,15 +118,17 @@ def test_surroundings(written: Written, monkeypatch: pytest.MonkeyPatch) -> None
     assert (REPOSITORY / "requirements-deepspeed.txt").is_file()
 
 
-LAYOUT = Layout(  # c, in a group of its own, fits into the first process; its partition in the second is all padding
-    names=[["a", "b"], ["c"]],
-    shapes={"a": torch.Size([2, 2]), "b": torch.Size([3]), "c": torch.Size([2])},
-    pieces=[
-        [{"a": (0, 4)}, {"c": (0, 2)}],
-        [{"b": (0, 3)}, {}],
-    ],
+LAYOUT = (
+    ShardLayout(  # c, in a group of its own, fits into the first process; its partition in the second is all padding
+        names=[["a", "b"], ["c"]],
+        shapes={"a": torch.Size([2, 2]), "b": torch.Size([3]), "c": torch.Size([2])},
+        pieces=[
+            [{"a": (0, 4)}, {"c": (0, 2)}],
+            [{"b": (0, 3)}, {}],
+        ],
+    )
 )
-SPLIT = Layout(  # the same with the border in the middle of a
+SPLIT = ShardLayout(  # the same with the border in the middle of a
     names=LAYOUT.names, shapes=LAYOUT.shapes,
     pieces=[[{"a": (0, 3)}, {"c": (0, 1)}], [{"a": (0, 1), "b": (1, 2)}, {"c": (0, 1)}], [{"b": (0, 1)}, {}]],
 )  # fmt: skip
@@ -140,7 +142,7 @@ def whole_state() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("layout", "sizes"), [(LAYOUT, [4, 2]), (SPLIT, [3, 1])])
-def test_state_is_divided_and_joined(layout: Layout, sizes: list[int]) -> None:
+def test_state_is_divided_and_joined(layout: ShardLayout, sizes: list[int]) -> None:
     shards = [split_state(whole_state(), layout, rank, sizes) for rank in range(len(layout.pieces))]
     for shard in shards:
         assert [group["params"] for group in shard["param_groups"]] == [[0], [1]]
@@ -221,7 +223,7 @@ def test_a_step_left_out_after_an_overflow_is_counted(fused: bool) -> None:
         def zero_grad(self) -> None:
             optimizer.zero_grad()
 
-    engine = Engine(SimpleNamespace(scaler=scaler, num_processes=1), model, Scaled(), max_grad_norm=1.0)
+    engine = TrainingEngine(SimpleNamespace(scaler=scaler, num_processes=1), model, Scaled(), max_grad_norm=1.0)
     before = model.weight.detach().clone()
     for factor, left_out in ((torch.inf, True), (1.0, False)):
         scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()

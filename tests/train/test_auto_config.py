@@ -71,7 +71,7 @@ def test_too_little_ram_for_what_leaves_the_card(monkeypatch: pytest.MonkeyPatch
         "model_path": "Llama-3.1-8B", "cutoff_len": 30_000, "offload_activations": "on", "vram": 900.0})  # fmt: skip
     first = fit.first_plan(config, hardware)
     with pytest.raises(ConfigError, match=r"\d+\.\d GiB of RAM are needed for what leaves the card"):
-        fit.settle(config, hardware, first, 30_000)
+        fit.resolve(config, hardware, first, 30_000)
 
 
 def test_the_longest_sample_settles_it_anew(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +81,7 @@ def test_the_longest_sample_settles_it_anew(capsys: pytest.CaptureFixture[str]) 
     hardware = replace(detect("cpu"), total_bytes=24 * GIB)
     first = fit.first_plan(config, hardware)
     capsys.readouterr()
-    settled, plan = fit.settle(config, hardware, first, 300)
+    settled, plan = fit.resolve(config, hardware, first, 300)
     assert plan.longest_row == 300 and first.longest_row == 8192
     assert settled.train.micro_tokens == plan.setup.rows * 300 <= 4096
     told = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_the_processes_of_a_run_choose_for_the_smallest_of_their_cards(monkeypat
         monkeypatch.setattr(fit, "gather_object", lambda mine: [*mine, replace(mine[0], total_bytes=others_gib * GIB)])  # noqa: B023
         for own_gib in (24, 7):
             hardware = replace(hardware, total_bytes=own_gib * GIB)
-            _, plan = fit.settle(config, hardware, first, 2048, SimpleNamespace(num_processes=2))
+            _, plan = fit.resolve(config, hardware, first, 2048, SimpleNamespace(num_processes=2))
             plans.append(plan.setup)
     assert plans[0] != plans[1] == plans[2] == plans[3]
 

@@ -52,7 +52,7 @@ def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Pat
     from onecard.data.encode import IGNORE_INDEX, EncodeSettings
     from onecard.model.load import load_tokenizer
     from onecard.train.evaluate import evaluation_loss
-    from onecard.train.oom import Limits
+    from onecard.train.oom import MicroBatchLimits
 
     tokenizer = load_tokenizer(str(tiny_base))
     template = load_template("alpaca", tokenizer)
@@ -65,7 +65,7 @@ def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Pat
         labels = torch.tensor(sample.labels[1:])
         loss_sum += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
         n_tokens += int((labels != IGNORE_INDEX).sum())
-    got = evaluation_loss(model, samples, Accelerator(cpu=True), limits=Limits(micro_batch=3))
+    got = evaluation_loss(model, samples, Accelerator(cpu=True), limits=MicroBatchLimits(micro_batch=3))
     assert got == pytest.approx(loss_sum / n_tokens, abs=1e-5)
     assert model.training
 

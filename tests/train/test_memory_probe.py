@@ -20,12 +20,12 @@ from onecard.config.training import TrainOptions
 from onecard.data.batches import micro_batches
 from onecard.errors import ModelError
 from onecard.model.memory.estimate import GIB
-from onecard.model.memory.plan import Card
+from onecard.model.memory.plan import CardSpec
 from onecard.recipes import finetune
 from onecard.train import evaluate, step
 from onecard.train import memory_probe as rehearsal
-from onecard.train.memory_probe import Worst, worst_micro_batch
-from onecard.train.oom import Limits, padded_tokens
+from onecard.train.memory_probe import LargestMicroBatch, worst_micro_batch
+from onecard.train.oom import MicroBatchLimits, padded_tokens
 from onecard.train.state import TrainerState
 from onecard.train.trackers import read_log
 from tests import tiny
@@ -36,7 +36,7 @@ from tests.runs import assert_same_end, run_and_stop
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(0, 5), st.integers(0, 150), st.integers(1, 8))
 def test_worst_micro_batch_is_that_of_all_steps(lengths: list[int], rows: int, tokens: int, total_batch: int) -> None:
     """Held against every set of samples that a step can have."""
-    array, limits = np.array(lengths), Limits(rows, tokens)
+    array, limits = np.array(lengths), MicroBatchLimits(rows, tokens)
     most = 0
     for chosen in range(1, 2 ** len(lengths)):
         step_rows = np.array([i for i in range(len(lengths)) if chosen >> i & 1])
@@ -49,9 +49,11 @@ def test_worst_micro_batch_is_that_of_all_steps(lengths: list[int], rows: int, t
 
 def test_examples() -> None:
     lengths = np.array([900, 250, 250, 250, 250])
-    assert worst_micro_batch(lengths, Limits(micro_tokens=1000), 32) == Worst(4, 250)
-    assert worst_micro_batch(lengths, Limits(micro_tokens=1000), 2) == Worst(1, 900)
-    assert worst_micro_batch(np.array([4000] + [256] * 50), Limits(micro_tokens=4096), 32) == Worst(16, 256)
+    assert worst_micro_batch(lengths, MicroBatchLimits(micro_tokens=1000), 32) == LargestMicroBatch(4, 250)
+    assert worst_micro_batch(lengths, MicroBatchLimits(micro_tokens=1000), 2) == LargestMicroBatch(1, 900)
+    assert worst_micro_batch(
+        np.array([4000] + [256] * 50), MicroBatchLimits(micro_tokens=4096), 32
+    ) == LargestMicroBatch(16, 256)
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +221,9 @@ def test_on_a_cpu_it_takes_little_of_the_run_or_memory_is_short(
     """A step has 800 tokens; a rehearsal takes 8 x 100 twice. Of 16 GiB more than half are enough room."""
     done: list[Any] = []
     monkeypatch.setattr(rehearsal, "rehearse", done.append)
-    card = Card("CPU", 20 * GIB, 16 * GIB, is_gpu=False)
+    card = CardSpec("CPU", 20 * GIB, 16 * GIB, is_gpu=False)
     run: Any = SimpleNamespace(
-        state=TrainerState(total_steps=steps), options=TrainOptions(total_batch=8), limits=Limits(),
+        state=TrainerState(total_steps=steps), options=TrainOptions(total_batch=8), limits=MicroBatchLimits(),
         plan=SimpleNamespace(card=card), planned_bytes=planned_gib * GIB, train_samples=EqualRows(),
     )  # fmt: skip
     rehearsal.rehearse_if_wanted(run, wanted)

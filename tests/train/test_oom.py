@@ -11,23 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.data.batches import micro_batches
-from onecard.train.oom import SMALLEST_CHUNK, SMALLEST_TILE, Limits, is_out_of_memory, padded_tokens, smaller
+from onecard.train.oom import SMALLEST_CHUNK, SMALLEST_TILE, MicroBatchLimits, is_out_of_memory, padded_tokens, smaller
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=12).map(np.array)
 LIMITS = st.builds(
-    Limits, st.integers(0, 6), st.integers(0, 20_000), st.sampled_from([0, 1, 100, 128, 1024]), st.booleans(),
+    MicroBatchLimits, st.integers(0, 6), st.integers(0, 20_000), st.sampled_from([0, 1, 100, 128, 1024]), st.booleans(),
     st.sampled_from([0, 64, 256, 512, 2048]),
 )  # fmt: skip
 
 
-def largest(limits: Limits, lengths: np.ndarray) -> int:
+def largest(limits: MicroBatchLimits, lengths: np.ndarray) -> int:
     micros = micro_batches(np.arange(len(lengths)), lengths, **limits.cut)
     return max(padded_tokens(micro, lengths) for micro in micros)
 
 
 @settings(max_examples=300, deadline=None)
 @given(LIMITS, LENGTHS, st.booleans())
-def test_each_try_is_smaller_until_the_end(limits: Limits, lengths: np.ndarray, can_offload: bool) -> None:
+def test_each_try_is_smaller_until_the_end(limits: MicroBatchLimits, lengths: np.ndarray, can_offload: bool) -> None:
     """Every try gives up one thing and takes nothing back; at the end each row is as alone as it can be."""
     n_tries = 0
     while (found := smaller(limits, lengths, can_offload=can_offload)) is not None:
@@ -53,7 +53,7 @@ def test_each_try_is_smaller_until_the_end(limits: Limits, lengths: np.ndarray, 
 
 
 def test_the_order() -> None:
-    limits, told = Limits(micro_tokens=4096, loss_chunk=1024), []
+    limits, told = MicroBatchLimits(micro_tokens=4096, loss_chunk=1024), []
     while (found := smaller(limits, np.full(8, 900), can_offload=True, can_recompute=True)) is not None:
         limits, words = found
         told.append(words)
@@ -64,14 +64,14 @@ def test_the_order() -> None:
         "logits of 112 tokens at once instead of 225", "the inputs of the layers wait in RAM from now on",
         "MLPs take 450 tokens at a time",
     ]  # fmt: skip
-    assert limits == Limits(0, 900, 112, True, 450, True)
+    assert limits == MicroBatchLimits(0, 900, 112, True, 450, True)
 
 
 def test_short_rows_beside_a_long_one_are_cut() -> None:
     """7 rows of 300 pass as 3 x 300 = 900, more than the longest row: the budget is what has to shrink."""
-    found = smaller(Limits(micro_tokens=1000), np.array([600] + [300] * 7), can_offload=False)
+    found = smaller(MicroBatchLimits(micro_tokens=1000), np.array([600] + [300] * 7), can_offload=False)
     assert found is not None
-    assert found[0] == replace(Limits(), micro_tokens=600)
+    assert found[0] == replace(MicroBatchLimits(), micro_tokens=600)
 
 
 @pytest.mark.parametrize(

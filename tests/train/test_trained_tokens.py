@@ -18,7 +18,7 @@ from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions, T
 from onecard.data.messages import Turn
 from onecard.errors import CheckpointError, ConfigError
 from onecard.inference.generate import generate_batch
-from onecard.inference.load import adapter_fingerprint, load_talker
+from onecard.inference.load import adapter_fingerprint, load_bundle
 from onecard.model.lora.adapter import add_lora
 from onecard.recipes import finetune
 from onecard.train.optim import build_optimizer
@@ -74,23 +74,23 @@ def test_the_trained_model_says_new_words(tied, options, data, tmp_path) -> None
     losses = [loss for _, loss in tiny.losses_of(run)]
     assert len(losses) == 30 and losses[-1] < 0.6 * losses[0]
 
-    talker, depends_on = load_talker(ModelOptions("auto", bits=32, device="cpu"), str(run), "auto")
-    tokenizer: Any = talker.tokenizer
+    bundle, depends_on = load_bundle(ModelOptions("auto", bits=32, device="cpu"), str(run), "auto")
+    tokenizer: Any = bundle.tokenizer
     assert all(len(tokenizer.encode(word, add_special_tokens=False)) == 1 for word in WORDS)
     sampling = SamplingOptions(max_new_tokens=8)
     question = [Turn("user", "Name 2 of them")]
-    answers = generate_batch(talker.model, tokenizer, talker.template, [question], sampling)
+    answers = generate_batch(bundle.model, tokenizer, bundle.template, [question], sampling)
     assert WORDS[7] in answers[0].text
     ids = torch.tensor([[1, 5, *new_ids(directory), 7]])
     plain = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(directory), run).eval()
     with torch.no_grad():
-        assert torch.equal(plain(ids).logits, talker.model(ids).logits)
+        assert torch.equal(plain(ids).logits, bundle.model(ids).logits)
 
-    assert depends_on["adapter"] == adapter_fingerprint(talker.model)
-    rows = [p for name, p in talker.model.named_parameters() if "trainable_tokens" in name or "modules_to_save" in name]
+    assert depends_on["adapter"] == adapter_fingerprint(bundle.model)
+    rows = [p for name, p in bundle.model.named_parameters() if "trainable_tokens" in name or "modules_to_save" in name]
     with torch.no_grad():
         rows[0][0] += 1
-    assert depends_on["adapter"] != adapter_fingerprint(talker.model), "answers of other rows would pass for these"
+    assert depends_on["adapter"] != adapter_fingerprint(bundle.model), "answers of other rows would pass for these"
 
 
 VARIANTS = {

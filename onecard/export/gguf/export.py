@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from onecard.console import say, warn
-from onecard.data.chat_template import Template, Writer, built_in_name, load_template, own_chat_template
+from onecard.data.chat_template import PromptRenderer, Template, built_in_name, load_template, own_chat_template
 from onecard.data.special_tokens import single_token, special_tokens
 from onecard.errors import DataError
 from onecard.export.gguf import ollama
 from onecard.export.gguf import writer as gguf
-from onecard.export.gguf.layout import Layout, check_tensors, read_layout, with_own_head
+from onecard.export.gguf.layout import GgufLayout, check_tensors, read_layout, with_own_head
 from onecard.export.gguf.tokenizer import Vocabulary, read_vocabulary
 from onecard.export.io import output
 from onecard.export.io.weights import Weights, open_weights
@@ -47,19 +47,19 @@ class GgufSettings:
 
 
 @dataclass(frozen=True)
-class Source:
+class GgufSource:
     """An opened model: where it lies, its parts, and what is planned of it."""
 
     directory: Path
-    layout: Layout
+    layout: GgufLayout
     vocabulary: Vocabulary
     weights: Weights
-    planned: list[gguf.Planned]
+    planned: list[gguf.PlannedTensor]
     tokenizer: Any
     template: Template | None
 
     @property
-    def model(self) -> tuple[Layout, Vocabulary, Weights]:
+    def model(self) -> tuple[GgufLayout, Vocabulary, Weights]:
         return self.layout, self.vocabulary, self.weights
 
 
@@ -102,7 +102,7 @@ def export_gguf(settings: GgufSettings) -> Path:
     return settings.output_path / file.name
 
 
-def open_source(directory: Path, settings: GgufSettings) -> Source:
+def open_source(directory: Path, settings: GgufSettings) -> GgufSource:
     """Look at everything that an export needs, without reading a weight. Raises as `export_gguf` does."""
     layout = read_layout(directory)
     weights = open_weights(directory)
@@ -116,7 +116,7 @@ def open_source(directory: Path, settings: GgufSettings) -> Source:
         tokenizer, directory, layout.vocab_size, beginning=_beginning(template, tokenizer), end_id=end_id
     )
     planned = gguf.plan(layout, names, settings.gguf_type)
-    return Source(directory, layout, vocabulary, weights, planned, tokenizer, template)
+    return GgufSource(directory, layout, vocabulary, weights, planned, tokenizer, template)
 
 
 def chat_template_for(template: Template | None, tokenizer: Any) -> str | None:
@@ -171,20 +171,20 @@ def _merge(directory: Path, settings: GgufSettings) -> Path:
     return directory
 
 
-def _modelfile(file_name: str, source: Source, settings: GgufSettings) -> str:
+def _modelfile(file_name: str, source: GgufSource, settings: GgufSettings) -> str:
     template, tokenizer = source.template, source.tokenizer
     go, stops = None, []
     if template is not None:
         bos = "" if source.vocabulary.adds_bos else _beginning(template, tokenizer)
         built_in = built_in_name(template.jinja)
         if built_in:
-            lead = Writer(template, tokenizer).lead
+            lead = PromptRenderer(template, tokenizer).lead
             go = ollama.go_template(built_in, bos=bos, eos=str(tokenizer.eos_token), lead=lead)
         stops = [template.end_text(tokenizer), *template.stop]
     return ollama.modelfile(file_name, go, stops, settings.ollama)
 
 
-def _template_told(source: Source, settings: GgufSettings) -> str:
+def _template_told(source: GgufSource, settings: GgufSettings) -> str:
     if source.template is None:
         return "no chat template: none is stored with the model (give one with --prompt_type)"
     built_in = built_in_name(source.template.jinja)
@@ -199,7 +199,7 @@ def _template_told(source: Source, settings: GgufSettings) -> str:
     )
 
 
-def _say_plan(source: Source, settings: GgufSettings) -> None:
+def _say_plan(source: GgufSource, settings: GgufSettings) -> None:
     largest = max(source.weights.entries[tensor.source].n_bytes for tensor in source.planned if tensor.source)
     ram = 2 * largest + 2 * max(tensor.n_bytes for tensor in source.planned) + PIECES_BYTES
     vocabulary = source.vocabulary

@@ -30,7 +30,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Layout:
+class GgufLayout:
     """The numbers that llama.cpp needs. rope: kind and its settings; notes: what a person should be told.
 
     attention_factor: what YaRN multiplies sines and cosines with, 1 elsewhere.
@@ -86,7 +86,7 @@ class Layout:
         return self.n_heads if module.endswith("q_proj") else self.n_kv_heads if module.endswith("k_proj") else 0
 
 
-def read_layout(directory: Path) -> Layout:
+def read_layout(directory: Path) -> GgufLayout:
     """The layout of a model directory. Raises ModelError for what llama.cpp would not compute the same way."""
     raw = _checked_config(directory)
     from transformers import AutoConfig  # fills in what older configs leave out
@@ -101,7 +101,7 @@ def read_layout(directory: Path) -> Layout:
         raise ModelError(f"{directory}/config.json: hidden_size {hidden} is no multiple of {n_heads} attention heads")
     biased = bool(getattr(config, "attention_bias", False))
     rope = dict(config.rope_parameters or {})
-    layout = Layout(
+    layout = GgufLayout(
         family=family, architecture=FAMILIES[family], n_layers=int(config.num_hidden_layers), hidden_size=hidden,
         intermediate_size=int(config.intermediate_size), n_heads=n_heads,
         n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
@@ -125,7 +125,7 @@ def read_layout(directory: Path) -> Layout:
     return replace(layout, notes=(*layout.notes, note))
 
 
-def with_own_head(layout: Layout, weights: Weights) -> Layout:
+def with_own_head(layout: GgufLayout, weights: Weights) -> GgufLayout:
     """The layout of these weights: with a head of its own where they hold one, whatever config.json says."""
     if not layout.tied or not has_own_head(weights, EMBEDDING, HEAD):
         return layout
@@ -136,7 +136,7 @@ def with_own_head(layout: Layout, weights: Weights) -> Layout:
     return replace(layout, tied=False, notes=(*layout.notes, note))
 
 
-def expected_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+def expected_shapes(layout: GgufLayout) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor the file is made of, by its name in the Hugging Face checkpoint."""
     hidden, inner = layout.hidden_size, layout.intermediate_size
     n_q, n_kv = layout.n_heads * layout.head_dim, layout.n_kv_heads * layout.head_dim
@@ -163,7 +163,7 @@ def expected_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(directory: Path, layout: Layout, weights: Weights) -> tuple[list[str], list[str]]:
+def check_tensors(directory: Path, layout: GgufLayout, weights: Weights) -> tuple[list[str], list[str]]:
     """The names to export, in the order of the files, and lines about those that are left out.
 
     Raises ModelError: missing, unknown, other shapes or kinds.
@@ -199,7 +199,7 @@ def permuted(tensor: Tensor, n_heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def rope_divisors(layout: Layout) -> Tensor:
+def rope_divisors(layout: GgufLayout) -> Tensor:
     """(head_dim // 2,) fp32: what each frequency is divided by under the scaling of LLaMA 3.1.
 
     https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py (llama3)
@@ -223,7 +223,7 @@ def _checked_config(directory: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_differences(directory: Path, layout: Layout, activation: str) -> None:
+def _refuse_differences(directory: Path, layout: GgufLayout, activation: str) -> None:
     """Refuse what llama.cpp's graph of this architecture leaves out: it would load, and talk nonsense."""
     reason = ""
     nested = [name for name, value in layout.rope.items() if isinstance(value, (dict, list))]

@@ -25,7 +25,7 @@ from onecard.errors import ConfigError, ModelError
 from onecard.export.gguf.layout import (
     EMBEDDING,
     HEAD,
-    Layout,
+    GgufLayout,
     expected_shapes,
     permuted,
     rope_divisors,
@@ -57,7 +57,7 @@ RANGED = (Kind.Q5_1, Kind.Q4_1)
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """One tensor of the file: its name there, the source tensor ("" for one that is computed), shape and kind."""
 
     name: str
@@ -81,30 +81,30 @@ class KindReport:
     error: float
 
 
-def plan(layout: Layout, names: list[str], gguf_type: str) -> list[Planned]:
+def plan(layout: GgufLayout, names: list[str], gguf_type: str) -> list[PlannedTensor]:
     """The tensors of the file in the order they are written: that of the source files, so that each is read once."""
     kind = KINDS[gguf_type]
     to_gguf = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layout.architecture.upper()], layout.n_layers)
     shapes, planned = expected_shapes(layout), []
     if layout.rope_kind == "llama3":
-        planned.append(Planned("rope_freqs.weight", "", (layout.head_dim // 2,), Kind.F32))
+        planned.append(PlannedTensor("rope_freqs.weight", "", (layout.head_dim // 2,), Kind.F32))
     for source in names:
         name = to_gguf.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(f"gguf has no name for {source} in {layout.architecture} models")
-        planned.append(Planned(name, source, shapes[source], _kind_of(layout, source, shapes[source], kind)))
+        planned.append(PlannedTensor(name, source, shapes[source], _kind_of(layout, source, shapes[source], kind)))
     return planned
 
 
-def file_bytes(planned: list[Planned], vocabulary: Vocabulary) -> int:
+def file_bytes(planned: list[PlannedTensor], vocabulary: Vocabulary) -> int:
     """About the size of the file."""
     texts = sum(len(text.encode()) + 16 for text in (*vocabulary.tokens, *vocabulary.merges))
     return sum(tensor.n_bytes + 32 for tensor in planned) + texts + (1 << 16)
 
 
 def write(
-    path: Path, model: tuple[Layout, Vocabulary, Weights], planned: list[Planned], *, name: str, gguf_type: str,
-    chat_template: str | None,
+    path: Path, model: tuple[GgufLayout, Vocabulary, Weights], planned: list[PlannedTensor], *, name: str,
+    gguf_type: str, chat_template: str | None,
 ) -> None:  # fmt: skip
     """Write the file. In memory at once: one tensor as stored and as written, and a few 16 MiB pieces.
 
@@ -131,7 +131,7 @@ def write(
         writer.close()
 
 
-def verify(path: Path, model: tuple[Layout, Vocabulary, Weights], planned: list[Planned]) -> list[KindReport]:
+def verify(path: Path, model: tuple[GgufLayout, Vocabulary, Weights], planned: list[PlannedTensor]) -> list[KindReport]:
     """Reopen the file and compare: metadata, names, shapes, kinds, and rows of every tensor with its source.
 
     Each tensor's first, last and evenly spaced rows must be within the error of its kind. Returns one report per kind.
@@ -160,7 +160,7 @@ def verify(path: Path, model: tuple[Layout, Vocabulary, Weights], planned: list[
     return list(reports.values())
 
 
-def _kind_of(layout: Layout, source: str, shape: tuple[int, ...], kind: Kind) -> Kind:
+def _kind_of(layout: GgufLayout, source: str, shape: tuple[int, ...], kind: Kind) -> Kind:
     if len(shape) == 1:
         return Kind.F32
     is_head = source == HEAD or (source == EMBEDDING and layout.tied)
@@ -170,7 +170,7 @@ def _kind_of(layout: Layout, source: str, shape: tuple[int, ...], kind: Kind) ->
     return kind if shape[-1] % block == 0 else Kind.F16  # a row must be whole blocks
 
 
-def _add_numbers(writer: gguf.GGUFWriter, layout: Layout, name: str, gguf_type: str) -> None:
+def _add_numbers(writer: gguf.GGUFWriter, layout: GgufLayout, name: str, gguf_type: str) -> None:
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[gguf_type])
@@ -194,7 +194,7 @@ def _add_numbers(writer: gguf.GGUFWriter, layout: Layout, name: str, gguf_type: 
         _add_yarn(writer, layout)
 
 
-def _add_yarn(writer: gguf.GGUFWriter, layout: Layout) -> None:
+def _add_yarn(writer: gguf.GGUFWriter, layout: GgufLayout) -> None:
     original = layout.rope.get("original_max_position_embeddings")
     writer.add_rope_scaling_orig_ctx_len(int(original or layout.context_length))
     # llama.cpp multiplies by 1 + 0.1 ln(factor) itself, and by this. It reads yarn_attn_factor for a few other families
@@ -235,7 +235,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_add_space_prefix(vocabulary.adds_space)
 
 
-def _source(layout: Layout, weights: Weights, tensor: Planned) -> Tensor:
+def _source(layout: GgufLayout, weights: Weights, tensor: PlannedTensor) -> Tensor:
     """The tensor with its rows in the order of the file."""
     if not tensor.source:
         return rope_divisors(layout)
@@ -244,7 +244,7 @@ def _source(layout: Layout, weights: Weights, tensor: Planned) -> Tensor:
     return permuted(stored, n_heads) if n_heads else stored
 
 
-def _encoded(source: Tensor, tensor: Planned) -> NDArray[np.generic]:
+def _encoded(source: Tensor, tensor: PlannedTensor) -> NDArray[np.generic]:
     """The bytes of a tensor, made piece by piece so that no fp32 copy of the whole is needed."""
     rows = source.reshape(-1, source.shape[-1])
     pieces: list[NDArray[np.generic]] = []
@@ -279,7 +279,7 @@ def _write_tensor(writer: gguf.GGUFWriter, data: NDArray[np.generic]) -> None:
         raise
 
 
-def _check_header(reader: gguf.GGUFReader, layout: Layout, vocabulary: Vocabulary, path: Path) -> None:
+def _check_header(reader: gguf.GGUFReader, layout: GgufLayout, vocabulary: Vocabulary, path: Path) -> None:
     expected = {
         "general.architecture": layout.architecture,
         f"{layout.architecture}.block_count": layout.n_layers,
@@ -296,7 +296,7 @@ def _check_header(reader: gguf.GGUFReader, layout: Layout, vocabulary: Vocabular
             raise ModelError(f"{path.name}: {key} does not read back as it was written; try again")
 
 
-def _compare(data: NDArray[np.generic], tensor: Planned, layout: Layout, weights: Weights) -> float:
+def _compare(data: NDArray[np.generic], tensor: PlannedTensor, layout: GgufLayout, weights: Weights) -> float:
     """Relative error (root mean square) over sampled rows. Raises ModelError where a value is off by too much."""
     n_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
     rows = np.unique(np.linspace(0, n_rows - 1, min(n_rows, SAMPLED_ROWS)).astype(np.int64))
@@ -314,7 +314,9 @@ def _compare(data: NDArray[np.generic], tensor: Planned, layout: Layout, weights
     return float(np.sqrt(np.mean(off**2))) / scale if scale else 0.0
 
 
-def _expected_rows(tensor: Planned, layout: Layout, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+def _expected_rows(
+    tensor: PlannedTensor, layout: GgufLayout, weights: Weights, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """The source's values for these rows of the file, found by counting and not by `permuted`, which is on trial."""
     if not tensor.source:
         return rope_divisors(layout).double().numpy().reshape(1, -1)

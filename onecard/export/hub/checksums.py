@@ -28,7 +28,7 @@ BSD_LINE = re.compile(r"(\\?)SHA256 \((.+)\) ?= ?([0-9a-fA-F]{64})", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteReport:
     """What `write` did: the list's place, how many files and bytes are in it, and the names that are not."""
 
     path: Path
@@ -38,7 +38,7 @@ class Written:
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What `verify` found; all names are relative, with forward slashes. `extra` files are in no list."""
 
     source: str
@@ -54,7 +54,7 @@ class Report:
         return len(self.missing) + len(self.changed) + len(self.unreadable) + (len(self.extra) if strict else 0)
 
 
-def write(directory: Path, *, overwrite: bool = False) -> Written:
+def write(directory: Path, *, overwrite: bool = False) -> WriteReport:
     """Hash every file under `directory` and write SHA256SUMS there; `sha256sum -c SHA256SUMS` reads it, too.
 
     Links to files are followed: the Hub's cache consists of them. Hidden and unfinished files are left out.
@@ -81,10 +81,10 @@ def write(directory: Path, *, overwrite: bool = False) -> Written:
         partial.write_bytes(b"".join(_line(name, digest) for name, digest in sorted(hashes.items())))
         if read_list(partial) != hashes:
             raise ModelError(f"{target} does not read back as it was written; is the disk in order?")
-    return Written(target, len(files), n_bytes, left_out)
+    return WriteReport(target, len(files), n_bytes, left_out)
 
 
-def verify(directory: Path) -> Report:
+def verify(directory: Path) -> VerifyReport:
     """Compare `directory` with its SHA256SUMS, or with its manifest.json where it has no such list.
 
     Raises:
@@ -93,7 +93,7 @@ def verify(directory: Path) -> Report:
     """
     _need_directory(directory)
     if (directory / LIST).is_file():
-        report, listed = Report(LIST), read_list(directory / LIST)
+        report, listed = VerifyReport(LIST), read_list(directory / LIST)
         sizes: Mapping[str, int] = {}
     elif (directory / MANIFEST).is_file():
         try:
@@ -102,7 +102,7 @@ def verify(directory: Path) -> Report:
             sizes = {name: int(entry["bytes"]) for name, entry in entries.items()}
         except (ManifestError, KeyError, TypeError, ValueError) as reason:
             raise ModelError(f"{directory}: {reason}; it proves nothing, so copy the directory again") from reason
-        report = Report(MANIFEST)
+        report = VerifyReport(MANIFEST)
         _refuse_outsiders(listed, directory / MANIFEST)
     else:
         raise ModelError(
@@ -137,7 +137,7 @@ def is_inside(name: str) -> bool:
     return bool(path.parts) and ".." not in path.parts and not path.anchor and "\0" not in name
 
 
-def _compare(directory: Path, listed: Mapping[str, str], sizes: Mapping[str, int], report: Report) -> None:
+def _compare(directory: Path, listed: Mapping[str, str], sizes: Mapping[str, int], report: VerifyReport) -> None:
     there = {name: directory / name for name in sorted(listed) if (directory / name).is_file()}
     report.n_files, report.missing = len(listed), sorted(listed.keys() - there.keys())
     report.n_bytes = sum(path.stat().st_size for path in there.values())

@@ -23,7 +23,7 @@ from onecard.storage import digest_of, is_no_room, sync_file
 
 
 @dataclass(frozen=True)
-class Place:
+class DownloadPaths:
     """Where files go: `final` tells the path of one, `part` where its bytes are gathered until it is whole."""
 
     root: Path
@@ -41,15 +41,15 @@ class Place:
         return free_room_bytes(self.root)
 
 
-def cache_place(listing: Listing) -> Place:
+def cache_place(listing: Listing) -> DownloadPaths:
     """The Hub's cache on this machine. https://huggingface.co/docs/huggingface_hub/guides/manage-cache"""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     blobs = Path(HF_HUB_CACHE) / _folder_name(listing) / "blobs"
-    return Place(blobs, lambda file: blobs / file.etag, lambda file: blobs / f"{file.etag}.incomplete")
+    return DownloadPaths(blobs, lambda file: blobs / file.etag, lambda file: blobs / f"{file.etag}.incomplete")
 
 
-def directory_place(target: Path) -> Place:
+def directory_place(target: Path) -> DownloadPaths:
     """The hidden directory beside `target` that keeps what has come until all has."""
     target = target.expanduser().absolute()
     kept = target.parent / f".{target.name}.download"
@@ -57,7 +57,7 @@ def directory_place(target: Path) -> Place:
     def part(file: HubFile) -> Path:
         return kept / ".parts" / hashlib.sha256(f"{file.name} {file.etag}".encode()).hexdigest()
 
-    return Place(kept, lambda file: kept / file.name, part)
+    return DownloadPaths(kept, lambda file: kept / file.name, part)
 
 
 def fetch(listing: Listing, target: Path | None, *, overwrite: bool = False, max_workers: int = 4) -> Path:
@@ -111,7 +111,7 @@ def _into_cache(listing: Listing, max_workers: int) -> Path:
         lock.release()
 
 
-def _link_snapshot(listing: Listing, place: Place) -> Path:
+def _link_snapshot(listing: Listing, place: DownloadPaths) -> Path:
     """The directory of links to the blobs, as the Hub's library makes it; that one would ask the mirror again."""
     from huggingface_hub.file_download import _cache_commit_hash_for_specific_revision, _create_symlink
 
@@ -126,7 +126,7 @@ def _link_snapshot(listing: Listing, place: Place) -> Path:
     return snapshot
 
 
-def _fetch_all(listing: Listing, place: Place, max_workers: int) -> None:
+def _fetch_all(listing: Listing, place: DownloadPaths, max_workers: int) -> None:
     """Bring every file to its final place, several at a time."""
     files = {place.final(file): file for file in listing.files}
     stop = threading.Event()
@@ -148,7 +148,9 @@ def _fetch_all(listing: Listing, place: Place, max_workers: int) -> None:
             raise
 
 
-def _bring(listing: Listing, file: HubFile, place: Place, moved: Callable[[int], Any], stop: threading.Event) -> None:
+def _bring(
+    listing: Listing, file: HubFile, place: DownloadPaths, moved: Callable[[int], Any], stop: threading.Event
+) -> None:
     final, part = place.final(file), place.part(file)
     for path in (part, final):
         _make_folders(place.root, path)
@@ -264,7 +266,7 @@ def _keep_only(root: Path, wanted: set[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _disk_explained(place: Place) -> Iterator[None]:
+def _disk_explained(place: DownloadPaths) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, IsADirectoryError, NotADirectoryError) as reason:

@@ -22,7 +22,7 @@ from onecard.model.gptq import stored_quantization
 
 
 @dataclass
-class StoredBase:
+class LazyCheckpoint:
     """A base model's files under the names of its model. Made by `open_base`."""
 
     directory: Path
@@ -107,7 +107,7 @@ class StoredBase:
         return [name for name in self.weights.entries if name not in known and not name.endswith(TABLES)]
 
 
-def open_base(name: str, *, trust_remote_code: bool = False) -> StoredBase:
+def open_base(name: str, *, trust_remote_code: bool = False) -> LazyCheckpoint:
     """Look at a base, a directory or a Hub id, without loading it.
 
     Raises ModelError: no model there, quantised already, unknown family, missing or damaged files, other shapes.
@@ -115,7 +115,7 @@ def open_base(name: str, *, trust_remote_code: bool = False) -> StoredBase:
     directory = locate(name, with_code=trust_remote_code)
     config = read_config(directory)
     refuse_quantized(directory, config, "merge into the model it was made from, and quantise the result")
-    base = StoredBase(directory, config, open_weights(directory), trust_remote_code)
+    base = LazyCheckpoint(directory, config, open_weights(directory), trust_remote_code)
     base.skeleton = base.build()
     if _is_tied(base.skeleton):
         names = (base.own_name(f"{base.embedding}.weight"), base.own_name(f"{base.head}.weight"))
@@ -143,7 +143,7 @@ def refuse_quantized(directory: Path, config: dict[str, Any], remedy: str) -> No
         raise ModelError(f"{directory} is quantised already ({stored.get('quant_method', 'unknown')}); {remedy}")
 
 
-def _check_fits(base: StoredBase) -> None:
+def _check_fits(base: LazyCheckpoint) -> None:
     entries, missing = base.weights.entries, []
     for name, parameter in base.skeleton.named_parameters():
         stored = base.stored_name(name)

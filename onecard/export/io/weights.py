@@ -43,7 +43,7 @@ UNREADABLE = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor as its file's header tells it."""
 
     name: str
@@ -63,7 +63,7 @@ class Weights:
     >>> for name, tensor in weights: ...        # one file is open at a time; each tensor owns its memory
     """
 
-    def __init__(self, directory: Path, entries: dict[str, Entry]) -> None:
+    def __init__(self, directory: Path, entries: dict[str, TensorEntry]) -> None:
         self.directory, self.entries = directory, entries
         self._file: Path | None = None
         self._open: Any = None
@@ -107,7 +107,7 @@ def open_weights(directory: Path) -> Weights:
 
     Raises ModelError: no weights, missing shards, truncated or damaged files, code in a pickle, one name twice.
     """
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
     for file in check_weights(directory):
         for entry in _entries_of(file):
             if entry.name in entries:
@@ -240,19 +240,19 @@ def copy_small_files(source: Path, target: Path) -> list[str]:
     return copied
 
 
-def _entries_of(file: Path) -> list[Entry]:
+def _entries_of(file: Path) -> list[TensorEntry]:
     if file.suffix != ".safetensors":
-        return [Entry(name, file, tuple(t.shape), t.dtype) for name, t in read_pickled(file).items()]
+        return [TensorEntry(name, file, tuple(t.shape), t.dtype) for name, t in read_pickled(file).items()]
     header = {name: entry for name, entry in safetensors_header(file).items() if name != "__metadata__"}
     _open_file(file)  # the library checks shapes, offsets and names against one another
     unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
     if unknown:
         raise ModelError(f"{file} holds numbers of the kind {', '.join(unknown)}, which are not known here")
     in_order = sorted(header, key=lambda name: header[name]["data_offsets"])
-    return [Entry(name, file, tuple(header[name]["shape"]), DTYPES[header[name]["dtype"]]) for name in in_order]
+    return [TensorEntry(name, file, tuple(header[name]["shape"]), DTYPES[header[name]["dtype"]]) for name in in_order]
 
 
-def _check_index(directory: Path, entries: dict[str, Entry]) -> None:
+def _check_index(directory: Path, entries: dict[str, TensorEntry]) -> None:
     """Raise ModelError where the index names tensors that its files do not hold, as after a mixed-up copy."""
     files = {entry.file for entry in entries.values()}
     kind = "model.safetensors" if any(file.suffix == ".safetensors" for file in files) else "pytorch_model.bin"

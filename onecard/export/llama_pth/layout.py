@@ -48,7 +48,7 @@ FOREIGN_KEYS = {
 
 
 @dataclass(frozen=True)
-class Params:
+class LlamaParams:
     """The numbers of a LLaMA, in Meta's words. `vocab_size` is -1 where params.json leaves it to the tensors."""
 
     dim: int
@@ -71,7 +71,7 @@ class Params:
         return 32.0 if (self.dim, self.n_layers) in FACTOR_32 else 8.0
 
 
-def read_params(content: Mapping[str, Any], place: str) -> Params:
+def read_params(content: Mapping[str, Any], place: str) -> LlamaParams:
     """The params of a params.json of LLaMA-1, -2 or -3. Raises ModelError that names `place` and the key."""
     content = content.get("model", content)
     foreign = [f"{key} ({FOREIGN_KEYS[key]})" for key in content if key in FOREIGN_KEYS and content[key]]
@@ -81,7 +81,7 @@ def read_params(content: Mapping[str, Any], place: str) -> Params:
     n_kv_heads = _number(content, "n_kv_heads", place, n_heads)
     vocab_size = int(content.get("vocab_size", -1))
     is_llama_3 = vocab_size > LLAMA_3_VOCABULARY or "use_scaled_rope" in content
-    params = Params(
+    params = LlamaParams(
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
@@ -98,7 +98,7 @@ def read_params(content: Mapping[str, Any], place: str) -> Params:
     return params
 
 
-def write_params(params: Params) -> dict[str, Any]:
+def write_params(params: LlamaParams) -> dict[str, Any]:
     """The content of a params.json. Only keys that the model needs: older programs of Meta refuse what they don't know.
 
     Raises ModelError when no formula of Meta's gives the intermediate size.
@@ -145,7 +145,7 @@ def ffn_settings(dim: int, size: int) -> tuple[float | None, int]:
     raise ModelError(f"no ffn_dim_multiplier gives an intermediate size of {size} at a hidden size of {dim}")
 
 
-def params_of_config(config: Mapping[str, Any], place: str) -> Params:
+def params_of_config(config: Mapping[str, Any], place: str) -> LlamaParams:
     """The params of a Hugging Face config.json. Raises ModelError for what Meta's layout cannot say."""
     kind = config.get("model_type")
     if kind != "llama":
@@ -160,7 +160,7 @@ def params_of_config(config: Mapping[str, Any], place: str) -> Params:
             "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"
         )
     )  # fmt: skip
-    params = Params(
+    params = LlamaParams(
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
@@ -196,7 +196,9 @@ class SpecialIds:
     eos: int | list[int] = 2
 
 
-def config_of(params: Params, dtype: torch.dtype, *, tied: bool, max_positions: int, ids: SpecialIds) -> dict[str, Any]:
+def config_of(
+    params: LlamaParams, dtype: torch.dtype, *, tied: bool, max_positions: int, ids: SpecialIds
+) -> dict[str, Any]:
     """A complete config.json, with the keys that transformers 4 and 5 and other programs read alike.
 
     tied: whether the head is the embeddings. max_positions: the longest text in tokens, which params.json lacks.
@@ -244,7 +246,7 @@ def hf_name(name: str) -> str:
     return f"model.layers.{number}.{LAYER_NAMES[rest]}"
 
 
-def full_shape(name: str, params: Params) -> tuple[int, ...]:
+def full_shape(name: str, params: LlamaParams) -> tuple[int, ...]:
     """Shape of the whole tensor (rows, columns), as torch.nn.Linear has it; norms have one dimension."""
     dim, kv_dim, size = params.dim, params.n_kv_heads * params.head_dim, params.intermediate_size
     ends = {
@@ -266,13 +268,13 @@ def split_dim(name: str, embeddings_dim: int) -> int | None:
     return 0 if name.endswith(COLUMN_PARALLEL) else 1 if name.endswith(ROW_PARALLEL) else None
 
 
-def n_parts(name: str, n_shards: int, params: Params) -> int:
+def n_parts(name: str, n_shards: int, params: LlamaParams) -> int:
     """Into how many different parts the shards cut this tensor: fewer than shards where key-value heads repeat."""
     repeats = name.endswith(("wk.weight", "wv.weight"))
     return min(n_shards, params.n_kv_heads) if repeats else n_shards
 
 
-def check_shards(params: Params, n_shards: int, embeddings_dim: int, place: str) -> None:
+def check_shards(params: LlamaParams, n_shards: int, embeddings_dim: int, place: str) -> None:
     """Raises ModelError when this model cannot be cut into `n_shards` equal parts."""
     kv_heads = max(params.n_kv_heads, n_shards)
     wholes = {"heads": params.n_heads, "key-value heads": kv_heads, "feed-forward rows": params.intermediate_size}
@@ -286,7 +288,7 @@ def check_shards(params: Params, n_shards: int, embeddings_dim: int, place: str)
         raise ModelError(f"{place} cannot be cut into {n_shards} equal shards: it has {', '.join(odd)}")
 
 
-def to_half_split(name: str, tensor: Tensor, params: Params) -> Tensor:
+def to_half_split(name: str, tensor: Tensor, params: LlamaParams) -> Tensor:
     """Meta's rows of q and k (pairs that rotate together are neighbours) in Hugging Face's order (halves of a head).
 
     For a head of 4 rows: 0 1 2 3 becomes 0 2 1 3. Tensors of other names are returned as they are.
@@ -297,7 +299,7 @@ def to_half_split(name: str, tensor: Tensor, params: Params) -> Tensor:
     return tensor.view(-1, half, 2, params.dim).transpose(1, 2).reshape(tensor.shape)
 
 
-def to_pairs(name: str, tensor: Tensor, params: Params) -> Tensor:
+def to_pairs(name: str, tensor: Tensor, params: LlamaParams) -> Tensor:
     """The inverse of `to_half_split`."""
     if not name.endswith(("wq.weight", "wk.weight")):
         return tensor
@@ -305,7 +307,7 @@ def to_pairs(name: str, tensor: Tensor, params: Params) -> Tensor:
     return tensor.view(-1, 2, half, params.dim).transpose(1, 2).reshape(tensor.shape)
 
 
-def with_vocabulary(params: Params, vocab_size: int) -> Params:
+def with_vocabulary(params: LlamaParams, vocab_size: int) -> LlamaParams:
     """The params with the number of tokens that the tensors have."""
     return replace(params, vocab_size=vocab_size)
 
@@ -318,7 +320,7 @@ def _number(content: Mapping[str, Any], key: str, place: str, default: int | Non
     return value
 
 
-def _check_heads(params: Params, place: str) -> None:
+def _check_heads(params: LlamaParams, place: str) -> None:
     fits = params.dim % params.n_heads == 0 and params.n_heads % params.n_kv_heads == 0 and params.head_dim % 2 == 0
     if not fits:
         raise ModelError(

@@ -22,7 +22,7 @@ from onecard.export.io.left_out import left_out
 from onecard.export.io.output import progress
 from onecard.export.io.weights import ShardWriter, Weights, open_weights, read_pickled, same_bits
 from onecard.export.llama_pth import layout
-from onecard.export.llama_pth.layout import Params
+from onecard.export.llama_pth.layout import LlamaParams
 from onecard.export.llama_pth.tokenizer import copy_tokenizer_model, tokenizer_model, write_hf_tokenizer
 from onecard.export.vocabulary.corpus import is_tiktoken
 from onecard.model.files import read_json, write_json
@@ -31,13 +31,13 @@ Shards: TypeAlias = list[dict[str, Tensor]]  # by Meta's name, one for each .pth
 SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
 
 
-class Checkpoint:
+class LlamaCheckpoint:
     """A LLaMA in Meta's files: its params, and each tensor whole by Meta's name, joined from the shards as it is read.
 
     `embeddings_dim` is the dimension along which the shards cut the token embeddings.
     """
 
-    def __init__(self, directory: Path, params: Params, shards: Shards, tokenizer: Path | None) -> None:
+    def __init__(self, directory: Path, params: LlamaParams, shards: Shards, tokenizer: Path | None) -> None:
         self.directory, self.params, self.shards, self.tokenizer = directory, params, shards, tokenizer
         self.embeddings_dim = _embeddings_dim(params, shards, tokenizer)
         self.names = [name for name in layout.meta_names(params.n_layers) if name in shards[0]]
@@ -74,7 +74,7 @@ def directory_of(name: str) -> Path:
     raise ModelError(f"{name} is no directory here{hint}")
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path) -> LlamaCheckpoint:
     """Look at a directory of Meta's files without loading them, and check every tensor's name and shape.
 
     Raises ModelError: no params.json or shards, a shard missing, damaged, of another split or with code in it, params
@@ -93,7 +93,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if params.vocab_size not in (-1, n_tokens):
         raise ModelError(f"{params_file} says vocab_size {params.vocab_size}, but the head has {n_tokens} rows")
     params = layout.with_vocabulary(params, n_tokens)
-    checkpoint = Checkpoint(directory, params, shards, tokenizer_model(directory))
+    checkpoint = LlamaCheckpoint(directory, params, shards, tokenizer_model(directory))
     for file, shard in zip(files, shards, strict=True):
         _check_shard(file, shard, checkpoint)
     _check_copies(checkpoint)
@@ -101,20 +101,20 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 @dataclass(frozen=True)
-class HfChoices:
+class HfConfigChoices:
     """What params.json does not say and config.json needs. 0 positions: what the params point to."""
 
     max_positions: int = 0
     instruct: bool = False
 
 
-def pth_to_hf(source: Path, directory: Path, max_shard_bytes: int, choices: HfChoices | None = None) -> list[str]:
+def pth_to_hf(source: Path, directory: Path, max_shard_bytes: int, choices: HfConfigChoices | None = None) -> list[str]:
     """Write Meta's files at `source` as a Hugging Face model into the existing empty `directory`.
 
     Returns what was done, in lines for the reader. RAM: one output shard and two tensors. Raises ModelError as
     `open_checkpoint` does, and for NaN in the weights.
     """
-    choices = choices or HfChoices()
+    choices = choices or HfConfigChoices()
     checkpoint = open_checkpoint(source)
     params, tied = checkpoint.params, checkpoint.is_tied
     names = [name for name in checkpoint.names if not (tied and name == layout.HEAD)]
@@ -188,7 +188,12 @@ def reshard(source: Path, directory: Path, n_shards: int) -> list[str]:
 
 
 def write_checkpoint(
-    directory: Path, params: Params, names: list[str], read: Callable[[str], Tensor], n_shards: int, embeddings_dim: int
+    directory: Path,
+    params: LlamaParams,
+    names: list[str],
+    read: Callable[[str], Tensor],
+    n_shards: int,
+    embeddings_dim: int,
 ) -> None:
     """Write params.json and `n_shards` files of what `read` gives by Meta's name."""
     layout.check_shards(params, n_shards, embeddings_dim, f"a LLaMA of width {params.dim}")
@@ -202,7 +207,7 @@ def write_checkpoint(
             torch.save(shard, directory / f"consolidated.{rank:02d}.pth")
 
 
-def hf_reader(weights: Weights, params: Params) -> Callable[[str], Tensor]:
+def hf_reader(weights: Weights, params: LlamaParams) -> Callable[[str], Tensor]:
     """A function from Meta's name to the tensor in Meta's order of rows; a tied head is the embeddings."""
 
     def read(name: str) -> Tensor:
@@ -214,7 +219,7 @@ def hf_reader(weights: Weights, params: Params) -> Callable[[str], Tensor]:
     return read
 
 
-def _part(name: str, tensor: Tensor, rank: int, n_shards: int, params: Params, embeddings_dim: int) -> Tensor:
+def _part(name: str, tensor: Tensor, rank: int, n_shards: int, params: LlamaParams, embeddings_dim: int) -> Tensor:
     dim = layout.split_dim(name, embeddings_dim)
     if dim is None:
         return tensor
@@ -223,7 +228,7 @@ def _part(name: str, tensor: Tensor, rank: int, n_shards: int, params: Params, e
     return tensor.chunk(n_parts, dim=dim)[rank * n_parts // n_shards].clone(memory_format=torch.contiguous_format)
 
 
-def _embeddings_dim(params: Params, shards: Shards, tokenizer: Path | None) -> int:
+def _embeddings_dim(params: LlamaParams, shards: Shards, tokenizer: Path | None) -> int:
     """Where several shards are there, their shapes tell; else LLaMA-3 cuts the tokens, LLaMA-1 and -2 the columns."""
     if len(shards) > 1:
         return 1 if shards[0][layout.EMBEDDINGS].shape[-1] != params.dim else 0
@@ -252,7 +257,7 @@ def _vocabulary_size(files: list[Path], shards: Shards) -> int:
     return shards[0][layout.EMBEDDINGS].shape[0]
 
 
-def _check_shard(file: Path, shard: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+def _check_shard(file: Path, shard: dict[str, Tensor], checkpoint: LlamaCheckpoint) -> None:
     params, n_shards = checkpoint.params, len(checkpoint.shards)
     quantised = [name for name, tensor in shard.items() if tensor.dtype not in layout.DTYPE_NAMES]
     if quantised:
@@ -286,7 +291,7 @@ def _check_shard(file: Path, shard: dict[str, Tensor], checkpoint: Checkpoint) -
         )
 
 
-def _check_copies(checkpoint: Checkpoint) -> None:
+def _check_copies(checkpoint: LlamaCheckpoint) -> None:
     """What stands in several shards (norms, key-value heads fewer than shards) must be the same in each of them."""
     n_shards = len(checkpoint.shards)
     for name in checkpoint.names:
@@ -300,7 +305,7 @@ def _check_copies(checkpoint: Checkpoint) -> None:
                 )
 
 
-def _check_hf(weights: Weights, params: Params) -> list[str]:
+def _check_hf(weights: Weights, params: LlamaParams) -> list[str]:
     """Every tensor that the config calls for, in its shape; returns lines about those that are left out."""
     expected = {layout.hf_name(name): layout.full_shape(name, params) for name in layout.meta_names(params.n_layers)}
     head = layout.hf_name(layout.HEAD)
@@ -356,7 +361,7 @@ def _check_loads(directory: Path, names: set[str]) -> None:
         raise ModelError(f"{directory}: transformers expects other tensors than were written: {few(wrong)}")
 
 
-def _max_positions(params: Params, asked: int) -> tuple[int, str]:
+def _max_positions(params: LlamaParams, asked: int) -> tuple[int, str]:
     """params.json does not say how long a text may be; what it says points to a generation, and that to a length."""
     if asked:
         return asked, "as asked for"

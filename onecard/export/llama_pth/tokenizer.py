@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import ModelError
-from onecard.export.llama_pth.layout import Params, SpecialIds
+from onecard.export.llama_pth.layout import LlamaParams, SpecialIds
 from onecard.export.vocabulary.corpus import is_tiktoken
 from onecard.model.files import write_json
 
@@ -44,7 +44,7 @@ def copy_tokenizer_model(source: Path, target: Path) -> str | None:
 
 
 def write_hf_tokenizer(
-    file: Path | None, directory: Path, params: Params, *, instruct: bool
+    file: Path | None, directory: Path, params: LlamaParams, *, instruct: bool
 ) -> tuple[SpecialIds, list[str]]:
     """Write what transformers needs of a tokenizer; returns the ids for config.json and remarks for the reader.
 
@@ -58,7 +58,7 @@ def write_hf_tokenizer(
     return _write_sentencepiece(file, directory, params)
 
 
-def _write_sentencepiece(file: Path, directory: Path, params: Params) -> tuple[SpecialIds, list[str]]:
+def _write_sentencepiece(file: Path, directory: Path, params: LlamaParams) -> tuple[SpecialIds, list[str]]:
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -79,7 +79,7 @@ def _write_sentencepiece(file: Path, directory: Path, params: Params) -> tuple[S
     ]
 
 
-def _write_tiktoken(file: Path, directory: Path, params: Params, instruct: bool) -> tuple[SpecialIds, list[str]]:
+def _write_tiktoken(file: Path, directory: Path, params: LlamaParams, instruct: bool) -> tuple[SpecialIds, list[str]]:
     ranks = _ranks(file)
     special = _special_names(SPECIAL_31 if params.use_scaled_rope else SPECIAL_3)
     _check_size(file, len(ranks) + len(special), params)
@@ -181,7 +181,7 @@ def _special_names(known: dict[int, str]) -> list[str]:
     return names
 
 
-def _check_size(file: Path, n_tokens: int, params: Params) -> None:
+def _check_size(file: Path, n_tokens: int, params: LlamaParams) -> None:
     if n_tokens > params.vocab_size:
         raise ModelError(
             f"{file} has {n_tokens} tokens, but the model has rows for {params.vocab_size}; it belongs to another"

@@ -13,7 +13,7 @@ CHUNK_PLACES = 8  # places whose predictions over a large vocabulary exist in fp
 
 
 @dataclass(frozen=True)
-class Effect:
+class AdapterEffect:
     """The adapters' effect on the predictions, and what is left of it with the adapters merged in."""
 
     kept: float
@@ -39,7 +39,7 @@ class Effect:
         )
 
 
-def effect_of(adapted: Sequence[Tensor], base: Sequence[Tensor | None], merged: Sequence[Tensor]) -> Effect:
+def effect_of(adapted: Sequence[Tensor], base: Sequence[Tensor | None], merged: Sequence[Tensor]) -> AdapterEffect:
     """Compare logits (places, rows) of base + adapters, of the base alone, and of the merged model, per prompt.
 
     None stands for a prompt with tokens that the base has no rows for. The slope is a least-squares fit weighted by
@@ -67,7 +67,7 @@ def effect_of(adapted: Sequence[Tensor], base: Sequence[Tensor | None], merged: 
             change -= (share * change).sum(-1, keepdim=True)
             result -= (share * result).sum(-1, keepdim=True)
             both, own = both + float((share * change * result).sum()), own + float((share * change**2).sum())
-    return Effect(both / own if own else 1.0, moved / max(n_compared, 1), apart / n_places, n_same, n_places)
+    return AdapterEffect(both / own if own else 1.0, moved / max(n_compared, 1), apart / n_places, n_same, n_places)
 
 
 def _divergence(one: Tensor, other: Tensor) -> float:

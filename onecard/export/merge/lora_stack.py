@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from onecard.console import first_line
 from onecard.errors import ModelError
-from onecard.export.io.base import StoredBase
+from onecard.export.io.base import LazyCheckpoint
 from onecard.export.merge.rounding import is_finite
 from onecard.model.lora.adapter import ADAPTER, attach_files
 from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config
@@ -29,7 +29,7 @@ WRAPPINGS = ("base_layer.", "original_module.", "token_adapter.")
 
 
 @dataclass
-class Stage:
+class LoadedLora:
     """One adapter on a skeleton: the wrapped layers by their plain names, and what its files hold beside them."""
 
     files: AdapterFiles
@@ -71,10 +71,10 @@ class Stage:
         return {f"{module}.{name}": parameter.detach() for name, parameter in plain.named_parameters()}
 
 
-class Adapted:
+class LoraStack:
     """A base and its adapters in order; `module` is always a layer's name in the plain model."""
 
-    def __init__(self, base: StoredBase, stages: list[Stage]) -> None:
+    def __init__(self, base: LazyCheckpoint, stages: list[LoadedLora]) -> None:
         self.base, self.stages = base, stages
         vocabulary = [name for name in (base.embedding, base.head) if name]
         self.vocabulary = vocabulary
@@ -122,15 +122,15 @@ class Adapted:
         return tensors
 
 
-def adapt(base: StoredBase, adapters: Sequence[str]) -> Adapted:
+def adapt(base: LazyCheckpoint, adapters: Sequence[str]) -> LoraStack:
     """Attach each adapter to a skeleton of its own. Raises ModelError that lists what does not fit this base."""
-    stages: list[Stage] = []
+    stages: list[LoadedLora] = []
     for source in adapters:
         stages.append(_stage(base, source, stages[-1].rows if stages else base.rows))
-    return Adapted(base, stages)
+    return LoraStack(base, stages)
 
 
-def _stage(base: StoredBase, source: str, rows_before: int) -> Stage:
+def _stage(base: LazyCheckpoint, source: str, rows_before: int) -> LoadedLora:
     files = read_adapter(source)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in files.tensors.items()}
     tensors, replaced = _without_saved_base(base, files, tensors)
@@ -155,11 +155,11 @@ def _stage(base: StoredBase, source: str, rows_before: int) -> Stage:
         if not is_inside and _is_wrapper(module):
             wrapped[name] = module
     loaded.model.eval()
-    return Stage(files, loaded.model, rows, wrapped, replaced, loaded.notes)
+    return LoadedLora(files, loaded.model, rows, wrapped, replaced, loaded.notes)
 
 
 def _without_saved_base(
-    base: StoredBase, files: AdapterFiles, tensors: dict[str, Tensor]
+    base: LazyCheckpoint, files: AdapterFiles, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Part an adapter's own tensors from the embeddings that peft saves beside them for a changed vocabulary."""
     config = read_config(files.config_directory) if files.config_directory else {}
@@ -180,7 +180,7 @@ def _without_saved_base(
     return own, replaced
 
 
-def _with_tied_head(base: StoredBase, files: AdapterFiles, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_tied_head(base: LazyCheckpoint, files: AdapterFiles, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of embeddings and a head that were trained as one (peft's ensure_weight_tying), the files hold the former."""
     config = read_config(files.config_directory) if files.config_directory else {}
     embedding = tensors.get(f"{PREFIX}{base.embedding}.weight")
@@ -189,7 +189,7 @@ def _with_tied_head(base: StoredBase, files: AdapterFiles, tensors: dict[str, Te
     return {f"{PREFIX}{base.head}.weight": embedding, **tensors}
 
 
-def _rows_of(base: StoredBase, tensors: dict[str, Tensor], replaced: dict[str, Tensor]) -> int | None:
+def _rows_of(base: LazyCheckpoint, tensors: dict[str, Tensor], replaced: dict[str, Tensor]) -> int | None:
     """Rows of vocabulary that an adapter's tensors were trained with; None where none of them tells."""
     found: set[int] = {tensor.shape[0] for tensor in replaced.values()}
     for module in (name for name in (base.embedding, base.head) if name):

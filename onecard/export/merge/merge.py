@@ -18,11 +18,11 @@ import torch
 
 from onecard.console import say
 from onecard.errors import ConfigError, ModelError
-from onecard.export.io.base import StoredBase, open_base
+from onecard.export.io.base import LazyCheckpoint, open_base
 from onecard.export.io.model_card import adapter_lines, write_card
 from onecard.export.io.output import new_directory
 from onecard.export.io.weights import ShardWriter, checksum, copy_small_files
-from onecard.export.merge.lora_stack import Adapted, Stage, adapt
+from onecard.export.merge.lora_stack import LoadedLora, LoraStack, adapt
 from onecard.export.merge.rounding import DTYPES, NAMES, DoesNotFit
 from onecard.export.merge.tensors import MergeReport, merged_tensors
 from onecard.export.merge.verify import verify_merge
@@ -81,7 +81,12 @@ def merge_into(
 
 
 def _merge_as(
-    dtype: torch.dtype, directory: Path, base: str, stored: StoredBase, adapters: Sequence[str], settings: MergeSettings
+    dtype: torch.dtype,
+    directory: Path,
+    base: str,
+    stored: LazyCheckpoint,
+    adapters: Sequence[str],
+    settings: MergeSettings,
 ) -> MergeReport:
     adapted = adapt(stored, adapters)
     report = MergeReport(directory, NAMES[dtype], list(adapters), is_tied=stored.is_tied)
@@ -144,7 +149,7 @@ def target_dtypes(wanted: str) -> list[torch.dtype]:
     return [DTYPES[wanted]]
 
 
-def ram_bytes(adapted: Adapted, settings: MergeSettings) -> int:
+def ram_bytes(adapted: LoraStack, settings: MergeSettings) -> int:
     """About what merging takes: a shard read (its pages count), one written and its copy on the way, the adapters."""
     weights = adapted.base.weights
     shard = min(settings.max_shard_bytes, weights.total_bytes)
@@ -153,7 +158,7 @@ def ram_bytes(adapted: Adapted, settings: MergeSettings) -> int:
     return PROGRAM_BYTES + weights.largest_file_bytes + shard + held + 4 * layer
 
 
-def check_same_base(stage: Stage, base: str, *, accept: bool) -> list[str]:
+def check_same_base(stage: LoadedLora, base: str, *, accept: bool) -> list[str]:
     """Compare the base's fingerprint with the one that the adapter's run kept; returns what could not be checked.
 
     Raises ModelError for another base, unless that is accepted.
@@ -204,7 +209,7 @@ def export_merged(
     return report
 
 
-def _write_weights(adapted: Adapted, dtype: torch.dtype, settings: MergeSettings, report: MergeReport) -> None:
+def _write_weights(adapted: LoraStack, dtype: torch.dtype, settings: MergeSettings, report: MergeReport) -> None:
     """Write every tensor of the base, the merged ones in their place."""
     writer = ShardWriter(report.directory, settings.max_shard_bytes)
     for name, tensor in merged_tensors(adapted, dtype, report, strict=settings.dtype == "auto"):
@@ -214,7 +219,7 @@ def _write_weights(adapted: Adapted, dtype: torch.dtype, settings: MergeSettings
     report.total_bytes = sum(file.stat().st_size for file in writer.finish())
 
 
-def _write_config(adapted: Adapted, dtype: torch.dtype, directory: Path, *, is_tied: bool) -> None:
+def _write_config(adapted: LoraStack, dtype: torch.dtype, directory: Path, *, is_tied: bool) -> None:
     """Copy what lies beside the base's weights; config.json says the new dtype, rows of vocabulary and tying."""
     base = adapted.base
     copy_small_files(base.directory, directory)
@@ -228,7 +233,7 @@ def _write_config(adapted: Adapted, dtype: torch.dtype, directory: Path, *, is_t
     write_json(directory / "config.json", config)
 
 
-def _write_tokenizer(adapted: Adapted, directory: Path) -> list[str]:
+def _write_tokenizer(adapted: LoraStack, directory: Path) -> list[str]:
     """Put the last adapter's tokenizer and template in place of the base's, where its run keeps them."""
     source = adapted.stages[-1].files.directory
     places = [source, source.parent] if source.name.startswith("checkpoint-") else [source]
@@ -246,7 +251,7 @@ def _write_tokenizer(adapted: Adapted, directory: Path) -> list[str]:
     return _check_vocabulary(adapted, directory, run)
 
 
-def _still_true(adapted: Adapted, directory: Path, run: Path) -> list[str]:
+def _still_true(adapted: LoraStack, directory: Path, run: Path) -> list[str]:
     """Files of the base's tokenizer that the run lacks and that tell the same: tokenizer.model, in most cases.
 
     A run that transformers 5 wrote holds tokenizer.json alone, but llama.cpp and Meta's programs read the other one.
@@ -273,7 +278,7 @@ def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
         yield from sorted(directory.glob(pattern))
 
 
-def _check_vocabulary(adapted: Adapted, directory: Path, run: Path | None) -> list[str]:
+def _check_vocabulary(adapted: LoraStack, directory: Path, run: Path | None) -> list[str]:
     tokenizer = load_tokenizer(str(directory), trust_remote_code=adapted.base.trust_remote_code)
     n_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if n_tokens <= adapted.rows:

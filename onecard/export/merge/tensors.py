@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onecard.export.io.base import StoredBase
+from onecard.export.io.base import LazyCheckpoint
 from onecard.export.io.left_out import TABLES
 from onecard.export.io.output import progress
-from onecard.export.merge.lora_stack import Adapted
+from onecard.export.merge.lora_stack import LoraStack
 from onecard.export.merge.rounding import rounded, rounded_sum
 
 
@@ -44,7 +44,7 @@ class MergeReport:
 
 
 def merged_tensors(
-    adapted: Adapted, dtype: torch.dtype, report: MergeReport, *, strict: bool = False
+    adapted: LoraStack, dtype: torch.dtype, report: MergeReport, *, strict: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the result by their stored names, in the order of the base's files.
 
@@ -66,7 +66,7 @@ def merged_tensors(
     weights.close()
 
 
-def _stored(base: StoredBase, merged: dict[str, Tensor], report: MergeReport) -> Iterator[tuple[str, Tensor]]:
+def _stored(base: LazyCheckpoint, merged: dict[str, Tensor], report: MergeReport) -> Iterator[tuple[str, Tensor]]:
     """One group under its stored names; of a pair that is still one, the half that the files lacked stays out."""
     embedding, head = merged.get(f"{base.embedding}.weight"), merged.get(f"{base.head}.weight")
     if base.is_tied and embedding is not None and head is not None:
@@ -77,7 +77,7 @@ def _stored(base: StoredBase, merged: dict[str, Tensor], report: MergeReport) ->
             yield own or parameter, tensor
 
 
-def _groups(adapted: Adapted) -> dict[str, tuple[str, ...]]:
+def _groups(adapted: LoraStack) -> dict[str, tuple[str, ...]]:
     """The layers that are merged together, by the stored name of each of their tensors: one, or a tied pair."""
     base, groups = adapted.base, dict[str, tuple[str, ...]]()
     for module in adapted.touched:
@@ -88,7 +88,7 @@ def _groups(adapted: Adapted) -> dict[str, tuple[str, ...]]:
 
 
 def _merged_group(
-    adapted: Adapted, group: tuple[str, ...], dtype: torch.dtype, report: MergeReport, strict: bool
+    adapted: LoraStack, group: tuple[str, ...], dtype: torch.dtype, report: MergeReport, strict: bool
 ) -> dict[str, Tensor]:
     """The final tensors of one layer, or of a tied pair, by their names in the model."""
     base, result = adapted.base, dict[str, Tensor]()
@@ -106,7 +106,7 @@ def _merged_group(
     return result
 
 
-def kept_dtype(base: StoredBase, name: str, dtype: torch.dtype) -> torch.dtype:
+def kept_dtype(base: LazyCheckpoint, name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a stored tensor gets: `dtype`, but for integers, tables, and what was kept wider on purpose."""
     stored = base.weights.entries[name].dtype
     is_wider = stored != base.dtype and stored.itemsize > dtype.itemsize

@@ -23,12 +23,12 @@ from onecard.data.chat_template import load_template, own_chat_template
 from onecard.data.messages import Turn
 from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import DataError, ModelError
-from onecard.export.io.base import StoredBase, open_base
+from onecard.export.io.base import LazyCheckpoint, open_base
 from onecard.export.io.left_out import TABLES
 from onecard.export.io.output import progress
 from onecard.export.io.weights import checksum
-from onecard.export.merge.effect import Effect, effect_of
-from onecard.export.merge.lora_stack import Adapted, adapt, empty, fill, plain_name
+from onecard.export.merge.effect import AdapterEffect, effect_of
+from onecard.export.merge.lora_stack import LoraStack, adapt, empty, fill, plain_name
 from onecard.export.merge.rounding import DoesNotFit, is_finite
 from onecard.export.merge.tensors import MergeReport
 from onecard.model.load import load_tokenizer
@@ -59,7 +59,7 @@ class Predictions:
 
 
 def verify_merge(
-    directory: Path, base: StoredBase, adapters: Sequence[str], report: MergeReport, *, needs_fp16: bool = False
+    directory: Path, base: LazyCheckpoint, adapters: Sequence[str], report: MergeReport, *, needs_fp16: bool = False
 ) -> str:
     """Reopen a merged model and compare it with base and adapters; returns one line that says what was proven.
 
@@ -90,8 +90,8 @@ def verify_merge(
 
 
 def _cause(
-    adapted: Adapted, merged: StoredBase, adapters: Sequence[str], prompts: list[list[int]], found: Predictions,
-    effect: Effect, report: MergeReport, *, is_streamed: bool,
+    adapted: LoraStack, merged: LazyCheckpoint, adapters: Sequence[str], prompts: list[list[int]], found: Predictions,
+    effect: AdapterEffect, report: MergeReport, *, is_streamed: bool,
 ) -> str:  # fmt: skip
     """Why the effect is not whole: the rounding, where the sums before it keep it. Raises ModelError where not."""
     exact = _logits_of(merged.skeleton, _reader(adapted, adapted.merged), prompts)[0] if is_streamed else found.sums
@@ -105,7 +105,7 @@ def _cause(
     return f"; the rest is lost to the rounding to {report.dtype} (tools/merge_lora.py --dtype fp32 loses nothing)"
 
 
-def probe_prompts(directory: Path, rows: int, base: StoredBase) -> list[list[int]]:
+def probe_prompts(directory: Path, rows: int, base: LazyCheckpoint) -> list[list[int]]:
     """Token ids to compare logits on, at most 64 each, in English and in Chinese.
 
     Questions through the stored template, plain text, ids from all over the vocabulary, and its last ones, among which
@@ -135,7 +135,7 @@ def _questions(directory: Path, tokenizer: Any) -> list[list[int]]:
         return []
 
 
-def _compare_names(base: StoredBase, merged: StoredBase) -> None:
+def _compare_names(base: LazyCheckpoint, merged: LazyCheckpoint) -> None:
     expected, found = set(base.weights.entries), set(merged.weights.entries)
     if base.is_tied and not merged.is_tied:
         pair = {f"{base.embedding}.weight", f"{base.head}.weight"}
@@ -145,7 +145,7 @@ def _compare_names(base: StoredBase, merged: StoredBase) -> None:
         raise ModelError(f"the merged files hold other tensors than the base: without {lost[:3]}, with {new[:3]}")
 
 
-def _check_values(merged: StoredBase, report: MergeReport) -> int:
+def _check_values(merged: LazyCheckpoint, report: MergeReport) -> int:
     """Every tensor finite and, bit for bit, what the merge had in memory; counts tensors."""
     different = []
     with progress("checking", merged.weights.total_bytes, in_bytes=True) as move_on:
@@ -163,7 +163,7 @@ def _check_values(merged: StoredBase, report: MergeReport) -> int:
 
 
 def _streamed_predictions(
-    adapted: Adapted, merged: StoredBase, adapters: Sequence[str], prompts: list[list[int]]
+    adapted: LoraStack, merged: LazyCheckpoint, adapters: Sequence[str], prompts: list[list[int]]
 ) -> Predictions:
     """With the last adapter at work on what the adapters before it made of the base; nothing is in memory whole."""
     base = adapted.base
@@ -179,7 +179,7 @@ def _streamed_predictions(
     return Predictions(expected, without, found, largest)
 
 
-def _reader_of(model: StoredBase) -> ReadLayer:
+def _reader_of(model: LazyCheckpoint) -> ReadLayer:
     def read(module: str) -> dict[str, Tensor]:
         layer = model.skeleton.get_submodule(module)
         return {f"{module}.{name}": model.read(f"{module}.{name}") for name, _ in layer.named_parameters(recurse=False)}
@@ -187,7 +187,7 @@ def _reader_of(model: StoredBase) -> ReadLayer:
     return read
 
 
-def _reader(adapted: Adapted, touched: ReadLayer) -> ReadLayer:
+def _reader(adapted: LoraStack, touched: ReadLayer) -> ReadLayer:
     def read(module: str) -> dict[str, Tensor]:
         if module in adapted.touched:
             return touched(module)
@@ -277,7 +277,7 @@ def _forward(model: Any, prompts: list[list[int]]) -> tuple[list[Tensor], float]
 
 
 def _whole_predictions(
-    adapted: Adapted, merged: StoredBase, adapters: Sequence[str], prompts: list[list[int]]
+    adapted: LoraStack, merged: LazyCheckpoint, adapters: Sequence[str], prompts: list[list[int]]
 ) -> Predictions:
     """The same for a base that transformers stores in another form than it runs (experts one by one): loaded whole."""
     n_bytes = sum(parameter.numel() for parameter in adapted.base.skeleton.parameters()) * 4
@@ -306,7 +306,7 @@ def _whole_predictions(
     return Predictions(expected, without, found, largest, sums)
 
 
-def _load_whole(base: StoredBase) -> Any:
+def _load_whole(base: LazyCheckpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from onecard.config.training import ReadingOptions, column_names
 from onecard.data.chat_template import Template
-from onecard.data.encode import Dropped, Encoder, EncodeSettings
+from onecard.data.encode import DroppedSample, Encoder, EncodeSettings
 from onecard.data.messages import Conversation, Document
 from onecard.data.plain_text import TxtSplit
 from onecard.data.sources import ReadReport, Source, read
@@ -142,7 +142,7 @@ def data_rows(
     n_given = 0
     for sample in read(_source(path, reading), report=ReadReport()):
         coded = encoder.encode_many([sample])[0]
-        for one in [] if isinstance(coded, Dropped) else coded:
+        for one in [] if isinstance(coded, DroppedSample) else coded:
             n_given += 1
             yield one.ids
     if n_given == 0:

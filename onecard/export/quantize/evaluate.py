@@ -27,7 +27,7 @@ CHUNK_TOKENS = 128  # logits of a large vocabulary exist for so many tokens at a
 
 
 @dataclass(frozen=True)
-class Quality:
+class QuantizedQuality:
     """Perplexity, and nats per token between these predictions and the unquantised model's.
 
     `divergence` is None for a model whose predictions cannot be compared (see `states_before_head`). `states`, of the
@@ -42,11 +42,11 @@ class Quality:
 def quality_of(
     model: nn.Module,
     rows: Sequence[Sequence[int]],
-    before: Quality | None = None,
+    before: QuantizedQuality | None = None,
     *,
     batch_size: int = 4,
     tell: Callable[[int], Any] | None = None,
-) -> Quality:
+) -> QuantizedQuality:
     """Measure a model on token ids, each row read alone; every token but a row's first is predicted.
 
     before: what this gave for the unquantised model, on the same rows and with the same batch size; its head must be
@@ -83,7 +83,11 @@ def quality_of(
     if not math.isfinite(loss + divergence) or n_tokens == 0:
         raise ModelError(f"the model answers held-out text with a loss of {loss} over {n_tokens} tokens")
     perplexity = math.exp(min(loss / n_tokens, 700.0))
-    return Quality(perplexity, divergence / n_tokens, tuple(kept)) if comparable else Quality(perplexity, None)
+    return (
+        QuantizedQuality(perplexity, divergence / n_tokens, tuple(kept))
+        if comparable
+        else QuantizedQuality(perplexity, None)
+    )
 
 
 def _loss_and_divergence(

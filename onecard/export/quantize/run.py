@@ -38,7 +38,7 @@ from onecard.export.quantize.calibration import (
     texts_of,
     upto,
 )
-from onecard.export.quantize.evaluate import Quality, quality_of, round_layers
+from onecard.export.quantize.evaluate import QuantizedQuality, quality_of, round_layers
 from onecard.export.quantize.gptq import GptqSettings, check_source, quantize, quantized_layers
 from onecard.export.quantize.options import CalibrationTextOptions, SourceOptions
 from onecard.model.files import locate, read_json
@@ -51,7 +51,7 @@ SPARE_BYTES = int(1.5 * 2**30)  # what a forward takes beside the weights
 
 
 @dataclass(frozen=True)
-class Request:
+class QuantizeRequest:
     """Which model, and where the result goes. Without `adapters` the model is taken as it is."""
 
     base: str
@@ -87,11 +87,11 @@ class TextSource:
     reading: ReadingOptions | None = None
 
 
-def request_of(options: SourceOptions) -> Request:
+def request_of(options: SourceOptions) -> QuantizeRequest:
     """What the shared options of the tools ask for. Raises ConfigError: no base named, a size that is none."""
     adapters = comma_list(options.lora_path)
     base = find_base(options.model_path or "auto", adapters[0]) if adapters else options.model_path
-    return Request(
+    return QuantizeRequest(
         base, tuple(adapters), Path(options.output_path), options.overwrite,
         parse_size(options.max_shard_size, "--max_shard_size"), options.device, options.batch_size,
         options.trust_remote_code, options.accept_other_base,
@@ -110,7 +110,7 @@ def text_source_of(options: CalibrationTextOptions, embedded: Callable[[], Itera
 
 
 @contextmanager
-def whole_model(request: Request, staging: Path) -> Iterator[Path]:
+def whole_model(request: QuantizeRequest, staging: Path) -> Iterator[Path]:
     """The directory of the model to quantise; base and adapter are merged into a hidden folder that goes again."""
     if not request.adapters:
         yield locate(request.base, with_code=request.trust_remote_code)
@@ -127,7 +127,9 @@ def whole_model(request: Request, staging: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def export_gptq(request: Request, settings: GptqSettings, corpus: TextSource, amount: CalibrationOptions) -> None:
+def export_gptq(
+    request: QuantizeRequest, settings: GptqSettings, corpus: TextSource, amount: CalibrationOptions
+) -> None:
     """Write a GPTQ checkpoint, prove that it loads, and say what it costs on held-out text.
 
     Raises ConfigError, ModelError and DataError, each before the long work wherever that can be.
@@ -158,7 +160,7 @@ def export_gptq(request: Request, settings: GptqSettings, corpus: TextSource, am
     _judge(whole, after, rounded, settings)
 
 
-def export_bnb(request: Request, bits: Literal[4, 8], corpus: TextSource, amount: CalibrationOptions) -> None:
+def export_bnb(request: QuantizeRequest, bits: Literal[4, 8], corpus: TextSource, amount: CalibrationOptions) -> None:
     """Write a bitsandbytes checkpoint, prove that it comes back bit by bit, and say what it costs."""
     hardware = detect(request.device)
     with new_directory(request.target, overwrite=request.overwrite, inputs=request.inputs) as staging:
@@ -190,14 +192,14 @@ def export_bnb(request: Request, bits: Literal[4, 8], corpus: TextSource, amount
     say(f"load it with --bits {bits}")
 
 
-def _check_whole(source: Path, staging: Path, request: Request) -> None:
+def _check_whole(source: Path, staging: Path, request: QuantizeRequest) -> None:
     """Compare all tensors with the source, and say what was left out and why. Raises as `check_quantised` does."""
     model = build_skeleton(source, trust_remote_code=request.trust_remote_code)
     for line in check_quantised(open_weights(source), open_weights(staging), model):
         say(line)
 
 
-def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, request: Request) -> Calibration:
+def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, request: QuantizeRequest) -> Calibration:
     """Token ids to fit to and to measure on, with the tokenizer of the model itself."""
     tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
     length = min(amount.length, _longest(source))
@@ -212,7 +214,7 @@ def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, reque
     return calibration_of(rows, amount, held_out)
 
 
-def _write_card(directory: Path, source: Path, request: Request, how: str) -> None:
+def _write_card(directory: Path, source: Path, request: QuantizeRequest, how: str) -> None:
     lines = [*lines_of(source / CARD), f"- quantised {how}"]
     write_card(directory, source, request.base, "quantized", lines)
 
@@ -225,7 +227,7 @@ def _group(size: int) -> str:
     return "one group a row" if size == -1 else f"groups of {size}"
 
 
-def _options(directory: Path, request: Request, bits: Literal[4, 8, 16]) -> ModelOptions:
+def _options(directory: Path, request: QuantizeRequest, bits: Literal[4, 8, 16]) -> ModelOptions:
     return ModelOptions(
         model_path=str(directory), bits=bits, device=request.device, gradient_checkpointing=False,
         trust_remote_code=request.trust_remote_code,
@@ -233,8 +235,8 @@ def _options(directory: Path, request: Request, bits: Literal[4, 8, 16]) -> Mode
 
 
 def _before(
-    source: Path, names: list[str], settings: GptqSettings, rows: Rows, hardware: Hardware, request: Request
-) -> tuple[Quality, Quality]:
+    source: Path, names: list[str], settings: GptqSettings, rows: Rows, hardware: Hardware, request: QuantizeRequest
+) -> tuple[QuantizedQuality, QuantizedQuality]:
     """How good the weights are as they are, and the same ones rounded to the nearest."""
     model = _load_whole(source, hardware, request, stored_dtype(open_weights(source)))
     whole = _measured(model, rows, "16-bit", request)
@@ -242,7 +244,7 @@ def _before(
     return whole, _measured(model, rows, "plain rounding", request, whole)
 
 
-def _load_whole(source: Path, hardware: Hardware, request: Request, dtype: torch.dtype) -> Any:
+def _load_whole(source: Path, hardware: Hardware, request: QuantizeRequest, dtype: torch.dtype) -> Any:
     """The unquantised model, on the card where it fits there and in RAM where it does not."""
     needed = open_weights(source).total_bytes + SPARE_BYTES
     if hardware.is_gpu and torch.cuda.mem_get_info(hardware.device)[0] < needed:
@@ -251,18 +253,20 @@ def _load_whole(source: Path, hardware: Hardware, request: Request, dtype: torch
     return _load(source, hardware, request, dtype)
 
 
-def _load(directory: Path, hardware: Hardware, request: Request, dtype: torch.dtype) -> Any:
+def _load(directory: Path, hardware: Hardware, request: QuantizeRequest, dtype: torch.dtype) -> Any:
     # On a CPU in fp32, which holds 16-bit weights exactly and is the fastest there.
     dtype = dtype if hardware.is_gpu else torch.float32
     return load_base(_options(directory, request, 16), hardware, gptq=True, dtype=dtype).model
 
 
-def _measured(model: Any, rows: Rows, what: str, request: Request, before: Quality | None = None) -> Quality:
+def _measured(
+    model: Any, rows: Rows, what: str, request: QuantizeRequest, before: QuantizedQuality | None = None
+) -> QuantizedQuality:
     with progress(f"measuring, {what}", len(rows)) as advance:
         return quality_of(model, rows, before, batch_size=request.batch_size, tell=advance)
 
 
-def _say_quality(n_samples: int, whole: Quality, made: dict[str, Quality]) -> None:
+def _say_quality(n_samples: int, whole: QuantizedQuality, made: dict[str, QuantizedQuality]) -> None:
     words = [f"16-bit {whole.perplexity:.4g}"]
     words += [f"{name} {it.perplexity:.4g} ({it.perplexity / whole.perplexity - 1:+.1%})" for name, it in made.items()]
     say(f"perplexity on {n_samples} held-out samples: {', '.join(words)}")
@@ -271,7 +275,7 @@ def _say_quality(n_samples: int, whole: Quality, made: dict[str, Quality]) -> No
         say(f"mean KL divergence from the 16-bit predictions, nats per token: {', '.join(apart)} (0: nothing changed)")
 
 
-def _judge(whole: Quality, after: Quality, rounded: Quality, settings: GptqSettings) -> None:
+def _judge(whole: QuantizedQuality, after: QuantizedQuality, rounded: QuantizedQuality, settings: GptqSettings) -> None:
     # Of the two, only the divergence is no matter of luck: where rounding costs little, the noise that it brings into
     # the weights moves the perplexity up or down by more than the two differ.
     if after.divergence is not None and rounded.divergence is not None and after.divergence > rounded.divergence:

@@ -18,7 +18,7 @@ from typing import Protocol
 MAX_MISSING_HALVES = 2  # more are left out: halves that stand for nothing of their own take rows of the embeddings
 
 
-class Rules(Protocol):
+class BpeJoins(Protocol):
     """The joins of one tokenizer, in the order in which they are tried."""
 
     def rank(self, left: str, right: str) -> int | None:
@@ -77,7 +77,7 @@ class MergeRules:
 
 
 @dataclass
-class Growth:
+class VocabularyExtension:
     """What is added, in order: `pieces`, and `joins` as (left, right), and what was left out and why."""
 
     pieces: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Growth:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def segment(symbols: Sequence[str], rules: Rules) -> list[str]:
+def segment(symbols: Sequence[str], rules: BpeJoins) -> list[str]:
     """Join neighbours, the lowest rank first and the leftmost among equals, until none is left to join.
 
     ["中", "国", "人"] with the rules 中+国 (0), 国+人 (1) -> ["中国", "人"]
@@ -104,19 +104,19 @@ def segment(symbols: Sequence[str], rules: Rules) -> list[str]:
 
 def grow(
     candidates: Iterable[str],
-    rules: Rules,
+    rules: BpeJoins,
     known: Collection[str],
     *,
     max_new: int = 0,
     characters_may_be_new: bool = False,
     moved_on: Callable[[int], object] = lambda n: None,
-) -> Growth:
+) -> VocabularyExtension:
     """Choose from `candidates`, the best first, what can be reached, at most `max_new` pieces (0: no limit).
 
     Where a half is missing it is added before the piece, up to two of them; a character without a piece of its own
     gets one where `characters_may_be_new`. `rules` learns on the way.
     """
-    growth = Growth()
+    growth = VocabularyExtension()
     wanted = {piece: i for i, piece in enumerate(candidates)}
     present = set(known)
     for piece in wanted:
@@ -145,7 +145,9 @@ def grow(
     return growth
 
 
-def _learn(piece: str, rules: Rules, wanted: dict[str, int], present: Collection[str]) -> list[tuple[str, str]] | None:
+def _learn(
+    piece: str, rules: BpeJoins, wanted: dict[str, int], present: Collection[str]
+) -> list[tuple[str, str]] | None:
     """The joins that are missing on the way to a piece, learned; None, and nothing learned, where it is too far."""
     joins: list[tuple[str, str]] = []
     while len(parts := segment(list(piece), rules)) > 1:
@@ -162,12 +164,12 @@ def _learn(piece: str, rules: Rules, wanted: dict[str, int], present: Collection
     return joins
 
 
-def _may_join(pair: tuple[str, str], piece: str, present: Collection[str], rules: Rules) -> bool:
+def _may_join(pair: tuple[str, str], piece: str, present: Collection[str], rules: BpeJoins) -> bool:
     """Whether this join may be learned: not where SentencePiece has that text as a token of another type."""
     text = pair[0] + pair[1]
     return text == piece or text not in present or isinstance(rules, MergeRules)
 
 
-def _forget(joins: Sequence[tuple[str, str]], rules: Rules) -> None:
+def _forget(joins: Sequence[tuple[str, str]], rules: BpeJoins) -> None:
     for left, right in joins:
         rules.forget(left, right)

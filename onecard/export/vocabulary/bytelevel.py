@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import ModelError
-from onecard.export.vocabulary.bpe_growth import Growth, MergeRules, grow
+from onecard.export.vocabulary.bpe_growth import MergeRules, VocabularyExtension, grow
 from onecard.model.files import read_json
 
 BROKEN = "\ufffd"  # what part of a character is decoded to
@@ -53,7 +53,7 @@ def grown(
     vocab: Mapping[str, int],
     max_new: int,
     moved_on: Callable[[int], object],
-) -> Growth:
+) -> VocabularyExtension:
     """What to add to the old merges. Raises ModelError for a file whose merges are not pairs."""
     order: dict[tuple[str, str], int] = {}
     for rank, merge in enumerate(content["model"]["merges"]):

@@ -233,14 +233,14 @@ class Efficiency:
 
 
 @dataclass
-class Comparison:
+class TokenizerComparison:
     """Held-out text under two tokenizers: by script (the last row is all), and which of the new tokens it used."""
 
     rows: list[Efficiency]
     used: set[int]
 
 
-def compare(old: Any, new: Any, texts: Iterable[str], new_ids: set[int]) -> Comparison:
+def compare(old: Any, new: Any, texts: Iterable[str], new_ids: set[int]) -> TokenizerComparison:
     """Encode every line with both tokenizers; a line counts for the script that most of its letters are of."""
     rows: dict[str, Efficiency] = {}
     used: set[int] = set()
@@ -252,7 +252,7 @@ def compare(old: Any, new: Any, texts: Iterable[str], new_ids: set[int]) -> Comp
         total.add(one)
         used.update(new_ids.intersection(ids))
     ordered = sorted(rows.values(), key=lambda row: -row.n_characters)
-    return Comparison([*ordered, total] if len(ordered) > 1 else ordered, used)
+    return TokenizerComparison([*ordered, total] if len(ordered) > 1 else ordered, used)
 
 
 def script_of(text: str) -> str:
@@ -269,7 +269,7 @@ def _script(character: str) -> str:
     return SCRIPTS.get(first, first.capitalize())
 
 
-def table(comparison: Comparison) -> str:
+def table(comparison: TokenizerComparison) -> str:
     """Tokens per character before and after, a line for each script."""
     lines = [f"{'held-out text':<14}{'lines':>8}{'characters':>12}{'tokens/char before':>20}{'after':>8}{'change':>9}"]
     for row in comparison.rows:

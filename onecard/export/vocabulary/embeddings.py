@@ -19,7 +19,7 @@ from onecard.export.io.weights import Weights
 
 
 @dataclass(frozen=True)
-class Tables:
+class EmbeddingMatrices:
     """Names as they stand in the weight files. `row_bytes` is what one more token takes in all of them."""
 
     names: tuple[str, ...]
@@ -28,7 +28,7 @@ class Tables:
     is_tied: bool
 
 
-def find_tables(directory: Path, weights: Weights) -> Tables:
+def find_tables(directory: Path, weights: Weights) -> EmbeddingMatrices:
     """The tables of a model directory, checked against its config.json.
 
     Raises ModelError: no causal language model, quantised weights, missing tensors, mismatched shapes.
@@ -53,7 +53,7 @@ def find_tables(directory: Path, weights: Weights) -> Tables:
     n_rows = len(next(iter(wanted.values())))
     _check_rest(model, names, n_rows, weights, directory)
     row_bytes = sum(weights.entries[n].n_bytes // n_rows for n in names)
-    return Tables(tuple(names), n_rows, row_bytes, is_tied)
+    return EmbeddingMatrices(tuple(names), n_rows, row_bytes, is_tied)
 
 
 def _name_in(model: Any, parameter: torch.Tensor) -> str:

@@ -18,7 +18,7 @@ from onecard.errors import ConfigError, ModelError
 from onecard.export.io.output import new_directory, progress
 from onecard.export.vocabulary import bytelevel
 from onecard.export.vocabulary import sentencepiece as sentencepiece_kind
-from onecard.export.vocabulary.bpe_growth import Growth
+from onecard.export.vocabulary.bpe_growth import VocabularyExtension
 from onecard.export.vocabulary.corpus import (
     Kind,
     compare,
@@ -49,7 +49,7 @@ PROBES = (
 
 
 @dataclass(frozen=True)
-class Merging:
+class TokenizerMergeSettings:
     """See the options of tools/expand_vocab.py merge. `max_new` 0: all that can be used."""
 
     tokenizer_path: str
@@ -59,7 +59,7 @@ class Merging:
 
 
 @dataclass(frozen=True)
-class Old:
+class BaseTokenizer:
     """The tokenizer that grows. `next_id` comes after every id it has, the added tokens' too."""
 
     directory: Path
@@ -72,7 +72,7 @@ class Old:
         return max(self.vocab.values()) + 1
 
 
-def merge(merging: Merging, output_path: Path, *, overwrite: bool = False) -> None:
+def merge(merging: TokenizerMergeSettings, output_path: Path, *, overwrite: bool = False) -> None:
     """Write the grown tokenizer and print tokens per character before and after.
 
     Raises ModelError (no tokenizer, other kinds, an old id that moved, files that disagree), ConfigError (nothing to
@@ -85,7 +85,7 @@ def merge(merging: Merging, output_path: Path, *, overwrite: bool = False) -> No
             f"{directory} is a {kind} tokenizer and {new_path} a {new_kind} one; train new pieces with --kind {kind}"
         )
     tokenizer = open_tokenizer(directory)
-    old = Old(directory, kind, tokenizer, tokenizer.get_vocab())
+    old = BaseTokenizer(directory, kind, tokenizer, tokenizer.get_vocab())
     texts = eval_texts(merging.eval_path, new_path)
     with new_directory(output_path, overwrite=overwrite, inputs=[directory, new_path]) as partial:
         growth, new_ids = _write(old, new_path, partial, merging.max_new)
@@ -100,7 +100,9 @@ def merge(merging: Merging, output_path: Path, *, overwrite: bool = False) -> No
     say(f"{len(comparison.used):,} of {len(new_ids):,} new tokens were met in the held-out text")
 
 
-def _write(old: Old, new_path: Path, partial: Path, max_new: int) -> tuple[Growth, dict[str, int]]:
+def _write(
+    old: BaseTokenizer, new_path: Path, partial: Path, max_new: int
+) -> tuple[VocabularyExtension, dict[str, int]]:
     candidates: list[str]
     if old.kind == "sentencepiece":
         proto = sentencepiece_kind.open_old(old.directory, old.vocab)
@@ -133,7 +135,7 @@ def _write(old: Old, new_path: Path, partial: Path, max_new: int) -> tuple[Growt
     return growth, new_ids
 
 
-def backend_json(old: Old) -> dict[str, Any]:
+def backend_json(old: BaseTokenizer) -> dict[str, Any]:
     """tokenizer.json as it lies there, else as transformers makes it; with every added token that it knows of.
 
     The file is preferred: what AutoTokenizer rebuilds from it follows the Python class, other programs read the file.
@@ -146,7 +148,7 @@ def backend_json(old: Old) -> dict[str, Any]:
     return content
 
 
-def fill_holes(old: Old) -> dict[str, int]:
+def fill_holes(old: BaseTokenizer) -> dict[str, int]:
     """Names for ids below `next_id` that no token has: without them, later additions would take these ids."""
     taken = set(old.vocab.values())
     fillers: dict[str, int] = {}
@@ -159,7 +161,7 @@ def fill_holes(old: Old) -> dict[str, int]:
     return fillers
 
 
-def check(old: Old, grown: Any, new_ids: dict[str, int], directory: Path, texts: Sequence[str]) -> int:
+def check(old: BaseTokenizer, grown: Any, new_ids: dict[str, int], directory: Path, texts: Sequence[str]) -> int:
     """Prove on the reopened files that nothing moved and that they agree; returns how many texts were compared.
 
     Raises ModelError.
@@ -182,12 +184,12 @@ def check(old: Old, grown: Any, new_ids: dict[str, int], directory: Path, texts:
     return len(probes)
 
 
-def reasons(growth: Growth) -> str:
+def reasons(growth: VocabularyExtension) -> str:
     """What was left out and why, the most frequent first."""
     return "; ".join(f"{count:,} {reason}" for reason, count in growth.left_out.most_common())
 
 
-def _tell(growth: Growth, new_ids: dict[str, int], n_probed: int, output_path: Path) -> None:
+def _tell(growth: VocabularyExtension, new_ids: dict[str, int], n_probed: int, output_path: Path) -> None:
     say(
         f"{len(new_ids):,} new tokens with the ids {min(new_ids.values())} to {max(new_ids.values())} in {output_path}"
         f"; {growth.n_halves:,} of them are missing halves and {growth.n_characters:,} missing characters"
@@ -197,7 +199,7 @@ def _tell(growth: Growth, new_ids: dict[str, int], n_probed: int, output_path: P
     say(f"reopened: every old id is where it was, and {n_probed:,} texts decode as before")
 
 
-def _copy_companions(old: Old, directory: Path) -> None:
+def _copy_companions(old: BaseTokenizer, directory: Path) -> None:
     for name in COMPANIONS:
         if (old.directory / name).is_file():
             shutil.copyfile(old.directory / name, directory / name)

@@ -22,7 +22,7 @@ from onecard.export.io.model_card import write_card
 from onecard.export.io.output import new_directory, progress
 from onecard.export.io.weights import ShardWriter, Weights, copy_small_files, open_weights, same_bits
 from onecard.export.vocabulary.corpus import encode, locate_tokenizer, open_tokenizer
-from onecard.export.vocabulary.embeddings import Tables, find_tables
+from onecard.export.vocabulary.embeddings import EmbeddingMatrices, find_tables
 from onecard.model.files import locate, read_json, write_json
 from onecard.model.lora.vocabulary import FORMAT, NEW_TOKENS
 
@@ -36,7 +36,7 @@ CHUNK_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class Applying:
+class ResizeSettings:
     """See the options of tools/expand_vocab.py apply."""
 
     model_path: str
@@ -64,7 +64,7 @@ class NewRows:
         return sum(i < self.n_old for i in self.sources)
 
 
-def apply(applying: Applying, output_path: Path, *, overwrite: bool = False) -> None:
+def apply(applying: ResizeSettings, output_path: Path, *, overwrite: bool = False) -> None:
     """Write the model with the grown vocabulary, then reopen it and compare every tensor with the old one.
 
     RAM: about one shard of at most `max_shard_bytes`, and the embeddings twice. Raises ModelError (no model, quantised,
@@ -165,7 +165,9 @@ def mean_of_all(table: Tensor) -> Tensor:
     return (total / max(count, 1)).float()
 
 
-def _write_weights(weights: Weights, tables: Tables, rows: NewRows, partial: Path, max_shard_bytes: int) -> None:
+def _write_weights(
+    weights: Weights, tables: EmbeddingMatrices, rows: NewRows, partial: Path, max_shard_bytes: int
+) -> None:
     writer = ShardWriter(partial, max_shard_bytes)
     with progress("tensors", weights.total_bytes, in_bytes=True) as moved_on:
         for name, tensor in weights:
@@ -205,7 +207,7 @@ def _write_new_tokens(rows: NewRows, file: Path) -> None:
     write_json(file, content)
 
 
-def _verify(weights: Weights, tables: Tables, rows: NewRows, partial: Path) -> None:
+def _verify(weights: Weights, tables: EmbeddingMatrices, rows: NewRows, partial: Path) -> None:
     """Reopen the export: the model fits its config, old rows and all other tensors are the same bits."""
     written = open_weights(partial)
     if written.entries.keys() != weights.entries.keys():
@@ -228,7 +230,7 @@ def _verify(weights: Weights, tables: Tables, rows: NewRows, partial: Path) -> N
         raise ModelError(f"{len(lost)} new tokens are read with other ids beside the model, such as {lost[0]!r}")
 
 
-def _tell(tables: Tables, rows: NewRows, output_path: Path) -> None:
+def _tell(tables: EmbeddingMatrices, rows: NewRows, output_path: Path) -> None:
     say(
         f"{len(rows.ids):,} new rows (ids {rows.ids[0]} to {rows.ids[-1]}), each the mean of its old tokens' rows, in "
         f"{', '.join(tables.names)}{'; the head is tied to the embeddings' if tables.is_tied else ''}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import ModelError
-from onecard.export.vocabulary.bpe_growth import Growth, PieceRules, grow
+from onecard.export.vocabulary.bpe_growth import PieceRules, VocabularyExtension, grow
 from onecard.export.vocabulary.corpus import SPACE, encode, read_proto
 
 MODEL = "tokenizer.model"
@@ -75,7 +75,7 @@ def _unusable(piece: Any, old: Any, normaliser: Any) -> str:
 
 def grown(
     proto: Any, pieces: Sequence[str], vocab: Mapping[str, int], max_new: int, moved_on: Callable[[int], object]
-) -> Growth:
+) -> VocabularyExtension:
     """What to add to the old model."""
     normal = [p for p in proto.pieces if p.type == NORMAL]
     by_score = sorted(range(len(normal)), key=lambda i: (-normal[i].score, i))
@@ -85,7 +85,7 @@ def grown(
 
 def write_model(
     proto: Any,
-    growth: Growth,
+    growth: VocabularyExtension,
     added: Mapping[int, tuple[str, bool]],
     fillers: Mapping[str, int],
     file: Path,

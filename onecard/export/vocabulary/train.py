@@ -26,7 +26,7 @@ MAX_PIECE_BYTES = 48  # 16 Chinese characters, SentencePiece's own limit
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainSettings:
     """What is learned: see the options of tools/expand_vocab.py train."""
 
     source: Source
@@ -39,7 +39,7 @@ class Training:
     held_out_share: float = 0.02
 
 
-def train(training: Training, output_path: Path, *, overwrite: bool = False) -> None:
+def train(training: TrainSettings, output_path: Path, *, overwrite: bool = False) -> None:
     """Learn pieces and write `tokenizer.model` or `tokenizer.json`, and the texts that were held out.
 
     Memory: at most `max_sentences` lines, drawn evenly from the whole corpus, and the trainer's own tables.
@@ -67,7 +67,7 @@ def train(training: Training, output_path: Path, *, overwrite: bool = False) -> 
         warn("nothing was held out of so small a corpus; give --eval_path to merge, to measure on other text")
 
 
-def _train_sentencepiece(training: Training, corpus: Corpus, directory: Path) -> None:
+def _train_sentencepiece(training: TrainSettings, corpus: Corpus, directory: Path) -> None:
     import sentencepiece
 
     model = io.BytesIO()
@@ -97,7 +97,7 @@ def _train_sentencepiece(training: Training, corpus: Corpus, directory: Path) ->
     (directory / "tokenizer.model").write_bytes(model.getvalue())
 
 
-def _too_small(message: str, training: Training) -> Exception:
+def _too_small(message: str, training: TrainSettings) -> Exception:
     """SentencePiece's message about a vocabulary that the corpus does not give, in one line with the right number."""
     high = re.search(r"value <= (\d+)", message)
     low = re.search(r"(\d+) vs (\d+)", message)
@@ -123,7 +123,7 @@ def _bytelevel_target(tokenizer_path: str) -> Any:
     return open_tokenizer(directory).backend_tokenizer
 
 
-def _train_bytelevel(training: Training, corpus: Corpus, directory: Path, target: Any) -> None:
+def _train_bytelevel(training: TrainSettings, corpus: Corpus, directory: Path, target: Any) -> None:
     """https://huggingface.co/docs/tokenizers/api/trainers"""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -21,7 +21,7 @@ from onecard.errors import ModelError
 from onecard.export.io.base import read_config, refuse_quantized
 from onecard.export.io.left_out import IN_A_LAYER, TABLES
 from onecard.export.io.output import progress
-from onecard.export.io.weights import Entry, ShardWriter, Weights, copy_small_files, open_weights
+from onecard.export.io.weights import ShardWriter, TensorEntry, Weights, copy_small_files, open_weights
 from onecard.export.weight_diff.arithmetic import (
     NewRows,
     add_bits,
@@ -32,8 +32,8 @@ from onecard.export.weight_diff.arithmetic import (
 )
 from onecard.export.weight_diff.record import (
     RECORD,
-    Known,
-    Record,
+    DiffRecord,
+    TensorRecord,
     check_base,
     known_of,
     read_record,
@@ -46,11 +46,11 @@ ROTARY_BUFFER = "rotary_emb.inv_freq"  # computed by every program that loads th
 
 
 @dataclass(frozen=True)
-class Difference:
+class WeightDiff:
     """A difference directory, opened. `record` is None for one that another program made."""
 
     weights: Weights
-    record: Record | None
+    record: DiffRecord | None
     new_rows: NewRows = "zeros"
 
     @property
@@ -72,7 +72,7 @@ def make(
     _check_layers(base, tuned)
     if mode == "float":
         _check_plain(base_path, tuned_path)
-    record = Record(mode, base_name or base_path.name, {}, {}, {})
+    record = DiffRecord(mode, base_name or base_path.name, {}, {}, {})
     writer = ShardWriter(directory, max_shard_bytes)
     with progress("subtracting", len(tuned.entries)) as moved:
         for name, tensor in tuned:
@@ -108,7 +108,7 @@ def recover(
     base, difference = open_weights(base_path), open_difference(diff_path, new_rows)
     remarks = check_before(base, difference)
     writer = ShardWriter(directory, max_shard_bytes)
-    known: dict[str, Known] = {}
+    known: dict[str, TensorRecord] = {}
     with progress("adding", len(names_of(difference))) as moved:
         for name, tensor in recovered(base, difference):
             known[name] = known_of(tensor)
@@ -138,7 +138,7 @@ def verify(base_path: Path, diff_path: Path, tuned_path: Path | None = None, new
     return remarks + _compare(base, difference, open_weights(tuned_path) if tuned_path else None)
 
 
-def _compare(base: Weights, difference: Difference, tuned: Weights | None) -> list[str]:
+def _compare(base: Weights, difference: WeightDiff, tuned: Weights | None) -> list[str]:
     """Base + difference against the record, and against `tuned`; what that proved, in words."""
     names = names_of(difference)
     if tuned is not None and set(names) != set(_without_buffers(tuned.entries)):
@@ -162,21 +162,21 @@ def _compare(base: Weights, difference: Difference, tuned: Weights | None) -> li
     return lines
 
 
-def open_difference(path: Path, new_rows: NewRows = "zeros") -> Difference:
+def open_difference(path: Path, new_rows: NewRows = "zeros") -> WeightDiff:
     """Open a difference directory. Raises ModelError when it is none, or its record and tensors disagree."""
     weights, record = open_weights(path), read_record(path)
     if record is None:
         whole = [name for name, entry in weights.entries.items() if entry.dtype in (torch.int16, torch.int32)]
         if len(whole) > len(weights.entries) / 2:
             raise ModelError(f"{path} holds an exact difference, but its {RECORD} is missing; copy it again")
-        return Difference(weights, None, new_rows)
+        return WeightDiff(weights, None, new_rows)
     odd = sorted(record.stored ^ weights.entries.keys())
     if odd:
         raise ModelError(f"{path} and its {RECORD} disagree: {few(odd)}; copy it again")
-    return Difference(weights, record)
+    return WeightDiff(weights, record)
 
 
-def names_of(difference: Difference) -> list[str]:
+def names_of(difference: WeightDiff) -> list[str]:
     """The tensors of the tuned model, in the order of the difference's files; unchanged ones last."""
     stored = _without_buffers(difference.weights.entries) if difference.record is None else difference.weights.entries
     same = (
@@ -185,7 +185,7 @@ def names_of(difference: Difference) -> list[str]:
     return [*stored, *same]
 
 
-def check_before(base: Weights, difference: Difference) -> list[str]:
+def check_before(base: Weights, difference: WeightDiff) -> list[str]:
     """Refuse a base that is not the recorded one, or that cannot be; returns remarks for the reader.
 
     Raises ModelError with the first tensors that differ. Reads the base once; writes nothing.
@@ -220,7 +220,7 @@ def check_before(base: Weights, difference: Difference) -> list[str]:
     return lines
 
 
-def recovered(base: Weights, difference: Difference) -> Iterator[tuple[str, Tensor]]:
+def recovered(base: Weights, difference: WeightDiff) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of the tuned model by name: base plus difference."""
     for name in names_of(difference):
         yield name, _add(name, base, difference)
@@ -228,7 +228,7 @@ def recovered(base: Weights, difference: Difference) -> Iterator[tuple[str, Tens
     difference.weights.close()
 
 
-def _subtract(name: str, tensor: Tensor, base: Weights, record: Record) -> Tensor | None:
+def _subtract(name: str, tensor: Tensor, base: Weights, record: DiffRecord) -> Tensor | None:
     """What is stored of one tuned tensor, noted in the record; None where it equals the base's."""
     record.tuned[name] = known_of(tensor)
     other = base.read(name) if name in base.entries else None
@@ -252,7 +252,7 @@ def _subtract(name: str, tensor: Tensor, base: Weights, record: Record) -> Tenso
     return difference
 
 
-def _add(name: str, base: Weights, difference: Difference) -> Tensor:
+def _add(name: str, base: Weights, difference: WeightDiff) -> Tensor:
     record = difference.record
     kind = record.kinds[name] if record else "difference"
     if kind == "same":
@@ -269,7 +269,7 @@ def _add(name: str, base: Weights, difference: Difference) -> Tensor:
     return add_floats(other, stored) if stored.is_floating_point() else other.to(stored.dtype) + stored
 
 
-def _check_result(name: str, known: Known, tensor: Tensor, difference: Difference) -> None:
+def _check_result(name: str, known: TensorRecord, tensor: Tensor, difference: WeightDiff) -> None:
     place = difference.weights.directory
     if difference.record is not None:
         if known != difference.record.tuned[name]:
@@ -278,7 +278,7 @@ def _check_result(name: str, known: Known, tensor: Tensor, difference: Differenc
         raise ModelError(f"{place}: base + difference is NaN or infinite in {name}; one of the two is damaged")
 
 
-def _deviation(name: str, tensor: Tensor, tuned: Tensor, difference: Difference) -> float:
+def _deviation(name: str, tensor: Tensor, tuned: Tensor, difference: WeightDiff) -> float:
     """The largest difference to the tuned model's tensor; more than rounding explains is a ModelError."""
     if known_of(tensor) == known_of(tuned):
         return 0.0
@@ -339,7 +339,7 @@ def _check_plain(*paths: Path) -> None:
             refuse_quantized(path, read_config(path), "packed numbers have no float difference; use --mode exact")
 
 
-def _story(record: Record, base: Weights) -> list[str]:
+def _story(record: DiffRecord, base: Weights) -> list[str]:
     by_kind = {kind: [n for n, k in record.kinds.items() if k == kind] for kind in ("difference", "same", "whole")}
     counts = {"difference": "as a difference", "same": "unchanged, not stored", "whole": "whole"}
     told = [f"{len(names)} {counts[kind]}" for kind, names in by_kind.items() if names]
@@ -355,7 +355,7 @@ def _story(record: Record, base: Weights) -> list[str]:
     return lines
 
 
-def _proof(difference: Difference) -> str:
+def _proof(difference: WeightDiff) -> str:
     if difference.record is None:
         return "finite, in the shapes of the difference"
     if difference.mode == "float":
@@ -370,11 +370,11 @@ def _copy_files(source: Path, target: Path) -> list[str]:
     return [name for name in copied if name != RECORD]
 
 
-def _without_buffers(entries: dict[str, Entry]) -> list[str]:
+def _without_buffers(entries: dict[str, TensorEntry]) -> list[str]:
     return [name for name in entries if not name.endswith(ROTARY_BUFFER)]
 
 
-def _same_but_rows(one: Entry | Tensor, other: Entry | Tensor) -> bool:
+def _same_but_rows(one: TensorEntry | Tensor, other: TensorEntry | Tensor) -> bool:
     return len(one.shape) == len(other.shape) and one.shape[1:] == other.shape[1:]
 
 

@@ -24,7 +24,7 @@ MODES, KINDS = ("exact", "float"), ("difference", "same", "whole")
 
 
 @dataclass(frozen=True)
-class Known:
+class TensorRecord:
     """What identifies one tensor: kind of number, shape, and the SHA-256 of its bytes in row order."""
 
     dtype: str
@@ -37,7 +37,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Record:
+class DiffRecord:
     """The content of weight_diff.json.
 
     `base` holds the base's tensors that were used, `tuned` every tensor that base + difference gives, `kinds` how each
@@ -46,8 +46,8 @@ class Record:
 
     mode: str
     base_name: str
-    base: dict[str, Known]
-    tuned: dict[str, Known]
+    base: dict[str, TensorRecord]
+    tuned: dict[str, TensorRecord]
     kinds: dict[str, str]
 
     @property
@@ -56,14 +56,14 @@ class Record:
         return {name for name, kind in self.kinds.items() if kind != "same"}
 
 
-def known_of(tensor: Tensor) -> Known:
+def known_of(tensor: Tensor) -> TensorRecord:
     """The identity of a tensor on the CPU."""
     data = tensor.contiguous().flatten().view(torch.uint8).numpy()
     dtype = next(name for name, kind in DTYPES.items() if kind == tensor.dtype)
-    return Known(dtype, tuple(tensor.shape), hashlib.sha256(data.data).hexdigest())
+    return TensorRecord(dtype, tuple(tensor.shape), hashlib.sha256(data.data).hexdigest())
 
 
-def check_base(base: Weights, record: Record) -> None:
+def check_base(base: Weights, record: DiffRecord) -> None:
     """Raises ModelError when `base` is not the recorded one, with the first tensors that differ.
 
     Compares tensors, not files: a base that was cut into other shards is the same base.
@@ -83,12 +83,12 @@ def check_base(base: Weights, record: Record) -> None:
         )
 
 
-def write_record(directory: Path, record: Record) -> None:
+def write_record(directory: Path, record: DiffRecord) -> None:
     """Write weight_diff.json into `directory`."""
     write_json(directory / RECORD, {"format": FORMAT, **asdict(record)})
 
 
-def read_record(directory: Path) -> Record | None:
+def read_record(directory: Path) -> DiffRecord | None:
     """The record of a difference; None where there is none. Raises ModelError when it is damaged or newer."""
     file = directory / RECORD
     if not file.is_file():
@@ -97,7 +97,7 @@ def read_record(directory: Path) -> Record | None:
     if content.get("format") != FORMAT:
         raise ModelError(f"{file} has format {content.get('format')!r}; this version reads {FORMAT}")
     try:
-        record = Record(
+        record = DiffRecord(
             mode=content["mode"],
             base_name=str(content["base_name"]),
             base=_tensors(content["base"]),
@@ -113,8 +113,8 @@ def read_record(directory: Path) -> Record | None:
     return record
 
 
-def _tensors(content: dict[str, Any]) -> dict[str, Known]:
-    found = {name: Known(one["dtype"], tuple(one["shape"]), one["sha256"]) for name, one in content.items()}
+def _tensors(content: dict[str, Any]) -> dict[str, TensorRecord]:
+    found = {name: TensorRecord(one["dtype"], tuple(one["shape"]), one["sha256"]) for name, one in content.items()}
     unknown = {known.dtype for known in found.values()} - DTYPES.keys()
     if unknown:
         raise ValueError(f"kinds of numbers {unknown}")

@@ -14,12 +14,12 @@ import torch
 
 from onecard.config.inference import SamplingOptions
 from onecard.data.batches import collate, micro_batches
-from onecard.data.encode import IGNORE_INDEX, Dropped, Encoded, EncodeSettings, encode_sample, prompt_for
+from onecard.data.encode import IGNORE_INDEX, DroppedSample, EncodeSettings, LabelledSample, encode_sample, prompt_for
 from onecard.data.messages import Conversation
 from onecard.data.sources import ReadReport, Source, read
 from onecard.errors import DataError
 from onecard.inference.batch.run import answer_safely
-from onecard.inference.call import Row, Talker, padding_id
+from onecard.inference.call import ModelBundle, PromptRow, padding_id
 from onecard.inference.generate import longest_sequence
 from onecard.model.chunked_loss import summed_loss
 
@@ -34,8 +34,8 @@ class Case:
     """A question with its known answer: the conversation, its training sample, and the row that asks for the answer."""
 
     conversation: Conversation
-    sample: Encoded
-    row: Row
+    sample: LabelledSample
+    row: PromptRow
 
     @property
     def reference(self) -> str:
@@ -51,12 +51,12 @@ class Score:
     answers: list[str]
 
 
-def read_cases(source: str | Source, talker: Talker, *, limit: int = 0) -> list[Case]:
+def read_cases(source: str | Source, bundle: ModelBundle, *, limit: int = 0) -> list[Case]:
     """The questions of a file with their answers, encoded; `limit` takes the first ones only, 0 all.
 
     Raises DataError when there is none.
     """
-    longest = longest_sequence(talker.model) or UNLIMITED
+    longest = longest_sequence(bundle.model) or UNLIMITED
     settings = EncodeSettings(cutoff_len=longest, train_on="last")
     cases: list[Case] = []
     for sample in read(source, report=ReadReport()):
@@ -64,13 +64,18 @@ def read_cases(source: str | Source, talker: Talker, *, limit: int = 0) -> list[
             break
         encoded = None
         if isinstance(sample, Conversation) and sample.turns[-1].learn:  # a bad answer is no reference
-            encoded = encode_sample(sample, talker.template, talker.tokenizer, settings)
-        if not isinstance(sample, Conversation) or encoded is None or isinstance(encoded, Dropped) or encoded[0].cut:
+            encoded = encode_sample(sample, bundle.template, bundle.tokenizer, settings)
+        if (
+            not isinstance(sample, Conversation)
+            or encoded is None
+            or isinstance(encoded, DroppedSample)
+            or encoded[0].cut
+        ):
             continue
-        prompt = prompt_for(sample.turns[:-1], talker.template, talker.tokenizer)
+        prompt = prompt_for(sample.turns[:-1], bundle.template, bundle.tokenizer)
         n_answer = sum(label != IGNORE_INDEX for label in encoded[0].labels)
         room = min(2 * n_answer + SPARE_TOKENS, longest - len(prompt.ids))
-        row = Row(prompt.ids, room, len(cases), prompt.continues, prompt.lead)
+        row = PromptRow(prompt.ids, room, len(cases), prompt.continues, prompt.lead)
         cases.append(Case(sample, encoded[0], row))
     if not cases:
         raise DataError(
@@ -79,33 +84,33 @@ def read_cases(source: str | Source, talker: Talker, *, limit: int = 0) -> list[
     return cases
 
 
-def score(talker: Talker, cases: Sequence[Case], *, batch_size: int) -> Score:
-    """Loss and exact match of `talker` over `cases`; its answers in their order."""
-    answers = greedy_answers(talker, cases, batch_size=batch_size)
+def score(bundle: ModelBundle, cases: Sequence[Case], *, batch_size: int) -> Score:
+    """Loss and exact match of `bundle` over `cases`; its answers in their order."""
+    answers = greedy_answers(bundle, cases, batch_size=batch_size)
     n_right = sum(answer.strip() == case.reference.strip() for answer, case in zip(answers, cases, strict=True))
-    return Score(mean_loss(talker, [case.sample for case in cases]), n_right / len(cases), answers)
+    return Score(mean_loss(bundle, [case.sample for case in cases]), n_right / len(cases), answers)
 
 
-def mean_loss(talker: Talker, samples: Sequence[Encoded]) -> float:
+def mean_loss(bundle: ModelBundle, samples: Sequence[LabelledSample]) -> float:
     """Cross-entropy in nats per supervised token over all samples together."""
     lengths = np.array([len(sample.input_ids) for sample in samples])
-    pad_id = padding_id(talker.tokenizer, talker.template.stop_ids(talker.tokenizer))
+    pad_id = padding_id(bundle.tokenizer, bundle.template.stop_ids(bundle.tokenizer))
     total, n_tokens = 0.0, 0
     with torch.inference_mode():
         for indices in micro_batches(np.arange(len(samples)), lengths, micro_tokens=MICRO_TOKENS):
             batch = collate([samples[i] for i in indices], pad_id)
-            loss, n_supervised = summed_loss(talker.model, {k: v.to(talker.model.device) for k, v in batch.items()})
+            loss, n_supervised = summed_loss(bundle.model, {k: v.to(bundle.model.device) for k, v in batch.items()})
             total, n_tokens = total + float(loss), n_tokens + n_supervised
     return total / n_tokens
 
 
-def greedy_answers(talker: Talker, cases: Sequence[Case], *, batch_size: int) -> list[str]:
+def greedy_answers(bundle: ModelBundle, cases: Sequence[Case], *, batch_size: int) -> list[str]:
     """The likeliest answer to each case, in order; asked in batches of like length."""
     sampling = SamplingOptions()
     order = sorted(range(len(cases)), key=lambda i: (cases[i].row.room, len(cases[i].row.ids)))
     answers = [""] * len(cases)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        for i, generation in zip(batch, answer_safely(talker, [cases[i].row for i in batch], sampling), strict=True):
+        for i, generation in zip(batch, answer_safely(bundle, [cases[i].row for i in batch], sampling), strict=True):
             answers[i] = generation.text
     return answers

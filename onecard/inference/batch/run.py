@@ -24,13 +24,13 @@ from onecard.data.questions import Question, read_questions
 from onecard.data.sources import ReadReport, Source
 from onecard.errors import ConfigError, DataError, ModelError, Stopped
 from onecard.inference.batch.results import AnswerFile, answer_row
-from onecard.inference.generate import Generation, Row, Talker, answer_rows, prepare
+from onecard.inference.generate import Generation, ModelBundle, PromptRow, answer_rows, prepare
 
 WINDOW_BATCHES = 8
 
 
 @dataclass
-class Tally:
+class BatchReport:
     """What was done in this start."""
 
     n_answers: int = 0
@@ -51,10 +51,10 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """Who answers which questions, and how. `system` goes before questions without a system text of their own."""
 
-    talker: Talker
+    bundle: ModelBundle
     source: Source
     n_questions: int  # as `survey` counted
     sampling: SamplingOptions
@@ -74,7 +74,7 @@ def survey(source: Source) -> int:
     return n_questions
 
 
-def answer_questions(job: Job, answers: AnswerFile) -> Tally:
+def answer_questions(job: BatchJob, answers: AnswerFile) -> BatchReport:
     """Answer what is not yet answered in `answers`.
 
     A question that cannot be asked (too long a prompt) gets a line with `output` null and an `error`.
@@ -82,7 +82,7 @@ def answer_questions(job: Job, answers: AnswerFile) -> Tally:
     """
     if answers.n_done > job.n_questions:
         raise ConfigError("--output_path", f"{answers.path} has {answers.n_done} lines for {job.n_questions} questions")
-    tally = Tally()
+    tally = BatchReport()
     console = Console(stderr=True)
     progress = Progress(console=console, disable=not console.is_terminal, transient=True)
     bar = progress.add_task("answering", total=job.n_questions, completed=answers.n_done)
@@ -102,28 +102,28 @@ def answer_questions(job: Job, answers: AnswerFile) -> Tally:
 
 
 @dataclass(frozen=True)
-class Window:
+class QuestionBatch:
     """Consecutive questions; `first` is the number of the first one in the file, from 0."""
 
     first: int
     questions: list[Question]
 
 
-def windows(questions: Iterable[Question], size: int, first: int) -> Iterator[Window]:
+def windows(questions: Iterable[Question], size: int, first: int) -> Iterator[QuestionBatch]:
     """`size` questions at a time; the last window may be smaller."""
     remaining = iter(questions)
     while taken := list(islice(remaining, size)):
-        yield Window(first, taken)
+        yield QuestionBatch(first, taken)
         first += len(taken)
 
 
-def answer_safely(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions) -> list[Generation]:
+def answer_safely(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: SamplingOptions) -> list[Generation]:
     """Answer rows, in halves when they do not fit into the card's memory together.
 
     Raises ModelError when one alone does not fit.
     """
     try:
-        return answer_rows(talker, rows, sampling)
+        return answer_rows(bundle, rows, sampling)
     except torch.OutOfMemoryError as reason:
         if len(rows) == 1:
             raise ModelError(
@@ -132,10 +132,10 @@ def answer_safely(talker: Talker, rows: Sequence[Row], sampling: SamplingOptions
             ) from reason
     torch.cuda.empty_cache()
     middle = len(rows) // 2
-    return answer_safely(talker, rows[:middle], sampling) + answer_safely(talker, rows[middle:], sampling)
+    return answer_safely(bundle, rows[:middle], sampling) + answer_safely(bundle, rows[middle:], sampling)
 
 
-def _finished_rows(job: Job, n_done: int, tally: Tally) -> Iterator[list[dict[str, Any]]]:
+def _finished_rows(job: BatchJob, n_done: int, tally: BatchReport) -> Iterator[list[dict[str, Any]]]:
     """Lists of rows to be written, in the order of the file, from question number `n_done` on."""
     size = job.batch_size * WINDOW_BATCHES
     first = n_done - n_done % size
@@ -144,14 +144,16 @@ def _finished_rows(job: Job, n_done: int, tally: Tally) -> Iterator[list[dict[st
         yield from _answer_window(job, window, max(n_done, window.first), tally)
 
 
-def _answer_window(job: Job, window: Window, next_number: int, tally: Tally) -> Iterator[list[dict[str, Any]]]:
+def _answer_window(
+    job: BatchJob, window: QuestionBatch, next_number: int, tally: BatchReport
+) -> Iterator[list[dict[str, Any]]]:
     """The window's rows from `next_number` on, each as soon as nothing before it is missing."""
     finished: dict[int, dict[str, Any]] = {}
-    prepared: list[Row] = []
+    prepared: list[PromptRow] = []
     n_done = next_number
     for number, question in enumerate(window.questions, start=window.first):
         try:
-            prepared.append(prepare(job.talker, with_system(question.turns, job.system), job.sampling, number=number))
+            prepared.append(prepare(job.bundle, with_system(question.turns, job.system), job.sampling, number=number))
         except DataError as reason:
             finished[number] = answer_row(question.fields, None, "error", str(reason))
             tally.n_errors += number >= n_done
@@ -161,7 +163,7 @@ def _answer_window(job: Job, window: Window, next_number: int, tally: Tally) -> 
     for batch in [*batches, []]:  # the empty one lets out a window in which nothing could be asked
         if batch and all(row.number < n_done for row in batch):
             continue
-        for row, generation in zip(batch, answer_safely(job.talker, batch, job.sampling), strict=True):
+        for row, generation in zip(batch, answer_safely(job.bundle, batch, job.sampling), strict=True):
             fields = window.questions[row.number - window.first].fields
             finished[row.number] = answer_row(fields, generation.text, generation.finish_reason)
             tally.count(generation)

@@ -5,7 +5,7 @@ moment of a step: the loss, or one layer that is computed again for its gradient
 number is bytes of tensors. What is not a tensor, the CUDA context and the allocator's slack, is a part of its own with
 assumed sizes that no card has confirmed yet.
 
-It knows an `Architecture` and a `Setup`; it does not know cards, options or which setup is best: `plan.py` does.
+It knows an `Architecture` and a `MemoryConfig`; it does not know cards, options or which setup is best: `plan.py` does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ADAM8_BLOCK, ADAM8_SMALLEST = 256, 4096
 
 
 @dataclass(frozen=True)
-class Setup:
+class MemoryConfig:
     """How a run uses the card: all that decides its memory besides the model."""
 
     bits: int
@@ -85,7 +85,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryComponent:
     """Some bytes and what they are. `place` is card or RAM; what comes and goes within a step is `transient`."""
 
     name: str
@@ -95,10 +95,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Account:
+class MemoryEstimate:
     """All parts of one setup."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryComponent, ...]
 
     @property
     def card_bytes(self) -> int:
@@ -119,17 +119,17 @@ class Account:
 CONTEXT, SLACK = "CUDA context (assumed)", "allocator slack (assumed)"
 
 
-def account(model: Architecture, setup: Setup) -> Account:
+def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
     """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment."""
     setup = _possible(model, setup)
     parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup)]
     if setup.on_gpu:
         moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
-        parts += [Part(CONTEXT, CUDA_CONTEXT_BYTES), Part(SLACK, int(moving * SLACK_SHARE))]
-    return Account(tuple(part for part in parts if part.n_bytes))
+        parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, int(moving * SLACK_SHARE))]
+    return MemoryEstimate(tuple(part for part in parts if part.n_bytes))
 
 
-def _possible(model: Architecture, setup: Setup) -> Setup:
+def _possible(model: Architecture, setup: MemoryConfig) -> MemoryConfig:
     """The setup without what this model's layers cannot do, whatever was asked for."""
     return replace(
         setup,
@@ -155,12 +155,12 @@ def linear_bytes(n_in: int, n_out: int, bits: int, element_bytes: int) -> int:
     return n_weights * element_bytes
 
 
-def expert_bits(setup: Setup) -> int:
+def expert_bits(setup: MemoryConfig) -> int:
     """Bits of experts that lie in one tensor: LLM.int8 has no form for these."""
     return 4 if setup.bits == 4 else 8 * setup.element_bytes
 
 
-def adapter_shapes(model: Architecture, setup: Setup) -> list[tuple[Linear, tuple[int, ...]]]:
+def adapter_shapes(model: Architecture, setup: MemoryConfig) -> list[tuple[Linear, tuple[int, ...]]]:
     """The linear layers that get an adapter, and how many weights each tensor of one such adapter has."""
     wanted = [name.strip().rsplit(".", 1)[-1] for name in setup.targets.split(",")]
     everywhere = setup.targets.strip() == "all-linear"
@@ -174,19 +174,19 @@ def adapter_shapes(model: Architecture, setup: Setup) -> list[tuple[Linear, tupl
     return found
 
 
-def vocabulary_shapes(model: Architecture, setup: Setup) -> list[int]:
+def vocabulary_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
     """How many weights of embeddings and head are trained, in each tensor; tied, they are one."""
     n_rows = model.vocab_size if setup.train_embeddings else setup.n_new_tokens
     return [n_rows * model.hidden_size] * (1 if model.tied else 2) if n_rows else []
 
 
-def n_trained(model: Architecture, setup: Setup) -> int:
+def n_trained(model: Architecture, setup: MemoryConfig) -> int:
     """Weights of the adapter, and those of embeddings and head that are trained."""
     of_adapter = sum(linear.count * sum(sizes) for linear, sizes in adapter_shapes(model, setup))
     return of_adapter + sum(vocabulary_shapes(model, setup))
 
 
-def optimizer_bytes(model: Architecture, setup: Setup) -> int:
+def optimizer_bytes(model: Architecture, setup: MemoryConfig) -> int:
     """The state of the optimizer: two numbers per trained weight."""
     every = [(size, linear.count) for linear, sizes in adapter_shapes(model, setup) for size in sizes]
     every += [(size, 1) for size in vocabulary_shapes(model, setup)]
@@ -197,7 +197,7 @@ def optimizer_bytes(model: Architecture, setup: Setup) -> int:
     return total
 
 
-def _weights(model: Architecture, setup: Setup) -> list[Part]:
+def _weights(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     mlp_kinds = split_linears(model)[1]
     attention, mlp, experts = (
         sum(
@@ -218,34 +218,34 @@ def _weights(model: Architecture, setup: Setup) -> list[Part]:
     in_ram = setup.offload_embeddings and (not model.tied or setup.head_bits < 16)
     bits = f"{setup.bits} bits"
     return [
-        Part(f"base: attention, {bits}", attention),
-        Part(f"base: MLP, {bits}", mlp),
-        Part(f"base: experts, {expert_bits(setup)} bits", experts),
-        Part(_embedding_name(model, setup), embeddings, "RAM" if in_ram else "card"),
-        Part(f"output head{f', {head_bits} bits' if head_bits < 16 else ''}", head and linear_bytes(
+        MemoryComponent(f"base: attention, {bits}", attention),
+        MemoryComponent(f"base: MLP, {bits}", mlp),
+        MemoryComponent(f"base: experts, {expert_bits(setup)} bits", experts),
+        MemoryComponent(_embedding_name(model, setup), embeddings, "RAM" if in_ram else "card"),
+        MemoryComponent(f"output head{f', {head_bits} bits' if head_bits < 16 else ''}", head and linear_bytes(
             model.hidden_size, model.vocab_size, head_bits, setup.element_bytes)),
-        Part("norms and the rest", model.n_other * setup.element_bytes),
+        MemoryComponent("norms and the rest", model.n_other * setup.element_bytes),
     ]  # fmt: skip
 
 
-def _embedding_name(model: Architecture, setup: Setup) -> str:
+def _embedding_name(model: Architecture, setup: MemoryConfig) -> str:
     return "embeddings and head, tied" if model.tied and setup.head_bits >= 16 else "embeddings"
 
 
-def _training(model: Architecture, setup: Setup) -> list[Part]:
+def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     whole, trained = sum(vocabulary_shapes(model, setup)), n_trained(model, setup)
     # Beside rows that are trained, peft keeps what they were.
     kept = FP32 if setup.train_embeddings else 2 * FP32
     name = "embeddings and head" if setup.train_embeddings else "rows of new tokens"
     return [
-        Part(f"adapter, rank {setup.rank}, fp32", (trained - whole) * FP32),
-        Part(f"{name}, trained, fp32", whole * kept),
-        Part("gradients, fp32" if whole else "its gradients, fp32", trained * FP32),
-        Part(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
+        MemoryComponent(f"adapter, rank {setup.rank}, fp32", (trained - whole) * FP32),
+        MemoryComponent(f"{name}, trained, fp32", whole * kept),
+        MemoryComponent("gradients, fp32" if whole else "its gradients, fp32", trained * FP32),
+        MemoryComponent(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
     ]
 
 
-def _activations(model: Architecture, setup: Setup) -> list[Part]:
+def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     """What one micro-batch needs beside the weights, at its worst moment."""
     shape = shape_of(model, setup)
     hidden = shape.hidden_bytes
@@ -263,11 +263,11 @@ def _activations(model: Architecture, setup: Setup) -> list[Part]:
         n_tiles = -(-setup.tokens // shape.tile_tokens) if shape.tile_tokens else 0
         positions += RNG_BYTES * (model.n_layers + n_tiles)
     # Ids, labels and mask; shifted labels, which of them are learned, and their places.
-    batch = Part("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
+    batch = MemoryComponent("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
     experts = _read_experts(model, setup)
     if not setup.gradient_checkpointing:
         kept, worst = _whole_stack(shape, model.n_layers, setup.trains_vocabulary)
-        moment = Part("all layers at their worst moment", max(worst + waiting, kept + loss), transient=True)
+        moment = MemoryComponent("all layers at their worst moment", max(worst + waiting, kept + loss), transient=True)
         return [batch, moment, *experts]
     # Reentrant checkpoints (8 bits) need the embeddings' output as a leaf, and autograd holds on to leaves.
     leaf = hidden if setup.bits == 8 and not setup.trains_vocabulary else 0
@@ -286,20 +286,20 @@ def _activations(model: Architecture, setup: Setup) -> list[Part]:
     return [
         batch,
         *experts,
-        Part("inputs of all layers", at_layer if layer_is_worst else at_loss, transient=True),
-        Part("inputs of all layers", in_ram, "RAM"),
-        Part("one layer, computed again" if layer_is_worst else "the loss and its gradient",
+        MemoryComponent("inputs of all layers", at_layer if layer_is_worst else at_loss, transient=True),
+        MemoryComponent("inputs of all layers", in_ram, "RAM"),
+        MemoryComponent("one layer, computed again" if layer_is_worst else "the loss and its gradient",
              layer if layer_is_worst else loss, transient=True),
     ]  # fmt: skip
 
 
-def _read_experts(model: Architecture, setup: Setup) -> list[Part]:
+def _read_experts(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     """Experts in 4 bits are dequantised a layer at a time; without checkpoints every layer's wait for the backward."""
     if not model.experts or setup.bits > 4:
         return []
     of_layers = 1 if setup.gradient_checkpointing else model.n_layers
     name = "experts of one layer, dequantised" if setup.gradient_checkpointing else "experts, dequantised"
-    return [Part(name, model.n_experts * of_layers // model.n_layers * setup.element_bytes, transient=True)]
+    return [MemoryComponent(name, model.n_experts * of_layers // model.n_layers * setup.element_bytes, transient=True)]
 
 
 def _whole_stack(shape: Shape, n_layers: int, learns_input: bool) -> tuple[int, int]:
@@ -313,7 +313,7 @@ def _whole_stack(shape: Shape, n_layers: int, learns_input: bool) -> tuple[int, 
     return kept, worst
 
 
-def _trained_head(model: Architecture, setup: Setup) -> tuple[int, int]:
+def _trained_head(model: Architecture, setup: MemoryConfig) -> tuple[int, int]:
     """What a trained head adds to the loss: bytes as long as a chunk of it lives, and bytes of its gradient."""
     weights = model.hidden_size * model.vocab_size
     if setup.train_embeddings:
@@ -325,7 +325,7 @@ def _trained_head(model: Architecture, setup: Setup) -> tuple[int, int]:
     return (copy + rows * FP32, copy + rows * setup.element_bytes) if rows else (0, 0)
 
 
-def shape_of(model: Architecture, setup: Setup) -> Shape:
+def shape_of(model: Architecture, setup: MemoryConfig) -> Shape:
     """One decoder layer of the model under this setup, as `layer_memory.py` plays it."""
     adapted = {linear for linear, _ in adapter_shapes(model, setup)}
     attention, mlp = (

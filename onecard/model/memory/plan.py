@@ -18,7 +18,7 @@ from onecard.console import nearest
 from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import Architecture
-from onecard.model.memory.estimate import GIB, Account, Setup, account, is_counted
+from onecard.model.memory.estimate import GIB, MemoryConfig, MemoryEstimate, account, is_counted
 
 DEFAULT_MICRO_TOKENS = 4096
 LOSS_CHUNKS = (1024, 512, 256, 128)
@@ -30,7 +30,7 @@ EMBEDDINGS = "--offload_embeddings"
 
 
 @dataclass(frozen=True)
-class Card:
+class CardSpec:
     """A card, or a machine without one, as the plan sees it."""
 
     name: str
@@ -44,7 +44,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlannedSetting:
     """One setting of the plan. `reason` is for a person; `by_hand` when it was typed and not chosen."""
 
     flag: str
@@ -58,10 +58,10 @@ class Plan:
     """What was chosen, what it needs, and whether that fits."""
 
     model: Architecture
-    card: Card
-    setup: Setup
-    account: Account
-    choices: tuple[Choice, ...]
+    card: CardSpec
+    setup: MemoryConfig
+    account: MemoryEstimate
+    choices: tuple[PlannedSetting, ...]
     longest_row: int
     """Tokens of the longest sample that the plan is for."""
 
@@ -79,7 +79,7 @@ class Plan:
 def make_plan(
     model: Architecture,
     config: FinetuneConfig,
-    card: Card,
+    card: CardSpec,
     *,
     element_bytes: int = 2,
     longest_row: int = 0,
@@ -113,7 +113,7 @@ def make_plan(
             reason = f"{_gib(here.card_bytes)} would be needed, {_gib(card.total_bytes)} are there; {choice.reason}"
             made = [replace(choice, reason=reason)]
             if changed.offload_embeddings > setup.offload_embeddings and choice.flag != EMBEDDINGS:
-                made.append(Choice(EMBEDDINGS, "on", f"--head_bits {changed.head_bits} leaves them free to go"))
+                made.append(PlannedSetting(EMBEDDINGS, "on", f"--head_bits {changed.head_bits} leaves them free to go"))
             choices = [c for c in choices if c.flag not in {m.flag for m in made}] + made
             setup, here = changed, there
             if here.card_bytes <= card.total_bytes:
@@ -122,27 +122,33 @@ def make_plan(
     return Plan(model, card, setup, here, tuple(choices), longest)
 
 
-def _recomputed(model: Architecture, config: FinetuneConfig, card: Card, setup: Setup) -> tuple[Setup, Choice]:
+def _recomputed(
+    model: Architecture, config: FinetuneConfig, card: CardSpec, setup: MemoryConfig
+) -> tuple[MemoryConfig, PlannedSetting]:
     """Whether layers are computed again in the backward pass: not where all fits without it, and that is certain."""
     without = replace(setup, gradient_checkpointing=False)
     if not model.checkpoints:
-        return without, Choice(RECOMPUTE, "off", f"{model.model_type} layers cannot be computed again")
+        return without, PlannedSetting(RECOMPUTE, "off", f"{model.model_type} layers cannot be computed again")
     if not is_counted(model):
-        return setup, Choice(RECOMPUTE, "on", f"what {model.model_type} layers keep was never counted")
+        return setup, PlannedSetting(RECOMPUTE, "on", f"what {model.model_type} layers keep was never counted")
     needs_it = {"--offload_activations": setup.offload_activations, "--deepspeed": config.train.deepspeed,
                 "--max_memory": config.model.max_memory}  # fmt: skip
     for flag, wanted in needs_it.items():
         if wanted:
-            return setup, Choice(RECOMPUTE, "on", f"goes with {flag}")
+            return setup, PlannedSetting(RECOMPUTE, "on", f"goes with {flag}")
     needed = account(model, without).card_bytes
     # Without a card, what other programs hold of the machine's memory is not there either.
     room = int(ROOM * (card.total_bytes if card.is_gpu else min(card.total_bytes, card.ram_bytes)))
     if needed <= room:
-        return without, Choice(RECOMPUTE, "off", f"{_gib(needed)} are needed without it, which leaves room: faster")
-    return setup, Choice(RECOMPUTE, "on", f"{_gib(needed)} would be needed without it, {_gib(room)} may be used so")
+        return without, PlannedSetting(
+            RECOMPUTE, "off", f"{_gib(needed)} are needed without it, which leaves room: faster"
+        )
+    return setup, PlannedSetting(
+        RECOMPUTE, "on", f"{_gib(needed)} would be needed without it, {_gib(room)} may be used so"
+    )
 
 
-def longest_context(model: Architecture, config: FinetuneConfig, card: Card, *, element_bytes: int = 2) -> int:
+def longest_context(model: Architecture, config: FinetuneConfig, card: CardSpec, *, element_bytes: int = 2) -> int:
     """The longest single row, in tokens, for which `make_plan` finds a setup that fits; 0 when none does."""
 
     def fits(length: int) -> bool:
@@ -173,22 +179,24 @@ def _check_targets(model: Architecture, config: FinetuneConfig) -> None:
         raise ConfigError("--lora_target_modules", listed)
 
 
-def _without_ram(choice: Choice, setup: Setup, there: Account, card: Card) -> Choice:
+def _without_ram(choice: PlannedSetting, setup: MemoryConfig, there: MemoryEstimate, card: CardSpec) -> PlannedSetting:
     """Why something that would help stays as it is."""
     now = {"--offload_activations": setup.offload_activations, "--offload_embeddings": setup.offload_embeddings}
     value = str(setup.head_bits) if choice.flag not in now else "on" if now[choice.flag] else "off"
     reason = f"{_gib(there.ram_bytes)} of RAM would be needed, {_gib(card.ram_bytes)} are there"
-    return Choice(choice.flag, value, f"{choice.value} would help, but {reason}")
+    return PlannedSetting(choice.flag, value, f"{choice.value} would help, but {reason}")
 
 
-def _first_setup(model: Architecture, config: FinetuneConfig, card: Card, element_bytes: int, longest: int) -> Setup:
+def _first_setup(
+    model: Architecture, config: FinetuneConfig, card: CardSpec, element_bytes: int, longest: int
+) -> MemoryConfig:
     """The setup with everything typed by hand in it and nothing given up yet."""
     memory, train = config.memory, config.train
     budget = train.micro_tokens or (train.micro_batch * longest if train.micro_batch else DEFAULT_MICRO_TOKENS)
     rows = max(1, budget // longest)
     if train.micro_batch:
         rows = min(rows, train.micro_batch)
-    return Setup(
+    return MemoryConfig(
         bits=model.stored_bits or config.model.bits,
         element_bytes=element_bytes,
         rows=min(rows, train.total_batch or LARGEST_TOTAL_BATCH),
@@ -213,10 +221,10 @@ def _first_setup(model: Architecture, config: FinetuneConfig, card: Card, elemen
     )
 
 
-Step = Callable[[Setup], Iterator[tuple[Setup, Choice]]]
+Step = Callable[[MemoryConfig], Iterator[tuple[MemoryConfig, PlannedSetting]]]
 
 
-def _steps(config: FinetuneConfig, card: Card, setup: Setup) -> list[Step]:
+def _steps(config: FinetuneConfig, card: CardSpec, setup: MemoryConfig) -> list[Step]:
     """What may be given up, in this order; what was typed by hand is not among it."""
     memory, train = config.memory, config.train
     frozen = not config.lora.trains_vocabulary
@@ -232,47 +240,53 @@ def _steps(config: FinetuneConfig, card: Card, setup: Setup) -> list[Step]:
     return [step for is_free, step in free if is_free]
 
 
-def _smaller_budget(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+def _smaller_budget(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
     rows = setup.rows
     while rows > 1:
         rows = -(-rows // 2)
         smaller = replace(setup, rows=rows)
-        yield smaller, Choice("--micro_tokens", f"{smaller.tokens:,}", "the step is cut into more pieces")
+        yield smaller, PlannedSetting("--micro_tokens", f"{smaller.tokens:,}", "the step is cut into more pieces")
 
 
-def _smaller_chunks(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+def _smaller_chunks(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
     for chunk in LOSS_CHUNKS[1:]:
-        yield replace(setup, loss_chunk=chunk), Choice("--loss_chunk", str(chunk), "fewer logits exist at once")
+        yield replace(setup, loss_chunk=chunk), PlannedSetting("--loss_chunk", str(chunk), "fewer logits exist at once")
 
 
-def _offload(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
-    yield replace(setup, offload_activations=True), Choice("--offload_activations", "on", "layer inputs wait in RAM")
+def _offload(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
+    yield (
+        replace(setup, offload_activations=True),
+        PlannedSetting("--offload_activations", "on", "layer inputs wait in RAM"),
+    )
 
 
-def _small_optimizer(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+def _small_optimizer(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
     small = "paged_adamw_8bit" if setup.on_gpu else "adamw_8bit"
-    yield replace(setup, optimizer=small), Choice("--optimizer", small, "its state takes a quarter")
+    yield replace(setup, optimizer=small), PlannedSetting("--optimizer", small, "its state takes a quarter")
 
 
-def _embeddings_in_ram(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
-    yield replace(setup, offload_embeddings=True), Choice(EMBEDDINGS, "on", "frozen rows come from RAM")
+def _embeddings_in_ram(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
+    yield replace(setup, offload_embeddings=True), PlannedSetting(EMBEDDINGS, "on", "frozen rows come from RAM")
 
 
-def _small_head(setup: Setup, *, may_move: bool) -> Iterator[tuple[Setup, Choice]]:
+def _small_head(setup: MemoryConfig, *, may_move: bool) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
     # With it the embeddings of a tied model are free to go; alone each of the two would save nothing.
     for bits in (8, 4):
         for in_ram in (False, True) if setup.on_gpu and may_move else (False,):
             changed = replace(setup, head_bits=bits, offload_embeddings=setup.offload_embeddings or in_ram)
-            yield changed, Choice("--head_bits", str(bits), "the head is quantised: the logits change a little")
+            yield changed, PlannedSetting("--head_bits", str(bits), "the head is quantised: the logits change a little")
 
 
-def _tiles(setup: Setup) -> Iterator[tuple[Setup, Choice]]:
+def _tiles(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
     for tile in MLP_TILES:
         if tile < setup.tokens:
-            yield replace(setup, mlp_tile=tile), Choice("--mlp_tile", str(tile), "MLPs take the tokens in turns")
+            yield (
+                replace(setup, mlp_tile=tile),
+                PlannedSetting("--mlp_tile", str(tile), "MLPs take the tokens in turns"),
+            )
 
 
-def _typed(config: FinetuneConfig) -> list[Choice]:
+def _typed(config: FinetuneConfig) -> list[PlannedSetting]:
     """The settings that were given by hand."""
     empty = MemoryOptions()
     found = [
@@ -283,24 +297,26 @@ def _typed(config: FinetuneConfig) -> list[Choice]:
     found += [("--optimizer", config.train.optimizer, "auto")]
     if config.model.gradient_checkpointing != "auto":
         found.append((RECOMPUTE, "on" if config.model.gradient_checkpointing else "off", "auto"))
-    return [Choice(flag, str(value), "given", by_hand=True) for flag, value, default in found if value != default]
+    return [
+        PlannedSetting(flag, str(value), "given", by_hand=True) for flag, value, default in found if value != default
+    ]
 
 
-def _defaults(config: FinetuneConfig, setup: Setup, choices: list[Choice]) -> list[Choice]:
+def _defaults(config: FinetuneConfig, setup: MemoryConfig, choices: list[PlannedSetting]) -> list[PlannedSetting]:
     """Say as well what did not have to be given up, so that every setting of the run is on the page."""
     named = {choice.flag for choice in choices}
     if "--micro_batch" in named:
         named.add("--micro_tokens")
     fits = "fits"
     plain = [
-        Choice(RECOMPUTE, "on" if setup.gradient_checkpointing else "off", fits),
-        Choice("--micro_tokens", f"{setup.tokens:,}", fits),
-        Choice("--loss_chunk", str(setup.loss_chunk), fits),
-        Choice("--offload_activations", "on" if setup.offload_activations else "off", fits),
-        Choice("--optimizer", setup.optimizer, fits),
-        Choice("--offload_embeddings", "on" if setup.offload_embeddings else "off", fits),
-        Choice("--head_bits", str(setup.head_bits), fits),
-        Choice("--mlp_tile", str(setup.mlp_tile or "off"), fits),
+        PlannedSetting(RECOMPUTE, "on" if setup.gradient_checkpointing else "off", fits),
+        PlannedSetting("--micro_tokens", f"{setup.tokens:,}", fits),
+        PlannedSetting("--loss_chunk", str(setup.loss_chunk), fits),
+        PlannedSetting("--offload_activations", "on" if setup.offload_activations else "off", fits),
+        PlannedSetting("--optimizer", setup.optimizer, fits),
+        PlannedSetting("--offload_embeddings", "on" if setup.offload_embeddings else "off", fits),
+        PlannedSetting("--head_bits", str(setup.head_bits), fits),
+        PlannedSetting("--mlp_tile", str(setup.mlp_tile or "off"), fits),
     ]
     order = [choice.flag for choice in plain]
     every = choices + [choice for choice in plain if choice.flag not in named]

@@ -15,8 +15,8 @@ from typing import Any
 
 from onecard.config.training import FinetuneConfig
 from onecard.model.memory.architecture import Architecture, KnownModel
-from onecard.model.memory.estimate import GIB, Setup, account, is_counted
-from onecard.model.memory.plan import LOSS_CHUNKS, MLP_TILES, Card, Plan, make_plan
+from onecard.model.memory.estimate import GIB, MemoryConfig, account, is_counted
+from onecard.model.memory.plan import LOSS_CHUNKS, MLP_TILES, CardSpec, Plan, make_plan
 from onecard.translation import language
 
 WIDTH = 80
@@ -252,9 +252,9 @@ def _advice(plan: Plan, longest: int | None) -> list[str]:
     return [*found, "a smaller model"]
 
 
-def _techniques(model: Architecture, config: FinetuneConfig, element_bytes: int) -> dict[str, Setup]:
+def _techniques(model: Architecture, config: FinetuneConfig, element_bytes: int) -> dict[str, MemoryConfig]:
     """What each technique adds, one after the other, beginning with none of them but recomputed layers."""
-    endless = Card("endless", 2**60, 2**60)
+    endless = CardSpec("endless", 2**60, 2**60)
     first = make_plan(model, config, endless, element_bytes=element_bytes).setup
     setup = replace(
         first, rows=1, gradient_checkpointing=True, loss_chunk=0, offload_activations=False, offload_embeddings=False,
@@ -276,14 +276,14 @@ def _techniques(model: Architecture, config: FinetuneConfig, element_bytes: int)
     return found
 
 
-def _frugal(model: Architecture, config: FinetuneConfig, element_bytes: int, length: int) -> Setup:
+def _frugal(model: Architecture, config: FinetuneConfig, element_bytes: int, length: int) -> MemoryConfig:
     """The setup with everything given up that helps: what the plan arrives at when no card is big enough."""
     data, train = replace(config.data, cutoff_len=length), replace(config.train, micro_batch=1, micro_tokens=0)
-    nothing = Card("none", 0, 2**60)
+    nothing = CardSpec("none", 0, 2**60)
     return make_plan(model, replace(config, data=data, train=train), nothing, element_bytes=element_bytes).setup
 
 
-def _gib_of(model: Architecture, setup: Setup, length: int) -> float:
+def _gib_of(model: Architecture, setup: MemoryConfig, length: int) -> float:
     return account(model, replace(setup, length=length)).card_bytes / GIB
 
 
@@ -318,7 +318,7 @@ def _cell(plan: Plan) -> str:
     return gib(plan.account.card_bytes) + ("" if plan.fits else MISFIT)
 
 
-def _card(card: Card) -> str:
+def _card(card: CardSpec) -> str:
     size = f"{card.total_bytes / GIB:.4g} GiB"
     return card.name if card.name.endswith(size) else f"{card.name} ({size})"
 

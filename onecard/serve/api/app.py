@@ -25,17 +25,17 @@ from onecard import __version__
 from onecard.config.inference import LimitOptions, SamplingOptions, ServeOptions
 from onecard.console import nearest
 from onecard.errors import OneCardError
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from onecard.serve.api import schema
 from onecard.serve.api.errors import as_api_error
-from onecard.serve.api.jobs import Job, Jobs, Work, stopping
+from onecard.serve.api.jobs import RequestThread, RequestThreads, Work, stopping
 from onecard.serve.api.log import RequestLog, note_of
 from onecard.serve.api.logprobs import TokenTexts
-from onecard.serve.api.requests import Defaults, JsonRoute, chat_ask, completion_ask, embedding_texts
+from onecard.serve.api.requests import JsonRoute, ServerDefaults, chat_ask, completion_ask, embedding_texts
 from onecard.serve.api.requests import validation_error as as_field_error
-from onecard.serve.api.responses import ChatForm, CompletionForm, Form, new_head
+from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form, new_head
 from onecard.serve.api.stream import EventStream, events
-from onecard.serve.api.work import Progress, Vectors, answer_chat, answer_prompts, embed_texts
+from onecard.serve.api.work import EmbeddingsResult, Progress, answer_chat, answer_prompts, embed_texts
 from onecard.serve.http_error import ApiError
 from onecard.serve.listen import run_server
 from onecard.serve.security import NetworkRules, Protection
@@ -63,11 +63,11 @@ SERVED = ("/chat/completions", "/completions", "/embeddings", "/models")  # behi
 class Api(FastAPI):
     """The application; `jobs` are the answers that are being written."""
 
-    def __init__(self, engine: Engine, defaults: Defaults, *, has_key: bool) -> None:
+    def __init__(self, engine: InferenceEngine, defaults: ServerDefaults, *, has_key: bool) -> None:
         # The pages of FastAPI's own documentation load scripts from other servers.
         super().__init__(title="OneCard", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
         self.engine, self.defaults, self._has_key = engine, defaults, has_key
-        self.jobs = Jobs(defaults.limits.max_queue)
+        self.jobs = RequestThreads(defaults.limits.max_queue)
         self.began = int(time.time())
         self.fingerprint = "fp_" + hashlib.sha256(repr((__version__, engine.names)).encode()).hexdigest()[:12]
         self._token_texts: dict[str, TokenTexts] = {}
@@ -101,7 +101,7 @@ class Api(FastAPI):
 
 
 def build_app(
-    engine: Engine,
+    engine: InferenceEngine,
     options: ServeOptions,
     limits: LimitOptions,
     sampling: SamplingOptions | None = None,
@@ -111,7 +111,7 @@ def build_app(
 
     Pages may be mounted on it at / afterwards; they stand behind the same guards.
     """
-    defaults = Defaults(sampling or SamplingOptions(max_new_tokens=512, temperature=1.0), limits, system)
+    defaults = ServerDefaults(sampling or SamplingOptions(max_new_tokens=512, temperature=1.0), limits, system)
     app = Api(engine, defaults, has_key=options.key is not None)
     app.include_router(paths())
     app.add_exception_handler(HTTPException, send_refusal)
@@ -179,7 +179,7 @@ async def chat_completions(request: Request, body: schema.ChatRequest) -> Respon
     check_model(app, body.model)
     ask = chat_ask(body, app.defaults)
     note_of(request.scope).add(ask.turns)
-    form = ChatForm(ask, new_head("chatcmpl", ask.model, app.fingerprint), app.token_texts(ask.model))
+    form = ChatResponseBuilder(ask, new_head("chatcmpl", ask.model, app.fingerprint), app.token_texts(ask.model))
     return await answer(request, form, lambda cancel: answer_chat(app.engine, ask, cancel))
 
 
@@ -189,7 +189,7 @@ async def completions(request: Request, body: schema.CompletionRequest) -> Respo
     check_model(app, body.model)
     ask = completion_ask(body, app.defaults)
     note_of(request.scope).add(ask.prompts)
-    form = CompletionForm(ask, new_head("cmpl", ask.model, app.fingerprint), app.token_texts(ask.model))
+    form = CompletionResponseBuilder(ask, new_head("cmpl", ask.model, app.fingerprint), app.token_texts(ask.model))
     return await answer(request, form, lambda cancel: answer_prompts(app.engine, ask, cancel))
 
 
@@ -206,7 +206,7 @@ async def embeddings(request: Request, body: schema.EmbeddingRequest) -> Respons
     return StreamingResponse(vectors_body(body, found), media_type="application/json")
 
 
-def vectors_body(body: schema.EmbeddingRequest, found: Vectors) -> Iterator[str]:
+def vectors_body(body: schema.EmbeddingRequest, found: EmbeddingsResult) -> Iterator[str]:
     """The JSON of an answer to `body`, piece by piece."""
     encode: Callable[[Sequence[float]], Any] = base64_of if body.encoding_format == "base64" else list
     usage = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
@@ -235,7 +235,7 @@ async def answer(request: Request, form: Form, work: Work[Progress]) -> Response
 
 
 @asynccontextmanager
-async def job_for(request: Request, work: Work[Result]) -> AsyncIterator[Job[Result]]:
+async def job_for(request: Request, work: Work[Result]) -> AsyncIterator[RequestThread[Result]]:
     """A job that ends when this request's client leaves; whatever fails after its cancellation is its end."""
     async with app_of(request).jobs.run(work, request.receive) as job:
         try:

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from onecard.console import warn
 from onecard.errors import ConfigError, DataError, OneCardError
 from onecard.inference.engine import ContextTooLong, OutOfMemory
-from onecard.inference.queue import Busy
+from onecard.inference.queue import QueueFull
 from onecard.serve.http_error import ApiError, bad_request
 
 # Options of ours -> what a request calls them.
@@ -25,7 +25,7 @@ def as_api_error(reason: BaseException, text_field: str = "messages", tokens_fie
     """
     if isinstance(reason, ApiError):
         return reason
-    if isinstance(reason, Busy):
+    if isinstance(reason, QueueFull):
         headers = {"retry-after": str(reason.retry_after_seconds)}
         return ApiError(429, str(reason), code="queue_full", headers=headers)
     if isinstance(reason, ContextTooLong):

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-from onecard.inference.queue import Busy
+from onecard.inference.queue import QueueFull
 from onecard.serve.http_error import ApiError
 
 SPARE_THREADS = 16  # beyond the queue: for those that are about to be refused, or to end
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 Work = Callable[[threading.Event], Iterable[Result]]
 
 
-class Job(Generic[Result]):
+class RequestThread(Generic[Result]):
     """Work in a thread of its own; `cancel` asks it to end."""
 
     def __init__(self, work: Work[Result], when_ended: Callable[[Any], None]) -> None:
@@ -90,19 +90,21 @@ class Job(Generic[Result]):
         self._when_ended(self)
 
 
-class Jobs:
+class RequestThreads:
     """All jobs of a server: how many there may be, and how they end with it."""
 
     def __init__(self, max_queue: int) -> None:
         self._most = max_queue + 1 + SPARE_THREADS
-        self._running: set[Job[Any]] = set()
+        self._running: set[RequestThread[Any]] = set()
         self.is_stopping = False
 
     def __len__(self) -> int:
         return len(self._running)
 
     @asynccontextmanager
-    async def run(self, work: Work[Result], receive: Callable[[], Awaitable[Any]]) -> AsyncIterator[Job[Result]]:
+    async def run(
+        self, work: Work[Result], receive: Callable[[], Awaitable[Any]]
+    ) -> AsyncIterator[RequestThread[Result]]:
         """A job that is cancelled when the client leaves, when this block ends, or with the server.
 
         Raises Busy, and ApiError while the server is stopping.
@@ -110,9 +112,9 @@ class Jobs:
         if self.is_stopping:
             raise stopping()
         if len(self._running) >= self._most:
-            raise Busy(len(self._running), RETRY_AFTER_SECONDS)
+            raise QueueFull(len(self._running), RETRY_AFTER_SECONDS)
         # It counts until its thread has ended, which may be a little after this block.
-        job = Job(work, self._running.discard)
+        job = RequestThread(work, self._running.discard)
         self._running.add(job)
         watch = asyncio.create_task(cancel_when_left(job, receive))
         try:
@@ -128,7 +130,7 @@ class Jobs:
             job.cancel.set()
 
 
-async def cancel_when_left(job: Job[Any], receive: Callable[[], Awaitable[Any]]) -> None:
+async def cancel_when_left(job: RequestThread[Any], receive: Callable[[], Awaitable[Any]]) -> None:
     """Wait until the client's connection is gone, then cancel its job."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -31,7 +31,7 @@ PARAM = re.compile(r"[a-z_]{1,30}(\[\d{1,6}\])?(\.[a-z_]{1,30}(\[\d{1,6}\])?)*")
 
 
 @dataclass
-class Note:
+class RequestRecord:
     """What the handler of a request tells the log. Texts stay out unless `with_texts`.
 
     outcome: how an answer ended, or why there is none.
@@ -79,7 +79,7 @@ class RequestLog:
     ) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        note, began, status = Note(self._with_texts), time.monotonic(), 0
+        note, began, status = RequestRecord(self._with_texts), time.monotonic(), 0
 
         async def send_and_see(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -98,7 +98,7 @@ class RequestLog:
             self._print(scope, status, time.monotonic() - began, note)
         return None
 
-    def _print(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: Note) -> None:
+    def _print(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: RequestRecord) -> None:
         # As it was sent, in plain ASCII: a decoded path could hold line breaks and write lines of its own.
         path = bytes(scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0][:LONGEST_PATH]
         if status < FIRST_REFUSAL and not path.decode("latin-1").startswith(LOGGED_PATHS):
@@ -115,7 +115,7 @@ class RequestLog:
             say(text)
 
 
-def note_of(scope: MutableMapping[str, Any]) -> Note:
+def note_of(scope: MutableMapping[str, Any]) -> RequestRecord:
     """The note of this request."""
     found = scope.get(NOTE_KEY)
-    return found if isinstance(found, Note) else Note()
+    return found if isinstance(found, RequestRecord) else RequestRecord()

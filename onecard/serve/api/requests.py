@@ -37,7 +37,7 @@ FRESH_SEED_BITS = 48
 
 
 @dataclass(frozen=True)
-class Defaults:
+class ServerDefaults:
     """What holds where a request is silent: the server's own options."""
 
     sampling: SamplingOptions
@@ -46,7 +46,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationParams:
     """A request in the engine's words: a conversation, or prompts to go on from, each answered `n` times.
 
     max_new_tokens 0 asks for no answer at all, only for an echo; the client calls it `tokens_field`. top_logprobs: None
@@ -103,7 +103,7 @@ def no_constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
 
 
-def chat_ask(body: ChatRequest, defaults: Defaults) -> Ask:
+def chat_ask(body: ChatRequest, defaults: ServerDefaults) -> GenerationParams:
     """What a chat request asks for. Raises ApiError naming the field that cannot be served."""
     check_names(body.model_extra or {}, ChatRequest.model_fields)
     turns = tuple(turn_of(message, f"messages[{k}]") for k, message in enumerate(body.messages))
@@ -119,7 +119,7 @@ def chat_ask(body: ChatRequest, defaults: Defaults) -> Ask:
     return replace(ask, turns=turns, tokens_field=tokens_field, top_logprobs=top_logprobs)
 
 
-def completion_ask(body: CompletionRequest, defaults: Defaults) -> Ask:
+def completion_ask(body: CompletionRequest, defaults: ServerDefaults) -> GenerationParams:
     """What a completion request asks for. Raises ApiError naming the field that cannot be served."""
     check_names(body.model_extra or {}, CompletionRequest.model_fields)
     prompts = prompts_of(body.prompt, "prompt")
@@ -140,7 +140,7 @@ def embedding_texts(body: EmbeddingRequest, limits: LimitOptions) -> tuple[Promp
     return texts
 
 
-def common_ask(body: SamplingParameters, defaults: Defaults, max_new_tokens: int | None) -> Ask:
+def common_ask(body: SamplingParameters, defaults: ServerDefaults, max_new_tokens: int | None) -> GenerationParams:
     """The part that chat and completions share."""
     if max_new_tokens is None:
         max_new_tokens = min(defaults.sampling.max_new_tokens, defaults.limits.max_answer_tokens)
@@ -158,7 +158,7 @@ def common_ask(body: SamplingParameters, defaults: Defaults, max_new_tokens: int
         **typed,
     )
     options = body.stream_options
-    return Ask(
+    return GenerationParams(
         model=body.model,
         sampling=sampling,
         n=body.n or 1,

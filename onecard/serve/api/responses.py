@@ -12,12 +12,12 @@ from typing import Any
 
 from onecard.inference.generate import Chunk
 from onecard.serve.api.logprobs import TokenTexts, chat_logprobs, completion_logprobs
-from onecard.serve.api.requests import Ask
+from onecard.serve.api.requests import GenerationParams
 from onecard.serve.api.work import Echo, Progress
 
 
 @dataclass
-class Sent:
+class SentSoFar:
     """What of one choice has been sent already."""
 
     text: str = ""
@@ -26,7 +26,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Head:
+class ResponseEnvelope:
     """What stands at the top of every body of one answer."""
 
     id: str
@@ -44,17 +44,17 @@ class Head:
         }
 
 
-def new_head(prefix: str, model: str, fingerprint: str) -> Head:
+def new_head(prefix: str, model: str, fingerprint: str) -> ResponseEnvelope:
     """A head with a fresh id: prefix-0123456789abcdef01234567."""
-    return Head(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model, fingerprint)
+    return ResponseEnvelope(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model, fingerprint)
 
 
-class ChatForm:
+class ChatResponseBuilder:
     """chat.completion and chat.completion.chunk."""
 
     kind, kind_of_pieces = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, ask: Ask, head: Head, texts: TokenTexts) -> None:
+    def __init__(self, ask: GenerationParams, head: ResponseEnvelope, texts: TokenTexts) -> None:
         self.ask, self.head, self._texts = ask, head, texts
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ class ChatForm:
         """All that is shown of a choice."""
         return progress.chunks[index].text
 
-    def piece(self, progress: Progress, index: int, sent: Sent, new_text: str) -> dict[str, Any] | None:
+    def piece(self, progress: Progress, index: int, sent: SentSoFar, new_text: str) -> dict[str, Any] | None:
         """What came after what was sent, or None; notes that it is sent."""
         tokens = progress.chunks[index].logprobs[sent.n_tokens :]
         sent.n_tokens += len(tokens)
@@ -100,12 +100,12 @@ class ChatForm:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
-class CompletionForm:
+class CompletionResponseBuilder:
     """text_completion, whole and in pieces alike."""
 
     kind = kind_of_pieces = "text_completion"
 
-    def __init__(self, ask: Ask, head: Head, texts: TokenTexts) -> None:
+    def __init__(self, ask: GenerationParams, head: ResponseEnvelope, texts: TokenTexts) -> None:
         self.ask, self.head, self._texts = ask, head, texts
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -117,7 +117,7 @@ class CompletionForm:
         echo = self._echo(progress, index)
         return (echo.text if echo else "") + progress.chunks[index].text
 
-    def piece(self, progress: Progress, index: int, sent: Sent, new_text: str) -> dict[str, Any] | None:
+    def piece(self, progress: Progress, index: int, sent: SentSoFar, new_text: str) -> dict[str, Any] | None:
         """What came after what was sent, or None; notes that it is sent."""
         logprobs = self._logprobs(progress, index, sent)
         if not new_text and not (logprobs and logprobs["tokens"]):
@@ -135,7 +135,7 @@ class CompletionForm:
     def whole(self, progress: Progress) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         choices = [
-            self._piece(index, self.text(progress, index), self._logprobs(progress, index, Sent()))
+            self._piece(index, self.text(progress, index), self._logprobs(progress, index, SentSoFar()))
             | {"finish_reason": chunk.finish_reason}
             for index, chunk in enumerate(progress.chunks)
         ]
@@ -145,7 +145,7 @@ class CompletionForm:
         k = index // self.ask.n
         return progress.echoes[k] if k < len(progress.echoes) else None
 
-    def _logprobs(self, progress: Progress, index: int, sent: Sent) -> dict[str, Any] | None:
+    def _logprobs(self, progress: Progress, index: int, sent: SentSoFar) -> dict[str, Any] | None:
         """Entries of the tokens that were not sent yet: the prompt's if it is echoed, then the answer's.
 
         With an echo there are as many as prompt and answer have tokens, the end that is not shown included: programs
@@ -166,4 +166,4 @@ class CompletionForm:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
 
-Form = ChatForm | CompletionForm
+Form = ChatResponseBuilder | CompletionResponseBuilder

@@ -19,9 +19,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from onecard.serve.api.errors import as_api_error
-from onecard.serve.api.jobs import Job, stopping
-from onecard.serve.api.log import Note
-from onecard.serve.api.responses import Form, Sent
+from onecard.serve.api.jobs import RequestThread, stopping
+from onecard.serve.api.log import RequestRecord
+from onecard.serve.api.responses import Form, SentSoFar
 from onecard.serve.api.work import Progress
 from onecard.serve.http_error import ApiError
 
@@ -49,9 +49,11 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
 
-async def events(job: Job[Progress], form: Form, begun: Progress, note: Note) -> AsyncIterator[bytes]:
+async def events(
+    job: RequestThread[Progress], form: Form, begun: Progress, note: RequestRecord
+) -> AsyncIterator[bytes]:
     """The events of one answer, from its first picture on. An error becomes an event, and nothing follows it."""
-    writer = Writer(form, len(begun.chunks))
+    writer = StreamEventBuilder(form, len(begun.chunks))
     latest = begun
     try:
         for piece in writer.opening():
@@ -76,7 +78,7 @@ async def events(job: Job[Progress], form: Form, begun: Progress, note: Note) ->
         note.of_answer(latest, form.ask.n)
 
 
-async def pictures(job: Job[Progress], begun: Progress) -> AsyncIterator[Progress | None]:
+async def pictures(job: RequestThread[Progress], begun: Progress) -> AsyncIterator[Progress | None]:
     """`begun` and what follows it; None where nothing came for a while."""
     yield begun
     while True:
@@ -91,12 +93,12 @@ def waiting_for(latest: Progress) -> str:
     return f"waiting, {latest.place} in front" if latest.place else "working"
 
 
-class Writer:
+class StreamEventBuilder:
     """Turns pictures of an answer into the pieces that have not been sent."""
 
     def __init__(self, form: Form, n_choices: int) -> None:
         self._form = form
-        self._sent = [Sent() for _ in range(n_choices)]
+        self._sent = [SentSoFar() for _ in range(n_choices)]
         self._rewrites = form.ask.sampling.num_beams > 1
         self._told_place, self._told_seconds = 0, 0.0
 
@@ -132,7 +134,7 @@ class Writer:
             found.append(event(self._form.head.body(self._form.kind_of_pieces) | {"choices": [], "usage": usage}))
         return found
 
-    def _new(self, progress: Progress, index: int, sent: Sent) -> list[bytes]:
+    def _new(self, progress: Progress, index: int, sent: SentSoFar) -> list[bytes]:
         text = self._form.text(progress, index)
         if not text.startswith(sent.text):
             raise ApiError(500, "the answer changed after it was sent", code="internal_error")

@@ -14,11 +14,11 @@ from typing import Any
 from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import ConfigError, DataError
 from onecard.inference.detokenize import decode
-from onecard.inference.engine import Engine, Request
+from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.inference.generate import Chunk, ContextTooLong, Usage
 from onecard.inference.streamer import TokenLogprob
 from onecard.serve.api.errors import as_api_error
-from onecard.serve.api.requests import Ask, Prompt
+from onecard.serve.api.requests import GenerationParams, Prompt
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Vectors:
+class EmbeddingsResult:
     """Embeddings in order, and the tokens that were read for them."""
 
     vectors: list[Sequence[float]]
     n_tokens: int
 
 
-def answer_chat(engine: Engine, ask: Ask, cancel: threading.Event) -> Iterator[Progress]:
+def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threading.Event) -> Iterator[Progress]:
     """Answer a conversation. Raises ApiError with the field that is to blame, and what the engine raises."""
-    request = Request(
+    request = GenerationRequest(
         turns=ask.turns,
         sampling=ask.sampling,
         adapter=ask.model,
@@ -81,7 +81,7 @@ def answer_chat(engine: Engine, ask: Ask, cancel: threading.Event) -> Iterator[P
             yield Progress(tuple(chunks))
 
 
-def answer_prompts(engine: Engine, ask: Ask, cancel: threading.Event) -> Iterator[Progress]:
+def answer_prompts(engine: InferenceEngine, ask: GenerationParams, cancel: threading.Event) -> Iterator[Progress]:
     """Go on from each prompt, one after another. Raises like `answer_chat`."""
     progress = Progress(tuple(Chunk() for _ in range(ask.n_choices)))
     with blaming("prompt"):
@@ -99,14 +99,14 @@ def answer_prompts(engine: Engine, ask: Ask, cancel: threading.Event) -> Iterato
 
 
 def answers_to(
-    engine: Engine, ask: Ask, ids: tuple[int, ...], number: int, cancel: threading.Event
+    engine: InferenceEngine, ask: GenerationParams, ids: tuple[int, ...], number: int, cancel: threading.Event
 ) -> Iterator[list[Chunk]]:
     """The engine's stream for one prompt; a single empty answer where none is wanted."""
     if ask.max_new_tokens == 0:
         check_length(engine, ids)
         yield [Chunk(finish_reason="length", usage=Usage(len(ids)))] * ask.n
         return
-    request = Request(
+    request = GenerationRequest(
         prompt_ids=ids,
         sampling=ask.sampling,
         adapter=ask.model,
@@ -117,21 +117,25 @@ def answers_to(
     yield from engine.stream(request, cancel)
 
 
-def embed_texts(engine: Engine, model: str, texts: tuple[Prompt, ...], cancel: threading.Event) -> Iterator[Vectors]:
+def embed_texts(
+    engine: InferenceEngine, model: str, texts: tuple[Prompt, ...], cancel: threading.Event
+) -> Iterator[EmbeddingsResult]:
     """One result: the vectors of all texts. Raises like `answer_chat`."""
     with blaming("input"):
         ids = [token_ids(engine, model, text) for text in texts]
-        yield Vectors(engine.embed(ids, model, cancel), sum(len(one) for one in ids))
+        yield EmbeddingsResult(engine.embed(ids, model, cancel), sum(len(one) for one in ids))
 
 
-def token_ids(engine: Engine, model: str, prompt: Prompt) -> tuple[int, ...]:
+def token_ids(engine: InferenceEngine, model: str, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a raw text, as training reads a document's beginning; ids stay as they are."""
     if not isinstance(prompt, str):
         return prompt
     return tuple(segment_tokenizer(engine.template(model), engine.tokenizer(model)).text_ids(prompt))
 
 
-def echo(engine: Engine, ask: Ask, prompt: Prompt, ids: tuple[int, ...], cancel: threading.Event) -> Echo:
+def echo(
+    engine: InferenceEngine, ask: GenerationParams, prompt: Prompt, ids: tuple[int, ...], cancel: threading.Event
+) -> Echo:
     """The prompt as text, scored where log-probabilities are wanted."""
     text = prompt if isinstance(prompt, str) else decode(ids, engine.tokenizer(ask.model))
     if ask.top_logprobs is None:
@@ -139,7 +143,7 @@ def echo(engine: Engine, ask: Ask, prompt: Prompt, ids: tuple[int, ...], cancel:
     return Echo(text, tuple(engine.score(ids, ask.model, ask.top_logprobs, cancel)), ids)
 
 
-def check_length(engine: Engine, ids: tuple[int, ...]) -> None:
+def check_length(engine: InferenceEngine, ids: tuple[int, ...]) -> None:
     """What the engine checks before it answers. Raises DataError."""
     if not ids:
         raise DataError("the prompt is empty")

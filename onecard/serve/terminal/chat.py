@@ -21,12 +21,12 @@ from onecard.console import nearest
 from onecard.data.chat_template import BUILT_IN
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError, OneCardError
-from onecard.inference.chat_file import Chat, load_chat, save_chat
-from onecard.inference.engine import Engine, Request
+from onecard.inference.chat_file import SavedChat, load_chat, save_chat
+from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.inference.generate import Chunk
-from onecard.inference.history import Session, fit_history, prompt_budget
+from onecard.inference.history import ChatHistory, fit_history, prompt_budget
 from onecard.serve.terminal.commands import NAMES, check_command, help_text, parameter_value, split_command
-from onecard.serve.terminal.input import Keyboard, Script, read_message, read_pipe, silent_keys
+from onecard.serve.terminal.input import Keyboard, PipedInput, read_message, read_pipe, silent_keys
 from onecard.serve.terminal.screen import Screen
 
 WELCOME = "Type a message. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."
@@ -34,15 +34,15 @@ TITLE_CHARS = 60
 
 
 def chat_in_terminal(
-    engine: Engine,
-    session: Session,
+    engine: InferenceEngine,
+    session: ChatHistory,
     sampling: SamplingOptions,
     *,
     show_beams: bool = False,
     adapter: str = "",
     prompt_type: str = "",
     load: str | None = None,
-) -> Session:
+) -> ChatHistory:
     """Chat until the person leaves; returns the conversation as it is then.
 
     `load` is a saved chat to go on with. Where standard input is no terminal, all of it is one message, and the answer
@@ -62,7 +62,7 @@ def chat_in_terminal(
     text = read_pipe()
     command = split_command(text.split("\n")[0])
     if command is not None and command[0] in NAMES:
-        chat.keyboard = Script(text)
+        chat.keyboard = PipedInput(text)
         return chat.run()
     chat.stops_on_ctrl_c = False
     chat.ask(text)
@@ -74,7 +74,7 @@ class SecondCtrlC(KeyboardInterrupt):
 
 
 @dataclass
-class Seen:
+class AnswerProgress:
     """What came of an answer so far: its last chunk, and when the waiting for its turn was over."""
 
     last: Chunk = field(default_factory=Chunk)
@@ -84,9 +84,11 @@ class Seen:
 class TerminalChat:
     """One chat: the session, the parameters, and the commands that change them."""
 
-    def __init__(self, engine: Engine, session: Session, sampling: SamplingOptions, screen: Screen) -> None:
+    def __init__(
+        self, engine: InferenceEngine, session: ChatHistory, sampling: SamplingOptions, screen: Screen
+    ) -> None:
         self.engine, self.session, self.sampling, self.screen = engine, session, sampling, screen
-        self.keyboard: Keyboard | Script = Script("")
+        self.keyboard: Keyboard | PipedInput = PipedInput("")
         self.adapter = self.prompt_type = ""
         self.show_beams = False
         self.stops_on_ctrl_c = True
@@ -94,9 +96,9 @@ class TerminalChat:
         self._interrupted = False  # by Ctrl-C at an empty line, which a second one makes the wish to leave
         self._attempt = 0  # of the last question: another one draws other random numbers
         self._file: Path | None = None
-        self._chat = Chat()  # title and time of the chat that was loaded
+        self._chat = SavedChat()  # title and time of the chat that was loaded
 
-    def run(self) -> Session:
+    def run(self) -> ChatHistory:
         """Read and answer until the person leaves."""
         goes_on = True
         while goes_on:
@@ -153,8 +155,8 @@ class TerminalChat:
 
     def _answer(self) -> None:
         """Answer the last question; what was typed before a stop or an error is kept."""
-        session, seen = self.session, Seen()
-        request = Request(
+        session, seen = self.session, AnswerProgress()
+        request = GenerationRequest(
             turns=self._fitting(session),
             sampling=self.sampling,
             adapter=self.adapter,
@@ -169,7 +171,7 @@ class TerminalChat:
                 self.session = session.answer(seen.last.text)
         self._tell(seen.last, time.monotonic() - seen.begun)
 
-    def _type(self, request: Request, seen: Seen) -> None:
+    def _type(self, request: GenerationRequest, seen: AnswerProgress) -> None:
         """Show an answer while it is written; `seen` tells how far it got, also when this is left by an error."""
         cancel = threading.Event()
         with (
@@ -186,7 +188,7 @@ class TerminalChat:
                     show(chunk)
                 seen.last = chunk
 
-    def _fitting(self, session: Session) -> tuple[Turn, ...]:
+    def _fitting(self, session: ChatHistory) -> tuple[Turn, ...]:
         """The turns that leave room for the answer, the newest ones."""
         limit = self.engine.context_limit
         budget = prompt_budget(limit, self.sampling.max_new_tokens, self.engine.limits.max_prompt_tokens)
@@ -248,7 +250,7 @@ class TerminalChat:
             self._answer()
 
     def do_clear(self, argument: str) -> None:
-        self.session, self._chat = self.session.clear(), Chat()
+        self.session, self._chat = self.session.clear(), SavedChat()
         self.screen.note("(a new conversation)")
 
     def do_system(self, argument: str) -> None:

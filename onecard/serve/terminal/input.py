@@ -100,7 +100,7 @@ class Keyboard:
         return line.removesuffix("\n")
 
 
-class Script:
+class PipedInput:
     """Lines that came through a pipe, read as if they were typed."""
 
     was_typing = False

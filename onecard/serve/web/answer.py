@@ -14,7 +14,7 @@ from html import escape
 
 from onecard.console import warn
 from onecard.errors import OneCardError
-from onecard.inference.engine import Busy, Engine, OutOfMemory, Request
+from onecard.inference.engine import GenerationRequest, InferenceEngine, OutOfMemory, QueueFull
 from onecard.inference.generate import Chunk
 from onecard.serve.web.i18n import word
 from onecard.translation import translated
@@ -24,7 +24,7 @@ STEP_SECONDS = 0.06
 
 
 @dataclass(frozen=True)
-class Step:
+class AnswerStep:
     """What is known of an answer at a moment. `failure` is why there will be no more of it."""
 
     chunk: Chunk = field(default_factory=Chunk)
@@ -36,7 +36,7 @@ class Step:
         return self.failure is not None or self.chunk.finish_reason is not None
 
 
-class Running:
+class RunningAnswers:
     """Which browser sessions are being answered, and how to end that: a page has at most one answer at a time."""
 
     def __init__(self) -> None:
@@ -69,7 +69,9 @@ class Running:
             return browser in self._cancels
 
 
-def answer_steps(engine: Engine, request: Request, cancel: threading.Event, language: str) -> Iterator[Step]:
+def answer_steps(
+    engine: InferenceEngine, request: GenerationRequest, cancel: threading.Event, language: str
+) -> Iterator[AnswerStep]:
     """The steps of an answer, at most one every STEP_SECONDS; the last one `is_last`. Raises nothing.
 
     The engine is drained by a thread of its own: a browser that no longer fetches its steps, or fetches them slowly,
@@ -85,7 +87,7 @@ def answer_steps(engine: Engine, request: Request, cancel: threading.Event, lang
         status = status_line(chunk, now - begun if begun else 0.0, engine.context_limit, language)
         if len(engine.names) > 1 and status:
             status = f"{request.adapter or engine.names[0]} · {status}"
-        step = Step(chunk, status, failure)
+        step = AnswerStep(chunk, status, failure)
         yield step
         if step.is_last:
             return
@@ -114,7 +116,7 @@ class _Newest:
             return self._chunk, self._failure
 
 
-def _drain(engine: Engine, request: Request, cancel: threading.Event, newest: _Newest) -> None:
+def _drain(engine: InferenceEngine, request: GenerationRequest, cancel: threading.Event, newest: _Newest) -> None:
     try:
         for (chunk,) in engine.stream(request, cancel):
             newest.put(chunk)
@@ -148,7 +150,7 @@ def status_line(chunk: Chunk, seconds: float, limit: int, language: str) -> str:
 
 def failure_words(reason: Exception, language: str) -> str:
     """What to tell a person about this error, and what to do next."""
-    if isinstance(reason, Busy):
+    if isinstance(reason, QueueFull):
         return word(language, "note.queue_full", seconds=reason.retry_after_seconds)
     if isinstance(reason, OutOfMemory):
         return word(language, "note.memory")

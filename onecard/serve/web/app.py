@@ -18,18 +18,18 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from onecard.config.inference import PageOptions, SamplingOptions
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.answer import as_html
 from onecard.serve.web.ask import FLAG_FILE, AskPage
-from onecard.serve.web.browsers import PageGuard, Presence
+from onecard.serve.web.browsers import SessionGuard, SessionRegistry
 from onecard.serve.web.chat import ChatPage
 from onecard.serve.web.events import (
     HIDDEN,
     AskWiring,
     Change,
     ChatWiring,
-    Gradio,
-    Labels,
+    GradioHooks,
+    TranslatedComponents,
     Words,
     prompt_choices,
     repeating,
@@ -38,7 +38,7 @@ from onecard.serve.web.examples import examples_in
 from onecard.serve.web.i18n import LANGUAGES, word
 from onecard.serve.web.sanitize import FORMULAS
 from onecard.serve.web.script import head, script_terms
-from onecard.serve.web.server import Doors, serve_page
+from onecard.serve.web.server import MountHooks, serve_page
 from onecard.serve.web.settings import NAMES, SettingsReader
 from onecard.serve.web.style import CODE_FONTS, FONTS
 
@@ -50,11 +50,11 @@ class WebPage:
     """A page, and who has it open."""
 
     blocks: gr.Blocks
-    presence: Presence
+    presence: SessionRegistry
 
 
 def chat_page(
-    engine: Engine,
+    engine: InferenceEngine,
     sampling: SamplingOptions,
     page: PageOptions,
     *,
@@ -64,7 +64,7 @@ def chat_page(
 ) -> WebPage:
     """The chat. `sampling`, `system`, `show_beams`: what each browser begins with; `examples`: first messages."""
     handlers = ChatPage(engine, system, sampling, show_beams=show_beams)
-    labels = Labels(_first_language(page))
+    labels = TranslatedComponents(_first_language(page))
     with gr.Blocks(title="OneCard", analytics_enabled=False) as blocks:
         names = ("chat", "partial", "earlier", "sent", "stored", "browser_language", "file")
         parts: dict[str, Any] = {name: _hidden(name) for name in names}
@@ -76,13 +76,13 @@ def chat_page(
                 parts |= _message_row(labels) | _chat_buttons(labels)
             with gr.Column(scale=1, min_width=300, elem_id="oc-side"):
                 parts |= _settings(labels, handlers.reader, engine)
-        wiring = ChatWiring(handlers, parts, labels, page.language, Gradio(_on, _tell))
+        wiring = ChatWiring(handlers, parts, labels, page.language, GradioHooks(_on, _tell))
         wiring.connect(blocks)
     return WebPage(_queued(blocks), wiring.presence)
 
 
 def ask_page(
-    engine: Engine,
+    engine: InferenceEngine,
     sampling: SamplingOptions,
     page: PageOptions,
     *,
@@ -93,7 +93,7 @@ def ask_page(
 ) -> WebPage:
     """Single questions. `examples` are [instruction, input]; flagged answers are appended to `flag_path`."""
     handlers = AskPage(engine, system, sampling, show_beams=show_beams, flag_path=flag_path)
-    labels = Labels(_first_language(page))
+    labels = TranslatedComponents(_first_language(page))
     with gr.Blocks(title="OneCard", analytics_enabled=False) as blocks:
         parts = {name: _hidden(name) for name in ("stored", "browser_language")} | _header(labels, engine, "ask.title")
         with gr.Row(equal_height=False):
@@ -102,7 +102,7 @@ def ask_page(
                 parts |= _examples(labels, parts, examples) if examples else {}
             with gr.Column(scale=1, min_width=300, elem_id="oc-side"):
                 parts |= _settings(labels, handlers.reader, engine)
-        wiring = AskWiring(handlers, parts, labels, page.language, Gradio(_on, _tell))
+        wiring = AskWiring(handlers, parts, labels, page.language, GradioHooks(_on, _tell))
         wiring.connect(blocks)
     return WebPage(_queued(blocks), wiring.presence)
 
@@ -112,7 +112,7 @@ def launch(web_page: WebPage, page: PageOptions, *, max_body_bytes: int = 2_000_
     # A step sends the chat and its newest answer, as JSON in JSON: what is loaded must leave room for that.
     chat_bytes = max_body_bytes // 3
     mounting = partial(mount, web_page=web_page, auth=page.auth, max_chat_bytes=chat_bytes)
-    serve_page(Doors(mounting, public_link), page, max_body_bytes=max_body_bytes)
+    serve_page(MountHooks(mounting, public_link), page, max_body_bytes=max_body_bytes)
 
 
 def mount(app: FastAPI, web_page: WebPage, *, auth: str | None = None, max_chat_bytes: int = 1_000_000) -> None:
@@ -133,7 +133,7 @@ def mount(app: FastAPI, web_page: WebPage, *, auth: str | None = None, max_chat_
     )  # fmt: skip
     gr.mount_gradio_app(
         app, web_page.blocks, path="/", auth=(user, password) if auth else None,
-        app_kwargs={"middleware": [Middleware(PageGuard, presence=web_page.presence)], **closed},
+        app_kwargs={"middleware": [Middleware(SessionGuard, presence=web_page.presence)], **closed},
         allowed_paths=[], blocked_paths=["/"], show_error=False, max_file_size=1, footer_links=[], run_history=False,
         enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
         theme=theme, head=head(max_chat_bytes),
@@ -145,7 +145,7 @@ def public_link(host: str, port: int, token: str) -> str:
     return gr.networking.setup_tunnel(host, port, token, None, None)
 
 
-def _header(labels: Labels, engine: Engine, title: str) -> dict[str, Any]:
+def _header(labels: TranslatedComponents, engine: InferenceEngine, title: str) -> dict[str, Any]:
     with gr.Row(elem_id="oc-head"):
         labels(gr.HTML, {"value": lambda language: f"<h1>{word(language, title)}</h1>"}, elem_id="oc-title")
         model = gr.HTML(as_html(engine.names[0], "oc-model"), elem_id="oc-model")
@@ -159,7 +159,7 @@ def _header(labels: Labels, engine: Engine, title: str) -> dict[str, Any]:
     return {"language": language, "theme": theme, "model": model}
 
 
-def _conversation(labels: Labels, examples: Sequence[str]) -> dict[str, Any]:
+def _conversation(labels: TranslatedComponents, examples: Sequence[str]) -> dict[str, Any]:
     def first_words(language: str) -> Any:
         return [{"text": text} for text in examples_in(examples, language)] or None
 
@@ -177,7 +177,7 @@ def _lines() -> dict[str, Any]:
     return {"status": status, "note": gr.HTML(visible=HIDDEN, elem_id="oc-note")}
 
 
-def _beam_boxes(labels: Labels, engine: Engine) -> dict[str, Any]:
+def _beam_boxes(labels: TranslatedComponents, engine: InferenceEngine) -> dict[str, Any]:
     with gr.Column(visible=False, elem_id="oc-beams") as column:
         boxes = [
             labels(gr.Textbox, {"label": _beam_words(k + 1)}, visible=False, interactive=False, lines=1, max_lines=6)
@@ -186,7 +186,7 @@ def _beam_boxes(labels: Labels, engine: Engine) -> dict[str, Any]:
     return {"beams": column, "beam_boxes": boxes}
 
 
-def _message_row(labels: Labels) -> dict[str, Any]:
+def _message_row(labels: TranslatedComponents) -> dict[str, Any]:
     with gr.Row(elem_id="oc-ask"):
         box = labels(
             gr.Textbox, {"placeholder": "box.hint", "label": "box"}, container=False, show_label=False, lines=1,
@@ -195,14 +195,14 @@ def _message_row(labels: Labels) -> dict[str, Any]:
         return {"box": box} | _submit_and_stop(labels, "submit")
 
 
-def _submit_and_stop(labels: Labels, submit: str) -> dict[str, Any]:
+def _submit_and_stop(labels: TranslatedComponents, submit: str) -> dict[str, Any]:
     return {
         "submit": labels(gr.Button, {"value": submit}, variant="primary", elem_id="oc-submit", scale=0),
         "stop": labels(gr.Button, {"value": "stop"}, variant="stop", visible=HIDDEN, elem_id="oc-stop", scale=0),
     }
 
 
-def _chat_buttons(labels: Labels) -> dict[str, Any]:
+def _chat_buttons(labels: TranslatedComponents) -> dict[str, Any]:
     with gr.Row(elem_id="oc-actions"):
         return {
             name: labels(gr.Button, {"value": name}, size="sm", elem_id=f"oc-{name}")
@@ -210,7 +210,7 @@ def _chat_buttons(labels: Labels) -> dict[str, Any]:
         }
 
 
-def _question(labels: Labels) -> dict[str, Any]:
+def _question(labels: TranslatedComponents) -> dict[str, Any]:
     fields = {
         name: labels(
             gr.Textbox, {"label": name, "placeholder": f"{name}.hint"}, lines=lines, max_lines=12, elem_id=f"oc-{name}"
@@ -221,7 +221,7 @@ def _question(labels: Labels) -> dict[str, Any]:
         return fields | _submit_and_stop(labels, "ask")
 
 
-def _answer(labels: Labels) -> dict[str, Any]:
+def _answer(labels: TranslatedComponents) -> dict[str, Any]:
     words = {"label": "answer"}
     return {
         "answer": labels(
@@ -230,7 +230,7 @@ def _answer(labels: Labels) -> dict[str, Any]:
     }
 
 
-def _examples(labels: Labels, parts: dict[str, Any], examples: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _examples(labels: TranslatedComponents, parts: dict[str, Any], examples: Sequence[Sequence[str]]) -> dict[str, Any]:
     # Not gr.Examples: it calls the server past the queue, where the page's guard has closed the door.
     fields = [parts["instruction"], parts["input"]]
     samples = {"samples": lambda language: [list(pair) for pair in examples_in(examples, language)]}
@@ -239,14 +239,14 @@ def _examples(labels: Labels, parts: dict[str, Any], examples: Sequence[Sequence
     return {"examples": labels(gr.Dataset, words, components=fields, elem_id="oc-examples")}
 
 
-def _flag(labels: Labels) -> dict[str, Any]:
+def _flag(labels: TranslatedComponents) -> dict[str, Any]:
     with gr.Row(elem_id="oc-flagging"):
         words = {"label": "comment", "placeholder": "comment.hint", "info": "flag.help"}
         comment = labels(gr.Textbox, words, lines=1, max_lines=4, elem_id="oc-comment")
         return {"comment": comment, "flag": labels(gr.Button, {"value": "flag"}, scale=0, elem_id="oc-flag")}
 
 
-def _settings(labels: Labels, reader: SettingsReader, engine: Engine) -> dict[str, Any]:
+def _settings(labels: TranslatedComponents, reader: SettingsReader, engine: InferenceEngine) -> dict[str, Any]:
     start = dict(zip(NAMES, reader.start.values(), strict=True))
 
     def setting(kind: Any, name: str, **arguments: Any) -> Any:

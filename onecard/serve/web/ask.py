@@ -16,10 +16,10 @@ from onecard.config.inference import SamplingOptions
 from onecard.data.messages import Turn
 from onecard.errors import OneCardError
 from onecard.inference.chat_file import now
-from onecard.inference.engine import Engine, Request
-from onecard.serve.web.answer import Running, answer_steps, failure_words
+from onecard.inference.engine import GenerationRequest, InferenceEngine
+from onecard.serve.web.answer import RunningAnswers, answer_steps, failure_words
 from onecard.serve.web.i18n import word
-from onecard.serve.web.settings import MAX_TEXT_CHARS, Settings, SettingsReader, moved_words
+from onecard.serve.web.settings import MAX_TEXT_CHARS, PageSettings, SettingsReader, moved_words
 from onecard.translation import translated
 
 FLAG_FILE = "flagged.jsonl"
@@ -38,7 +38,7 @@ class AnswerView:
 
 
 @dataclass(frozen=True)
-class Question:
+class AskInputs:
     """What the browser sends."""
 
     browser: str
@@ -52,22 +52,22 @@ class AskPage:
     """The handlers of the page, for all browsers at once. `flag_path` is the owner's; no request can name one."""
 
     def __init__(
-        self, engine: Engine, system: str, sampling: SamplingOptions, *, show_beams: bool = False,
+        self, engine: InferenceEngine, system: str, sampling: SamplingOptions, *, show_beams: bool = False,
         flag_path: Path = Path(FLAG_FILE),
     ) -> None:  # fmt: skip
         self.engine = engine
-        self.reader = SettingsReader(engine, Settings(engine.names[0], "", system, sampling, show_beams))
-        self.running = Running()
+        self.reader = SettingsReader(engine, PageSettings(engine.names[0], "", system, sampling, show_beams))
+        self.running = RunningAnswers()
         self.flag_path = flag_path
         self._writing = threading.Lock()
         self._finished: dict[str, dict[str, Any]] = {}  # browser -> its newest finished answer, which it may flag
 
     @property
-    def start(self) -> Settings:
+    def start(self) -> PageSettings:
         """What the page begins with, and goes back to."""
         return self.reader.start
 
-    def ask(self, question: Question) -> Iterator[AnswerView]:
+    def ask(self, question: AskInputs) -> Iterator[AnswerView]:
         """Answer the instruction."""
         language = question.language
         instruction, extra = question.instruction[:MAX_TEXT_CHARS], question.input[:MAX_TEXT_CHARS]
@@ -82,7 +82,7 @@ class AskPage:
             turns: tuple[Turn, ...] = (Turn("user", instruction, extra),)
             if settings.system.strip():
                 turns = (Turn("system", settings.system), *turns)
-            request = Request(
+            request = GenerationRequest(
                 turns, sampling=settings.sampling, adapter=settings.adapter, prompt_type=settings.prompt_type,
                 show_beams=settings.show_beams,
             )  # fmt: skip
@@ -137,7 +137,7 @@ class AskPage:
                 return sum(1 for _ in stream)
 
 
-def _entry(question: Question, settings: Settings, answer: str, finish_reason: str | None) -> dict[str, Any]:
+def _entry(question: AskInputs, settings: PageSettings, answer: str, finish_reason: str | None) -> dict[str, Any]:
     """A finished answer in the alpaca shape that training reads, with what it was made with."""
     return {
         "instruction": question.instruction,

@@ -42,7 +42,7 @@ POLICY = "; ".join(
 _HEADERS = ((b"content-security-policy", POLICY.encode("ascii")), (b"x-dns-prefetch-control", b"off"))
 
 
-class Presence:
+class SessionRegistry:
     """Which pages are open. `leave` is called with the session of each that was closed.
 
     Each page has one step that lasts as long as the page is open (`stay`). For gradio ends the connection over which a
@@ -66,10 +66,10 @@ class Presence:
         self._leave(browser)
 
 
-class PageGuard:
+class SessionGuard:
     """Lets only the paths of the pages through, gives every answer the policy, and notices when a page is closed."""
 
-    def __init__(self, app: App, presence: Presence) -> None:
+    def __init__(self, app: App, presence: SessionRegistry) -> None:
         self._app, self._presence = app, presence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

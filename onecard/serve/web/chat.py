@@ -15,14 +15,14 @@ from typing import Any
 
 from onecard.config.inference import SamplingOptions
 from onecard.errors import DataError, OneCardError
-from onecard.inference.chat_file import Chat, now, read_chat, to_json
-from onecard.inference.engine import Busy, Engine, Request
-from onecard.inference.history import Session, fit_history, prompt_budget
-from onecard.serve.web.answer import Running, Step, answer_steps, failure_words
+from onecard.inference.chat_file import SavedChat, now, read_chat, to_json
+from onecard.inference.engine import GenerationRequest, InferenceEngine, QueueFull
+from onecard.inference.history import ChatHistory, fit_history, prompt_budget
+from onecard.serve.web.answer import AnswerStep, RunningAnswers, answer_steps, failure_words
 from onecard.serve.web.i18n import WORDS, language_of, word
 from onecard.serve.web.sanitize import original, plain_markdown
 from onecard.serve.web.script import TOO_LARGE
-from onecard.serve.web.settings import NAMES, Settings, SettingsReader, moved_words
+from onecard.serve.web.settings import NAMES, PageSettings, SettingsReader, moved_words
 from onecard.serve.web.undo import kept, taken
 from onecard.translation import translated
 
@@ -30,7 +30,7 @@ MAX_REGENERATIONS = 1_000_000
 
 
 @dataclass(frozen=True)
-class View:
+class ChatView:
     """What the page shows next; None leaves a part as it is.
 
     chat: the conversation as JSON, without the answer that is being written; partial: that answer so far.
@@ -56,10 +56,10 @@ class View:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChatInputs:
     """What the browser sends with every step.
 
-    browser: its session's id. number: as in `View`; with another one, the same seed gives another answer.
+    browser: its session's id. number: as in `ChatView`; with another one, the same seed gives another answer.
     """
 
     browser: str
@@ -72,39 +72,41 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredPage:
     """The page after it was loaded anew."""
 
-    view: View
-    settings: Settings
+    view: ChatView
+    settings: PageSettings
     language: str
 
 
 class ChatPage:
     """The handlers of the chat page, for all browsers at once; nothing of a conversation is kept here."""
 
-    def __init__(self, engine: Engine, system: str, sampling: SamplingOptions, *, show_beams: bool = False) -> None:
+    def __init__(
+        self, engine: InferenceEngine, system: str, sampling: SamplingOptions, *, show_beams: bool = False
+    ) -> None:
         self.engine = engine
-        self.reader = SettingsReader(engine, Settings(engine.names[0], "", system, sampling, show_beams))
-        self.running = Running()
+        self.reader = SettingsReader(engine, PageSettings(engine.names[0], "", system, sampling, show_beams))
+        self.running = RunningAnswers()
 
     @property
-    def start(self) -> Settings:
+    def start(self) -> PageSettings:
         """What the page begins with, and goes back to."""
         return self.reader.start
 
-    def submit(self, asked: Asked, text: str) -> Iterator[View]:
+    def submit(self, asked: ChatInputs, text: str) -> Iterator[ChatView]:
         """Ask `text`."""
         if not text.strip():
             return
         yield from self._guarded(replace(asked, number=0), lambda before: before.ask(text), text)
 
-    def regenerate(self, asked: Asked) -> Iterator[View]:
+    def regenerate(self, asked: ChatInputs) -> Iterator[ChatView]:
         """Answer the last question once more."""
         asked = replace(asked, number=asked.number + 1)
         yield from self._guarded(asked, lambda before: before.regenerate(), None)
 
-    def edit(self, asked: Asked, index: int, text: str) -> Iterator[View]:
+    def edit(self, asked: ChatInputs, index: int, text: str) -> Iterator[ChatView]:
         """Put another question in the place of message `index` (as the view numbers them), and answer it."""
         asked = replace(asked, number=0)
         yield from self._guarded(asked, lambda before: before.edit(index, original(text)), None)
@@ -117,18 +119,18 @@ class ChatPage:
         """The page was closed: end its answer and forget the session."""
         self.running.end(browser)
 
-    def undo(self, asked: Asked) -> View:
+    def undo(self, asked: ChatInputs) -> ChatView:
         """Bring back what Clear, an edit, Regenerate or a loaded file replaced; else take the last exchange back.
 
         The question of an exchange that is taken back returns to the box.
         """
         return self._at_rest(asked, _undone)
 
-    def clear(self, asked: Asked) -> View:
+    def clear(self, asked: ChatInputs) -> ChatView:
         """Forget the conversation, until Undo brings it back; system prompt and settings stay."""
         return self._at_rest(asked, _cleared)
 
-    def save(self, asked: Asked) -> tuple[str, str]:
+    def save(self, asked: ChatInputs) -> tuple[str, str]:
         """Name and text of the file that the browser offers to the user. Raises DataError for a forged conversation."""
         chat = self._chat(asked)
         settings, _ = self.reader.read(asked.settings)
@@ -139,32 +141,32 @@ class ChatPage:
         stamp = "".join(sign for sign in chat.created[:19] if sign.isdigit())
         return f"onecard-chat-{stamp[:8]}-{stamp[8:]}.json", to_json(chat)
 
-    def load(self, asked: Asked, text: str) -> tuple[View, Settings]:
+    def load(self, asked: ChatInputs, text: str) -> tuple[ChatView, PageSettings]:
         """The chat in a file that the user gave, and the settings that it was held with."""
         settings, _ = self.reader.read(asked.settings)
         if not text:
-            return View(), settings
+            return ChatView(), settings
         if text == TOO_LARGE:
-            return View(note=word(asked.language, "note.too_large")), settings
+            return ChatView(note=word(asked.language, "note.too_large")), settings
         if asked.browser in self.running:
-            return View(toast=word(asked.language, "note.busy")), settings
+            return ChatView(toast=word(asked.language, "note.busy")), settings
         try:
             chat, remarks = read_chat(text)
         except DataError as reason:
-            return View(note=failure_words(reason, asked.language)), settings
+            return ChatView(note=failure_words(reason, asked.language)), settings
         notes = [word(asked.language, "note.loaded", n=len(chat.session.turns))]
         notes += [translated(remark, asked.language) for remark in remarks]
         settings, more = self._settings_of(chat, settings, asked.language)
         try:
             replaced = self._chat(asked)
         except DataError:
-            replaced = Chat()  # what cannot be read is no loss
+            replaced = SavedChat()  # what cannot be read is no loss
         earlier = kept(asked.earlier, replaced, chat)
         notes += [word(asked.language, "note.replaced")] if replaced.session.turns else []
-        view = View(**_shown(chat), note="\n".join([*notes, *more]), status="", beams=(), earlier=earlier)
+        view = ChatView(**_shown(chat), note="\n".join([*notes, *more]), status="", beams=(), earlier=earlier)
         return view, settings
 
-    def restore(self, stored: str, browser_language: str, wanted: str = "auto") -> Restored:
+    def restore(self, stored: str, browser_language: str, wanted: str = "auto") -> RestoredPage:
         """The page as this browser last saw it, out of its own storage; anything broken in there counts as absent."""
         memory = _object(stored)
         language = remembered_language(stored, browser_language, wanted)
@@ -177,15 +179,15 @@ class ChatPage:
         try:
             chat = _merged(texts["chat"], texts["partial"])
         except DataError:
-            chat = Chat()
-        return Restored(View(**_shown(chat), box=texts["box"], earlier=texts["earlier"]), settings, language)
+            chat = SavedChat()
+        return RestoredPage(ChatView(**_shown(chat), box=texts["box"], earlier=texts["earlier"]), settings, language)
 
-    def _guarded(self, asked: Asked, step: Any, text: str | None) -> Iterator[View]:
+    def _guarded(self, asked: ChatInputs, step: Any, text: str | None) -> Iterator[ChatView]:
         """Answer what `step` makes of the session, unless an answer is being written or the step cannot be made."""
         cancel = self.running.begin(asked.browser)
         if cancel is None:
             # Not as a note: the answer that is being written has the notes.
-            yield View(toast=word(asked.language, "note.busy"))
+            yield ChatView(toast=word(asked.language, "note.busy"))
             return
         try:
             chat = self._chat(asked)
@@ -199,22 +201,22 @@ class ChatPage:
                     self.running.end(asked.browser)
                 yield view
         except OneCardError as reason:
-            yield View(box=text, note=failure_words(reason, asked.language), running=False, messages=_seen(asked))
+            yield ChatView(box=text, note=failure_words(reason, asked.language), running=False, messages=_seen(asked))
         finally:
             self.running.end(asked.browser)
 
-    def _at_rest(self, asked: Asked, change: Callable[[Chat, Asked], View]) -> View:
+    def _at_rest(self, asked: ChatInputs, change: Callable[[SavedChat, ChatInputs], ChatView]) -> ChatView:
         if asked.browser in self.running:
-            return View(toast=word(asked.language, "note.busy"))
+            return ChatView(toast=word(asked.language, "note.busy"))
         try:
-            return replace(View(status="", note="", beams=()), **_said(change(self._chat(asked), asked)))
+            return replace(ChatView(status="", note="", beams=()), **_said(change(self._chat(asked), asked)))
         except DataError as reason:
-            return View(note=failure_words(reason, asked.language))
+            return ChatView(note=failure_words(reason, asked.language))
 
-    def _chat(self, asked: Asked) -> Chat:
+    def _chat(self, asked: ChatInputs) -> SavedChat:
         return _merged(asked.chat, asked.partial)
 
-    def _settings_of(self, chat: Chat, settings: Settings, language: str) -> tuple[Settings, list[str]]:
+    def _settings_of(self, chat: SavedChat, settings: PageSettings, language: str) -> tuple[PageSettings, list[str]]:
         notes = []
         if chat.adapter and not self.engine.has(chat.adapter):
             notes.append(word(language, "note.no_adapter", name=chat.adapter))
@@ -229,17 +231,17 @@ class ChatPage:
 class _Answering:
     """One answer on its way into a chat. `before`: the chat as it was; `text`: what came out of the box."""
 
-    engine: Engine
-    asked: Asked
-    settings: Settings
-    before: Chat
+    engine: InferenceEngine
+    asked: ChatInputs
+    settings: PageSettings
+    before: SavedChat
     text: str | None
 
-    def views(self, session: Session, cancel: Any, note: str) -> Iterator[View]:
+    def views(self, session: ChatHistory, cancel: Any, note: str) -> Iterator[ChatView]:
         fitted = fit_history(session.prompt, self._count, self._budget())
         if fitted.n_dropped:
             note = "\n".join([*note.splitlines(), word(self.asked.language, "note.dropped", n=fitted.n_dropped)])
-        request = Request(
+        request = GenerationRequest(
             fitted.turns, sampling=self.settings.sampling, adapter=self.settings.adapter,
             prompt_type=self.settings.prompt_type, number=self.asked.number,
             show_beams=self.settings.show_beams,
@@ -248,7 +250,7 @@ class _Answering:
         # Until the first words come, a regenerated or edited answer still stands in the browser's memory.
         is_new = self.text is not None
         sent = f"{time.monotonic_ns()} {self.text}" if is_new else None
-        yield View(
+        yield ChatView(
             chat=to_json(begun) if is_new else None, partial="", messages=messages_of(session, "…"), sent=sent,
             status="", note=note, beams=(), running=True, number=self.asked.number,
         )  # fmt: skip
@@ -258,14 +260,14 @@ class _Answering:
                 yield self._last(begun, step, note)
                 return
             chunk = step.chunk
-            yield View(
+            yield ChatView(
                 chat=None if is_kept or not chunk.text else to_json(begun), partial=chunk.text,
                 messages=messages_of(session, chunk.text or "…"), status=step.status, beams=chunk.beams,
                 earlier=None if is_kept or not chunk.text else self._earlier(answered),
             )  # fmt: skip
             is_kept = is_kept or bool(chunk.text)
 
-    def _last(self, begun: Chat, step: Step, note: str) -> View:
+    def _last(self, begun: SavedChat, step: AnswerStep, note: str) -> ChatView:
         language, text = self.asked.language, step.chunk.text
         notes = note.splitlines()
         chat, box = begun, None
@@ -276,7 +278,7 @@ class _Answering:
             notes += [word(language, "note.kept")] if step.failure is not None else []
         elif step.failure is not None:
             chat, box = self.before, self.text
-            if self.text is not None and not isinstance(step.failure, Busy):
+            if self.text is not None and not isinstance(step.failure, QueueFull):
                 notes.append(word(language, "note.returned"))
         else:
             chat = begun if self.text is not None else self.before
@@ -285,12 +287,12 @@ class _Answering:
         if n_lost > 0:
             notes.append(word(language, "note.edited", n=n_lost))
         status = step.status if step.chunk.usage.n_new_tokens else ""
-        return View(
+        return ChatView(
             **_shown(chat), box=box, status=status, note="\n".join(notes), beams=step.chunk.beams, running=False,
             earlier=self._earlier(chat),
         )  # fmt: skip
 
-    def _earlier(self, chat: Chat) -> str | None:
+    def _earlier(self, chat: SavedChat) -> str | None:
         """What Undo can bring back once `chat` stands there; a new question replaces nothing."""
         is_replaced = self.text is None and chat is not self.before
         return kept(self.asked.earlier, self.before, chat) if is_replaced else None
@@ -303,7 +305,7 @@ class _Answering:
         return prompt_budget(self.engine.context_limit, self.settings.sampling.max_new_tokens, limits.max_prompt_tokens)
 
 
-def messages_of(session: Session, partial: str | None = None) -> list[dict[str, Any]]:
+def messages_of(session: ChatHistory, partial: str | None = None) -> list[dict[str, Any]]:
     """The conversation for a chat view, made harmless; `partial` is the answer that is being written."""
     turns = [(turn.role, "\n\n".join(filter(None, (turn.content, turn.input)))) for turn in session.turns]
     if partial is not None:
@@ -317,23 +319,23 @@ def remembered_language(stored: str, browser_language: str, wanted: str = "auto"
     return language if isinstance(language, str) and language in WORDS else language_of(browser_language, wanted)
 
 
-def _cleared(chat: Chat, asked: Asked) -> View:
+def _cleared(chat: SavedChat, asked: ChatInputs) -> ChatView:
     cleared = replace(chat, session=chat.session.clear(), created="")
     if not chat.session.turns:
-        return View(**_shown(cleared))
+        return ChatView(**_shown(cleared))
     earlier = kept(asked.earlier, chat, cleared)
-    return View(**_shown(cleared), earlier=earlier, note=word(asked.language, "note.cleared"))
+    return ChatView(**_shown(cleared), earlier=earlier, note=word(asked.language, "note.cleared"))
 
 
-def _undone(chat: Chat, asked: Asked) -> View:
+def _undone(chat: SavedChat, asked: ChatInputs) -> ChatView:
     version, earlier = taken(asked.earlier, chat)
     if version is not None:
-        return View(**_shown(version), earlier=earlier, note=word(asked.language, "note.restored"))
+        return ChatView(**_shown(version), earlier=earlier, note=word(asked.language, "note.restored"))
     session, text = chat.session.undo()
-    return View(**_shown(replace(chat, session=session)), box=text)
+    return ChatView(**_shown(replace(chat, session=session)), box=text)
 
 
-def _seen(asked: Asked) -> list[dict[str, Any]] | None:
+def _seen(asked: ChatInputs) -> list[dict[str, Any]] | None:
     """What the view shows when a step could not be made: without the words that were typed into it."""
     try:
         return messages_of(_merged(asked.chat, asked.partial).session)
@@ -341,18 +343,18 @@ def _seen(asked: Asked) -> list[dict[str, Any]] | None:
         return None
 
 
-def _said(view: View) -> dict[str, Any]:
-    return {part.name: value for part in fields(View) if (value := getattr(view, part.name)) is not None}
+def _said(view: ChatView) -> dict[str, Any]:
+    return {part.name: value for part in fields(ChatView) if (value := getattr(view, part.name)) is not None}
 
 
-def _shown(chat: Chat) -> dict[str, Any]:
+def _shown(chat: SavedChat) -> dict[str, Any]:
     return {"chat": to_json(chat), "partial": "", "messages": messages_of(chat.session)}
 
 
-def _merged(chat: str, partial: str) -> Chat:
+def _merged(chat: str, partial: str) -> SavedChat:
     """The conversation with the piece of an answer that a reload or a dead server left."""
     if not chat.strip():
-        return Chat()
+        return SavedChat()
     merged = read_chat(chat).chat
     if partial and merged.session.awaits_answer:
         merged = replace(merged, session=merged.session.answer(partial))

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from onecard.data.chat_template import BUILT_IN
 from onecard.errors import OneCardError
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.answer import as_html
-from onecard.serve.web.ask import AnswerView, AskPage, Question
-from onecard.serve.web.browsers import Presence
-from onecard.serve.web.chat import MAX_REGENERATIONS, Asked, ChatPage, View, remembered_language
+from onecard.serve.web.ask import AnswerView, AskInputs, AskPage
+from onecard.serve.web.browsers import SessionRegistry
+from onecard.serve.web.chat import MAX_REGENERATIONS, ChatInputs, ChatPage, ChatView, remembered_language
 from onecard.serve.web.i18n import word
-from onecard.serve.web.settings import NAMES, OWN_PROMPT_TYPE, Settings, template_name
+from onecard.serve.web.settings import NAMES, OWN_PROMPT_TYPE, PageSettings, template_name
 
 Words = Callable[[str], Any]  # language -> what a component shows
 Change = dict[str, Any] | None  # the properties of a component that change; None leaves it as it is
@@ -31,7 +31,7 @@ HIDDEN: Literal["hidden"] = "hidden"  # drawn but not shown: nothing has to be d
 PICK = "async (file, ...rest) => [await onecard.pick(), ...rest]"
 
 
-class Labels:
+class TranslatedComponents:
     """The components that show words, so that all of them can change their language at once."""
 
     def __init__(self, language: str) -> None:
@@ -55,7 +55,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Gradio:
+class GradioHooks:
     """What app.py lends: `on` connects an event with a handler, `tell` shows a line for some seconds."""
 
     on: On
@@ -66,11 +66,16 @@ class Wiring:
     """What both pages have: settings, two languages, light and dark, and an end when the page is closed."""
 
     def __init__(
-        self, page: ChatPage | AskPage, parts: dict[str, Any], labels: Labels, language: str, gradio: Gradio
+        self,
+        page: ChatPage | AskPage,
+        parts: dict[str, Any],
+        labels: TranslatedComponents,
+        language: str,
+        gradio: GradioHooks,
     ) -> None:
         self.page, self.parts, self.labels, self.wanted_language = page, parts, labels, language
         self.on, self.tell = gradio.on, gradio.tell
-        self.presence = Presence(page.leave)
+        self.presence = SessionRegistry(page.leave)
         self.settings = [parts[name] for name in NAMES]
 
     def connect_settings(self, blocks: Any, outputs: list[Any], opening: str) -> None:
@@ -108,7 +113,7 @@ class Wiring:
         self.page.stop(browser)
         return []
 
-    def setting_updates(self, settings: Settings, language: str) -> Changes:
+    def setting_updates(self, settings: PageSettings, language: str) -> Changes:
         updates: Changes = [{"value": value} for value in settings.values()]
         choices = prompt_choices(self.page.engine, settings.adapter, language)
         updates[NAMES.index("prompt_type")] = {"choices": choices, "value": settings.prompt_type}
@@ -192,7 +197,7 @@ class ChatWiring(Wiring):
         settings = self.setting_updates(restored.settings, restored.language)
         return [*self.updates(restored.view), *settings, {"value": restored.language}]
 
-    def updates(self, view: View) -> Changes:
+    def updates(self, view: ChatView) -> Changes:
         """One update for each component of the view, in the order of `connect`."""
         values = [view.chat, view.partial, view.earlier, view.number, view.messages, view.box, view.sent]
         kept: Changes = [None if value is None else {"value": value} for value in values]
@@ -221,7 +226,7 @@ class AskWiring(Wiring):
         self.connect_settings(blocks, [], "() => onecard.look()")
 
     def ask(self, browser: str, instruction: str, extra: str, language: str, *settings: Any) -> Iterator[Changes]:
-        question = Question(browser, instruction or "", extra or "", settings, language)
+        question = AskInputs(browser, instruction or "", extra or "", settings, language)
         yield from map(self.updates, self.page.ask(question))
 
     def example(self, browser: str, chosen: Sequence[str]) -> Changes:
@@ -257,7 +262,7 @@ def repeating(stream: Iterable[Changes], n_outputs: int) -> Iterator[Changes]:
         yield [None] * n_outputs
 
 
-def prompt_choices(engine: Engine, adapter: str, language: str) -> list[tuple[str, str]]:
+def prompt_choices(engine: InferenceEngine, adapter: str, language: str) -> list[tuple[str, str]]:
     """(shown, value) of the prompt types: the adapter's own first."""
     try:
         name = template_name(engine.template(adapter))
@@ -275,10 +280,10 @@ def _switch_updates(running: bool | None, names: Sequence[str]) -> Changes:
     return [{"visible": visible[name]} if name in visible else {"interactive": not running} for name in names]
 
 
-def _asked(browser: str, state: Sequence[Any]) -> Asked:
+def _asked(browser: str, state: Sequence[Any]) -> ChatInputs:
     chat, partial, earlier, tries, language, *settings = state
     number = int(tries) if isinstance(tries, (int, float)) and 0 <= tries < MAX_REGENERATIONS else 0
-    return Asked(browser, chat or "", partial or "", settings, language or "en", number, earlier or "")
+    return ChatInputs(browser, chat or "", partial or "", settings, language or "en", number, earlier or "")
 
 
 def _word_of(key: str) -> Words:

@@ -1,6 +1,6 @@
 """A page that serves itself: its application, the layers that guard it, and the public link where one is wanted.
 
-Knows addresses and FastAPI. It does not know what the page shows; app.py brings that along as `Doors`.
+Knows addresses and FastAPI. It does not know what the page shows; app.py brings that along as `MountHooks`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from onecard.serve.security import NetworkRules, Protection
 
 
 @dataclass(frozen=True)
-class Doors:
+class MountHooks:
     """What app.py brings: `mount` puts the page into the application, `public_link` gives a tunnel's address."""
 
     mount: Callable[[FastAPI], None]
     public_link: Callable[[str, int, str], str]
 
 
-def serve_page(doors: Doors, page: PageOptions, *, max_body_bytes: int) -> None:
+def serve_page(doors: MountHooks, page: PageOptions, *, max_body_bytes: int) -> None:
     """Serve until Ctrl-C. Raises ConfigError when the address cannot be listened on."""
     port = page.port
     if page.share and port == 0:
@@ -36,7 +36,7 @@ def serve_page(doors: Doors, page: PageOptions, *, max_body_bytes: int) -> None:
     run_server(page_application(doors, page, max_body_bytes=max_body_bytes, also_called=shared), page.host, port)
 
 
-def page_application(doors: Doors, page: PageOptions, *, max_body_bytes: int, also_called: str = "") -> FastAPI:
+def page_application(doors: MountHooks, page: PageOptions, *, max_body_bytes: int, also_called: str = "") -> FastAPI:
     """The page behind its guards. `also_called` is a host name that counts as the server's own."""
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     doors.mount(application)
@@ -46,7 +46,7 @@ def page_application(doors: Doors, page: PageOptions, *, max_body_bytes: int, al
     return application
 
 
-def shared_host(doors: Doors, port: int) -> str:
+def shared_host(doors: MountHooks, port: int) -> str:
     """The host of the public link, which is told to the person; empty where there is none to be had."""
     try:
         link = doors.public_link("127.0.0.1", port, secrets.token_urlsafe(32))

@@ -12,7 +12,7 @@ from typing import Any
 
 from onecard.config.inference import SamplingOptions
 from onecard.data.chat_template import BUILT_IN, FOLDER, Template
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.i18n import word
 
 OWN_PROMPT_TYPE = ""  # the adapter's own template
@@ -30,7 +30,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Moved:
+class AdjustedValue:
     """A value that could not be used, and the one that was used instead. No name: the values did not fit the page."""
 
     name: str = ""
@@ -40,7 +40,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Settings:
+class PageSettings:
     """Everything beside the conversation that an answer depends on, in the order in which the page sends it."""
 
     adapter: str
@@ -72,7 +72,7 @@ NAMES = ("adapter", "prompt_type", "system", *NUMBERS, "stop_texts", "show_beams
 FRACTIONS = ("temperature", "top_p", "repetition_penalty")
 
 
-def bounds_of(engine: Engine, start: SamplingOptions) -> dict[str, Bounds]:
+def bounds_of(engine: InferenceEngine, start: SamplingOptions) -> dict[str, Bounds]:
     """The bounds of each number. They follow the engine's limits, and hold what the owner started with in any case."""
     longest = max(1, min(engine.limits.max_answer_tokens, engine.context_limit - 1))
     usual = {
@@ -102,26 +102,28 @@ def _holding(bounds: Bounds, value: float) -> Bounds:
 class SettingsReader:
     """Reads settings that come from a browser, where anybody may have written anything."""
 
-    def __init__(self, engine: Engine, start: Settings) -> None:
+    def __init__(self, engine: InferenceEngine, start: PageSettings) -> None:
         self.engine = engine
         self.bounds = bounds_of(engine, start.sampling)
         self.start = self._within(start)
 
-    def read(self, values: Sequence[Any]) -> tuple[Settings, tuple[Moved, ...]]:
+    def read(self, values: Sequence[Any]) -> tuple[PageSettings, tuple[AdjustedValue, ...]]:
         """The settings, and which values were missing or not allowed, so that others took their place."""
         if len(values) != len(NAMES):
-            return self.start, (Moved(),)
+            return self.start, (AdjustedValue(),)
         given = dict(zip(NAMES, values, strict=True))
         stop = _stop_texts(given["stop_texts"])
         sampling = SamplingOptions(**{name: self._number(name, given[name]) for name in NUMBERS}, stop=stop)
-        settings = Settings(
+        settings = PageSettings(
             _text(given["adapter"]), _text(given["prompt_type"]), _text(given["system"]), sampling,
             given["show_beams"] is True,
         )  # fmt: skip
         settings = self._within(settings)
         return settings, self._moves(given, settings)
 
-    def with_sampling(self, settings: Settings, sampling: SamplingOptions | None) -> tuple[Settings, tuple[Moved, ...]]:
+    def with_sampling(
+        self, settings: PageSettings, sampling: SamplingOptions | None
+    ) -> tuple[PageSettings, tuple[AdjustedValue, ...]]:
         """These settings with the sampling of a loaded chat, moved into bounds."""
         if sampling is None:
             return settings, ()
@@ -129,15 +131,15 @@ class SettingsReader:
         inside = self._within(given)
         return inside, self._moves(dict(zip(NAMES, given.values(), strict=True)), inside)
 
-    def _moves(self, given: Mapping[str, Any], settings: Settings) -> tuple[Moved, ...]:
+    def _moves(self, given: Mapping[str, Any], settings: PageSettings) -> tuple[AdjustedValue, ...]:
         used = dict(zip(NAMES, settings.values(), strict=True))
         choices = {"adapter": self.engine.names, "prompt_type": BUILT_IN}
         allowed: dict[str, Bounds | Sequence[str]] = {**self.bounds, **choices}
         allowed["min_new_tokens"] = replace(self.bounds["min_new_tokens"], most=settings.sampling.max_new_tokens)
         names = [name for name in allowed if given[name] != used[name]]
-        return tuple(Moved(name, given[name], used[name], allowed[name]) for name in names)
+        return tuple(AdjustedValue(name, given[name], used[name], allowed[name]) for name in names)
 
-    def _within(self, settings: Settings) -> Settings:
+    def _within(self, settings: PageSettings) -> PageSettings:
         sampling = settings.sampling
         values = {name: self._number(name, getattr(sampling, name)) for name in NUMBERS}
         values["min_new_tokens"] = min(values["min_new_tokens"], values["max_new_tokens"])
@@ -155,7 +157,7 @@ class SettingsReader:
         return float(number) if name in FRACTIONS else round(number)
 
 
-def moved_words(moves: Sequence[Moved], language: str) -> str:
+def moved_words(moves: Sequence[AdjustedValue], language: str) -> str:
     """What to tell a person about values that others took the place of: a line for each."""
     lines = []
     for move in moves:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 
 from onecard.errors import DataError
-from onecard.inference.chat_file import Chat, read_chat, to_json
+from onecard.inference.chat_file import SavedChat, read_chat, to_json
 
 MAX_CHARS = 200_000  # each step of the page sends the versions along; the newest stays whatever its size
 
 
-def kept(earlier: str, replaced: Chat, by: Chat) -> str:
+def kept(earlier: str, replaced: SavedChat, by: SavedChat) -> str:
     """`earlier` with one more version; the oldest go where there are too many."""
     if not replaced.session.turns:
         return earlier
@@ -25,7 +25,7 @@ def kept(earlier: str, replaced: Chat, by: Chat) -> str:
     return json.dumps(versions, ensure_ascii=False)
 
 
-def taken(earlier: str, chat: Chat) -> tuple[Chat | None, str]:
+def taken(earlier: str, chat: SavedChat) -> tuple[SavedChat | None, str]:
     """The version that `chat` took the place of, and `earlier` without it; None where an exchange came after that."""
     versions = _versions(earlier)
     if not versions or versions[-1][1] != len(chat.session.turns):

@@ -13,7 +13,7 @@ from onecard.errors import DataError
 from onecard.inference.batch import evaluate as scoring
 from onecard.inference.batch.evaluate import mean_loss, read_cases, score
 from onecard.inference.generate import Generation
-from onecard.inference.load import load_talker
+from onecard.inference.load import load_bundle
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +28,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_loss_is_the_mean_over_all_answer_tokens(talker, data, monkeypatch) -> None:
+def test_loss_is_the_mean_over_all_answer_tokens(bundle, data, monkeypatch) -> None:
     monkeypatch.setattr(scoring, "MICRO_TOKENS", 200)  # several micro-batches, of different weight
-    cases = read_cases(str(data), talker)
+    cases = read_cases(str(data), bundle)
     assert len(cases) == 8
     assert cases[-1].reference == "See you"
     total, n_tokens = 0.0, 0
     for case in cases:  # transformers' own loss, a sample at a time
         labels = torch.tensor([case.sample.labels])
         n = int((labels != -100).sum())
-        total += float(talker.model(torch.tensor([case.sample.input_ids]), labels=labels).loss.detach()) * n
+        total += float(bundle.model(torch.tensor([case.sample.input_ids]), labels=labels).loss.detach()) * n
         n_tokens += n
-    assert mean_loss(talker, [case.sample for case in cases]) == pytest.approx(total / n_tokens, rel=1e-5)
+    assert mean_loss(bundle, [case.sample for case in cases]) == pytest.approx(total / n_tokens, rel=1e-5)
 
 
-def test_the_question_is_asked_with_its_history_and_room_for_the_answer(talker, data) -> None:
-    cases = read_cases(str(data), talker)
+def test_the_question_is_asked_with_its_history_and_room_for_the_answer(bundle, data) -> None:
+    cases = read_cases(str(data), bundle)
     for case in cases:
         n_prompt = len(case.row.ids)
         assert case.sample.input_ids[:n_prompt] == case.row.ids
@@ -51,17 +51,17 @@ def test_the_question_is_asked_with_its_history_and_room_for_the_answer(talker, 
         assert case.row.room == 2 * n_answer + 16
 
 
-def test_exact_match_counts_answers_in_their_order(talker, data, monkeypatch) -> None:
-    cases = read_cases(str(data), talker)
+def test_exact_match_counts_answers_in_their_order(bundle, data, monkeypatch) -> None:
+    cases = read_cases(str(data), bundle)
     right = {case.row.number for case in cases[::2]}
 
-    def knowing(talker, rows, sampling):
+    def knowing(bundle, rows, sampling):
         assert sampling.temperature == 0
         texts = [f" {cases[row.number].reference}\n" if row.number in right else "wrong" for row in rows]
         return [Generation(text, "stop", 1, 1) for text in texts]
 
     monkeypatch.setattr(scoring, "answer_safely", knowing)
-    result = score(talker, cases, batch_size=3)
+    result = score(bundle, cases, batch_size=3)
     assert result.exact_match == 0.5
     assert [answer.strip() == case.reference for answer, case in zip(result.answers, cases, strict=True)] == [
         True, False,
@@ -69,8 +69,8 @@ def test_exact_match_counts_answers_in_their_order(talker, data, monkeypatch) ->
 
 
 def test_switched_off_the_adapter_scores_as_the_base(run_dir, lively_base, data) -> None:
-    with_adapter, _ = load_talker(ModelOptions(model_path="auto", bits=32, device="cpu"), str(run_dir), "alpaca")
-    base, _ = load_talker(ModelOptions(model_path=str(lively_base), bits=32, device="cpu"), None, "alpaca")
+    with_adapter, _ = load_bundle(ModelOptions(model_path="auto", bits=32, device="cpu"), str(run_dir), "alpaca")
+    base, _ = load_bundle(ModelOptions(model_path=str(lively_base), bits=32, device="cpu"), None, "alpaca")
     cases = read_cases(str(data), base)
     expected = score(base, cases, batch_size=8)
     with with_adapter.model.disable_adapter():
@@ -78,11 +78,11 @@ def test_switched_off_the_adapter_scores_as_the_base(run_dir, lively_base, data)
     assert score(with_adapter, cases, batch_size=8).loss != pytest.approx(expected.loss, rel=1e-3)
 
 
-def test_a_file_without_answers_is_an_error(talker, tmp_path: Path) -> None:
+def test_a_file_without_answers_is_an_error(bundle, tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("only text\n", encoding="utf-8")
     with pytest.raises(DataError, match="no question with an answer"):
-        read_cases(str(path), talker)
+        read_cases(str(path), bundle)
 
 
 def test_the_tool_scores_before_and_after(run_dir, data, monkeypatch, capsys) -> None:

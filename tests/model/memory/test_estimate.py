@@ -11,7 +11,15 @@ import torch
 from benchmarks.plan_accuracy import element_bytes, peaks, real_run, toy_config
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import FP32, Account, Setup, account, linear_bytes, n_trained, optimizer_bytes
+from onecard.model.memory.estimate import (
+    FP32,
+    MemoryConfig,
+    MemoryEstimate,
+    account,
+    linear_bytes,
+    n_trained,
+    optimizer_bytes,
+)
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import quiet_bitsandbytes, stored_bytes
 from tests.live_memory import held_bytes
@@ -20,7 +28,7 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 N_SETUPS = 40
 
 
-def setups() -> list[tuple[str, int, Setup]]:
+def setups() -> list[tuple[str, int, MemoryConfig]]:
     """A fixed spread: every value of every knob several times, bits and family in turn."""
     draw = random.Random(4)
     hardware, spread = detect("cpu"), []
@@ -28,7 +36,7 @@ def setups() -> list[tuple[str, int, Setup]]:
         bits = (4, 8, 16, 32)[number % 4]
         rows, length = draw.choice([(1, 64), (1, 320), (2, 128), (2, 512), (4, 64), (3, 96)])
         checkpointed = number % 6 != 4
-        setup = Setup(
+        setup = MemoryConfig(
             bits=bits, element_bytes=element_bytes(bits, hardware), rows=rows, length=length, on_gpu=False,
             rank=draw.choice([4, 8, 16, 64]), loss_chunk=draw.choice([0, 32, 128, 1024]),
             offload_activations=checkpointed and number % 3 == 0, gradient_checkpointing=checkpointed,
@@ -40,7 +48,7 @@ def setups() -> list[tuple[str, int, Setup]]:
     return spread
 
 
-def planned_and_measured(config: dict[str, Any], setup: Setup) -> tuple[Account, dict[str, int]]:
+def planned_and_measured(config: dict[str, Any], setup: MemoryConfig) -> tuple[MemoryEstimate, dict[str, int]]:
     with quiet_bitsandbytes():
         return account(architecture_of(config), setup), peaks(config, setup, detect("cpu"))
 
@@ -70,21 +78,23 @@ def test_planned_bytes_are_those_of_a_real_step(number: int) -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "granite", "cohere", "phi3", "glm4", "olmo2"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_other_families_are_planned_as_well(family: str, bits: int) -> None:
-    setup = Setup(bits, element_bytes(bits, detect("cpu")), 2, 192, rank=12, loss_chunk=100, on_gpu=False)
+    setup = MemoryConfig(bits, element_bytes(bits, detect("cpu")), 2, 192, rank=12, loss_chunk=100, on_gpu=False)
     plan, measured = planned_and_measured(toy_config(family, num_hidden_layers=2), setup)
     assert 0.99 <= plan.tensor_bytes / measured["training_bytes"] <= 1.03, plan.parts
 
 
 @pytest.mark.parametrize("family", ["phi", "gpt_neox"])
 def test_families_without_a_gate_are_estimated(family: str) -> None:
-    setup = Setup(16, 2, 2, 192, rank=12, loss_chunk=100, on_gpu=False)
+    setup = MemoryConfig(16, 2, 2, 192, rank=12, loss_chunk=100, on_gpu=False)
     plan, measured = planned_and_measured(toy_config(family, num_hidden_layers=2), setup)
     assert 0.97 <= plan.tensor_bytes / measured["training_bytes"] <= 1.10, plan.parts
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 def test_the_masks_of_dropout_are_planned(bits: int) -> None:
-    setup = Setup(bits, element_bytes(bits, detect("cpu")), 2, 192, lora_dropout=0.1, loss_chunk=64, on_gpu=False)
+    setup = MemoryConfig(
+        bits, element_bytes(bits, detect("cpu")), 2, 192, lora_dropout=0.1, loss_chunk=64, on_gpu=False
+    )
     plan, measured = planned_and_measured(toy_config("llama", num_hidden_layers=2), setup)
     assert 0.99 <= plan.tensor_bytes / measured["training_bytes"] <= 1.03, plan.parts
 
@@ -97,7 +107,7 @@ def test_what_lies_still_is_right_to_the_byte(bits: int, optimizer: str, use_dor
     dtype_bytes = element_bytes(bits, detect("cpu"))
     if use_dora and bits == 8:
         pytest.skip("peft cannot, on a CPU: model/lora/adapter.py refuses it")
-    setup = Setup(bits, dtype_bytes, 1, 8, rank=48, optimizer=optimizer, use_dora=use_dora, on_gpu=False)
+    setup = MemoryConfig(bits, dtype_bytes, 1, 8, rank=48, optimizer=optimizer, use_dora=use_dora, on_gpu=False)
     model = architecture_of(config)
     with quiet_bitsandbytes():
         run = real_run(config, setup, detect("cpu"))
@@ -120,7 +130,7 @@ def test_what_lies_still_is_right_to_the_byte(bits: int, optimizer: str, use_dor
 @pytest.mark.parametrize("head_bits", [4, 8])
 def test_a_quantised_head_is_right_to_the_byte(head_bits: int) -> None:
     config = toy_config("llama")
-    setup = Setup(32, 4, 1, 8, head_bits=head_bits, on_gpu=False)
+    setup = MemoryConfig(32, 4, 1, 8, head_bits=head_bits, on_gpu=False)
     with quiet_bitsandbytes():
         run = real_run(config, setup, detect("cpu"))
     part = next(part for part in account(architecture_of(config), setup).parts if part.name.startswith("output head"))

@@ -12,7 +12,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import GIB, account
-from onecard.model.memory.plan import Card, Plan, longest_context, make_plan
+from onecard.model.memory.plan import CardSpec, Plan, longest_context, make_plan
 from tests.tiny import with_options
 
 NAMES = ("Llama-3.1-8B", "Qwen2.5-0.5B", "Llama-3.2-1B")  # the two small ones have tied embeddings
@@ -20,8 +20,8 @@ ORDER = ["--gradient_checkpointing", "--micro_tokens", "--loss_chunk", "--offloa
          "--offload_embeddings", "--head_bits", "--mlp_tile"]  # fmt: skip
 
 
-def card(gib: float, ram_gib: float = 256.0, *, is_gpu: bool = True) -> Card:
-    return Card("a card", int(gib * GIB), int(ram_gib * GIB), is_gpu=is_gpu)
+def card(gib: float, ram_gib: float = 256.0, *, is_gpu: bool = True) -> CardSpec:
+    return CardSpec("a card", int(gib * GIB), int(ram_gib * GIB), is_gpu=is_gpu)
 
 
 def plan(name: str, gib: float, ram_gib: float = 256.0, *, is_gpu: bool = True, **options: object) -> Plan:

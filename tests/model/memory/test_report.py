@@ -13,8 +13,8 @@ import pytest
 from onecard.config.training import FinetuneConfig
 from onecard.model.memory import report as plan_text
 from onecard.model.memory.architecture import Architecture, architecture_of, known_models
-from onecard.model.memory.estimate import GIB, Account, Part, Setup
-from onecard.model.memory.plan import Card, Choice, Plan, longest_context, make_plan
+from onecard.model.memory.estimate import GIB, MemoryComponent, MemoryConfig, MemoryEstimate
+from onecard.model.memory.plan import CardSpec, Plan, PlannedSetting, longest_context, make_plan
 
 LLAMA = "Llama-3.1-8B"
 
@@ -27,18 +27,18 @@ def config_of(**changes: object) -> FinetuneConfig:
     return config
 
 
-def card_of(gib: float, ram_gib: float = 64) -> Card:
-    return Card(f"a card of {gib:g} GiB", int(gib * GIB), int(ram_gib * GIB))
+def card_of(gib: float, ram_gib: float = 64) -> CardSpec:
+    return CardSpec(f"a card of {gib:g} GiB", int(gib * GIB), int(ram_gib * GIB))
 
 
 def plan_of(gib: float = 11, model: str = LLAMA, ram_gib: float = 64, **changes: object) -> Plan:
     return make_plan(architecture_of(model), config_of(**changes), card_of(gib, ram_gib))
 
 
-def made_plan(parts: list[Part], gib: float, ram_gib: float = 64, **changes: object) -> Plan:
+def made_plan(parts: list[MemoryComponent], gib: float, ram_gib: float = 64, **changes: object) -> Plan:
     """A plan with these parts, whatever the arithmetic would say."""
-    setup = Setup(bits=4, element_bytes=2, rows=1, length=512)
-    plan = Plan(architecture_of(LLAMA), card_of(gib, ram_gib), setup, Account(tuple(parts)), (), 512)
+    setup = MemoryConfig(bits=4, element_bytes=2, rows=1, length=512)
+    plan = Plan(architecture_of(LLAMA), card_of(gib, ram_gib), setup, MemoryEstimate(tuple(parts)), (), 512)
     return replace(plan, **changes)  # type: ignore[arg-type]
 
 
@@ -79,7 +79,11 @@ def test_numbers_stand_below_one_another() -> None:
 
 
 def test_what_lies_in_ram_is_apart_and_not_in_the_peak() -> None:
-    parts = [Part("weights", 3 * GIB), Part("inputs", 5 * GIB, "RAM"), Part("layer", GIB, transient=True)]
+    parts = [
+        MemoryComponent("weights", 3 * GIB),
+        MemoryComponent("inputs", 5 * GIB, "RAM"),
+        MemoryComponent("layer", GIB, transient=True),
+    ]
     lines = plan_text.table_lines(made_plan(parts, 8))
     ram = lines.index("  in RAM, pinned")
     assert "inputs" in lines[ram + 1] and "5.00" in lines[ram + 1] and "64.00" in lines[ram + 2]
@@ -100,13 +104,13 @@ def test_a_little_is_not_nothing() -> None:
 
 
 def test_it_fits() -> None:
-    text = joined(plan_text.verdict_lines(made_plan([Part("weights", 3 * GIB)], 8)))
+    text = joined(plan_text.verdict_lines(made_plan([MemoryComponent("weights", 3 * GIB)], 8)))
     assert text == "It fits: 3.00 of 8.00 GiB at the worst moment; 5.00 GiB stay free."
 
 
 def test_exactly_full_fits_and_a_byte_more_does_not() -> None:
-    assert plan_text.verdict_lines(made_plan([Part("weights", 8 * GIB)], 8))[0].startswith("It fits")
-    text = joined(plan_text.verdict_lines(made_plan([Part("weights", 8 * GIB + 1)], 8)))
+    assert plan_text.verdict_lines(made_plan([MemoryComponent("weights", 8 * GIB)], 8))[0].startswith("It fits")
+    text = joined(plan_text.verdict_lines(made_plan([MemoryComponent("weights", 8 * GIB + 1)], 8)))
     assert text.startswith("It does not fit: the card's 8.00 GiB are 1 MiB too few.")
 
 
@@ -114,14 +118,14 @@ def test_a_machine_without_a_card_is_not_called_one() -> None:
     config = config_of()
     for gib, verdict in ((1, "the machine's 1.00 GiB are"), (64, "It fits")):
         plan = make_plan(
-            architecture_of("Qwen3-1.7B"), config, Card("CPU", gib * GIB, 0, is_gpu=False), element_bytes=4
+            architecture_of("Qwen3-1.7B"), config, CardSpec("CPU", gib * GIB, 0, is_gpu=False), element_bytes=4
         )
         text = joined(plan_text.plan_lines(plan, 5))
         assert verdict in text and "card" not in text.replace("allocator", "") and "the machine has" in text
 
 
 def test_too_little_ram_is_said_as_such() -> None:
-    parts = [Part("weights", 3 * GIB), Part("inputs", 20 * GIB, "RAM")]
+    parts = [MemoryComponent("weights", 3 * GIB), MemoryComponent("inputs", 20 * GIB, "RAM")]
     text = joined(plan_text.verdict_lines(made_plan(parts, 8, ram_gib=16)))
     assert text.startswith("It does not fit: the RAM's 16.00 GiB are 4.00 GiB too few.")
 
@@ -160,7 +164,7 @@ def test_nothing_fits_in_a_plan_that_does_not() -> None:
 
 def test_long_reasons_hang_below_themselves() -> None:
     reason = "words " * 40
-    lines = plan_text.setting_lines(made_plan([], 8, choices=(Choice("--offload_activations", "on", reason),)))
+    lines = plan_text.setting_lines(made_plan([], 8, choices=(PlannedSetting("--offload_activations", "on", reason),)))
     assert len(lines) > 4 and all(len(line) <= 80 for line in lines)
     assert {len(line) - len(line.lstrip()) for line in lines[2:]} == {lines[1].index("words")}
 

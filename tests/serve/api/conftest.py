@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onecard.config.inference import LimitOptions
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from tests.serve.api.serving import Running, long_context_base, open_tiny, serving
 
 LIMITS = LimitOptions(max_queue=64, max_choices=8)
@@ -20,11 +20,11 @@ def api_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(api_base: Path) -> Engine:
+def engine(api_base: Path) -> InferenceEngine:
     return open_tiny(api_base, LIMITS)
 
 
 @pytest.fixture(scope="session")
-def server(engine: Engine) -> Iterator[Running]:
+def server(engine: InferenceEngine) -> Iterator[Running]:
     with serving(engine, LIMITS) as running:
         yield running

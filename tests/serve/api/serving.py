@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 
-from onecard.config.inference import LimitOptions, SamplingOptions, ServeOptions, TalkerOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions, ServeOptions
 from onecard.config.training import ModelOptions
-from onecard.inference.engine import Engine, open_engine
+from onecard.inference.engine import InferenceEngine, open_engine
 from onecard.serve.api.app import Api, build_app
 from onecard.serve.listen import Server, open_socket
 from tests import tiny
@@ -80,14 +80,14 @@ def long_context_base(directory: Path) -> Path:
     return directory
 
 
-def open_tiny(base: Path, limits: LimitOptions) -> Engine:
+def open_tiny(base: Path, limits: LimitOptions) -> InferenceEngine:
     model = ModelOptions(model_path=str(base), bits=32, device="cpu", gradient_checkpointing=False)
-    return open_engine(model, TalkerOptions(prompt_type="alpaca"), limits, model_name="tiny")
+    return open_engine(model, InferenceOptions(prompt_type="alpaca"), limits, model_name="tiny")
 
 
 @contextmanager
 def serving(
-    engine: Engine, limits: LimitOptions, options: ServeOptions | None = None, **defaults: Any
+    engine: InferenceEngine, limits: LimitOptions, options: ServeOptions | None = None, **defaults: Any
 ) -> Iterator[Running]:
     sampling = SamplingOptions(max_new_tokens=16, temperature=1.0)
     running = Running(build_app(engine, options or ServeOptions(), limits, sampling, **defaults))
@@ -130,7 +130,7 @@ def lines_of(connection: socket.socket) -> Iterator[str]:
 class Breaking:
     """The real engine, until a stream's third picture: then `reason` is raised."""
 
-    def __init__(self, engine: Engine, reason: Exception, after: int) -> None:
+    def __init__(self, engine: InferenceEngine, reason: Exception, after: int) -> None:
         self._engine, self._reason, self._after = engine, reason, after
 
     def __getattr__(self, name: str) -> Any:

@@ -9,18 +9,18 @@ import pytest
 
 from onecard.config.inference import LimitOptions, SamplingOptions
 from onecard.data.messages import Turn
-from onecard.inference.engine import Engine, Request
+from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.inference.generate import Chunk
 from tests.serve.api.serving import Running, chat_body, serving
 
 QUESTION = "What is the capital of France?"
 
 
-def last_chunks(engine: Engine, **request: Any) -> list[Chunk]:
+def last_chunks(engine: InferenceEngine, **request: Any) -> list[Chunk]:
     """What the engine says without any server."""
     request.setdefault("turns", (Turn("user", QUESTION),))
     chunks: list[Chunk] = []
-    for chunks in engine.stream(Request(**request)):  # noqa: B007
+    for chunks in engine.stream(GenerationRequest(**request)):  # noqa: B007
         pass
     return chunks
 
@@ -31,7 +31,7 @@ def content(server: Running, **changes: Any) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
-def test_the_body_is_openais(server: Running, engine: Engine) -> None:
+def test_the_body_is_openais(server: Running, engine: InferenceEngine) -> None:
     body = server.chat(QUESTION).json()
     (chunk,) = last_chunks(engine, sampling=SamplingOptions(max_new_tokens=8))
     assert body["object"] == "chat.completion"
@@ -70,7 +70,7 @@ def test_the_body_is_openais(server: Running, engine: Engine) -> None:
     ],
 )  # fmt: skip
 def test_parameters_reach_the_engine(
-    server: Running, engine: Engine, changes: dict[str, Any], sampling: dict[str, Any]
+    server: Running, engine: InferenceEngine, changes: dict[str, Any], sampling: dict[str, Any]
 ) -> None:
     (chunk,) = last_chunks(engine, sampling=SamplingOptions(**{"max_new_tokens": 8} | sampling))
     assert content(server, **changes) == chunk.text
@@ -93,7 +93,7 @@ def test_without_a_seed_each_request_draws_anew(server: Running) -> None:
     assert len({content(server, temperature=1.5, max_tokens=12, seed=3) for _ in range(3)}) == 1
 
 
-def test_n_answers_and_their_usage(server: Running, engine: Engine) -> None:
+def test_n_answers_and_their_usage(server: Running, engine: InferenceEngine) -> None:
     body = server.chat(QUESTION, n=3, temperature=1, seed=5, max_tokens=6).json()
     chunks = last_chunks(engine, sampling=SamplingOptions(max_new_tokens=6, temperature=1.0, seed=5), n=3)
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
@@ -146,7 +146,7 @@ def test_conversations_in_any_order(server: Running, order: str, same: str | Non
         assert content(server, messages=[{"role": "user", "content": same}]) == answer
 
 
-def test_the_servers_own_system_prompt(server: Running, engine: Engine) -> None:
+def test_the_servers_own_system_prompt(server: Running, engine: InferenceEngine) -> None:
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}
     with serving(engine, LimitOptions(), system="Be brief.") as other:
         assert content(other) == content(server, messages=[system, user])
@@ -154,7 +154,7 @@ def test_the_servers_own_system_prompt(server: Running, engine: Engine) -> None:
         assert content(other, messages=own) == content(server, messages=own)
 
 
-def test_logprobs(server: Running, engine: Engine) -> None:
+def test_logprobs(server: Running, engine: InferenceEngine) -> None:
     (choice,) = server.chat(QUESTION, logprobs=True, top_logprobs=3).json()["choices"]
     (chunk,) = last_chunks(engine, sampling=SamplingOptions(max_new_tokens=8), top_logprobs=3)
     tokens = choice["logprobs"]["content"]
@@ -183,7 +183,7 @@ def test_models(server: Running) -> None:
         assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_a_slash_in_the_name(engine: Engine, server: Running) -> None:
+def test_a_slash_in_the_name(engine: InferenceEngine, server: Running) -> None:
     with server.client() as client:
         error = client.get("/v1/models/org/other").json()["error"]
     assert error["code"] == "model_not_found"

@@ -19,7 +19,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
 from onecard.config.inference import LimitOptions, ServeOptions
-from onecard.inference.engine import Engine, OutOfMemory
+from onecard.inference.engine import InferenceEngine, OutOfMemory
 from tests.serve.api.serving import (
     LONG,
     Breaking,
@@ -38,7 +38,7 @@ MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "c
 
 
 @pytest.fixture(scope="module")
-def locked(engine: Engine) -> Iterator[Running]:
+def locked(engine: InferenceEngine) -> Iterator[Running]:
     """A server that asks for a key."""
     with serving(engine, LimitOptions(), ServeOptions(api_key=KEY)) as running:
         yield running
@@ -163,7 +163,7 @@ def test_openais_rate_limit_error(api_base: Path) -> None:
         assert again.choices[0].finish_reason
 
 
-def test_openais_error_in_a_stream(engine: Engine) -> None:
+def test_openais_error_in_a_stream(engine: InferenceEngine) -> None:
     broken: Any = Breaking(engine, OutOfMemory("lower --max_new_tokens"), 2)
     with serving(broken, LimitOptions()) as server, keyless(server) as client:
         call: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": LONG, "extra_body": {"min_tokens": LONG}}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from tests.serve.api.serving import Running
 
 PROMPTS = ["The quick brown", "中国的首都是", "1 + 2 =", "emoji 😀 "]
@@ -25,7 +25,7 @@ def complete(server: Running, prompt: Any, **changes: Any) -> dict[str, Any]:
     return found
 
 
-def ids_of(engine: Engine, text: str) -> list[int]:
+def ids_of(engine: InferenceEngine, text: str) -> list[int]:
     return list(engine.tokenizer()(text)["input_ids"])
 
 
@@ -37,7 +37,7 @@ def reference_scores(base: Path, ids: list[int]) -> torch.Tensor:
     return scores
 
 
-def test_the_four_forms_of_a_prompt(server: Running, engine: Engine) -> None:
+def test_the_four_forms_of_a_prompt(server: Running, engine: InferenceEngine) -> None:
     alone = [complete(server, text) for text in PROMPTS]
     texts = [body["choices"][0]["text"] for body in alone]
     assert len(set(texts)) == len(PROMPTS)
@@ -63,7 +63,7 @@ def test_prompts_times_n(server: Running) -> None:
     assert [choice["text"] for choice in first["choices"]] == [choice["text"] for choice in body["choices"][:2]]
 
 
-def test_echo_puts_the_prompt_in_front(server: Running, engine: Engine) -> None:
+def test_echo_puts_the_prompt_in_front(server: Running, engine: InferenceEngine) -> None:
     plain = complete(server, PROMPTS)
     for form in (PROMPTS, [ids_of(engine, text) for text in PROMPTS]):
         echoed = complete(server, form, echo=True)
@@ -75,7 +75,7 @@ def test_echo_puts_the_prompt_in_front(server: Running, engine: Engine) -> None:
     assert [choice["text"] for choice in complete(server, PROMPTS, max_tokens=0)["choices"]] == [""] * 4
 
 
-def test_scores_of_the_prompt_are_the_models(server: Running, engine: Engine, api_base: Path) -> None:
+def test_scores_of_the_prompt_are_the_models(server: Running, engine: InferenceEngine, api_base: Path) -> None:
     ids = ids_of(engine, "The quick brown fox jumps over the lazy dog.")
     scores = reference_scores(api_base, ids)
     found = complete(server, ids, echo=True, max_tokens=0, logprobs=2)["choices"][0]["logprobs"]
@@ -89,7 +89,9 @@ def test_scores_of_the_prompt_are_the_models(server: Running, engine: Engine, ap
 
 
 @pytest.mark.parametrize("ends_at_once", [False, True])
-def test_as_lm_evaluation_harness_scores(server: Running, engine: Engine, api_base: Path, ends_at_once: bool) -> None:
+def test_as_lm_evaluation_harness_scores(
+    server: Running, engine: InferenceEngine, api_base: Path, ends_at_once: bool
+) -> None:
     """Its `local-completions` sends ids with one token to generate, and drops the last entry, whatever it is.
 
     https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/models/openai_completions.py: parse_logprobs
@@ -113,7 +115,7 @@ def test_as_lm_evaluation_harness_scores(server: Running, engine: Engine, api_ba
         assert is_greedy == all(int(scores[k - 1].argmax()) == whole[k] for k in range(len(context), len(whole)))
 
 
-def test_a_greedy_ending_is_seen_as_one(server: Running, engine: Engine, api_base: Path) -> None:
+def test_a_greedy_ending_is_seen_as_one(server: Running, engine: InferenceEngine, api_base: Path) -> None:
     context = ids_of(engine, "The quick")
     whole = list(context)
     for _ in range(4):
@@ -145,7 +147,7 @@ def vectors_of(server: Running, texts: Any, **changes: Any) -> list[list[float]]
     return [item["embedding"] for item in data]
 
 
-def test_embeddings(server: Running, engine: Engine) -> None:
+def test_embeddings(server: Running, engine: InferenceEngine) -> None:
     alone = [vectors_of(server, text)[0] for text in PROMPTS]
     assert len({tuple(vector) for vector in alone}) == len(PROMPTS)
     together = vectors_of(server, PROMPTS)

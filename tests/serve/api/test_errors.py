@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from onecard.config.inference import LimitOptions, ServeOptions
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from tests.serve.api.serving import Running, chat_body, serving
 
 USER = {"role": "user", "content": "Hi"}
@@ -188,7 +188,7 @@ def test_bodies_of_another_type(server: Running) -> None:
             assert shaped(client.post("/v1/chat/completions", content=raw, headers=kind), 400)["code"] == "invalid_json"
 
 
-def test_bodies_that_are_too_large(engine: Engine) -> None:
+def test_bodies_that_are_too_large(engine: InferenceEngine) -> None:
     limits = LimitOptions(max_body_bytes=5000)
     big = chat_body("x" * 5000)
 
@@ -203,7 +203,7 @@ def test_bodies_that_are_too_large(engine: Engine) -> None:
         assert server.chat("x" * 100).status_code == 200
 
 
-def test_the_key(engine: Engine) -> None:
+def test_the_key(engine: InferenceEngine) -> None:
     with serving(engine, LimitOptions(), ServeOptions(api_key="sesame")) as server, server.client() as client:
         paths = ["/", "/v1/models", "/v1/models/tiny", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
                  "/openapi.json", "/nothing", "/health/", "/docs"]  # fmt: skip
@@ -220,7 +220,7 @@ def test_the_key(engine: Engine) -> None:
         assert document["security"] == [{"key": []}]
 
 
-def test_pages_on_the_same_port_stand_behind_the_same_guards(engine: Engine) -> None:
+def test_pages_on_the_same_port_stand_behind_the_same_guards(engine: InferenceEngine) -> None:
     async def page(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/broken":
             raise ValueError("SECRET")
@@ -254,7 +254,7 @@ def test_foreign_hosts_and_origins(server: Running) -> None:
         assert b" 400 " in connection.recv(1000)
 
 
-def test_limits_of_this_server(engine: Engine, api_base: Any) -> None:
+def test_limits_of_this_server(engine: InferenceEngine, api_base: Any) -> None:
     """Those that the server itself keeps; the engine's own are its tests' matter."""
     with serving(engine, LimitOptions(max_choices=2, max_embedding_inputs=2)) as server:
         body = {"model": "tiny", "max_tokens": 1}

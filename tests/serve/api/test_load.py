@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from onecard.config.inference import LimitOptions
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from tests.serve.api.serving import (
     LONG,
     Running,
@@ -118,7 +118,9 @@ def test_a_client_that_leaves_frees_the_model(server: Running, path: str, mode: 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_the_queue_gives_up_its_place(server: Running, engine: Engine, stream: bool) -> None:
+def test_a_client_that_leaves_the_queue_gives_up_its_place(
+    server: Running, engine: InferenceEngine, stream: bool
+) -> None:
     with server.connect() as first, server.connect() as second:
         first.sendall(request_bytes(long_body(stream=True)))
         assert any(line.startswith("data: {") for line in lines_of(first))
@@ -130,7 +132,7 @@ def test_a_client_that_leaves_the_queue_gives_up_its_place(server: Running, engi
     wait_until(lambda: not server.app.jobs and not threads(), 1)
 
 
-def test_a_client_that_leaves_an_embedding_in_the_queue(server: Running, engine: Engine) -> None:
+def test_a_client_that_leaves_an_embedding_in_the_queue(server: Running, engine: InferenceEngine) -> None:
     with server.connect() as first, server.connect() as second:
         first.sendall(request_bytes(long_body(stream=True)))
         assert any(line.startswith("data: {") for line in lines_of(first))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from onecard.config.inference import LimitOptions, ServeOptions
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from tests.serve.api.serving import chat_body, events_of, serving
 
 CHAT = "/v1/chat/completions"
@@ -20,7 +20,7 @@ LINE = re.compile(
 
 
 def test_refusals_of_every_layer_are_printed_with_their_reason(
-    engine: Engine, capfd: pytest.CaptureFixture[str]
+    engine: InferenceEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     key = {"authorization": "Bearer sesame"}
     secret = "a-secret\x1b[31m"
@@ -51,12 +51,12 @@ def test_refusals_of_every_layer_are_printed_with_their_reason(
     assert "\x1b" not in printed.out + printed.err
 
 
-def open_limited(engine: Engine, limits: LimitOptions) -> Engine:
+def open_limited(engine: InferenceEngine, limits: LimitOptions) -> InferenceEngine:
     """The same model behind other limits."""
-    return Engine(engine._voices, limits)
+    return InferenceEngine(engine._voices, limits)
 
 
-def test_what_is_printed(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed(engine: InferenceEngine, capfd: pytest.CaptureFixture[str]) -> None:
     secret = "my secret question"
     with serving(engine, LimitOptions()) as server:
         answers = [server.chat(secret), server.chat(secret, stream=True), server.chat(secret, tools=[secret])]

@@ -22,7 +22,7 @@ from onecard.config.inference import LimitOptions
 from onecard.data.chat_template import Template
 from onecard.data.messages import Turn
 from onecard.inference import embeddings as reading
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from onecard.serve.api.parameters import CACHE_MARKS, NEUTRAL, NEUTRAL_IN_MESSAGE, WITHOUT_EFFECT
 from onecard.serve.api.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Message, ServiceParameters
 from tests.serve.api.serving import Running
@@ -214,7 +214,9 @@ def test_as_many_long_texts_as_clients_send_go_into_one_request() -> None:
     assert len(json.dumps(texts, ensure_ascii=False).encode()) < LimitOptions().max_body_bytes
 
 
-def test_embeddings_in_batches_are_those_of_each_text_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_in_batches_are_those_of_each_text_alone(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [[1, *range(5, 5 + n)] for n in (3, 40, 1, 300, 3, 7, 120, 255, 2)]
     sizes: list[tuple[int, int]] = []
     model = engine._voices.model

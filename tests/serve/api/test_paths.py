@@ -8,7 +8,7 @@ import json
 import pytest
 
 from onecard.config.inference import LimitOptions, ServeOptions
-from onecard.inference.engine import Engine
+from onecard.inference.engine import InferenceEngine
 from tests.serve.api.serving import Running, chat_body, serving
 from tests.serve.api.test_errors import CHAT, shaped
 
@@ -84,7 +84,7 @@ def test_gzipped_requests_are_answered(server: Running) -> None:
             assert refused.headers["accept-encoding"] == "gzip"
 
 
-def test_a_page_of_another_origin_is_told_what_to_do(engine: Engine) -> None:
+def test_a_page_of_another_origin_is_told_what_to_do(engine: InferenceEngine) -> None:
     asks = {"origin": "https://page.example", "access-control-request-method": "POST"}
     with serving(engine, LimitOptions()) as server, server.client() as client:
         error = shaped(client.options(CHAT, headers=asks), 403)

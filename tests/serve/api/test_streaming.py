@@ -9,7 +9,7 @@ import pytest
 
 from onecard.config.inference import LimitOptions
 from onecard.errors import ModelError
-from onecard.inference.engine import Engine, OutOfMemory
+from onecard.inference.engine import InferenceEngine, OutOfMemory
 from tests.serve.api.serving import (
     LONG,
     Breaking,
@@ -166,7 +166,7 @@ def test_who_waits_hears_so_and_is_then_answered(server: Running) -> None:
     ],
 )
 def test_errors_before_and_after_the_first_piece(
-    engine: Engine, reason: Exception, status: int, code: str, capfd: pytest.CaptureFixture[str]
+    engine: InferenceEngine, reason: Exception, status: int, code: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     body = chat_body(max_tokens=300, min_tokens=300, stream=True)
     with serving(Breaking(engine, reason, 0), LimitOptions()) as server:  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def test_errors_before_and_after_the_first_piece(
     assert "Traceback" not in printed.err
 
 
-def test_the_server_stops_while_it_answers(engine: Engine) -> None:
+def test_the_server_stops_while_it_answers(engine: InferenceEngine) -> None:
     with serving(engine, LimitOptions()) as server, server.connect() as streaming, server.connect() as waiting:
         streaming.sendall(request_bytes(long_body(stream=True)))
         lines = lines_of(streaming)

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from rich.cells import cell_len
 
 from onecard.config.inference import LimitOptions
-from onecard.inference.engine import Request
+from onecard.inference.engine import GenerationRequest
 from onecard.inference.generate import Chunk, Usage
 
 PATIENCE_SECONDS = 20
@@ -38,9 +38,9 @@ class FakeEngine:
     context_limit = 200
     limits = LimitOptions()
 
-    def __init__(self, reply: Callable[[Request], Iterator[str | Chunk | Exception]] | None = None) -> None:
+    def __init__(self, reply: Callable[[GenerationRequest], Iterator[str | Chunk | Exception]] | None = None) -> None:
         self.reply = reply or (lambda request: iter([f"{request.turns[-1].content}!"]))
-        self.requests: list[Request] = []
+        self.requests: list[GenerationRequest] = []
         self.n_closed = 0
 
     def has(self, adapter: str) -> bool:
@@ -52,7 +52,7 @@ class FakeEngine:
     def count_tokens(self, turns, adapter: str = "", prompt_type: str = "") -> int:
         return sum(len(turn.content) for turn in turns)
 
-    def stream(self, request: Request, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
+    def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
         self.requests.append(request)
         n_prompt, text = self.count_tokens(request.turns), ""
         try:

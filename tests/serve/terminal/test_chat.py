@@ -16,12 +16,12 @@ import pytest
 from onecard.config.inference import SamplingOptions
 from onecard.data.messages import Turn
 from onecard.errors import DataError, ModelError, OneCardError
-from onecard.inference.engine import Busy, ContextTooLong, LimitExceeded, OutOfMemory
+from onecard.inference.engine import ContextTooLong, LimitExceeded, OutOfMemory, QueueFull
 from onecard.inference.generate import Chunk, Usage
-from onecard.inference.history import Session
+from onecard.inference.history import ChatHistory
 from onecard.serve.terminal.chat import TerminalChat, chat_in_terminal
 from onecard.serve.terminal.commands import COMMANDS, help_text
-from onecard.serve.terminal.input import Script
+from onecard.serve.terminal.input import PipedInput
 from onecard.serve.terminal.screen import Screen
 from tests.serve.terminal.fake_terminal import FakeEngine, Paper, Terminal, growing, terminal
 
@@ -30,10 +30,10 @@ READY = "\x1b[?2004h> "  # readline has the keys and shows its prompt
 NASTY = "a\x1b[2J\x1b]0;title\x07\x9b31m [red]b[/red] \x1b[31m:smile:\rc\x7f\x00"
 
 
-def play(engine: FakeEngine, *lines: str, session: Session | None = None) -> TerminalChat:
+def play(engine: FakeEngine, *lines: str, session: ChatHistory | None = None) -> TerminalChat:
     """A chat in which these lines were typed."""
-    chat = TerminalChat(engine, session or Session(), SAMPLING, Screen())  # type: ignore[arg-type]
-    chat.keyboard = Script("\n".join(lines))
+    chat = TerminalChat(engine, session or ChatHistory(), SAMPLING, Screen())  # type: ignore[arg-type]
+    chat.keyboard = PipedInput("\n".join(lines))
     chat.run()
     return chat
 
@@ -140,7 +140,7 @@ class TestCommands:
         said = capsys.readouterr().err
         assert words in said
         assert said.count("\n") == 1
-        assert (chat.session, chat.sampling, chat.adapter, engine.requests) == (Session(), SAMPLING, "", [])
+        assert (chat.session, chat.sampling, chat.adapter, engine.requests) == (ChatHistory(), SAMPLING, "", [])
 
     def test_edit_without_a_text_does_not_empty_the_message(self, capsys) -> None:
         chat = play(FakeEngine(), "first", "/edit 2")
@@ -177,12 +177,12 @@ class TestCommands:
         assert len(methods) == len(COMMANDS) - 1
 
     def test_bytes_of_another_encoding_do_not_end_the_chat(self, capsys) -> None:
-        class Latin(Script):
+        class Latin(PipedInput):
             def __call__(self, prompt: str) -> str:
                 line = super().__call__(prompt)
                 return line.encode("latin-1").decode("utf-8")
 
-        chat = TerminalChat(FakeEngine(), Session(), SAMPLING, Screen())  # type: ignore[arg-type]
+        chat = TerminalChat(FakeEngine(), ChatHistory(), SAMPLING, Screen())  # type: ignore[arg-type]
         chat.keyboard = Latin("café\ntea")
         chat.run()
         assert contents(chat) == ["tea", "tea!"]
@@ -198,8 +198,8 @@ class TestCommands:
                     raise KeyboardInterrupt
 
         screen = Interrupted()
-        chat = TerminalChat(FakeEngine(), Session(), SAMPLING, screen)  # type: ignore[arg-type]
-        chat.keyboard = Script("first\nsecond\n/clear\nthird")
+        chat = TerminalChat(FakeEngine(), ChatHistory(), SAMPLING, screen)  # type: ignore[arg-type]
+        chat.keyboard = PipedInput("first\nsecond\n/clear\nthird")
         chat.run()
         assert contents(chat) == ["third", "third!"]
         assert screen.n_notes > 6
@@ -254,7 +254,7 @@ class TestAnswers:
     @pytest.mark.parametrize(
         "reason",
         [
-            Busy(3, 7), ContextTooLong(300, 200), OutOfMemory("lower --num_beams\n  or others"),
+            QueueFull(3, 7), ContextTooLong(300, 200), OutOfMemory("lower --num_beams\n  or others"),
             LimitExceeded("--num_beams", "9 is too many"), ModelError("broken"), DataError("refused"),
         ],
     )  # fmt: skip
@@ -268,7 +268,7 @@ class TestAnswers:
         assert engine.n_closed == 3
 
     def test_a_question_that_failed_is_asked_again_by_regenerate(self) -> None:
-        replies = iter([Busy(3, 7), "fine"])
+        replies = iter([QueueFull(3, 7), "fine"])
         chat = play(FakeEngine(lambda request: iter([next(replies)])), "first", "/r")
         assert contents(chat) == ["first", "fine"]
 
@@ -296,9 +296,9 @@ class TestAnswers:
         assert len(engine.requests) == 1
 
 
-def piped(monkeypatch: pytest.MonkeyPatch, data: bytes, engine: FakeEngine, **options) -> Session:
+def piped(monkeypatch: pytest.MonkeyPatch, data: bytes, engine: FakeEngine, **options) -> ChatHistory:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-    return chat_in_terminal(engine, Session(), SAMPLING, **options)  # type: ignore[arg-type]
+    return chat_in_terminal(engine, ChatHistory(), SAMPLING, **options)  # type: ignore[arg-type]
 
 
 class TestPipes:
@@ -324,8 +324,8 @@ class TestPipes:
     def test_errors_of_a_pipe_reach_the_caller(self, monkeypatch) -> None:
         with pytest.raises(DataError, match="empty"):
             piped(monkeypatch, b"\n", FakeEngine())
-        with pytest.raises(Busy):
-            piped(monkeypatch, b"Hi", FakeEngine(lambda request: iter([Busy(3, 7)])))
+        with pytest.raises(QueueFull):
+            piped(monkeypatch, b"Hi", FakeEngine(lambda request: iter([QueueFull(3, 7)])))
 
     def test_a_cut_answer_is_warned_of(self, monkeypatch, capsys) -> None:
         cut = Chunk("x" * 50, (), "length", Usage(2, 50))
@@ -351,13 +351,13 @@ class TestPipes:
 
 def chatting(reply=None, sampling: SamplingOptions = SAMPLING, **size):
     engine = FakeEngine(reply)
-    return terminal(lambda: chat_in_terminal(engine, Session(), sampling), **size)  # type: ignore[arg-type]
+    return terminal(lambda: chat_in_terminal(engine, ChatHistory(), sampling), **size)  # type: ignore[arg-type]
 
 
 def without_readline(reply=None):
     def main() -> None:
         sys.modules["readline"] = None  # type: ignore[assignment]
-        chat_in_terminal(FakeEngine(reply), Session(), SAMPLING)  # type: ignore[arg-type]
+        chat_in_terminal(FakeEngine(reply), ChatHistory(), SAMPLING)  # type: ignore[arg-type]
 
     return terminal(main)
 
@@ -419,7 +419,7 @@ class TestTerminal:
 
         engine = FakeEngine(deaf)
         engine.stream = lambda request, cancel=None: ([chunk] for chunk in deaf(request))  # type: ignore[method-assign]
-        with terminal(lambda: chat_in_terminal(engine, Session(), SAMPLING)) as there:  # type: ignore[arg-type]
+        with terminal(lambda: chat_in_terminal(engine, ChatHistory(), SAMPLING)) as there:  # type: ignore[arg-type]
             started(there).ask("Hi", "text")
             there.send("\x03")
             time.sleep(0.3)
@@ -530,14 +530,14 @@ class TestTerminal:
 REAL = """
 import sys
 from onecard.config.training import ModelOptions
-from onecard.config.inference import LimitOptions, SamplingOptions, TalkerOptions
+from onecard.config.inference import LimitOptions, SamplingOptions, InferenceOptions
 from onecard.inference.engine import open_engine
-from onecard.inference.history import Session
+from onecard.inference.history import ChatHistory
 from onecard.serve.terminal.chat import chat_in_terminal
 
-engine = open_engine(ModelOptions(model_path=sys.argv[1], bits=32, device="cpu"), TalkerOptions(), LimitOptions())
+engine = open_engine(ModelOptions(model_path=sys.argv[1], bits=32, device="cpu"), InferenceOptions(), LimitOptions())
 sampling = SamplingOptions(max_new_tokens=400, min_new_tokens=400)
-chat_in_terminal(engine, Session(), sampling)
+chat_in_terminal(engine, ChatHistory(), sampling)
 """
 
 

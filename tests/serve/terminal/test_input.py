@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onecard.serve.terminal.commands import split_command
-from onecard.serve.terminal.input import Script, read_message, readable
+from onecard.serve.terminal.input import PipedInput, read_message, readable
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_messages(typed: list[str], message: str, left: int) -> None:
 
 
 def test_the_end_of_the_input_is_told() -> None:
-    script = Script("one\n\ntwo")
+    script = PipedInput("one\n\ntwo")
     assert [read_message(script) for _ in range(3)] == ["one", "", "two"]
     with pytest.raises(EOFError):
         read_message(script)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onecard.serve.web.browsers import POLICY, PageGuard, Presence
+from onecard.serve.web.browsers import POLICY, SessionGuard, SessionRegistry
 
 
 def call(path: str, kind: str = "http", query: bytes = b"", app: Any = None) -> tuple[list[Any], list[str]]:
@@ -22,7 +22,7 @@ def call(path: str, kind: str = "http", query: bytes = b"", app: Any = None) -> 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guard = PageGuard(inner, Presence(left.append))
+    guard = SessionGuard(inner, SessionRegistry(left.append))
     scope = {"type": kind, "path": path, "root_path": "", "method": "GET", "headers": [], "query_string": query}
     asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
     return sent, left
@@ -57,7 +57,7 @@ def test_the_end_of_its_connection_is_the_end_of_the_page() -> None:
     assert call("/gradio_api/queue/data", query=b"session_hash=abc")[1] == ["abc"]
     assert call("/gradio_api/queue/join", query=b"session_hash=abc")[1] == []
     left: list[str] = []
-    presence = Presence(left.append)
+    presence = SessionRegistry(left.append)
 
     async def visit() -> None:
         staying = asyncio.create_task(presence.stay("abc"))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from onecard.data.messages import Turn
-from onecard.inference.chat_file import Chat, to_json
-from onecard.inference.history import Session
+from onecard.inference.chat_file import SavedChat, to_json
+from onecard.inference.history import ChatHistory
 from onecard.serve.web.ask import AskPage
 from onecard.serve.web.chat import ChatPage
 from onecard.serve.web.i18n import word
@@ -56,7 +56,7 @@ def test_errors_are_told_in_chinese_on_the_chinese_page(page: ChatPage, engine: 
     zh = asked(page, language="zh")
     notes = [
         page.undo(zh).note, shown(page.regenerate(zh)).note, shown(page.edit(zh, 7, "x")).note,
-        shown(page.edit(replace(zh, chat=to_json(Chat(Session("", (Turn("user", "a"),))))), 0, " ")).note,
+        shown(page.edit(replace(zh, chat=to_json(SavedChat(ChatHistory("", (Turn("user", "a"),))))), 0, " ")).note,
     ]  # fmt: skip
     message = '{"role": "user", "content": "a"}'
     for text in (

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from onecard.config.inference import LimitOptions, SamplingOptions
 from onecard.data.chat_template import load_template
 from onecard.data.messages import Turn
-from onecard.inference.chat_file import Chat, read_chat, to_json
-from onecard.inference.history import Session
+from onecard.inference.chat_file import SavedChat, read_chat, to_json
+from onecard.inference.history import ChatHistory
 from onecard.serve.web.answer import as_html
-from onecard.serve.web.ask import AskPage, Question
-from onecard.serve.web.chat import Asked, ChatPage, View
+from onecard.serve.web.ask import AskInputs, AskPage
+from onecard.serve.web.chat import ChatInputs, ChatPage, ChatView
 from onecard.serve.web.events import repeating
 from onecard.serve.web.examples import examples_in, first_messages, questions
 from onecard.serve.web.i18n import CHINESE, ENGLISH, language_of, word
@@ -46,28 +46,30 @@ def page(engine: FakeEngine) -> ChatPage:
     return ChatPage(engine, "", START)  # type: ignore[arg-type]
 
 
-def asked(page: ChatPage, view: View | None = None, **changes: Any) -> Asked:
+def asked(page: ChatPage, view: ChatView | None = None, **changes: Any) -> ChatInputs:
     """What a browser that shows `view` sends."""
     settings = changes.pop("settings", page.start.values())
-    view = view or View()
-    state = Asked("tab", view.chat or "", view.partial or "", settings, "en", view.number or 0, view.earlier or "")
+    view = view or ChatView()
+    state = ChatInputs("tab", view.chat or "", view.partial or "", settings, "en", view.number or 0, view.earlier or "")
     return replace(state, **changes)
 
 
-def shown(views: Any) -> View:
+def shown(views: Any) -> ChatView:
     """What a browser shows after these views."""
-    state = View()
+    state = ChatView()
     for view in views:
-        state = replace(state, **{f.name: value for f in fields(View) if (value := getattr(view, f.name)) is not None})
+        state = replace(
+            state, **{f.name: value for f in fields(ChatView) if (value := getattr(view, f.name)) is not None}
+        )
     return state
 
 
-def texts(view: View) -> list[str]:
+def texts(view: ChatView) -> list[str]:
     assert view.messages is not None
     return [message["content"][0]["text"] for message in view.messages]
 
 
-def turns_of(view: View) -> tuple[Turn, ...]:
+def turns_of(view: ChatView) -> tuple[Turn, ...]:
     assert view.chat is not None
     return read_chat(view.chat).chat.session.turns
 
@@ -88,8 +90,8 @@ def test_an_answer_grows_and_ends(page: ChatPage) -> None:
 
 
 def test_the_piece_that_a_reload_left_joins_the_chat(page: ChatPage) -> None:
-    begun = to_json(Chat(Session("", (Turn("user", "Hello"),))))
-    state = Asked("tab", begun, "a piece of", page.start.values())
+    begun = to_json(SavedChat(ChatHistory("", (Turn("user", "Hello"),))))
+    state = ChatInputs("tab", begun, "a piece of", page.start.values())
     last = shown(page.submit(state, "And?"))
     assert [turn.content for turn in turns_of(last)] == ["Hello", "a piece of", "And?", SAYS]
 
@@ -152,9 +154,9 @@ def test_one_answer_at_a_time_per_browser(page: ChatPage, engine: FakeEngine) ->
     stream = page.submit(asked(page), "a long one")
     next(stream), next(stream)
     second = list(page.submit(asked(page), "And now?"))
-    assert second == [View(toast=word("en", "note.busy"))]
+    assert second == [ChatView(toast=word("en", "note.busy"))]
     assert page.clear(asked(page)) == page.undo(asked(page)) == second[0]
-    assert shown(page.submit(asked(page, browser="other", settings=page.start.values()), "")) == View()
+    assert shown(page.submit(asked(page, browser="other", settings=page.start.values()), "")) == ChatView()
     page.leave("tab")
     wait(lambda: engine.ended == ["cancelled"])
     stream.close()
@@ -196,10 +198,10 @@ def test_edit_undo_clear(page: ChatPage, engine: FakeEngine) -> None:
     assert "no message 8" in (shown(page.edit(asked(page, two), 7, "x")).note or "")
 
 
-def replacing(page: ChatPage, how: str, before: View) -> View:
+def replacing(page: ChatPage, how: str, before: ChatView) -> ChatView:
     """What stands on the page after one of the steps that take a chat's place."""
     state = asked(page, before)
-    other = to_json(Chat(Session("", (Turn("user", "Other"), Turn("assistant", "chat")))))
+    other = to_json(SavedChat(ChatHistory("", (Turn("user", "Other"), Turn("assistant", "chat")))))
     steps: dict[str, Any] = {
         "clear": lambda: [page.clear(state)], "edit": lambda: page.edit(state, 0, "Instead"),
         "regenerate": lambda: page.regenerate(state), "load": lambda: [page.load(state, other)[0]],
@@ -253,19 +255,21 @@ def test_whatever_a_browser_calls_earlier_is_read(earlier: str) -> None:
 
 
 def test_earlier_versions_have_a_bound(page: ChatPage) -> None:
-    chat = Chat(Session("", (Turn("user", "x" * 90_000), Turn("assistant", "y"))))
+    chat = SavedChat(ChatHistory("", (Turn("user", "x" * 90_000), Turn("assistant", "y"))))
     earlier = ""
     for _ in range(5):
-        earlier = kept(earlier, chat, Chat())
+        earlier = kept(earlier, chat, SavedChat())
     assert len(earlier) < MAX_CHARS + 1000
-    assert kept("", chat, Chat()) != "" == kept("", Chat(), chat)
+    assert kept("", chat, SavedChat()) != "" == kept("", SavedChat(), chat)
 
 
 def test_history_is_cut_with_a_note(engine: FakeEngine) -> None:
     engine.context_limit = 60
     page = ChatPage(engine, "", SamplingOptions(max_new_tokens=8))  # type: ignore[arg-type]
     turns = tuple(Turn("user" if k % 2 == 0 else "assistant", "many words " * 5) for k in range(8))
-    last = shown(page.submit(Asked("tab", to_json(Chat(Session("", turns))), "", page.start.values()), "Hello"))
+    last = shown(
+        page.submit(ChatInputs("tab", to_json(SavedChat(ChatHistory("", turns))), "", page.start.values()), "Hello")
+    )
     assert word("en", "note.dropped", n=6) in (last.note or "")
     assert len(engine.asked[-1].turns) == 3
     assert len(turns_of(last)) == 10
@@ -288,7 +292,7 @@ def test_save_and_load_bring_everything_back(page: ChatPage, engine: FakeEngine)
     for broken in ("{", "[]]", TOO_LARGE, '{"messages": 3}'):
         view, _ = page.load(asked(page), broken)
         assert view.note and view.chat is None
-    assert page.load(asked(page), "")[0] == View()
+    assert page.load(asked(page), "")[0] == ChatView()
 
 
 @given(st.one_of(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps)))
@@ -412,8 +416,8 @@ def test_notes_are_letters_only() -> None:
     assert html == f'<div class="c">{shown}</div>'
 
 
-def question(page: AskPage, text: str, **changes: Any) -> Question:
-    return replace(Question("tab", text, "", page.start.values()), **changes)
+def question(page: AskPage, text: str, **changes: Any) -> AskInputs:
+    return replace(AskInputs("tab", text, "", page.start.values()), **changes)
 
 
 def test_ask_and_flag(engine: FakeEngine, tmp_path: Path) -> None:
