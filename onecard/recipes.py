@@ -1,4 +1,4 @@
-"""The stories, each on one screen: fine-tune a model, ask it, chat with it, serve it.
+"""The steps of each program: fine-tune a model, ask it, chat with it, serve it.
 
 A recipe strings the parts together and decides nothing else; what a part does is told in its own module. Heavy
 libraries are imported inside the recipes, after the options are known to be good.

@@ -15,7 +15,7 @@ import pytest
 import generate
 from onecard.config.training import REPOSITORY
 from onecard.console import run_main
-from onecard.serve.terminal.screen import harmless
+from onecard.serve.terminal.screen import printable
 from tests.inference.conftest import lively_base, run_dir  # noqa: F401  (fixtures)
 from tests.serve.terminal.test_ask import keyboard
 
@@ -90,7 +90,7 @@ def test_a_file_in_and_a_file_out(command, run_dir, tmp_path: Path) -> None:  # 
     assert all(row["output"] for row in rows)
     alone = command(*words[:2], "--instruction", "Bye", *words[6:])[1]
     # The file has the answer as it is; what is printed may reach a terminal, so control characters are made visible.
-    assert harmless(rows[1]["output"]) == alone.removesuffix("\n")
+    assert printable(rows[1]["output"]) == alone.removesuffix("\n")
 
     before = output.read_bytes()
     assert command(*words)[0] == 0

@@ -86,10 +86,10 @@ def other_kind(adapter_config: Mapping[str, Any]) -> str:
     kind = str(adapter_config.get("peft_type") or "LORA")
     if kind == "LORA":
         return ""
-    told = f"is {OTHER_KINDS.get(kind, kind)} adapter, and only LoRA adapters can be loaded here"
+    message = f"is {OTHER_KINDS.get(kind, kind)} adapter, and only LoRA adapters can be loaded here"
     if kind in NOT_MERGEABLE:
-        return f"{told}; it cannot be merged either: train a LoRA adapter on the same data"
-    return f"{told}; merge it into its base with peft (merge_and_unload), and give the result as the base model"
+        return f"{message}; it cannot be merged either: train a LoRA adapter on the same data"
+    return f"{message}; merge it into its base with peft (merge_and_unload), and give the result as the base model"
 
 
 def foreign_advice(path: Path) -> str:

@@ -259,11 +259,11 @@ class Encoder:
 
         ids [5, 6, 7, 8, 9], BOS 1, eos 2, cutoff_len 4 -> [1, 5, 6, 7], [1, 8, 9, 2]
         """
-        room = self.settings.cutoff_len - len(self.tokens.beginning)
+        chunk_len = self.settings.cutoff_len - len(self.tokens.beginning)
         if not ids:
             return DroppedSample("the text is empty")
-        pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
-        if self.tokens.eos_id is not None and len(pieces[-1]) < room:
+        pieces = [ids[start : start + chunk_len] for start in range(0, len(ids), chunk_len)]
+        if self.tokens.eos_id is not None and len(pieces[-1]) < chunk_len:
             # Where eos would stand alone in a piece it is left out: that would teach to stop before beginning.
             pieces[-1] = [*pieces[-1], self.tokens.eos_id]
         begun = [[*self.tokens.beginning, *piece] for piece in pieces]

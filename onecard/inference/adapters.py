@@ -1,7 +1,7 @@
 """One base model and the adapters that can speak through it, one at a time.
 
 Each adapter brings its own tokenizer and prompt template, so that it is asked in the words it was trained with. Knows
-run directories, and how an adapter is taken off the base and another one put on. It does not know requests or queues:
+run directories, and how an adapter is deactivated and another one activated. It does not know requests or queues:
 `engine.py` sees to it that nobody is talking while the adapter changes.
 """
 
@@ -35,7 +35,7 @@ class ServedAdapter:
 
 
 class AdapterManager:
-    """The model of this card with what it can be; `paths` are adapters by name, the first one is put on at once."""
+    """The model of this card with its adapters; `paths` are adapters by name, the first one is active at once."""
 
     def __init__(
         self, options: ModelOptions, inference_options: InferenceOptions, paths: Mapping[str, str | None]
@@ -63,7 +63,7 @@ class AdapterManager:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def get(self, name: str = "", prompt_type: str = "") -> ServedAdapter:
-        """The voice of this name ('': the first) with this built-in template ('': its own). Raises ConfigError."""
+        """The adapter of this name ('': the first) with this built-in template ('': its own). Raises ConfigError."""
         name = name or self.names[0]
         if name not in self._paths:
             known = ", ".join(self.names)
@@ -76,7 +76,7 @@ class AdapterManager:
             return replace(served, template=self._template(name, prompt_type, served)) if prompt_type else served
 
     def use(self, name: str = "", prompt_type: str = "") -> ModelBundle:
-        """Make the model speak with this voice. Raises ModelError; what spoke before then speaks again."""
+        """Make this adapter the active one. Raises ModelError; the one that was active before then is again."""
         name = name or self.names[0]
         served = self.get(name, prompt_type)
         if name != self._on:

@@ -42,7 +42,7 @@ from onecard.inference.streamer import (
     leaving_early,
 )
 
-# Thirty pictures a second look continuous, and leave the processor to the model.
+# Thirty updates a second look continuous, and leave the processor to the model.
 INTERVAL_SECONDS = 1 / 30
 CONTEXT_TOKENS = 8  # of a prompt: enough for a character and the space behind it
 
@@ -99,7 +99,7 @@ class PromptRow:
     """
 
     ids: list[int]
-    room: int
+    max_new_tokens: int
     number: int = 0
     continues: bool = False
     lead: str = ""
@@ -182,7 +182,7 @@ class GenerateCall:
                     self.sampling,
                     stop_ids=self.stop_ids,
                     pad_id=self.pad_id,
-                    max_new_tokens=max(row.room for row in self.rows),
+                    max_new_tokens=max(row.max_new_tokens for row in self.rows),
                     num_return_sequences=self.sampling.num_beams if self.shows_beams else 1,
                     cache=bundle.cache,
                 ),
@@ -233,7 +233,7 @@ class GenerateCall:
             "tokenizer": self.bundle.tokenizer,
             "stop_ids": self.stop_ids,
             "stop_texts": self.stop_texts,
-            "room": row.room,
+            "max_new_tokens": row.max_new_tokens,
             "before": row.before,
             "lead": row.lead,
         }
@@ -263,7 +263,7 @@ class GenerateCall:
         return processors
 
     def _criteria(self, stream_state: StreamState | None) -> StoppingCriteriaList:
-        criteria = StoppingCriteriaList([MaxNewTokensPerRow([row.room for row in self.rows], self.n_prompt)])
+        criteria = StoppingCriteriaList([MaxNewTokensPerRow([row.max_new_tokens for row in self.rows], self.n_prompt)])
         if self.stop_texts:
             criteria.append(StopAtText(self.stop_texts, self.bundle.tokenizer, self.n_prompt))
         if self.logprobs:

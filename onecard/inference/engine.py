@@ -182,7 +182,7 @@ class InferenceEngine:
         seconds = self.limits.max_request_seconds or math.inf
         streaming = StreamingOptions(request.show_beams, request.top_logprobs, max_seconds=seconds)
         advice = (
-            f"{request.n} answers of up to {rows[0].room} tokens to a prompt of {len(rows[0].ids)}, with "
+            f"{request.n} answers of up to {rows[0].max_new_tokens} tokens to a prompt of {len(rows[0].ids)}, with "
             f"{request.sampling.num_beams} beams each, do not fit into memory; lower --max_new_tokens, --num_beams, n, "
             "shorten the conversation, or load the model in fewer --bits"
         )
@@ -268,9 +268,10 @@ class InferenceEngine:
             if sampling.num_beams > 1:
                 raise LimitExceeded("--num_beams", "with several beams there are no log-probabilities of tokens")
         prompt = self._prompt(request, served)
-        room = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
+        max_new_tokens = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
         return [
-            PromptRow(prompt.ids, room, request.number + k, prompt.continues, prompt.lead) for k in range(request.n)
+            PromptRow(prompt.ids, max_new_tokens, request.number + k, prompt.continues, prompt.lead)
+            for k in range(request.n)
         ]
 
     def _prompt(self, request: GenerationRequest, served: ServedAdapter) -> Prompt:

@@ -3,7 +3,7 @@
 One generator for every face: `stream` types an answer live, `answer_rows` gives many whole ones, and both run the same
 call of `model.generate` (call.py) with the same settings.
 
-What the model is fed comes from `prompt_for`, the same door that training uses. Does not know files
+What the model is fed comes from `prompt_for`, the same function that training uses. Does not know files
 (inference/batch/run.py), queues and adapters (engine.py) or terminals.
 """
 
@@ -137,10 +137,10 @@ def prepare(bundle: ModelBundle, turns: Sequence[Turn], sampling: SamplingOption
     if max(ids, default=0) >= n_rows:
         raise DataError(no_row(bundle.tokenizer, max(ids), n_rows))
     limit = longest_sequence(bundle.model)
-    room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(ids))
-    if limit is not None and room < 1:
+    max_new_tokens = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(ids))
+    if limit is not None and max_new_tokens < 1:
         raise ContextTooLong(len(ids), limit)
-    return PromptRow(ids, room, number, prompt.continues, prompt.lead)
+    return PromptRow(ids, max_new_tokens, number, prompt.continues, prompt.lead)
 
 
 def answer_rows(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: SamplingOptions) -> list[Generation]:

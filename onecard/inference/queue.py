@@ -47,15 +47,15 @@ class RequestQueue:
 
     def wait(self, ticket: object, cancel: threading.Event) -> Iterator[int]:
         """How many are in front, about twice a second, until it is this ticket's turn or `cancel` is set."""
-        told = 0.0
+        reported_at = 0.0
         while not cancel.is_set():
             with self._changed:
                 place = self._line.index(ticket)
                 if place == 0:
                     return
                 self._changed.wait(LOOK_SECONDS)
-            if time.monotonic() - told >= PLACE_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - reported_at >= PLACE_SECONDS:
+                reported_at = time.monotonic()
                 yield place
 
     def leave(self, ticket: object, seconds: float = 0.0) -> None:

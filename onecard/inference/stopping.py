@@ -1,8 +1,7 @@
 """When an answer ends, and what of the generated tokens is shown.
 
-An answer ends at a stop id (the template's end token), at a stop text, or when its room is used up. Knows token ids
-and their text (`detokenize.py`). It does not know models or templates. Nothing is stripped from a text but what ended
-it.
+An answer ends at a stop id (the template's end token), at a stop text, or at `max_new_tokens`. Knows token ids and
+their text (`detokenize.py`). It does not know models or templates. Nothing is stripped from a text but what ended it.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def ended_answer(
     *,
     stop_ids: Sequence[int],
     stop_texts: Sequence[str],
-    room: int,
+    max_new_tokens: int,
     before: Sequence[int] = (),
     lead: str = "",
 ) -> FinishedAnswer:
@@ -77,9 +76,9 @@ def ended_answer(
 
     stop id 2, ids  7 8 9 2 0 0        -> text of 7 8 9, "stop", 4 tokens
     stop text "\\nUser:", text "Yes.\\nUser: and"  -> "Yes.", "stop"
-    room 3, ids 7 8 226                 -> text of 7 8, "length": 226 alone is no whole character
+    max_new_tokens 3, ids 7 8 226       -> text of 7 8, "length": 226 alone is no whole character
     """
-    ids = list(new_ids[:room])
+    ids = list(new_ids[:max_new_tokens])
     end = next((place for place, token_id in enumerate(ids) if token_id in stop_ids), None)
     answer = ids if end is None else ids[:end]
     text = answer_text(answer, tokenizer, before, lead)
@@ -104,15 +103,21 @@ def answer_so_far(
     *,
     stop_ids: Sequence[int],
     stop_texts: Sequence[str],
-    room: int,
+    max_new_tokens: int,
     before: Sequence[int] = (),
     lead: str = "",
 ) -> FinishedAnswer:
     """`ended_answer` while more tokens may come: `reason` None, and nothing in the text that they can still change."""
     ended = ended_answer(
-        new_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, room=room, before=before, lead=lead
+        new_ids,
+        tokenizer,
+        stop_ids=stop_ids,
+        stop_texts=stop_texts,
+        max_new_tokens=max_new_tokens,
+        before=before,
+        lead=lead,
     )
-    if ended.reason == "stop" or len(new_ids) >= room:
+    if ended.reason == "stop" or len(new_ids) >= max_new_tokens:
         return ended
     return FinishedAnswer(without_open_end(ended.text, stop_texts), None, ended.n_tokens)
 

@@ -35,7 +35,7 @@ def test_a_space_is_shown_where_the_data_have_it_and_not_where_the_template_writ
     prompt = prompt_for(turns[:1], template, tokenizer)
     new_ids = sample.input_ids[len(prompt.ids) :]
     row = PromptRow(prompt.ids, 99, 0, prompt.continues, prompt.lead)
-    ends = {"stop_ids": template.stop_ids(tokenizer), "stop_texts": [], "room": 99}
+    ends = {"stop_ids": template.stop_ids(tokenizer), "stop_texts": [], "max_new_tokens": 99}
     texts = [
         answer_so_far(new_ids[:n], tokenizer, **ends, before=row.before, lead=row.lead).text
         for n in range(len(new_ids) + 1)
@@ -59,5 +59,5 @@ def test_the_space_of_a_tokenizer_that_puts_one_behind_control_tokens_is_not_sho
     row = PromptRow(prompt.ids, 99, 0, prompt.continues, prompt.lead)
     new_ids = sample.input_ids[len(prompt.ids) :]
     assert tokenizer.convert_ids_to_tokens(new_ids[0]).startswith("▁")
-    ends = {"stop_ids": template.stop_ids(tokenizer), "stop_texts": [], "room": 99}
+    ends = {"stop_ids": template.stop_ids(tokenizer), "stop_texts": [], "max_new_tokens": 99}
     assert ended_answer(new_ids, tokenizer, **ends, before=row.before, lead=row.lead).text == "the fox"

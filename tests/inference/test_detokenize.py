@@ -76,10 +76,10 @@ def test_a_stop_text_never_flashes_up_and_what_only_looks_like_one_is_shown_late
     n_seen = n_open = 0
     for text in ("Yes.\nUser: hi", "a <|end of it|> and <|end|> there", "好。x。。y", "aaa aacab", "b\nUse it\nUs"):
         ids = ids_of(tokenizer, text)
-        final = ended_answer(ids, tokenizer, stop_ids=[], stop_texts=stops, room=len(ids))
+        final = ended_answer(ids, tokenizer, stop_ids=[], stop_texts=stops, max_new_tokens=len(ids))
         shown = ""
         for n in range(1, len(ids)):
-            now = answer_so_far(ids[:n], tokenizer, stop_ids=[], stop_texts=stops, room=len(ids))
+            now = answer_so_far(ids[:n], tokenizer, stop_ids=[], stop_texts=stops, max_new_tokens=len(ids))
             assert final.text.startswith(now.text), (now.text, final.text)
             assert now.text.startswith(shown)
             shown = now.text

@@ -146,7 +146,7 @@ def test_a_stop_id_ends_its_own_row_only(bundle, questions) -> None:
 def test_a_long_prompt_is_answered_in_the_room_that_is_left_and_costs_its_neighbours_nothing(bundle, questions) -> None:
     limit = bundle.model.config.max_position_embeddings
     texts = ("fox" + "!" * n for n in range(600))
-    text = next(text for text in texts if prepare(bundle, [Turn("user", text)], GREEDY).room <= 4)
+    text = next(text for text in texts if prepare(bundle, [Turn("user", text)], GREEDY).max_new_tokens <= 4)
     long, short = ask(bundle, [[Turn("user", text)], questions[0]], GREEDY)
     assert (long.n_prompt_tokens + long.n_new_tokens, long.finish_reason) == (limit, "length")
     assert short == ask(bundle, [questions[0]], GREEDY)[0]

@@ -50,7 +50,7 @@ def test_a_stop_text_ends_the_answer_and_is_not_shown(tokenizer) -> None:
     for text, expected in [(TEXTS[i], text) for i, text in shown.items()]:
         # Behind the row's end generate fills up with padding.
         ids = [*ids_of(tokenizer, " " + text if text[0] == " " and "▁" in tokenizer.get_vocab() else text), *[0] * 5]
-        ended = ended_answer(ids, tokenizer, stop_ids=[], stop_texts=STOPS, room=100)
+        ended = ended_answer(ids, tokenizer, stop_ids=[], stop_texts=STOPS, max_new_tokens=100)
         assert (ended.text, ended.reason) == (expected, "stop")
         assert any(stop in decode(ids[: ended.n_tokens], tokenizer) for stop in STOPS)
         assert not any(stop in decode(ids[: ended.n_tokens - 1], tokenizer) for stop in STOPS)
@@ -58,23 +58,23 @@ def test_a_stop_text_ends_the_answer_and_is_not_shown(tokenizer) -> None:
 
 def test_a_stop_id_ends_the_answer_and_is_counted(tokenizer) -> None:
     words = ids_of(tokenizer, "one two")
-    ended = ended_answer([*words, 2, *words], tokenizer, stop_ids=[2], stop_texts=STOPS, room=100)
+    ended = ended_answer([*words, 2, *words], tokenizer, stop_ids=[2], stop_texts=STOPS, max_new_tokens=100)
     assert (ended.text, ended.reason, ended.n_tokens) == ("one two", "stop", len(words) + 1)
 
 
 def test_nothing_else_is_stripped(tokenizer) -> None:
     text = "two  blanks , a tab\t and a newline \n"
-    ended = ended_answer([*ids_of(tokenizer, text), 2], tokenizer, stop_ids=[2], stop_texts=STOPS, room=100)
+    ended = ended_answer([*ids_of(tokenizer, text), 2], tokenizer, stop_ids=[2], stop_texts=STOPS, max_new_tokens=100)
     assert ended.text == text
 
 
 def test_at_the_length_limit_half_a_character_is_held_back(tokenizer) -> None:
     whole = ids_of(tokenizer, "a fox: 🦊")
     n_shown = 0
-    for room in range(1, len(whole) + 1):
-        ended = ended_answer(whole, tokenizer, stop_ids=[], stop_texts=[], room=room)
+    for limit in range(1, len(whole) + 1):
+        ended = ended_answer(whole, tokenizer, stop_ids=[], stop_texts=[], max_new_tokens=limit)
         assert "a fox: 🦊".startswith(ended.text), ended.text
-        assert (ended.reason, ended.n_tokens) == ("length", room)
+        assert (ended.reason, ended.n_tokens) == ("length", limit)
         n_shown += "🦊" in ended.text
     assert n_shown == 1, "the character shows when all its bytes are there, and not before"
     assert len(whole) - len(ids_of(tokenizer, "a fox: ")) >= 3, "the test needs a character of several tokens"

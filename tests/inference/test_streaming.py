@@ -36,7 +36,7 @@ def sampling_for(mode: str, **changes) -> SamplingOptions:
 def plain_ids(bundle, row: PromptRow, sampling: SamplingOptions) -> list[int]:
     """`model.generate` as it is, without any hook of ours."""
     stop_ids = bundle.template.stop_ids(bundle.tokenizer)
-    config = generation_config(sampling, stop_ids=stop_ids, pad_id=1, max_new_tokens=row.room)
+    config = generation_config(sampling, stop_ids=stop_ids, pad_id=1, max_new_tokens=row.max_new_tokens)
     with torch.inference_mode(), seeded(sampling, [row.number], torch.device("cpu")):
         sequences = bundle.model.generate(
             input_ids=torch.tensor([row.ids]),

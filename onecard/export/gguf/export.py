@@ -1,4 +1,4 @@
-"""The story of `tools/export_gguf.py`: a model, with adapters merged in, becomes a directory for llama.cpp and Ollama.
+"""What `tools/export_gguf.py` does: a model, with adapters merged in, becomes a directory for llama.cpp and Ollama.
 
 Knows the order of things and what to tell. The format is writer.py's, the tokens tokenizer.py's, the Modelfile
 ollama.py's.
@@ -92,13 +92,13 @@ def export_gguf(settings: GgufSettings) -> Path:
             chat_template=chat_template_for(source.template, source.tokenizer),
         )  # fmt: skip
         reports = gguf.verify(file, source.model, source.planned)
-        told = _template_told(source, settings)
+        note = _template_told(source, settings)
         if settings.modelfile:
             text = _modelfile(file.name, source, settings)
             (partial / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
         n_bytes = file.stat().st_size
         shutil.rmtree(partial / MERGED, ignore_errors=True)
-    _say_done(settings, file.name, n_bytes, reports, told)
+    _say_done(settings, file.name, n_bytes, reports, note)
     return settings.output_path / file.name
 
 
@@ -188,13 +188,13 @@ def _template_told(source: GgufSource, settings: GgufSettings) -> str:
     if source.template is None:
         return "no chat template: none is stored with the model (give one with --prompt_type)"
     built_in = built_in_name(source.template.jinja)
-    told = f"chat template: {built_in or 'the model’s own'}, in the GGUF"
+    note = f"chat template: {built_in or 'the model’s own'}, in the GGUF"
     if not settings.modelfile:
-        return told
+        return note
     if built_in:
-        return f"{told} and, as a Go template, in the Modelfile"
+        return f"{note} and, as a Go template, in the Modelfile"
     return (
-        f"{told}; none in the Modelfile, because only built-in ones are known as Go templates: Ollama recognises "
+        f"{note}; none in the Modelfile, because only built-in ones are known as Go templates: Ollama recognises "
         "well-known ones in the GGUF, else add a TEMPLATE line"
     )
 
@@ -211,13 +211,13 @@ def _say_plan(source: GgufSource, settings: GgufSettings) -> None:
     )
 
 
-def _say_done(settings: GgufSettings, file_name: str, n_bytes: int, reports: list[gguf.KindReport], told: str) -> None:
+def _say_done(settings: GgufSettings, file_name: str, n_bytes: int, reports: list[gguf.KindReport], note: str) -> None:
     kinds = ", ".join(
         f"{report.n_tensors} {report.kind} ({report.n_bytes / MIB:.1f} MiB, error at most {report.error:.2%})"
         for report in reports
     )
     say(f"wrote {settings.output_path / file_name}: {n_bytes / MIB:.1f} MiB")
     say(f"reopened and compared with the source: {kinds}")
-    say(told)
+    say(note)
     if settings.modelfile:
         say(f"for Ollama: ollama create NAME -f {settings.output_path / 'Modelfile'}")

@@ -176,7 +176,7 @@ def check_tensors(directory: Path, layout: GgufLayout, weights: Weights) -> tupl
         f": a plain {layout.family} model has none; an adapter must be merged first, and a quantised model cannot be "
         "converted"
     )
-    told = left_out(directory, entries, shapes, weights.read, remedy=remedy)
+    notes = left_out(directory, entries, shapes, weights.read, remedy=remedy)
     wrong = [name for name in shapes if entries[name].shape != shapes[name]]
     if wrong:
         name = wrong[0]
@@ -187,7 +187,7 @@ def check_tensors(directory: Path, layout: GgufLayout, weights: Weights) -> tupl
     odd = [name for name in shapes if entries[name].dtype not in FLOATS]
     if odd:
         raise ModelError(f"{directory}: {odd[0]} is stored as {entries[odd[0]].dtype}; 16-bit or 32-bit is needed")
-    return [name for name in entries if name in shapes], told
+    return [name for name in entries if name in shapes], notes
 
 
 def permuted(tensor: Tensor, n_heads: int) -> Tensor:

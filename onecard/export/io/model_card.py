@@ -24,8 +24,9 @@ def write_card(
     if not Path(base).exists():
         head["base_model"] = base  # a Hub id; a path would be nobody else's
     licence = kept.get("license_name") or kept.get("license")
-    told = f"of its base, {licence}, holds for it" if licence else "of its base holds for it; its files do not name one"
-    body = [f"# {name_of(base)}, made with OneCard", "", f"- base: {name_of(base)}", *lines, f"- licence: that {told}"]
+    unnamed = "of its base holds for it; its files do not name one"
+    terms = f"of its base, {licence}, holds for it" if licence else unnamed
+    body = [f"# {name_of(base)}, made with OneCard", "", f"- base: {name_of(base)}", *lines, f"- licence: that {terms}"]
     text = "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---\n\n" + "\n".join(body) + "\n"
     (directory / CARD).write_text(text, encoding="utf-8", newline="\n")
 

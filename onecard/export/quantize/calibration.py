@@ -95,14 +95,14 @@ def text_rows(texts: Iterable[str], tokenizer: Any, length: int, *, packed: bool
     left out unless it is all there is. Else each text begins a row of its own.
     """
     bos = beginning_ids(tokenizer)
-    room = length - len(bos)
+    n_left = length - len(bos)
     waiting: list[int] = []
     n_given = 0
     for text in _joined(texts) if packed else texts:
         waiting += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        while len(waiting) >= room or (waiting and not packed):
-            yield [*bos, *waiting[:room]]
-            waiting, n_given = waiting[room:], n_given + 1
+        while len(waiting) >= n_left or (waiting and not packed):
+            yield [*bos, *waiting[:n_left]]
+            waiting, n_given = waiting[n_left:], n_given + 1
     if waiting and n_given == 0:
         yield [*bos, *waiting]
 

@@ -342,8 +342,8 @@ def _check_plain(*paths: Path) -> None:
 def _story(record: DiffRecord, base: Weights) -> list[str]:
     by_kind = {kind: [n for n, k in record.kinds.items() if k == kind] for kind in ("difference", "same", "whole")}
     counts = {"difference": "as a difference", "same": "unchanged, not stored", "whole": "whole"}
-    told = [f"{len(names)} {counts[kind]}" for kind, names in by_kind.items() if names]
-    lines = [f"{len(record.tuned)} tensors: {', '.join(told)}"]
+    differences = [f"{len(names)} {counts[kind]}" for kind, names in by_kind.items() if names]
+    lines = [f"{len(record.tuned)} tensors: {', '.join(differences)}"]
     if by_kind["whole"]:
         lines.append(f"without a counterpart in the base, stored whole: {few(by_kind['whole'])}")
     resized = [n for n, known in record.base.items() if known.shape != record.tuned[n].shape]

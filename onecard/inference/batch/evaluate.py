@@ -74,8 +74,8 @@ def read_cases(source: str | Source, bundle: ModelBundle, *, limit: int = 0) -> 
             continue
         prompt = prompt_for(sample.turns[:-1], bundle.template, bundle.tokenizer)
         n_answer = sum(label != IGNORE_INDEX for label in encoded[0].labels)
-        room = min(2 * n_answer + SPARE_TOKENS, longest - len(prompt.ids))
-        row = PromptRow(prompt.ids, room, len(cases), prompt.continues, prompt.lead)
+        max_new_tokens = min(2 * n_answer + SPARE_TOKENS, longest - len(prompt.ids))
+        row = PromptRow(prompt.ids, max_new_tokens, len(cases), prompt.continues, prompt.lead)
         cases.append(Case(sample, encoded[0], row))
     if not cases:
         raise DataError(
@@ -107,7 +107,7 @@ def mean_loss(bundle: ModelBundle, samples: Sequence[LabelledSample]) -> float:
 def greedy_answers(bundle: ModelBundle, cases: Sequence[Case], *, batch_size: int) -> list[str]:
     """The likeliest answer to each case, in order; asked in batches of like length."""
     sampling = SamplingOptions()
-    order = sorted(range(len(cases)), key=lambda i: (cases[i].row.room, len(cases[i].row.ids)))
+    order = sorted(range(len(cases)), key=lambda i: (cases[i].row.max_new_tokens, len(cases[i].row.ids)))
     answers = [""] * len(cases)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

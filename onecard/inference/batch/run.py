@@ -127,8 +127,8 @@ def answer_safely(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: Samp
     except torch.OutOfMemoryError as reason:
         if len(rows) == 1:
             raise ModelError(
-                f"a question of {len(rows[0].ids)} tokens with an answer of up to {rows[0].room} does not fit into "
-                "memory; use fewer --bits or, in generate.py, a smaller --max_new_tokens or --num_beams"
+                f"a question of {len(rows[0].ids)} tokens with an answer of up to {rows[0].max_new_tokens} does not "
+                "fit into memory; use fewer --bits or, in generate.py, a smaller --max_new_tokens or --num_beams"
             ) from reason
     torch.cuda.empty_cache()
     middle = len(rows) // 2

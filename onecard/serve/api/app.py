@@ -1,6 +1,6 @@
 """The model behind OpenAI's API, so that clients which exist already can talk to it.
 
-Knows paths and what each of them does; checking, waiting, streaming and guarding are next door: `requests.py`,
+Knows paths and what each of them does; checking, waiting, streaming and guarding are in `requests.py`,
 `jobs.py`, `stream.py`, `security.py`. It does not know models or how they answer (`inference/engine.py`).
 """
 
@@ -225,7 +225,7 @@ async def answer(request: Request, form: Form, work: Work[Progress]) -> Response
         job = await stack.enter_async_context(job_for(request, work))
         if form.ask.stream:
             begun = await job.next()
-            assert begun is not None, "without a time limit there is always a picture"
+            assert begun is not None, "without a time limit there is always a snapshot"
             return EventStream(events(job, form, begun, note), stack.pop_all())
         progress = await job.last()
         note.of_answer(progress, form.ask.n)

@@ -1,6 +1,6 @@
 """The engine's blocking work in threads, seen from asyncio: newest results, departed clients, the end of the server.
 
-One thread per request, which ends with it. A result replaces the one before it, for each is a picture of the whole: a
+One thread per request, which ends with it. A result replaces the one before it, for each is a snapshot of the whole: a
 client that reads slowly gets fewer and longer pieces, and nothing piles up. Knows threads and the ASGI `receive`. It
 does not know requests, models or shapes of answers.
 """

@@ -61,8 +61,8 @@ class RequestRecord:
     def add(self, texts: Sequence[Turn | Prompt]) -> None:
         """Prompts and answers to print, where they are printed."""
         if self.with_texts:
-            told = [(text.role, text.content) if isinstance(text, Turn) else text for text in texts]
-            self.texts += [f"  {json.dumps(text, ensure_ascii=False)}" for text in told]
+            logged = [(text.role, text.content) if isinstance(text, Turn) else text for text in texts]
+            self.texts += [f"  {json.dumps(text, ensure_ascii=False)}" for text in logged]
 
 
 class RequestLog:

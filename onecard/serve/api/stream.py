@@ -26,7 +26,7 @@ from onecard.serve.api.work import Progress
 from onecard.serve.http_error import ApiError
 
 KEEP_ALIVE_SECONDS = 5.0  # proxies close what is silent for long
-SNAPSHOT_SECONDS = 0.25  # between two pictures of the best beam, each of which is the whole text
+SNAPSHOT_SECONDS = 0.25  # between two snapshots of the best beam, each of which is the whole text
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
 
@@ -52,13 +52,13 @@ class EventStream(Response):
 async def events(
     job: RequestThread[Progress], form: Form, begun: Progress, note: RequestRecord
 ) -> AsyncIterator[bytes]:
-    """The events of one answer, from its first picture on. An error becomes an event, and nothing follows it."""
+    """The events of one answer, from its first snapshot on. An error becomes an event, and nothing follows it."""
     writer = StreamEventBuilder(form, len(begun.chunks))
     latest = begun
     try:
         for piece in writer.opening():
             yield piece
-        async for progress in pictures(job, begun):
+        async for progress in snapshots(job, begun):
             latest = progress or latest
             found = writer.pieces(progress) if progress else [comment(waiting_for(latest))]
             for piece in found:
@@ -78,7 +78,7 @@ async def events(
         note.of_answer(latest, form.ask.n)
 
 
-async def pictures(job: RequestThread[Progress], begun: Progress) -> AsyncIterator[Progress | None]:
+async def snapshots(job: RequestThread[Progress], begun: Progress) -> AsyncIterator[Progress | None]:
     """`begun` and what follows it; None where nothing came for a while."""
     yield begun
     while True:
@@ -94,7 +94,7 @@ def waiting_for(latest: Progress) -> str:
 
 
 class StreamEventBuilder:
-    """Turns pictures of an answer into the pieces that have not been sent."""
+    """Turns snapshots of an answer into the pieces that have not been sent."""
 
     def __init__(self, form: Form, n_choices: int) -> None:
         self._form = form
@@ -103,12 +103,12 @@ class StreamEventBuilder:
         self._told_place, self._told_seconds = 0, 0.0
 
     def opening(self) -> list[bytes]:
-        """What comes before all pictures."""
+        """What comes before all snapshots."""
         pieces = [self._form.opening(index) for index in range(len(self._sent))]
         return [self._event(piece) for piece in pieces if piece is not None]
 
     def pieces(self, progress: Progress) -> list[bytes]:
-        """What is new in this picture; whole ends are left to `ending`."""
+        """What is new in this snapshot; whole ends are left to `ending`."""
         found = []
         if progress.place and progress.place != self._told_place:
             found.append(comment(waiting_for(progress)))
@@ -124,7 +124,7 @@ class StreamEventBuilder:
         return found
 
     def ending(self, progress: Progress) -> list[bytes]:
-        """The rest of the last picture, one end per choice, and the usage if it was asked for."""
+        """The rest of the last snapshot, one end per choice, and the usage if it was asked for."""
         found = []
         for index, sent in enumerate(self._sent):
             found += self._new(progress, index, sent)

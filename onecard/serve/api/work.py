@@ -1,4 +1,4 @@
-"""What the threads of the API do: turn texts into token ids, ask the engine, keep the picture of all choices.
+"""What the threads of the API do: turn texts into token ids, ask the engine, keep the snapshot of all choices.
 
 Knows the engine. It does not know asyncio, HTTP or the shapes of answers.
 """

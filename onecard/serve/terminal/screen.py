@@ -21,7 +21,7 @@ from onecard.inference.generate import Chunk
 ESCAPE_PICTURES = {code: 0x2400 + code for code in range(32)}
 C1_CONTROLS = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # 0x9b begins a sequence as ESC [ does
 HALF_CHARACTERS = dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
-HARMLESS = {
+REPLACED = {
     **ESCAPE_PICTURES, **C1_CONTROLS, **HALF_CHARACTERS,
     ord("\n"): "\n", ord("\t"): "\t", ord("\r"): None, 0x7F: 0x2421, 0x2028: "\n", 0x2029: "\n",
 }  # fmt: skip
@@ -31,12 +31,12 @@ LINES_OF_OTHER_BEAMS = 2
 Show = Callable[[Chunk], None]
 
 
-def harmless(text: str) -> str:
+def printable(text: str) -> str:
     """The text with nothing in it that a terminal would obey: "\\x1b[2J" -> "␛[2J".
 
     Each character is looked at alone, so the beginning of a text becomes the beginning of the result.
     """
-    return text.translate(HARMLESS)
+    return text.translate(REPLACED)
 
 
 def last_lines(text: str, width: int, n_lines: int) -> list[str]:
@@ -65,12 +65,12 @@ class Screen:
 
     def say(self, text: str = "") -> None:
         """A line that was asked for, such as what a command tells."""
-        console.say(harmless(text))
+        console.say(printable(text))
 
     def note(self, text: str) -> None:
         """A dim line beside the matter; nothing when quiet or not on a terminal."""
         if not self.quiet and self.is_terminal:
-            self._console.print(Text(harmless(text), style="dim"), soft_wrap=True)
+            self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
     def remark(self, text: str) -> None:
         """A dim line where a person sees it, else a warning: what changes the answer must be told to programs too."""
@@ -81,11 +81,11 @@ class Screen:
 
     def warn(self, text: str) -> None:
         """A line on standard error."""
-        console.warn(harmless(text))
+        console.warn(printable(text))
 
     def error(self, reason: Exception) -> None:
         """An error as one line on standard error."""
-        console.error(harmless("; ".join(line.strip() for line in str(reason).split("\n"))))
+        console.error(printable("; ".join(line.strip() for line in str(reason).split("\n"))))
 
     @contextmanager
     def typing(self, *, rewrites: bool) -> Iterator[Show]:
@@ -109,7 +109,7 @@ class Screen:
 
         def show(chunk: Chunk) -> None:
             nonlocal shown
-            text = harmless(chunk.text).rstrip("\n")  # blank lines at the end say nothing
+            text = printable(chunk.text).rstrip("\n")  # blank lines at the end say nothing
             if not text.startswith(shown):  # a change after all: begin anew below
                 self._write("\n")
                 shown = ""
@@ -160,7 +160,7 @@ class Screen:
             self._finish(last)
 
     def _finish(self, last: Chunk) -> None:
-        text = harmless(last.text)
+        text = printable(last.text)
         if text:
             self._write((text.rstrip("\n") if self.is_terminal else text) + "\n")
         for number, text in enumerate(last.beams[1:], 2):
@@ -175,11 +175,11 @@ class Screen:
             if len(others) + LINES_OF_OTHER_BEAMS > n_rows // 2:
                 break
             label = f"beam {number}: "
-            lines = last_lines(harmless(text), width - 1 - len(label), LINES_OF_OTHER_BEAMS)
+            lines = last_lines(printable(text), width - 1 - len(label), LINES_OF_OTHER_BEAMS)
             others += [f"{' ' * len(label) if k else label}{line}" for k, line in enumerate(lines)]
-        best = last_lines(harmless(chunk.text), width - 1, n_rows - len(others))
-        picture = Text("\n".join(best), no_wrap=True, overflow="ignore")
-        return picture.append("\n" + "\n".join(others), style="dim") if others else picture
+        best = last_lines(printable(chunk.text), width - 1, n_rows - len(others))
+        answer = Text("\n".join(best), no_wrap=True, overflow="ignore")
+        return answer.append("\n" + "\n".join(others), style="dim") if others else answer
 
     def _write(self, text: str) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -231,7 +231,7 @@ def _answer(labels: TranslatedComponents) -> dict[str, Any]:
 
 
 def _examples(labels: TranslatedComponents, parts: dict[str, Any], examples: Sequence[Sequence[str]]) -> dict[str, Any]:
-    # Not gr.Examples: it calls the server past the queue, where the page's guard has closed the door.
+    # Not gr.Examples: it calls the server past the queue, which the session guard refuses.
     fields = [parts["instruction"], parts["input"]]
     samples = {"samples": lambda language: [list(pair) for pair in examples_in(examples, language)]}
     headers = {"headers": lambda language: [word(language, name) for name in ("instruction", "input")]}

@@ -1,7 +1,7 @@
 """What gradio's application may be asked for, and what its pages may load: nothing that these pages do not need.
 
 gradio serves files, takes uploads, describes an API, proxies and more. The pages here need none of it (a chat is saved
-and loaded by the browser itself), so those doors are shut, whoever knocks. Knows paths and headers. It does not know
+and loaded by the browser itself), so those paths are closed to everybody. Knows paths and headers. It does not know
 gradio as a library, hosts or keys (security.py).
 """
 

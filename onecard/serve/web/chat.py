@@ -306,7 +306,7 @@ class _Answering:
 
 
 def messages_of(session: ChatHistory, partial: str | None = None) -> list[dict[str, Any]]:
-    """The conversation for a chat view, made harmless; `partial` is the answer that is being written."""
+    """The conversation for a chat view, escaped; `partial` is the answer that is being written."""
     turns = [(turn.role, "\n\n".join(filter(None, (turn.content, turn.input)))) for turn in session.turns]
     if partial is not None:
         turns.append(("assistant", partial))

@@ -56,7 +56,7 @@ class TranslatedComponents:
 
 @dataclass(frozen=True)
 class GradioHooks:
-    """What app.py lends: `on` connects an event with a handler, `tell` shows a line for some seconds."""
+    """What app.py provides: `on` connects an event with a handler, `tell` shows a line for some seconds."""
 
     on: On
     tell: Callable[[str], None]

@@ -35,7 +35,7 @@ _DRAWN = ("mermaid",)  # languages that the view would draw instead of showing
 
 
 def plain_markdown(text: str) -> str:
-    """`text` for a Markdown view, with signs outside code made harmless; code and formulas are escaped by the view.
+    """`text` for a Markdown view, with signs outside code escaped; code and formulas are escaped by the view.
 
     "see <b>" -> "see <\\u200bb>";   "`<b>`" -> "`<b>`";   "$x$" -> "$\\u200bx\\u200b$"
     """
@@ -49,7 +49,7 @@ def plain_markdown(text: str) -> str:
             closes = match and match[2][0] == fence[0] and len(match[2]) >= len(fence) and not match[3].strip()
             fence = "" if closes else fence
             # A fence in a list ends with its list item, and this line may already stand behind it.
-            shown = line if line[:indent].isspace() or not indent else _harmless(line)
+            shown = line if line[:indent].isspace() or not indent else _escaped(line)
             lines.append(shown.replace("%%%LATEX_BLOCK", f"%{INVISIBLE}%%LATEX_BLOCK"))
         elif match and not (match[2][0] == "`" and "`" in match[3]):
             lines += _paragraph(paragraph, has_formulas)
@@ -74,7 +74,7 @@ def _label(info: str) -> str:
 
 
 def _paragraph(lines: list[str], has_formulas: bool) -> list[str]:
-    """These lines made harmless, their formulas marked; `lines` is empty afterwards."""
+    """These lines escaped, their formulas marked; `lines` is empty afterwards."""
     if not lines:
         return []
     text, pieces, position = "\n".join(lines), [], 0
@@ -94,23 +94,23 @@ def _paragraph(lines: list[str], has_formulas: bool) -> list[str]:
 def _outside_formulas(text: str, loose: bool) -> tuple[str, bool]:
     shown = []
     for line in text.split("\n"):
-        harmless, is_open = (_harmless(line), False) if loose else _outside_spans(line)
+        escaped_line, is_open = (_escaped(line), False) if loose else _outside_spans(line)
         loose = loose or is_open
-        shown.append(harmless)
+        shown.append(escaped_line)
     return "\n".join(shown), loose
 
 
 def _outside_spans(line: str) -> tuple[str, bool]:
-    """The line with the signs outside its code spans made harmless; and whether a backtick outside of them is left."""
+    """The line with the signs outside its code spans escaped; and whether a backtick outside of them is left."""
     pieces, position, rest = [], 0, ""
     for span in _SPAN.finditer(line):
         before = line[position : span.start()]
-        pieces += [_harmless(before), span[0]]
+        pieces += [_escaped(before), span[0]]
         rest += before
         position = span.end()
     rest += line[position:]
-    return "".join([*pieces, _harmless(line[position:])]), "`" in rest
+    return "".join([*pieces, _escaped(line[position:])]), "`" in rest
 
 
-def _harmless(text: str) -> str:
+def _escaped(text: str) -> str:
     return _SIGNS.sub(lambda match: match[0] + INVISIBLE, text)

@@ -26,30 +26,30 @@ class MountHooks:
     public_link: Callable[[str, int, str], str]
 
 
-def serve_page(doors: MountHooks, page: PageOptions, *, max_body_bytes: int) -> None:
+def serve_page(hooks: MountHooks, page: PageOptions, *, max_body_bytes: int) -> None:
     """Serve until Ctrl-C. Raises ConfigError when the address cannot be listened on."""
     port = page.port
     if page.share and port == 0:
         with open_socket(page.host, 0) as listening:  # the tunnel has to know the port before the server has one
             port = int(listening.getsockname()[1])
-    shared = shared_host(doors, port) if page.share else ""
-    run_server(page_application(doors, page, max_body_bytes=max_body_bytes, also_called=shared), page.host, port)
+    shared = shared_host(hooks, port) if page.share else ""
+    run_server(page_application(hooks, page, max_body_bytes=max_body_bytes, also_called=shared), page.host, port)
 
 
-def page_application(doors: MountHooks, page: PageOptions, *, max_body_bytes: int, also_called: str = "") -> FastAPI:
+def page_application(hooks: MountHooks, page: PageOptions, *, max_body_bytes: int, also_called: str = "") -> FastAPI:
     """The page behind its guards. `also_called` is a host name that counts as the server's own."""
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    doors.mount(application)
+    hooks.mount(application)
     names = ",".join(filter(None, (page.allowed_hosts, also_called)))
     rules = NetworkRules(page.host, names, max_body_bytes=max_body_bytes)
     application.add_middleware(Protection, rules=rules)
     return application
 
 
-def shared_host(doors: MountHooks, port: int) -> str:
+def shared_host(hooks: MountHooks, port: int) -> str:
     """The host of the public link, which is told to the person; empty where there is none to be had."""
     try:
-        link = doors.public_link("127.0.0.1", port, secrets.token_urlsafe(32))
+        link = hooks.public_link("127.0.0.1", port, secrets.token_urlsafe(32))
     except Exception as reason:
         # gradio raises what its network library and its downloaded helper raise; the page itself works all the same.
         warn(f"there is no public link: {type(reason).__name__}: {reason}")

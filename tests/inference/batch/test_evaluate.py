@@ -48,7 +48,7 @@ def test_the_question_is_asked_with_its_history_and_room_for_the_answer(bundle, 
         n_prompt = len(case.row.ids)
         assert case.sample.input_ids[:n_prompt] == case.row.ids
         n_answer = len(case.sample.input_ids) - n_prompt
-        assert case.row.room == 2 * n_answer + 16
+        assert case.row.max_new_tokens == 2 * n_answer + 16
 
 
 def test_exact_match_counts_answers_in_their_order(bundle, data, monkeypatch) -> None:

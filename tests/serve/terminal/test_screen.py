@@ -12,15 +12,15 @@ from rich.cells import cell_len
 
 from onecard.errors import DataError
 from onecard.inference.generate import Chunk
-from onecard.serve.terminal.screen import Screen, harmless, last_lines
+from onecard.serve.terminal.screen import Screen, last_lines, printable
 
 
-def test_every_control_character_is_made_harmless() -> None:
+def test_every_control_character_is_made_printable() -> None:
     seen = 0
     for code in range(sys.maxunicode + 1):
         if unicodedata.category(chr(code)) in ("Cc", "Cs", "Zl", "Zp"):
             seen += 1
-            for character in harmless(chr(code)):
+            for character in printable(chr(code)):
                 assert character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp")
     assert seen == 65 + 2048 + 2
 
@@ -28,9 +28,9 @@ def test_every_control_character_is_made_harmless() -> None:
 @given(st.text())
 def test_letters_stay_and_the_beginning_of_a_text_becomes_the_beginning(text: str) -> None:
     for end in range(len(text)):
-        assert harmless(text).startswith(harmless(text[:end]))
+        assert printable(text).startswith(printable(text[:end]))
     if text.isprintable():
-        assert harmless(text) == text
+        assert printable(text) == text
 
 
 @given(st.text(st.sampled_from("ab 你好🙂é\n\t"), max_size=80), st.integers(2, 12), st.integers(0, 6))
@@ -67,7 +67,7 @@ def test_an_empty_answer_prints_nothing(capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_everything_else_is_harmless_too(capsys) -> None:
+def test_everything_else_is_printable_too(capsys) -> None:
     screen = Screen()
     screen.say("a\x1b[2J")
     screen.warn("b\x1b[2J")

@@ -401,7 +401,7 @@ def without_drawn_labels(text: str) -> str:
         ("%%%LATEX_BLOCK_0%%%", "%·%%LATEX_BLOCK_0%%%"),
     ],
 )
-def test_signs_outside_code_are_made_harmless(text: str, expected: str) -> None:
+def test_signs_outside_code_are_escaped(text: str, expected: str) -> None:
     assert plain_markdown(text).replace(INVISIBLE, "·") == expected
 
 
