@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -65,6 +66,53 @@ def test_comes_back_as_it_was_saved(base, tmp_path, bits, capsys) -> None:
     assert torch.equal(direct(IDS[None]).logits, again(IDS[None]).logits)
     assert stored_dtype(open_weights(target)) == torch.float16
     assert not list(target.glob(".*")) and (target / "tokenizer.model").is_file()
+
+
+# The 16 levels of NF4 (QLoRA, https://arxiv.org/abs/2305.14314, appendix E).
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+
+
+def check_4_bits(name: str, tensors: dict[str, torch.Tensor], weight: np.ndarray) -> np.ndarray:
+    """The values that NF4 files stand for, each the level nearest to the source's: 64 weights share a largest value."""
+    stored = {key.removeprefix(f"{name}."): tensor.numpy() for key, tensor in tensors.items() if key.startswith(name)}
+    nested_offset = json.loads(stored["quant_state.bitsandbytes__nf4"].tobytes())["nested_offset"]
+    scales = stored["nested_quant_map"][stored["absmax"]]  # the largest values in 8 bits, 256 of them share their own
+    scales = scales * np.repeat(stored["nested_absmax"], 256)[: scales.size] + nested_offset
+    packed = stored[name].reshape(-1)
+    codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1, 64)  # the upper half of a byte comes first
+    blocks = weight.reshape(-1, 64)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    distances = np.abs(blocks[..., None] / largest[..., None] - NF4)
+    chosen = np.take_along_axis(distances, codes[..., None].astype(int), -1)[..., 0]
+    assert (chosen <= distances.min(-1) + 1e-6).all()
+    np.testing.assert_allclose(scales, largest[:, 0], atol=0.01 * np.ptp(largest) + 1e-6)
+    return (NF4[codes] * scales[:, None]).reshape(weight.shape)
+
+
+def check_8_bits(name: str, tensors: dict[str, torch.Tensor], weight: np.ndarray) -> np.ndarray:
+    """The values that int8 files stand for, each the step nearest to the source's: 127 steps up to a row's largest."""
+    steps, scales = tensors[name].numpy(), tensors[name.removesuffix("weight") + "SCB"].numpy()[:, None]
+    np.testing.assert_allclose(scales, np.abs(weight).max(-1, keepdims=True), rtol=1e-6)
+    assert np.abs(steps - weight * 127 / scales).max() <= 0.5 + 127 / 2**11  # scaled in fp16
+    return steps * scales / 127
+
+
+@pytest.mark.parametrize(("bits", "check"), [(4, check_4_bits), (8, check_8_bits)])
+def test_every_value_stands_for_the_nearest_to_the_sources(base, tmp_path, bits, check) -> None:
+    target = saved(base, tmp_path / "small", bits)
+    tensors, source = load_file(target / "model.safetensors"), load_file(base / "model.safetensors")
+    model = load(target, bits, torch.float16)
+    layers = [name for name in source if name in tensors and tensors[name].dtype in (torch.uint8, torch.int8)]
+    assert len(layers) == 14
+    for name in layers:
+        values = check(name, tensors, source[name].double().numpy())
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        computed = layer(torch.eye(values.shape[1], dtype=torch.float16)).T.double().detach().numpy()
+        np.testing.assert_allclose(computed, values, rtol=2**-9, atol=1e-5)  # two roundings to fp16
 
 
 def test_arithmetic_is_this_machines(base, tmp_path) -> None:
