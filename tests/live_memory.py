@@ -6,8 +6,10 @@ inside one matrix product and gives back before it ends is scratch of the kernel
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most bytes that tensors took during `work`, above what there was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _no_garbage_collected(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     memory = [(event.nbytes(), event.start_ns()) for event in events if event.name() == "[memory]"]
@@ -31,6 +33,19 @@ def peak_bytes(work: Callable[[], object]) -> int:
             live += n_bytes
             peak = max(peak, live)
     return peak
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Memory that was taken under an earlier profile and is let go within this one would count as less than nothing."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _scratch(memory: list[tuple[int, int]], products: list[tuple[int, int]]) -> Iterator[int]:

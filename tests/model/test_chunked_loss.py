@@ -4,7 +4,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import accelerate
@@ -20,6 +19,7 @@ from onecard.config.training import LoraOptions
 from onecard.errors import ModelError
 from onecard.model.chunked_loss import CAPPED_BYTES_PER_LOGIT, CHUNK_BYTES_PER_LOGIT, summed_loss, takes_positions
 from onecard.model.lora.adapter import add_lora
+from tests.live_memory import peak_bytes
 from tests.model.model_families import FAMILIES, save_family, small_batch
 
 
@@ -237,19 +237,6 @@ def test_unknown_tail_is_not_chunked_and_said_once(load_family, capsys, monkeypa
     assert said.count("CohereForCausalLM") == said.count("_Full") == 1
 
 
-def peak_bytes(step: Callable[[], None]) -> int:
-    """Bytes of the allocator's peak above where it stood before."""
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize("learn", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
@@ -266,6 +253,7 @@ def test_bytes_per_logit(family, dtype, learn, load_family, tmp_path) -> None:
             if learn:
                 loss.backward()
 
+        step()
         return peak_bytes(step)
 
     expected = (CAPPED_BYTES_PER_LOGIT if family == "gemma2" else CHUNK_BYTES_PER_LOGIT)[bits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from typing import Any
 
@@ -22,7 +23,7 @@ from onecard.model.memory.estimate import (
 )
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import quiet_bitsandbytes, stored_bytes
-from tests.live_memory import held_bytes
+from tests.live_memory import held_bytes, peak_bytes
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 N_SETUPS = 40
@@ -51,6 +52,21 @@ def setups() -> list[tuple[str, int, MemoryConfig]]:
 def planned_and_measured(config: dict[str, Any], setup: MemoryConfig) -> tuple[MemoryEstimate, dict[str, int]]:
     with quiet_bitsandbytes():
         return account(architecture_of(config), setup), peaks(config, setup, detect("cpu"))
+
+
+def test_what_earlier_work_left_does_not_count() -> None:
+    """A run is held by cycles; which later test the collector frees it in depends on what the process did before."""
+
+    def leave() -> None:
+        ring: list[object] = [torch.zeros(1_000_000)]
+        ring.append(ring)
+
+    def work() -> object:
+        gc.collect()
+        return torch.zeros(1000)
+
+    peak_bytes(leave)
+    assert peak_bytes(work) == 4000
 
 
 def test_the_spread_is_wide() -> None:
