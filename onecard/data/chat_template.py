@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ class Template:
 
     `stop` holds further texts at which generation ends, for models that were never taught the end token. `day`
     (2026-03-01) is the one a dated template writes down; empty for today. Training keeps the day of its first encoding.
+    `variables` are what else an asker sets for it, such as {"enable_thinking": False}; training sets none.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Template:
     end: str = EOS
     stop: tuple[str, ...] = ()
     day: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, special_tokens: Mapping[str, str], add_generation_prompt: bool
@@ -72,7 +74,7 @@ class Template:
 
         Raises DataError when the template refuses the messages.
         """
-        return render_chat(self.jinja, messages, special_tokens, add_generation_prompt, self.day)
+        return render_chat(self.jinja, messages, special_tokens, add_generation_prompt, self.day, self.variables)
 
     def messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
         """Messages for this template; an alpaca input joins the question where the template does not know inputs.

@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -24,6 +25,11 @@ import jinja2.sandbox
 from onecard.errors import ConfigError, DataError
 
 _QUESTION = "onecard probe question"
+# What a template is given by whoever renders it; variables of other names are the asker's.
+OWN_VARIABLES = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
+)
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -46,8 +52,11 @@ def render_chat(
     special_tokens: Mapping[str, str],
     add_generation_prompt: bool,
     day: str = "",
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The rendered text; `day` (2026-03-01) is what a dated template takes for today, empty for the present one.
+
+    `variables` are further ones that the template may read, such as {"enable_thinking": False} for Qwen3.
 
     A template that loops over the parts of a content is given parts. Raises DataError when the template refuses these
     messages, such as two user turns in a row.
@@ -55,6 +64,7 @@ def render_chat(
     today = {"strftime_now": date.fromisoformat(day).strftime} if day else {}
     try:
         return compile_chat_template(jinja).render(
+            **(variables or {}),
             messages=in_parts(messages) if reads_parts(jinja) else messages,
             tools=None,
             documents=None,
@@ -62,8 +72,9 @@ def render_chat(
             **special_tokens,
             **today,
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as reason:
-        raise DataError(f"the prompt template refuses it: {reason}") from reason
+    except _REFUSALS as reason:
+        given = f" with {', '.join(variables)}" if variables else ""
+        raise DataError(f"the prompt template refuses it{given}: {reason}") from reason
 
 
 @lru_cache(maxsize=32)
@@ -81,6 +92,18 @@ def compile_chat_template(jinja: str) -> jinja2.Template:
 def is_dated(jinja: str) -> bool:
     """Whether the template writes down the present day, as that of Llama 3.2 does."""
     return any(node.name == "strftime_now" for node in _environment().parse(jinja).find_all(jinja2.nodes.Name))
+
+
+@lru_cache(maxsize=32)
+def variables_read(jinja: str) -> frozenset[str]:
+    """Names of the variables that an asker may set: what the template reads, but for what it is given anyway."""
+    names = jinja2.meta.find_undeclared_variables(_environment().parse(jinja)) - OWN_VARIABLES
+    return frozenset(name for name in names if not is_own_variable(name) and name not in _environment().globals)
+
+
+def is_own_variable(name: str) -> bool:
+    """Whether the template is given this by whoever renders it: the messages, a special token, ..."""
+    return name in OWN_VARIABLES or name.endswith(("_token", "_tokens"))
 
 
 @lru_cache(maxsize=32)

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -61,6 +61,7 @@ class GenerationRequest:
     turns: the conversation, ending with a user turn; or prompt_ids: token ids to go on from, as they are.
     adapter: a name out of `InferenceEngine.names`; '' is the first of them.
     prompt_type: a built-in template's name; '' is the one that the adapter was trained with.
+    template_variables: what the prompt template may read besides the turns.
     n: independent answers at once. number: which stream of random numbers the first of them draws from, the next
         answer from the next one; another number gives another answer to the same seed.
     top_logprobs: None for no log-probabilities, else how many alternatives to tell.
@@ -71,6 +72,7 @@ class GenerationRequest:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     adapter: str = ""
     prompt_type: str = ""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     n: int = 1
     number: int = 0
     show_beams: bool = False
@@ -278,7 +280,8 @@ class InferenceEngine:
         if request.prompt_ids is not None:
             prompt = Prompt(list(request.prompt_ids), continues=True)
         elif [turn.role for turn in request.turns if turn.role != "system"][-1:] == ["user"]:
-            prompt = prompt_for(request.turns, served.template, served.tokenizer)
+            template = replace(served.template, variables=request.template_variables)
+            prompt = prompt_for(request.turns, template, served.tokenizer)
         else:
             raise DataError("there is no question: the last message, but for the system's, must be the user's")
         self._check_prompt(prompt.ids)

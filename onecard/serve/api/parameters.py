@@ -92,7 +92,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_discard": (None, 0),
     "n_indent": (None, 0),
     "n_keep": (None, 0, -1),  # how much stays of a prompt that is too long; such a prompt is refused here
-    "n_predict": (None,),
+    "n_predict": (None, -1),
     "n_probs": (None, 0),
     "penalize_nl": (None, False),
     "post_sampling_probs": (None, False),

@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from onecard.config.inference import LimitOptions, SamplingOptions
+from onecard.data.jinja_chat import is_own_variable
 from onecard.data.messages import Turn
 from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names
 from onecard.serve.api.schema import (
@@ -34,6 +35,8 @@ Prompt = str | tuple[int, ...]
 FIELD_NAME = re.compile(r"[a-z_][a-z0-9_]*")
 SEED_MODULUS = 2**64  # seeds may be negative for OpenAI, but not for NumPy
 FRESH_SEED_BITS = 48
+# Arguments of `apply_chat_template`, which other servers refuse in chat_template_kwargs, too.
+RENDERING = ("chat_template", "tokenize", "continue_final_message", "conversation", "return_dict", "return_tensors")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class GenerationParams:
     sampling: SamplingOptions
     n: int = 1
     turns: tuple[Turn, ...] = ()
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] = ()
     max_new_tokens: int = 1
     tokens_field: str = "max_tokens"
@@ -116,7 +120,17 @@ def chat_ask(body: ChatRequest, defaults: ServerDefaults) -> GenerationParams:
     tokens_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     ask = common_ask(body, defaults, getattr(body, tokens_field))
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return replace(ask, turns=turns, tokens_field=tokens_field, top_logprobs=top_logprobs)
+    variables = template_variables(body.chat_template_kwargs or {})
+    return replace(ask, turns=turns, template_variables=variables, tokens_field=tokens_field, top_logprobs=top_logprobs)
+
+
+def template_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a client sets for the prompt template. Raises ApiError for what only the server may set."""
+    for name in variables:
+        if is_own_variable(name) or name in RENDERING:
+            message = f"{name!r} is set by the server; chat_template_kwargs are for a template's own variables"
+            raise bad_request(message, f"chat_template_kwargs.{name}")
+    return variables
 
 
 def completion_ask(body: CompletionRequest, defaults: ServerDefaults) -> GenerationParams:
@@ -146,7 +160,7 @@ def common_ask(body: SamplingParameters, defaults: ServerDefaults, max_new_token
         max_new_tokens = min(defaults.sampling.max_new_tokens, defaults.limits.max_answer_tokens)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "no_repeat_ngram_size")
     typed = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
-    if body.top_k == -1:  # vLLM's word for all tokens
+    if body.top_k == -1:  # vLLM's word for all tokens, as seed -1 is its and llama.cpp's for a fresh one
         typed["top_k"] = 0
     own_least = min(defaults.sampling.min_new_tokens, max_new_tokens)
     sampling = replace(
@@ -154,7 +168,7 @@ def common_ask(body: SamplingParameters, defaults: ServerDefaults, max_new_token
         max_new_tokens=max(max_new_tokens, 1),
         min_new_tokens=own_least if body.min_tokens is None else body.min_tokens,
         stop=[*defaults.sampling.stop, *stop_texts(body.stop)],
-        seed=secrets.randbits(FRESH_SEED_BITS) if body.seed is None else body.seed % SEED_MODULUS,
+        seed=secrets.randbits(FRESH_SEED_BITS) if body.seed in (None, -1) else body.seed % SEED_MODULUS,
         **typed,
     )
     options = body.stream_options

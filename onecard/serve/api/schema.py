@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, FailFast, Field, StrictBool, StrictFloat, StrictInt, StrictStr, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)
 
 from onecard.serve.api.parameters import CACHE_MARKS, close_message, close_request
 
@@ -38,6 +48,24 @@ PROMPT = {
 STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
 STOPS = {"type": "array", "items": STOP_TEXT, "maxItems": MOST_STOPS}
 STOP = {"anyOf": [STOP_TEXT | {"minLength": 0}, STOPS, {"type": "null"}]}
+
+NO_LIMIT = -1  # as llama.cpp and the programs that are made for it say it
+
+
+def none_if_unlimited(value: Any) -> Any:
+    """-1, by which clients ask for as many tokens as there may be, means what a field means that is left out."""
+    return None if type(value) is int and value == NO_LIMIT else value
+
+
+def length_schema(least: int) -> WithJsonSchema:
+    """Of a number of tokens, with the value that asks for no limit."""
+    bounded = {"type": "integer", "minimum": least, "maximum": BIGGEST}
+    return WithJsonSchema({"anyOf": [bounded, {"const": NO_LIMIT}, {"type": "null"}]})
+
+
+Unlimited = BeforeValidator(none_if_unlimited)
+LengthOrZero = Annotated[Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None, Unlimited, length_schema(0)]
+Length = Annotated[Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None, Unlimited, length_schema(1)]
 
 
 def describe_message(schema: dict[str, Any]) -> None:
@@ -93,7 +121,7 @@ class ServiceParameters(BaseModel):
 class SamplingParameters(ServiceParameters):
     """How answers are chosen; what is left out is as the server was started. The last five are this server's own."""
 
-    max_tokens: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+    max_tokens: LengthOrZero = None
     temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
@@ -114,8 +142,9 @@ class ChatRequest(SamplingParameters):
     model_config = {"extra": "allow", "json_schema_extra": close_request}
 
     messages: Annotated[list[Message], Field(min_length=1), FailFast()]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    max_completion_tokens: Length = None
+    max_tokens: Length = None
+    chat_template_kwargs: dict[str, Any] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
 

@@ -6,11 +6,12 @@ Knows the engine. It does not know asyncio, HTTP or the shapes of answers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from onecard.data.jinja_chat import variables_read
 from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import ConfigError, DataError
 from onecard.inference.detokenize import decode
@@ -19,6 +20,7 @@ from onecard.inference.generate import Chunk, ContextTooLong, Usage
 from onecard.inference.streamer import TokenLogprob
 from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.requests import GenerationParams, Prompt
+from onecard.serve.http_error import bad_request
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,27 @@ class EmbeddingsResult:
 
 def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threading.Event) -> Iterator[Progress]:
     """Answer a conversation. Raises ApiError with the field that is to blame, and what the engine raises."""
+    check_variables(ask.template_variables, variables_read(engine.template(ask.model).jinja))
     request = GenerationRequest(
         turns=ask.turns,
         sampling=ask.sampling,
         adapter=ask.model,
+        template_variables=ask.template_variables,
         n=ask.n,
         top_logprobs=ask.top_logprobs,
     )
     with blaming("messages", ask.tokens_field):
         for chunks in engine.stream(request, cancel):
             yield Progress(tuple(chunks))
+
+
+def check_variables(variables: Mapping[str, Any], read: Set[str]) -> None:
+    """Refuse what the template does not read, unless its value asks for nothing. Raises ApiError."""
+    for name, value in variables.items():
+        if name not in read and value is not None and value is not False:
+            known = f"it reads {', '.join(sorted(read))}" if read else "it reads none"
+            message = f"the prompt template of this model does not read {name!r}; {known}"
+            raise bad_request(message, f"chat_template_kwargs.{name}", "unsupported_parameter")
 
 
 def answer_prompts(engine: InferenceEngine, ask: GenerationParams, cancel: threading.Event) -> Iterator[Progress]:

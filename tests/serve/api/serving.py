@@ -80,9 +80,9 @@ def long_context_base(directory: Path) -> Path:
     return directory
 
 
-def open_tiny(base: Path, limits: LimitOptions) -> InferenceEngine:
+def open_tiny(base: Path, limits: LimitOptions, prompt_type: str = "alpaca") -> InferenceEngine:
     model = ModelOptions(model_path=str(base), bits=32, device="cpu", gradient_checkpointing=False)
-    return open_engine(model, InferenceOptions(prompt_type="alpaca"), limits, model_name="tiny")
+    return open_engine(model, InferenceOptions(prompt_type=prompt_type), limits, model_name="tiny")
 
 
 @contextmanager

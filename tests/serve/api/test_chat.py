@@ -66,6 +66,9 @@ def test_the_body_is_openais(server: Running, engine: InferenceEngine) -> None:
         ({"max_tokens": None, "max_completion_tokens": 5}, {"max_new_tokens": 5}),
         ({"max_tokens": 5, "max_completion_tokens": 5}, {"max_new_tokens": 5}),
         ({"max_tokens": None}, {"max_new_tokens": 16}),
+        ({"max_tokens": -1}, {"max_new_tokens": 16}),
+        ({"max_tokens": -1, "max_completion_tokens": 5}, {"max_new_tokens": 5}),
+        ({"max_tokens": None, "max_completion_tokens": -1}, {"max_new_tokens": 16}),
         ({"min_tokens": 8}, {"min_new_tokens": 8}),
     ],
 )  # fmt: skip
@@ -91,6 +94,7 @@ def test_without_a_seed_each_request_draws_anew(server: Running) -> None:
     answers = {content(server, temperature=1.5, max_tokens=12) for _ in range(5)}
     assert len(answers) == 5
     assert len({content(server, temperature=1.5, max_tokens=12, seed=3) for _ in range(3)}) == 1
+    assert len({content(server, temperature=1.5, max_tokens=12, seed=-1) for _ in range(5)}) == 5
 
 
 def test_n_answers_and_their_usage(server: Running, engine: InferenceEngine) -> None:

@@ -34,6 +34,13 @@ from tests.serve.api.serving import (
 
 KEY = "sesame"
 CHAT = "/v1/chat/completions"
+THINKS = (
+    "{%- if depth is defined %}{{ 1 // depth }}{% endif -%}"
+    "{%- for part in topic or [] %}{{ part.b or part }} {% endfor -%}"
+    "{%- for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor -%}"
+    "{%- if add_generation_prompt %}assistant: "
+    "{%- if enable_thinking is defined and enable_thinking is false %}[no]{% endif %}{% endif -%}"
+)
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
 
 
@@ -75,6 +82,41 @@ def test_openai(client: openai.OpenAI, expected: str) -> None:
     assert [one.embedding for one in vectors.data] == [pytest.approx(one.embedding, abs=1e-6) for one in floats.data]
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "onecard"
+
+
+def test_no_limit_is_the_servers_own(client: openai.OpenAI) -> None:
+    """As llama.cpp's and LM Studio's clients ask for it; this server was started with 16."""
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=-1, temperature=0)
+    text = client.completions.create(model="tiny", prompt="Hi", max_tokens=-1, extra_body={"n_predict": -1})
+    assert answer.usage is not None and text.usage is not None
+    assert answer.usage.completion_tokens == text.usage.completion_tokens == 16
+
+
+def test_variables_of_a_template_are_rendered_as_transformers_does(api_base: Path, tmp_path: Path) -> None:
+    jinja = tmp_path / "thinks.jinja"
+    jinja.write_text(THINKS, encoding="utf-8")
+    engine = open_tiny(api_base, LimitOptions(), str(jinja))
+    with serving(engine, LimitOptions()) as server, keyless(server) as client:
+        prompts, answers = [], []
+        for variables in ({}, {"enable_thinking": True}, {"enable_thinking": False}, {"topic": ["a", {"b": "你"}]}):
+            own = {"chat_template": THINKS, "add_generation_prompt": True, "tokenize": False}
+            prompts.append(engine.tokenizer().apply_chat_template(MESSAGES, **own, **variables))
+            texts = client.completions.create(model="tiny", prompt=prompts[-1], max_tokens=9, temperature=0)
+            answers.append(
+                client.chat.completions.create(
+                    model="tiny", messages=MESSAGES, max_tokens=9, temperature=0,
+                    extra_body={"chat_template_kwargs": variables},
+                )
+            )  # fmt: skip
+            assert texts.usage is not None and answers[-1].usage is not None
+            assert texts.usage.prompt_tokens == answers[-1].usage.prompt_tokens
+            assert texts.choices[0].text.strip() == (answers[-1].choices[0].message.content or "").strip()
+        assert prompts[0] == prompts[1] and len(set(prompts)) == 3
+        for wrong in ({"enable_thinkng": True}, {"eos_token": "x"}, {"depth": 0}, {"topic": 5}):
+            with pytest.raises(openai.BadRequestError, match=next(iter(wrong))):
+                client.chat.completions.create(
+                    model="tiny", messages=MESSAGES, extra_body={"chat_template_kwargs": wrong}
+                )
 
 
 def test_openai_streaming(client: openai.OpenAI, expected: str) -> None:

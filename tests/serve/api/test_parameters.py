@@ -68,12 +68,17 @@ OFF: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,), "n": (1,), "stop": ("", []), "stream": (False,), "seed": (5,),
     "stream_options": ({}, {"include_usage": True}, {"include_usage": False, "include_obfuscation": False}),
 }  # fmt: skip
-CHAT_OFF: dict[str, tuple[Any, ...]] = {"logprobs": (False,), "top_logprobs": (0,)}
+CHAT_OFF: dict[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}, {"x": None}),
+}
 # What changes an answer, each with a test in test_chat.py or test_completions.py.
 USED = {"max_tokens", "temperature", *OFF}
 CALLS = [
     ("/v1/chat/completions", chat_create_params.CompletionCreateParamsBase, ChatRequest,
-     USED | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}, OFF | CHAT_OFF),
+     USED | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "chat_template_kwargs"},
+     OFF | CHAT_OFF),
     ("/v1/completions", completion_create_params.CompletionCreateParamsBase, CompletionRequest,
      USED | {"prompt", "logprobs", "echo"}, OFF | {"echo": (False,)}),
     ("/v1/embeddings", embedding_create_params.EmbeddingCreateParams, EmbeddingRequest,
