@@ -26,7 +26,7 @@ _NUMBERS = frozenset(
 )  # fmt: skip
 _CELLS = re.compile(r"(\S(?:.*?\S)?)(\s{2,}|$)")
 # What stands in front of a message: the flag or the place that is to blame.
-_PREFIX = re.compile(r"((?:note|--\w+|[^\s:]+(?::\d+(?:#\d+)?)?|\S+\.\w+): )(.+)")
+_PREFIX = re.compile(r"((?:note|--\w+|(?:[A-Za-z]:)?[^:]+:\d+(?:#\d+)?|[^\s:]+|\S+\.\w+): )(.+)")
 _chosen = {"language": "auto"}
 
 
@@ -86,8 +86,8 @@ def _value(text: str, to: str) -> str:
 def _line(line: str, to: str) -> str:
     body = line.strip()
     indent = line[: len(line) - len(line.lstrip())]
-    whole = in_catalogue(body, to)
-    if whole is not None:
+    whole = _value(body, to)
+    if whole != body:
         return indent + whole
     cells = [(match[1], match.end() - match.start()) for match in _CELLS.finditer(body)]
     if len(cells) > 1:
@@ -99,8 +99,12 @@ def _line(line: str, to: str) -> str:
 
 def _padded(text: str, width: int) -> str:
     """The text with blanks behind it; a Chinese character is two columns wide."""
-    taken = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-    return text + " " * max(2, width - taken)
+    return text + " " * max(2, width - columns_of(text))
+
+
+def columns_of(text: str) -> int:
+    """Columns that a text takes in a terminal."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 @cache

@@ -48,6 +48,7 @@ def test_text(main, words, capsys):
     assert "1 samples (4.5%) are cut to fit" in shown
     assert "1 samples (4.5%) are dropped" in shown
     assert "over the limit" in shown
+    assert shown.count(' is missing; keys seen: "instruction"') == 1  # each skipped record once
     assert "  data.jsonl:22: the question alone takes all 200 tokens of a sample (finetune.py --cutoff_len)" in shown
     assert "  data.jsonl:23: holds the text '</s>'" in shown
     assert "  data.jsonl:24: " in shown

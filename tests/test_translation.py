@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +18,8 @@ from onecard import console, translation
 from onecard.config import parsing as cli
 from onecard.config.inference import GenerateConfig
 from onecard.config.training import REPOSITORY, FinetuneConfig
+from onecard.data.formats import to_sample
+from onecard.data.values import UnusableRecord
 from onecard.errors import ConfigError
 from onecard.recipes import finetune, generate
 from onecard.translation import translated, use_language
@@ -83,6 +86,60 @@ def test_every_reason_of_a_refusal_on_the_way_is_in_chinese(tmp_path: Path, untr
     assert not untranslated
 
 
+BAD_RECORDS: list[Any] = [
+    {"instruction": "a", "output": ""}, {"instruction": "a", "output": None}, {"instruction": "", "output": "b"},
+    {"instruction": "a", "input": None}, {"instruction": "a", "output": 5 * [{}]}, {"prompt": None, "response": None},
+    {"instruction": "a", "output": {}}, {"instruction": "a", "output": "\0"}, {"text": ""}, [1], "a", 5, None, True,
+    {"messages": "a"}, {"messages": [1]}, {"messages": [{"role": "user"}]},
+    {"messages": [{"role": "x", "content": ""}]},
+    {"messages": [{"role": "user", "content": ""}]}, {"messages": [{"role": "user", "content": "a"}]},
+    {"messages": [{"role": "tool", "content": "a"}]}, {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+    {"input": ["a", "b"], "output": []}, {"input": ["a"], "output": [""]}, {"output": "b"},
+    {"instruction": "a", "output": "b", "history": "c"}, {"instruction": "a", "output": "b", "history": [["c"]]},
+    {"instruction": "a", "output": "b", "history": [["c", ""]]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["data.json:5", "我的 数据/a b.json:1#23", "C:/我的 数据.json:7"])
+def test_every_reason_why_a_record_is_not_learned_is_in_chinese(place: str) -> None:
+    reasons = set()
+    for record in BAD_RECORDS:
+        with pytest.raises(UnusableRecord) as refused:
+            to_sample(record, place)
+        reasons.add(str(refused.value))
+    assert len(reasons) >= 20
+    english = [reason for reason in sorted(reasons) if translated(f"  {place}: {reason}", "zh").endswith(reason)]
+    assert not english
+    assert not [line for reason in reasons if PROSE.search(line := translated(f"{place}: {reason}", "zh"))]
+
+
+def test_the_missing_half_of_a_record_is_named_and_not_another_field_that_is_null() -> None:
+    with pytest.raises(UnusableRecord, match='"output" is missing'):
+        to_sample({"instruction": "a", "input": None}, "a.json:1")
+
+
+def test_everything_that_the_doctor_finds_is_told_in_chinese() -> None:
+    said = []
+    for name in ("doctor/report", "doctor/facts", "model/nvidia_driver"):
+        for node in ast.walk(ast.parse((REPOSITORY / f"onecard/{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+                texts = [inner for part in node.args[2:] for inner in ast.walk(part)]
+                parts = {id(one) for text in texts if isinstance(text, ast.JoinedStr) for one in text.values}
+                said += [_filled(text) for text in texts if id(text) not in parts and _filled(text)]
+    assert len(said) >= 40
+    shown = [re.sub(r"pip (un)?install \S+", "", translated(text, "zh")) for text in said]
+    assert not [text for text in shown if PROSE.search(text)]
+
+
+def _filled(node: ast.AST) -> str:
+    """A text of the code with values in it; nothing for what is no text."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "7" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
 def test_the_language_is_the_one_typed_else_that_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "adapter of step 4 saved in out"
     assert translated(said) == said
@@ -104,6 +161,7 @@ def test_what_is_no_message_stays_as_it_is() -> None:
         assert translated(text) == text
     row = translated("  peak                                               0.32 100.0 %")
     assert row.startswith("  峰值") and row.endswith("0.32 100.0 %")
+    assert translated("Qwen2.5-7B, 7.62 B weights, on a card (11.00 GiB)").startswith("Qwen2.5-7B，7.62 B 个权重，")
     assert translated("a.json:3: is missing") == "a.json:3: 没有给出"
 
 

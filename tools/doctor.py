@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from onecard.config.parsing import parse
 from onecard.console import escaped, run_main, say
 from onecard.errors import ModelError
+from onecard.translation import columns_of, translated
 
 COLOURS = {"ok": "32", "warning": "33", "problem": "31"}
 WIDTH = 110
@@ -55,19 +56,27 @@ def main(argv: list[str] | None = None) -> None:
 
 def as_table(findings: list[Any]) -> str:
     """One finding a line, its remedy below it, ready to print."""
-    width = max(len(finding.name) for finding in findings)
-    indent = " " * (width + 11)
+    names = [translated(finding.name) for finding in findings]
+    columns = max(map(columns_of, names))
+    indent = " " * (columns + 11)
     lines = []
-    for finding in findings:
-        first, *rest = wrap(escaped(finding.value), WIDTH - len(indent)) or [""]
-        lines.append(f"{_coloured(finding.state)}  {finding.name:<{width}}  {first}")
+    for name, finding in zip(names, findings, strict=True):
+        first, *rest = _wrapped(finding.value, WIDTH - len(indent)) or [""]
+        lines.append(f"{_coloured(finding.state)}  {name}{' ' * (columns - columns_of(name))}  {first}")
         lines += [indent + part for part in rest]
-        lines += [f"{indent}-> {part}" for part in wrap(escaped(finding.remedy), WIDTH - len(indent) - 3)]
+        lines += [f"{indent}-> {part}" for part in _wrapped(finding.remedy, WIDTH - len(indent) - 3)]
     return "\n".join(lines)
 
 
+def _wrapped(message: str, columns: int) -> list[str]:
+    text = escaped(translated(message))
+    # A Chinese character is two columns wide.
+    return wrap(text, columns if text.isascii() else columns // 2, break_long_words=text.isascii())
+
+
 def _coloured(state: str) -> str:
-    shown = f"{state:<7}"
+    word = translated(state)
+    shown = word + " " * (7 - columns_of(word))
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return f"\x1b[{COLOURS[state]}m{shown}\x1b[0m" if is_coloured else shown
 

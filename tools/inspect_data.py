@@ -114,7 +114,7 @@ def say_lengths(found: Any, limited: Any) -> None:
     say(f"{found.n_cut:,} samples ({found.share(found.n_cut):.1%}) are cut to fit")
     say(f"{found.n_dropped:,} samples ({found.share(found.n_dropped):.1%}) are dropped: nothing to learn is left")
     say("")
-    for line in limited.summary_lines():
+    for line in limited.summary_lines(names_skipped=False):  # `say_skipped` does
         say(line)
 
 

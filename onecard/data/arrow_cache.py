@@ -66,9 +66,9 @@ class DatasetReport:
         if len(self.dropped_records) < _KEPT_DROPPED_RECORDS:
             self.dropped_records.append((record, reason))
 
-    def summary_lines(self) -> list[str]:
+    def summary_lines(self, names_skipped: bool = True) -> list[str]:
         """What a person should know before training on this, a line each."""
-        lines = self.read.summary_lines()
+        lines = self.read.summary_lines(names_skipped)
         lines.append(
             f"{self.n_samples:,} samples, {self.n_tokens:,} tokens, {self.n_supervised:,} of them learned; "
             f"{self.n_cut:,} samples are cut to fit"

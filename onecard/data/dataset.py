@@ -87,8 +87,8 @@ class EncodedDataset:
                 return int(start) + row, int(ids[places[0]])
         return None
 
-    def summary_lines(self) -> list[str]:
-        return self.report.summary_lines()
+    def summary_lines(self, names_skipped: bool = True) -> list[str]:
+        return self.report.summary_lines(names_skipped)
 
     def keep(self, thing: Any) -> None:
         """Hold something, such as a temporary folder, for as long as this data set lives."""

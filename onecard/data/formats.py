@@ -342,7 +342,7 @@ def _unknown_shape(keys: tuple[str, ...], nulls: tuple[str, ...]) -> str:
     present = set(keys) - set(nulls)
     seen = ", ".join(quoted(key) for key in keys[:8]) + (", ..." if len(keys) > 8 else "")
     half_found = [shape for shape in _SHAPES if present & set(shape.required)]
-    for shape in half_found + [shape for shape in _SHAPES if set(nulls) & set(shape.required)]:
+    for shape in half_found or [shape for shape in _SHAPES if set(nulls) & set(shape.required)]:
         null = [key for key in shape.required if key in nulls]
         if null:
             return f'"{null[0]}" is null' + ("" if half_found else f"; keys seen: {seen}")

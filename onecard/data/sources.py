@@ -145,7 +145,7 @@ class ReadReport:
         report.bad = [BadRecord(*bad) for bad in plain["bad"]]
         return report
 
-    def summary_lines(self) -> list[str]:
+    def summary_lines(self, names_skipped: bool = True) -> list[str]:
         """What a person should know about this reading, a line each."""
         shapes: Counter[str] = Counter()
         for counts in self.shapes.values():
@@ -165,10 +165,12 @@ class ReadReport:
         if self.skipped_files:
             shown = ", ".join(self.skipped_files[:_SHOWN_BAD_RECORDS])
             lines.append(f"  files not read ({len(self.skipped_files)}; not {' '.join(SUFFIXES)}): {shown}")
-        if self.n_bad:
+        if self.n_bad and not names_skipped:
+            lines.append(f"{self.n_bad:,} skipped")
+        elif self.n_bad:
             lines.append(f"{self.n_bad:,} skipped:")
             lines += [f"  {bad.place}: {bad.reason}" for bad in self.bad[:_SHOWN_BAD_RECORDS]]
-        if self.n_bad > _SHOWN_BAD_RECORDS:
+        if names_skipped and self.n_bad > _SHOWN_BAD_RECORDS:
             lines.append(f"  ... and {self.n_bad - _SHOWN_BAD_RECORDS:,} more; tools/inspect_data.py lists them")
         return lines
 
