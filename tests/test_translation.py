@@ -115,6 +115,24 @@ def test_every_reason_why_a_record_is_not_learned_is_in_chinese(place: str) -> N
     assert not [line for reason in reasons if PROSE.search(line := translated(f"{place}: {reason}", "zh"))]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "stopped by SIGTERM after step 4 of 19; checkpoint-4 is saved. The same command goes on from there.",
+        "输出 目录/我的 has no finished adapter; took its newest checkpoint, checkpoint-4",
+        "3 answers were cut at --max_new_tokens 8 or the model's limit",
+        "3 answers, 1,024 tokens, 0.2 tokens/s; all 3 are in 回答 1.jsonl",
+        "merging 1 adapter(s) into 210 layers of 我的 模型/基座, in fp16; this takes about 1.4 GiB of RAM",
+        "基座 模型, 0.13 B weights, on a card of 11 GiB",
+        "Largest known model that fits a card of 11 GiB at 4,096 tokens: Qwen2.5-14B.",
+        "Longest context that fits with these options: 412,672 tokens in one row, more than the 8,192 positions of the "
+        "model (layer inputs may wait in 23.54 GiB of RAM).",
+    ],
+)
+def test_what_a_newcomer_meets_after_training_is_in_chinese(said: str) -> None:
+    assert not PROSE.search(translated(said, "zh"))
+
+
 def test_the_missing_half_of_a_record_is_named_and_not_another_field_that_is_null() -> None:
     with pytest.raises(UnusableRecord, match='"output" is missing'):
         to_sample({"instruction": "a", "input": None}, "a.json:1")

@@ -17,7 +17,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.model.memory.architecture import Architecture, KnownModel
 from onecard.model.memory.estimate import GIB, MemoryConfig, account, is_counted
 from onecard.model.memory.plan import LOSS_CHUNKS, MLP_TILES, CardSpec, Plan, make_plan
-from onecard.translation import language
+from onecard.translation import language, translated
 
 WIDTH = 80
 NAME_WIDTH, GIB_WIDTH, SHARE_WIDTH = 46, 9, 7
@@ -324,6 +324,9 @@ def _card(card: CardSpec) -> str:
 
 
 def _wrap(text: str, later: str = "") -> list[str]:
+    shown = translated(text)  # as a whole: its lines are no messages
+    if shown != text:
+        return [shown]  # Chinese has no blanks to be broken at; the terminal breaks it anywhere
     return textwrap.wrap(text, _width(), subsequent_indent=later, break_long_words=False, break_on_hyphens=False)
 
 
