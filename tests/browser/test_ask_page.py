@@ -114,6 +114,24 @@ def test_an_empty_question_leaves_the_answer_and_the_buttons(open_page: Any, url
     assert page.locator("button:visible").all_inner_texts() == buttons
 
 
+def test_a_reload_and_an_example_leave_what_was_typed(open_page: Any, url: str) -> None:
+    page = open_page(url)
+    typed = {"instruction": "Say <b>", "input": "my words", "comment": "half a comment", "system": "You are a parrot"}
+    for name, text in typed.items():
+        page.fill(f"#oc-{name} textarea", text)
+    page.wait_for_timeout(400)
+    page.reload()
+    page.wait_for_function("window.onecard && onecard.is_ready()")
+    assert {name: page.input_value(f"#oc-{name} textarea") for name in typed} == typed
+    questions: list[str] = []
+    page.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.dismiss()))
+    page.click("text=Find the job in the text.")
+    page.click("#oc-reset")
+    page.wait_for_timeout(800)
+    assert {name: page.input_value(f"#oc-{name} textarea") for name in typed} == typed
+    assert len(questions) == 2 and "my words" in questions[0] and "You are a parrot" in questions[1]
+
+
 def test_copy_and_flag(open_page: Any, url: str, flagged: Path) -> None:
     page = open_page(url)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])

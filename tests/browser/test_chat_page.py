@@ -240,9 +240,106 @@ def test_reload_keeps_the_chat_and_the_settings(open_page: Any, url: str) -> Non
     before = bubbles(page)
     page.reload()
     wait_until(lambda: bubbles(page) == before)
-    assert page.input_value("#oc-box textarea") == "half typed"
+    wait_until(lambda: page.input_value("#oc-box textarea") == "half typed")
     assert page.input_value("#oc-top_k input[type=number]") == "40"
     assert ask(page, "who are you") == "I am tiny-llama, told: First <\u200bone>"
+
+
+def answer_dialogs(page: Any, agree: bool) -> list[str]:
+    """What the page asks in dialogs from now on; each gets the same answer."""
+    asked: list[str] = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept() if agree else dialog.dismiss()))
+    return asked
+
+
+@pytest.mark.parametrize("agree", [False, True])
+def test_typed_text_is_replaced_only_when_the_person_agrees(
+    open_page: Any, url: str, tmp_path: Path, agree: bool
+) -> None:
+    page = open_page(url)
+    example = "#oc-chat button:has-text('Show me code')"
+    questions = answer_dialogs(page, agree)
+    page.click("#oc-reset")
+    page.click("#oc-chat button:has-text('Say something')")
+    wait_until(lambda: page.input_value("#oc-box textarea") == "Say something")
+    page.click(example)
+    wait_until(lambda: page.input_value("#oc-box textarea") == "Show me code", what="an example is no typed text")
+    assert questions == []
+    file = tmp_path / "chat.json"
+    file.write_text('{"system": "A parrot", "messages": [{"role": "user", "content": "Hi"}]}', encoding="utf-8")
+    steps = [("reset", lambda: page.click("#oc-reset")), ("example", lambda: page.click(example))]
+    for number, (name, step) in enumerate([*steps, ("load", lambda: load(page, file))], 1):
+        page.fill("#oc-box textarea", "my words")
+        page.fill("#oc-system textarea", "You are a pirate")
+        step()
+        wait_until(lambda number=number: page.wait_for_timeout(100) or len(questions) == number, what=name)
+        page.wait_for_timeout(400)
+        changed = page.input_value("#oc-system textarea"), page.input_value("#oc-box textarea")
+        replaced = {"reset": ("", "my words"), "example": ("You are a pirate", "Show me code")}
+        assert changed == (replaced.get(name, ("A parrot", "my words")) if agree else ("You are a pirate", "my words"))
+    assert len(bubbles(page)) == agree
+    assert ["my words" in question for question in questions] == [False, True, False]
+
+
+def test_what_comes_back_to_the_box_leaves_what_was_typed_there(open_page: Any, url: str) -> None:
+    page = open_page(url)
+    ask(page, "First")
+    page.fill("#oc-box textarea", "typed")
+    page.click("#oc-undo")
+    wait_until(lambda: page.input_value("#oc-box textarea") == "First\n\ntyped")
+    page.fill("#oc-box textarea", "")
+    ask(page, "Second")
+    page.locator("#oc-chat .message-buttons-right button[title=Edit]").first.click()
+    page.locator("#oc-chat .edit-textarea").fill("memory of <b>")
+    page.locator("#oc-chat button[title=Submit]").first.click()
+    note_says(page, "memory is full")
+    wait_until(lambda: page.input_value("#oc-box textarea") == "memory of <b>", what="an edit that failed comes back")
+    page.fill("#oc-box textarea", "")
+    send(page, "memory please")
+    wait_until(lambda: page.is_visible("#oc-note") and page.input_value("#oc-box textarea") == "memory please")
+    page.wait_for_timeout(300)
+    assert page.input_value("#oc-box textarea") == "memory please"
+
+
+def test_another_page_and_back_and_a_closed_tab_lose_nothing(open_page: Any, url: str) -> None:
+    page = open_page(url)
+    ask(page, "First")
+    before = bubbles(page)
+    page.fill("#oc-box textarea", "half typed")
+    page.wait_for_timeout(300)
+    page.goto("about:blank")
+    page.go_back()
+    wait_until(lambda: page.query_selector("#oc-box") and page.input_value("#oc-box textarea") == "half typed")
+    assert bubbles(page) == before
+    page.click("#oc-clear")
+    wait_until(lambda: bubbles(page) == [])
+    page.wait_for_timeout(300)
+    page.close()
+    other = open_page(url)
+    wait_until(lambda: other.input_value("#oc-box textarea") == "half typed", what="the words of the closed tab")
+
+
+def test_text_is_pasted_plain_and_a_dropped_file_does_not_open(open_page: Any, url: str) -> None:
+    page = open_page(url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate("""() => {
+      const part = (text, type) => new Blob([text], {type});
+      const item = {"text/html": part("<b>bold</b> text", "text/html"), "text/plain": part("bold text", "text/plain")};
+      return navigator.clipboard.write([new ClipboardItem(item)]);
+    }""")
+    page.focus("#oc-box textarea")
+    page.keyboard.press("Control+V")
+    wait_until(lambda: page.input_value("#oc-box textarea") == "bold text")
+    stopped = page.evaluate("""() => {
+      const file = new DataTransfer(), text = new DataTransfer();
+      file.items.add(new File(["{}"], "chat.json", {type: "application/json"}));
+      text.setData("text/plain", "words");
+      const drop = (where, name, data) => !document.querySelector(where).dispatchEvent(
+        new DragEvent(name, {dataTransfer: data, bubbles: true, cancelable: true}));
+      const places = ["#oc-box textarea", "#oc-chat", "body"], names = ["dragover", "drop"];
+      return [file, text].map((data) => places.flatMap((place) => names.map((name) => drop(place, name, data))));
+    }""")
+    assert stopped == [[True] * 6, [False] * 6], "files are stopped, words may be dropped"
 
 
 def test_reload_while_it_answers_keeps_the_piece(open_page: Any, url: str, engine: FakeEngine) -> None:

@@ -66,8 +66,9 @@ def chat_page(
     handlers = ChatPage(engine, system, sampling, show_beams=show_beams)
     labels = TranslatedComponents(_first_language(page))
     with gr.Blocks(title="OneCard", analytics_enabled=False) as blocks:
-        names = ("chat", "partial", "earlier", "sent", "stored", "browser_language", "file")
+        names = ("chat", "partial", "earlier", "sent", "returned", "stored", "browser_language", "file")
         parts: dict[str, Any] = {name: _hidden(name) for name in names}
+        parts["known"] = list(examples)
         parts["tries"] = gr.Number(0, elem_classes="oc-hidden", container=False)
         parts |= _header(labels, engine, "chat.title")
         with gr.Row(equal_height=False):
@@ -100,6 +101,7 @@ def ask_page(
             with gr.Column(scale=3, min_width=320):
                 parts |= _question(labels) | _answer(labels) | _lines() | _beam_boxes(labels, engine) | _flag(labels)
                 parts |= _examples(labels, parts, examples) if examples else {}
+                parts["known"] = [text for pair in examples for text in pair]
             with gr.Column(scale=1, min_width=300, elem_id="oc-side"):
                 parts |= _settings(labels, handlers.reader, engine)
         wiring = AskWiring(handlers, parts, labels, page.language, GradioHooks(_on, _tell))
@@ -341,8 +343,8 @@ def _editing(handler: Any, n_outputs: int) -> Any:
 
 
 def _example(handler: Any) -> Any:
-    def call(chosen: gr.SelectData) -> Any:
-        return _applied(handler(chosen.value))
+    def call(chosen: gr.SelectData, *values: Any) -> Any:
+        return _applied(handler(chosen.value, *values))
 
     return call
 

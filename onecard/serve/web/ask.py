@@ -19,7 +19,7 @@ from onecard.inference.chat_file import now
 from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.serve.web.answer import RunningAnswers, answer_steps, failure_words
 from onecard.serve.web.i18n import word
-from onecard.serve.web.settings import MAX_TEXT_CHARS, PageSettings, SettingsReader, moved_words
+from onecard.serve.web.settings import MAX_TEXT_CHARS, PageSettings, SettingsReader, moved_words, stored_object
 from onecard.translation import translated
 
 FLAG_FILE = "flagged.jsonl"
@@ -106,6 +106,12 @@ class AskPage:
             yield AnswerView(note=failure_words(reason, language), running=False)
         finally:
             self.running.end(question.browser)
+
+    def restore(self, stored: str) -> tuple[dict[str, str], PageSettings]:
+        """The texts and the settings that this tab stored last; what is broken counts as absent."""
+        memory = stored_object(stored)
+        texts = {name: text for name, text in memory.items() if isinstance(text, str) and text}
+        return texts, self.reader.stored(memory)
 
     def stop(self, browser: str) -> None:
         """End this browser's answer within a second; what there is of it stays."""

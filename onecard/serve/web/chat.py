@@ -7,7 +7,6 @@ Knows sessions, settings and answers. It does not know gradio, nor where anythin
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,7 +21,7 @@ from onecard.serve.web.answer import AnswerStep, RunningAnswers, answer_steps, f
 from onecard.serve.web.i18n import WORDS, language_of, word
 from onecard.serve.web.sanitize import original, plain_markdown
 from onecard.serve.web.script import TOO_LARGE
-from onecard.serve.web.settings import NAMES, PageSettings, SettingsReader, moved_words
+from onecard.serve.web.settings import PageSettings, SettingsReader, moved_words, stored_object
 from onecard.serve.web.undo import kept, taken
 from onecard.translation import translated
 
@@ -34,8 +33,9 @@ class ChatView:
     """What the page shows next; None leaves a part as it is.
 
     chat: the conversation as JSON, without the answer that is being written; partial: that answer so far.
-    messages: what the conversation looks like; box: the text in the input box. sent: a number and the text that was
-    taken from the box; the browser empties the box if this is still what stands there.
+    messages: what the conversation looks like; box: text that comes back to the input box, before what was typed there
+    meanwhile. sent: a number and the text that was taken from the box; the browser empties the box if this is still
+    what stands there.
     toast: a line that goes away by itself.
     number: how many answers to the last question there have been before this one.
     earlier: the versions of the conversation that Undo can bring back, as JSON (see undo.py).
@@ -104,12 +104,13 @@ class ChatPage:
     def regenerate(self, asked: ChatInputs) -> Iterator[ChatView]:
         """Answer the last question once more."""
         asked = replace(asked, number=asked.number + 1)
-        yield from self._guarded(asked, lambda before: before.regenerate(), None)
+        yield from self._guarded(asked, lambda before: before.regenerate(), None, is_new=False)
 
     def edit(self, asked: ChatInputs, index: int, text: str) -> Iterator[ChatView]:
         """Put another question in the place of message `index` (as the view numbers them), and answer it."""
         asked = replace(asked, number=0)
-        yield from self._guarded(asked, lambda before: before.edit(index, original(text)), None)
+        text = original(text)
+        yield from self._guarded(asked, lambda before: before.edit(index, text), text, is_new=False)
 
     def stop(self, browser: str) -> None:
         """End this browser's answer within a second; what there is of it stays."""
@@ -168,12 +169,9 @@ class ChatPage:
 
     def restore(self, stored: str, browser_language: str, wanted: str = "auto") -> RestoredPage:
         """The page as this browser last saw it, out of its own storage; anything broken in there counts as absent."""
-        memory = _object(stored)
+        memory = stored_object(stored)
         language = remembered_language(stored, browser_language, wanted)
-        settings = self.start
-        values = memory.get("settings")
-        if isinstance(values, list) and len(values) == len(NAMES):
-            settings, _ = self.reader.read(values)
+        settings = self.reader.stored(memory)
         names = ("chat", "partial", "box", "earlier")
         texts = {key: memory[key] if isinstance(memory.get(key), str) else "" for key in names}
         try:
@@ -182,18 +180,21 @@ class ChatPage:
             chat = SavedChat()
         return RestoredPage(ChatView(**_shown(chat), box=texts["box"], earlier=texts["earlier"]), settings, language)
 
-    def _guarded(self, asked: ChatInputs, step: Any, text: str | None) -> Iterator[ChatView]:
-        """Answer what `step` makes of the session, unless an answer is being written or the step cannot be made."""
+    def _guarded(self, asked: ChatInputs, step: Any, text: str | None, *, is_new: bool = True) -> Iterator[ChatView]:
+        """Answer what `step` makes of the session, unless an answer is being written or the step cannot be made.
+
+        text: what the person typed for it; is_new: it is a new question, out of the box.
+        """
         cancel = self.running.begin(asked.browser)
         if cancel is None:
             # Not as a note: the answer that is being written has the notes.
-            yield ChatView(toast=word(asked.language, "note.busy"))
+            yield ChatView(toast=word(asked.language, "note.busy"), box=None if is_new else text)
             return
         try:
             chat = self._chat(asked)
             settings, moved = self.reader.read(asked.settings)
             before = chat.session.with_system(settings.system)
-            answering = _Answering(self.engine, asked, settings, replace(chat, session=before), text)
+            answering = _Answering(self.engine, asked, settings, replace(chat, session=before), text, is_new)
             note = moved_words(moved, asked.language)
             for view in answering.views(step(before), cancel, note):
                 if view.running is False:
@@ -229,13 +230,14 @@ class ChatPage:
 
 @dataclass(frozen=True)
 class _Answering:
-    """One answer on its way into a chat. `before`: the chat as it was; `text`: what came out of the box."""
+    """One answer on its way into a chat. `before`: the chat as it was; `text`, `is_new`: as in `_guarded`."""
 
     engine: InferenceEngine
     asked: ChatInputs
     settings: PageSettings
     before: SavedChat
     text: str | None
+    is_new: bool
 
     def views(self, session: ChatHistory, cancel: Any, note: str) -> Iterator[ChatView]:
         fitted = fit_history(session.prompt, self._count, self._budget())
@@ -248,8 +250,8 @@ class _Answering:
         )  # fmt: skip
         begun = replace(self.before, session=session)
         # Until the first words come, a regenerated or edited answer still stands in the browser's memory.
-        is_new = self.text is not None
-        sent = f"{time.monotonic_ns()} {self.text}" if is_new else None
+        is_new = self.is_new
+        sent = f"{time.time_ns()} {self.text}" if is_new else None
         yield ChatView(
             chat=to_json(begun) if is_new else None, partial="", messages=messages_of(session, "…"), sent=sent,
             status="", note=note, beams=(), running=True, number=self.asked.number,
@@ -281,8 +283,8 @@ class _Answering:
             if self.text is not None and not isinstance(step.failure, QueueFull):
                 notes.append(word(language, "note.returned"))
         else:
-            chat = begun if self.text is not None else self.before
-            notes.append(word(language, "note.nothing_yet"))
+            chat, box = (begun, None) if self.is_new else (self.before, self.text)
+            notes.append(word(language, "note.nothing_yet" if box is None else "note.returned"))
         n_lost = len(self.before.session.turns) - len(chat.session.turns)
         if n_lost > 0:
             notes.append(word(language, "note.edited", n=n_lost))
@@ -294,7 +296,7 @@ class _Answering:
 
     def _earlier(self, chat: SavedChat) -> str | None:
         """What Undo can bring back once `chat` stands there; a new question replaces nothing."""
-        is_replaced = self.text is None and chat is not self.before
+        is_replaced = not self.is_new and chat is not self.before
         return kept(self.asked.earlier, self.before, chat) if is_replaced else None
 
     def _count(self, turns: Any) -> int:
@@ -315,7 +317,7 @@ def messages_of(session: ChatHistory, partial: str | None = None) -> list[dict[s
 
 def remembered_language(stored: str, browser_language: str, wanted: str = "auto") -> str:
     """The language that was chosen in this browser before, else the one that the owner or the browser wants."""
-    language = _object(stored).get("language")
+    language = stored_object(stored).get("language")
     return language if isinstance(language, str) and language in WORDS else language_of(browser_language, wanted)
 
 
@@ -359,11 +361,3 @@ def _merged(chat: str, partial: str) -> SavedChat:
     if partial and merged.session.awaits_answer:
         merged = replace(merged, session=merged.session.answer(partial))
     return merged
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

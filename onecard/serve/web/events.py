@@ -7,6 +7,7 @@ gradio understands. Knows the handlers of both pages and the order of what goes 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -27,8 +28,9 @@ Change = dict[str, Any] | None  # the properties of a component that change; Non
 Changes = list[Change]
 On = Callable[..., Any]  # (event, handler, inputs, outputs, ...): calls handler(browser, *values of the inputs)
 SWITCHES = ("submit", "stop", "regenerate", "undo", "clear", "load")  # what is to be had only at rest, or not
+QUESTION_TEXTS = ("instruction", "input", "comment", "answer")  # what a reload of the page for questions keeps
 HIDDEN: Literal["hidden"] = "hidden"  # drawn but not shown: nothing has to be drawn anew when it is
-PICK = "async (file, ...rest) => [await onecard.pick(), ...rest]"
+TYPED = ("system", "stop_texts")  # the settings that are texts of the person
 
 
 class TranslatedComponents:
@@ -77,11 +79,15 @@ class Wiring:
         self.on, self.tell = gradio.on, gradio.tell
         self.presence = SessionRegistry(page.leave)
         self.settings = [parts[name] for name in NAMES]
+        self.typed = [parts[name] for name in TYPED]
+        start = dict(zip(NAMES, page.start.values(), strict=True))
+        self.typed_start = json.dumps([start[name] for name in TYPED])
 
     def connect_settings(self, blocks: Any, outputs: list[Any], opening: str) -> None:
         p = self.parts
         texts = [*self.labels.components, p["prompt_type"]]
-        self.on(p["reset"].click, self.reset, [p["language"]], self.settings)
+        asking = asking_first(2, self.typed_start)
+        self.on(p["reset"].click, self.reset, [p["stored"], *self.typed, p["language"]], self.settings, js=asking)
         self.on(p["adapter"].input, self.prompt_types, [p["adapter"], p["language"]], [p["prompt_type"]])
         # However it changes: by hand, with a loaded chat, or with the page that was loaded anew.
         self.on(p["adapter"].change, self.name, [p["adapter"]], [p["model"]])
@@ -93,8 +99,8 @@ class Wiring:
         loading = self.on(blocks.load, self.restore, [p["stored"], p["browser_language"]], opened, js=opening)
         loading.then(None, [p["language"]], None, js="(language) => { onecard.opened(language); }")
 
-    def reset(self, browser: str, language: str) -> Changes:
-        return self.setting_updates(self.page.start, language)
+    def reset(self, browser: str, agreed: str, system: str, stop_texts: str, language: str) -> Changes:
+        return self.setting_updates(self.page.start, language) if agreed else [None for _ in self.settings]
 
     def name(self, browser: str, adapter: str) -> Changes:
         return [{"value": as_html(adapter or self.page.start.adapter, "oc-model")}]
@@ -143,7 +149,19 @@ class ChatWiring(Wiring):
     def connect(self, blocks: Any) -> None:
         p = self.parts
         state = [p["chat"], p["partial"], p["earlier"], p["tries"], p["language"], *self.settings]
-        names = ("chat", "partial", "earlier", "tries", "chatbot", "box", "sent", "status", "note", *SWITCHES, "beams")
+        names = (
+            "chat",
+            "partial",
+            "earlier",
+            "tries",
+            "chatbot",
+            "returned",
+            "sent",
+            "status",
+            "note",
+            *SWITCHES,
+            "beams",
+        )
         view = [*[p[name] for name in names], *p["beam_boxes"]]
         for trigger in (p["submit"].click, p["box"].submit):
             self.on(trigger, self.submit, [p["box"], *state], view, trigger_mode="multiple")
@@ -155,13 +173,19 @@ class ChatWiring(Wiring):
             self.on(trigger, self.clear, state, view)
         saving = self.on(p["save"].click, self.save, state, [p["file"]])
         saving.then(None, [p["file"]], None, js="(file) => { onecard.download(file); }")
-        self.on(p["load"].click, self.load, [p["file"], *state], [*view, *self.settings], js=PICK)
-        self.on(p["chatbot"].example_select, self.example, [], [p["box"]], event="example")
+        pick = f"async (file, ...rest) => [await onecard.pick(rest.slice(0, 2), {self.typed_start}), ...rest]"
+        self.on(p["load"].click, self.load, [p["file"], *self.typed, *state], [*view, *self.settings], js=pick)
+        examples = [p["stored"], p["box"]], [p["box"]]
+        asking = asking_first(1, json.dumps(p["known"]))
+        self.on(p["chatbot"].example_select, self.example, *examples, event="example", js=asking)
         self.connect_settings(blocks, view, "() => onecard.open()")
         for name in ("chat", "partial", "box"):
             p[name].change(None, [p[name]], None, js=f"({name}) => {{ onecard.keep({{{name}}}); }}")
         p["earlier"].change(None, [p["earlier"]], None, js="(earlier) => { onecard.keep_earlier(earlier); }")
         p["sent"].change(None, [p["sent"], p["box"]], [p["box"]], js="(sent, box) => onecard.taken(sent, box)")
+        p["returned"].change(
+            None, [p["returned"], p["box"]], [p["box"]], js="(line, box) => onecard.returned(line, box)"
+        )
         for component in self.settings:
             component.change(None, self.settings, None, js="(...settings) => { onecard.keep({settings}); }")
 
@@ -184,13 +208,13 @@ class ChatWiring(Wiring):
         name, text = self.page.save(_asked(browser, state))
         return [{"value": json.dumps({"name": name, "text": text})}]
 
-    def load(self, browser: str, text: str, *state: Any) -> Changes:
+    def load(self, browser: str, text: str, system: str, stop_texts: str, *state: Any) -> Changes:
         asked = _asked(browser, state)
         view, settings = self.page.load(asked, text)
         return [*self.updates(view), *self.setting_updates(settings, asked.language)]
 
-    def example(self, chosen: dict[str, str]) -> Changes:
-        return [{"value": chosen["text"]}]
+    def example(self, chosen: dict[str, str], agreed: str, box: str) -> Changes:
+        return [{"value": chosen["text"]} if agreed else None]
 
     def restore(self, browser: str, stored: str, browser_language: str) -> Changes:
         restored = self.page.restore(stored, browser_language, self.wanted_language)
@@ -199,7 +223,8 @@ class ChatWiring(Wiring):
 
     def updates(self, view: ChatView) -> Changes:
         """One update for each component of the view, in the order of `connect`."""
-        values = [view.chat, view.partial, view.earlier, view.number, view.messages, view.box, view.sent]
+        returned = None if view.box is None else f"{time.time_ns()} {view.box}"
+        values = [view.chat, view.partial, view.earlier, view.number, view.messages, returned, view.sent]
         kept: Changes = [None if value is None else {"value": value} for value in values]
         lines = self.line_updates(view.status, view.note)
         if view.toast:
@@ -222,22 +247,30 @@ class AskWiring(Wiring):
         self.on(p["flag"].click, self.flag, [p["comment"], p["language"]], [p["note"]])
         if "examples" in p:
             fields = [p["instruction"], p["input"]]
-            self.on(p["examples"].click, self.example, [p["examples"]], fields)
-        self.connect_settings(blocks, [], "() => onecard.look()")
+            asking = asking_first(2, json.dumps(p["known"]))
+            self.on(p["examples"].click, self.example, [p["stored"], *fields, p["examples"]], fields, js=asking)
+        texts = [p[name] for name in QUESTION_TEXTS]
+        self.connect_settings(blocks, texts, "() => onecard.look()")
+        for component in (*texts, *self.settings):
+            names = ", ".join(QUESTION_TEXTS)
+            keeping = f"({names}, ...settings) => {{ onecard.keep({{{names}, settings}}); }}"
+            component.change(None, [*texts, *self.settings], None, js=keeping)
 
     def ask(self, browser: str, instruction: str, extra: str, language: str, *settings: Any) -> Iterator[Changes]:
         question = AskInputs(browser, instruction or "", extra or "", settings, language)
         yield from map(self.updates, self.page.ask(question))
 
-    def example(self, browser: str, chosen: Sequence[str]) -> Changes:
-        return [{"value": text} for text in chosen]
+    def example(self, browser: str, agreed: str, instruction: str, extra: str, chosen: Sequence[str]) -> Changes:
+        return [{"value": text} if agreed else None for text in chosen]
 
     def flag(self, browser: str, comment: str, language: str) -> Changes:
         return self.line_updates(None, self.page.flag(browser, comment or "", language))[1:]
 
     def restore(self, browser: str, stored: str, browser_language: str) -> Changes:
         language = remembered_language(stored, browser_language, self.wanted_language)
-        return [*self.setting_updates(self.page.start, language), {"value": language}]
+        texts, settings = self.page.restore(stored)
+        changes: Changes = [{"value": texts[name]} if name in texts else None for name in QUESTION_TEXTS]
+        return [*changes, *self.setting_updates(settings, language), {"value": language}]
 
     def updates(self, view: AnswerView) -> Changes:
         if view.toast:
@@ -260,6 +293,11 @@ def repeating(stream: Iterable[Changes], n_outputs: int) -> Iterator[Changes]:
         yield said
     if not said:
         yield [None] * n_outputs
+
+
+def asking_first(n_texts: int, known: str) -> str:
+    """A script that asks whether the first `n_texts` inputs may be replaced, unless they are among `known` (JSON)."""
+    return f"(agreed, ...rest) => [onecard.agree(rest.slice(0, {n_texts}), {known}), ...rest]"
 
 
 def prompt_choices(engine: InferenceEngine, adapter: str, language: str) -> list[tuple[str, str]]:

@@ -109,6 +109,7 @@ ENGLISH = {
     "script.model": "Model",
     "script.chat": "Conversation",
     "script.working": "The model is answering.",
+    "script.replace": "This replaces what you typed:",
     "script.gone": "Connection lost",
     "script.reconnecting": "Connection to the server lost; trying again. What you wrote is kept.",
 }
@@ -206,6 +207,7 @@ CHINESE = {
     "script.model": "模型",
     "script.chat": "对话",
     "script.working": "模型正在回答。",
+    "script.replace": "这会替换您输入的内容：",
     "script.gone": "连接已断开",
     "script.reconnecting": "与服务器的连接已断开，正在重新连接。您写的内容已保留。",
 }

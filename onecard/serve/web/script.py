@@ -17,14 +17,15 @@ from onecard.serve.web.style import CSS
 SCRIPT = """
 <script>
 window.onecard = (() => {
-  const PREFIX = "onecard.chat.", TAB = "onecard.tab", EARLIER = "onecard.earlier", MOST = 20, LIMIT = __LIMIT__;
-  let name = null, memory = {}, ready = false, timer = null;
+  const PREFIX = "onecard.chat.", TAB = "onecard.tab", EARLIER = "onecard.earlier", QUESTION = "onecard.question";
+  const MOST = 20, LIMIT = __LIMIT__;
+  let name = null, memory = {}, ready = false, timer = null, in_tab = false, back = 0;
 
   const read = (key) => { try { return JSON.parse(localStorage.getItem(key)) || {}; } catch { return {}; } };
   const kept = () => Object.keys(localStorage).filter((key) => key.startsWith(PREFIX))
     .map((key) => [key.slice(PREFIX.length), read(key)])
     .sort((one, other) => (other[1].time || 0) - (one[1].time || 0));
-  const has_words = (chat) => typeof chat.chat === "string" && chat.chat.includes('"role"');
+  const has_words = (chat) => String(chat.chat).includes('"role"') || String(chat.box || "").trim();
   const fresh = () => Array.from(crypto.getRandomValues(new Uint32Array(3)), (n) => n.toString(36)).join("");
 
   const hold = (wanted, patience) => new Promise((resolve) => {
@@ -55,6 +56,7 @@ window.onecard = (() => {
   const flush = () => {
     clearTimeout(timer);
     timer = null;
+    if (ready && in_tab) try { sessionStorage.setItem(QUESTION, JSON.stringify(memory)); } catch {}
     if (!ready || name === null) return;
     const text = JSON.stringify({...memory, time: Date.now()});
     const others = kept().filter(([other]) => other !== name).reverse();
@@ -104,11 +106,28 @@ window.onecard = (() => {
     navigator.clipboard.writeText = (text) => write(written(text));
   }
 
+  const numbered = (line) => [Number(line.split(" ", 1)[0]), line.slice(line.indexOf(" ") + 1)];
+  // Whether these texts may be replaced: blank and known ones at once, others when the person says so.
+  const agree = (typed, known) => {
+    const lost = typed.filter((text) => text && text.trim() && !known.includes(text));
+    return !lost.length || confirm([terms().replace, ...lost.map((text) => text.slice(0, 300))].join("\\n\\n"));
+  };
+  const settings_in = (file) => {
+    try {
+      const chat = JSON.parse(file), stop = (chat.sampling || {}).stop || [];
+      return [chat.system, stop.map((text) => text.replaceAll("\\n", "\\\\n")).join("\\n")];
+    } catch { return []; }
+  };
+
   return {
-    // For a page that keeps nothing but language and theme.
+    agree: (typed, known) => agree(typed, known) ? "yes" : "",
+    // For a page without a chat: what was typed stays in this tab.
     look: () => {
       appearance();
-      return [JSON.stringify({language: localStorage.getItem("onecard.language")}), navigator.language || "en"];
+      in_tab = true;
+      try { memory = JSON.parse(sessionStorage.getItem(QUESTION)) || {}; } catch {}
+      const language = localStorage.getItem("onecard.language");
+      return [JSON.stringify({...memory, language}), navigator.language || "en"];
     },
     open: async () => {
       appearance();
@@ -132,7 +151,16 @@ window.onecard = (() => {
     },
     // What Undo can bring back goes with the tab: a chat that was cleared does not stay on the machine.
     keep_earlier: (earlier) => { try { sessionStorage.setItem(EARLIER, earlier); } catch {} },
-    taken: (sent, box) => box === sent.slice(sent.indexOf(" ") + 1) ? "" : box,
+    taken: (sent, box) => {
+      const [number, text] = numbered(sent);
+      return box === text && number > back ? "" : box;
+    },
+    // What comes back to the box stands before what was typed there meanwhile.
+    returned: (line, box) => {
+      const [number, text] = numbered(line);
+      back = number;
+      return !box.trim() ? text : !text.trim() || box.startsWith(text) ? box : text + "\\n\\n" + box;
+    },
     speak: (language) => {
       localStorage.setItem("onecard.language", language);
       document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
@@ -149,14 +177,16 @@ window.onecard = (() => {
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     },
-    pick: () => new Promise((resolve) => {
+    pick: (typed, start) => new Promise((resolve) => {
       const input = document.createElement("input");
       input.type = "file";
       input.accept = ".json,application/json";
       input.oncancel = () => resolve("");
       input.onchange = async () => {
         const file = input.files[0];
-        resolve(!file ? "" : file.size > LIMIT ? "too large" : await file.text());
+        if (!file || file.size > LIMIT) return resolve(file ? "too large" : "");
+        const text = await file.text(), inside = settings_in(text);
+        resolve(!inside.length || agree(typed, [...start, ...inside]) ? text : "");
       };
       input.click();
     }),
@@ -185,6 +215,8 @@ HELP = """
       set(row.querySelector("[data-testid=user], [data-testid=bot]"), "aria-label", name);
     }
     for (const part of document.querySelectorAll("#oc-chat :is(table, pre, .katex-display), #oc-beams")) {
+      // Of what is not on the screen, the size would have to be found out first.
+      if (part.checkVisibility && !part.checkVisibility({contentVisibilityAuto: true})) continue;
       const scrolls = part.scrollWidth > part.clientWidth || part.scrollHeight > part.clientHeight;
       if (scrolls) set(part, "tabindex", "0");
     }
@@ -239,11 +271,22 @@ HELP = """
     // A list that holds buttons and no items is no list.
     for (const list of document.querySelectorAll("#oc-chat .examples[role=list]")) set(list, "role", "group");
   };
-  new MutationObserver(() => {
+  const notice = () => {
     if (!waiting) setTimeout(look_after, 50);
     waiting = true;
-  }).observe(document.documentElement, {subtree: true, childList: true, characterData: true, attributes: true});
+  };
+  addEventListener("contentvisibilityautostatechange", notice, true);
+  new MutationObserver(notice).observe(
+    document.documentElement, {subtree: true, childList: true, characterData: true, attributes: true});
 
+  // A dropped file would open in the place of the page.
+  for (const name of ["dragover", "drop"]) {
+    addEventListener(name, (event) => {
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.dataTransfer.dropEffect = "none";
+      event.preventDefault();
+    });
+  }
   addEventListener("focusin", (event) => { last = event.target; });
   addEventListener("pointerdown", (event) => {
     if (!event.target.closest("button, input, textarea, a, label, [tabindex]")) last = null;
@@ -274,7 +317,8 @@ def head(max_chat_bytes: int) -> str:
 
 def script_terms(language: str) -> str:
     """The words that the script needs, for a hidden place on the page."""
-    terms: dict[str, object] = {name: word(language, f"script.{name}") for name in ("you", "model", "chat", "working")}
+    names = ("you", "model", "chat", "working", "replace")
+    terms: dict[str, object] = {name: word(language, f"script.{name}") for name in names}
     # What gradio says in English whatever the language.
     terms["gradio"] = {
         "Connection Lost": word(language, "script.gone"),

@@ -5,6 +5,7 @@ Knows options, limits and the engine's adapters. It does not know gradio, sessio
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -121,6 +122,11 @@ class SettingsReader:
         settings = self._within(settings)
         return settings, self._moves(given, settings)
 
+    def stored(self, memory: Mapping[str, Any]) -> PageSettings:
+        """The settings in what a browser has stored of a page; those of the start where there are none."""
+        values = memory.get("settings")
+        return self.read(values)[0] if isinstance(values, list) and len(values) == len(NAMES) else self.start
+
     def with_sampling(
         self, settings: PageSettings, sampling: SamplingOptions | None
     ) -> tuple[PageSettings, tuple[AdjustedValue, ...]]:
@@ -175,6 +181,15 @@ def moved_words(moves: Sequence[AdjustedValue], language: str) -> str:
             word(language, "note.moved", name=word(language, move.name), given=given, used=used, allowed=allowed)
         )
     return "\n".join(lines)
+
+
+def stored_object(text: str) -> dict[str, Any]:
+    """The object that a browser has stored; empty for anything else."""
+    try:
+        content = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def template_name(template: Template) -> str:
