@@ -43,7 +43,8 @@ footer { display: none !important; }
 #oc-chat .token:is(.keyword, .tag, .atrule, .selector, .important) { color: var(--oc-keyword) !important; }
 #oc-chat .token:is(.number, .boolean, .constant, .symbol, .deleted) { color: var(--oc-number) !important; }
 #oc-chat .token:is(.function, .class-name, .builtin, .attr-name, .property) { color: var(--oc-name) !important; }
-#oc-chat .message-row { position: relative; }
+/* Each step of an answer sets `dir` on every row anew: what is not on the screen need not be styled for that. */
+#oc-chat .message-row { position: relative; content-visibility: auto; contain-intrinsic-size: auto 90px; }
 #oc-chat .message-buttons button, #oc-chat .message-buttons-right button, #oc-chat .message-buttons-left button,
 #oc-answer .icon-button-wrapper button { min-width: 24px; min-height: 24px; }
 #oc-actions > button { min-height: 30px; }
