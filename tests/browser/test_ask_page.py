@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from onecard.serve.web.sanitize import original
 from tests.browser.conftest import serving, shot, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,8 +56,35 @@ def set_number(page: Any, name: str, value: float) -> None:
 
 
 def finished(page: Any) -> str:
+    """Waits for the answer's end: what the model wrote, from what the tab keeps."""
     wait_until(lambda: "tokens/s" in page.inner_text("#oc-status") and page.is_visible("#oc-submit"), 20)
-    return page.input_value("#oc-answer textarea")
+    page.wait_for_timeout(400)
+    return original(page.evaluate("JSON.parse(sessionStorage.getItem('onecard.question')).answer"))
+
+
+def test_formulas_tables_and_code_are_drawn(open_page: Any) -> None:
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
+    from tests.fake_engine import FORMULAS, FakeEngine
+
+    with serving(web.ask_page(FakeEngine(), SamplingOptions(), PageOptions())) as address:  # type: ignore[arg-type]
+        page = open_page(address, locale="en-US")
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        answer = page.locator("#oc-answer")
+        for question, drawn, n_drawn in (("formula", ".katex", 3), ("table", "td", 5), ("code", "pre code", 1)):
+            page.fill("#oc-instruction textarea", question)
+            page.click("#oc-submit")
+            page.wait_for_selector("#oc-stop")
+            finished(page)
+            assert answer.locator(drawn).count() == n_drawn, question
+            if question == "formula":
+                page.click("#oc-answer button[title='Copy the answer']")
+                assert page.evaluate("navigator.clipboard.readText()") == FORMULAS
+                wait_until(lambda: r"\frac{-b \pm \sqrt{b^2}}{2a}" in page.inner_text("#oc-live"))
+                assert answer.locator("img").count() == 0
+        before = answer.inner_text()
+        page.reload()
+        wait_until(lambda: answer.inner_text() == before, what="the answer is there after a reload")
 
 
 def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> None:
@@ -109,8 +137,7 @@ def test_an_empty_question_leaves_the_answer_and_the_buttons(open_page: Any, url
     buttons = page.locator("button:visible").all_inner_texts()
     page.fill("#oc-instruction textarea", "")
     page.click("#oc-submit")
-    page.wait_for_timeout(700)
-    assert page.input_value("#oc-answer textarea") == answer
+    assert finished(page) == answer
     assert page.locator("button:visible").all_inner_texts() == buttons
 
 
@@ -141,7 +168,7 @@ def test_copy_and_flag(open_page: Any, url: str, flagged: Path) -> None:
     page.fill("#oc-instruction textarea", "Translate morning into Chinese. <b>")
     page.click("#oc-submit")
     answer = finished(page)
-    page.click("#oc-answer button")
+    page.click("#oc-answer .top-panel button")
     assert page.evaluate("navigator.clipboard.readText()") == answer
     page.fill("#oc-comment textarea", "很好")
     page.click("#oc-flag")

@@ -169,7 +169,7 @@ def _conversation(labels: TranslatedComponents, examples: Sequence[str]) -> dict
         gr.Chatbot, {"placeholder": "chat.empty", "examples": first_words}, elem_id="oc-chat", show_label=False,
         editable="user", height=520, sanitize_html=True, allow_tags=False, render_markdown=True, buttons=["copy"],
         latex_delimiters=list(FORMULAS), feedback_options=None, allow_file_downloads=False, layout="bubble",
-        group_consecutive_messages=False,
+        group_consecutive_messages=False, elem_classes="oc-drawn",
     )  # fmt: skip
     return {"chatbot": chatbot}
 
@@ -224,12 +224,14 @@ def _question(labels: TranslatedComponents) -> dict[str, Any]:
 
 
 def _answer(labels: TranslatedComponents) -> dict[str, Any]:
-    words = {"label": "answer"}
-    return {
-        "answer": labels(
-            gr.Textbox, words, lines=4, max_lines=20, interactive=False, buttons=["copy"], elem_id="oc-answer"
-        )
-    }
+    heading = {"value": lambda language: f'<h2 class="oc-label">{word(language, "answer")}</h2>'}
+    labels(gr.HTML, heading, elem_id="oc-answer-label")
+    answer = gr.Markdown(
+        elem_id="oc-answer", elem_classes="oc-drawn", container=True,
+        buttons=["copy"], latex_delimiters=list(FORMULAS), sanitize_html=True,
+        min_height=112,
+    )  # fmt: skip
+    return {"answer": answer}
 
 
 def _examples(labels: TranslatedComponents, parts: dict[str, Any], examples: Sequence[Sequence[str]]) -> dict[str, Any]:

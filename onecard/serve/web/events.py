@@ -21,6 +21,7 @@ from onecard.serve.web.ask import AnswerView, AskInputs, AskPage
 from onecard.serve.web.browsers import SessionRegistry
 from onecard.serve.web.chat import MAX_REGENERATIONS, ChatInputs, ChatPage, ChatView, remembered_language
 from onecard.serve.web.i18n import word
+from onecard.serve.web.sanitize import original, plain_markdown
 from onecard.serve.web.settings import NAMES, OWN_PROMPT_TYPE, PageSettings, template_name
 
 Words = Callable[[str], Any]  # language -> what a component shows
@@ -269,13 +270,15 @@ class AskWiring(Wiring):
     def restore(self, browser: str, stored: str, browser_language: str) -> Changes:
         language = remembered_language(stored, browser_language, self.wanted_language)
         texts, settings = self.page.restore(stored)
+        if "answer" in texts:
+            texts["answer"] = plain_markdown(original(texts["answer"]))
         changes: Changes = [{"value": texts[name]} if name in texts else None for name in QUESTION_TEXTS]
         return [*changes, *self.setting_updates(settings, language), {"value": language}]
 
     def updates(self, view: AnswerView) -> Changes:
         if view.toast:
             self.tell(view.toast)
-        answer: Change = None if view.answer is None else {"value": view.answer}
+        answer: Change = None if view.answer is None else {"value": plain_markdown(view.answer)}
         switches = _switch_updates(view.running, SWITCHES[:2])
         return [answer, *self.line_updates(view.status, view.note), *switches, *self.beam_updates(view.beams)]
 

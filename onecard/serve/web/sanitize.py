@@ -26,7 +26,7 @@ _CODE_OR_MATH = re.compile(
     re.DOTALL,
 )
 # What the view's formula renderer goes by: only what was found here, never a pair of signs that happens to stand there.
-FORMULAS = tuple(
+FORMULAS: tuple[dict[str, str | bool], ...] = tuple(
     {"left": left + INVISIBLE, "right": INVISIBLE + right, "display": left in ("$$", "\\[")}
     for left, right in (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"))
 )

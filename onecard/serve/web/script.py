@@ -78,16 +78,19 @@ window.onecard = (() => {
 
   // The invisible spaces of sanitize.py are not copied, and of a drawn formula what was written.
   const written = (text) => text.replace(/__MARKED__/g, (mark, sign) => sign || "");
+  const unformulate = (part) => {
+    for (const formula of part.querySelectorAll(".katex")) {
+      const mark = formula.closest(".katex-display") ? "$$" : "$";
+      formula.replaceWith(mark + formula.querySelector("annotation").textContent + mark);
+    }
+  };
   const selected = () => {
     const selection = getSelection();
     if (!selection.rangeCount) return "";
     const part = document.createElement("div");
     part.append(selection.getRangeAt(0).cloneContents());
     if (!part.querySelector(".katex annotation")) return String(selection);
-    for (const formula of part.querySelectorAll(".katex")) {
-      const mark = formula.closest(".katex-display") ? "$$" : "$";
-      formula.replaceWith(mark + formula.querySelector("annotation").textContent + mark);
-    }
+    unformulate(part);
     part.className = "oc-apart";
     document.body.append(part);
     const text = part.innerText;
@@ -214,7 +217,9 @@ HELP = """
       if (mark.textContent !== name) mark.textContent = name;
       set(row.querySelector("[data-testid=user], [data-testid=bot]"), "aria-label", name);
     }
-    for (const part of document.querySelectorAll("#oc-chat :is(table, pre, .katex-display), #oc-beams")) {
+    for (const name of ["title", "aria-label"]) set(find("#oc-answer .top-panel button"), name, words.copy);
+    const wide = ":is(#oc-chat, #oc-answer) :is(table, pre, .katex-display), #oc-answer, #oc-beams";
+    for (const part of document.querySelectorAll(wide)) {
       // Of what is not on the screen, the size would have to be found out first.
       if (part.checkVisibility && !part.checkVisibility({contentVisibilityAuto: true})) continue;
       const scrolls = part.scrollWidth > part.clientWidth || part.scrollHeight > part.clientHeight;
@@ -236,8 +241,10 @@ HELP = """
     const works = seen("#oc-stop") !== null;
     if (works && !busy) said.push(words.working);
     if (busy && !works) {
-      const answers = document.querySelectorAll("#oc-chat .bot.message"), answer = answers[answers.length - 1];
-      said.push(words.model + ": " + (answer ? answer.innerText.trim() : (find("#oc-answer textarea") || {}).value));
+      const answers = document.querySelectorAll("#oc-chat .bot.message, #oc-answer [data-testid=markdown]");
+      const answer = answers.length ? answers[answers.length - 1].cloneNode(true) : document.createElement("div");
+      unformulate(answer);
+      said.push(words.model + ": " + answer.textContent.trim());
     }
     busy = works;
     if (said.length) live.textContent = written(said.join(" "));
@@ -276,7 +283,8 @@ HELP = """
     waiting = true;
   };
   addEventListener("contentvisibilityautostatechange", notice, true);
-  new MutationObserver(notice).observe(
+  // A box that grows while somebody types changes nothing of this.
+  new MutationObserver((all) => all.some((one) => one.target.nodeName !== "TEXTAREA") && notice()).observe(
     document.documentElement, {subtree: true, childList: true, characterData: true, attributes: true});
 
   // A dropped file would open in the place of the page.
@@ -317,7 +325,7 @@ def head(max_chat_bytes: int) -> str:
 
 def script_terms(language: str) -> str:
     """The words that the script needs, for a hidden place on the page."""
-    names = ("you", "model", "chat", "working", "replace")
+    names = ("you", "model", "chat", "working", "replace", "copy")
     terms: dict[str, object] = {name: word(language, f"script.{name}") for name in names}
     # What gradio says in English whatever the language.
     terms["gradio"] = {

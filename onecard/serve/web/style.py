@@ -37,12 +37,12 @@ footer { display: none !important; }
 #oc-stop.hidden, #oc-submit.hidden, #oc-note.hidden { display: none !important; }
 #oc-chat { border-radius: 14px; flex: 1 1 0 !important; height: auto !important; min-height: 260px !important; }
 #oc-chat .message { overflow-wrap: anywhere; }
-#oc-chat .token { color: var(--body-text-color) !important; }
-#oc-chat .token:is(.comment, .prolog, .doctype, .cdata) { color: var(--oc-comment) !important; }
-#oc-chat .token:is(.string, .char, .attr-value, .regex, .inserted) { color: var(--oc-string) !important; }
-#oc-chat .token:is(.keyword, .tag, .atrule, .selector, .important) { color: var(--oc-keyword) !important; }
-#oc-chat .token:is(.number, .boolean, .constant, .symbol, .deleted) { color: var(--oc-number) !important; }
-#oc-chat .token:is(.function, .class-name, .builtin, .attr-name, .property) { color: var(--oc-name) !important; }
+.oc-drawn .token { color: var(--body-text-color) !important; }
+.oc-drawn .token:is(.comment, .prolog, .doctype, .cdata) { color: var(--oc-comment) !important; }
+.oc-drawn .token:is(.string, .char, .attr-value, .regex, .inserted) { color: var(--oc-string) !important; }
+.oc-drawn .token:is(.keyword, .tag, .atrule, .selector, .important) { color: var(--oc-keyword) !important; }
+.oc-drawn .token:is(.number, .boolean, .constant, .symbol, .deleted) { color: var(--oc-number) !important; }
+.oc-drawn .token:is(.function, .class-name, .builtin, .attr-name, .property) { color: var(--oc-name) !important; }
 /* Each step of an answer sets `dir` on every row anew: what is not on the screen need not be styled for that. */
 #oc-chat .message-row { position: relative; content-visibility: auto; contain-intrinsic-size: auto 90px; }
 #oc-chat .message-buttons button, #oc-chat .message-buttons-right button, #oc-chat .message-buttons-left button,
@@ -50,9 +50,9 @@ footer { display: none !important; }
 #oc-actions > button { min-height: 30px; }
 #oc-side input[type=number], #oc-side input[type=range] { min-height: 24px; }
 #oc-side input[type=checkbox] { width: 24px; height: 24px; }
-#oc-chat .message table { display: block; max-width: 100%; overflow-x: auto; border: 0; }
-#oc-chat .message :is(th, td) { overflow-wrap: normal; word-break: normal; }
-#oc-chat .message .katex-display { overflow: auto hidden; padding: 2px 0; }
+:is(#oc-chat .message, #oc-answer) table { display: block; max-width: 100%; overflow-x: auto; border: 0; }
+:is(#oc-chat .message, #oc-answer) :is(th, td) { overflow-wrap: normal; word-break: normal; }
+:is(#oc-chat .message, #oc-answer) .katex-display { overflow: auto hidden; padding: 2px 0; }
 #oc-chat .edit-textarea { width: min(70vw, 480px) !important; min-height: 3.4em !important; }
 #oc-chat .top-panel { display: none; }
 #oc-status, #oc-note, #oc-status .html-container, #oc-note .html-container { padding: 0 !important; min-height: 0; }
@@ -71,7 +71,11 @@ footer { display: none !important; }
 #oc-submit, #oc-stop { flex: 0 0 96px; min-width: 96px !important; height: 44px; border-radius: 12px; }
 #oc-actions { gap: 8px; flex-wrap: wrap; }
 #oc-actions > button { flex: 1 1 auto; min-width: 0 !important; }
-#oc-answer textarea { font-size: 1rem; line-height: 1.55; }
+#oc-answer-label .html-container { padding: 0 4px !important; }
+#oc-answer-label .oc-label { font-weight: 600; font-size: .86rem; margin: 0; }
+#oc-answer { font-size: 1rem; line-height: 1.55; max-height: 60vh; overflow-y: auto; overflow-wrap: anywhere;
+  padding: 10px 46px 10px 14px !important; border: 1px solid var(--border-color-primary); border-radius: 12px;
+  background: var(--block-background-fill); }
 #oc-flagging { align-items: flex-end; gap: 8px; }
 #oc-flagging > .form { flex: 1 1 auto; }
 #oc-flag { flex: 0 0 110px; min-width: 110px !important; height: 44px; }
@@ -116,6 +120,7 @@ span[data-testid="block-info"] { font-weight: 600; font-size: .86rem; color: var
   #oc-actions > button, #oc-theme, #oc-reset { min-height: 44px; }
   #oc-chat .message-buttons button, #oc-chat .message-buttons-right button, #oc-chat .message-buttons-left button,
   #oc-answer .icon-button-wrapper button { min-width: 44px; min-height: 44px; }
+  #oc-answer { padding-right: 56px !important; }
   #oc-side input[type=number], #oc-side input[type=range], #oc-side .label-wrap { min-height: 44px; }
 }
 """
