@@ -531,8 +531,10 @@ def test_settings_reach_the_engine_and_can_be_reset(open_page: Any, url: str, en
     assert answer == "The quick brown fox jumps over"
     assert "cut at the longest length" in page.inner_text("#oc-status")
     assert page.locator("#oc-beams textarea:visible").count() == 3
+    questions = answer_dialogs(page, True)
     page.click("#oc-reset")
     wait_until(lambda: page.input_value("#oc-temperature input[type=number]") == "0.7")
+    assert len(questions) == 1 and "END" in questions[0]
     ask(page, "Say something")
     assert engine.asked[-1].sampling.max_new_tokens == 512
     assert (engine.asked[-1].prompt_type, engine.asked[-1].sampling.stop) == ("", [])

@@ -19,7 +19,7 @@ SCRIPT = """
 window.onecard = (() => {
   const PREFIX = "onecard.chat.", TAB = "onecard.tab", EARLIER = "onecard.earlier", QUESTION = "onecard.question";
   const MOST = 20, LIMIT = __LIMIT__;
-  let name = null, memory = {}, ready = false, timer = null, in_tab = false, back = 0;
+  let name = null, memory = {}, ready = false, timer = null, in_tab = false, back = 0, loaded = [];
 
   const read = (key) => { try { return JSON.parse(localStorage.getItem(key)) || {}; } catch { return {}; } };
   const kept = () => Object.keys(localStorage).filter((key) => key.startsWith(PREFIX))
@@ -112,7 +112,7 @@ window.onecard = (() => {
   const numbered = (line) => [Number(line.split(" ", 1)[0]), line.slice(line.indexOf(" ") + 1)];
   // Whether these texts may be replaced: blank and known ones at once, others when the person says so.
   const agree = (typed, known) => {
-    const lost = typed.filter((text) => text && text.trim() && !known.includes(text));
+    const lost = typed.filter((text) => text && text.trim() && ![...known, ...loaded].includes(text));
     return !lost.length || confirm([terms().replace, ...lost.map((text) => text.slice(0, 300))].join("\\n\\n"));
   };
   const settings_in = (file) => {
@@ -189,7 +189,9 @@ window.onecard = (() => {
         const file = input.files[0];
         if (!file || file.size > LIMIT) return resolve(file ? "too large" : "");
         const text = await file.text(), inside = settings_in(text);
-        resolve(!inside.length || agree(typed, [...start, ...inside]) ? text : "");
+        if (inside.length && !agree(typed, [...start, ...inside])) return resolve("");
+        loaded = inside;
+        resolve(text);
       };
       input.click();
     }),
