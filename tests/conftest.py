@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import tiny
 
@@ -15,6 +16,9 @@ from tests import tiny
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# How long an example takes says how busy the machine is.
+settings.register_profile("onecard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("onecard")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,7 +54,10 @@ class Script:
 
 @dataclass
 class FakeEngine:
-    """One answer at a time, with a real queue in front. `cancelled` and `asked` are for the test to look at."""
+    """One answer at a time, with a real queue in front. `ended` and `asked` are for the test to look at.
+
+    gate: where it is set, each word waits for a release of it, however busy the machine is.
+    """
 
     script: Script = field(default_factory=Script)
     limits: LimitOptions = field(default_factory=lambda: LimitOptions(max_queue=2))
@@ -66,6 +69,7 @@ class FakeEngine:
         self.asked: list[GenerationRequest] = []
         self.ended: list[str] = []
         self.refused: list[GenerationRequest] = []
+        self.gate: threading.Semaphore | None = None
 
     def has(self, adapter: str) -> bool:
         return adapter == "" or adapter in self.names
@@ -113,7 +117,10 @@ class FakeEngine:
                 raise OutOfMemory("does not fit any more")
             shown = " ".join(pieces[: number + 1])
             yield Chunk(shown, self._beams(request, shown), None, Usage(prompt, number + 1))
-            time.sleep(self.script.delay_seconds)
+            if self.gate is not None:
+                self.gate.acquire()
+            else:
+                time.sleep(self.script.delay_seconds)
         reason = "length" if len(pieces) < len(text.split(" ")) else "stop"
         yield Chunk(shown, self._beams(request, shown), reason, Usage(prompt, len(pieces) + 1))
 

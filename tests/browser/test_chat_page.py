@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -104,12 +104,23 @@ def choose(page: Any, name: str, option: str) -> None:
     page.click(f"ul[role=listbox] li:has-text('{option}')")
 
 
-def test_an_answer_is_typed_live(open_page: Any, url: str) -> None:
+def test_an_answer_is_typed_live(open_page: Any, url: str, engine: FakeEngine) -> None:
+    """Each of the first words is on the page before the next one is there to be said."""
     page = open_page(url)
     page.evaluate(WATCH)
-    ask(page, "Say something")
+    engine.gate = threading.Semaphore(0)
+    try:
+        send(page, "Say something")
+        for number in range(1, 6):
+            begun = " ".join(SAYS.split(" ")[:number])
+            wait_until(lambda begun=begun: bubbles(page)[-1:] == [begun])
+            engine.gate.release()
+    finally:
+        engine.gate.release(len(SAYS))
+        engine.gate = None
+    wait_until(lambda: n_kept(page) == 2, 15, "the whole answer")
+    at_rest(page)
     texts = page.evaluate("window.states")
-    assert len(texts) >= 5
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert texts[-1] == SAYS
     status = page.inner_text("#oc-status")
@@ -136,12 +147,10 @@ def test_stop_keeps_what_was_said(open_page: Any, url: str, engine: FakeEngine) 
     page = open_page(url)
     send(page, "a long one")
     wait_until(lambda: "word5" in str(bubbles(page)[-1:]))
-    began = time.monotonic()
     page.click("#oc-stop")
     at_rest(page)
-    assert time.monotonic() - began < 2
     partial = bubbles(page)[-1]
-    assert partial.startswith("word0 word1") and "word399" not in partial
+    assert partial.startswith("word0 word1") and "word399" not in partial  # 400 words take 12 seconds
     assert "stopped" in page.inner_text("#oc-status")
     assert engine.ended[-1] == "cancelled"
     assert ask(page, "who").startswith("I am tiny-llama")
