@@ -135,6 +135,14 @@ def test_what_may_be_on_the_hub_is_left_to_it(values: dict) -> None:
     assert path_problems(values) == []
 
 
+def test_a_slip_in_the_name_of_a_file_is_no_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_data.json").write_text("[]")
+    ((flag, text),) = path_problems({"data_path": "my_data.jsn"})
+    assert flag == "--data_path" and "there is no file or folder my_data.jsn (did you mean my_data.json?)" in text
+    assert path_problems({"data_path": ["owner/my_data.jsn", "other.v2", "my_data"]}) == []
+
+
 def test_what_is_there_is_no_problem_in_any_form(tmp_path: Path) -> None:
     for name in ("a,b.json", "c.json", "t.jinja"):
         (tmp_path / name).write_text("{}")

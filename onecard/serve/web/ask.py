@@ -70,7 +70,7 @@ class AskPage:
     def ask(self, question: AskInputs) -> Iterator[AnswerView]:
         """Answer the instruction."""
         language = question.language
-        instruction, extra = question.instruction[:MAX_TEXT_CHARS], question.input[:MAX_TEXT_CHARS]
+        instruction, extra = question.instruction, question.input
         if not instruction.strip():
             return
         cancel = self.running.begin(question.browser)

@@ -475,6 +475,14 @@ def test_beams_are_shown_when_asked_for(engine: FakeEngine) -> None:
     assert last.beams == (SAYS, f"{SAYS} [1]", f"{SAYS} [2]")
 
 
+def test_a_long_question_is_asked_whole(engine: FakeEngine) -> None:
+    """Whether it fits is for the model's context to say: a cut in the middle would be answered without a word."""
+    page = AskPage(engine, "", START)  # type: ignore[arg-type]
+    text = "猫" * 100_001
+    list(page.ask(replace(question(page, text), input=text)))
+    assert (engine.asked[-1].turns[-1].content, engine.asked[-1].turns[-1].input) == (text, text)
+
+
 def test_what_was_said_once_in_a_stream_is_said_to_its_end() -> None:
     steps = [[{"value": 1}, None], [None, {"visible": True}], [{"value": 2}, None]]
     assert list(repeating([], 3)) == [[None, None, None]]  # gradio clears every component after no step at all
