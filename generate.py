@@ -1,27 +1,12 @@
 #!/usr/bin/env python3
-"""Ask a model: one --instruction, a file of them (--data_path), or one after another. `--help` lists every option."""
+"""`onecard generate` in a clone; onecard/programs/generate.py is the program."""
 
 from __future__ import annotations
 
 import sys
 
-from onecard.config.inference import GenerateConfig
-from onecard.config.parsing import parse
 from onecard.console import run_main
-from onecard.inference.run_files import stored_options
-
-
-def main(argv: list[str] | None = None) -> None:
-    # The run knows its base model; what is typed wins over that.
-    config = parse(
-        GenerateConfig, argv, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path"))
-    )
-
-    # Imported after the options are known to be good: torch takes seconds to load.
-    from onecard.recipes import generate
-
-    generate(config)
-
+from onecard.programs.generate import main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from onecard.errors import OneCardError, Stopped
+from onecard.installation import command
 from onecard.translation import translated
 
 # Control characters but tab and line feed, and marks that turn the direction of writing: in a name from the network or
@@ -82,7 +83,7 @@ def mirror_hint(repository: str, *, is_data_set: bool = False) -> str:
     kind = "dataset" if is_data_set else "model"
     return (
         f"where huggingface.co cannot be reached, set HF_ENDPOINT to a mirror, such as {MIRROR}, or download first: "
-        f"python tools/download.py --repo_id {repository} --repo_type {kind} --endpoint {MIRROR}"
+        f"{command('download')} --repo_id {repository} --repo_type {kind} --endpoint {MIRROR}"
     )
 
 

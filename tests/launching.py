@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from onecard.config.parsing import to_yaml
-from onecard.config.training import REPOSITORY, FinetuneConfig
+from onecard.config.training import FinetuneConfig
+from onecard.installation import SHIPPED as REPOSITORY
 
 TROUBLE = Path(__file__).parent / "invariants" / "finetune_with_trouble.py"
 

@@ -35,7 +35,7 @@ def module_name(path: Path) -> str:
 
 @lru_cache
 def modules() -> dict[str, Module]:
-    paths = [*REPOSITORY.glob("*.py"), *(REPOSITORY / "tools").glob("*.py"), *(REPOSITORY / "onecard").rglob("*.py")]
+    paths = (REPOSITORY / "onecard").rglob("*.py")
     found = {module_name(path): Module(ast.parse(path.read_text(encoding="utf-8"))) for path in paths}
     for module in found.values():
         for node in ast.walk(module.tree):

@@ -81,6 +81,7 @@ def start(stage: Path, command: str) -> subprocess.CompletedProcess:
     """Run one shell command in the stage with the dry Python in place of every Python."""
     python = str(stage / "dry-python")
     command = re.sub(r"^((?:\w+=\S+ )*)(?:python3?|\.venv/bin/python)(?= )", rf"\1{python}", command)
+    command = re.sub(r"^\.venv/bin/onecard(?= )", f"{python} -m onecard", command)
     command = re.sub(r"^((?:\w+=\S+ )*)torchrun(?= )", rf"\1{python} -m torch.distributed.run", command)
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment |= {"PYTHON": python, "PYTHONPATH": str(stage), "PYTHONIOENCODING": "utf-8"}
@@ -273,7 +274,7 @@ def test_every_path_in_the_documents_exists() -> None:
     visited = 0
     for document in DOCUMENTS:
         for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*[\w/])", text_of(document)):
-            assert (REPOSITORY / path).exists() or path == "tools/VERB.py", f"{document}: {path}"
+            assert (REPOSITORY / path).exists() or path == "onecard/programs/my_tool.py", f"{document}: {path}"
             visited += 1
         for link in re.findall(r"\]\(([^)#:]+)\)", text_of(document)):
             assert (REPOSITORY / document).parent.joinpath(link).exists(), f"{document}: {link}"
@@ -283,8 +284,8 @@ def test_every_path_in_the_documents_exists() -> None:
 
 def tool_options() -> Iterator[type]:
     """Every class of options that a tool declares itself."""
-    for name in TOOLS:
-        module = importlib.import_module(f"tools.{name.removesuffix('.py')}")
+    for path in (REPOSITORY / "onecard" / "programs").glob("[!_]*.py"):
+        module = importlib.import_module(f"onecard.programs.{path.stem}")
         declared = [value for value in vars(module).values() if isinstance(value, type) and is_dataclass(value)]
         yield from (kind for kind in declared if kind.__module__ == module.__name__)
 
@@ -297,8 +298,16 @@ def test_every_flag_in_the_documents_exists() -> None:
     }
     known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--real", "--examples"}
     # of pip, torchrun and pytest
-    known |= {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-    known |= {"--no-build-isolation", "--index-url", "--language"}
+    known |= {
+        "--version",
+        "--standalone",
+        "--nproc_per_node",
+        "--nnodes",
+        "--node_rank",
+        "--master_addr",
+        "--master_port",
+    }
+    known |= {"--no-build-isolation", "--index-url", "--language", "--version"}
     names = [*DOCUMENTS, *(f"scripts/{name}" for name in RECIPES), "scripts/quickstart.sh"]
     names += [f"config-sample/{name}" for name in SETTINGS]
     visited = 0

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import generate
-from onecard.config.training import REPOSITORY
 from onecard.console import run_main
+from onecard.installation import SHIPPED as REPOSITORY
 from onecard.serve.terminal.screen import printable
 from tests.inference.conftest import lively_base, run_dir  # noqa: F401  (fixtures)
 from tests.serve.terminal.test_ask import keyboard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,19 +13,8 @@ import pytest
 from onecard.data.encode import LabelledSample
 from onecard.data.inspect import LengthBin, MaskedText, bars, pieces
 from onecard.errors import ConfigError
+from onecard.programs.inspect import main
 from tests.data.plain_tokenizer import PlainTokenizer
-
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"
-
-
-@pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("inspect_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["inspect_data"] = module
-    spec.loader.exec_module(module)
-    yield module.main
-    del sys.modules["inspect_data"]
 
 
 @pytest.fixture
@@ -40,7 +28,7 @@ def words(tiny_base, tmp_path) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def test_text(main, words, capsys):
+def test_text(words, capsys):
     main([*words, "--prompt_type", "alpaca"])
     shown = capsys.readouterr().out
     assert shown.count("\n--- data.jsonl:") == 3
@@ -49,13 +37,14 @@ def test_text(main, words, capsys):
     assert "1 samples (4.5%) are dropped" in shown
     assert "over the limit" in shown
     assert shown.count(' is missing; keys seen: "instruction"') == 1  # each skipped record once
-    assert "  data.jsonl:22: the question alone takes all 200 tokens of a sample (finetune.py --cutoff_len)" in shown
+    reason = "the question alone takes all 200 tokens of a sample (finetune --cutoff_len)"
+    assert f"  data.jsonl:22: {reason}" in shown
     assert "  data.jsonl:23: holds the text '</s>'" in shown
     assert "  data.jsonl:24: " in shown
     assert "\x1b[" not in shown
 
 
-def test_json(main, words, capsys):
+def test_json(words, capsys):
     main([*words, "--prompt_type", "alpaca", "--json", "--n_shown", "2"])
     found = json.loads(capsys.readouterr().out)
     assert (found["n_records"], found["n_samples"], found["n_cut"], found["n_dropped"], found["n_bad"]) == (
@@ -74,20 +63,21 @@ def test_json(main, words, capsys):
     assert sorted(record for record, _ in found["bad"]) == ["data.jsonl:23", "data.jsonl:24"]
 
 
-def test_learned_text_is_coloured_on_a_terminal(main, words, capsys, monkeypatch):
+def test_learned_text_is_coloured_on_a_terminal(words, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     main([*words, "--prompt_type", "alpaca", "--n_shown", "1"])
     assert "\x1b[1;32m0 times</s>\x1b[0m" in capsys.readouterr().out
 
 
-def test_a_wrong_count_is_refused(main):
+def test_a_wrong_count_is_refused():
     with pytest.raises(ConfigError, match="--n_shown"):
         main(["--n_shown", "-1"])
 
 
 def test_it_starts_from_any_folder(tmp_path):
-    done = subprocess.run([sys.executable, TOOL, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    tool = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"
+    done = subprocess.run([sys.executable, tool, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--cutoff_len" in done.stdout
     assert "--n_shown" in done.stdout
 

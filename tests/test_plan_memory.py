@@ -16,8 +16,8 @@ from onecard.console import run_main
 from onecard.model.hardware import Hardware
 from onecard.model.memory.architecture import known_models
 from onecard.model.memory.estimate import GIB
+from onecard.programs.plan import PlanOptions, main
 from tests.tiny import save_tiny_llama
-from tools.plan_memory import PlanOptions, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LLAMA = "Llama-3.1-8B"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import inspect
-import re
-import sys
 from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,8 +16,8 @@ from onecard.config import parsing as cli
 from onecard.errors import ConfigError
 from tests.reached_code import FLAG, REPOSITORY, Walk, named_flags, reached
 
-PROGRAMS = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "tools").glob("*.py")])
-PROGRAMS.remove(REPOSITORY / "tools" / "make_tiny_base.py")  # without options
+FOLDER = REPOSITORY / "onecard" / "programs"
+PROGRAMS = sorted(FOLDER.glob("[!_]*.py"))
 # Options of other programs that are started from here, or that a person starts.
 FOREIGN = {"gpus", "query", "format", "nproc_per_node", "use_deepspeed"}
 # Code that serves every program through tables of options, and says only what is in the program's own.
@@ -48,13 +46,7 @@ NEVER = {
 
 
 def loaded(program: Path) -> ModuleType:
-    name = f"program_{program.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, program)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return importlib.import_module(f"onecard.programs.{program.stem}")
 
 
 @lru_cache
@@ -79,12 +71,17 @@ def walk_of(program: Path) -> Walk:
     return reached(program)
 
 
+def is_named(program: Path, text: str) -> bool:
+    verb = program.stem.replace("_", "-")
+    return f"command('{verb}')" in text or f"({verb} --" in text
+
+
 @lru_cache
 def unknown_to(program: Path) -> list[tuple[str, int, str, str]]:
     """(module, line, option, text) of what a program's messages name and it does not have."""
     found = []
     for module, line, flag, text in named_flags(walk_of(program)):
-        others = [other for other in PROGRAMS if re.search(rf"\b{re.escape(other.name)}\b", text)]
+        others = [other for other in PROGRAMS if is_named(other, text)]
         known = set(options_of(program)).union(FOREIGN, *(options_of(other) for other in others))
         if flag not in known and module not in (*BY_TABLE, *OF_OPTIONS):
             found.append((module, line, flag, text))
@@ -111,18 +108,18 @@ def test_every_exception_is_still_one() -> None:
 
 def test_the_walk_sees_what_a_program_says() -> None:
     """A remedy of training in what only generate.py reaches would be found."""
-    said = {(module, flag) for module, _, flag, _ in named_flags(walk_of(REPOSITORY / "generate.py"))}
+    said = {(module, flag) for module, _, flag, _ in named_flags(walk_of(FOLDER / "generate.py"))}
     assert {("onecard.model.load", "bits"), ("onecard.inference.load", "model_path")} <= said
     assert not any(module.startswith("onecard.train") for module, _ in said)
     assert ("onecard.train.auto_config", "total_batch") in {
-        (module, flag) for module, _, flag, _ in named_flags(walk_of(REPOSITORY / "finetune.py"))
+        (module, flag) for module, _, flag, _ in named_flags(walk_of(FOLDER / "finetune.py"))
     }
 
 
 @pytest.mark.parametrize("kind", ["q4_k_m", "Q4_K_M", "q6_k", "iq4_xs", "q2_k"])
 def test_kinds_that_only_llama_cpp_writes_are_answered_with_its_program(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"--gguf_type: .* is not one of .*; llama.cpp makes it of .*llama-quantize"):
-        loaded(REPOSITORY / "tools" / "export_gguf.py").main(["--gguf_type", kind])
+        loaded(FOLDER / "gguf.py").main(["--gguf_type", kind])
     with pytest.raises(ConfigError) as refused:
-        loaded(REPOSITORY / "tools" / "export_gguf.py").main(["--gguf_type", "q9"])
+        loaded(FOLDER / "gguf.py").main(["--gguf_type", "q9"])
     assert "llama-quantize" not in str(refused.value)

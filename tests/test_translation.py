@@ -17,13 +17,14 @@ import yaml
 from onecard import console, translation
 from onecard.config import parsing as cli
 from onecard.config.inference import GenerateConfig
-from onecard.config.training import REPOSITORY, FinetuneConfig
+from onecard.config.training import FinetuneConfig
 from onecard.data.formats import to_sample
 from onecard.data.values import UnusableRecord
 from onecard.errors import ConfigError
+from onecard.installation import SHIPPED as REPOSITORY
+from onecard.programs import inspect as inspect_data
 from onecard.recipes import finetune, generate
 from onecard.translation import translated, use_language
-from tools import inspect_data
 
 CATALOGUE: dict[str, str] = yaml.safe_load((REPOSITORY / "onecard/messages_zh.yaml").read_text(encoding="utf-8"))
 PROSE = re.compile(r"(?<![\w/.-])[A-Za-z]{2,} [a-z]{2,}")  # two English words in a row
@@ -185,9 +186,7 @@ def test_what_is_no_message_stays_as_it_is() -> None:
 
 def test_the_catalogue_fits_the_code() -> None:
     """Each entry has the values of its key, and each text of a key stands in the code."""
-    texts = "\n".join(
-        _texts_of(file) for folder in ("onecard", "tools") for file in (REPOSITORY / folder).rglob("*.py")
-    )
+    texts = "\n".join(_texts_of(file) for file in (REPOSITORY / "onecard").rglob("*.py"))
     texts += "\n".join(os.strerror(number) for number in errno.errorcode)
     for key, value in CATALOGUE.items():
         names, shown = (re.findall(r"\{(\w+)\}", text) for text in (key, value))

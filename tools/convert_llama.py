@@ -1,125 +1,15 @@
 #!/usr/bin/env python3
-"""Convert a LLaMA between Meta's original files (consolidated.00.pth ...) and a Hugging Face directory, bit for bit.
-
-python tools/convert_llama.py hf --model_path llama-2-7b --output_path llama-2-7b-hf
-python tools/convert_llama.py pth --model_path llama-2-7b-hf --output_path llama-2-7b
-python tools/convert_llama.py reshard --model_path llama-2-70b --n_shards 1 --output_path llama-2-70b-in-one
-"""
+"""`onecard convert-llama` in a clone; onecard/programs/convert_llama.py is the program."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.config.parsing import missing, parse_verb
-from onecard.config.training import Problem
-from onecard.console import run_main, say
-from onecard.export.io.output import new_directory, parse_size, size_problems
-
-
-@dataclass
-class HfOptions:
-    """Original .pth files to a Hugging Face directory. Memory: one output shard."""
-
-    model_path: str = ""
-    """Directory with consolidated.00.pth (all shards) and params.json."""
-    output_path: str = ""
-    """A new directory for the result."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
-    max_positions: int = 0
-    """Longest text in tokens, which params.json does not say. 0: what its generation has (2048, 4096, 8192, ...)."""
-    instruct: bool = False
-    """LLaMA-3 Instruct: the end of a turn also ends an answer."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        found = missing(self, "model_path", "output_path")
-        if self.max_positions < 0:
-            found.append(("--max_positions", f"{self.max_positions} is negative; use 0 or more"))
-        return found + size_problems(self.max_shard_size)
-
-
-@dataclass
-class PthOptions:
-    """A Hugging Face LLaMA to original .pth files. Memory: one .pth shard."""
-
-    model_path: str = ""
-    """A model directory or a Hub id."""
-    output_path: str = ""
-    """A new directory for the result."""
-    n_shards: int = 0
-    """Number of .pth files (one per GPU that runs them). 0: what Meta ships: 1, and 2, 4, 8 for 13B, 30B, 65B."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        found = missing(self, "model_path", "output_path")
-        if self.n_shards < 0:
-            found.append(("--n_shards", f"{self.n_shards} is negative; use 0 or more"))
-        return found
-
-
-@dataclass
-class ReshardOptions:
-    """Original .pth files to another number of .pth files. Memory: one .pth shard."""
-
-    model_path: str = ""
-    """Directory with consolidated.00.pth (all shards) and params.json."""
-    output_path: str = ""
-    """A new directory for the result."""
-    n_shards: int = 0
-    """Number of .pth files to write."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        found = missing(self, "model_path", "output_path")
-        if self.n_shards < 1:
-            found.append(("--n_shards", "say how many .pth files to write: 1 or more"))
-        return found
-
-
-VERBS = {"hf": HfOptions, "pth": PthOptions, "reshard": ReshardOptions}
-
-
-def main(argv: list[str] | None = None) -> None:
-    verb, options = parse_verb(VERBS, argv, description=__doc__ or "")
-
-    from onecard.export.io.weights import open_weights
-    from onecard.export.llama_pth.pth import (
-        HfConfigChoices,
-        directory_of,
-        hf_to_pth,
-        open_checkpoint,
-        pth_to_hf,
-        reshard,
-    )
-    from onecard.model.files import locate
-
-    source = locate(options.model_path, what="model") if verb == "pth" else directory_of(options.model_path)
-    needed_bytes = (open_weights if verb == "pth" else open_checkpoint)(source).total_bytes
-    target = Path(options.output_path)
-    with new_directory(target, overwrite=options.overwrite, inputs=[source], needed_bytes=needed_bytes) as partial:
-        if verb == "hf":
-            choices = HfConfigChoices(options.max_positions, options.instruct)
-            told = pth_to_hf(source, partial, parse_size(options.max_shard_size, "--max_shard_size"), choices)
-        elif verb == "pth":
-            told = hf_to_pth(source, partial, n_shards=options.n_shards or None)
-        else:
-            told = reshard(source, partial, options.n_shards)
-    say("\n".join([f"{source} -> {target}", *told]))
-
+from onecard.console import run_main
+from onecard.programs.convert_llama import main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -1,147 +1,15 @@
 #!/usr/bin/env python3
-"""Write a model, with an adapter merged in if you like, as GGUF for llama.cpp and with a Modelfile for Ollama.
-
-python tools/export_gguf.py --lora_path outputs/my-first-adapter --output_path outputs/my-gguf --gguf_type q8_0
-
-Families: LLaMA 1, 2 and 3, Mistral, Qwen2, Qwen3.
-"""
+"""`onecard gguf` in a clone; onecard/programs/gguf.py is the program."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.config.parsing import comma_list, parse
-from onecard.config.training import Problem
 from onecard.console import run_main
-from onecard.inference.run_files import stored_options
-
-# Kinds of number that only llama.cpp's own program writes.
-LLAMA_QUANTIZE_KINDS = r"i?q\d_(k|k_[sml]|x*[sml]|nl|xs)|tq\d_\d"
-LLAMA_QUANTIZE = (
-    "llama.cpp makes it of a file of f16: llama-quantize model-f16.gguf model-Q4_K_M.gguf Q4_K_M (q4_0 needs nothing)"
-)
-
-
-@dataclass
-class ExportOptions:
-    """What is exported, and where to."""
-
-    model_path: str = ""
-    """Base or merged model: a directory or a Hub id. With --lora_path, the base that the run names, if not given."""
-    lora_path: str = ""
-    """Adapter to merge in first; several with commas between them, in this order."""
-    output_path: str = ""
-    """A new directory for model-TYPE.gguf and Modelfile."""
-    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"] = field(
-        default="f16", metadata={"advice": (LLAMA_QUANTIZE_KINDS, LLAMA_QUANTIZE)}
-    )
-    """Kind of number: q8_0 is half of f16, q4_0 a quarter. Norms and biases stay f32, and a 4-bit file's head q8_0."""
-    prompt_type: str = "auto"
-    """Chat template: a built-in name or a .jinja file; auto takes the one stored with the model, or none."""
-    accept_other_base: bool = False
-    """Merge although the adapter was trained on another base."""
-    overwrite: bool = False
-    """Replace an existing --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        if not self.model_path:
-            found.append(("--model_path", "is missing; give the directory or Hub id of a model"))
-        if not self.output_path:
-            found.append(("--output_path", "is missing; give a new directory"))
-        elif self.output_path.lower().endswith(".gguf"):
-            found.append(("--output_path", "names a file; give a new directory for it"))
-        return found
-
-
-@dataclass
-class OllamaOptions:
-    """What the Modelfile says; what is not given is left to Ollama."""
-
-    modelfile: bool = True
-    """Write a Modelfile beside the GGUF."""
-    system: str = ""
-    """System prompt."""
-    num_ctx: int | None = None
-    """Context length in tokens."""
-    num_predict: int | None = None
-    """Longest answer in tokens."""
-    temperature: float | None = None
-    """Sampling temperature; 0 is greedy."""
-    top_p: float | None = None
-    """Share of probability that is sampled from."""
-    top_k: int | None = None
-    """Number of tokens that is sampled from."""
-    repeat_penalty: float | None = None
-    """Penalty on tokens that were said already; 1 is none."""
-
-    def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        for name in ("num_ctx", "num_predict", "repeat_penalty"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append((f"--{name}", f"{value} is not above 0"))
-        for name in ("temperature", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                found.append((f"--{name}", f"{value} is negative"))
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(("--top_p", f"{self.top_p} is no share; use a number above 0, at most 1"))
-        return found
-
-    def parameters(self) -> dict[str, float | int | None]:
-        """The sampling settings by Ollama's names."""
-        names = ("num_ctx", "num_predict", "temperature", "top_p", "top_k", "repeat_penalty")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass
-class Config:
-    """Everything this tool needs; see the classes of its fields."""
-
-    export: ExportOptions = field(default_factory=ExportOptions)
-    ollama: OllamaOptions = field(default_factory=OllamaOptions)
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, argv, description=__doc__, stored=base_of_run)
-
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        export(config)
-
-
-def export(config: Config) -> None:
-    from onecard.export.gguf.export import GgufSettings, export_gguf
-    from onecard.export.gguf.ollama import ModelfileSettings
-
-    options = config.export
-    export_gguf(
-        GgufSettings(
-            model_path=options.model_path, output_path=Path(options.output_path), gguf_type=options.gguf_type,
-            adapters=comma_list(options.lora_path), prompt_type=options.prompt_type,
-            modelfile=config.ollama.modelfile, accept_other_base=options.accept_other_base,
-            overwrite=options.overwrite,
-            ollama=ModelfileSettings(config.ollama.system, config.ollama.parameters()),
-        )
-    )  # fmt: skip
-
-
-def base_of_run(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The base model that the run of the first adapter was trained on, where it says so."""
-    adapters = comma_list(str(typed.get("lora_path") or ""))
-    stored = stored_options(adapters[0]) if adapters else {}
-    return {name: value for name, value in stored.items() if name == "model_path"}
-
+from onecard.programs.gguf import main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -1,102 +1,15 @@
 #!/usr/bin/env python3
-"""Save a model in 4 or 8 bits as bitsandbytes lays them, so that it is smaller on the disk and loads faster.
-
-python tools/quantize_bnb.py --lora_path outputs/my-first-adapter --bits 4 --output_path outputs/my-model-4bit
-
-Load it with the same --bits: in generate.py, chat.py and finetune.py. It is what --bits makes of the model at each
-start (NF4 with double quantisation, or LLM.int8), made once.
-"""
+"""`onecard quantize-bnb` in a clone; onecard/programs/quantize_bnb.py is the program."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.config.parsing import parse
-from onecard.config.training import Problem, ReadingOptions
 from onecard.console import run_main
-from onecard.export.quantize.options import SourceOptions
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass
-class BnbOptions(ReadingOptions):
-    """How weights are quantised, and what the result is measured on."""
-
-    bits: Literal[4, 8] = 4
-    """Bits per weight: 4 (NF4 with double quantisation) or 8 (LLM.int8)."""
-    eval_path: str = ""
-    """Text to measure on: a file, a folder or a Hub data set. Without it: README.md, English and Chinese."""
-    eval_samples: int = 64
-    """Samples to measure on, at most."""
-    eval_len: int = 512
-    """Longest sample in tokens."""
-
-    def problems(self) -> list[Problem]:
-        found = super().problems()
-        for name, least in (("eval_samples", 1), ("eval_len", 16)):
-            if getattr(self, name) < least:
-                found.append((f"--{name}", f"{getattr(self, name)} is too little; use {least} or more"))
-        return found
-
-
-@dataclass
-class BnbConfig:
-    """Everything this tool needs; see the classes of its fields."""
-
-    source: SourceOptions = field(default_factory=SourceOptions)
-    bnb: BnbOptions = field(default_factory=BnbOptions)
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = parse(BnbConfig, argv, description=__doc__)
-
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        quantize(config)
-
-
-def quantize(config: BnbConfig) -> None:
-    from onecard.export.quantize.calibration import CalibrationOptions
-    from onecard.export.quantize.run import export_bnb, request_of
-
-    options, request = config.bnb, request_of(config.source)
-    amount = CalibrationOptions(length=options.eval_len, n_held_out=options.eval_samples)
-    export_bnb(request, options.bits, text_for(request.base, options), amount)
-
-
-def text_for(base: str, options: BnbOptions) -> Any:
-    """The TextSource to measure on: the user's text, or text of the kind that the base was trained on."""
-    from onecard.export.io.base import read_config
-    from onecard.export.quantize.calibration import texts_of
-    from onecard.export.quantize.run import TextSource
-    from onecard.model.files import locate
-    from tools.tiny_corpus import build
-
-    if options.eval_path:
-        return TextSource(lambda: texts_of(options.eval_path, options), name=options.eval_path)
-    config, embedded = read_config(locate(base)), read_config(ROOT / "sample" / "tiny-llama")
-    if all(config.get(name) == embedded[name] for name in ("model_type", "vocab_size", "hidden_size")):
-        # Statements only: the embedded base was hardly taught to foresee the questions of its corpus.
-        statements = (statement for statement, answer in build.documents(0) if not answer)
-        return TextSource(lambda: statements, packed=False, name="the corpus of sample/tiny-llama")
-    return TextSource(documents, name="README.md and docs/README_zh.md")
-
-
-def documents() -> Iterator[str]:
-    """The paragraphs of the two READMEs in turns."""
-    files = (ROOT / "README.md", ROOT / "docs" / "README_zh.md")
-    for pair in zip_longest(*(file.read_text(encoding="utf-8").split("\n\n") for file in files)):
-        yield from filter(None, pair)
-
+from onecard.programs.quantize_bnb import main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

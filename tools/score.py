@@ -1,153 +1,15 @@
 #!/usr/bin/env python3
-"""Score a model on questions with known answers, before and after training: loss, exact match, examples.
-
-python tools/score.py --data_path sample/held_out.json --lora_path outputs/my-first-adapter
-"""
+"""`onecard score` in a clone; onecard/programs/score.py is the program."""
 
 from __future__ import annotations
 
-import json
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.config.inference import AnsweringModelOptions
-from onecard.config.parsing import parse
-from onecard.config.training import REPOSITORY, ModelOptions, Problem, ReadingOptions
-from onecard.console import escaped, run_main, say
-from onecard.inference.run_files import stored_options
-
-# Case and Score of onecard.inference.batch.evaluate, which is imported only after the options are known to be good.
-Case: TypeAlias = Any
-Score: TypeAlias = Any
-
-
-@dataclass
-class ScoreOptions(ReadingOptions):
-    """What is scored, and on which questions."""
-
-    data_path: str | list[str] = str(REPOSITORY / "sample" / "held_out.json")
-    """Questions with answers: files in any shape that training reads; one or several."""
-    lora_path: str | None = None
-    """Adapter: a run directory, one of its checkpoints, or a Hub id. Without it only the base is scored."""
-    with_base: bool = True
-    """Score the base without the adapter as well, as `before`."""
-    prompt_type: str = "auto"
-    """Prompt template. auto takes the one stored with the adapter."""
-    batch_size: int = 32
-    """Questions answered at once."""
-    limit: int = 0
-    """Score only so many questions from the top; 0: all."""
-    examples: int = 3
-    """Answers shown side by side."""
-    json: bool = False
-    """Print one JSON object instead of tables."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        found = super().problems()
-        if self.batch_size < 1:
-            found.append(("--batch_size", f"{self.batch_size} scores nothing; use 1 or more"))
-        for name in ("limit", "examples"):
-            if getattr(self, name) < 0:
-                found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
-        return found
-
-
-@dataclass
-class ScoreConfig:
-    """Everything this tool needs; see the classes of its fields."""
-
-    score: ScoreOptions = field(default_factory=ScoreOptions)
-    model: ModelOptions = field(default_factory=AnsweringModelOptions)
-
-
-def main() -> None:
-    # The run knows its base model; what is typed wins over that.
-    config = parse(ScoreConfig, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path")))
-
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        say(scored(config), is_styled=not config.score.json)
-
-
-def scored(config: ScoreConfig) -> str:
-    """Answer every question with and without the adapter; the report, ready to print."""
-    from onecard.data.sources import source_of
-    from onecard.inference.batch.evaluate import read_cases, score
-    from onecard.inference.load import load_bundle
-
-    options = config.score
-    bundle, _ = load_bundle(config.model, options.lora_path, options.prompt_type)
-    cases = read_cases(source_of(options), bundle, limit=options.limit)
-    scores: dict[str, Score] = {}
-    if options.with_base or not options.lora_path:
-        # One model serves both: the adapter is switched off for the first round.
-        with bundle.model.disable_adapter() if options.lora_path else nullcontext():
-            scores["before" if options.lora_path else "base"] = score(bundle, cases, batch_size=options.batch_size)
-    if options.lora_path:
-        scores["after"] = score(bundle, cases, batch_size=options.batch_size)
-    return as_json(options, cases, scores) if options.json else as_tables(options, cases, scores)
-
-
-def as_json(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]) -> str:
-    """One object: counts, the scores by name, and examples."""
-    result: dict[str, Any] = {"data_path": options.data_path, "lora_path": options.lora_path, "n_questions": len(cases)}
-    for name, one in scores.items():
-        result[name] = {"loss": round(one.loss, 6), "exact_match": round(one.exact_match, 6)}
-    result["examples"] = [
-        {"question": question_of(cases[i]), "expected": cases[i].reference}
-        | {name: one.answers[i] for name, one in scores.items()}
-        for i in shown(options, cases)
-    ]
-    return json.dumps(result, ensure_ascii=False, indent=1)
-
-
-def as_tables(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]) -> str:
-    """A table of the scores and one of examples, ready to print."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    paths = [options.data_path] if isinstance(options.data_path, str) else options.data_path
-    names = ", ".join(Path(path).name for path in paths)
-    numbers = Table(title=f"{len(cases)} questions of {names}")
-    for heading in ("", *scores):
-        numbers.add_column(heading, justify="right" if heading else "left")
-    numbers.add_row("loss per answer token", *(f"{one.loss:.3f}" for one in scores.values()))
-    numbers.add_row("exact match", *(f"{one.exact_match:.1%}" for one in scores.values()))
-    examples = Table(title="answers", show_lines=True)
-    for heading in ("question", "expected", *scores):
-        examples.add_column(heading, overflow="fold")
-    for i in shown(options, cases):
-        answers = [one.answers[i].strip() for one in scores.values()]
-        # As Text, because [brackets] in an answer are no markup.
-        examples.add_row(*(Text(escaped(cell)) for cell in (question_of(cases[i]), cases[i].reference, *answers)))
-    console = Console()
-    with console.capture() as captured:
-        console.print(numbers)
-        if options.examples:
-            console.print(examples)
-    return captured.get().rstrip("\n")
-
-
-def question_of(case: Case) -> str:
-    """The last thing that was asked, with its input below it."""
-    turn = case.conversation.turns[-2]
-    return f"{turn.content}\n{turn.input}" if turn.input else turn.content
-
-
-def shown(options: ScoreOptions, cases: list[Case]) -> list[int]:
-    """Which cases are shown: spread evenly over the file, so that several kinds of task are among them."""
-    n = min(options.examples, len(cases))
-    return [i * len(cases) // n for i in range(n)]
-
+from onecard.console import run_main
+from onecard.programs.score import main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -1,124 +1,15 @@
 #!/usr/bin/env python3
-"""Publish a tuned model as its difference to a base, and get it back: exactly, or the classic float way.
-
-python tools/weight_diff.py make --base_path llama-2-7b-hf --tuned_path my-model --output_path my-model-diff
-python tools/weight_diff.py recover --base_path llama-2-7b-hf --diff_path my-model-diff --output_path my-model
-python tools/weight_diff.py verify --base_path llama-2-7b-hf --diff_path my-model-diff
-"""
+"""`onecard weight-diff` in a clone; onecard/programs/weight_diff.py is the program."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from onecard.config.parsing import missing, parse_verb
-from onecard.config.training import Problem
-from onecard.console import run_main, say
-from onecard.export.io.output import new_directory, parse_size, size_problems
-
-
-@dataclass
-class MakeOptions:
-    """Write tuned - base. Memory: one output shard and three tensors."""
-
-    base_path: str = ""
-    """The base: a model directory or a Hub id."""
-    tuned_path: str = ""
-    """The tuned model (merged, not an adapter): a model directory or a Hub id."""
-    output_path: str = ""
-    """A new directory for the result."""
-    mode: Literal["exact", "float"] = "exact"
-    """exact: comes back bit for bit. float: tuned - base, which other programs read too; rounds."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        return missing(self, "base_path", "tuned_path", "output_path") + size_problems(self.max_shard_size)
-
-
-@dataclass
-class RecoverOptions:
-    """Write base + difference. Memory: one output shard and three tensors."""
-
-    base_path: str = ""
-    """The base: a model directory or a Hub id."""
-    diff_path: str = ""
-    """The difference, of this tool or a classic float one: a directory or a Hub id."""
-    output_path: str = ""
-    """A new directory for the result."""
-    new_rows: Literal["zeros", "mean"] = "zeros"
-    """What a classic difference takes for the base's rows of added tokens: zeros (Vicuna), mean (Alpaca, WizardLM)."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        return missing(self, "base_path", "diff_path", "output_path") + size_problems(self.max_shard_size)
-
-
-@dataclass
-class VerifyOptions:
-    """Recover in memory only, and compare. Writes nothing."""
-
-    base_path: str = ""
-    """The base: a model directory or a Hub id."""
-    diff_path: str = ""
-    """The difference: a directory or a Hub id."""
-    tuned_path: str = ""
-    """The tuned model, to be compared too: a model directory or a Hub id."""
-    new_rows: Literal["zeros", "mean"] = "zeros"
-    """What a classic difference takes for the base's rows of added tokens: zeros (Vicuna), mean (Alpaca, WizardLM)."""
-    debug: bool = False
-    """Show tracebacks."""
-
-    def problems(self) -> list[Problem]:
-        return missing(self, "base_path", "diff_path")
-
-
-VERBS = {"make": MakeOptions, "recover": RecoverOptions, "verify": VerifyOptions}
-
-
-def main(argv: list[str] | None = None) -> None:
-    verb, options = parse_verb(VERBS, argv, description=__doc__ or "")
-
-    from onecard.export.io.weights import open_weights
-    from onecard.export.weight_diff import diff as weight_diff
-    from onecard.model.files import locate
-
-    base = locate(options.base_path)
-    if verb == "verify":
-        diff = locate(options.diff_path, what="difference")
-        tuned = locate(options.tuned_path, what="tuned model") if options.tuned_path else None
-        say("\n".join(weight_diff.verify(base, diff, tuned, options.new_rows)))
-        return
-    name, what = (options.tuned_path, "tuned model") if verb == "make" else (options.diff_path, "difference")
-    other, target = locate(name, what=what), Path(options.output_path)
-    max_shard_bytes = parse_size(options.max_shard_size, "--max_shard_size")
-    needed_bytes = open_weights(other).total_bytes
-    with new_directory(target, overwrite=options.overwrite, inputs=[base, other], needed_bytes=needed_bytes) as partial:
-        if verb == "make":
-            told = weight_diff.make(base, other, partial, options.mode, max_shard_bytes, base_name(options.base_path))
-        else:
-            told = weight_diff.recover(base, other, partial, max_shard_bytes, options.new_rows)
-    say("\n".join([f"{base} and {other} -> {target}", *told]))
-
-
-def base_name(base_path: str) -> str:
-    """The name that a stranger can look for: a Hub id, or the directory's own name without the way to it."""
-    path = Path(base_path)
-    return path.resolve().name if path.is_dir() else base_path
-
+from onecard.console import run_main
+from onecard.programs.weight_diff import main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -14,9 +14,11 @@ from typing import Any
 
 from onecard.config.training import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES, Problem
 from onecard.console import nearest
+from onecard.installation import SHIPPED
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+WRITTEN = ("output_path", "cache_path")
 OWN_FOLDERS = ("outputs", "sample")  # of this kit: no owner on the Hub is meant
 # Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -41,6 +43,25 @@ def path_problems(values: Mapping[str, Any]) -> list[Problem]:
             text = check(part) if part not in ("auto", "none") else ""
             found += [(f"--{name}", text)] if text else []
     return found
+
+
+def with_shipped_files(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with `shipped_file` for each that names something to be read."""
+    found = dict(values)
+    for name, value in values.items():
+        if name in CHECKS or (name.endswith("_path") and name not in WRITTEN):
+            if isinstance(value, list):
+                found[name] = [shipped_file(str(part)) for part in value]
+            elif isinstance(value, str):
+                found[name] = shipped_file(value)
+    return found
+
+
+def shipped_file(text: str) -> str:
+    """A path into sample/ or config-sample/ that is not here, as that of the file that comes with the program."""
+    path = Path(text)
+    is_here = path.parts[:1] not in (("sample",), ("config-sample",)) or path.exists()
+    return text if is_here or not (SHIPPED / path).exists() else str(SHIPPED / path)
 
 
 def _parts(value: Any) -> list[str]:

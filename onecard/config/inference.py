@@ -262,7 +262,7 @@ class LimitOptions:
 
 @dataclass
 class GenerateConfig:
-    """Everything `generate.py` needs; see the classes of its fields."""
+    """Everything `onecard generate` needs; see the classes of its fields."""
 
     ask: AskOptions = field(default_factory=AskOptions)
     inference: InferenceOptions = field(default_factory=InferenceOptions)
@@ -274,7 +274,7 @@ class GenerateConfig:
 
 @dataclass
 class ChatConfig:
-    """Everything `chat.py` needs; see the classes of its fields."""
+    """Everything `onecard chat` needs; see the classes of its fields."""
 
     chat: ChatOptions = field(default_factory=ChatOptions)
     inference: InferenceOptions = field(default_factory=InferenceOptions)
@@ -288,7 +288,7 @@ class ChatConfig:
 
 @dataclass
 class ServeConfig:
-    """Everything `tools/serve.py` needs. `sampling` holds for what a request leaves open; OpenAI's default is 1.0."""
+    """Everything `onecard serve` needs. `sampling` holds for what a request leaves open; OpenAI's default is 1.0."""
 
     serve: ServeOptions = field(default_factory=ServeOptions)
     inference: InferenceOptions = field(default_factory=InferenceOptions)

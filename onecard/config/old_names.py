@@ -82,7 +82,7 @@ OLD_NAMES = (
     OldName("group_by_length", "K", note=AT_ONCE),
     OldName("packing", "F", note=AT_ONCE),
     OldName("stage", "F", note=TEXT_FORMS),
-    OldName("do_train", "CF", note="finetune.py trains; leave it out"),
+    OldName("do_train", "CF", note="finetune trains; leave it out"),
     OldName("do_eval", "C", ("--test_size",), "0 turns evaluation off"),
     OldName("overwrite_cache", "CF", note="encoded data are made anew whenever anything in them changed"),
     OldName("data_cache_dir", "C", ("--cache_path",)),
@@ -104,7 +104,7 @@ OLD_NAMES = (
     OldName("finetuning_type", "F", note="adapters are LoRA here"),
     # the run
     OldName("output_dir", "CAKF", ("--output_path",)),
-    OldName("export_dir", "F", ("--output_path",), "of tools/merge_lora.py"),
+    OldName("export_dir", "F", ("--output_path",), "of merge"),
     OldName("overwrite_output_dir", "CF", note="give another --output_path: a run is gone on with, never overwritten"),
     OldName("num_train_epochs", "CF", ("--num_epoch",)),
     OldName("num_epochs", "K", ("--num_epoch",)),
@@ -133,7 +133,7 @@ OLD_NAMES = (
     OldName("do_sample", "F", ("--temperature",), "0 is greedy, above 0 samples"),
     OldName("predictions_file", "C", ("--output_path",)),
     OldName("result_dir", "A", ("--output_path",)),
-    OldName("interactive", "CK", note="generate.py without --instruction asks one question after another"),
+    OldName("interactive", "CK", note="generate without --instruction asks one question after another"),
     OldName("use_typewriter", "V", note="answers always appear word by word"),
     OldName("use_local", "V", note="a directory and a Hub id go into the same option"),
     OldName("show_beam", "V", ("--show_beams",)),
@@ -159,7 +159,7 @@ def hint(name: str, known: Collection[str], others: Collection[str]) -> str:
     if note and not entry.here:
         return f": {note}"
     if any(flags_in(here) <= set(others) for here in entry.here):
-        return " in this program; training (finetune.py) and asking (generate.py) have their own"
+        return " in this program; training (onecard finetune) and asking (onecard generate) have their own"
     return ": leave it out"
 
 

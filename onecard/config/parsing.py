@@ -24,10 +24,11 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from onecard.config import old_names
-from onecard.config.given_paths import path_problems
+from onecard.config.given_paths import path_problems, shipped_file, with_shipped_files
 from onecard.config.training import FinetuneConfig, Problem, problems_of, refuse
 from onecard.console import nearest, say
 from onecard.errors import ConfigError
+from onecard.installation import program_name, with_commands
 from onecard.translation import LANGUAGE_FLAG, LANGUAGES, typed_language, use_language
 
 Config = TypeVar("Config")
@@ -103,7 +104,7 @@ def parse(
     Args:
         config_class: a dataclass of scalar fields, or of groups that are such dataclasses.
         argv: words after the program's name; `None` reads `sys.argv`.
-        description: first lines of the help text; lines that begin with "python " stay lines of their own.
+        description: first lines of the help text; lines that begin with `onecard` stay lines of their own.
         defaults: values that this program starts from instead of the class's own.
         stored: given the settings typed so far, the options that an earlier run stored; they win over defaults only.
         verb: the word before the options, for the help text; `parse_verb` has read it already.
@@ -126,12 +127,12 @@ def parse(
     values = {name: option.default for name, option in options.items()} | dict(defaults or {})
     from_files: dict[str, Any] = {}
     for file in yaml_files:
-        from_files |= _read_yaml(Path(file), options, problems)
+        from_files |= _read_yaml(Path(shipped_file(file)), options, problems)
     flags = _checked(typed, options, parser, problems)
     if stored is not None:
         values |= _checked(stored({**from_files, **flags}), options, parser, problems)
     values |= _checked(from_files, options, parser, problems)
-    values |= flags
+    values = with_shipped_files(values | flags)
     config = _build(config_class, options, values)
     problems += _config_problems(config)
     only_print = any(word == f"--{PRINT_FLAG}" for word in words)
@@ -145,7 +146,7 @@ def parse(
 def parse_verb(
     verbs: Mapping[str, type[Any]], argv: Sequence[str] | None = None, *, description: str = ""
 ) -> tuple[str, Any]:
-    """The verb that stands first on a command line (`weight_diff.py make ...`), and its checked config.
+    """The verb that stands first on a command line (`onecard weight-diff make ...`), and its checked config.
 
     Args:
         verbs: the config class of each verb; the first line of its docstring is the verb's help.
@@ -201,6 +202,7 @@ def _parser(
         """Leaves the description as `_wrapped` made it."""
 
     parser = jsonargparse.ArgumentParser(
+        prog=" ".join([program_name(), *sys.argv[1:2]]) if program_name() else None,
         description=_wrapped(description or (config_class.__doc__ or "").split("\n")[0]),
         formatter_class=Formatter,
         exit_on_error=False,
@@ -217,7 +219,9 @@ def _parser(
         section = parser.add_argument_group(about)
         for name, text in _help_texts(holder).items():
             if name in options and options[name].group == group:
-                section.add_argument(f"--{name}", type=options[name].type, default=given[name], help=text)
+                section.add_argument(
+                    f"--{name}", type=options[name].type, default=given[name], help=with_commands(text)
+                )
     return parser
 
 
@@ -249,9 +253,9 @@ def _help_texts(holder: type) -> dict[str, str]:
 def _wrapped(text: str) -> str:
     """Paragraphs in the width of the terminal; empty lines and lines of a command stay as they are."""
     width = shutil.get_terminal_size().columns - 2
-    is_prose = re.compile(r"(?!python )\S")
+    is_prose = re.compile(r"(?!python |onecard )\S")
     found: list[str] = []
-    for prose, lines in groupby(text.strip().splitlines(), lambda line: bool(is_prose.match(line))):
+    for prose, lines in groupby(with_commands(text).strip().splitlines(), lambda line: bool(is_prose.match(line))):
         block = list(lines)
         found += [textwrap.fill(" ".join(block), width)] if prose else block
     return "\n".join(found)
@@ -385,7 +389,7 @@ def _nearest_flag(name: str, options: Mapping[str, Option]) -> str:
     others = {**options_of(FinetuneConfig), **options_of(GenerateConfig)}
     # Farther words are other words: batch_size is not test_size.
     meant = nearest(name, list(options), cutoff=0.75).replace("did you mean ", "did you mean --")
-    return old_names.hint(name, options, others) or meant
+    return with_commands(old_names.hint(name, options, others)) or meant
 
 
 def _build(config_class: type[Config], options: Mapping[str, Option], values: Mapping[str, Any]) -> Config:

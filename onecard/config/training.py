@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from onecard.errors import ConfigError
+from onecard.installation import SHIPPED, command
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-DEFAULT_BASE = str(REPOSITORY / "sample" / "tiny-llama")
-TOY_DATA = REPOSITORY / "sample"  # what DEFAULT_BASE is good for
+DEFAULT_BASE = str(SHIPPED / "sample" / "tiny-llama")
+TOY_DATA = SHIPPED / "sample"  # what DEFAULT_BASE is good for
 # The names of fields that --columns can give; data/formats.py says what they mean.
 COLUMN_NAMES = (
     "answer", "ask", "completion", "content", "context", "conversation", "conversations", "from", "history", "input",
@@ -38,7 +38,7 @@ class ModelOptions:
     """The base model and how it lies in memory."""
 
     model_path: str = DEFAULT_BASE
-    """Base model: a directory in Hugging Face form or a Hub id; auto (generate.py): the one the adapter names."""
+    """Base model: a directory in Hugging Face form or a Hub id; auto (to generate): the one the adapter names."""
     bits: Literal[4, 8, 16, 32] = 4
     """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8), 16 or 32."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -87,7 +87,7 @@ class ReadingOptions:
 class DataOptions(ReadingOptions):
     """What is learned from, and how it is put into words."""
 
-    data_path: str | list[str] = str(REPOSITORY / "sample" / "merge_sample.json")
+    data_path: str | list[str] = str(SHIPPED / "sample" / "merge_sample.json")
     """Training data: json, jsonl, csv, parquet or txt files, folders of these, Hub dataset ids; one or several."""
     prompt_type: str = "auto"
     """Prompt template: auto, alpaca, vicuna-chat, chatml, llama-2, llama-3, mistral, none, or a .jinja file."""
@@ -137,7 +137,7 @@ class LoraOptions:
     lora_init: Literal["default", "pissa", "loftq"] = "default"
     """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948) or loftq (arXiv:2310.08659)."""
     train_new_tokens: bool = False
-    """Train the rows of new tokens as well, in embeddings and head (a base made by tools/expand_vocab.py apply)."""
+    """Train the rows of new tokens as well, in embeddings and head (a base made by `onecard expand-vocab apply`)."""
     train_embeddings: bool = False
     """Train embeddings and head in full, in fp32: 16 bytes more for each of their weights, 10 with 8-bit Adam."""
 
@@ -339,7 +339,7 @@ class FinetuneConfig:
         if flag and self.memory.head_bits in ("4", "8"):
             found.append(("--head_bits", f"{self.memory.head_bits} contradicts {flag}: a quantised head cannot learn"))
         if flag and self.train.start_adapter:
-            text = "contradicts --init_adapter: what that one trains, goes on; merge it first (tools/merge_lora.py)"
+            text = f"contradicts --init_adapter: what that one trains, goes on; merge it first ({command('merge')})"
             found.append((flag, text))
         return found
 

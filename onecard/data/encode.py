@@ -250,7 +250,8 @@ class Encoder:
         ids = self.tokens.ids([open_ended.segments])[0]
         coded = self._join(open_ended, ids, cut=True)
         if len(coded.ids) - len(ids[-1]) >= limit:
-            return DroppedSample(f"the question alone takes all {limit} tokens of a sample (finetune.py --cutoff_len)")
+            # Kept in the cache, which programs read that were started otherwise: so no whole command.
+            return DroppedSample(f"the question alone takes all {limit} tokens of a sample (finetune --cutoff_len)")
         spans = [min(place, limit) for place in coded.spans]
         return [coded._replace(ids=coded.ids[:limit], spans=spans)] if spans else DroppedSample("nothing to learn")
 

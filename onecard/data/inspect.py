@@ -1,6 +1,6 @@
 """What training would learn from a data set: samples with their loss mask, lengths, what is cut and what is skipped.
 
-Knows encoded data sets. Does not know terminals or colours (tools/inspect_data.py).
+Knows encoded data sets. Does not know terminals or colours (onecard/programs/inspect.py).
 """
 
 from __future__ import annotations

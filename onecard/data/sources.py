@@ -23,6 +23,7 @@ from onecard.data.plain_text import RawRecord, TxtSplit
 from onecard.data.readers import SUFFIXES, read_file
 from onecard.data.values import UnusableRecord, safe
 from onecard.errors import DataError
+from onecard.installation import command
 
 _KEPT_BAD_RECORDS = 1000
 _KEPT_FIELD_NAMES = 50
@@ -171,7 +172,7 @@ class ReadReport:
             lines.append(f"{self.n_bad:,} skipped:")
             lines += [f"  {bad.place}: {bad.reason}" for bad in self.bad[:_SHOWN_BAD_RECORDS]]
         if names_skipped and self.n_bad > _SHOWN_BAD_RECORDS:
-            lines.append(f"  ... and {self.n_bad - _SHOWN_BAD_RECORDS:,} more; tools/inspect_data.py lists them")
+            lines.append(f"  ... and {self.n_bad - _SHOWN_BAD_RECORDS:,} more; {command('inspect')} lists them")
         return lines
 
 

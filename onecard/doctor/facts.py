@@ -12,19 +12,19 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from onecard.config.training import REPOSITORY
 from onecard.doctor import report as doctor
 from onecard.doctor.report import CardFacts, Package
+from onecard.installation import SHIPPED, install_command, requirements
 from onecard.model.nvidia_driver import Finding, line_of, nvidia_smi, torch_and_cards
 
 OPTIONAL = ("gptqmodel", "optimum", "auto-gptq", "deepspeed", "liger-kernel", "flash-attn", "llama-cpp-python")
-EXTRA_FILES = {"gptqmodel": "requirements-gptq.txt", "deepspeed": "requirements-deepspeed.txt"}
+EXTRAS = {"gptqmodel": "gptq", "deepspeed": "deepspeed"}
 MEND_KERNELS = (
     "pip install --force-reinstall --no-deps bitsandbytes, of the pinned version; `python -m bitsandbytes` says more"
 )
@@ -45,7 +45,7 @@ def isolated(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
     except ImportError as reason:
-        return [Finding(name, "problem", f"cannot be checked: {line_of(reason)}", doctor.INSTALL)]
+        return [Finding(name, "problem", f"cannot be checked: {line_of(reason)}", install_command())]
     except Exception as reason:
         return [
             Finding(name, "problem", f"the check itself failed: {line_of(reason)}", "tell us, with --json and --debug")
@@ -61,16 +61,12 @@ def without_names(text: str) -> str:
     return doctor.scrubbed(text, str(Path.home()), user, platform.node())
 
 
-def pinned(file: Path) -> list[Package]:
-    """The packages that a requirements file pins for this Python and system, and what is installed of them."""
+def pinned(wanted_texts: Iterable[str]) -> list[Package]:
+    """The packages that requirements pin for this Python and system, and what is installed of them."""
     from packaging.requirements import Requirement
 
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        text = line.partition("#")[0].strip()
-        if not text or text.startswith("-"):
-            continue
-        wanted = Requirement(text)
+    for wanted in map(Requirement, wanted_texts):
         if wanted.marker and not wanted.marker.evaluate():
             continue
         here = installed(wanted.name)
@@ -108,8 +104,8 @@ def _disks() -> list[Finding]:
 
 
 def _packages() -> list[Finding]:
-    files = ["requirements.txt", *(file for name, file in EXTRA_FILES.items() if installed(name))]
-    found = [finding for file in files for finding in doctor.judge_packages(pinned(REPOSITORY / file), file)]
+    extras = ["", *(extra for name, extra in EXTRAS.items() if installed(name))]
+    found = [finding for extra in extras for finding in doctor.judge_packages(pinned(requirements(extra)), extra)]
     return found + doctor.judge_pairs({name: installed(name) for name in OPTIONAL})
 
 
@@ -152,7 +148,9 @@ def _card(index: int) -> CardFacts:
 def _cpu_matmul() -> list[Finding]:
     import torch
 
-    return doctor.judge_kernel("fp32 on the CPU", "cpu", _error_of(lambda: _run_matmul("cpu", torch.float32)))
+    return doctor.judge_kernel(
+        "fp32 on the CPU", "cpu", _error_of(lambda: _run_matmul("cpu", torch.float32)), remedy=install_command()
+    )
 
 
 def _bitsandbytes() -> list[Finding]:
@@ -174,20 +172,20 @@ def _sentencepiece() -> list[Finding]:
 
         text = "Hello, 世界 123"
         model = sentencepiece.SentencePieceProcessor(
-            model_file=str(REPOSITORY / "sample" / "tiny-llama" / "tokenizer.model")
+            model_file=str(SHIPPED / "sample" / "tiny-llama" / "tokenizer.model")
         )
         if model.decode(model.encode(text)) != text:
             raise ArithmeticError("a text does not come back from its tokens")
 
-    return doctor.judge_kernel("sentencepiece", "cpu", _error_of(run))
+    return doctor.judge_kernel("sentencepiece", "cpu", _error_of(run), remedy=install_command())
 
 
 def _gradio() -> list[Finding]:
-    """In a process of its own: it is large, and only the pages of chat.py need it."""
+    """In a process of its own: it is large, and only the pages need it."""
     command = [sys.executable, "-c", "import gradio; print(gradio.__version__)"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     error = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
-    return doctor.judge_kernel("gradio", "cpu", error, needed=False)
+    return doctor.judge_kernel("gradio", "cpu", error, needed=False, remedy=install_command())
 
 
 def _run_matmul(device: str, dtype: Any) -> None:

@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from onecard.installation import command, install_command, requirements_name
 from onecard.model.nvidia_driver import GET_TORCH, OK, OLD_TORCH, PROBLEM, WARNING, Finding, TorchBuild, why_no_card
 
 TURING, AMPERE, PASCAL = (7, 5), (8, 0), (6, 0)
 GIB = 2**30
-INSTALL = "pip install -r requirements.txt"
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ def judge_disk(name: str, path: str, free_bytes: int) -> list[Finding]:
     return [Finding(name, OK, value)]
 
 
-def judge_packages(packages: Sequence[Package], file: str) -> list[Finding]:
-    """Installed versions against the pins of one requirements file."""
-    remedy = f"pip install -r {file}"
+def judge_packages(packages: Sequence[Package], extra: str = "") -> list[Finding]:
+    """Installed versions against the pins of the program, or of one of its extras."""
+    remedy = install_command(extra)
     missing = [package for package in packages if package.installed is None]
     other = [package for package in packages if package.installed is not None and not package.fits]
     found = [Finding(one.name, PROBLEM, f"not installed ({one.pinned} is pinned)", remedy) for one in missing]
     found += [Finding(one.name, WARNING, f"{one.installed}, tested with {one.pinned}", remedy) for one in other]
     n_good = len(packages) - len(missing) - len(other)
-    return [*found, Finding(file, OK, f"{n_good} of {len(packages)} packages as pinned")]
+    return [*found, Finding(requirements_name(extra), OK, f"{n_good} of {len(packages)} packages as pinned")]
 
 
 def judge_pairs(installed: Mapping[str, str | None]) -> list[Finding]:
@@ -94,7 +94,7 @@ def judge_pairs(installed: Mapping[str, str | None]) -> list[Finding]:
                 "gptqmodel",
                 PROBLEM,
                 f"{installed['gptqmodel']} without optimum: then peft refuses every adapter",
-                "pip install -r requirements-gptq.txt, or pip uninstall gptqmodel",
+                f"{install_command('gptq')}, or pip uninstall gptqmodel",
             )
         )
     if installed.get("auto-gptq"):
@@ -103,7 +103,7 @@ def judge_pairs(installed: Mapping[str, str | None]) -> list[Finding]:
                 "auto-gptq",
                 WARNING,
                 f"{installed['auto-gptq']} does not work with today's transformers",
-                "pip uninstall auto-gptq; requirements-gptq.txt has its successor",
+                f"pip uninstall auto-gptq; its successor is in {requirements_name('gptq')}",
             )
         )
     there = [f"{name} {version}" for name, version in installed.items() if version]
@@ -113,7 +113,7 @@ def judge_pairs(installed: Mapping[str, str | None]) -> list[Finding]:
 def judge_torch(torch: TorchBuild, names_of_cards: Sequence[str]) -> list[Finding]:
     """Whether torch can use the cards that the driver sees."""
     if torch.error:
-        return [Finding("torch", PROBLEM, f"cannot be imported: {torch.error}", INSTALL)]
+        return [Finding("torch", PROBLEM, f"cannot be imported: {torch.error}", install_command())]
     build = f"CUDA {torch.cuda_build}" if torch.cuda_build else "CPU only"
     found = [Finding("torch", OK, f"{torch.version}, built for {build}")]
     if torch.driver:
@@ -157,7 +157,7 @@ def judge_card(card: CardFacts) -> list[Finding]:
                 f"{name} age",
                 WARNING,
                 "too old for 8-bit kernels (Turing)",
-                "use --bits 4 or 16 in finetune.py and generate.py",
+                f"use --bits 4 or 16 in {command('finetune')} and {command('generate')}",
             )
         )
     if card.others:
@@ -168,7 +168,7 @@ def judge_card(card: CardFacts) -> list[Finding]:
     return found
 
 
-def judge_kernel(name: str, device: str, error: str, *, needed: bool = True, remedy: str = INSTALL) -> list[Finding]:
+def judge_kernel(name: str, device: str, error: str, *, needed: bool = True, remedy: str) -> list[Finding]:
     """Something that was really run on a device: `error` is empty where it ran and was right."""
     if not error:
         return [Finding(name, OK, f"ran on {device}")]

@@ -1,7 +1,7 @@
 """What a run directory tells about the model in it, read before anything heavy is loaded.
 
 A run keeps its tokenizer, template and options beside the adapter; a checkpoint inside it has only weights, so there
-the directory above is asked. Imports no torch: `generate.py --help` goes through here.
+the directory above is asked. Imports no torch: `onecard generate --help` goes through here.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import psutil
 
 from onecard.config.training import ModelOptions
 from onecard.console import warn
+from onecard.installation import command
 from onecard.model.files import check_weights, locate, read_json, safetensors_header
 from onecard.model.gptq import stored_quantization
 from onecard.model.hardware import FP32_FAMILIES, Hardware
@@ -40,7 +41,7 @@ def with_answer_bits(options: ModelOptions, hardware: Hardware, trained_bits: in
     if n_weights >= TOLD_FROM:
         warn(
             f"no GPU is used: {n_weights / 1e9:.2f}B weights answer in {bits} bits, of what fits here the fastest "
-            "(--bits sets others). llama.cpp is made for CPUs: tools/export_gguf.py --gguf_type q4_0 writes its file"
+            f"(--bits sets others). llama.cpp is made for CPUs: {command('gguf')} --gguf_type q4_0 writes its file"
         )
     return replace(options, bits=bits)
 

@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy, pad
 from onecard.console import warn
 from onecard.data.encode import IGNORE_INDEX
 from onecard.errors import ModelError
+from onecard.installation import command
 
 # Bytes at the peak for each logit of a chunk, by the bits of the logits: 16-bit ones and their fp32 copy, which becomes
 # the softmax and then the gradient in place; fp32 logits are their own copy. The same forward, backward and in
@@ -192,7 +193,8 @@ def _chunked_loss(
     if found is None and is_new:
         warn(
             f"the logits of {type(inner).__name__} are not what its head and its config.json give, so the loss is "
-            "computed for all tokens at once, which takes more memory (less for a shorter finetune.py --cutoff_len)"
+            f"computed for all tokens at once, which takes more memory (less "
+            f"for a shorter {command('finetune')} --cutoff_len)"
         )
     if found is None:
         return None

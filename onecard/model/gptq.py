@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from onecard.errors import ModelError
+from onecard.installation import install_command
 from onecard.model.files import read_json, weight_files
 
-REQUIREMENTS = "requirements-gptq.txt"
 QUANTIZE_CONFIG = "quantize_config.json"
 # GPTQModel's portable kernel, on every device. Its others are compiled by nvcc at their first use, want a card newer
 # than Turing, or (the one it takes on a CPU) refuse a layer whose width is no multiple of the group.
@@ -52,7 +52,7 @@ def check_gptq_installed(directory: Path | str, why: str = "holds GPTQ weights")
     missing = [name for name in ("gptqmodel", "optimum") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"{directory} {why}, which needs {' and '.join(missing)}: pip install -r {REQUIREMENTS} (a model's "
+            f"{directory} {why}, which needs {' and '.join(missing)}: {install_command('gptq')} (a model's "
             "unquantised form works without)"
         )
 

@@ -17,6 +17,7 @@ import torch
 
 from onecard.console import warn
 from onecard.errors import ConfigError
+from onecard.installation import command
 from onecard.model.nvidia_driver import OLD_TORCH, missing_gpu
 
 TURING = (7, 5)  # CUDA capability
@@ -64,7 +65,7 @@ def detect(device: str = "auto", *, pretend_turing: bool = False) -> Hardware:
         return _cpu()
     if device == "auto" and not torch.cuda.is_available():
         if reason := _missing_gpu():
-            warn(f"the CPU computes: {reason} (python tools/doctor.py says more; --device cpu says that it is meant)")
+            warn(f"the CPU computes: {reason} ({command('doctor')} says more; --device cpu says that it is meant)")
         return _cpu()
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if n_gpus == 0:

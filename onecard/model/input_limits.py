@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from onecard.installation import command
+
 ROTARY_TABLES = ("embed_positions", "pos_encoding")  # GPT-J, CodeGen, CTRL
 OFFSET = 2  # rows that OPT, BioGPT and the BART family have beyond their positions
 
@@ -29,7 +31,7 @@ def no_row(tokenizer: Any, token_id: int, n_rows: int) -> str:
     return (
         f"the token {tokenizer.convert_ids_to_tokens(token_id)!r} has the id {token_id}, but the base has rows for "
         f"{n_rows:,} ids. Its tokenizer is that of a larger vocabulary: take the one that belongs to it, or give the "
-        "base rows for the new tokens (tools/expand_vocab.py apply)"
+        f"base rows for the new tokens ({command('expand-vocab')} apply)"
     )
 
 

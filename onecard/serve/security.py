@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 from starlette.middleware.cors import CORSMiddleware
 
 from onecard.config.inference import is_address, is_loopback, plain_host, plain_origin, split_list
+from onecard.installation import command
 from onecard.serve.http_error import ApiError, send_error
 
 Message = MutableMapping[str, Any]
@@ -137,9 +138,10 @@ class OriginCheck:
         try:
             name = plain_origin(origin)
         except ValueError:  # "null" of a file or a frame without rights, or nonsense
-            option = "serve.py --allowed_origins names those that may; this one has no name: serve the page over HTTP"
+            option = f"{command('serve')} --allowed_origins names those that may; this one has no name: "
+            option += "serve the page over HTTP"
         else:
-            flag = "serve.py --allowed_origins"  # chat.py has none
+            flag = f"{command('serve')} --allowed_origins"  # chat has none
             option = f"add {name} to {flag}" if self._allowed else f"allow this one with {flag} {name}"
         return f"pages of other origins may not call this server; {option}"
 

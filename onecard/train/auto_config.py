@@ -20,6 +20,7 @@ from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, Problem
 from onecard.console import say, warn
 from onecard.data.batches import auto_test_size
 from onecard.errors import ConfigError
+from onecard.installation import command
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import check_stored_bits
 from onecard.model.memory.architecture import Architecture, architecture_of
@@ -232,6 +233,6 @@ def _remedy(plan: Plan) -> str:
         return f"{ram:.1f} GiB of RAM are needed for what leaves the card; close other programs or shorten --cutoff_len"
     return (
         f"{plan.model.name} would need {need:.2f} GiB of {have:.2f} with {plan.longest_row:,} tokens per sample; use a "
-        "shorter --cutoff_len, fewer --bits, a smaller --lora_r or a smaller model (tools/plan_memory.py shows what "
+        f"shorter --cutoff_len, fewer --bits, a smaller --lora_r or a smaller model ({command('plan')} shows what "
         "each gives), or --ignore_plan to try it all the same"
     )

@@ -19,6 +19,7 @@ from typing import Any
 from onecard.config.training import TrainOptions
 from onecard.console import nearest, warn
 from onecard.errors import ConfigError
+from onecard.installation import IS_CLONE, install_command
 
 FLAG = "--deepspeed"
 AUTO = "auto"
@@ -46,11 +47,12 @@ def check_deepspeed(options: TrainOptions) -> None:
     Raises ConfigError for a missing package, launcher or file, a ZeRO stage other than 1 and 2, and unknown keys.
     """
     if find_spec("deepspeed") is None:
-        remedy = "pip install --no-build-isolation -r requirements-deepspeed.txt"
+        remedy = install_command("deepspeed")
         raise ConfigError(FLAG, f"needs the package deepspeed: {remedy}. Several GPUs work without it too: torchrun")
     if "LOCAL_RANK" not in os.environ:
+        program = "finetune.py" if IS_CLONE else "-m onecard finetune"
         raise ConfigError(FLAG, "divides work over several processes; start them with torchrun --nproc_per_node N "
-                          "finetune.py ..., or leave the flag out")  # fmt: skip
+                          f"{program} ..., or leave the flag out")  # fmt: skip
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise ConfigError(FLAG, "was given to accelerate launch as well (--use_deepspeed, or its config file); there "
                           "choose plain multi-GPU, or start with torchrun")  # fmt: skip

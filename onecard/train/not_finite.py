@@ -14,6 +14,7 @@ import torch
 
 from onecard.console import few
 from onecard.data.batches import collate
+from onecard.installation import command
 from onecard.model.chunked_loss import summed_loss
 from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.run import Run
@@ -53,7 +54,7 @@ def _cause(run: Run, indices: np.ndarray) -> str:
     listed = "\n  ".join(run.records(np.array(failing)))
     return (
         f"The base alone, without the adapter, cannot compute these records of the step:\n  {listed}\n"
-        f"{told}. Look at the records with tools/inspect_data.py and leave them out, or use --dtype fp32."
+        f"{told}. Look at the records with {command('inspect')} and leave them out, or use --dtype fp32."
     )
 
 
@@ -61,7 +62,7 @@ def _unknown(run: Run, indices: np.ndarray) -> str:
     records = "\n  ".join(run.records(indices))
     return (
         f"lower --learning_rate, or use --dtype fp32. The step's records are:\n  {records}\n"
-        "Look at them with tools/inspect_data.py."
+        f"Look at them with {command('inspect')}."
     )
 
 

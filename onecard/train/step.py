@@ -18,6 +18,7 @@ import torch
 
 from onecard.data.batches import collate, micro_batches, share_for_rank, step_samples
 from onecard.errors import ModelError, OneCardError
+from onecard.installation import command
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.load import checkpoint_layers
 from onecard.model.lora.adapter import unwrap
@@ -31,7 +32,7 @@ from onecard.train.state import seed_step
 
 MAX_FAILURES = 3  # of one step, at limits that cannot be made smaller
 SMALLER_HINT = (
-    "use a shorter --cutoff_len, fewer --bits, --head_bits 4 or a smaller --lora_r; tools/plan_memory.py shows what "
+    f"use a shorter --cutoff_len, fewer --bits, --head_bits 4 or a smaller --lora_r; {command('plan')} shows what "
     "each gives. What was saved stays whole"
 )
 

@@ -36,7 +36,7 @@ def refusal(config_class: type, *words: str) -> str:
     (FinetuneConfig, "--gradient_accumulation_steps", "here it is --total_batch"),
     (FinetuneConfig, "--batch_size", "here it is --total_batch"), (GenerateConfig, "--do_sample", "--temperature"),
     (ChatConfig, "--tokenizer_path", "the tokenizer is that of the model"),
-    (ChatConfig, "--num_train_epochs", "in this program; training (finetune.py)"),
+    (ChatConfig, "--num_train_epochs", "in this program; training (python finetune.py)"),
 ])  # fmt: skip
 def test_an_old_name_is_answered_with_the_one_it_has_here(config_class: type, typed: str, said: str) -> None:
     message = refusal(config_class, typed, "3")

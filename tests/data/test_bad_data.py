@@ -166,7 +166,7 @@ def test_a_million_bad_records_keep_a_thousand_names_and_count_all(tmp_path: Pat
     path.write_text(OK + "\n" + "{oops\n" * 5000, encoding="utf-8")
     _, report = read_all(path)
     assert (report.n_good, report.n_bad, len(report.bad)) == (1, 5000, 1000)
-    assert "  ... and 4,990 more; tools/inspect_data.py lists them" in report.summary_lines()
+    assert "  ... and 4,990 more; python tools/inspect_data.py lists them" in report.summary_lines()
 
 
 @pytest.mark.parametrize("name", ["big.jsonl", "big.json", "big_minified.json", "big.csv", "big.txt"])

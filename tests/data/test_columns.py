@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onecard.config import training as config
-from onecard.config.training import DEFAULT_BASE, REPOSITORY, column_names, toy_base_problem
+from onecard.config.training import DEFAULT_BASE, column_names, toy_base_problem
 from onecard.data.columns import renamed
 from onecard.data.formats import _SHAPES, FIRST_OF_SEVERAL, to_sample
 from onecard.data.messages import Turn
@@ -16,6 +16,7 @@ from onecard.data.questions import to_question
 from onecard.data.sources import ReadReport, Source, data_fingerprint, read
 from onecard.data.values import UnusableRecord
 from onecard.errors import DataError
+from onecard.installation import SHIPPED as REPOSITORY
 
 
 def user(text: str, second: str = "") -> Turn:

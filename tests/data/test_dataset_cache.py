@@ -291,10 +291,10 @@ def test_what_is_skipped_is_named_and_counted(tmp_path, sp_tokenizer, capsys):
     assert [(bad.line, "'</s>'" in bad.reason) for bad in sorted(dataset.report.read.bad)] == [(2, True), (5, False)]
     assert dataset.report.n_cut == 1
     assert dict(dataset.report.dropped) == {
-        "the question alone takes all 256 tokens of a sample (finetune.py --cutoff_len)": 1
+        "the question alone takes all 256 tokens of a sample (finetune --cutoff_len)": 1
     }
     lines = "\n".join(dataset.summary_lines())
-    assert "1 dropped: the question alone takes all 256 tokens of a sample (finetune.py --cutoff_len)" in lines
+    assert "1 dropped: the question alone takes all 256 tokens of a sample (finetune --cutoff_len)" in lines
     assert "mixed.jsonl:2" in lines
     file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     with pytest.raises(DataError, match=r"mixed\.jsonl:2: holds the text '</s>'"):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from onecard.config.training import REPOSITORY
 from onecard.data.formats import UnusableRecord
 from onecard.data.messages import Conversation, Turn
 from onecard.data.questions import Question, read_questions, to_question
 from onecard.data.sources import ReadReport, read
 from onecard.errors import DataError
+from onecard.installation import SHIPPED as REPOSITORY
 
 
 def user(content: str, second: str = "") -> Turn:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from onecard import installation
 from onecard.console import run_main
 from onecard.doctor import facts as doctor_facts
 from onecard.doctor import report as doctor
 from onecard.doctor.report import CardFacts, Finding, Package, TorchBuild
-from tools import doctor as tool
+from onecard.installation import requirements
+from onecard.programs import doctor as tool
 
 GIB = 2**30
 TURING = CardFacts(0, "RTX 2080 Ti", (7, 5), 11 * GIB, 10 * GIB, False, flash_error="no kernel")
@@ -43,7 +45,7 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
     found = [
         *doctor.judge_system("Linux", (3, 11, 7), True), *doctor.judge_memory(32 * GIB, 20 * GIB),
         *doctor.judge_disk("disk", "~", 100 * GIB), *doctor.judge_torch(CUDA, ["RTX 3090"]), *doctor.judge_card(ampere),
-        *doctor.judge_packages([Package("torch", "2.13.0", "2.13.0+cu126", True)], "requirements.txt"),
+        *doctor.judge_packages([Package("torch", "2.13.0", "2.13.0+cu126", True)]),
         *doctor.judge_pairs({"gptqmodel": "7.6.0", "optimum": "2.3.0"}), *doctor.judge_settings({}),
     ]  # fmt: skip
     assert set(states(found)) == {"ok"}
@@ -106,8 +108,7 @@ def test_a_card_older_than_turing_is_told_which_torch_has_its_kernels() -> None:
     pascal = replace(TURING, name="GTX 1080 Ti", capability=(6, 1), matmul_error="no kernel image is available")
     found = [finding for finding in doctor.judge_card(pascal) if finding.state == "problem"]
     assert [finding.remedy.endswith(doctor.OLD_TORCH) for finding in found] == [True]
-    pins = (doctor_facts.REPOSITORY / "requirements.txt").read_text(encoding="utf-8")
-    assert doctor.OLD_TORCH.split()[2] in pins.splitlines(), "the build is of the pinned version"
+    assert doctor.OLD_TORCH.split()[2] in requirements(), "the build is of the pinned version"
 
 
 def test_where_nothing_speaks_of_a_card_there_is_no_word_of_one() -> None:
@@ -133,7 +134,7 @@ def test_packages_in_trouble() -> None:
         Package("torch", "2.13.0", "2.13.0", True), Package("peft", "0.21.2", None, False),
         Package("gradio", "6.31.0", "5.0.0", False),
     ]  # fmt: skip
-    missing, other, summary = doctor.judge_packages(packages, "requirements.txt")
+    missing, other, summary = doctor.judge_packages(packages)
     assert (missing.name, missing.state, missing.remedy) == ("peft", "problem", "pip install -r requirements.txt")
     assert (other.name, other.state, other.value) == ("gradio", "warning", "5.0.0, tested with 6.31.0")
     assert summary.value == "1 of 3 packages as pinned"
@@ -145,8 +146,8 @@ def test_packages_in_trouble() -> None:
 
 
 def test_kernels_in_trouble() -> None:
-    assert bad(doctor.judge_kernel("bitsandbytes 4-bit", "cuda:0", "RuntimeError: x")).state == "problem"
-    assert bad(doctor.judge_kernel("gradio", "cpu", "ImportError: x", needed=False)).state == "warning"
+    assert bad(doctor.judge_kernel("bitsandbytes 4-bit", "cuda:0", "RuntimeError: x", remedy="r")).state == "problem"
+    assert bad(doctor.judge_kernel("gradio", "cpu", "ImportError: x", needed=False, remedy="r")).state == "warning"
 
 
 def test_settings_are_shown_and_secrets_are_not() -> None:
@@ -177,12 +178,13 @@ def test_no_report_tells_who_asked() -> None:
 def test_pins_are_read_with_their_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = {"torch": "2.13.0+cu126", "numpy": "2.3.0", "new": "1.0", "jsonargparse": "4.0"}
     monkeypatch.setattr(doctor_facts, "installed", here.get)
-    (tmp_path / "r.txt").write_text(
+    monkeypatch.setattr(installation, "SHIPPED", tmp_path)
+    (tmp_path / "requirements.txt").write_text(
         "# a comment\n-r other.txt\n\ntorch==2.13.0\nnumpy==2.2.6  # why\nold==1; python_version < '3.0'\n"
         "new==1.0; python_version >= '3.0'\nabsent==3\njsonargparse[signatures]==4.0\n",
         encoding="utf-8",
     )
-    found = [(one.name, one.pinned, one.installed, one.fits) for one in doctor_facts.pinned(tmp_path / "r.txt")]
+    found = [(one.name, one.pinned, one.installed, one.fits) for one in doctor_facts.pinned(requirements())]
     assert found == [
         ("torch", "2.13.0", "2.13.0+cu126", True), ("numpy", "2.2.6", "2.3.0", False), ("new", "1.0", "1.0", True),
         ("absent", "3", None, False), ("jsonargparse", "4.0", "4.0", True),
@@ -258,7 +260,7 @@ def test_without_torch_it_says_how_to_get_it(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')", encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, tool.__file__], env=environment, capture_output=True, text=True, encoding="utf-8"
+        [sys.executable, "-m", "onecard", "doctor"], env=environment, capture_output=True, text=True, encoding="utf-8"
     )
     assert done.returncode == 1
     assert "cannot be imported: ModuleNotFoundError: No module named torch" in done.stdout

@@ -65,7 +65,7 @@ def run_tool(name: str, *words: str | Path) -> None:
     """Start one tool inside this process; it must succeed."""
     import importlib
 
-    tool = importlib.import_module(f"tools.{name}")
+    tool = importlib.import_module(f"onecard.programs.{name}")
     assert run_main(lambda: tool.main([str(word) for word in words]), debug=True) == 0
 
 
@@ -81,7 +81,7 @@ def make_inputs(root: Path) -> Inputs:
         shutil.copyfile(file, inputs.base / file.name)
     data = tiny.write_instructions(root / "data.json")
     finetune(tiny.config_for(inputs.base, data, inputs.run))
-    run_tool("merge_lora", "--lora_path", inputs.run, "--output_path", inputs.merged)
+    run_tool("merge", "--lora_path", inputs.run, "--output_path", inputs.merged)
     run_tool("convert_llama", "pth", "--model_path", inputs.base, "--output_path", inputs.pth)
     run_tool(
         "weight_diff", "make", "--base_path", inputs.base, "--tuned_path", inputs.merged, "--output_path", inputs.diff
@@ -107,10 +107,10 @@ def little_text() -> list[str]:
 
 
 CASES = [
-    Case("merge_lora", "merge_lora", lambda i, t: ["--lora_path", str(i.run), "--output_path", str(t)]),
+    Case("merge", "merge", lambda i, t: ["--lora_path", str(i.run), "--output_path", str(t)]),
     Case(
-        "merge_lora_pth",
-        "merge_lora",
+        "merge_pth",
+        "merge",
         lambda i, t: ["--lora_path", str(i.run), "--format", "pth", "--output_path", str(t)],
         takes_long=True,
     ),
@@ -128,7 +128,7 @@ CASES = [
     ),
     Case(
         "gguf",
-        "export_gguf",
+        "gguf",
         lambda i, t: ["--model_path", str(i.merged), "--gguf_type", "f16", "--output_path", str(t)],
     ),
     Case(
@@ -256,31 +256,31 @@ def model_inputs(tool: str, *before: str, source: Callable[[Inputs], Path] = lam
 
 
 BAD_INPUTS = [
-    *model_inputs("export_gguf"),
+    *model_inputs("gguf"),
     *model_inputs("quantize_bnb"),
     *model_inputs("quantize_gptq"),
     *model_inputs("convert_llama", "pth", source=lambda i: i.base),
     BadInput(
-        "merge_lora-other-shape", "merge_lora",
+        "merge-other-shape", "merge",
         lambda i, s, t: ["--model_path", other_shape(i.base, s), "--lora_path", str(i.run), *output(t)],
         "does not fit|not the (base|one)",
     ),
     BadInput(
-        "merge_lora-truncated-base", "merge_lora",
+        "merge-truncated-base", "merge",
         lambda i, s, t: ["--model_path", truncated(i.base, s), "--lora_path", str(i.run), *output(t)], "damaged",
     ),
     BadInput(
-        "merge_lora-truncated-adapter", "merge_lora",
+        "merge-truncated-adapter", "merge",
         lambda i, s, t: ["--model_path", str(i.base), "--lora_path", truncated(i.run, s), *output(t)], "damaged",
     ),
     BadInput(
-        "merge_lora-code", "merge_lora",
+        "merge-code", "merge",
         lambda i, s, t: ["--model_path", str(i.base), "--lora_path", with_code(i.run, s, "adapter_model.bin"),
                          *output(t)],
         "code",
     ),
     BadInput(
-        "merge_lora-no-adapter", "merge_lora",
+        "merge-no-adapter", "merge",
         lambda i, s, t: ["--model_path", str(i.base), "--lora_path", emptied(s), *output(t)], "holds no adapter",
     ),
     BadInput(
@@ -296,7 +296,7 @@ BAD_INPUTS = [
         lambda i, s, t: ["pth", "--model_path", other_family(i.base, s), *output(t)], "gpt_neox",
     ),
     BadInput(
-        "export_gguf-family", "export_gguf",
+        "gguf-family", "gguf",
         lambda i, s, t: ["--model_path", other_family(i.merged, s), *output(t)], "gpt_neox",
     ),
     BadInput(

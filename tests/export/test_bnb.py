@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard.config.training import ModelOptions
+from onecard.config.training import DEFAULT_BASE, ModelOptions
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.io.weights import open_weights
 from onecard.export.quantize.bnb import check_same_weights, stored_dtype
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
+from onecard.programs import quantize_bnb
 from onecard.recipes import finetune
 from tests import tiny
-from tools import quantize_bnb
 
 IDS = torch.arange(3, 40)
 
@@ -165,7 +165,7 @@ def test_as_many_samples_as_asked_for_of_text_that_is_named(
         saved(base, tmp_path / str(len(words)), 8, "--eval_samples", "3", *words)
         said = capsys.readouterr().out
         assert f"measuring on 3 samples of {name}, 192 tokens" in said and "perplexity on 3 held-out samples" in said
-    embedded = quantize_bnb.text_for(str(quantize_bnb.ROOT / "sample" / "tiny-llama"), quantize_bnb.BnbOptions())
+    embedded = quantize_bnb.text_for(DEFAULT_BASE, quantize_bnb.BnbOptions())
     assert embedded.name == "the corpus of sample/tiny-llama" and not embedded.packed
     own.write_text("\n", encoding="utf-8")
     with pytest.raises((ConfigError, DataError)):

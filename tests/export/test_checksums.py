@@ -18,7 +18,7 @@ from onecard.console import run_main
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.hub import checksums
 from onecard.export.hub.checksums import LIST, is_inside, read_list, verify, write
-from tools import checksums as tool
+from onecard.programs import checksums as tool
 
 NAMES = [
     *("config.json", "model-00001-of-00002.safetensors", "onnx/deep/er/model.onnx", "模型 权重.bin", "-dash", "*star?"),
@@ -269,9 +269,9 @@ def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_real_program_ends_with_1_when_a_file_differs(model: Path) -> None:
-    program = Path(tool.__file__)
-    subprocess.run([sys.executable, program, "write", "--model_path", model], check=True, capture_output=True)
+    program = [sys.executable, "-m", "onecard", "checksums"]
+    subprocess.run([*program, "write", "--model_path", model], check=True, capture_output=True)
     (model / "config.json").write_bytes(b"")
-    done = subprocess.run([sys.executable, program, "verify", "--model_path", model], capture_output=True, text=True)
+    done = subprocess.run([*program, "verify", "--model_path", model], capture_output=True, text=True)
     assert done.returncode == 1
     assert "changed     config.json" in done.stdout

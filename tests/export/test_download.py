@@ -21,8 +21,8 @@ from onecard.console import run_main
 from onecard.export.hub import download
 from onecard.export.hub import files as hub_files
 from onecard.export.hub.files import choose
+from onecard.programs import download as tool
 from tests.export.hub_server import COMMIT, Hub, serving, sha256
-from tools import download as tool
 
 WEIGHTS = random.Random(0).randbytes(1_000_000)
 FILES = {
@@ -210,10 +210,10 @@ def test_the_next_start_goes_on_within_the_file(hub: Hub, run: Tool, into_cache:
 def test_a_killed_start_is_taken_up(hub: Hub, run: Tool, tmp_path: Path) -> None:
     hub.seconds_per_piece = 0.1
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
-    words = ["--repo_id", "owner/tiny", "--output_path", str(run.target)]
+    words = ["-m", "onecard", "download", "--repo_id", "owner/tiny", "--output_path", str(run.target)]
     for name in ("SIGKILL", "SIGINT"):
         with subprocess.Popen(
-            [sys.executable, tool.__file__, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            [sys.executable, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
         ) as process:
             until_s = time.monotonic() + 30
             while not has_part(tmp_path, more_than=100_000 if name == "SIGKILL" else 300_000):

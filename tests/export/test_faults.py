@@ -229,7 +229,7 @@ def test_a_killed_list_of_checksums_is_absent_or_whole(
 
 def test_every_tool_that_writes_is_tested() -> None:
     """A new tool that goes through `onecard.export` must appear in `cases.py`."""
-    tools = Path(__file__).resolve().parents[2] / "tools"
+    tools = Path(__file__).resolve().parents[2] / "onecard" / "programs"
     writing = {
         path.stem
         for path in tools.glob("*.py")

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from onecard.export.quantize.run import QuantizeRequest, whole_model
 from onecard.model.lora.adapter import load_adapter
+from onecard.programs import gguf as export_gguf
+from onecard.programs import merge as merge_lora
 from onecard.recipes import finetune
 from tests import tiny
 from tests.export.test_merge import loaded
 from tests.gain import answer_nll, kept_share
-from tools import export_gguf, merge_lora
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample"
 STEPS = (6, 24, 64)

@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM
 
-import tools.export_gguf as tool
+import onecard.programs.gguf as tool
 from onecard.console import run_main
 from onecard.data.chat_template import FOLDER
 from onecard.data.jinja_chat import render_chat

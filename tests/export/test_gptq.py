@@ -27,9 +27,9 @@ from onecard.inference.generate import answer_rows, prepare
 from onecard.inference.load import load_bundle
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
+from onecard.programs import quantize_gptq
 from onecard.recipes import finetune
 from tests import tiny
-from tools import quantize_gptq
 
 ROOT = Path(__file__).resolve().parents[2]
 LITTLE = [

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import tools.convert_llama as convert_llama
-import tools.expand_vocab as expand_vocab
-import tools.export_gguf as export_gguf
-import tools.quantize_bnb as quantize_bnb
-import tools.weight_diff as weight_diff
+import onecard.programs.convert_llama as convert_llama
+import onecard.programs.expand_vocab as expand_vocab
+import onecard.programs.gguf as export_gguf
+import onecard.programs.quantize_bnb as quantize_bnb
+import onecard.programs.weight_diff as weight_diff
 from onecard.console import run_main
 from onecard.export.gguf.layout import read_layout
 from onecard.export.quantize import gptq

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tools.export_gguf as tool
+import onecard.programs.gguf as tool
 from onecard.data.chat_template import load_template
 from onecard.data.messages import Turn
 from onecard.data.tokenization import segment_tokenizer

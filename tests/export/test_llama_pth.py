@@ -17,10 +17,10 @@ from onecard.console import run_main
 from onecard.export.io.weights import same_bits
 from onecard.export.llama_pth import layout
 from onecard.export.llama_pth.pth import hf_to_pth, open_checkpoint
+from onecard.programs import convert_llama
 from tests import tiny
 from tests.export import meta_llama
 from tests.export.meta_llama import LLAMA_1, LLAMA_2, LLAMA_3
-from tools import convert_llama
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 N_TOKENS = 512

@@ -25,11 +25,11 @@ from onecard.export.io.weights import open_weights
 from onecard.export.merge.merge import MergeSettings, export_merged, find_base, merge_into
 from onecard.inference.generate import generate_batch
 from onecard.inference.load import load_bundle
+from onecard.programs import merge as merge_lora
 from onecard.recipes import finetune
 from tests import tiny
 from tests.model.every_family import save_small
 from tests.model.model_families import save_family
-from tools import merge_lora
 
 IDS = torch.arange(3, 43)[None]
 EXACT = MergeSettings(dtype="fp32")

@@ -21,8 +21,8 @@ from onecard.export.vocabulary import bpe_growth as vocabulary_growth
 from onecard.export.vocabulary import corpus as vocabulary
 from onecard.export.vocabulary import train as vocabulary_train
 from onecard.export.vocabulary.corpus import decode, encode
+from onecard.programs import expand_vocab
 from tests import tiny
-from tools import expand_vocab
 
 SAMPLE = Path(__file__).parents[2] / "sample"
 CORPUS, HELD_OUT, BASE = SAMPLE / "merge_sample.json", SAMPLE / "held_out.json", SAMPLE / "tiny-llama"

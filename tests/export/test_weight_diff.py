@@ -20,8 +20,8 @@ from torch import Tensor
 from onecard.console import run_main
 from onecard.export.io.weights import open_weights
 from onecard.export.weight_diff.arithmetic import add_bits, add_floats, fit_rows, subtract_bits, subtract_floats
+from onecard.programs import weight_diff
 from tests import tiny
-from tools import weight_diff
 
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 # Zero, -0.0, smallest and largest denormal, one, largest, infinities, quiet and signalling NaN with payloads.

@@ -8,7 +8,7 @@ Requests and answers are lines of JSON on standard input and output:
     {"start": {"base", "data", "output", "options", "log", "file_limit_bytes"}} -> {"pid": 4711}
     {"start": {"tool", "words", "watched", "kill_at", "kill_with", "log", "file_limit_bytes"}} -> {"pid": 4712}
     {"wait": 4711} -> {"code": -9}
-The second starts `tools/TOOL.py WORDS`, counts its disk operations under the folder `watched`, and sends it the signal
+The second starts `onecard TOOL WORDS`, counts its disk operations under the folder `watched`, and sends it the signal
 `kill_with` at operation number `kill_at` (counted from 1; 0: never).
 """
 
@@ -192,11 +192,11 @@ def run_once(order: dict[str, Any]) -> int:
 
 
 def run_tool(order: dict[str, Any]) -> int:
-    """What `python tools/TOOL.py WORDS` does, killed at the disk operation that was asked for."""
+    """What `onecard TOOL WORDS` does, killed at the disk operation that was asked for."""
     from onecard.console import run_main
 
     limit_files(order["file_limit_bytes"])
-    tool = importlib.import_module(f"tools.{order['tool']}")
+    tool = importlib.import_module(f"onecard.programs.{order['tool']}")
     watched, n_operations = order["watched"], 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from onecard.export.quantize.run import QuantizeRequest, whole_model
 from onecard.model.lora.adapter import load_adapter
+from onecard.programs import gguf as export_gguf
+from onecard.programs import merge as merge_lora
 from onecard.recipes import finetune
 from tests import tiny
 from tests.gain import answer_nll, kept_share
-from tools import export_gguf, merge_lora
 
 ROWS = Path(__file__).resolve().parents[2] / "sample" / "merge_sample.json"
 PROMPT_TYPES = {"smollm2": "auto", "gemma3_270m": "alpaca"}

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from onecard.config.training import REPOSITORY
+from onecard.installation import SHIPPED as REPOSITORY
 
 KEY = "a-key-of-the-tests"
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.config.training import REPOSITORY, TrainOptions
+from onecard.config.training import TrainOptions
 from onecard.errors import CheckpointError, ConfigError
+from onecard.installation import SHIPPED as REPOSITORY
 from onecard.train import deepspeed_config as settings
 from onecard.train.accelerator import TrainingEngine
 from onecard.train.deepspeed_engine import Autocast, LossScale, ShardedOptimizer, ShardLayout, join_states, split_state

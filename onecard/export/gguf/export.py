@@ -1,4 +1,4 @@
-"""What `tools/export_gguf.py` does: a model, with adapters merged in, becomes a directory for llama.cpp and Ollama.
+"""What `onecard gguf` does: a model, with adapters merged in, becomes a directory for llama.cpp and Ollama.
 
 Knows the order of things and what to tell. The format is writer.py's, the tokens tokenizer.py's, the Modelfile
 ollama.py's.

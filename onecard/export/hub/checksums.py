@@ -14,6 +14,7 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.io.output import new_file, progress
+from onecard.installation import command
 from onecard.manifest import MANIFEST, ManifestError, read_manifest
 from onecard.storage import sha256_of
 
@@ -106,8 +107,8 @@ def verify(directory: Path) -> VerifyReport:
         _refuse_outsiders(listed, directory / MANIFEST)
     else:
         raise ModelError(
-            f"{directory} has neither {LIST} nor {MANIFEST} to compare with; `tools/checksums.py write` makes a list "
-            "of what is there now, `tools/download.py` compares with the Hub's own hashes"
+            f"{directory} has neither {LIST} nor {MANIFEST} to compare with; `{command('checksums')} write` "
+            f"makes a list of what is there now, `{command('download')}` compares with the Hub's own hashes"
         )
     _compare(directory, listed, sizes, report)
     report.extra = [name for name in _walk(directory)[0] if name not in listed and name != report.source]

@@ -17,6 +17,7 @@ from onecard.console import first_line
 from onecard.errors import ModelError
 from onecard.export.io.left_out import TABLES, has_own_head
 from onecard.export.io.weights import Weights, open_weights, own_memory
+from onecard.installation import command
 from onecard.model.files import locate, read_json
 from onecard.model.gptq import stored_quantization
 
@@ -130,7 +131,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The config.json of a model directory. Raises ModelError where there is no model, or an adapter."""
     if not (directory / "config.json").is_file():
         is_adapter = (directory / "adapter_config.json").is_file()
-        advice = "give it as --lora_path, or merge it first: tools/merge_lora.py --lora_path"
+        advice = f"give it as --lora_path, or merge it first: {command('merge')} --lora_path"
         what = f"a LoRA adapter; {advice} {directory}" if is_adapter else "no model (config.json is missing)"
         raise ModelError(f"{directory} holds {what}")
     return read_json(directory / "config.json")

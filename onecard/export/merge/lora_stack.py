@@ -20,6 +20,7 @@ from onecard.console import first_line
 from onecard.errors import ModelError
 from onecard.export.io.base import LazyCheckpoint
 from onecard.export.merge.rounding import is_finite
+from onecard.installation import command
 from onecard.model.lora.adapter import ADAPTER, attach_files
 from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config
 
@@ -145,8 +146,8 @@ def _stage(base: LazyCheckpoint, source: str, rows_before: int) -> LoadedLora:
     config: Any = loaded.model.peft_config[ADAPTER]
     if config.target_parameters:
         raise ModelError(
-            f"{files.directory} adapts experts (finetune.py --lora_target_parameters), whose tensors cannot be "
-            "merged here: leave the adapter beside its base"
+            f"{files.directory} adapts experts ({command('finetune')} --lora_target_parameters), whose tensors cannot "
+            "be merged here: leave the adapter beside its base"
         )
     plain = loaded.model.get_base_model()
     wrapped: dict[str, nn.Module] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from onecard.errors import ModelError
 from onecard.export.io.weights import own_memory
+from onecard.installation import command
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -90,5 +91,5 @@ def _refuse(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise ModelError(f"{name} holds NaN or Inf in the base; copy or download the base again")
     raise DoesNotFit(
         f"{name} has values up to {float(tensor.abs().max()):.3g}, which do not fit into {NAMES.get(dtype, dtype)} "
-        "(65504 is the most); use bf16 or fp32 (--dtype of tools/merge_lora.py, --gguf_type of tools/export_gguf.py)"
+        f"(65504 is the most); use bf16 or fp32 (--dtype of {command('merge')}, --gguf_type of {command('gguf')})"
     )

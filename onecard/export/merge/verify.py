@@ -31,6 +31,7 @@ from onecard.export.merge.effect import AdapterEffect, effect_of
 from onecard.export.merge.lora_stack import LoraStack, adapt, empty, fill, plain_name
 from onecard.export.merge.rounding import DoesNotFit, is_finite
 from onecard.export.merge.tensors import MergeReport
+from onecard.installation import command
 from onecard.model.load import load_tokenizer
 from onecard.model.lora.adapter import load_adapter
 
@@ -100,9 +101,9 @@ def _cause(
         raise ModelError(
             f"the merged model does not agree with its adapters: {effect}; before rounding, {before.kept:.1%}. It was "
             "not kept; report this with the adapter's adapter_config.json, or keep it as it is by "
-            "tools/merge_lora.py --verify false"
+            f"{command('merge')} --verify false"
         )
-    return f"; the rest is lost to the rounding to {report.dtype} (tools/merge_lora.py --dtype fp32 loses nothing)"
+    return f"; the rest is lost to the rounding to {report.dtype} ({command('merge')} --dtype fp32 loses nothing)"
 
 
 def probe_prompts(directory: Path, rows: int, base: LazyCheckpoint) -> list[list[int]]:
@@ -286,11 +287,11 @@ def _whole_predictions(
         raise ModelError(
             f"comparing logits takes about {n_bytes * 1.2 / 2**30:.1f} GiB of RAM, because this base is stored in "
             f"another form than it runs in, and {free_bytes / 2**30:.1f} GiB are free; go without by "
-            "tools/merge_lora.py --verify false"
+            f"{command('merge')} --verify false"
         )
     if adapted.rows != adapted.base.rows:
         raise ModelError(
-            "a base in this form cannot be verified with a grown vocabulary: tools/merge_lora.py --verify false"
+            f"a base in this form cannot be verified with a grown vocabulary: {command('merge')} --verify false"
         )
     model = _load_whole(adapted.base)
     without, _ = _forward(model, prompts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from onecard.data.plain_text import TxtSplit
 from onecard.data.sources import ReadReport, Source, read
 from onecard.data.special_tokens import beginning_ids
 from onecard.errors import ConfigError, DataError
+from onecard.installation import IS_CLONE
 
 LEAST_TOKENS = 2048  # fewer say next to nothing about the inputs of a layer
 READ_AHEAD = 4  # as many times the rows asked for are read, and of those some are drawn
@@ -117,6 +119,16 @@ def _joined(texts: Iterable[str]) -> Iterator[str]:
             held.clear()
     if held:
         yield "\n\n".join(held)
+
+
+def tiny_corpus(seed: int) -> Iterator[str]:
+    """What the embedded base was made of, without end.
+
+    Statements only: it was hardly taught to foresee the questions of its corpus.
+    """
+    # The wheel puts that folder of a clone into the package.
+    corpus = import_module("tools.tiny_corpus.build" if IS_CLONE else "onecard.tiny_corpus.build")
+    return (statement for statement, answer in corpus.documents(seed) if not answer)
 
 
 def texts_of(path: str, reading: ReadingOptions | None = None) -> Iterator[str]:

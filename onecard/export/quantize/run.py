@@ -41,6 +41,7 @@ from onecard.export.quantize.calibration import (
 from onecard.export.quantize.evaluate import QuantizedQuality, quality_of, round_layers
 from onecard.export.quantize.gptq import GptqSettings, check_source, quantize, quantized_layers
 from onecard.export.quantize.options import CalibrationTextOptions, SourceOptions
+from onecard.installation import command
 from onecard.model.files import locate, read_json
 from onecard.model.gptq import check_gptq_installed
 from onecard.model.hardware import Hardware, detect
@@ -134,7 +135,7 @@ def export_gptq(
 
     Raises ConfigError, ModelError and DataError, each before the long work wherever that can be.
     """
-    check_gptq_installed("quantize_gptq.py", "writes GPTQ weights")
+    check_gptq_installed(command("quantize-gptq"), "writes GPTQ weights")
     hardware = detect(request.device)
     kept = request.target.expanduser().absolute()
     kept = kept.with_name(f".{kept.name}.layers")

@@ -50,7 +50,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class TokenizerMergeSettings:
-    """See the options of tools/expand_vocab.py merge. `max_new` 0: all that can be used."""
+    """See the options of onecard expand-vocab merge. `max_new` 0: all that can be used."""
 
     tokenizer_path: str
     new_path: str

@@ -23,6 +23,7 @@ from onecard.export.io.output import new_directory, progress
 from onecard.export.io.weights import ShardWriter, Weights, copy_small_files, open_weights, same_bits
 from onecard.export.vocabulary.corpus import encode, locate_tokenizer, open_tokenizer
 from onecard.export.vocabulary.embeddings import EmbeddingMatrices, find_tables
+from onecard.installation import command
 from onecard.model.files import locate, read_json, write_json
 from onecard.model.lora.vocabulary import FORMAT, NEW_TOKENS
 
@@ -37,7 +38,7 @@ CHUNK_ROWS = 8192
 
 @dataclass(frozen=True)
 class ResizeSettings:
-    """See the options of tools/expand_vocab.py apply."""
+    """See the options of onecard expand-vocab apply."""
 
     model_path: str
     tokenizer_path: str
@@ -237,5 +238,8 @@ def _tell(tables: EmbeddingMatrices, rows: NewRows, output_path: Path) -> None:
     )
     if rows.n_reused:
         say(f"{rows.n_reused:,} of them were there before as padding and were overwritten")
-    say(f"vocab_size {rows.n_old} -> {rows.n_rows}; {NEW_TOKENS} lists the new ids for finetune.py --train_new_tokens")
+    say(
+        f"vocab_size {rows.n_old} -> {rows.n_rows}; {NEW_TOKENS} lists the new ids for "
+        f"{command('finetune')} --train_new_tokens"
+    )
     say(f"reopened {output_path}: old rows and all other tensors are the same bits, and the model fits its config.json")

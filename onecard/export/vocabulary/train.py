@@ -27,7 +27,7 @@ MAX_PIECE_BYTES = 48  # 16 Chinese characters, SentencePiece's own limit
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What is learned: see the options of tools/expand_vocab.py train."""
+    """What is learned: see the options of onecard expand-vocab train."""
 
     source: Source
     vocab_size: int

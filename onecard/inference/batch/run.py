@@ -25,6 +25,7 @@ from onecard.data.sources import ReadReport, Source
 from onecard.errors import ConfigError, DataError, ModelError, Stopped
 from onecard.inference.batch.results import AnswerFile, answer_row
 from onecard.inference.generate import Generation, ModelBundle, PromptRow, answer_rows, prepare
+from onecard.installation import command
 
 WINDOW_BATCHES = 8
 
@@ -128,7 +129,8 @@ def answer_safely(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: Samp
         if len(rows) == 1:
             raise ModelError(
                 f"a question of {len(rows[0].ids)} tokens with an answer of up to {rows[0].max_new_tokens} does not "
-                "fit into memory; use fewer --bits or, in generate.py, a smaller --max_new_tokens or --num_beams"
+                f"fit into memory; use fewer --bits or, in {command('generate')}, a smaller --max_new_tokens or "
+                "--num_beams"
             ) from reason
     torch.cuda.empty_cache()
     middle = len(rows) // 2

@@ -11,6 +11,7 @@ from torch import nn
 
 from onecard.console import nearest
 from onecard.errors import ConfigError, ModelError
+from onecard.installation import command
 from onecard.model.model_layers import expert_tensors, linear_layers
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
@@ -70,7 +71,8 @@ def check_experts(model: nn.Module) -> None:
     if any(type(weight).__name__ == "Params4bit" for weight in expert_tensors(model).values()):
         raise ConfigError(
             "--bits",
-            "4 does not go with adapters on experts (finetune.py --lora_target_parameters); 8 leaves them in 16 bits",
+            f"4 does not go with adapters on experts ({command('finetune')} --lora_target_parameters); 8 leaves "
+            "them in 16 bits",
         )
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from onecard.config.training import LoraOptions
 from onecard.errors import ConfigError, ModelError
+from onecard.installation import command
 from onecard.model.files import locate, read_json
 
-NEW_TOKENS = "new_tokens.json"  # written beside an enlarged base by tools/expand_vocab.py
+NEW_TOKENS = "new_tokens.json"  # written beside an enlarged base by onecard expand-vocab
 FORMAT = 1
 ROWS = "trainable_tokens_delta"
-REMEDY = "make the base with tools/expand_vocab.py apply, or train the whole matrices with --train_embeddings"
+REMEDY = f"make the base with {command('expand-vocab')} apply, or train the whole matrices with --train_embeddings"
 
 
 def read_new_tokens(model_path: str, vocab_size: int | None = None) -> list[int]:
@@ -131,7 +132,7 @@ def check_indices(indices: Any, model: Any, adapter: object) -> None:
     if highest >= n_rows:
         raise ModelError(
             f"{adapter} has trained the token {highest}, but this base has {n_rows}: take the enlarged base that it "
-            "was trained on (tools/expand_vocab.py apply makes it)"
+            f"was trained on ({command('expand-vocab')} apply makes it)"
         )
 
 
@@ -146,7 +147,7 @@ def vocabulary_hint(tensors: dict[str, Tensor], model: Any) -> str:
         return ""
     return (
         f"\nThe adapter was trained on a base with {max(others)} tokens, this one has {n_rows}: take that enlarged "
-        "base, or merge both into a model with the adapter's own rows: python tools/merge_lora.py --model_path BASE "
+        f"base, or merge both into a model with the adapter's own rows: {command('merge')} --model_path BASE "
         "--lora_path ADAPTER --output_path MERGED"
     )
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-SAMPLE = Path(__file__).resolve().parents[3] / "sample"
+from onecard.installation import SHIPPED
+
+SAMPLE = SHIPPED / "sample"
 Example = TypeVar("Example", str, Sequence[str])
 QUESTIONS, CHATS = SAMPLE / "merge_sample.json", SAMPLE / "chat_sample.json"
 

@@ -86,7 +86,7 @@ def test_a_file_without_answers_is_an_error(bundle, tmp_path: Path) -> None:
 
 
 def test_the_tool_scores_before_and_after(run_dir, data, monkeypatch, capsys) -> None:
-    from tools import score as tool
+    from onecard.programs import score as tool
 
     command = ["score.py", "--data_path", str(data), "--lora_path", str(run_dir), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", [*command, "--json", "--examples", "2", "--limit", "4"])

@@ -88,7 +88,7 @@ def test_a_page_of_another_origin_is_told_what_to_do(engine: InferenceEngine) ->
     asks = {"origin": "https://page.example", "access-control-request-method": "POST"}
     with serving(engine, LimitOptions()) as server, server.client() as client:
         error = shaped(client.options(CHAT, headers=asks), 403)
-        assert "with serve.py --allowed_origins https://page.example" in error["message"]
+        assert "with python tools/serve.py --allowed_origins https://page.example" in error["message"]
     options = ServeOptions(allowed_origins="https://Page.example/", api_key="sesame")
     with serving(engine, LimitOptions(), options) as server, server.client() as client:
         assert client.options(CHAT, headers=asks).headers["access-control-allow-origin"] == "https://page.example"
@@ -96,4 +96,4 @@ def test_a_page_of_another_origin_is_told_what_to_do(engine: InferenceEngine) ->
         assert shaped(refused, 401)
         assert refused.headers["access-control-allow-origin"] == "https://page.example"  # so that the page can read it
         error = shaped(client.options(CHAT, headers=asks | {"origin": "https://other.example"}), 403)
-        assert "add https://other.example to serve.py --allowed_origins" in error["message"]
+        assert "add https://other.example to python tools/serve.py --allowed_origins" in error["message"]
