@@ -36,6 +36,16 @@ def test_importing_the_library_changes_nothing_and_prints_nothing() -> None:
     assert int(done.stdout) > 100, "the only line is the count: nothing is printed at import"
 
 
+def test_no_two_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in sorted((REPOSITORY / "onecard").rglob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(file.relative_to(REPOSITORY)))
+    assert len(places) > 200
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 def foreign_names(tree: ast.Module) -> set[str]:
     """Names bound by imports of other libraries, anywhere in the file."""
     found = set()

@@ -22,7 +22,7 @@ N_NAMED = 20
 
 
 @dataclass
-class WriteOptions:
+class WriteChecksumsOptions:
     """Hash every file of a directory into SHA256SUMS."""
 
     model_path: str = ""
@@ -37,7 +37,7 @@ class WriteOptions:
 
 
 @dataclass
-class VerifyOptions:
+class VerifyChecksumsOptions:
     """Compare a directory with its SHA256SUMS or manifest.json."""
 
     model_path: str = ""
@@ -55,14 +55,16 @@ class VerifyOptions:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
-    verb, options = parse_verb({"write": WriteOptions, "verify": VerifyOptions}, argv, description=__doc__ or "")
+    verb, options = parse_verb(
+        {"write": WriteChecksumsOptions, "verify": VerifyChecksumsOptions}, argv, description=__doc__ or ""
+    )
     if verb == "write":
         write_list(options)
     else:
         verify_list(options)
 
 
-def write_list(options: WriteOptions) -> None:
+def write_list(options: WriteChecksumsOptions) -> None:
     """Write the list and say what is in it."""
     from onecard.export.hub.checksums import write
 
@@ -72,7 +74,7 @@ def write_list(options: WriteOptions) -> None:
         say(f"left out, as hidden or unfinished: {_named(done.left_out)}")
 
 
-def verify_list(options: VerifyOptions) -> None:
+def verify_list(options: VerifyChecksumsOptions) -> None:
     """Say what differs. Raises ModelError when anything does."""
     from onecard.export.hub.checksums import verify
 

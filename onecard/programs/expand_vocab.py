@@ -17,7 +17,7 @@ from onecard.export.io.output import parse_size, size_problems
 
 
 @dataclass
-class TrainOptions(ReadingOptions):
+class TrainTokenizerOptions(ReadingOptions):
     """Learn new pieces from a corpus.
 
     Nothing else is changed: merge decides which of them the old tokenizer can use.
@@ -64,7 +64,7 @@ class TrainOptions(ReadingOptions):
 
 
 @dataclass
-class MergeOptions:
+class MergeTokenizerOptions:
     """Put the new pieces behind the tokens of an old tokenizer; no old id moves."""
 
     tokenizer_path: str = ""
@@ -90,7 +90,7 @@ class MergeOptions:
 
 
 @dataclass
-class ApplyOptions:
+class ResizeEmbeddingsOptions:
     """Give a model rows for the tokens of its grown tokenizer."""
 
     model_path: str = ""
@@ -117,16 +117,16 @@ class ApplyOptions:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
-    verbs = {"train": TrainOptions, "merge": MergeOptions, "apply": ApplyOptions}
+    verbs = {"train": TrainTokenizerOptions, "merge": MergeTokenizerOptions, "apply": ResizeEmbeddingsOptions}
     _, options = parse_verb(verbs, argv, description=__doc__)
     output_path = Path(options.output_path)
-    if isinstance(options, TrainOptions):
+    if isinstance(options, TrainTokenizerOptions):
         from onecard.data.sources import source_of
         from onecard.export.vocabulary.train import TrainSettings, train
 
         learned = {name: getattr(options, name) for name in TrainSettings.__dataclass_fields__ if name != "source"}
         train(TrainSettings(source_of(options), **learned), output_path, overwrite=options.overwrite)
-    elif isinstance(options, MergeOptions):
+    elif isinstance(options, MergeTokenizerOptions):
         from onecard.export.vocabulary.merge import TokenizerMergeSettings, merge
 
         merging = TokenizerMergeSettings(options.tokenizer_path, options.new_path, options.max_new, options.eval_path)

@@ -18,7 +18,7 @@ from onecard.export.io.output import new_directory, parse_size, size_problems
 
 
 @dataclass
-class MakeOptions:
+class MakeDiffOptions:
     """Write tuned - base. Memory: one output shard and three tensors."""
 
     base_path: str = ""
@@ -64,7 +64,7 @@ class RecoverOptions:
 
 
 @dataclass
-class VerifyOptions:
+class VerifyDiffOptions:
     """Recover in memory only, and compare. Writes nothing."""
 
     base_path: str = ""
@@ -82,7 +82,7 @@ class VerifyOptions:
         return missing(self, "base_path", "diff_path")
 
 
-VERBS = {"make": MakeOptions, "recover": RecoverOptions, "verify": VerifyOptions}
+VERBS = {"make": MakeDiffOptions, "recover": RecoverOptions, "verify": VerifyDiffOptions}
 
 
 def main(argv: list[str] | None = None) -> None:
