@@ -98,6 +98,7 @@ def evaluated(run: Path) -> float:
     from onecard.model.hardware import detect
     from onecard.model.load import load_base, load_tokenizer
     from onecard.model.lora.adapter import load_adapter
+    from onecard.objectives.registry import objective_named
     from onecard.train.evaluate import evaluation_loss
     from onecard.train.oom import MicroBatchLimits
 
@@ -107,7 +108,8 @@ def evaluated(run: Path) -> float:
     data = encode_dataset(held_out, load_template("auto", tokenizer), tokenizer, EncodeSettings(1024), run.parent)
     model = load_adapter(load_base(options, detect("cpu")).model, run, trainable=False).model
     samples = [data[number] for number in range(len(data))]
-    return evaluation_loss(model, samples, Accelerator(cpu=True), limits=MicroBatchLimits(micro_tokens=4096))
+    sft, limits = objective_named("sft"), MicroBatchLimits(micro_tokens=4096)
+    return evaluation_loss(model, samples, Accelerator(cpu=True), objective=sft, limits=limits)
 
 
 if __name__ == "__main__":

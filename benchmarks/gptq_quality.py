@@ -29,13 +29,14 @@ from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa
 from onecard.config.parsing import parse  # noqa: E402
 from onecard.config.training import DEFAULT_BASE, Problem  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
+from onecard.objectives.registry import objective_named  # noqa: E402
 
 TEXTS = {
     "statements": "the statements of the base's corpus, what quantize_gptq.py takes by itself",
     "corpus": "all documents of the base's corpus, questions on their pages too",
     "data": "sample/merge_sample.json through the alpaca template, as training sees it",
 }
-DATA = ROOT / "sample" / "merge_sample.json"
+DATA, DOCUMENTS = ROOT / "sample" / "merge_sample.json", objective_named("documents")
 
 
 @dataclass
@@ -75,7 +76,7 @@ def rows_of(text: str, seed: int, tokenizer: Any, length: int) -> Iterator[list[
     from tools.tiny_corpus import build
 
     if text == "data":
-        return data_rows(str(DATA), load_template("alpaca", tokenizer), tokenizer, length)
+        return data_rows(str(DATA), DOCUMENTS, load_template("alpaca", tokenizer), tokenizer, length)
     documents = build.documents(seed)
     texts: Iterable[str] = (one + answer for one, answer in documents if text == "corpus" or not answer)
     return text_rows(texts, tokenizer, length, packed=False)
@@ -91,7 +92,7 @@ def measure(options: BenchmarkOptions, text: str, seed: int, folder: Path) -> li
     tokenizer = load_tokenizer(options.model_path)
     amount = CalibrationOptions(options.calibration_samples, options.calibration_len, options.eval_samples, seed)
     drawn = calibration_of(rows_of(text, seed, tokenizer, options.calibration_len), amount)
-    before = quality_of(loaded(options.model_path), drawn.held_out, batch_size=32)
+    before = quality_of(loaded(options.model_path), drawn.held_out, objective=DOCUMENTS, batch_size=32)
     found = []
     for setting in options.settings.split(","):
         bits, group_size = map(int, setting.split("x"))
@@ -103,8 +104,8 @@ def measure(options: BenchmarkOptions, text: str, seed: int, folder: Path) -> li
         seconds = time.perf_counter() - started
         rounded = loaded(options.model_path)
         round_layers(rounded, quantized_layers(target), bits, group_size)
-        by_gptq = quality_of(loaded(str(target)), drawn.held_out, before, batch_size=32)
-        by_rounding = quality_of(rounded, drawn.held_out, before, batch_size=32)
+        by_gptq = quality_of(loaded(str(target)), drawn.held_out, before, objective=DOCUMENTS, batch_size=32)
+        by_rounding = quality_of(rounded, drawn.held_out, before, objective=DOCUMENTS, batch_size=32)
         found.append(
             {"text": text, "seed": seed, "bits": bits, "group_size": group_size, "fitted_tokens": drawn.n_tokens,
              "held_out_tokens": sum(len(row) - 1 for row in drawn.held_out), "seconds": round(seconds, 1),

@@ -44,7 +44,7 @@ class PlainRun:
         """One optimizer step over the samples of step `number`; its loss per supervised token."""
         total = torch.zeros((), device=self.accelerator.device)
         indices = self.chosen(number)
-        n_supervised = int(self.samples.supervised[indices].sum())
+        n_supervised = int(self.samples.units[indices].sum())
         for micro in self.micros(indices):
             rows = [self.samples[i] for i in micro]
             batch = {name: t.to(self.accelerator.device) for name, t in collate(rows, pad_id=0).items()}

@@ -155,7 +155,8 @@ def peaks(config: dict[str, Any], setup: Any, hardware: Any) -> dict[str, int]:
     take_step(run)  # the first makes what stays: quantisation's own tensors, the check of the loss
 
     def evaluate() -> None:
-        evaluation_loss(run.model, list(run.train_samples)[: setup.rows], run.accelerator, limits=run.limits)
+        samples = list(run.train_samples)[: setup.rows]
+        evaluation_loss(run.model, samples, run.accelerator, objective=run.objective, limits=run.limits)
 
     if hardware.is_gpu:
         training, reserved = _peak_on_card(lambda: take_step(run))
@@ -241,7 +242,7 @@ class Samples(list[Any]):
         return np.array([len(sample.input_ids) for sample in self])
 
     @property
-    def supervised(self) -> Any:
+    def units(self) -> Any:
         """Tokens of each row that are learned."""
         return self.lengths - 1
 

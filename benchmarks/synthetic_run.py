@@ -39,13 +39,13 @@ SPECIAL_IDS = 3  # the first ids of a vocabulary are control tokens
 
 
 class Samples(Sequence[LabelledSample]):
-    """Encoded samples as a run takes them: with `lengths` and `supervised` in the same order."""
+    """Encoded samples as a run takes them: with `lengths` and `units` in the same order."""
 
     def __init__(self, samples: Sequence[LabelledSample]) -> None:
         self.samples = list(samples)
         self.lengths = np.array([len(sample.input_ids) for sample in samples])
         # The first token of a row is predicted by nothing.
-        self.supervised = np.array([sum(n != IGNORE_INDEX for n in sample.labels[1:]) for sample in samples])
+        self.units = np.array([sum(n != IGNORE_INDEX for n in sample.labels[1:]) for sample in samples])
 
     def __len__(self) -> int:
         return len(self.samples)

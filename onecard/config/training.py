@@ -174,6 +174,8 @@ class TrainOptions:
 
     output_path: str = "outputs/my-first-adapter"
     """Directory of the run: adapter, checkpoints, log and options."""
+    objective: Literal["sft"] = "sft"
+    """What is learned. sft: the answers of conversations (--train_on), every token of documents."""
     num_epoch: float = 3
     """Passes over the training data."""
     max_steps: int = 0
@@ -228,7 +230,8 @@ class TrainOptions:
     from_data_beginning: bool = False
     """With a resumed run: keep weights and optimizer, but start at the first step of this (perhaps new) data."""
     accept_changes: str = field(default="", metadata={"several": True})
-    """Go on although these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed (some of them).
+    """Go on although these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed,
+    objective (some of them).
     base also accepts an --init_adapter that was trained on another base."""
     wandb: bool = False
     """Send the log to Weights & Biases as well (pip install wandb)."""
@@ -274,7 +277,7 @@ class TrainOptions:
         return found
 
     def _change_problems(self) -> list[Problem]:
-        known = {"base", "data", "template", "lora", "bits", "batch", "seed"}
+        known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective"}
         unknown = sorted(set(filter(None, self.accept_changes.replace(" ", "").split(","))) - known)
         if not unknown:
             return []

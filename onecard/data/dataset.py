@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import inspect
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -100,7 +101,13 @@ class EncodedDataset:
 
 
 def encode_dataset(
-    source: str | Source, template: Template, tokenizer: Any, settings: EncodeSettings, cache_dir: Path
+    source: str | Source,
+    template: Template,
+    tokenizer: Any,
+    settings: EncodeSettings,
+    cache_dir: Path,
+    *,
+    encoder: type[Encoder] = Encoder,
 ) -> EncodedDataset:
     """The encoded data set, from the cache where it is whole, else encoded now and kept there.
 
@@ -109,7 +116,7 @@ def encode_dataset(
 
     Raises DataError when nothing can be learned from the data, or with settings.strict at the first bad record.
     """
-    key = cache_key(source, template, tokenizer, settings)
+    key = cache_key(source, template, tokenizer, settings, encoder)
     dated = _dated_fingerprint(source, template, settings) if is_dated(template.jinja) else None
     target = Path(cache_dir) / f"{key[:32]}.arrow"
     found = read_manifest(target, key)
@@ -122,7 +129,7 @@ def encode_dataset(
         warn(f"--cache_path {target.parent} cannot be written; encoding into {temporary.name} for this run only")
         target = Path(temporary.name) / target.name
     remove_stale(target.parent)
-    samples = Encoder(replace(template, day=date.today().isoformat()) if dated else template, tokenizer, settings)
+    samples = encoder(replace(template, day=date.today().isoformat()) if dated else template, tokenizer, settings)
     report = DatasetReport()
     with _cycles_collected_by_batch():
         fingerprint = write_cache(target, key, report, _encoded(source, samples, settings, report))
@@ -140,7 +147,9 @@ def cache_directory(typed: str | None) -> Path:
     return Path(HF_HOME).parent / "onecard"
 
 
-def cache_key(source: str | Source, template: Template, tokenizer: Any, settings: EncodeSettings) -> str:
+def cache_key(
+    source: str | Source, template: Template, tokenizer: Any, settings: EncodeSettings, encoder: type[Encoder] = Encoder
+) -> str:
     """SHA-256 over everything that decides the encoded data, so that no stale cache is ever taken."""
     parts = {
         "data": data_fingerprint(source),
@@ -148,7 +157,7 @@ def cache_key(source: str | Source, template: Template, tokenizer: Any, settings
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": [template.jinja, template.end, template.stop],
         "settings": asdict(settings),
-        "code": _code_fingerprint(),
+        "code": _code_fingerprint(encoder),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -159,10 +168,13 @@ def _dated_fingerprint(source: str | Source, template: Template, settings: Encod
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _code_fingerprint() -> str:
-    """The text package's own source and the libraries that tokenise: no version number to forget to raise."""
+def _code_fingerprint(encoder: type[Encoder]) -> str:
+    """The source of this package and the encoder, and the libraries that tokenise: no version number to forget."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).resolve().parent.glob("*.py")):
+    own = Path(__file__).resolve().parent
+    beyond = {Path(inspect.getfile(each)).resolve() for each in encoder.__mro__[:-1]} - {own / "encode.py"}
+    digest.update(encoder.__qualname__.encode())
+    for source in [*sorted(own.glob("*.py")), *sorted(beyond)]:
         digest.update(source.name.encode() + source.read_bytes())
     for library in ("tokenizers", "sentencepiece", "jinja2"):
         try:

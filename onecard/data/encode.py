@@ -99,7 +99,13 @@ def prompt_for(turns: Sequence[Turn], template: Template, tokenizer: Any) -> Pro
 
 
 def encode_sample(
-    sample: Sample, template: Template, tokenizer: Any, settings: EncodeSettings, *, group: int = 0
+    sample: Sample,
+    template: Template,
+    tokenizer: Any,
+    settings: EncodeSettings,
+    *,
+    group: int = 0,
+    encoder: type[Encoder] | None = None,
 ) -> list[LabelledSample] | DroppedSample:
     """The training samples one record gives: one, or several for long documents and templates that rewrite history.
 
@@ -109,7 +115,7 @@ def encode_sample(
 
     Raises DataError for a bad record when settings.strict.
     """
-    result = Encoder(template, tokenizer, settings).encode_many([sample])[0]
+    result = (encoder or Encoder)(template, tokenizer, settings).encode_many([sample])[0]
     if isinstance(result, DroppedSample):
         if result.bad and settings.strict:
             raise DataError(f"{sample.record}: {result.reason}")

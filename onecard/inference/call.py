@@ -79,7 +79,8 @@ class Chunk:
 class ModelBundle:
     """A model that answers, with the tokenizer and the template that it was trained with.
 
-    prefixes: what it has read before as this `adapter`; None: each prompt is read from its beginning.
+    prefixes: what it has read before as this `adapter`; None: each prompt is read from its beginning. objective: the
+    name of what it was trained for.
     """
 
     model: Any
@@ -88,6 +89,7 @@ class ModelBundle:
     cache: CacheOptions = field(default_factory=CacheOptions)
     prefixes: PrefixCache | None = None
     adapter: str = ""
+    objective: str = "sft"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from onecard.console import warn
 from onecard.data.chat_template import Template, load_template
 from onecard.errors import ConfigError
 from onecard.inference.generate import ModelBundle
-from onecard.inference.run_files import has_tokenizer, run_directory, stored_template, trained_bits
+from onecard.inference.run_files import has_tokenizer, run_directory, stored_template, trained_bits, trained_objective
 from onecard.model.answer_bits import with_answer_bits
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
@@ -43,7 +43,7 @@ def load_bundle(options: ModelOptions, lora_path: str | None, prompt_type: str) 
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "template": hashlib.sha256(template.jinja.encode("utf-8")).hexdigest(),
     }
-    return ModelBundle(model, tokenizer, template), depends_on
+    return ModelBundle(model, tokenizer, template, objective=trained_objective(lora_path)), depends_on
 
 
 def load_words(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[Any, Template]:

@@ -6,7 +6,7 @@ the directory above is asked. Imports no torch: `onecard generate --help` goes t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 # Not trust_remote_code: running foreign code is decided by who types the command, never by a file that was copied.
 # Not device: the run may come from another machine.
 STORED_NAMES = ("model_path", "bits", "dtype", "attn_implementation")
+OBJECTIVE = "sft"  # of a base, and of runs from before there was a choice
 
 
 def run_directory(lora_path: str | None) -> Path | None:
@@ -48,7 +49,12 @@ def trained_bits(lora_path: str | None) -> int | None:
     return _stored(lora_path).get("bits")
 
 
-def _stored(lora_path: str | None) -> dict[str, Any]:
+def trained_objective(lora_path: str | None) -> str:
+    """The name of what the run was trained for."""
+    return _stored(lora_path, ("objective",)).get("objective", OBJECTIVE)
+
+
+def _stored(lora_path: str | None, names: Sequence[str] = STORED_NAMES) -> dict[str, Any]:
     run = run_directory(lora_path)
     if run is None:
         return {}
@@ -59,7 +65,7 @@ def _stored(lora_path: str | None) -> dict[str, Any]:
     if not isinstance(stored, Mapping):
         return {}
     kinds = {"bits": int}
-    return {name: stored[name] for name in STORED_NAMES if isinstance(stored.get(name), kinds.get(name, str))}
+    return {name: stored[name] for name in names if isinstance(stored.get(name), kinds.get(name, str))}
 
 
 def stored_template(run: Path | None) -> str | None:

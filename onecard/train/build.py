@@ -16,7 +16,7 @@ from onecard.console import say, warn
 from onecard.data.batches import split
 from onecard.data.chat_template import Template, load_template
 from onecard.data.dataset import cache_directory, encode_dataset
-from onecard.data.encode import EncodeSettings, LabelledSample
+from onecard.data.encode import EncodeSettings
 from onecard.data.sources import source_of
 from onecard.errors import ModelError
 from onecard.model.attention import avoid_flash
@@ -27,6 +27,8 @@ from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tok
 from onecard.model.lora.adapter import add_lora, load_adapter
 from onecard.model.memory_saving.activation_offload import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
+from onecard.objectives.base import Objective, SampleView
+from onecard.objectives.registry import objective_named
 from onecard.train.auto_config import choices_of, limits_of, resolve_test_size
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
@@ -42,20 +44,6 @@ from onecard.train.trackers import Reporter, TensorBoardSink, WandbSink
 MIXED_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
 
 
-class SampleView:
-    """Some rows of an encoded dataset, by index, with `lengths` and `supervised` in the same order."""
-
-    def __init__(self, dataset: Any, indices: np.ndarray) -> None:
-        self.dataset, self.indices = dataset, indices
-        self.lengths, self.supervised = dataset.lengths[indices], dataset.supervised[indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> LabelledSample:
-        return self.dataset[int(self.indices[position])]
-
-
 @dataclass(frozen=True)
 class TrainingData:
     """What is learned from, encoded, and what encoded it."""
@@ -63,14 +51,15 @@ class TrainingData:
     tokenizer: Any
     template: Template
     train: SampleView
-    test: list[LabelledSample]
+    test: list[Any]
     fingerprint: str
     test_size: float
+    objective: Objective
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sample, held-out ones included."""
-        return max(int(self.train.lengths.max()), *(len(sample.input_ids) for sample in self.test), 1)
+        return max(int(self.train.lengths.max()), *map(self.objective.length, self.test), 1)
 
 
 def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: str) -> Accelerator:
@@ -95,19 +84,21 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
 
     Raises DataError for data that cannot be used, ConfigError for a split that leaves nothing to train on.
     """
-    options = config.data
+    options, objective = config.data, objective_named(config.train.objective)
     tokenizer = load_tokenizer(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
     template = load_template(options.prompt_type, tokenizer, dialogue=options.dialogue)
     settings = EncodeSettings(options.cutoff_len, options.train_on, options.strict)
     with accelerator.main_process_first():  # the others find the first one's cache
-        dataset = encode_dataset(source_of(options), template, tokenizer, settings, cache_directory(options.cache_path))
+        cache = cache_directory(options.cache_path)
+        dataset = encode_dataset(source_of(options), template, tokenizer, settings, cache, encoder=objective.encoder)
     for line in dataset.summary_lines():
         say(line)
     test_size = resolve_test_size(options.test_size, point, len(np.unique(dataset.groups)))
     train_rows, test_rows = split(dataset.groups, test_size, config.train.seed)
-    say(f"template {template.name}; {len(train_rows):,} samples to train on, {len(test_rows):,} to evaluate on")
-    test = [dataset[int(i)] for i in test_rows]
-    return TrainingData(tokenizer, template, SampleView(dataset, train_rows), test, dataset.fingerprint, test_size)
+    train, test = objective.samples(dataset, train_rows), objective.samples(dataset, test_rows)
+    say(f"template {template.name}; {len(train):,} samples to train on, {len(test):,} to evaluate on")
+    held_out = [test[number] for number in range(len(test))]
+    return TrainingData(tokenizer, template, train, held_out, dataset.fingerprint, test_size, objective)
 
 
 def check_inputs(model: Any, data: TrainingData) -> None:
@@ -188,7 +179,6 @@ def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
         "base": base_fingerprint(config.model.model_path),
         "data": data.fingerprint,
         "template": hashlib.sha256(data.template.jinja.encode()).hexdigest(),
-        # Options that came later stand there only when used: runs from before them go on.
         "lora": {
             name: value
             for name, value in asdict(config.lora).items()
@@ -197,6 +187,7 @@ def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
         "bits": config.model.bits,
         "batch": {"total_batch": config.train.total_batch, "test_size": data.test_size},
         "seed": config.train.seed,
+        "objective": config.train.objective,
     }
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from onecard.data.batches import collate, micro_batches, share_for_rank
-from onecard.data.encode import LabelledSample
+from onecard.data.batches import micro_batches, share_for_rank
 from onecard.errors import ModelError
-from onecard.model.chunked_loss import summed_loss
+from onecard.objectives.base import Objective
 from onecard.train.oom import SMALLEST_CHUNK, MicroBatchLimits, give_back_memory, is_out_of_memory, padded_tokens
 
 MAX_FAILURES = 3  # of one row, at a chunk of logits that cannot be made smaller
@@ -32,19 +31,20 @@ class EvaluationLimits:
 
 def evaluation_loss(
     model: torch.nn.Module,
-    samples: list[LabelledSample],
+    samples: Sequence[Any],
     accelerator: Any,
     *,
+    objective: Objective,
     limits: MicroBatchLimits | None = None,
     room: EvaluationLimits | None = None,
     told: Callable[[str], None] = lambda change: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Mean cross-entropy in nats per supervised token over `samples`; the same number on every process.
+    """The objective's loss over `samples` per unit (supervised token); the same number on every process.
 
     Args:
         model: any causal LM, wrapped or not; it is put back into training mode if it was in it.
-        samples: held-out rows; accelerator: moves the batches and sums over processes.
+        samples: held-out ones; accelerator: moves the batches and sums over processes.
         limits: as in training; room: what did not fit before, and now.
         told: is given words each time that memory ran out.
         progress: is given how many of this process's rows are done, and how many there are.
@@ -53,7 +53,7 @@ def evaluation_loss(
     """
     was_training, limits = model.training, limits or MicroBatchLimits()
     model.eval()
-    lengths = np.array([len(sample.input_ids) for sample in samples])
+    lengths = np.array([objective.length(sample) for sample in samples])
     micros = micro_batches(np.arange(len(samples)), lengths, **limits.cut)
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, lengths)
     waiting = [micro for micro in mine if micro is not None]
@@ -66,7 +66,7 @@ def evaluation_loss(
         if half and padded_tokens(micro, lengths) >= room.too_many_tokens:
             waiting[:0] = [micro[:half], micro[half:]]
             continue
-        found = _loss_of([samples[i] for i in micro], model, accelerator.device, loss_chunk)
+        found = _loss_of(objective, [samples[i] for i in micro], model, accelerator.device, loss_chunk)
         if found is not None:
             total, n_failures, n_done = total + found, 0, n_done + len(micro)
             progress(n_done, n_mine)
@@ -93,14 +93,13 @@ def evaluation_loss(
 
 
 def _loss_of(
-    samples: list[LabelledSample], model: torch.nn.Module, device: Any, loss_chunk: int
+    objective: Objective, samples: Sequence[Any], model: torch.nn.Module, device: Any, loss_chunk: int
 ) -> torch.Tensor | None:
-    """The summed loss and the supervised tokens, float64 (2,); None when memory ran out."""
+    """The summed loss and its units, float64 (2,); None when memory ran out."""
     try:
         with torch.no_grad():
-            batch = {name: tensor.to(device) for name, tensor in collate(samples, pad_id=0).items()}
-            loss_sum, supervised = summed_loss(model, batch, chunk_tokens=loss_chunk)
-            return torch.tensor([float(loss_sum), supervised], dtype=torch.float64)
+            loss_sum, n_units = objective.loss_of(model, samples, device, chunk_tokens=loss_chunk)
+            return torch.tensor([float(loss_sum), n_units], dtype=torch.float64)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise

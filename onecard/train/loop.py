@@ -1,6 +1,6 @@
 """One run, top to bottom.
 
-next step (`step.py`: samples and learning rate -> micro-batches -> loss per supervised token of the *whole* step ->
+next step (`step.py`: samples and learning rate -> micro-batches -> loss per unit of the *whole* step ->
 clip -> optimizer) -> log -> maybe evaluate -> maybe save (`intervals.py`). `accelerate` brings mixed precision, the
 fp16 scaler, several GPUs and DeepSpeed. An optimizer step is a set of samples; how it is cut into micro-batches and
 spread over processes changes memory and speed, never the result.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from accelerate.utils import broadcast_object_list
 from onecard.config.training import TrainOptions
 from onecard.console import warn
 from onecard.data.batches import step_samples, steps_per_epoch
-from onecard.data.encode import LabelledSample
 from onecard.errors import CheckpointError, Stopped
 from onecard.train.evaluate import evaluation_loss
 from onecard.train.intervals import Timer
@@ -185,16 +184,16 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
 
 
 def evaluate(
-    run: Run, samples: list[LabelledSample], progress: Callable[[int, int], None] = lambda done, total: None
+    run: Run, samples: Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> float:
-    """The loss of held-out samples per supervised token, under the run's limits."""
+    """The loss of held-out samples per unit, under the run's limits."""
 
     def told(change: str) -> None:
         message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
         run.events.append(RunEvent({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
 
-    return evaluation_loss(run.model, samples, run.accelerator, limits=run.limits, room=run.evaluation_room,
-                           told=told, progress=progress)  # fmt: skip
+    return evaluation_loss(run.model, samples, run.accelerator, objective=run.objective, limits=run.limits,
+                           room=run.evaluation_room, told=told, progress=progress)  # fmt: skip
 
 
 def _overflowing(step: int) -> str:

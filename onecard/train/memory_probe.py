@@ -115,7 +115,7 @@ def rehearse(run: Run) -> None:
 
 def _rehearse_evaluation(run: Run) -> float:
     """Evaluate the largest micro-batch of held-out rows; returns the seconds that all would take at its speed."""
-    lengths = np.array([len(sample.input_ids) for sample in run.test_samples])
+    lengths = np.array([run.objective.length(sample) for sample in run.test_samples])
     largest = worst_micro_batch(lengths, run.limits, len(lengths))
     started = time.monotonic()
     evaluate(run, [run.test_samples[int(i)] for i in _rows(lengths, largest)])

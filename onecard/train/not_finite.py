@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from onecard.console import few
-from onecard.data.batches import collate
 from onecard.installation import command
-from onecard.model.chunked_loss import summed_loss
 from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.run import Run
 
@@ -68,14 +66,15 @@ def _unknown(run: Run, indices: np.ndarray) -> str:
 
 def _is_finite(run: Run, number: int) -> bool:
     """Whether the base without the adapter has a finite loss for one record."""
-    batch = {name: t.to(run.accelerator.device) for name, t in collate([run.train_samples[number]], pad_id=0).items()}
     with torch.no_grad(), run.plain_model.disable_adapter(), run.accelerator.autocast():
-        loss, _ = summed_loss(run.plain_model, batch, chunk_tokens=run.limits.loss_chunk)
+        loss, _ = run.objective.loss_of(
+            run.plain_model, [run.train_samples[number]], run.accelerator.device, chunk_tokens=run.limits.loss_chunk
+        )
     return bool(torch.isfinite(loss))
 
 
 def _tensors(run: Run) -> Iterator[tuple[str, Any]]:
     """The unquantised tensors by the names that they have in files."""
     for name, tensor in (*run.plain_model.named_parameters(), *run.plain_model.named_buffers()):
-        if tensor.is_floating_point():
-            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            yield name.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -35,6 +35,7 @@ HASHED = {
 }
 OTHER_REASONS = {"base": "the files of --model_path", "data": "the content of --data_path, or the base's tokenizer",
                  "template": "the file of --prompt_type, or the base's own template"}  # fmt: skip
+UNNAMED = {"objective": "sft"}  # in the identity of runs from before there was a choice
 NEW_DATA = {"data", "batch", "seed", "template"}  # what --from_data_beginning allows to be others
 # Where a run lies and how it was found is no change of the run.
 NOT_OF_THE_RUN = ("output_path", "resume_from_checkpoint", "from_data_beginning", "accept_changes")
@@ -188,7 +189,7 @@ def continued(config: FinetuneConfig, point: ResumePoint, fresh: TrainerState) -
 
 def _check_same_run(config: FinetuneConfig, point: ResumePoint, identity: dict[str, Any]) -> None:
     allowed = set(cli.comma_list(config.train.accept_changes)) | (set() if point.same_run else NEW_DATA)
-    changed = differences(point.state.identity, identity)
+    changed = differences(UNNAMED | point.state.identity, identity)
     refused = {name: values for name, values in changed.items() if name not in allowed}
     if refused:
         listed = "\n".join(f"  {name}: {_difference(config, point, name, *values)}" for name, values in refused.items())

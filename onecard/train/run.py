@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from onecard.config.training import TrainOptions
-from onecard.data.encode import LabelledSample
 from onecard.model.memory.plan import RECOMPUTE, Plan
 from onecard.model.memory_saving.activation_offload import ActivationOffload
+from onecard.objectives.base import Objective
+from onecard.objectives.registry import objective_named
 from onecard.train.accelerator import TrainingEngine
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.deepspeed_engine import DeepSpeedEngine
@@ -40,8 +41,8 @@ class Run:
     optimizer: Any
     accelerator: Any
     train_samples: Any
-    """A sequence of `LabelledSample`, with `lengths` and `supervised` arrays of the same order."""
-    test_samples: list[LabelledSample]
+    """A sequence of the objective's samples, with `lengths` and `units` arrays of the same order."""
+    test_samples: list[Any]
     store: CheckpointStore
     state: TrainerState = field(default_factory=TrainerState)
     limits: MicroBatchLimits = field(default_factory=MicroBatchLimits)
@@ -56,6 +57,11 @@ class Run:
     """What happened and has not been reported yet."""
     n_failures: int = 0
     """Times that memory ran out in the present step, at limits that could not be made smaller."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is learned from the samples."""
+        return objective_named(self.options.objective)
 
     @cached_property
     def engine(self) -> TrainingEngine | DeepSpeedEngine:

@@ -1,8 +1,8 @@
 """One optimizer step: its samples in micro-batches, the gradients, the clipping, the update.
 
-The loss of a step is per supervised token of the whole step, whatever the cut and the number of processes. When memory
-runs out, the gradients are forgotten, the limits are made smaller (`oom.py`) and the step is done again. Knows a
-`Run`; does not know schedules of saving and evaluating, which are `loop.py`'s.
+The loss of a step is per unit (for most objectives: supervised token) of the whole step, whatever the cut and the
+number of processes. When memory runs out, the gradients are forgotten, the limits are made smaller (`oom.py`) and the
+step is done again. Knows a `Run`; does not know schedules of saving and evaluating, which are `loop.py`'s.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from onecard.data.batches import collate, micro_batches, share_for_rank, step_samples
+from onecard.data.batches import micro_batches, share_for_rank, step_samples
 from onecard.errors import ModelError, OneCardError
 from onecard.installation import command
-from onecard.model.chunked_loss import summed_loss
 from onecard.model.load import checkpoint_layers
 from onecard.model.lora.adapter import unwrap
 from onecard.model.memory_saving.activation_offload import ActivationOffload
@@ -76,7 +75,7 @@ def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) ->
     """One optimizer step over the samples that (seed, step) names, whatever the number of processes.
 
     requested: what this process wants done at its end. The loss is the sum over all micro-batches of all processes,
-    divided by the supervised tokens of the whole step.
+    divided by the units of the whole step, which the objective counts: supervised tokens, for most.
     For samples with 3 and 5 answer tokens it is (sum of 8 losses) / 8, whether they pass together or one by one.
     """
     options, data = run.options, run.train_samples
@@ -106,7 +105,7 @@ def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], Ste
     Done again after a failure it draws the same random numbers, so it is the same step.
     """
     accelerator, data = run.accelerator, run.train_samples
-    supervised = int(data.supervised[indices].sum())
+    n_units = data.units[indices].sum().item()
     micros = share_for_rank(
         micro_batches(indices, data.lengths, **run.limits.cut),
         accelerator.process_index,
@@ -114,7 +113,7 @@ def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], Ste
         data.lengths,
     )
     seed_step(run.options.seed, run.state.step, accelerator.process_index)
-    loss_sum, failure = accumulate(run, micros, supervised)
+    loss_sum, failure = accumulate(run, micros, n_units)
     loss, requests, out_of_memory = _agree(accelerator, loss_sum, requested(), failure)
     if out_of_memory or not math.isfinite(loss):
         return GradientAttempt(loss, math.nan, requests, out_of_memory)
@@ -140,7 +139,7 @@ def _apply(run: Run) -> bool:
         raise ModelError(f"{place}: {_in_use(run)}; {SMALLER_HINT}, and the same command goes on from it") from reason
 
 
-def accumulate(run: Run, micros: Sequence[np.ndarray | None], supervised: int) -> tuple[torch.Tensor, bool]:
+def accumulate(run: Run, micros: Sequence[np.ndarray | None], n_units: float) -> tuple[torch.Tensor, bool]:
     """Add the gradients of micro-batches to those that are there; the loss, and whether memory ran out on the way."""
     loss_sum = torch.zeros((), device=run.accelerator.device)
     try:
@@ -149,7 +148,7 @@ def accumulate(run: Run, micros: Sequence[np.ndarray | None], supervised: int) -
             if micro is None and not run.engine.needs_every_turn:
                 continue
             with run.engine.gathering(is_last), run.offload or nullcontext():
-                loss_sum += _backward(run, micro, supervised, is_last)
+                loss_sum += _backward(run, micro, n_units, is_last)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise
@@ -190,7 +189,7 @@ def use_limits(run: Run, limits: MicroBatchLimits) -> None:
     run.limits = limits
 
 
-def _backward(run: Run, micro: np.ndarray | None, supervised: int, is_last: bool) -> torch.Tensor:
+def _backward(run: Run, micro: np.ndarray | None, n_units: float, is_last: bool) -> torch.Tensor:
     """Forward and backward of one micro-batch; returns its share of the step's loss, detached.
 
     `None` stands for a process that got fewer micro-batches than the others under DeepSpeed: it computes one with
@@ -198,12 +197,11 @@ def _backward(run: Run, micro: np.ndarray | None, supervised: int, is_last: bool
     """
     accelerator = run.accelerator
     samples = [run.train_samples[int(i)] for i in (micro if micro is not None else [0])]
-    batch = {name: t.to(accelerator.device) for name, t in collate(samples, pad_id=0).items()}
     with accelerator.autocast():
-        loss_sum, _ = summed_loss(run.model, batch, chunk_tokens=run.limits.loss_chunk)
+        loss_sum, _ = run.objective.loss_of(run.model, samples, accelerator.device, chunk_tokens=run.limits.loss_chunk)
     if run.offload is not None:
         run.offload.turn_back()
-    loss = loss_sum / max(1, supervised) * (micro is not None)
+    loss = loss_sum / (n_units or 1) * (micro is not None)
     run.engine.backward(loss, is_last)
     return loss.detach()
 

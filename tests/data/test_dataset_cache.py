@@ -131,7 +131,7 @@ def test_the_key_changes_with_each_ingredient(data, tmp_path, sp_tokenizer, sp_l
         cache_key(str(data), template, sp_tokenizer, EncodeSettings(500, "last")),
         cache_key(str(data), template, sp_tokenizer, EncodeSettings(500, strict=True)),
     ]
-    monkeypatch.setattr(dataset_module, "_code_fingerprint", lambda: "new code")
+    monkeypatch.setattr(dataset_module, "_code_fingerprint", lambda encoder: "new code")
     keys.append(cache_key(str(data), template, sp_tokenizer, SETTINGS))
     assert len({key, *keys}) == 9
 

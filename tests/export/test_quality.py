@@ -15,7 +15,10 @@ from onecard.export.quantize.calibration import CalibrationOptions, calibration_
 from onecard.export.quantize.evaluate import quality_of, round_layers, round_to_nearest
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
+from onecard.objectives.registry import objective_named
 from tests.model.model_families import save_family
+
+DOCUMENTS = objective_named("documents")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,9 @@ def test_perplexity_is_exp_of_the_mean_loss_of_all_tokens(model) -> None:
     assert n == 10
     for batch_size in (1, 3):  # padding changes nothing
         assert math.isclose(
-            quality_of(model, rows, batch_size=batch_size).perplexity, math.exp(total / n), rel_tol=1e-5
+            quality_of(model, rows, batch_size=batch_size, objective=DOCUMENTS).perplexity,
+            math.exp(total / n),
+            rel_tol=1e-5,
         )
 
 
@@ -53,11 +58,11 @@ def test_divergence_is_that_of_the_whole_distributions(family, tmp_path) -> None
         total, n = total + float((old.exp() * (old - new)).sum()), n + len(old)
     assert n == 10 and total / n > 1e-4
     for batch_size in (1, 3):
-        before = quality_of(model, rows, batch_size=batch_size)
-        after = quality_of(other, rows, before, batch_size=batch_size)
+        before = quality_of(model, rows, batch_size=batch_size, objective=DOCUMENTS)
+        after = quality_of(other, rows, before, batch_size=batch_size, objective=DOCUMENTS)
         assert before.divergence == 0 and math.isclose(after.divergence, total / n, rel_tol=1e-3)
-        assert abs(quality_of(model, rows, before, batch_size=batch_size).divergence) < 1e-6
-        assert quality_of(other, rows, batch_size=batch_size).perplexity == after.perplexity
+        assert abs(quality_of(model, rows, before, batch_size=batch_size, objective=DOCUMENTS).divergence) < 1e-6
+        assert quality_of(other, rows, batch_size=batch_size, objective=DOCUMENTS).perplexity == after.perplexity
 
 
 def test_a_model_that_answers_nan_is_told(tiny_base) -> None:
@@ -65,7 +70,7 @@ def test_a_model_that_answers_nan_is_told(tiny_base) -> None:
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="loss of nan"):
-        quality_of(broken, [[1, 2, 3]])
+        quality_of(broken, [[1, 2, 3]], objective=DOCUMENTS)
 
 
 def test_rounding_by_hand() -> None:
@@ -136,7 +141,7 @@ def test_two_sides_never_meet() -> None:
 
 def test_data_go_through_the_template(sp_tokenizer, instructions) -> None:
     template = load_template("alpaca", sp_tokenizer)
-    rows = list(data_rows(str(instructions), template, sp_tokenizer, 256))
+    rows = list(data_rows(str(instructions), DOCUMENTS, template, sp_tokenizer, 256))
     assert len(rows) == 24 and all(row[0] == 1 for row in rows)
     text = sp_tokenizer.decode(rows[3])
     assert "### Instruction:" in text and "数到 3" in text  # record 3 is one of the Chinese ones

@@ -103,6 +103,7 @@ TABLE = {
     "use_rslora": Row(True), "use_dora": Row(True), "lora_init": Row("pissa"), "train_new_tokens": Row(True),
     "train_embeddings": Row(True),
     "output_path": Row("OTHER_RUN", lambda s: read_log(s.output)[0]["step"] == 1),
+    "objective": Row("documents"),
     "num_epoch": Row(3, lambda s: s.steps == [7, 8, 9, 10, 11, 12]),
     "max_steps": Row(7, lambda s: s.steps == [7]),
     "total_batch": Row(4),

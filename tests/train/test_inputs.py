@@ -16,8 +16,9 @@ from onecard.data.chat_template import load_template
 from onecard.data.dataset import encode_dataset
 from onecard.data.encode import EncodeSettings
 from onecard.errors import ModelError
+from onecard.objectives.base import SampleView
 from onecard.recipes import finetune
-from onecard.train.build import SampleView, check_inputs
+from onecard.train.build import check_inputs
 from tests import tiny
 from tests.model.test_input_limits import small_model
 

@@ -21,8 +21,8 @@ from onecard.data.batches import micro_batches
 from onecard.errors import ModelError
 from onecard.model.memory.estimate import GIB
 from onecard.model.memory.plan import CardSpec
+from onecard.objectives import next_token
 from onecard.recipes import finetune
-from onecard.train import evaluate, step
 from onecard.train import memory_probe as rehearsal
 from onecard.train.memory_probe import LargestMicroBatch, worst_micro_batch
 from onecard.train.oom import MicroBatchLimits, padded_tokens
@@ -89,8 +89,7 @@ def room_for(n_tokens: int, *, beside: list[int]) -> Iterator[None]:
         return forward
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "summed_loss", limited(step.summed_loss))
-        patch.setattr(evaluate, "summed_loss", limited(evaluate.summed_loss))
+        patch.setattr(next_token, "summed_loss", limited(next_token.summed_loss))
         yield
 
 

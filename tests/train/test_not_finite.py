@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from onecard.objectives import next_token
 from onecard.recipes import finetune
-from onecard.train import evaluate, step
 from onecard.train.step import NotFinite
 from onecard.train.trackers import read_log
 from tests import tiny
@@ -61,13 +61,13 @@ def test_only_the_record_that_the_base_cannot_compute_is_named(tiny_base: Path, 
 def test_an_adapter_that_diverges_is_told_from_both(
     tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = step.summed_loss
+    real = next_token.summed_loss
 
     def diverged(model: Any, batch: Any, **settings: Any) -> Any:
         loss, n_supervised = real(model, batch, **settings)
-        return loss * torch.nan, n_supervised
+        return (loss * torch.nan if torch.is_grad_enabled() else loss), n_supervised
 
-    monkeypatch.setattr(step, "summed_loss", diverged)
+    monkeypatch.setattr(next_token, "summed_loss", diverged)
     with pytest.raises(NotFinite, match=r"alone gives a finite loss for each record.*: lower --learning_rate"):
         finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run"))
 
@@ -76,13 +76,13 @@ def test_an_evaluation_of_nan_is_never_the_best(
     tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Nothing is smaller than NaN: taken once for the best, it would stay."""
-    real, losses = evaluate.summed_loss, iter([torch.nan, 1.0, 1.0])
+    real, losses = next_token.summed_loss, iter([torch.nan, 1.0, 1.0])
 
     def first_is_nan(model: Any, batch: Any, **settings: Any) -> Any:
         loss, n_supervised = real(model, batch, **settings)
-        return loss * next(losses), n_supervised
+        return (loss if torch.is_grad_enabled() else loss * next(losses)), n_supervised
 
-    monkeypatch.setattr(evaluate, "summed_loss", first_is_nan)
+    monkeypatch.setattr(next_token, "summed_loss", first_is_nan)
     options = {"test_size": 4, "eval_steps": 1, "total_batch": 7, "final_weights": "best"}
     run = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", **options))
     best = [row["best_step"] for row in read_log(run) if "eval_loss" in row]

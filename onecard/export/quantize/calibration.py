@@ -14,13 +14,14 @@ from typing import Any
 
 from onecard.config.training import ReadingOptions, column_names
 from onecard.data.chat_template import Template
-from onecard.data.encode import DroppedSample, Encoder, EncodeSettings
+from onecard.data.encode import DroppedSample, EncodeSettings
 from onecard.data.messages import Conversation, Document
 from onecard.data.plain_text import TxtSplit
 from onecard.data.sources import ReadReport, Source, read
 from onecard.data.special_tokens import beginning_ids
 from onecard.errors import ConfigError, DataError
 from onecard.installation import IS_CLONE
+from onecard.objectives.base import Objective
 
 LEAST_TOKENS = 2048  # fewer say next to nothing about the inputs of a layer
 READ_AHEAD = 4  # as many times the rows asked for are read, and of those some are drawn
@@ -144,13 +145,18 @@ def texts_of(path: str, reading: ReadingOptions | None = None) -> Iterator[str]:
 
 
 def data_rows(
-    path: str, template: Template, tokenizer: Any, length: int, reading: ReadingOptions | None = None
+    path: str,
+    objective: Objective,
+    template: Template,
+    tokenizer: Any,
+    length: int,
+    reading: ReadingOptions | None = None,
 ) -> Iterator[list[int]]:
-    """Token ids of training data as training sees them: through the template, each sample a row.
+    """Token ids of training data as training by this objective sees them: through the template, each sample a row.
 
     Raises DataError: nothing there, nothing usable.
     """
-    encoder = Encoder(template, tokenizer, EncodeSettings(length, "everything"))
+    encoder = objective.encoder(template, tokenizer, EncodeSettings(length))
     n_given = 0
     for sample in read(_source(path, reading), report=ReadReport()):
         coded = encoder.encode_many([sample])[0]

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, nll_loss
-from torch.nn.utils.rnn import pad_sequence
 
+from onecard.data.encode import IGNORE_INDEX, LabelledSample
 from onecard.errors import ModelError
-from onecard.model.chunked_loss import IGNORE_INDEX, states_before_head, summed_loss
+from onecard.model.chunked_loss import states_before_head
+from onecard.objectives.base import Objective
 
 CHUNK_TOKENS = 128  # logits of a large vocabulary exist for so many tokens at a time, in a few copies
 
@@ -44,6 +45,7 @@ def quality_of(
     rows: Sequence[Sequence[int]],
     before: QuantizedQuality | None = None,
     *,
+    objective: Objective,
     batch_size: int = 4,
     tell: Callable[[int], Any] | None = None,
 ) -> QuantizedQuality:
@@ -60,17 +62,17 @@ def quality_of(
     kept: list[Tensor] = []
     loss, divergence, n_tokens, comparable = 0.0, 0.0, 0, before is None or before.divergence is not None
     for number, start in enumerate(range(0, len(by_length), batch_size)):
-        batch = [torch.tensor(list(row)) for row in by_length[start : start + batch_size]]
-        labels = pad_sequence(batch, batch_first=True, padding_value=IGNORE_INDEX).to(device)
-        inputs = {"input_ids": pad_sequence(batch, batch_first=True).to(device), "labels": labels}
+        batch = [LabelledSample(list(row), list(row), "", 0) for row in by_length[start : start + batch_size]]
+        inputs = {name: tensor.to(device) for name, tensor in objective.collate(batch).items()}
         found = states_before_head(model, inputs)
-        n_tokens += sum(len(row) - 1 for row in batch)
+        n_tokens += sum(len(row.input_ids) - 1 for row in batch)
         if found is None or not comparable:
             comparable = False
             with torch.no_grad():
-                loss += float(summed_loss(model, inputs, chunk_tokens=CHUNK_TOKENS)[0])
+                loss += float(objective.loss(model, inputs, chunk_tokens=CHUNK_TOKENS)[0])
         else:
             states, logits_of = found
+            labels = inputs["labels"]
             is_asked = labels[:, 1:] != IGNORE_INDEX
             states, wanted = states[:, :-1][is_asked], labels[:, 1:][is_asked]
             old = before.states[number] if before is not None else None

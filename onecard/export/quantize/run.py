@@ -46,7 +46,9 @@ from onecard.model.files import locate, read_json
 from onecard.model.gptq import check_gptq_installed
 from onecard.model.hardware import Hardware, detect
 from onecard.model.load import load_base, load_tokenizer
+from onecard.objectives.registry import objective_named
 
+OBJECTIVE = objective_named("documents")  # of fitting and measuring: a model is to predict each token as before
 GOOD_SHARE = 0.04  # a 4-bit model whose perplexity rises by more has lost something that one notices
 SPARE_BYTES = int(1.5 * 2**30)  # what a forward takes beside the weights
 
@@ -206,7 +208,7 @@ def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, reque
     length = min(amount.length, _longest(source))
     if corpus.texts is None:
         template = load_template(corpus.prompt_type, tokenizer)
-        rows: Iterator[list[int]] = data_rows(corpus.data_path, template, tokenizer, length, corpus.reading)
+        rows: Iterator[list[int]] = data_rows(corpus.data_path, OBJECTIVE, template, tokenizer, length, corpus.reading)
     else:
         rows = text_rows(corpus.texts(), tokenizer, length, packed=corpus.packed)
     held_out: Rows | None = None
@@ -263,8 +265,9 @@ def _load(directory: Path, hardware: Hardware, request: QuantizeRequest, dtype: 
 def _measured(
     model: Any, rows: Rows, what: str, request: QuantizeRequest, before: QuantizedQuality | None = None
 ) -> QuantizedQuality:
+    """How good a model is on held-out rows, said as it is counted; see `quality_of`."""
     with progress(f"measuring, {what}", len(rows)) as advance:
-        return quality_of(model, rows, before, batch_size=request.batch_size, tell=advance)
+        return quality_of(model, rows, before, objective=OBJECTIVE, batch_size=request.batch_size, tell=advance)
 
 
 def _say_quality(n_samples: int, whole: QuantizedQuality, made: dict[str, QuantizedQuality]) -> None:

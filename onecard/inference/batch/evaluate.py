@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from onecard.config.inference import SamplingOptions
-from onecard.data.batches import collate, micro_batches
+from onecard.data.batches import micro_batches
 from onecard.data.encode import IGNORE_INDEX, DroppedSample, EncodeSettings, LabelledSample, encode_sample, prompt_for
 from onecard.data.messages import Conversation
 from onecard.data.sources import ReadReport, Source, read
 from onecard.errors import DataError
 from onecard.inference.batch.run import answer_safely
-from onecard.inference.call import ModelBundle, PromptRow, padding_id
+from onecard.inference.call import ModelBundle, PromptRow
 from onecard.inference.generate import longest_sequence
-from onecard.model.chunked_loss import summed_loss
+from onecard.objectives.registry import objective_named
 
 # An answer may be right in other tokens than the reference's; beyond this many it is wrong already.
 SPARE_TOKENS = 16
@@ -59,12 +59,13 @@ def read_cases(source: str | Source, bundle: ModelBundle, *, limit: int = 0) -> 
     longest = longest_sequence(bundle.model) or UNLIMITED
     settings = EncodeSettings(cutoff_len=longest, train_on="last")
     cases: list[Case] = []
+    encoder = objective_named(bundle.objective).encoder
     for sample in read(source, report=ReadReport()):
         if limit and len(cases) == limit:
             break
         encoded = None
         if isinstance(sample, Conversation) and sample.turns[-1].learn:  # a bad answer is no reference
-            encoded = encode_sample(sample, bundle.template, bundle.tokenizer, settings)
+            encoded = encode_sample(sample, bundle.template, bundle.tokenizer, settings, encoder=encoder)
         if (
             not isinstance(sample, Conversation)
             or encoded is None
@@ -92,16 +93,15 @@ def score(bundle: ModelBundle, cases: Sequence[Case], *, batch_size: int) -> Sco
 
 
 def mean_loss(bundle: ModelBundle, samples: Sequence[LabelledSample]) -> float:
-    """Cross-entropy in nats per supervised token over all samples together."""
-    lengths = np.array([len(sample.input_ids) for sample in samples])
-    pad_id = padding_id(bundle.tokenizer, bundle.template.stop_ids(bundle.tokenizer))
-    total, n_tokens = 0.0, 0
+    """The loss that the model was trained to lower, per unit (nats per supervised token) over all samples together."""
+    objective = objective_named(bundle.objective)
+    lengths = np.array([objective.length(sample) for sample in samples])
+    total, n_units = 0.0, 0.0
     with torch.inference_mode():
         for indices in micro_batches(np.arange(len(samples)), lengths, micro_tokens=MICRO_TOKENS):
-            batch = collate([samples[i] for i in indices], pad_id)
-            loss, n_supervised = summed_loss(bundle.model, {k: v.to(bundle.model.device) for k, v in batch.items()})
-            total, n_tokens = total + float(loss), n_tokens + n_supervised
-    return total / n_tokens
+            loss, n = objective.loss_of(bundle.model, [samples[i] for i in indices], bundle.model.device)
+            total, n_units = total + float(loss), n_units + n
+    return total / n_units
 
 
 def greedy_answers(bundle: ModelBundle, cases: Sequence[Case], *, batch_size: int) -> list[str]:

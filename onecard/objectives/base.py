@@ -1,0 +1,70 @@
+"""What an objective is: how a record becomes samples, how samples become a batch, and the loss of a batch.
+
+Training, evaluation, scores and the quantisers take an `Objective` and know no more of it than stands here. It knows
+no steps, devices or optimizers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from onecard.data.dataset import EncodedDataset
+from onecard.data.encode import Encoder
+
+
+class SampleView:
+    """The samples that some rows of an encoded dataset make, in order; here each row is one.
+
+    lengths (n,): what a sample adds to a micro-batch, in tokens. units (n,): what its loss is divided by, summed over
+    the step: supervised tokens, their weights, pairs. Each sample has `record`, its name in the data. A subclass may
+    make one sample of several rows, such as the two answers of a pair, which lie side by side.
+    """
+
+    def __init__(self, dataset: EncodedDataset, rows: np.ndarray) -> None:
+        self.dataset, self.rows = dataset, rows
+        self.lengths, self.units = dataset.lengths[rows], dataset.supervised[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.dataset[int(self.rows[position])]
+
+
+class Objective(ABC):
+    """One way to learn from data. Stateless: the same call gives the same result at any step of any run."""
+
+    name: ClassVar[str]
+    encoder: ClassVar[type[Encoder]] = Encoder
+    """Makes the rows of an encoded dataset out of records."""
+    samples: ClassVar[type[SampleView]] = SampleView
+    """Makes samples out of these rows."""
+
+    @abstractmethod
+    def length(self, sample: Any) -> int:
+        """What `samples` has for this sample under `lengths`."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        """One batch of these samples, on the CPU."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
+        """The loss summed over the units of a batch (a scalar, fp32), and the number of these units.
+
+        A sum, so that a step does not depend on how it is cut into micro-batches. It calls the forward of `model` as it
+        is, wrapped or not, so that hooks of gradients fire. chunk_tokens: at most so many tokens have logits at a time,
+        0: all.
+        """
+
+    def loss_of(
+        self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0
+    ) -> tuple[Tensor, float]:
+        """`loss` of samples, moved to the device."""
+        batch = {name: tensor.to(device) for name, tensor in self.collate(samples).items()}
+        return self.loss(model, batch, chunk_tokens=chunk_tokens)

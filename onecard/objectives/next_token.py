@@ -1,0 +1,44 @@
+"""The objectives of a causal language model: the cross-entropy of the next token, over the tokens that are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from onecard.data.batches import collate
+from onecard.data.chat_template import Template
+from onecard.data.encode import Encoder, EncodeSettings, LabelledSample
+from onecard.model.chunked_loss import summed_loss
+from onecard.objectives.base import Objective
+
+
+class SupervisedFineTuning(Objective):
+    """Of conversations the answers are learned, of documents every token; a file may hold both. Its units: tokens."""
+
+    name = "sft"
+
+    def length(self, sample: LabelledSample) -> int:
+        return len(sample.input_ids)
+
+    def collate(self, samples: Sequence[LabelledSample]) -> dict[str, Tensor]:
+        return collate(samples, pad_id=0)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
+        return summed_loss(model, batch, chunk_tokens=chunk_tokens)
+
+
+class EveryTokenEncoder(Encoder):
+    """Learns prompts as well as answers."""
+
+    def __init__(self, template: Template, tokenizer: Any, settings: EncodeSettings) -> None:
+        super().__init__(template, tokenizer, replace(settings, train_on="everything"))
+
+
+class PlainDocuments(SupervisedFineTuning):
+    """Each record is text of which every token is learned, conversations in their template included."""
+
+    name = "documents"
+    encoder = EveryTokenEncoder

@@ -1,0 +1,16 @@
+"""The objectives by name: the one table that a new objective is entered in."""
+
+from __future__ import annotations
+
+from onecard.errors import ConfigError
+from onecard.objectives.base import Objective
+from onecard.objectives.next_token import PlainDocuments, SupervisedFineTuning
+
+OBJECTIVES: dict[str, Objective] = {each.name: each for each in (SupervisedFineTuning(), PlainDocuments())}
+
+
+def objective_named(name: str) -> Objective:
+    """The objective of this name. Raises ConfigError where there is none, such as for a run of a later version."""
+    if name not in OBJECTIVES:
+        raise ConfigError("--objective", f"{name} is none of {', '.join(OBJECTIVES)}; a later version may know it")
+    return OBJECTIVES[name]
