@@ -10,9 +10,9 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from onecard.config.training import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES, Problem
+from onecard.config.training import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES, PeftMethodName, Problem
 from onecard.console import nearest
 from onecard.installation import SHIPPED
 
@@ -104,9 +104,9 @@ def _adapter(text: str) -> str:
 
 
 def other_kind(adapter_config: Mapping[str, Any]) -> str:
-    """What to do with an adapter that is not LoRA, by its adapter_config.json; empty for LoRA."""
+    """What to do with an adapter of a method that is not trained here, by its adapter_config.json; else empty."""
     kind = str(adapter_config.get("peft_type") or "LORA")
-    if kind == "LORA":
+    if kind.lower() in get_args(PeftMethodName):
         return ""
     message = f"is {OTHER_KINDS.get(kind, kind)} adapter, and only LoRA adapters can be loaded here"
     if kind in NOT_MERGEABLE:

@@ -30,6 +30,7 @@ LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 BUILT_IN_TEMPLATES = ("alpaca", "vicuna-chat", "chatml", "llama-2", "llama-3", "mistral", "none")
 TEMPLATE_ALIASES = {"instruct": "alpaca", "chat": "vicuna-chat"}
 
+PeftMethodName = Literal["lora"]  # PEFT's own names, in small letters; model/lora/methods.py
 Problem = tuple[str, str]  # (flag, what is wrong with it)
 
 
@@ -120,6 +121,8 @@ class DataOptions(ReadingOptions):
 class LoraOptions:
     """The adapter that is trained while the base stays frozen."""
 
+    peft_method: PeftMethodName = "lora"
+    """Kind of adapter, by PEFT's name."""
     lora_r: int = 8
     """Rank of the adapter matrices."""
     lora_alpha: int = 16

@@ -15,7 +15,7 @@ from onecard.inference.run_files import has_tokenizer, run_directory, stored_tem
 from onecard.model.answer_bits import with_answer_bits
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
-from onecard.model.lora.adapter import base_of_adapter, load_adapter
+from onecard.model.lora.adapter import base_of_adapter, load_adapter, trained_part
 
 
 def load_bundle(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[ModelBundle, dict[str, Any]]:
@@ -70,9 +70,8 @@ def base_path(model_path: str, lora_path: str | None) -> str:
 def adapter_fingerprint(model: Any) -> str | None:
     """SHA-256 over the adapter's tensors, wherever they came from; None for a base model alone."""
     digest, n_tensors = hashlib.sha256(), 0
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in (".lora_", ".token_adapter.trainable_tokens", ".modules_to_save.")):
-            n_tensors += 1
-            digest.update(name.encode())
-            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    for name, parameter in trained_part(model):
+        n_tensors += 1
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest() if n_tensors else None

@@ -43,13 +43,20 @@ def quantised_layers(model: Any) -> dict[str, Any]:
     GPT-2's Conv1D is among them. Not: the head, and `kept_layers`.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    kept = kept_layers(model)
+    kept, adapters = kept_layers(model), _inside_adapters(model)
     found = {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
-        if _is_linear(module) and module is not head and ".lora_" not in name
+        if _is_linear(module) and module is not head and module not in adapters
     }
     return {name: module for name, module in found.items() if name not in kept}
+
+
+def _inside_adapters(model: nn.Module) -> set[nn.Module]:
+    """What PEFT has put beside the layers that it wraps: all that is in a wrapper and not in its base_layer."""
+    children = [dict(module.named_children()) for module in model.modules()]
+    beside = [each for own in children if "base_layer" in own for name, each in own.items() if name != "base_layer"]
+    return {module for each in beside for module in each.modules()}
 
 
 def kept_layers(model: nn.Module) -> set[str]:

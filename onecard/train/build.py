@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
-from onecard.config.training import FinetuneConfig
+from onecard.config.training import FinetuneConfig, LoraOptions
 from onecard.console import say, warn
 from onecard.data.batches import split
 from onecard.data.chat_template import Template, load_template
@@ -41,6 +41,8 @@ from onecard.train.state import TrainerState, restore_state
 from onecard.train.step import use_limits
 from onecard.train.trackers import Reporter, TensorBoardSink, WandbSink
 
+# They stand in a run's identity only when used: runs from before them go on.
+LATER_OPTIONS = ("peft_method", "train_new_tokens", "train_embeddings", "lora_target_parameters")
 MIXED_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
 
 
@@ -182,7 +184,7 @@ def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
         "lora": {
             name: value
             for name, value in asdict(config.lora).items()
-            if value or not name.startswith(("train_", "lora_target_parameters"))
+            if name not in LATER_OPTIONS or value != getattr(LoraOptions(), name)
         },
         "bits": config.model.bits,
         "batch": {"total_batch": config.train.total_batch, "test_size": data.test_size},

@@ -7,13 +7,13 @@ nothing in it, since the run ends here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 from onecard.console import few
 from onecard.installation import command
+from onecard.model.lora.methods import is_adapter_weight
 from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.run import Run
 
@@ -37,13 +37,13 @@ def _cause(run: Run, indices: np.ndarray) -> str:
     others = np.setdiff1d(np.arange(min(len(run.train_samples), len(indices) + N_OTHERS)), indices)[:N_OTHERS]
     failing = [number for number in indices if not _is_finite(run, int(number))]
     if not failing:
-        broken = [name for name, tensor in _tensors(run) if "lora_" in name and not torch.isfinite(tensor).all()]
+        broken = [name for name in _broken_tensors(run) if is_adapter_weight(name)]
         if broken:
             return (
                 f"The adapter itself is not finite ({few(broken)}): it began so, or diverged. Start from another one."
             )
         return "The base alone gives a finite loss for each record of the step: " + _unknown(run, indices)
-    tensors = [name for name, tensor in _tensors(run) if "lora_" not in name and not torch.isfinite(tensor).all()]
+    tensors = [name for name in _broken_tensors(run) if not is_adapter_weight(name)]
     told = f"Its tensors {few(tensors)} hold NaN or Inf" if tensors else "Its tensors are finite"
     n_asked = len(indices) + len(others)
     if len(failing) == len(indices) and n_asked > 1 and not any(_is_finite(run, int(number)) for number in others):
@@ -73,8 +73,8 @@ def _is_finite(run: Run, number: int) -> bool:
     return bool(torch.isfinite(loss))
 
 
-def _tensors(run: Run) -> Iterator[tuple[str, Any]]:
-    """The unquantised tensors by the names that they have in files."""
+def _broken_tensors(run: Run) -> Iterator[str]:
+    """The unquantised tensors that hold NaN or Inf, by the names that they have in files."""
     for name, tensor in (*run.plain_model.named_parameters(), *run.plain_model.named_buffers()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             yield name.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -14,6 +14,7 @@ import torch
 
 from onecard.config.training import TrainOptions
 from onecard.errors import ConfigError
+from onecard.model.lora.methods import is_adapter_weight, starts_at_zero
 from onecard.model.quantization import allocate_bitsandbytes_state, optimizer_class
 
 FEWEST_WARMUP_STEPS = 5
@@ -27,9 +28,9 @@ def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.opti
     depend on how the model was built.
     """
     named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    fast = [p for name, p in named if options.loraplus_ratio and "lora_B" in name]
+    fast = [p for name, p in named if options.loraplus_ratio and starts_at_zero(name)]
     # Decay draws the matrices of LoRA back to the base, but rows and whole weights away from it: to zero.
-    whole = [p for name, p in named if "lora_" not in name]
+    whole = [p for name, p in named if not is_adapter_weight(name)]
     others = {id(p) for p in [*fast, *whole]}
     plain = [p for _, p in named if id(p) not in others]
     rate = options.learning_rate

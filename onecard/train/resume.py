@@ -6,7 +6,7 @@ on and told, or refused by the name of its flag. Knows options and checkpoints; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from onecard.config import parsing as cli
 from onecard.config.given_paths import foreign_advice
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.training import FinetuneConfig, LoraOptions, TrainOptions
 from onecard.console import quiet_rank, say, warn
 from onecard.errors import CheckpointError, ConfigError
 from onecard.model.files import base_fingerprint
@@ -209,7 +209,9 @@ def _difference(config: FinetuneConfig, point: ResumePoint, part: str, then: Any
     if not isinstance(now, dict) or not isinstance(then, dict):
         return f"--{part} {then} -> {now}"
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return ", ".join(f"--{name} {_shown(then.get(name, False))} -> {_shown(now.get(name, False))}" for name in names)
+    before = asdict(LoraOptions())  # what runs from before an option had
+    sides = [{**before, **side} for side in (then, now)]
+    return ", ".join(f"--{name} {_shown(sides[0].get(name))} -> {_shown(sides[1].get(name))}" for name in names)
 
 
 def _stored_options(run: Path) -> dict[str, Any]:

@@ -98,6 +98,7 @@ TABLE = {
     "data_path": Row("OTHER_DATA"), "prompt_type": Row("chatml"), "dialogue": Row(True), "cutoff_len": Row(40),
     "train_on": Row("everything"), "test_size": Row(5), "strict": same(True),
     "cache_path": same("CACHE", lambda s: bool(list((s.output.parent / "other-cache").glob("*.arrow")))),
+    "peft_method": Row("ia3"),
     "lora_r": Row(4), "lora_alpha": Row(8), "lora_dropout": Row(0.5), "lora_target_modules": Row("q_proj"),
     "lora_target_parameters": Row("experts"),  # there are none
     "use_rslora": Row(True), "use_dora": Row(True), "lora_init": Row("pissa"), "train_new_tokens": Row(True),

@@ -23,6 +23,7 @@ from onecard.export.merge.rounding import is_finite
 from onecard.installation import command
 from onecard.model.lora.adapter import ADAPTER, attach_files
 from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config
+from onecard.model.lora.vocabulary import rows_in
 
 PREFIX = "base_model.model."  # of a layer's name in an adapter's files
 # What peft puts between the name of a layer and that of its weight.
@@ -143,8 +144,7 @@ def _stage(base: LazyCheckpoint, source: str, rows_before: int) -> LoadedLora:
         AdapterFiles(files.directory, files.weights, tensors, files.config_directory, files.notes),
         trainable=False,
     )
-    config: Any = loaded.model.peft_config[ADAPTER]
-    if config.target_parameters:
+    if getattr(loaded.model.peft_config[ADAPTER], "target_parameters", None):
         raise ModelError(
             f"{files.directory} adapts experts ({command('finetune')} --lora_target_parameters), whose tensors cannot "
             "be merged here: leave the adapter beside its base"
@@ -194,11 +194,7 @@ def _rows_of(base: LazyCheckpoint, tensors: dict[str, Tensor], replaced: dict[st
     """Rows of vocabulary that an adapter's tensors were trained with; None where none of them tells."""
     found: set[int] = {tensor.shape[0] for tensor in replaced.values()}
     for module in (name for name in (base.embedding, base.head) if name):
-        for end, axis in ((".weight", 0), (".lora_embedding_A", 1), (".lora_embedding_A.weight", 1)):
-            tensor = tensors.get(f"{PREFIX}{module}{end}")
-            found |= {tensor.shape[axis]} if tensor is not None else set()
-    head = tensors.get(f"{PREFIX}{base.head}.lora_B.weight")
-    found |= {head.shape[0]} if head is not None else set()
+        found |= rows_in(tensors, f"{PREFIX}{module}")
     if len(found) > 1:
         raise ModelError(f"the adapter's tensors disagree about the rows of vocabulary: {sorted(found)}")
     return found.pop() if found else None

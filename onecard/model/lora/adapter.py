@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -28,7 +37,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config.training import LoraOptions
-from onecard.console import say, warn
+from onecard.console import say
 from onecard.errors import ConfigError, ModelError
 from onecard.model.lora import init as adapter_starts
 from onecard.model.lora import vocabulary as adapter_tokens
@@ -44,13 +53,20 @@ from onecard.model.lora.formats import (
     other_base,
     read_adapter,
     read_config,
+    refuse_useless,
+)
+from onecard.model.lora.methods import (
+    METHODS,
+    AdaptedLayers,
+    is_adapter_weight,
+    layer_of,
+    peft_settings,
 )
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
 
 ADAPTER = "default"
-PISSA = "pissa_niter_16"  # randomised SVD, 16 iterations: seconds per layer instead of minutes, as PEFT recommends
 LISTED = 10  # differences shown to a person
 
 
@@ -77,27 +93,20 @@ def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | Non
     linear = adaptable_layers(model)
     left_out = linear_layers(model).keys() - linear.keys()
     adapter_starts.check_start(options, linear)
-    start: Any = PISSA if options.lora_init == "pissa" else True
-    config = LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=target_modules(model, options.lora_target_modules, linear),
-        target_parameters=target_parameters(model, options.lora_target_parameters),
-        use_rslora=options.use_rslora,
-        use_dora=options.use_dora,
-        init_lora_weights=start,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
-        task_type="CAUSAL_LM",
-        **adapter_tokens.config_settings(model, options, new_ids),
+    layers = AdaptedLayers(
+        target_modules(model, options.lora_target_modules, linear),
+        target_parameters(model, options.lora_target_parameters),
+        transposed=any(isinstance(layer, Conv1D) for layer in linear.values()),
     )
+    vocabulary = adapter_tokens.config_settings(model, options, new_ids)
+    config = _config_class(options)(task_type="CAUSAL_LM", **peft_settings(options, layers), **vocabulary)
     with _repeatable(model, options.lora_init == "pissa"):
         peft_model = _attach(model, config)
     if options.lora_init == "loftq":
         adapter_starts.start_loftq(peft_model, ADAPTER)
     if options.lora_init == "pissa":
         live = _live_tensors(peft_model)
-        _pissa_starts[peft_model] = {name: tensor.clone() for name, tensor in live.items() if ".lora_" in name}
+        _pissa_starts[peft_model] = {name: tensor.clone() for name, tensor in live.items() if is_adapter_weight(name)}
     adapter_tokens.train_in_fp32(peft_model)
     adapter_tokens.check_both_ends(peft_model.get_base_model(), options)
     _check_trainable(peft_model)
@@ -171,7 +180,7 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
     """
     peft_model = unwrap(model)
     tensors, config = _saved_form(peft_model)
-    _refuse_useless(tensors)
+    refuse_useless(tensors)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(directory))
@@ -182,7 +191,7 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
     }
     (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
-    if read_config(directory).get("r") != config.r:
+    if read_config(directory).get("r") != getattr(config, "r", None):
         raise ModelError(f"{directory / CONFIG} says another rank than was written; check the disk")
 
 
@@ -212,12 +221,13 @@ def describe_trainable(model: nn.Module) -> str:
     peft_model = unwrap(model)
     n_all = sum(n_elements(parameter) for parameter in peft_model.parameters())
     n_trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
-    names = [name for name, _ in peft_model.named_parameters() if ".lora_A." in name]
-    layers = [name.split(".lora_A.")[0].replace(".base_layer", "") for name in names]
+    found = dict.fromkeys(layer_of(name) for name, _ in peft_model.named_parameters())
+    layers = [name.replace(".base_layer", "") for name in found if name is not None]
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
-    config: Any = peft_model.peft_config[ADAPTER]
+    rank = getattr(peft_model.peft_config[ADAPTER], "r", None)
+    kind = f"rank {rank}" if rank else peft_model.peft_type.value
     return (
-        f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): rank {config.r} on "
+        f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): {kind} on "
         f"{len(layers)} layers ({kinds}){adapter_tokens.describe(peft_model)}"
     )
 
@@ -262,13 +272,30 @@ def unwrap(model: Any) -> PeftModel:
     return model
 
 
-def _attach(model: Any, config: LoraConfig, *, has_no_memory: bool = False) -> PeftModel:
+def trained_part(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that an adapter brought into a model, by name; nothing for a base alone."""
+    for name, parameter in model.named_parameters():
+        if is_adapter_weight(name) or adapter_tokens.is_trained_vocabulary(name):
+            yield name, parameter
+
+
+def _config_class(options: LoraOptions) -> Any:
+    """PEFT's configuration of the chosen method. Raises ConfigError for what beside the adapter it cannot train."""
+    found: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[options.peft_method.upper()]]
+    if options.train_new_tokens and "trainable_token_indices" not in found.__dataclass_fields__:
+        raise ConfigError("--train_new_tokens", f"does not go with --peft_method {options.peft_method}")
+    return found
+
+
+def _attach(model: Any, config: PeftConfig, *, has_no_memory: bool = False) -> PeftModel:
     linear = linear_layers(model).values()
     converted = copy.deepcopy(config)
     convert_peft_config_for_transformers(converted, model, None)  # older adapters name experts as layers
-    if converted.target_parameters:
+    if getattr(converted, "target_parameters", None):
         check_experts(model)
-    if config.use_dora and any(layer.weight.device.type == "cpu" and weight_bits(layer) == 8 for layer in linear):
+    if getattr(config, "use_dora", False) and any(
+        layer.weight.device.type == "cpu" and weight_bits(layer) == 8 for layer in linear
+    ):
         raise ConfigError(
             "--bits",
             "8 does not work with DoRA on CPU: peft loses the scales of 8-bit weights there; use --bits 4, 16 or 32",
@@ -321,10 +348,10 @@ def _give_memory(peft_model: PeftModel, tensors: dict[str, Tensor]) -> None:
     peft_model.load_state_dict(values, strict=False, assign=True)
 
 
-def _saved_form(peft_model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
+def _saved_form(peft_model: PeftModel) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return the tensors on CPU and the configuration as they belong into files that need no changed base."""
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in _live_tensors(peft_model).items()}
-    config: Any = replace(peft_model.peft_config[ADAPTER], inference_mode=True, init_lora_weights=True)  # type: ignore
+    config = _trained_config(peft_model.peft_config[ADAPTER], inference_mode=True)
     if peft_model not in _pissa_starts:
         return tensors, config
     tensors = adapter_starts.join_pissa(tensors, _pissa_starts[peft_model])
@@ -332,21 +359,7 @@ def _saved_form(peft_model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
     return tensors, replace(config, r=2 * config.r, lora_alpha=alpha)
 
 
-def _refuse_useless(tensors: dict[str, Tensor]) -> None:
-    if not tensors or any(tensor.numel() == 0 for tensor in tensors.values()):
-        raise ModelError("the adapter is empty: there is nothing to save, so nothing was written")
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ModelError(
-            f"the adapter holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as "
-            f"{broken[0]}; it was not written"
-        )
-    second = [tensor for name, tensor in tensors.items() if ".lora_B" in name]
-    if second and not any(tensor.any() for tensor in second):
-        warn("the adapter is saved untrained: every lora_B is zero, so the model answers like its base")
-
-
-def _config_of(files: AdapterFiles, trainable: bool) -> LoraConfig:
+def _config_of(files: AdapterFiles, trainable: bool) -> PeftConfig:
     if files.config_directory is None:
         return LoraConfig(**infer_config(files), inference_mode=not trainable)
     stored = read_config(files.config_directory)
@@ -358,17 +371,23 @@ def _config_of(files: AdapterFiles, trainable: bool) -> LoraConfig:
         )
     try:
         config: Any = PeftConfig.from_pretrained(str(files.config_directory))
-        # The base it is attached to now is named anew; a start such as "gaussian" no longer matters.
-        return replace(config, base_model_name_or_path=None, inference_mode=not trainable, init_lora_weights=True)
+        # The base it is attached to now is named anew.
+        return _trained_config(replace(config, base_model_name_or_path=None), inference_mode=not trainable)
     except (ValueError, TypeError, KeyError) as reason:
         raise ModelError(f"{files.config_directory / CONFIG} cannot be used: {str(reason).splitlines()[0]}") from reason
+
+
+def _trained_config(config: Any, *, inference_mode: bool) -> Any:
+    """The configuration of an adapter that has its values: a start such as "gaussian" no longer matters."""
+    return replace(config, inference_mode=inference_mode, **METHODS[config.peft_type.value.lower()].stored)
 
 
 def _other_tokens(peft_model: PeftModel, files: AdapterFiles) -> list[str]:
     """Rows of as many tokens fit in shape, whichever tokens they are."""
     live: Any = peft_model.peft_config[ADAPTER]
     stored = read_config(files.config_directory).get("trainable_token_indices") if files.config_directory else None
-    return ["trainable_token_indices: other tokens"] if stored != live.trainable_token_indices else []
+    ours = getattr(live, "trainable_token_indices", None)
+    return ["trainable_token_indices: other tokens"] if stored != ours else []
 
 
 def _name_of(model: Any) -> str:

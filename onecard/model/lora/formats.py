@@ -21,8 +21,10 @@ from torch import Tensor
 
 from onecard.config.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
 from onecard.config.given_paths import other_kind
+from onecard.console import warn
 from onecard.errors import ModelError
 from onecard.model.files import locate, safetensors_header
+from onecard.model.lora.methods import METHODS, is_adapter_weight, starts_at_zero
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -58,10 +60,10 @@ def read_adapter(source: str | Path) -> AdapterFiles:
     if kind:
         raise ModelError(f"{directory} {kind}")
     found = _read_tensors(weights)
-    tensors = {_todays_name(key): tensor for key, tensor in found.items() if "lora_" in key}
+    tensors = {_todays_name(key): tensor for key, tensor in found.items() if is_adapter_weight(key)}
     if not tensors:
         raise ModelError(f"{weights} holds no LoRA tensors ({len(found)} others): {_kind_of_names(found)}")
-    others = {key: tensor for key, tensor in found.items() if "lora_" not in key}
+    others = {key: tensor for key, tensor in found.items() if not is_adapter_weight(key)}
     if weights.name.startswith("adapter_model"):  # such as a head trained in full (modules_to_save)
         tensors |= others
     elif others:
@@ -189,6 +191,22 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) 
         raise ModelError(
             f"{where} does not hold what it should after a check: {'; '.join(differences[:3])}; check the disk"
         )
+
+
+def refuse_useless(tensors: dict[str, Tensor]) -> None:
+    """Raise ModelError for an adapter that must not be written: empty, or not finite. Warns of an untrained one."""
+    if not tensors or any(tensor.numel() == 0 for tensor in tensors.values()):
+        raise ModelError("the adapter is empty: there is nothing to save, so nothing was written")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(
+            f"the adapter holds NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as "
+            f"{broken[0]}; it was not written"
+        )
+    second = {name: tensor for name, tensor in tensors.items() if starts_at_zero(name)}
+    if second and not any(tensor.any() for tensor in second.values()):
+        what = next(method.zero for method in METHODS.values() if any(method.zero in name for name in second))
+        warn(f"the adapter is saved untrained: every {what} is zero, so the model answers like its base")
 
 
 def _directory_of(source: str, notes: list[str]) -> Path:

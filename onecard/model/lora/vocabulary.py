@@ -7,7 +7,7 @@ and as what it says (output head); where the two are tied they are one matrix, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from onecard.config.training import LoraOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.installation import command
 from onecard.model.files import locate, read_json
+from onecard.model.lora.methods import is_adapter_weight
 
 NEW_TOKENS = "new_tokens.json"  # written beside an enlarged base by onecard expand-vocab
 FORMAT = 1
@@ -141,7 +142,7 @@ def vocabulary_hint(tensors: dict[str, Tensor], model: Any) -> str:
     if not hasattr(model, "get_input_embeddings"):
         return ""
     n_rows, width = model.get_input_embeddings().weight.shape
-    whole = [tensor for name, tensor in tensors.items() if ".lora_" not in name and ROWS not in name]
+    whole = [tensor for name, tensor in tensors.items() if not is_adapter_weight(name) and ROWS not in name]
     others = {tensor.shape[0] for tensor in whole if tensor.ndim == 2 and tensor.shape[1] == width} - {n_rows}
     if not others:
         return ""
@@ -150,6 +151,17 @@ def vocabulary_hint(tensors: dict[str, Tensor], model: Any) -> str:
         f"base, or merge both into a model with the adapter's own rows: {command('merge')} --model_path BASE "
         "--lora_path ADAPTER --output_path MERGED"
     )
+
+
+def is_trained_vocabulary(name: str) -> bool:
+    """Whether this is the name of trained rows of tokens, or of a trained copy of a whole layer, in a model."""
+    return ".token_adapter.trainable_tokens" in name or ".modules_to_save." in name
+
+
+def rows_in(tensors: Mapping[str, Tensor], layer: str) -> set[int]:
+    """Rows of vocabulary that an adapter's tensors for embeddings or head (its full name in the files) speak of."""
+    axes = {".weight": 0, ".lora_embedding_A": 1, ".lora_embedding_A.weight": 1, ".lora_B.weight": 0}
+    return {tensors[layer + end].shape[axis] for end, axis in axes.items() if layer + end in tensors}
 
 
 def describe(model: nn.Module) -> str:
