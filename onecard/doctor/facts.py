@@ -110,7 +110,7 @@ def _packages() -> list[Finding]:
 
 
 def _torch() -> list[Finding]:
-    facts, names = torch_and_cards()
+    facts, names = torch_and_cards(lambda: _n_gpus() > 0)
     found = doctor.judge_torch(facts, names)
     if facts.error:
         return found
@@ -123,22 +123,25 @@ def _torch() -> list[Finding]:
     return found
 
 
-def _cards() -> list[Finding]:
-    import torch
+def _n_gpus() -> int:
+    from onecard.model.hardware import count_gpus
 
-    n_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [finding for i in range(n_cards) for finding in doctor.judge_card(_card(i))]
+    return count_gpus()
+
+
+def _cards() -> list[Finding]:
+    return [finding for i in range(_n_gpus()) for finding in doctor.judge_card(_card(i))]
 
 
 def _card(index: int) -> CardFacts:
     import torch
 
-    properties = torch.cuda.get_device_properties(index)
-    with torch.cuda.device(index):
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        matmul = _error_of(lambda: _run_matmul(f"cuda:{index}", torch.float16))
-        flash = _error_of(lambda: _run_flash_attention(f"cuda:{index}"))
+    from onecard.model.hardware import free_and_total_bytes, gpu_properties, has_native_bf16
+
+    properties, native = gpu_properties(index), has_native_bf16(index)
+    free_bytes, total_bytes = free_and_total_bytes(index)
+    matmul = _error_of(lambda: _run_matmul(f"cuda:{index}", torch.float16))
+    flash = _error_of(lambda: _run_flash_attention(f"cuda:{index}"))
     return CardFacts(
         index, properties.name, (properties.major, properties.minor), total_bytes, free_bytes, native, matmul, flash,
         _others(str(getattr(properties, "uuid", ""))),
@@ -154,9 +157,7 @@ def _cpu_matmul() -> list[Finding]:
 
 
 def _bitsandbytes() -> list[Finding]:
-    import torch
-
-    n_cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n_cards = _n_gpus()
     found = []
     for device in ("cpu", *(f"cuda:{i}" for i in range(n_cards))):
         for bits in (4, 8):
@@ -201,10 +202,12 @@ def _run_flash_attention(device: str) -> None:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from onecard.model.hardware import synchronize
+
     x = torch.zeros(1, 2, 64, 64, device=device, dtype=torch.float16)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
-    torch.cuda.synchronize(device)
+    synchronize(device)
 
 
 def _run_quantized(device: str, bits: Any) -> None:

@@ -38,6 +38,7 @@ from onecard.inference.generate import (
 from onecard.inference.prefix_cache import PrefixCache
 from onecard.inference.queue import QueueFull, RequestQueue
 from onecard.inference.streamer import TokenLogprob
+from onecard.model.hardware import empty_cache
 
 __all__ = ["ContextTooLong", "GenerationRequest", "InferenceEngine", "LimitExceeded", "OutOfMemory", "QueueFull"]
 
@@ -314,8 +315,7 @@ def memory_errors(advice: str) -> Iterator[None]:
             raise
         traceback.clear_frames(reason.__traceback__)
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()
     raise OutOfMemory(advice)
 
 

@@ -1,6 +1,6 @@
-"""Which device this process computes on, and in which number format.
+"""Which device this process computes on, and in which number format. The only file that calls torch.cuda.
 
-Knows device names, memory sizes and what a card can do natively. It does not know the model beyond the name of its
+Knows device names, memory, streams and what a card can do natively. It does not know the model beyond the name of its
 family, and it places nothing: `load.py` does.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import psutil
 import torch
@@ -67,7 +69,7 @@ def detect(device: str = "auto", *, pretend_turing: bool = False) -> Hardware:
         if reason := _missing_gpu():
             warn(f"the CPU computes: {reason} ({command('doctor')} says more; --device cpu says that it is meant)")
         return _cpu()
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n_gpus = count_gpus()
     if n_gpus == 0:
         raise ConfigError(
             "--device",
@@ -119,10 +121,78 @@ def is_fragile_in_fp16(model_type: str) -> bool:
     return model_type.startswith(FP16_FRAGILE_FAMILIES)
 
 
+def count_gpus() -> int:
+    """GPUs that PyTorch can use; 0 without any."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def gpu_properties(index: int) -> Any:
+    """Name, capability, memory and uuid of a GPU, as torch tells them."""
+    return torch.cuda.get_device_properties(index)
+
+
+def has_native_bf16(index: int) -> bool:
+    """Whether this GPU computes bf16 itself."""
+    with torch.cuda.device(index):  # is_bf16_supported asks the current device
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def free_and_total_bytes(device: torch.device | int | None = None) -> tuple[int, int]:
+    """Memory of a GPU (None: the current one): what no process has taken, and all of it."""
+    return torch.cuda.mem_get_info(device)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process's allocator holds, in use or not."""
+    return torch.cuda.memory_reserved(device)
+
+
+def peak_reserved_bytes() -> int | None:
+    """The most that the allocator held on the current GPU since `reset_peak`; None without a GPU."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
+def reset_peak() -> None:
+    """Let `peak_reserved_bytes` count anew. Does nothing without a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def limit_memory(share: float, device: torch.device) -> None:
+    """Let the allocator take no more than this share of the GPU."""
+    torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def empty_cache() -> None:
+    """Give the allocator's unused blocks back to the driver. Does nothing without a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for all that was queued on this GPU."""
+    torch.cuda.synchronize(device)
+
+
+def new_stream(device: torch.device) -> Any:
+    """A stream of a GPU beside the one that computes."""
+    return torch.cuda.Stream(device)
+
+
+def current_stream(device: torch.device) -> Any:
+    """The stream that this thread queues work on."""
+    return torch.cuda.current_stream(device)
+
+
+def on_stream(stream: Any) -> AbstractContextManager[Any]:
+    """Queue what is inside on this stream."""
+    return torch.cuda.stream(stream)
+
+
 @cache
 def _missing_gpu() -> str:
     """Why PyTorch sees no GPU and what to do, where one was to be expected; else an empty text."""
-    finding = missing_gpu()
+    finding = missing_gpu(torch.cuda.is_available)
     return f"{finding.value}; {finding.remedy}" if finding is not None else ""
 
 
@@ -162,14 +232,12 @@ def _cpu() -> Hardware:
 
 
 def _gpu(index: int) -> Hardware:
-    properties = torch.cuda.get_device_properties(index)
-    with torch.cuda.device(index):  # is_bf16_supported asks the current device
-        bf16_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    properties = gpu_properties(index)
     return Hardware(
         torch.device("cuda", index),
         properties.name,
         properties.total_memory,
-        bf16_native,
+        has_native_bf16(index),
         (properties.major, properties.minor),
     )
 

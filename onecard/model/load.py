@@ -27,7 +27,7 @@ from onecard.model.gptq import (
     quiet_gptqmodel,
     stored_quantization,
 )
-from onecard.model.hardware import Hardware, choose_dtype
+from onecard.model.hardware import Hardware, choose_dtype, count_gpus
 from onecard.model.model_config import ignored_keys, read_model_config, without_chance
 from onecard.model.model_layers import UNQUANTISED_SHARE
 from onecard.model.quantization import keep_one_arithmetic_on_cpu, loading_config, quantization_config, unquantised
@@ -231,7 +231,7 @@ def _placement(options: ModelOptions, device: torch.device) -> dict[str, Any]:
     if options.max_memory is None:
         return {"device_map": {"": device}}
     shares = memory_map(options.max_memory) or {}
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n_gpus = count_gpus()
     missing = [place for place in shares if isinstance(place, int) and place >= n_gpus]
     if missing:
         raise ConfigError("--max_memory", f"names GPU {missing[0]}, but there are {n_gpus} (counted from 0)")

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -90,8 +90,11 @@ def why_no_card(torch: TorchBuild, names_of_cards: Sequence[str]) -> Finding | N
     )
 
 
-def torch_and_cards() -> tuple[TorchBuild, list[str]]:
-    """What torch was built for, what the driver runs, and the names of the cards that the driver sees."""
+def torch_and_cards(sees_gpu: Callable[[], bool]) -> tuple[TorchBuild, list[str]]:
+    """What torch was built for, what the driver runs, and the names of the cards that the driver sees.
+
+    sees_gpu: whether torch can use one; asked only where torch can be imported.
+    """
     smi = nvidia_smi("--query-gpu=name,driver_version")
     driver = smi[0][1] if smi else None
     try:
@@ -99,15 +102,15 @@ def torch_and_cards() -> tuple[TorchBuild, list[str]]:
     except (ImportError, OSError) as reason:
         return TorchBuild("", None, False, driver, None, error=line_of(reason)), []
     facts = TorchBuild(
-        torch.__version__, torch.version.cuda, torch.cuda.is_available(), driver, _driver_cuda(),
+        torch.__version__, torch.version.cuda, sees_gpu(), driver, _driver_cuda(),
         os.environ.get("CUDA_VISIBLE_DEVICES"), has_driver=Path("/proc/driver/nvidia/version").exists(),
     )  # fmt: skip
     return facts, [row[0] for row in smi]
 
 
-def missing_gpu() -> Finding | None:
+def missing_gpu(sees_gpu: Callable[[], bool]) -> Finding | None:
     """Why torch uses no GPU though one was to be expected; None where nothing speaks of one, or torch has one."""
-    facts, names = torch_and_cards()
+    facts, names = torch_and_cards(sees_gpu)
     return None if facts.is_available or facts.error else why_no_card(facts, names)
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import psutil
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -21,7 +20,7 @@ from onecard.console import say, warn
 from onecard.data.batches import auto_test_size
 from onecard.errors import ConfigError
 from onecard.installation import command
-from onecard.model.hardware import Hardware, choose_dtype
+from onecard.model.hardware import Hardware, choose_dtype, free_and_total_bytes, limit_memory, reserved_bytes
 from onecard.model.load import check_stored_bits
 from onecard.model.memory.architecture import Architecture, architecture_of
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
@@ -44,8 +43,8 @@ def card_of(hardware: Hardware, vram_gib: float = 0.0) -> CardSpec:
     if not hardware.is_gpu:
         total = int(vram_gib * GIB) or hardware.total_bytes
         return CardSpec(hardware.name, total, ram, is_gpu=False, repeats_kv=False)
-    free, _ = torch.cuda.mem_get_info(hardware.device)
-    held = torch.cuda.memory_reserved(hardware.device)
+    free, _ = free_and_total_bytes(hardware.device)
+    held = reserved_bytes(hardware.device)
     # Of the context that the plan counts about half is there already, so it is not among what is free.
     total = int(vram_gib * GIB) or free + held + CUDA_CONTEXT_BYTES // 2
     return CardSpec(hardware.name, min(total, hardware.total_bytes), ram, repeats_kv=not hardware.has_flash_attention)
@@ -56,7 +55,7 @@ def cap_memory(hardware: Hardware, vram_gib: float) -> None:
     if vram_gib and hardware.is_gpu:
         # The limit is for tensors; on a card of that size the context would take its part, too.
         share = min(1.0, max(0.0, vram_gib * GIB - CUDA_CONTEXT_BYTES) / hardware.total_bytes)
-        torch.cuda.set_per_process_memory_fraction(share, hardware.device)
+        limit_memory(share, hardware.device)
 
 
 def first_plan(config: FinetuneConfig, hardware: Hardware) -> Plan:

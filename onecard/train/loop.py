@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from onecard.config.training import TrainOptions
 from onecard.console import warn
 from onecard.data.batches import step_samples, steps_per_epoch
 from onecard.errors import CheckpointError, Stopped
+from onecard.model.hardware import peak_reserved_bytes
 from onecard.train.evaluate import evaluation_loss
 from onecard.train.intervals import Timer
 from onecard.train.run import Run, RunEvent
@@ -150,8 +150,9 @@ def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float) ->
         "grad_norm": result.grad_norm,
         "skipped_steps": state.skipped_steps,
     }
-    if torch.cuda.is_available():
-        row["peak_bytes"] = torch.cuda.max_memory_reserved()
+    peak = peak_reserved_bytes()
+    if peak is not None:
+        row["peak_bytes"] = peak
     if options.log_samples:
         chosen = step_samples(state.step - 1, len(data), options.total_batch, options.seed)
         row["samples"] = run.records(chosen.indices)

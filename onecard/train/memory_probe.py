@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 
 from onecard.console import say
 from onecard.data.batches import steps_per_epoch
+from onecard.model.hardware import peak_reserved_bytes, reset_peak
 from onecard.model.memory.estimate import GIB
 from onecard.train.intervals import WAIT_PER_TIME_TAKEN
 from onecard.train.loop import evaluate
@@ -93,9 +93,7 @@ def rehearse(run: Run) -> None:
     if run.options.deepspeed:
         say("no rehearsal under DeepSpeed, which cannot forget gradients")
         return
-    on_gpu = run.accelerator.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     run.model.train()  # layers are computed again in this mode only
     lengths = run.train_samples.lengths
     started = time.monotonic()
@@ -106,10 +104,10 @@ def rehearse(run: Run) -> None:
     run.engine.forget()
     evaluation_s = _rehearse_evaluation(run) if run.test_samples else 0.0
     said = f"rehearsed {worst.rows} x {worst.length:,} tokens"
-    if on_gpu:
-        peak = torch.cuda.max_memory_reserved()
+    peak = peak_reserved_bytes()
+    if peak is not None and run.accelerator.device.type != "cpu":
         said += f": peak {peak / GIB:.2f} GiB reserved, {run.planned_bytes / GIB:.2f} GiB planned"
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     say(f"{said}; {_duration(run, worst.tokens / max(seconds, 1e-9), evaluation_s)}")
 
 

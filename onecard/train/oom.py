@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from onecard.data.batches import micro_batches
+from onecard.model.hardware import empty_cache
 
 SMALLEST_CHUNK = 64  # supervised tokens
 SMALLEST_TILE = 256  # tokens
@@ -93,5 +94,4 @@ def padded_tokens(micro: np.ndarray, lengths: np.ndarray) -> int:
 def give_back_memory() -> None:
     """Let go of what the failed attempt left, the allocator's cached blocks too. Call it outside `except`."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()

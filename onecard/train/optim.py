@@ -14,6 +14,7 @@ import torch
 
 from onecard.config.training import TrainOptions
 from onecard.errors import ConfigError
+from onecard.model.hardware import synchronize
 from onecard.model.lora.methods import is_adapter_weight, starts_at_zero
 from onecard.model.quantization import allocate_bitsandbytes_state, optimizer_class
 
@@ -86,7 +87,7 @@ def tidy_loaded_state(optimizer: Any) -> None:
 
 def _paged(optimizer: Any, parameter: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
     buffer = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
-    torch.cuda.synchronize(parameter.device)  # it is being filled with zeros
+    synchronize(parameter.device)  # it is being filled with zeros
     return buffer.copy_(loaded)
 
 

@@ -19,6 +19,7 @@ import torch
 from onecard.data.batches import micro_batches, share_for_rank, step_samples
 from onecard.errors import ModelError, OneCardError
 from onecard.installation import command
+from onecard.model.hardware import free_and_total_bytes, peak_reserved_bytes
 from onecard.model.load import checkpoint_layers
 from onecard.model.lora.adapter import unwrap
 from onecard.model.memory_saving.activation_offload import ActivationOffload
@@ -232,8 +233,8 @@ def _base_of(run: Run) -> Any:
 def _in_use(run: Run) -> str:
     """The plan beside the measurement."""
     planned = f"{run.planned_bytes / 2**30:.2f} GiB were planned"
-    if run.accelerator.device.type != "cuda":
+    peak = peak_reserved_bytes()
+    if run.accelerator.device.type == "cpu" or peak is None:
         return planned
-    free, total = torch.cuda.mem_get_info()
-    peak = torch.cuda.max_memory_reserved()
+    free, total = free_and_total_bytes()
     return f"{planned}, the peak was {peak / 2**30:.2f}, and {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"

@@ -121,3 +121,12 @@ def test_gpus_are_counted_and_shared_out(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="every process on the same GPU"):
         detect("cuda:0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_questions_about_memory_without_a_gpu() -> None:
+    """They are asked on every machine, in the middle of a run."""
+    assert hardware.count_gpus() == 0
+    assert hardware.peak_reserved_bytes() is None
+    hardware.reset_peak()
+    hardware.empty_cache()

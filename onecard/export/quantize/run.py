@@ -44,7 +44,7 @@ from onecard.export.quantize.options import CalibrationTextOptions, SourceOption
 from onecard.installation import command
 from onecard.model.files import locate, read_json
 from onecard.model.gptq import check_gptq_installed
-from onecard.model.hardware import Hardware, detect
+from onecard.model.hardware import Hardware, detect, free_and_total_bytes
 from onecard.model.load import load_base, load_tokenizer
 from onecard.objectives.registry import objective_named
 
@@ -250,7 +250,7 @@ def _before(
 def _load_whole(source: Path, hardware: Hardware, request: QuantizeRequest, dtype: torch.dtype) -> Any:
     """The unquantised model, on the card where it fits there and in RAM where it does not."""
     needed = open_weights(source).total_bytes + SPARE_BYTES
-    if hardware.is_gpu and torch.cuda.mem_get_info(hardware.device)[0] < needed:
+    if hardware.is_gpu and free_and_total_bytes(hardware.device)[0] < needed:
         say("the 16-bit model does not fit on the card; it is measured on the CPU, which takes its time")
         hardware = detect("cpu")
     return _load(source, hardware, request, dtype)

@@ -26,6 +26,7 @@ from onecard.errors import ConfigError, DataError, ModelError, Stopped
 from onecard.inference.batch.results import AnswerFile, answer_row
 from onecard.inference.generate import Generation, ModelBundle, PromptRow, answer_rows, prepare
 from onecard.installation import command
+from onecard.model.hardware import empty_cache
 
 WINDOW_BATCHES = 8
 
@@ -132,7 +133,7 @@ def answer_safely(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: Samp
                 f"fit into memory; use fewer --bits or, in {command('generate')}, a smaller --max_new_tokens or "
                 "--num_beams"
             ) from reason
-    torch.cuda.empty_cache()
+    empty_cache()
     middle = len(rows) // 2
     return answer_safely(bundle, rows[:middle], sampling) + answer_safely(bundle, rows[middle:], sampling)
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from onecard.console import warn
 from onecard.errors import ConfigError
+from onecard.model.hardware import current_stream, new_stream, on_stream
 
 MIN_BYTES = 1 << 20
 CHUNK_BYTES = 8 << 20
@@ -290,7 +291,7 @@ class _SideStream:
     """The stream that copies, beside the one that computes; on a CPU there is neither, and everything is in order."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = new_stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def after_compute(self) -> Iterator[None]:
@@ -298,8 +299,8 @@ class _SideStream:
         if self.stream is None:
             yield
             return
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
+        self.stream.wait_stream(current_stream(self.stream.device))
+        with on_stream(self.stream):
             yield
 
     def mark(self) -> Any:
@@ -308,7 +309,7 @@ class _SideStream:
     def let_compute_wait(self, event: Any) -> None:
         if self.stream is None:
             return
-        compute = torch.cuda.current_stream(self.stream.device)
+        compute = current_stream(self.stream.device)
         if event is None:  # interrupted between a copy and its mark
             compute.wait_stream(self.stream)
         else:
