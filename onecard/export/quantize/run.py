@@ -147,19 +147,19 @@ def export_gptq(
             text = rows_for(source, corpus, amount, request)
             say(f"fitting to {text.n_tokens:,} tokens in {len(text.rows)} samples, on {hardware.name}")
             quantize(source, text.rows, settings, staging, kept, request.max_shard_bytes)
-            _write_card(staging, source, request, f"to {settings.bits} bits with GPTQ, {_group(settings.group_size)}")
+            write_card_of(staging, source, request, f"to {settings.bits} bits with GPTQ, {_group(settings.group_size)}")
             names = quantized_layers(staging)
-            _check_whole(source, staging, request)
+            check_whole(source, staging, request)
             whole, rounded = _before(source, names, settings, text.held_out, hardware, request)
         model = _load(staging, hardware, request, stored_dtype(before))
-        after = _measured(model, text.held_out, "GPTQ", request, whole)
+        after = measured(model, text.held_out, "GPTQ", request, whole)
         n_after = open_weights(staging).total_bytes
     shutil.rmtree(kept, ignore_errors=True)
     say(
         f"quantised {len(names)} layers to {settings.bits} bits, {_group(settings.group_size)}: "
         f"{before.total_bytes / 2**20:,.1f} MiB -> {n_after / 2**20:,.1f} MiB in {request.target}"
     )
-    _say_quality(len(text.held_out), whole, {"GPTQ": after, "plain rounding": rounded})
+    say_quality(len(text.held_out), whole, {"GPTQ": after, "plain rounding": rounded})
     _judge(whole, after, rounded, settings)
 
 
@@ -179,23 +179,23 @@ def export_bnb(request: QuantizeRequest, bits: Literal[4, 8], corpus: TextSource
                 raise ConfigError("--eval_path", f"{corpus.name} holds no text to measure on; give more of it")
             n_tokens = sum(map(len, held_out))
             say(f"measuring on {len(held_out)} samples of {corpus.name}, {n_tokens:,} tokens")
-            whole = _measured(_load_whole(source, hardware, request, dtype), held_out, "16-bit", request)
+            whole = measured(load_whole(source, hardware, request, dtype), held_out, "16-bit", request)
             save_quantized(_options(source, request, bits), hardware, source, staging, request.max_shard_bytes)
-            _write_card(staging, source, request, f"to {bits} bits with bitsandbytes")
-            _check_whole(source, staging, request)
+            write_card_of(staging, source, request, f"to {bits} bits with bitsandbytes")
+            check_whole(source, staging, request)
         model = load_base(_options(staging, request, bits), hardware).model
         n_layers = check_same_weights(model, staging)
-        after = _measured(model, held_out, f"{bits}-bit", request, whole)
+        after = measured(model, held_out, f"{bits}-bit", request, whole)
         n_after = open_weights(staging).total_bytes
     say(
         f"saved {n_layers} layers in {bits} bits: {before.total_bytes / 2**20:,.1f} MiB -> {n_after / 2**20:,.1f} MiB "
         f"in {request.target}; read back, every quantised weight is the same bit by bit"
     )
-    _say_quality(len(held_out), whole, {f"{bits}-bit": after})
+    say_quality(len(held_out), whole, {f"{bits}-bit": after})
     say(f"load it with --bits {bits}")
 
 
-def _check_whole(source: Path, staging: Path, request: QuantizeRequest) -> None:
+def check_whole(source: Path, staging: Path, request: QuantizeRequest) -> None:
     """Compare all tensors with the source, and say what was left out and why. Raises as `check_quantised` does."""
     model = build_skeleton(source, trust_remote_code=request.trust_remote_code)
     for line in check_quantised(open_weights(source), open_weights(staging), model):
@@ -217,7 +217,8 @@ def rows_for(source: Path, corpus: TextSource, amount: CalibrationOptions, reque
     return calibration_of(rows, amount, held_out)
 
 
-def _write_card(directory: Path, source: Path, request: QuantizeRequest, how: str) -> None:
+def write_card_of(directory: Path, source: Path, request: QuantizeRequest, how: str) -> None:
+    """The card of a quantised model: that of its source, and `how` it was quantised."""
     lines = [*lines_of(source / CARD), f"- quantised {how}"]
     write_card(directory, source, request.base, "quantized", lines)
 
@@ -241,13 +242,13 @@ def _before(
     source: Path, names: list[str], settings: GptqSettings, rows: Rows, hardware: Hardware, request: QuantizeRequest
 ) -> tuple[QuantizedQuality, QuantizedQuality]:
     """How good the weights are as they are, and the same ones rounded to the nearest."""
-    model = _load_whole(source, hardware, request, stored_dtype(open_weights(source)))
-    whole = _measured(model, rows, "16-bit", request)
+    model = load_whole(source, hardware, request, stored_dtype(open_weights(source)))
+    whole = measured(model, rows, "16-bit", request)
     round_layers(model, names, settings.bits, settings.group_size, symmetric=settings.symmetric)
-    return whole, _measured(model, rows, "plain rounding", request, whole)
+    return whole, measured(model, rows, "plain rounding", request, whole)
 
 
-def _load_whole(source: Path, hardware: Hardware, request: QuantizeRequest, dtype: torch.dtype) -> Any:
+def load_whole(source: Path, hardware: Hardware, request: QuantizeRequest, dtype: torch.dtype) -> Any:
     """The unquantised model, on the card where it fits there and in RAM where it does not."""
     needed = open_weights(source).total_bytes + SPARE_BYTES
     if hardware.is_gpu and free_and_total_bytes(hardware.device)[0] < needed:
@@ -262,7 +263,7 @@ def _load(directory: Path, hardware: Hardware, request: QuantizeRequest, dtype: 
     return load_base(_options(directory, request, 16), hardware, gptq=True, dtype=dtype).model
 
 
-def _measured(
+def measured(
     model: Any, rows: Rows, what: str, request: QuantizeRequest, before: QuantizedQuality | None = None
 ) -> QuantizedQuality:
     """How good a model is on held-out rows, said as it is counted; see `quality_of`."""
@@ -270,7 +271,8 @@ def _measured(
         return quality_of(model, rows, before, objective=OBJECTIVE, batch_size=request.batch_size, tell=advance)
 
 
-def _say_quality(n_samples: int, whole: QuantizedQuality, made: dict[str, QuantizedQuality]) -> None:
+def say_quality(n_samples: int, whole: QuantizedQuality, made: dict[str, QuantizedQuality]) -> None:
+    """Say the perplexities, and how far the predictions went from those of the whole model."""
     words = [f"16-bit {whole.perplexity:.4g}"]
     words += [f"{name} {it.perplexity:.4g} ({it.perplexity / whole.perplexity - 1:+.1%})" for name, it in made.items()]
     say(f"perplexity on {n_samples} held-out samples: {', '.join(words)}")
