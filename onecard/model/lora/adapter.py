@@ -137,7 +137,7 @@ def load_adapter(
 def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool) -> LoadedAdapter:
     """`load_adapter` for files that were read already. On a model without memory (meta) only the adapter gets any."""
     config = _config_of(files, trainable)
-    adapter_tokens.check_indices(config.trainable_token_indices, model, files.directory)
+    adapter_tokens.check_indices(getattr(config, "trainable_token_indices", None), model, files.directory)
     has_no_memory = next(model.parameters()).is_meta
     try:
         peft_model = _attach(model, config, has_no_memory=has_no_memory)
@@ -224,8 +224,8 @@ def describe_trainable(model: nn.Module) -> str:
     found = dict.fromkeys(layer_of(name) for name, _ in peft_model.named_parameters())
     layers = [name.replace(".base_layer", "") for name in found if name is not None]
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
-    rank = getattr(peft_model.peft_config[ADAPTER], "r", None)
-    kind = f"rank {rank}" if rank else peft_model.peft_type.value
+    config: Any = peft_model.peft_config[ADAPTER]
+    kind = f"rank {config.r}" if hasattr(config, "r") else config.peft_type.value
     return (
         f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): {kind} on "
         f"{len(layers)} layers ({kinds}){adapter_tokens.describe(peft_model)}"
