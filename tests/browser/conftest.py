@@ -56,7 +56,7 @@ class Opener:
         viewport = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
         context = self._browser.new_context(**(viewport | options)) if options else self._shared
         page = context.new_page()
-        page.set_default_timeout(8000)
+        page.set_default_timeout(20_000)
         page.on("request", lambda request: self.foreign.append(request.url) if is_foreign(request.url) else None)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         self._pages.append(page)

@@ -220,7 +220,7 @@ def test_a_password_is_asked_for(browser: Any, engine: Any) -> None:
         tab.fill("input[type=text], textarea", "me")
         tab.fill("input[type=password]", "secret")
         tab.click("button")
-        tab.wait_for_selector("#oc-submit", timeout=8000)
+        tab.wait_for_selector("#oc-submit", timeout=20_000)
         context.close()
 
 

@@ -295,7 +295,7 @@ def test_recorded_requests_are_answered(server: Running, client: str) -> None:
     elif body.get("stream"):
         assert events_of(answer.text)[-1] == "[DONE]"
     else:
-        assert answer.json()["usage"]["completion_tokens"] == 8
+        assert 0 < answer.json()["usage"]["completion_tokens"] <= 8  # sampled without a seed: it may end early
 
 
 @pytest.mark.parametrize("stream", [False, True])

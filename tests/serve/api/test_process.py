@@ -61,7 +61,7 @@ def test_a_signal_ends_it_and_the_client_is_told(api_base: Path, number: signal.
             child.send_signal(number)
             rest = [line for line in lines if line.startswith("data: ")]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "server_stopping"
-        printed, warned = child.communicate(timeout=10)
+        printed, warned = child.communicate(timeout=60)
     assert child.returncode == 0
     assert printed.splitlines()[-2:] == ["stopped", "put away"]
     assert "Traceback" not in warned
