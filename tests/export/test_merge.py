@@ -471,7 +471,9 @@ def test_the_benchmark(tmp_path: Path) -> None:
     from benchmarks import merge_memory
 
     output = tmp_path / "memory.json"
-    merge_memory.main(["--total_gb", "0.25", "--shard_mb", "140", "--folder", str(tmp_path), "--output", str(output)])
+    merge_memory.main(
+        ["--total_gb", "0.25", "--shard_mb", "140", "--rounds", "1", "--folder", str(tmp_path), "--output", str(output)]
+    )
     result = json.loads(output.read_text(encoding="utf-8"))
     assert [row["way"] for row in result["rows"]] == [merge_memory.TOOL, merge_memory.WHOLE]
     assert all(row["peak_bytes"] > result["largest_shard_bytes"] for row in result["rows"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onecard.errors import ModelError
-from onecard.export.io.base import open_base
+from onecard.export.io.base import LazyCheckpoint, open_base
+from onecard.export.io.weights import ShardWriter
 from onecard.export.merge.effect import effect_of
+from onecard.export.merge.forward import ForwardPass, run_together
 from onecard.export.merge.lora_stack import LoadedLora
 from onecard.export.merge.merge import MergeSettings, merge_into
 from onecard.export.merge.tensors import MergeReport
-from onecard.export.merge.verify import probe_prompts, verify_merge
+from onecard.export.merge.verify import check_files, probe_prompts
 from tests import tiny
 from tests.export.test_merge import loaded, make_adapter
 
@@ -53,7 +56,7 @@ DAMAGE = {
     "another layer changed by a percent": (
         changed("model.layers.0.mlp.up_proj.weight", lambda w: w * 1.01), "1 tensors are not as merged"),
     "a merged layer changed by a percent": (changed(DOWN, lambda w: w * 1.01), "1 tensors are not as merged"),
-    "a NaN": (changed(NORM, lambda w: w.clone().fill_(torch.nan)), f"merged {NORM} holds NaN"),
+    "a NaN": (changed(NORM, lambda w: w.clone().fill_(torch.nan)), rf"not as merged .*\['{NORM}'\]"),
     "a tensor lost": (without(NORM), "lacks 1 tensors"),
     "a tensor too many": (lambda tensors, base: tensors.update({"new": torch.ones(2)}), "other tensors than the base"),
 }  # fmt: skip
@@ -61,7 +64,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_seen(name: str, merged: Any, tmp_path: Path) -> None:
-    base, adapter, result, report = merged
+    base, _, result, report = merged
     damage, message = DAMAGE[name]
     copy = tmp_path / "copy"
     shutil.copytree(result, copy)
@@ -69,7 +72,7 @@ def test_damage_is_seen(name: str, merged: Any, tmp_path: Path) -> None:
     damage(tensors, load_file(base / "model.safetensors"))
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=message):
-        verify_merge(copy, open_base(str(base)), [str(adapter)], report)
+        check_files(copy, open_base(str(base)), report)
 
 
 def test_a_wrong_merge_is_refused_and_no_rounding_is_blamed(
@@ -89,6 +92,71 @@ def test_a_wrong_merge_is_refused_and_no_rounding_is_blamed(
             merge_into(tmp_path / dtype, str(base), [str(adapter)], MergeSettings(dtype))
 
 
+def test_the_base_is_read_once_and_layers_in_turn(merged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor's fp32 values are made once for three forward passes, the merge and the comparison with the base."""
+    base, adapter, _, _ = merged
+    reads: list[str] = []
+    right = LazyCheckpoint.read
+
+    def read(self: LazyCheckpoint, parameter: str) -> torch.Tensor:
+        reads.append(parameter)
+        return right(self, parameter)
+
+    monkeypatch.setattr(LazyCheckpoint, "read", read)
+    for number, dtype in enumerate(("auto", "fp32")):
+        (tmp_path / dtype).mkdir()
+        report = merge_into(tmp_path / dtype, str(base), [str(adapter), str(adapter)][number:], MergeSettings(dtype))
+        assert sorted(reads) == sorted(report.checksums) and len(reads) == 12, dtype
+        assert " 100.0% of what the adapters change" in report.proof
+        reads.clear()
+
+
+def test_auto_leaves_fp16_at_the_first_layer_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.save_tiny_llama(tmp_path / "base", layers=3)
+    make_adapter(loaded(base), tmp_path / "adapter", target_modules=["q_proj"])
+    stored = load_file(base / "model.safetensors")
+    stored["model.layers.0.post_attention_layernorm.weight"] *= 60_000
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    stored_as: list[torch.dtype] = []
+    right = ShardWriter.add
+
+    def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        stored_as.append(tensor.dtype)
+        right(self, name, tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", add)
+    (tmp_path / "result").mkdir()
+    report = merge_into(tmp_path / "result", str(base), [str(tmp_path / "adapter")])
+    assert report.dtype == "bf16" and "computes numbers up to" in report.notes[0]
+    n_layer = sum(name.startswith("model.layers.0.") for name in stored)
+    assert stored_as == [torch.float16] * (1 + n_layer) + [torch.bfloat16] * len(stored)
+
+
+def test_a_fault_in_one_forward_pass_ends_those_beside_it(merged: Any) -> None:
+    base, _, _, _ = merged
+    stored, order = open_base(str(base)), list[str]()
+
+    def reader(letter: str, broken: str = "") -> Callable[[str], dict[str, torch.Tensor]]:
+        def read(layer: str) -> dict[str, torch.Tensor]:
+            order.append(letter)
+            if layer == broken:
+                raise ModelError(f"{layer} is broken")
+            return {name: stored.read(name) for name in stored.own_parameters_of(layer)}
+
+        return read
+
+    passes = [ForwardPass(stored.build(), reader(letter), [[3, 4, 5]]) for letter in "ab"]
+    run_together(passes)
+    assert "".join(order) == "ab" + "a" * 9 + "b" * 9 + "abab"  # embeddings, one layer, norm, head
+    assert torch.equal(passes[0].logits[0], passes[1].logits[0]) and passes[0].largest > 0
+    n_threads = threading.active_count()
+    passes = [ForwardPass(stored.build(), reader(letter, "model.norm" * (letter == "b")), [[3]]) for letter in "abc"]
+    with pytest.raises(ModelError, match=r"model\.norm is broken"):
+        run_together(passes)
+    assert threading.active_count() == n_threads and not any(one.logits for one in passes)
+    assert all(parameter.is_meta for one in passes for parameter in one.model.parameters())  # ready for another try
+
+
 def test_what_rounding_costs_is_told_with_its_share(merged: Any, tmp_path: Path) -> None:
     base, _, _, _ = merged
     make_adapter(loaded(base), tmp_path / "small", size=3e-3, target_modules=["q_proj", "down_proj"])
@@ -100,11 +168,12 @@ def test_what_rounding_costs_is_told_with_its_share(merged: Any, tmp_path: Path)
     assert "100.0% of what the adapters change" in proofs["fp32"] and "rounding" not in proofs["fp32"]
 
 
-def test_the_reported_effect_is_that_of_whole_models(merged: Any) -> None:
+def test_the_reported_effect_is_that_of_whole_models(merged: Any, tmp_path: Path) -> None:
     import peft
 
-    base, adapter, result, report = merged
-    proof = verify_merge(result, open_base(str(base)), [str(adapter)], report)
+    base, adapter, result, _ = merged
+    (tmp_path / "verified").mkdir()
+    proof = merge_into(tmp_path / "verified", str(base), [str(adapter)], MergeSettings("fp16")).proof
     reference = peft.PeftModel.from_pretrained(loaded(base), adapter).eval()
     prompts = probe_prompts(result, 448, open_base(str(base)))
     with torch.no_grad():

@@ -96,9 +96,13 @@ class LazyCheckpoint:
             )
         return name
 
+    def own_parameters_of(self, layer: str) -> list[str]:
+        """The names of what lies in a layer itself and not in a layer inside it."""
+        return [f"{layer}.{name}" for name, _ in self.skeleton.get_submodule(layer).named_parameters(recurse=False)]
+
     def read(self, parameter: str) -> Tensor:
         """One parameter in fp32. Raises as `required_name` does."""
-        stored = self.weights.read(self.required_name(parameter))
+        stored = self.weights.mapped(self.required_name(parameter))
         return own_memory(stored.shape, torch.float32).copy_(stored)
 
     def unknown_names(self) -> list[str]:

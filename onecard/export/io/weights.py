@@ -6,13 +6,16 @@ not know what the tensors mean.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import pickle
 import shutil
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ DTYPES = {
 }  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
 LISTS_OF_FILES = (MANIFEST, "SHA256SUMS")  # true of the directory they were written for only
+READ_BYTES = 2**20  # at once, where a file is only looked through
 PAGED_BYTES = 2**20  # from here on a tensor has pages of its own
 
 # What torch.load raises for files that were cut or have flipped bits, found by cutting and flipping.
@@ -79,6 +83,11 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU, in its own memory. Raises ModelError when the model has none of this name."""
+        tensor = self.mapped(name)
+        return own_memory(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def mapped(self, name: str) -> Tensor:
+        """The same as it lies in the file: not to be changed, nor kept beyond `close`."""
         if name not in self.entries:
             raise ModelError(f"{self.directory} has no tensor {name}")
         entry = self.entries[name]
@@ -87,10 +96,10 @@ class Weights:
             self._open = _open_file(entry.file)
             self._file = entry.file
         try:
-            tensor = self._open[name] if isinstance(self._open, dict) else self._open.get_tensor(name)
+            tensor: Tensor = self._open[name] if isinstance(self._open, dict) else self._open.get_tensor(name)
         except SafetensorError as reason:
             raise _unreadable(entry.file, reason) from reason
-        return own_memory(tensor.shape, tensor.dtype).copy_(tensor)
+        return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.entries:
@@ -125,12 +134,18 @@ def own_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A tensor of any values; a large one in pages of its own, which the system has back as soon as it is dropped.
 
     glibc does not use freed aligned blocks again: read one after the other, the tensors of a model left its heap as
-    large as the whole model (6 GB where 1.9 GB were in use).
+    large as the whole model (6 GB where 1.9 GB were in use). Private and in huge pages, because a shared page costs a
+    fault for each 4 KiB: filling 48 MB took 42 ms so, and takes 13 ms.
     """
     n_bytes = shape.numel() * dtype.itemsize
     if n_bytes < PAGED_BYTES:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=dtype).reshape(shape)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON} if sys.platform != "win32" else {}
+    pages = mmap.mmap(-1, n_bytes, **private)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel that was built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).reshape(shape)
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:
@@ -227,6 +242,26 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes, in about the time that copying it takes."""
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def stored_checksums(directory: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, bytes and CRC-32 of each tensor in a directory's safetensors, read from the disk piece by piece."""
+    for file in check_weights(directory):
+        tensors = {name: entry for name, entry in safetensors_header(file).items() if name != "__metadata__"}
+        with file.open("rb", buffering=0) as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            for name, entry in tensors.items():
+                first, last = entry["data_offsets"]
+                stream.seek(start + first)
+                yield name, last - first, _crc_of(stream, last - first)
+
+
+def _crc_of(stream: RawIOBase, n_bytes: int) -> int:
+    """CRC-32 of what follows in a file; of less where the file ends before."""
+    piece, crc = memoryview(bytearray(min(READ_BYTES, n_bytes))), 0
+    while n_bytes and (n := stream.readinto(piece[:n_bytes])):
+        crc, n_bytes = zlib.crc32(piece[:n], crc), n_bytes - n
+    return crc
 
 
 def copy_small_files(source: Path, target: Path) -> list[str]:

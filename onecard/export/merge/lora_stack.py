@@ -9,7 +9,7 @@ Does not know files that are written, dtypes of the result, or tokenizers. peft 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from onecard.errors import ModelError
 from onecard.export.io.base import LazyCheckpoint
 from onecard.export.merge.rounding import is_finite
 from onecard.installation import command
-from onecard.model.lora.adapter import ADAPTER, attach_files
+from onecard.model.lora.adapter import ADAPTER, add_product, attach_files
 from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config
 from onecard.model.lora.vocabulary import rows_in
 
@@ -48,7 +48,7 @@ class LoadedLora:
         result = {}
         for name, tensor in tensors.items():
             if name in self.replaced:
-                tensor = self.replaced[name].float()
+                tensor = self.replaced[name].to(torch.float32, copy=True)  # merged in place later
             elif module in vocabulary and tensor.shape[0] != self.rows:
                 kept = tensor[: self.rows]
                 new = kept.new_full((self.rows - kept.shape[0], *kept.shape[1:]), torch.nan)
@@ -57,10 +57,16 @@ class LoadedLora:
         return result
 
     def merged(self, module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The layer's weights with this adapter merged in, by peft's own arithmetic in fp32. Raises ModelError."""
+        """The layer's weights with this adapter merged in, as peft does it, in fp32 and mostly in place.
+
+        Raises ModelError.
+        """
         if module not in self.wrapped:
             return tensors
         layer: Any = self.wrapped[module]
+        with torch.no_grad():
+            if f"{module}.weight" in tensors and add_product(layer, tensors[f"{module}.weight"]):
+                return tensors
         if not hasattr(layer, "modules_to_save"):
             # A copy, because a merged layer would count as merged for ever; it has no weights yet.
             layer = copy.deepcopy(layer)
@@ -89,7 +95,7 @@ class LoraStack:
             touched |= dict.fromkeys(vocabulary)
         if base.is_tied and any(name in touched for name in vocabulary):
             touched |= dict.fromkeys(vocabulary)  # the two must be looked at together
-        self.touched = list(touched)
+        self.touched = touched
         """Layers whose weights come out other than they are stored, or may."""
 
     @property
@@ -100,18 +106,38 @@ class LoraStack:
         layer = self.base.skeleton.get_submodule(module)
         return [f"{module}.{name}" for name, _ in layer.named_parameters()]
 
-    def through(self, module: str, n_stages: int) -> dict[str, Tensor]:
-        """The layer's weights in fp32 after its first `n_stages` adapters, ready for the next one."""
-        tensors = {name: self.base.read(name) for name in self.parameters_of(module)}
-        for stage in self.stages[:n_stages]:
+    def owner_of(self, layer: str) -> str:
+        """The touched layer that this one is or lies in; else the layer itself."""
+        return (
+            layer
+            if layer in self.touched
+            else next((outer for outer in parents_of(layer) if outer in self.touched), layer)
+        )
+
+    def advance(self, module: str, tensors: dict[str, Tensor], start: int, n_stages: int) -> dict[str, Tensor]:
+        """The layer's weights in fp32 after `n_stages` adapters, ready for the next one; `tensors` after `start`.
+
+        Works in place where peft does.
+        """
+        for stage in self.stages[start:n_stages]:
             tensors = stage.merged(module, stage.prepared(module, tensors, self.vocabulary))
         if n_stages < len(self.stages):
-            tensors = self.stages[n_stages].prepared(module, tensors, self.vocabulary)
+            return self.stages[n_stages].prepared(module, tensors, self.vocabulary)
+        self._check_finite(module, tensors)
         return tensors
 
-    def merged(self, module: str) -> dict[str, Tensor]:
+    def read(self, module: str) -> dict[str, Tensor]:
+        """The layer's weights as the base has them, in fp32; a touched one with the layers inside it."""
+        names = self.parameters_of if module in self.touched else self.base.own_parameters_of
+        return {name: self.base.read(name) for name in names(module)}
+
+    def merged(self, layer: str) -> dict[str, Tensor]:
         """The layer's weights in fp32 after all adapters. Raises ModelError for rows that nobody has values for."""
-        tensors = self.through(module, len(self.stages))
+        module = self.owner_of(layer)
+        tensors = self.read(module)
+        return self.advance(module, tensors, 0, len(self.stages)) if module in self.touched else tensors
+
+    def _check_finite(self, module: str, tensors: dict[str, Tensor]) -> None:
         broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
         if broken and module in self.vocabulary and self.rows > self.base.rows:
             raise ModelError(
@@ -121,7 +147,6 @@ class LoraStack:
             )
         if broken:
             raise ModelError(f"{broken[0]} holds NaN or Inf; the base or an adapter is broken")
-        return tensors
 
 
 def adapt(base: LazyCheckpoint, adapters: Sequence[str]) -> LoraStack:
@@ -152,8 +177,7 @@ def _stage(base: LazyCheckpoint, source: str, rows_before: int) -> LoadedLora:
     plain = loaded.model.get_base_model()
     wrapped: dict[str, nn.Module] = {}
     for name, module in plain.named_modules():
-        is_inside = any(name.startswith(f"{outer}.") for outer in wrapped)
-        if not is_inside and _is_wrapper(module):
+        if _is_wrapper(module) and not any(outer in wrapped for outer in parents_of(name)):
             wrapped[name] = module
     loaded.model.eval()
     return LoadedLora(files, loaded.model, rows, wrapped, replaced, loaded.notes)
@@ -216,6 +240,12 @@ def empty(layer: nn.Module, names: Sequence[str]) -> None:
     """Take the weights of these parameters away again."""
     for name in names:
         _put(layer, name, layer.get_parameter(name).detach().to("meta"))
+
+
+def parents_of(name: str) -> Iterator[str]:
+    """The names of the modules that a module lies in, the nearest first."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def plain_name(name: str) -> str:

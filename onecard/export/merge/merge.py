@@ -15,17 +15,19 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from onecard.console import say
 from onecard.errors import ConfigError, ModelError
 from onecard.export.io.base import LazyCheckpoint, open_base
 from onecard.export.io.model_card import adapter_lines, write_card
-from onecard.export.io.output import new_directory
+from onecard.export.io.output import new_directory, progress
 from onecard.export.io.weights import ShardWriter, checksum, copy_small_files
+from onecard.export.merge.forward import units_of
 from onecard.export.merge.lora_stack import LoadedLora, LoraStack, adapt
 from onecard.export.merge.rounding import DTYPES, NAMES, DoesNotFit
-from onecard.export.merge.tensors import MergeReport, merged_tensors
-from onecard.export.merge.verify import verify_merge
+from onecard.export.merge.tensors import LayerMerger, MergeReport
+from onecard.export.merge.verify import Predictions, predict_while_merging, probe_prompts, verify_merge
 from onecard.model.files import base_fingerprint, locate, write_json
 from onecard.model.load import TOKENIZER_FILES, load_tokenizer
 from onecard.model.lora.adapter import base_of_adapter
@@ -48,24 +50,28 @@ class MergeSettings:
     accept_other_base: bool = False
     """Merge although the adapter was trained on another base."""
     verify: bool = True
-    """Measure on the reopened result how much of the adapters' effect on the predictions is kept."""
+    """Measure how much of the adapters' effect on the predictions is kept, and read the result back."""
     trust_remote_code: bool = False
 
 
 def merge_into(
-    directory: Path, base: str, adapters: Sequence[str], settings: MergeSettings = MergeSettings()
-) -> MergeReport:
+    directory: Path, base: str, adapters: Sequence[str], settings: MergeSettings = MergeSettings(), *,
+    stored: LazyCheckpoint | None = None,
+) -> MergeReport:  # fmt: skip
     """Write base + adapters, in their order, as a Hugging Face model into an existing empty `directory`.
 
-    One layer at a time has weights, in fp32; about one shard read and one being written are in memory. With
-    `settings.verify` the result is reopened and compared before this returns.
+    The base is read once, one layer at a time has weights, in fp32; about one shard read and one being written are in
+    memory. With `settings.verify` the predictions are compared meanwhile, and the result is read back and compared
+    before this returns. dtype auto begins in fp16 and again, in bf16, at the first layer that does not fit.
+
+    stored: the base, where it is open already.
 
     Raises ModelError and ConfigError: an adapter that does not fit or was trained on another base, a quantised base,
     values that overflow in fp16, NaN, files missing or damaged, a result that does not agree with the adapters.
     """
     if not adapters:
         raise ConfigError("--lora_path", "names no adapter; there is nothing to merge")
-    stored = open_base(base, trust_remote_code=settings.trust_remote_code)
+    stored = stored or open_base(base, trust_remote_code=settings.trust_remote_code)
     dtypes, told = target_dtypes(settings.dtype), list[str]()
     for dtype in dtypes[:-1]:
         try:
@@ -92,16 +98,19 @@ def _merge_as(
     report = MergeReport(directory, NAMES[dtype], list(adapters), is_tied=stored.is_tied)
     for stage in adapted.stages:
         report.notes += [*stage.notes, *check_same_base(stage, base, accept=settings.accept_other_base)]
+    copy_small_files(stored.directory, directory)
+    report.notes += _write_tokenizer(adapted, directory)
+    prompts = probe_prompts(directory, adapted.rows, stored) if settings.verify else []
     say(
         f"merging {len(adapters)} adapter(s) into {len(adapted.targets)} layers of {base}, in {report.dtype}; this "
-        f"takes about {ram_bytes(adapted, settings) / 2**30:.1f} GiB of RAM"
+        f"takes about {ram_bytes(adapted, settings, prompts) / 2**30:.1f} GiB of RAM"
     )
-    _write_weights(adapted, dtype, settings, report)
+    must_fit = settings.dtype == "auto" and dtype == torch.float16
+    found = _write_weights(adapted, dtype, settings, report, prompts, must_fit_fp16=must_fit)
     _write_config(adapted, dtype, directory, is_tied=report.is_tied)
     made_of = [adapter_lines(name, stage.files.directory) for name, stage in zip(adapters, adapted.stages, strict=True)]
     lines = [*chain.from_iterable(made_of), f"- merged in {report.dtype}"]
     write_card(directory, stored.directory, base, "finetune", lines)
-    report.notes += _write_tokenizer(adapted, directory)
     if adapted.rows != stored.rows:
         report.notes.append(f"the vocabulary has {adapted.rows} rows now; the base has {stored.rows}")
     if stored.unties:
@@ -120,8 +129,7 @@ def _merge_as(
             f"in {report.dtype}"
         )
     if settings.verify:
-        del adapted  # the proof reads the adapters anew; both at once would cost their size
-        report.proof = verify_merge(directory, stored, adapters, report, needs_fp16=settings.dtype == "auto")
+        report.proof = verify_merge(directory, adapted, adapters, prompts, found, report, must_fit_fp16=must_fit)
     return report
 
 
@@ -149,13 +157,15 @@ def target_dtypes(wanted: str) -> list[torch.dtype]:
     return [DTYPES[wanted]]
 
 
-def ram_bytes(adapted: LoraStack, settings: MergeSettings) -> int:
-    """About what merging takes: a shard read (its pages count), one written and its copy on the way, the adapters."""
+def ram_bytes(adapted: LoraStack, settings: MergeSettings, prompts: list[list[int]]) -> int:
+    """About what merging takes: a shard read (its pages count), one written and its copy on the way, the adapters,
+    the largest layer in fp32, and three times the logits."""
     weights = adapted.base.weights
     shard = min(settings.max_shard_bytes, weights.total_bytes)
     held = sum(tensor.nbytes for stage in adapted.stages for tensor in stage.files.tensors.values())
-    layer = max(entry.n_bytes for entry in weights.entries.values())
-    return PROGRAM_BYTES + weights.largest_file_bytes + shard + held + 4 * layer
+    layer = max(sum(p.numel() for p in unit.parameters()) for unit in units_of(adapted.base.skeleton).values())
+    logits = 3 * adapted.rows * sum(map(len, prompts))
+    return PROGRAM_BYTES + weights.largest_file_bytes + shard + held + 4 * (layer + logits)
 
 
 def check_same_base(stage: LoadedLora, base: str, *, accept: bool) -> list[str]:
@@ -191,38 +201,52 @@ def export_merged(
     `file_format` hf: a Hugging Face directory; pth: consolidated.0x.pth and params.json, as LLaMA was published.
     Raises as `merge_into` and `output.new_directory` do.
     """
-    weights = open_base(base, trust_remote_code=settings.trust_remote_code)
+    stored = open_base(base, trust_remote_code=settings.trust_remote_code)
     itemsize = target_dtypes(settings.dtype)[0].itemsize
-    n_bytes = sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in weights.weights.entries.values())
-    inputs = [weights.directory, *(Path(adapter).expanduser() for adapter in adapters)]
+    n_bytes = sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in stored.weights.entries.values())
+    inputs = [stored.directory, *(Path(adapter).expanduser() for adapter in adapters)]
     copies = 2 if file_format == "pth" else 1
     with new_directory(target, overwrite=overwrite, inputs=inputs, needed_bytes=copies * n_bytes) as partial:
         if file_format == "hf":
-            return merge_into(partial, base, adapters, settings)
+            return merge_into(partial, base, adapters, settings, stored=stored)
         from onecard.export.llama_pth.pth import hf_to_pth
 
         between = partial / ".hf"
         between.mkdir()
-        report = merge_into(between, base, adapters, settings)
+        report = merge_into(between, base, adapters, settings, stored=stored)
         report.files_proof = "; ".join(hf_to_pth(between, partial))
         shutil.rmtree(between)
     return report
 
 
-def _write_weights(adapted: LoraStack, dtype: torch.dtype, settings: MergeSettings, report: MergeReport) -> None:
-    """Write every tensor of the base, the merged ones in their place."""
-    writer = ShardWriter(report.directory, settings.max_shard_bytes)
-    for name, tensor in merged_tensors(adapted, dtype, report, strict=settings.dtype == "auto"):
-        writer.add(name, tensor)
-        report.checksums[name] = checksum(tensor)
-        report.n_tensors += 1
+def _write_weights(
+    adapted: LoraStack, dtype: torch.dtype, settings: MergeSettings, report: MergeReport, prompts: list[list[int]], *,
+    must_fit_fp16: bool,
+) -> Predictions | None:  # fmt: skip
+    """Write every tensor of the base, the merged ones in their place; returns what base and result predict meanwhile.
+
+    None without prompts, and for a base that transformers stores in another form than it runs (experts one by one).
+    """
+    writer, weights = ShardWriter(report.directory, settings.max_shard_bytes), adapted.base.weights
+    with progress("merging", weights.total_bytes, in_bytes=True) as move_on:
+
+        def write(name: str, tensor: Tensor) -> None:
+            writer.add(name, tensor)
+            report.checksums[name] = checksum(tensor)
+            report.n_tensors += 1
+            move_on(weights.entries[name].n_bytes if name in weights.entries else 0)
+
+        merger, found = LayerMerger(adapted, dtype, report, write, strict=settings.dtype == "auto"), None
+        if prompts and not adapted.base.unknown_names():
+            found = predict_while_merging(merger, prompts, must_fit_fp16=must_fit_fp16)
+        merger.finish()
     report.total_bytes = sum(file.stat().st_size for file in writer.finish())
+    return found
 
 
 def _write_config(adapted: LoraStack, dtype: torch.dtype, directory: Path, *, is_tied: bool) -> None:
-    """Copy what lies beside the base's weights; config.json says the new dtype, rows of vocabulary and tying."""
+    """Write the base's config.json with the new dtype, rows of vocabulary and tying."""
     base = adapted.base
-    copy_small_files(base.directory, directory)
     config = json.loads(json.dumps(base.config))
     parts = [config, *(config[name] for name in ("text_config",) if isinstance(config.get(name), dict))]
     for part in parts:

@@ -1,22 +1,22 @@
 """Proof that a merged model is its base with the adapters: by names, by values, and by predictions on probe prompts.
 
-Every tensor must read back as it was merged, and what the adapters change in the predictions must be kept. The logits
-are computed layer by layer, each layer's weights read when it is due, so no model is in memory whole, and in fp32 for
-all sides alike: what is measured is the rounding of the merged weights. Does not know how they were merged.
+What the adapters change in the predictions must be kept by the merged tensors, and the written files must hold those
+tensors bit for bit. The logits are computed while the layers are merged, so no model is in memory whole, and in fp32
+for all sides alike: what is measured is the rounding of the merged weights. Does not know how layers are merged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onecard.console import first_line
 from onecard.data.chat_template import load_template, own_chat_template
@@ -24,26 +24,23 @@ from onecard.data.messages import Turn
 from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import DataError, ModelError
 from onecard.export.io.base import LazyCheckpoint, open_base
-from onecard.export.io.left_out import TABLES
 from onecard.export.io.output import progress
-from onecard.export.io.weights import checksum
+from onecard.export.io.weights import stored_checksums
 from onecard.export.merge.effect import AdapterEffect, effect_of
-from onecard.export.merge.lora_stack import LoraStack, adapt, empty, fill, plain_name
-from onecard.export.merge.rounding import DoesNotFit, is_finite
-from onecard.export.merge.tensors import MergeReport
+from onecard.export.merge.forward import ForwardPass, forward, run_together
+from onecard.export.merge.lora_stack import LoraStack
+from onecard.export.merge.tensors import LayerMerger, MergeReport
 from onecard.installation import command
 from onecard.model.load import load_tokenizer
 from onecard.model.lora.adapter import load_adapter
 
-# Half of what fp16 holds: other texts than the probe prompts reach further.
 NOISE = 1e-9  # nats per token that fp32 arithmetic alone moves
+# Half of what fp16 holds: other texts than the probe prompts reach further.
 LARGEST_ACTIVATION = 0.5 * 65504
 QUESTIONS = ("What is the capital of France?", "把下面的句子翻译成英文：你好，世界。")
 TEXTS = ("The quick brown fox jumps over the lazy dog, 7 + 2 = 9.", "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。")
 PROMPT_TOKENS = 64
 SPREAD_IDS = 32
-
-ReadLayer = Callable[[str], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,50 +50,62 @@ class Predictions:
     adapted: list[Tensor]
     base: Sequence[Tensor | None]
     merged: list[Tensor]
-    largest: float
-    """The largest absolute value between the layers of the merged model."""
     sums: list[Tensor] = field(default_factory=list)
     """Logits of the exact sums, where the models were in memory whole."""
 
 
-def verify_merge(
-    directory: Path, base: LazyCheckpoint, adapters: Sequence[str], report: MergeReport, *, needs_fp16: bool = False
-) -> str:
-    """Reopen a merged model and compare it with base and adapters; returns one line that says what was proven.
+def predict_while_merging(merger: LayerMerger, prompts: list[list[int]], *, must_fit_fp16: bool) -> Predictions:
+    """Merge each layer when it is due; base, base + adapters and the result run side by side over one read of the base.
 
-    Raises ModelError: names missing or new, a tensor other than it was merged, NaN, an effect of the adapters that is
-    lost by more than the rounding; DoesNotFit with `needs_fp16` for a model that computes larger numbers than fp16 has.
+    Raises as merging does, and DoesNotFit with `must_fit_fp16` at the first layer that computes larger numbers.
     """
-    merged, adapted = open_base(str(directory), trust_remote_code=base.trust_remote_code), adapt(base, adapters)
-    _compare_names(base, merged)
-    n_finite = _check_values(merged, report)
-    prompts = probe_prompts(directory, adapted.rows, base)
-    is_streamed = not base.unknown_names()
-    compute = _streamed_predictions if is_streamed else _whole_predictions
-    found = compute(adapted, merged, adapters, prompts)
-    if needs_fp16 and report.dtype == "fp16" and found.largest > LARGEST_ACTIVATION:
-        raise DoesNotFit(
-            f"this model computes numbers up to {found.largest:.3g} on the probe prompts, and fp16 ends at 65504"
-        )
+    adapted, base = merger.adapted, merger.base
+    known = [max(ids) < base.rows for ids in prompts]  # a base whose vocabulary grew lacks the new rows
+    alone = ForwardPass(base.skeleton, merger.as_stored, list(compress(prompts, known)))
+    before = ForwardPass(adapted.stages[-1].model.get_base_model(), merger.before_last, prompts)
+    limit = LARGEST_ACTIVATION if must_fit_fp16 else math.inf
+    after = ForwardPass(base.build(adapted.rows), merger.merged, prompts, limit)
+    run_together([*([alone] if alone.prompts else []), before, after])
+    logits = iter(alone.logits)
+    return Predictions(before.logits, [next(logits) if is_known else None for is_known in known], after.logits)
+
+
+def verify_merge(
+    directory: Path, adapted: LoraStack, adapters: Sequence[str], prompts: list[list[int]],
+    found: Predictions | None, report: MergeReport, *, must_fit_fp16: bool = False,
+) -> str:  # fmt: skip
+    """Read a merged model back from the disk and judge what it predicts; returns one line that says what was proven.
+
+    found: what the tensors predicted while they were merged; None for a base that cannot be run layer by layer: then
+    the models are loaded whole. Raises ModelError: names missing or new, a tensor other than it was merged, an effect
+    of the adapters that is lost by more than the rounding; DoesNotFit as `predict_while_merging` does.
+    """
+    merged, is_streamed = check_files(directory, adapted.base, report), found is not None
+    if found is None:
+        limit = LARGEST_ACTIVATION if must_fit_fp16 else math.inf
+        found = _whole_predictions(adapted, merged, adapters, prompts, limit)
     effect = effect_of(found.adapted, found.base, found.merged)
     told = f"on {len(prompts)} probe prompts {effect}"
     if not effect.is_whole:
-        told += _cause(adapted, merged, adapters, prompts, found, effect, report, is_streamed=is_streamed)
+        told += _cause(adapted, merged, prompts, found, effect, report, is_streamed=is_streamed)
     n_changed = report.n_targets - len(report.unchanged)
-    how = "layer by layer from the disk" if is_streamed else "one whole model after the other"
+    how = "layer by layer while merging" if is_streamed else "one whole model after the other"
     return (
-        f"proven on the reopened files: {n_changed} of {report.n_targets} target layers changed, {n_finite} tensors "
-        f"finite and as merged, names as in the base; {told} (computed in float32, {how})"
+        f"proven on the reopened files: {n_changed} of {report.n_targets} target layers changed, {report.n_tensors} "
+        f"tensors finite and as merged, names as in the base; {told} (computed in float32, {how})"
     )
 
 
 def _cause(
-    adapted: LoraStack, merged: LazyCheckpoint, adapters: Sequence[str], prompts: list[list[int]], found: Predictions,
-    effect: AdapterEffect, report: MergeReport, *, is_streamed: bool,
+    adapted: LoraStack, merged: LazyCheckpoint, prompts: list[list[int]], found: Predictions, effect: AdapterEffect,
+    report: MergeReport, *, is_streamed: bool,
 ) -> str:  # fmt: skip
     """Why the effect is not whole: the rounding, where the sums before it keep it. Raises ModelError where not."""
-    exact = _logits_of(merged.skeleton, _reader(adapted, adapted.merged), prompts)[0] if is_streamed else found.sums
-    before = effect_of(found.adapted, found.base, exact)
+    exact = ForwardPass(merged.skeleton, adapted.merged, prompts, logits=found.sums)
+    if is_streamed:  # the base is read again, for this alone
+        run_together([exact])
+        adapted.base.weights.close()
+    before = effect_of(found.adapted, found.base, exact.logits)
     if not math.isfinite(effect.apart) or not (before.is_whole or before.apart <= NOISE):
         raise ModelError(
             f"the merged model does not agree with its adapters: {effect}; before rounding, {before.kept:.1%}. It was "
@@ -136,7 +145,9 @@ def _questions(directory: Path, tokenizer: Any) -> list[list[int]]:
         return []
 
 
-def _compare_names(base: LazyCheckpoint, merged: LazyCheckpoint) -> None:
+def check_files(directory: Path, base: LazyCheckpoint, report: MergeReport) -> LazyCheckpoint:
+    """Open a merged model; raises ModelError unless all tensors are there and, bit for bit, what was merged."""
+    merged = open_base(str(directory), trust_remote_code=base.trust_remote_code)
     expected, found = set(base.weights.entries), set(merged.weights.entries)
     if base.is_tied and not merged.is_tied:
         pair = {f"{base.embedding}.weight", f"{base.head}.weight"}
@@ -144,141 +155,21 @@ def _compare_names(base: LazyCheckpoint, merged: LazyCheckpoint) -> None:
     if expected != found:
         lost, new = sorted(expected - found), sorted(found - expected)
         raise ModelError(f"the merged files hold other tensors than the base: without {lost[:3]}, with {new[:3]}")
-
-
-def _check_values(merged: LazyCheckpoint, report: MergeReport) -> int:
-    """Every tensor finite and, bit for bit, what the merge had in memory; counts tensors."""
     different = []
     with progress("checking", merged.weights.total_bytes, in_bytes=True) as move_on:
-        for name, tensor in merged.weights:
-            if not name.endswith(TABLES) and not is_finite(tensor):
-                raise ModelError(f"the merged {name} holds NaN or Inf")
-            different += [name] if checksum(tensor) != report.checksums[name] else []
-            move_on(tensor.nbytes)
+        for name, n_bytes, crc in stored_checksums(directory):
+            different += [name] if crc != report.checksums[name] else []
+            move_on(n_bytes)
     if different:
         raise ModelError(
             f"{len(different)} tensors are not as merged in the written files: {different[:3]}; the disk or the memory "
             "gives wrong data"
         )
-    return len(report.checksums)
-
-
-def _streamed_predictions(
-    adapted: LoraStack, merged: LazyCheckpoint, adapters: Sequence[str], prompts: list[list[int]]
-) -> Predictions:
-    """With the last adapter at work on what the adapters before it made of the base; nothing is in memory whole."""
-    base = adapted.base
-    known = [ids if max(ids) < base.rows else None for ids in prompts]
-    logits = iter(_logits_of(base.skeleton, _reader_of(base), [ids for ids in known if ids])[0])
-    without = [next(logits) if ids else None for ids in known]
-    last = len(adapted.stages) - 1
-    read = _reader(adapted, lambda module: adapted.through(module, last))
-    expected, _ = _logits_of(adapted.stages[-1].model.get_base_model(), read, prompts)
-    base.weights.close()
-    found, largest = _logits_of(merged.skeleton, _reader_of(merged), prompts)
-    merged.weights.close()
-    return Predictions(expected, without, found, largest)
-
-
-def _reader_of(model: LazyCheckpoint) -> ReadLayer:
-    def read(module: str) -> dict[str, Tensor]:
-        layer = model.skeleton.get_submodule(module)
-        return {f"{module}.{name}": model.read(f"{module}.{name}") for name, _ in layer.named_parameters(recurse=False)}
-
-    return read
-
-
-def _reader(adapted: LoraStack, touched: ReadLayer) -> ReadLayer:
-    def read(module: str) -> dict[str, Tensor]:
-        if module in adapted.touched:
-            return touched(module)
-        return {name: adapted.base.read(name) for name in adapted.parameters_of(module)}
-
-    return read
-
-
-def _logits_of(model: Any, read: ReadLayer, prompts: list[list[int]]) -> tuple[list[Tensor], float]:
-    units = _units(model)
-    with progress("comparing", len(units)) as move_on, _weights_on_demand(units, read, move_on):
-        return _forward(model, prompts)
-
-
-def _units(model: nn.Module) -> dict[str, nn.Module]:
-    """What gets its weights at once: each member of a list of layers, and else whatever holds weights of its own."""
-    units: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        is_inside = any(name.startswith(f"{unit}.") for unit in units)
-        is_member = name.rpartition(".")[2].isdigit()
-        is_wrapper = hasattr(module, "base_layer") or hasattr(module, "token_adapter")
-        is_wrapper = is_wrapper or hasattr(module, "modules_to_save")
-        if not is_inside and (is_member or is_wrapper or next(module.parameters(recurse=False), None) is not None):
-            units[name] = module
-    return units
-
-
-@contextmanager
-def _weights_on_demand(units: dict[str, nn.Module], read: ReadLayer, move_on: Callable[[int], Any]) -> Iterator[None]:
-    """Inside, each unit gets its weights right before it runs and loses them right after."""
-    hooks = []
-    for name, unit in units.items():
-        filled: list[str] = []
-
-        def load(module: nn.Module, _: Any, name: str = name, filled: list[str] = filled) -> None:
-            filled += fill(module, _weights_of(name, module, read))
-
-        def unload(module: nn.Module, _: Any, __: Any, filled: list[str] = filled) -> None:
-            empty(module, filled)
-            filled.clear()
-            move_on(1)
-
-        hooks += [unit.register_forward_pre_hook(load), unit.register_forward_hook(unload)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _weights_of(unit: str, module: nn.Module, read: ReadLayer) -> dict[str, Tensor]:
-    """The weights that a unit lacks, by their plain names inside it; one that was trained in full lacks none."""
-    missing = [
-        plain_name(f"{unit}.{name}")
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if parameter.is_meta and "original_module." not in name
-    ]
-    found: dict[str, Tensor] = {}
-    for layer in dict.fromkeys(name.rpartition(".")[0] for name in missing):
-        found |= {name.removeprefix(f"{unit}."): tensor for name, tensor in read(layer).items()}
-    return found
-
-
-def _forward(model: Any, prompts: list[list[int]]) -> tuple[list[Tensor], float]:
-    """Logits (places, vocabulary) of each prompt, all in one pass, and the largest value between the layers.
-
-    Padding stands behind and is cut off again.
-    """
-    longest, largest = max(map(len, prompts)), [0.0]
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
-
-    def look(_: nn.Module, __: Any, output: Any) -> None:
-        values = output[0] if isinstance(output, tuple) else output
-        if isinstance(values, Tensor) and values.is_floating_point():
-            largest.append(max(abs(float(value)) for value in torch.aminmax(values)))
-
-    layers = [module for name, module in model.named_modules() if name.rpartition(".")[2] != "lm_head"]
-    hooks = [module.register_forward_hook(look) for module in layers]
-    try:
-        with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [row[: len(prompt)] for row, prompt in zip(logits, prompts, strict=True)], max(largest)
+    return merged
 
 
 def _whole_predictions(
-    adapted: LoraStack, merged: LazyCheckpoint, adapters: Sequence[str], prompts: list[list[int]]
+    adapted: LoraStack, merged: LazyCheckpoint, adapters: Sequence[str], prompts: list[list[int]], limit: float
 ) -> Predictions:
     """The same for a base that transformers stores in another form than it runs (experts one by one): loaded whole."""
     n_bytes = sum(parameter.numel() for parameter in adapted.base.skeleton.parameters()) * 4
@@ -294,17 +185,17 @@ def _whole_predictions(
             f"a base in this form cannot be verified with a grown vocabulary: {command('merge')} --verify false"
         )
     model = _load_whole(adapted.base)
-    without, _ = _forward(model, prompts)
+    without, _ = forward(model, prompts)
     for number, adapter in enumerate(adapters):
         model = load_adapter(model, adapter, trainable=False).model
         if number < len(adapters) - 1:
             model = model.merge_and_unload()
     model.eval()
-    expected, _ = _forward(model, prompts)
-    sums, _ = _forward(model.merge_and_unload(), prompts)
+    expected, _ = forward(model, prompts)
+    sums, _ = forward(model.merge_and_unload(), prompts)
     del model
-    found, largest = _forward(_load_whole(merged), prompts)
-    return Predictions(expected, without, found, largest, sums)
+    found, _ = forward(_load_whole(merged), prompts, limit)
+    return Predictions(expected, without, found, sums)
 
 
 def _load_whole(base: LazyCheckpoint) -> Any:

@@ -28,6 +28,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -236,6 +237,22 @@ def base_of_adapter(source: str | Path) -> str | None:
     """Return the base model that an adapter's files name (a directory or a Hub id), or None where they do not."""
     directory = find_config(source)
     return read_config(directory).get("base_model_name_or_path") or None if directory else None
+
+
+def add_product(layer: Any, weight: Tensor) -> bool:
+    """Add W += B A * scale to a weight of (out, in) in fp32, as `layer.merge` would, but without two more of its size.
+
+    False, and nothing is done, for all but a plain LoRA on a linear layer.
+    """
+    if type(layer) is not LoraLinear or layer.lora_variant or layer.fan_in_fan_out or layer.merged:
+        return False
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    factors = [(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in active]
+    if any(part.weight.dtype != weight.dtype or part.bias is not None for a, b, _ in factors for part in (a, b)):
+        return False
+    for a, b, scale in factors:
+        weight.addmm_(b.weight, a.weight, alpha=scale)
+    return True
 
 
 def adaptable_layers(model: Any) -> dict[str, Any]:
