@@ -18,15 +18,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from onecard.errors import OneCardError, Stopped
-from onecard.installation import command
 from onecard.translation import translated
 
 # Control characters but tab and line feed, and marks that turn the direction of writing: in a name from the network or
 # a file they would rewrite the screen. https://www.unicode.org/reports/tr36/#Bidirectional_Text_Spoofing
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-
-MIRROR = "https://hf-mirror.com"
 
 
 def say(message: str = "", *, is_styled: bool = False) -> None:
@@ -74,17 +70,6 @@ def few(names: Sequence[str], most: int = 3) -> str:
     """The first names with commas between them, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def mirror_hint(repository: str, *, is_data_set: bool = False) -> str:
-    """What to do where the Hub cannot be reached: the two ways to a mirror, or the mirror that is asked already."""
-    if asked := os.environ.get("HF_ENDPOINT"):
-        return f"HF_ENDPOINT={asked} was asked; check that address"
-    kind = "dataset" if is_data_set else "model"
-    return (
-        f"where huggingface.co cannot be reached, set HF_ENDPOINT to a mirror, such as {MIRROR}, or download first: "
-        f"{command('download')} --repo_id {repository} --repo_type {kind} --endpoint {MIRROR}"
-    )
 
 
 def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:

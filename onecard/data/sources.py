@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from onecard.config.training import column_names
-from onecard.console import mirror_hint
 from onecard.data.columns import Columns, thought_hints
 from onecard.data.formats import ParsedRecord, to_sample
 from onecard.data.messages import Conversation, Document
@@ -23,6 +22,7 @@ from onecard.data.plain_text import RawRecord, TxtSplit
 from onecard.data.readers import SUFFIXES, read_file
 from onecard.data.values import UnusableRecord, safe
 from onecard.errors import DataError
+from onecard.hub_errors import hub_problem
 from onecard.installation import command
 
 _KEPT_BAD_RECORDS = 1000
@@ -350,9 +350,5 @@ def _hub_rows(hub_id: str) -> Iterator[RawRecord]:
 
 
 def _hub_error(hub_id: str, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(
-        "neither a file or folder here, nor a readable data set with a `train` split on the Hugging Face Hub: "
-        f"{safe(reason, 300)}; {mirror_hint(hub_id, is_data_set=True)}",
-        hub_id,
-    )
+    what = "there is no such file or folder, and the `train` split of the data set on the Hub"
+    return DataError(safe(hub_problem(error, what, hub_id, kind="dataset"), 1000), hub_id)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.given_paths import HUB_ID
-from onecard.console import first_line, mirror_hint, nearest
+from onecard.console import nearest
 from onecard.errors import ModelError
+from onecard.hub_errors import hub_problem
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 SAMPLE_BYTES = 4096  # read at each of SAMPLES places of a weight file for the fingerprint
@@ -176,7 +177,7 @@ def _base_patterns(with_code: bool) -> tuple[str, ...]:
 
 def _from_hub(name: str, what: str, patterns: tuple[str, ...], *, weights_wanted: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     def download(allowed: tuple[str, ...]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(allowed), ignore_patterns=["*/*", "consolidated*"]))
@@ -186,22 +187,6 @@ def _from_hub(name: str, what: str, patterns: tuple[str, ...], *, weights_wanted
         if weights_wanted and not list(found.glob("*.safetensors")):
             found = download((*patterns, "*.bin"))
         return found
-    except GatedRepoError as reason:
-        raise ModelError(
-            f"{what} {name} asks for your consent: accept its terms on its Hub page, then `hf auth login`"
-        ) from reason
-    except RepositoryNotFoundError as reason:
-        raise ModelError(
-            f"{what} {name} is neither a directory here{_nearest_directory(Path(name))} nor a model on "
-            "the Hub (or it is private: `hf auth login`)"
-        ) from reason
-    except LocalEntryNotFoundError as reason:
-        raise ModelError(
-            f"{what} {name} is neither a directory here{_nearest_directory(Path(name))} nor in the Hub "
-            f"cache, and the Hub cannot be reached; go online, or give a directory; {mirror_hint(name)}"
-        ) from reason
     except (HfHubHTTPError, OSError) as reason:
-        raise ModelError(
-            f"{what} {name} cannot be downloaded: {first_line(reason)}; try again, or give a directory; "
-            + mirror_hint(name)
-        ) from reason
+        elsewhere = f"a directory here{_nearest_directory(Path(name))}"
+        raise ModelError(hub_problem(reason, f"{what} {name}", name, elsewhere=elsewhere)) from reason

@@ -276,7 +276,7 @@ def test_a_hub_data_set_streams_with_row_numbers(monkeypatch: pytest.MonkeyPatch
     assert [(bad.file, bad.line) for bad in report.bad] == [("somebody/instructions-1.5", 2)]
     with pytest.raises(
         DataError,
-        match=r"^nobody/nothing: neither a file .* no network; .*HF_ENDPOINT.*--repo_type dataset --endpoint",
+        match=r"^nobody/nothing: there is no such file .* no network; .*HF_ENDPOINT.*--repo_type dataset --endpoint",
     ):
         read_all("nobody/nothing")
     assert data_fingerprint("a/b") != data_fingerprint("a/c")

@@ -21,9 +21,9 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 from urllib.parse import quote
 
-from onecard.console import MIRROR, first_line
 from onecard.errors import ConfigError, ModelError
 from onecard.export.hub.checksums import is_inside
+from onecard.hub_errors import MIRROR, hub_problem
 
 OFFICIAL = "https://huggingface.co"
 HIDDEN = (".*", "*/.*")
@@ -258,28 +258,20 @@ def explained(repository: Repository) -> Iterator[None]:
     what = f"{repository.repo_type} {repository.repo_id}"
     try:
         yield
-    except errors.GatedRepoError as reason:
-        raise ModelError(
-            f"{what} asks for your consent: accept its terms at {repository.address}/{repository.repo_id}, then set "
-            "HF_TOKEN or run `hf auth login`"
-        ) from reason
     except errors.RevisionNotFoundError as reason:
         raise ConfigError("--revision", f"{what} has no branch, tag or commit {repository.revision}") from reason
-    except errors.RepositoryNotFoundError as reason:
-        raise ConfigError(
-            "--repo_id", f"{repository.address} has no {what} (or it is private: set HF_TOKEN or run `hf auth login`)"
-        ) from reason
     except errors.HFValidationError as reason:
         raise ConfigError("--repo_id", f"{repository.repo_id!r} is no Hub id; write it like owner/name") from reason
-    except errors.HfHubHTTPError as reason:
-        raise ModelError(
-            f"{what}: {first_line(reason)}; try again, or another --endpoint, such as {MIRROR}"
-        ) from reason
     except (errors.HTTPError, errors.LocalEntryNotFoundError) as reason:
-        raise ModelError(
-            f"{repository.address} does not answer ({first_line(reason)}); check the network, or name a mirror by "
-            f"--endpoint {MIRROR} or HF_ENDPOINT. What is there already is kept, and the same command goes on from it"
-        ) from reason
+        told = hub_problem(
+            reason, what, repository.repo_id, address=repository.address,
+            remedy=f"name a mirror by --endpoint {MIRROR} or HF_ENDPOINT. What is there already is kept, and the same "
+            "command goes on from it",
+        )  # fmt: skip
+        is_missing = isinstance(reason, errors.RepositoryNotFoundError) and not isinstance(
+            reason, errors.GatedRepoError
+        )
+        raise (ConfigError("--repo_id", told) if is_missing else ModelError(told)) from reason
 
 
 def _hub_file(sibling: Any) -> HubFile:

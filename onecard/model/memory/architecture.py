@@ -21,8 +21,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from onecard.console import mirror_hint, nearest
+from onecard.console import nearest
 from onecard.errors import ModelError
+from onecard.hub_errors import hub_problem
 from onecard.model.files import HUB_ID, read_json
 from onecard.model.memory_saving.tiled_mlp import plain_mlps
 from onecard.model.model_config import CONFIG, HEAD_READ_DIRECTLY, OTHER_NAMES, attempt, read_model_config
@@ -199,37 +200,15 @@ def _from_hub(name: str) -> Path:
     if not HUB_ID.fullmatch(name) or (hint and "/" not in name):  # a slip of the pen need not wait for the Hub
         raise ModelError(f"no model {name}{hint}; give a directory, a {CONFIG}, a Hub id or a known model's name")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, CONFIG))
-    except GatedRepoError as reason:
-        raise ModelError(
-            f"{name} asks for your consent: accept its terms on its Hub page, then `hf auth login`"
-        ) from reason
-    except RepositoryNotFoundError as reason:
-        raise ModelError(
-            f"{name} is neither a directory here, a known model{hint}, nor a model on the Hub (or it is private: "
-            "`hf auth login`)"
-        ) from reason
-    except LocalEntryNotFoundError as reason:
-        raise ModelError(
-            f"{name} is neither a directory here, a known model{hint}, nor in the Hub cache, and the Hub cannot be "
-            f"reached; go online, or give a directory; {mirror_hint(name)}"
-        ) from reason
-    except EntryNotFoundError as reason:
+    except RemoteEntryNotFoundError as reason:
         raise ModelError(f"{name} on the Hub has no {CONFIG}; give its form for transformers") from reason
     except (HfHubHTTPError, OSError) as reason:
-        raise ModelError(
-            f"{CONFIG} of {name} cannot be downloaded: {_first_line(reason)}; try again, or give a directory; "
-            + mirror_hint(name)
-        ) from reason
+        elsewhere = f"a directory here, a known model{hint},"
+        raise ModelError(hub_problem(reason, name, name, elsewhere=elsewhere)) from reason
 
 
 def _from_file(path: Path, name: str, trust_remote_code: bool) -> Architecture:
@@ -385,8 +364,3 @@ def _stored_bits(raw: dict[str, Any]) -> int | None:
     if isinstance(stored.get("bits"), int):
         return stored["bits"]
     return {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}.get(str(stored.get("quant_method")), 16)
-
-
-def _first_line(reason: BaseException) -> str:
-    lines = [line for line in str(reason).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(reason).__name__
