@@ -58,12 +58,9 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from onecard.model.quantization import quiet_bitsandbytes
-
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
-    with quiet_bitsandbytes():
-        measured = measure(options)
+    measured = measure(options)
     rows = [[bits, one["seconds_per_token"], one["weight_mib"]] for bits, one in measured.items()]
     say_table(["bits", "processor seconds per token", "MiB of weights"], rows)
     result = {

@@ -70,13 +70,11 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.machine import machine, say_table, write_result
     from onecard.model.hardware import detect
-    from onecard.model.quantization import quiet_bitsandbytes
 
     hardware = detect(options.device, pretend_turing=True)
     sizes = [float(word) for word in options.vram.split(",")]
-    with quiet_bitsandbytes():
-        rows = [row_of(options, hardware, gib) for gib in sizes]
-        toy = None if hardware.is_gpu else toy_row(options, hardware)
+    rows = [row_of(options, hardware, gib) for gib in sizes]
+    toy = None if hardware.is_gpu else toy_row(options, hardware)
     header = ["card, GiB", "planned tokens", "and RAM, GiB", "measured tokens", "peak reserved, GiB", "tokens/s",
               "Unsloth", "ratio of measured", "plain Hugging Face + FA2"]  # fmt: skip
     say_table(header, [[row[name] for name in ROW] for row in rows])

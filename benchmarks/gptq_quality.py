@@ -154,12 +154,11 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     options = parse(BenchmarkOptions, argv, description=__doc__ or "")
     from onecard.model.gptq import check_gptq_installed
-    from onecard.model.quantization import quiet_bitsandbytes
 
     check_gptq_installed("gptq_quality.py", "quantises by GPTQ")
     rows: list[dict[str, Any]] = []
     texts = {name: TEXTS[name] for name in options.texts.split(",")}
-    with quiet_bitsandbytes(), tempfile.TemporaryDirectory(prefix="gptq-quality-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gptq-quality-") as folder:
         for seed in range(1, options.seeds + 1):
             for text in options.texts.split(","):
                 rows += measure(options, text, seed, Path(folder))

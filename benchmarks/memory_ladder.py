@@ -74,11 +74,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.machine import machine, say_table, write_result
     from onecard.model.hardware import detect
-    from onecard.model.quantization import quiet_bitsandbytes
 
     hardware = detect(options.device, pretend_turing=options.pretend_turing)
-    with quiet_bitsandbytes():
-        rows = ladder(options, hardware)
+    rows = ladder(options, hardware)
     say_table(
         ["MiB", "peak of tensors", "difference", "planned", "reserved", "in RAM", "planned in RAM"],
         [[row["technique"], *(_mib(row[name]) for name in COLUMNS)] for row in rows],

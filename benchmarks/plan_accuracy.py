@@ -92,15 +92,13 @@ def main() -> None:
     import torch
 
     from onecard.model.hardware import detect
-    from onecard.model.quantization import quiet_bitsandbytes
 
     hardware = detect(options.device)
     table = CARD_ROWS if hardware.is_gpu else TOY_ROWS
     results = []
     for split in [name for name in table if options.split in (name, "all")]:
         for name, rows, length, rest in table[split]:
-            with quiet_bitsandbytes():
-                results.append({"split": split, **measure(name, rows, length, rest, hardware)})
+            results.append({"split": split, **measure(name, rows, length, rest, hardware)})
             gc.collect()
             if hardware.is_gpu:
                 torch.cuda.empty_cache()

@@ -85,14 +85,12 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.machine import machine, say_table, write_result
     from onecard.model.hardware import choose_dtype, detect
-    from onecard.model.quantization import quiet_bitsandbytes
 
     hardware = detect(options.device, pretend_turing=options.pretend_turing)
-    with quiet_bitsandbytes():
-        contestants, facts = build(options, hardware)
-        dtype, _ = choose_dtype(options.dtype, options.bits, hardware, facts["model_type"])
-        facts |= {"loss_difference": check_same_loss(contestants, options.steps, TOLERANCE[dtype.itemsize])}
-        speeds = compare(contestants, facts["tokens"], options, hardware.device)
+    contestants, facts = build(options, hardware)
+    dtype, _ = choose_dtype(options.dtype, options.bits, hardware, facts["model_type"])
+    facts |= {"loss_difference": check_same_loss(contestants, options.steps, TOLERANCE[dtype.itemsize])}
+    speeds = compare(contestants, facts["tokens"], options, hardware.device)
     ceiling = matrix_products_per_s(hardware.device, dtype)
     rows = [summary(name, speeds, facts, ceiling) for name in contestants]
     say_table(["", "tokens/s", "ratio to plain", "tokens with padding", "share of the ceiling"],

@@ -8,6 +8,7 @@ message and an exit code.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,18 @@ from onecard.translation import translated
 # Control characters but tab and line feed, and marks that turn the direction of writing: in a name from the network or
 # a file they would rewrite the screen. https://www.unicode.org/reports/tr36/#Bidirectional_Text_Spoofing
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# Parts of sentences, by the logger that says them:
+# - at every layer of every step in 8 bits, that inputs are cast to fp16. The cast is the method.
+# - when bitsandbytes is imported (peft does that) on a CPU with AVX512-BF16, that it cannot fetch a kernel for the
+#   packed weights which `keep_one_arithmetic_on_cpu` of model/quantization.py avoids.
+# - when peft imports torchao, which gptqmodel brings along, that its kernels of other cards and Pythons do not load
+#   here, and that it uses torch in a way that will be an error some day.
+IDLE_WORDS = {
+    "bitsandbytes.autograd._functions": ("inputs will be cast",),
+    "bitsandbytes.backends.cpu.ops": ("from kernels-community",),
+    "torchao": ("Failed to load",),
+    "torch.utils._pytree": ("is an Enum subclass",),
+}
 
 
 def say(message: str = "", *, is_styled: bool = False) -> None:
@@ -72,6 +85,16 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def quiet_libraries() -> None:
+    """Keep libraries from saying, from now on, what nobody can act on (`IDLE_WORDS`). May be called again."""
+    for name in IDLE_WORDS:
+        logging.getLogger(name).addFilter(_is_worth_saying)  # the same one is added once only
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return not any(words in str(record.msg) for words in IDLE_WORDS[record.name])
+
+
 def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:
     """Run `main` and turn what it raises into an exit code; tracebacks are shown only with ``--debug``.
 
@@ -79,6 +102,7 @@ def run_main(main: Callable[[], None], *, debug: bool | None = None) -> int:
     again with ``--debug``; hiding it would be worse than a long text, so its type is named.
     """
     debug = "--debug" in sys.argv if debug is None else debug
+    quiet_libraries()
     try:
         main()
         return 0

@@ -23,13 +23,6 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises OneCardError (see `console.py`) with what to do next; a run that was asked to stop raises `Stopped`.
     """
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        return _finetune(config)
-
-
-def _finetune(config: FinetuneConfig) -> Path:
     from onecard.model.hardware import detect
     from onecard.model.lora.adapter import describe_trainable
     from onecard.train.auto_config import (
@@ -87,13 +80,6 @@ def generate(config: GenerateConfig) -> None:
     Raises OneCardError with what to do next; stopped in the middle of a file it raises `Stopped`, and goes on there
     when it is started again.
     """
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        _generate(config)
-
-
-def _generate(config: GenerateConfig) -> None:
     if config.ask.web:
         return _ask_page(config)
     if config.ask.data_path and config.ask.output_path:
@@ -168,13 +154,6 @@ def chat(config: ChatConfig) -> None:
 
     Raises OneCardError with what to do next; faults of single answers are told there and end nothing.
     """
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        _chat(config)
-
-
-def _chat(config: ChatConfig) -> None:
     from onecard.inference.engine import open_engine
 
     chat, bundle = config.chat, config.inference
@@ -201,13 +180,6 @@ def serve(config: ServeConfig) -> None:
 
     Raises OneCardError with what to do next; faults of single requests go to their clients.
     """
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        _serve(config)
-
-
-def _serve(config: ServeConfig) -> None:
     from onecard.inference.engine import open_engine
     from onecard.serve.api.app import build_app, run_server
 

@@ -6,10 +6,7 @@ modules; does not know where weights come from (`load.py`) or what is trained on
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -20,19 +17,13 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationMethod
 
+from onecard.console import quiet_libraries
 from onecard.errors import ConfigError
 from onecard.model.model_layers import expert_tensors, quantised_layers
 
 QUANTIZER = "onecard_bitsandbytes"
 NF4_SETTINGS: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
-# What `quiet_bitsandbytes` drops: parts of sentences, by the logger that says them.
-IDLE_WORDS = {
-    "bitsandbytes.autograd._functions": ("inputs will be cast",),
-    "bitsandbytes.backends.cpu.ops": ("from kernels-community",),
-    "torchao": ("Failed to load",),
-    "torch.utils._pytree": ("is an Enum subclass",),
-}
 
 
 def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -53,6 +44,7 @@ def loading_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """
     if bits not in (4, 8):
         return None
+    quiet_libraries()  # for those who train without one of the programs, which do this first
     _register_quantizers()
     return _LoadingConfig(**_settings(bits, dtype))
 
@@ -275,27 +267,3 @@ def keep_one_arithmetic_on_cpu(model: nn.Module) -> None:
 
 def _in_train_mode(module: nn.Module, _inputs: Any) -> None:
     module.train()
-
-
-@contextmanager
-def quiet_bitsandbytes() -> Iterator[None]:
-    """Drop sentences of bitsandbytes, and of what peft imports with it, that nobody can act on; inside the block only.
-
-    - At every layer of every step in 8 bits: that inputs are cast to fp16. The cast is the method.
-    - When it is imported (peft does that) on a CPU with AVX512-BF16: that it cannot fetch a kernel for the packed
-      weights which `keep_one_arithmetic_on_cpu` avoids. So import `model/lora/adapter.py` inside the block, too.
-    - When peft imports torchao, which gptqmodel brings along: that its kernels of other cards and Pythons do not load
-      here, and that it uses torch in a way that will be an error some day.
-    """
-
-    def worth_saying(record: logging.LogRecord) -> bool:  # a new one each time, so that blocks may be nested
-        return not any(words in str(record.msg) for words in IDLE_WORDS.get(record.name, ()))
-
-    loggers = [logging.getLogger(name) for name in IDLE_WORDS]
-    for logger in loggers:
-        logger.addFilter(worth_saying)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(worth_saying)

@@ -110,10 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     config = parse(Config, argv, description=__doc__, stored=base_of_run)
 
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        export(config)
+    export(config)
 
 
 def export(config: Config) -> None:

@@ -55,10 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     options = parse(MergeOptions, argv, description=__doc__ or "")
 
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        merge(options)
+    merge(options)
 
 
 def merge(options: MergeOptions) -> None:

@@ -55,10 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     config = parse(GptqConfig, argv, description=__doc__)
 
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        quantize(config)
+    quantize(config)
 
 
 def quantize(config: GptqConfig) -> None:

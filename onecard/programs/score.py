@@ -69,10 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     # The run knows its base model; what is typed wins over that.
     config = parse(ScoreConfig, argv, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path")))
 
-    from onecard.model.quantization import quiet_bitsandbytes
-
-    with quiet_bitsandbytes():
-        say(scored(config), is_styled=not config.score.json)
+    say(scored(config), is_styled=not config.score.json)
 
 
 def scored(config: ScoreConfig) -> str:

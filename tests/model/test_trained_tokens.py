@@ -32,7 +32,7 @@ from onecard.model.memory.estimate import FP32, MemoryConfig, account, n_trained
 from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.memory_saving.activation_offload import ActivationOffload, embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
-from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config, quiet_bitsandbytes
+from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config
 from tests.live_memory import held_bytes
 from tests.model.model_families import VOCAB, save_family
 
@@ -372,9 +372,8 @@ def test_a_foreign_adapter_with_whole_matrices(load, directory, tmp_path) -> Non
 
 def planned_over_measured(setup: MemoryConfig, tied: bool, **changes: Any) -> float:
     config = toy_config("llama", num_hidden_layers=2, tie_word_embeddings=tied, **changes)
-    with quiet_bitsandbytes():
-        measured = peaks(config, setup, detect("cpu"))
-        planned = account(architecture_of(config), setup).tensor_bytes
+    measured = peaks(config, setup, detect("cpu"))
+    planned = account(architecture_of(config), setup).tensor_bytes
     assert measured["evaluation_bytes"] <= measured["training_bytes"]
     return float(planned / measured["training_bytes"])
 
@@ -408,8 +407,7 @@ def test_a_vocabulary_larger_than_the_rest_is_planned(vocabulary, tied) -> None:
 def test_what_lies_still_is_right_to_the_byte(vocabulary, tied, optimizer) -> None:
     setup = MemoryConfig(16, 2, 1, 8, rank=48, optimizer=optimizer, on_gpu=False, **vocabulary)
     config = toy_config("llama", num_hidden_layers=2, tie_word_embeddings=tied, vocab_size=1777)
-    with quiet_bitsandbytes():
-        run = real_run(config, setup, detect("cpu"))
+    run = real_run(config, setup, detect("cpu"))
     model, parameters = architecture_of(config), [p for p in run.plain_model.parameters() if p.requires_grad]
     assert n_trained(model, setup) * FP32 == sum(p.nbytes for p in parameters) > 0
     state = held_bytes(list(run.optimizer.state.values()))

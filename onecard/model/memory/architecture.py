@@ -34,7 +34,6 @@ from onecard.model.model_layers import (
     quantised_layers,
     text_part,
 )
-from onecard.model.quantization import quiet_bitsandbytes
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 
@@ -299,8 +298,7 @@ def _linears(model: nn.Module) -> tuple[Linear, ...]:
     """The linear layers that are quantised, by kind, in the model's order."""
     adapted: Any = linear_layers(model)
     if get_checkpoint_conversion_mapping(model.config.model_type):  # type: ignore[union-attr]
-        with quiet_bitsandbytes():
-            from onecard.model.lora.adapter import adaptable_layers  # only here: peft takes seconds
+        from onecard.model.lora.adapter import adaptable_layers  # only here: peft takes seconds
 
         adapted = adaptable_layers(model)
     kinds: Counter[tuple[str, int, int, bool, bool]] = Counter()

@@ -22,7 +22,7 @@ from onecard.model.memory.estimate import (
     optimizer_bytes,
 )
 from onecard.model.model_layers import linear_layers
-from onecard.model.quantization import quiet_bitsandbytes, stored_bytes
+from onecard.model.quantization import stored_bytes
 from tests.live_memory import held_bytes, peak_bytes
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -50,8 +50,7 @@ def setups() -> list[tuple[str, int, MemoryConfig]]:
 
 
 def planned_and_measured(config: dict[str, Any], setup: MemoryConfig) -> tuple[MemoryEstimate, dict[str, int]]:
-    with quiet_bitsandbytes():
-        return account(architecture_of(config), setup), peaks(config, setup, detect("cpu"))
+    return account(architecture_of(config), setup), peaks(config, setup, detect("cpu"))
 
 
 def test_what_earlier_work_left_does_not_count() -> None:
@@ -125,8 +124,7 @@ def test_what_lies_still_is_right_to_the_byte(bits: int, optimizer: str, use_dor
         pytest.skip("peft cannot, on a CPU: model/lora/adapter.py refuses it")
     setup = MemoryConfig(bits, dtype_bytes, 1, 8, rank=48, optimizer=optimizer, use_dora=use_dora, on_gpu=False)
     model = architecture_of(config)
-    with quiet_bitsandbytes():
-        run = real_run(config, setup, detect("cpu"))
+    run = real_run(config, setup, detect("cpu"))
     base = run.plain_model.get_base_model()
     real = sum(stored_bytes(getattr(layer, "base_layer", layer)) for layer in linear_layers(base).values())
     planned = sum(
@@ -147,7 +145,6 @@ def test_what_lies_still_is_right_to_the_byte(bits: int, optimizer: str, use_dor
 def test_a_quantised_head_is_right_to_the_byte(head_bits: int) -> None:
     config = toy_config("llama")
     setup = MemoryConfig(32, 4, 1, 8, head_bits=head_bits, on_gpu=False)
-    with quiet_bitsandbytes():
-        run = real_run(config, setup, detect("cpu"))
+    run = real_run(config, setup, detect("cpu"))
     part = next(part for part in account(architecture_of(config), setup).parts if part.name.startswith("output head"))
     assert part.n_bytes == stored_bytes(run.plain_model.get_base_model().get_output_embeddings())
