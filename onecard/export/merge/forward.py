@@ -62,7 +62,7 @@ def run_together(passes: Sequence[ForwardPass]) -> None:
         turns.stop(_Stopped())
         for thread in threads:
             thread.join()
-    if not isinstance(turns.failure, _Stopped):
+    if turns.failure is not None and not isinstance(turns.failure, _Stopped):
         raise turns.failure
 
 

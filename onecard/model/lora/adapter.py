@@ -247,7 +247,9 @@ def add_product(layer: Any, weight: Tensor) -> bool:
     if type(layer) is not LoraLinear or layer.lora_variant or layer.fan_in_fan_out or layer.merged:
         return False
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    factors = [(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in active]
+    factors: list[tuple[Any, Any, float]] = [
+        (layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in active
+    ]
     if any(part.weight.dtype != weight.dtype or part.bias is not None for a, b, _ in factors for part in (a, b)):
         return False
     for a, b, scale in factors:
