@@ -39,7 +39,7 @@ system_python() {
 # A number that changes when any requirement file does.
 requirements_stamp() { (cd "$ROOT" && cat "$@" | cksum | tr ' \t' '--'); }
 
-# prepare_venv FILE...: .venv with the last FILE installed, which includes the others; a change in any installs anew.
+# prepare_venv FILE...: $VENV with the last FILE installed, which includes the others; a change in any installs anew.
 # The stamps are written after the install, so one that was interrupted is done again.
 prepare_venv() {
     local wanted stamp="$VENV/.installed-${!#}"
@@ -50,11 +50,11 @@ prepare_venv() {
     if ! "$(venv_python)" -m pip --version >/dev/null 2>&1; then
         local python
         python="$(system_python)" || exit 1
-        say "making .venv with $("$python" --version 2>&1)"
+        say "making ${VENV##*/} with $("$python" --version 2>&1)"
         rm -rf "$VENV"
         "$python" -m venv "$VENV"
     fi
-    say "installing ${!#} (some gigabytes on a machine with a GPU; later starts reuse them)"
+    say "installing ${!#} into ${VENV##*/} (with torch some gigabytes on a machine with a GPU; later starts reuse them)"
     local options=(--disable-pip-version-check --no-input)
     [ "${CI:-}" = "true" ] && options+=(--quiet --progress-bar off)
     "$(venv_python)" -m pip install "${options[@]}" -r "$ROOT/${!#}" || fail "the install failed; see above"

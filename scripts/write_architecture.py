@@ -1,4 +1,4 @@
-"""Writes the file tree of docs/architecture.md, one line per module, from the first lines of the modules themselves.
+"""Writes the file tree of docs/en/architecture.md and its Chinese twin, one line per module, from the first lines of the modules themselves.
 
     python scripts/write_architecture.py            write it
     python scripts/write_architecture.py --check    end with status 1 where it is out of date
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
+PAGES = [ROOT / "docs" / language / "architecture.md" for language in ("en", "zh")]
 FIRST, LAST = "<!-- file tree: written by scripts/write_architecture.py -->\n", "<!-- end of the file tree -->\n"
 
 
@@ -37,9 +37,9 @@ def tree(folder: Path, depth: int = 0) -> list[str]:
     return lines
 
 
-def page() -> str:
+def with_tree(text: str) -> str:
     """The whole page with the tree as it is now. Raises ValueError where the page has lost its two marks."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(FIRST)
+    before, rest = text.split(FIRST)
     after = rest.split(LAST)[1]
     lines = [f"{path.name:<36}{purpose(path)}" for path in sorted(ROOT.glob("*.py"))]
     lines += tree(ROOT / "onecard") + tree(ROOT / "tools")
@@ -47,10 +47,12 @@ def page() -> str:
 
 
 def main() -> int:
-    text = page()
+    old = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    new = {page: with_tree(text) for page, text in old.items()}
     if "--check" in sys.argv[1:]:
-        return int(text != PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(text, encoding="utf-8", newline="\n")
+        return int(new != old)
+    for page, text in new.items():
+        page.write_text(text, encoding="utf-8", newline="\n")
     return 0
 
 
