@@ -1,4 +1,4 @@
-"""Writes the file tree of docs/en/architecture.md and its Chinese twin, one line per module, from the first lines of the modules themselves.
+"""Writes the file tree of docs/en/architecture.md and docs/zh/architecture.md: the first line of each module.
 
     python scripts/write_architecture.py            write it
     python scripts/write_architecture.py --check    end with status 1 where it is out of date

@@ -6,6 +6,7 @@ loaded. `scripts/quickstart.sh` runs for real in the slow test at the end.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -25,11 +26,17 @@ from onecard.config.inference import ChatConfig, GenerateConfig, ServeConfig
 from onecard.config.training import FinetuneConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md"]
+ENGLISH = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs" / "en").rglob("*.md"))
+CHINESE = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs" / "zh").rglob("*.md"))
+TWINS = [("README.md", "docs/README_zh.md"), ("docs/coming-from.md", "docs/coming-from_zh.md"),
+         *((page, page.replace("/en/", "/zh/")) for page in ENGLISH if "/api/" not in page)]  # fmt: skip
+DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/coming-from.md",
+             "docs/coming-from_zh.md", *ENGLISH, *CHINESE]  # fmt: skip
 SCRIPTS = sorted(path.name for path in (REPOSITORY / "scripts").glob("*.sh") if path.name != "environment.sh")
 TALKING = ("generate.sh", "chat_7B.sh", "chat_cli.sh", "serve.sh")
-RECIPES = [name for name in SCRIPTS if name not in ("quickstart.sh", "test.sh")]
+RECIPES = [name for name in SCRIPTS if name not in ("quickstart.sh", "test.sh", "docs.sh")]
 TOOLS = sorted(path.name for path in (REPOSITORY / "tools").glob("*.py"))
+BENCHMARKS = sorted(f"benchmarks/{path.name}" for path in (REPOSITORY / "benchmarks").glob("*.py"))
 SETTINGS = sorted(path.name for path in (REPOSITORY / "config-sample").glob("*.yaml"))
 
 needs_bash = pytest.mark.skipif(os.name == "nt", reason="the scripts are for bash")
@@ -51,9 +58,30 @@ def commands(text: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
+def as_bash(block: str) -> str:
+    """Commands of PowerShell, as bash would be given them."""
+    for theirs, ours in (
+        ("\\", "/"),
+        (".venv/Scripts/python.exe", ".venv/bin/python"),
+        ("py -m venv", "python3 -m venv"),
+    ):
+        block = block.replace(theirs, ours)
+    return block
+
+
+def without_texts(command: str) -> str:
+    """A command with its quoted texts taken out, which are in the page's language."""
+    return re.sub(r'"[^"]*"', '""', command)
+
+
 COMMANDS = [
-    (document, line) for document in DOCUMENTS for block in fenced(document, "bash") for line in commands(block)
+    (document, line)
+    for document in DOCUMENTS
+    for block in (*fenced(document, "bash"), *map(as_bash, fenced(document, "powershell")))
+    for line in commands(block)
 ]
+# One start for all pages that show the command, whatever their language.
+STARTED = {without_texts(line): line for _, line in reversed(COMMANDS)}
 
 
 # --- starting commands -----------------------------------------------------------------------------------------------
@@ -107,7 +135,7 @@ def is_installation(command: str) -> bool:
 
 
 @needs_bash
-@pytest.mark.parametrize("command", sorted({line for _, line in COMMANDS if not is_installation(line)}))
+@pytest.mark.parametrize("command", sorted(line for line in STARTED.values() if not is_installation(line)))
 def test_command_starts(stage: Path, command: str) -> None:
     if "scripts/test.sh" in command:
         done = start(stage, f"{command} --help")  # it cannot run itself
@@ -137,12 +165,23 @@ def test_installations_name_real_files() -> None:
         assert (REPOSITORY / file).is_file()
 
 
-def test_both_languages_give_the_same_commands_and_sections() -> None:
-    english, chinese = ([re.sub(r'"[^"]*"', '""', line) for name, line in COMMANDS if name == d] for d in DOCUMENTS[:2])
+def test_every_page_has_a_twin_in_the_other_language() -> None:
+    assert [page for _, page in TWINS[2:]] == [page for page in CHINESE if not page.endswith("/api.md")]
+
+
+@pytest.mark.parametrize("twins", TWINS, ids=lambda twins: twins[0])
+def test_both_languages_give_the_same_commands_and_sections(twins: tuple[str, str]) -> None:
+    english, chinese = ([without_texts(line) for name, line in COMMANDS if name == page] for page in twins)
     assert english == chinese
-    for pattern in (r"^## ", r"^ *\|", r"^- ", r"^\d\. "):
-        counts = [len(re.findall(pattern, text_of(document), re.MULTILINE)) for document in DOCUMENTS[:2]]
+    for pattern in (r"^##+ ", r"^ *\|", r"^- ", r"^\d\. ", r"^!\["):
+        counts = [len(re.findall(pattern, text_of(page), re.MULTILINE)) for page in twins]
         assert counts[0] == counts[1], pattern
+
+
+@pytest.mark.parametrize("page", TWINS[0])
+def test_a_readme_stays_short_and_has_a_picture(page: str) -> None:
+    assert len(text_of(page).splitlines()) <= 200
+    assert text_of(page).count("](screenshots/" if "docs/" in page else "](docs/screenshots/") == 1
 
 
 # --- scripts, tools, settings ----------------------------------------------------------------------------------------
@@ -222,7 +261,7 @@ def test_script_says_what_it_is_for(name: str) -> None:
     assert text.startswith("#!/usr/bin/env bash\n# ")
     assert f"scripts/{name}" in header
     assert os.name == "nt" or os.access(REPOSITORY / "scripts" / name, os.X_OK)
-    if name != "test.sh":
+    if name not in ("test.sh", "docs.sh"):
         assert "Card" in header
         assert "Time" in header
         assert "measured)" in header or "those of the run" in header
@@ -269,6 +308,44 @@ def test_architecture_lists_every_module_as_it_is_now() -> None:
     assert subprocess.run(script, check=False).returncode == 0, "run python scripts/write_architecture.py"
 
 
+def anchors(page: Path) -> list[str]:
+    """What a link may name in a page: its headings, as GitHub and mkdocs.yml write them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+
+
+def defined_in(module: Path) -> set[str]:
+    """The classes, functions and methods of a module, by their names inside it."""
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    top = [node for node in ast.parse(module.read_text(encoding="utf-8")).body if isinstance(node, kinds)]
+    inner = [(node.name, child.name) for node in top for child in node.body if isinstance(child, kinds)]
+    return {node.name for node in top} | {".".join(names) for names in inner}
+
+
+@pytest.mark.parametrize("page", ["docs/en/architecture.md", "docs/zh/architecture.md"])
+def test_every_hop_is_a_function_of_today(page: str) -> None:
+    hops = re.findall(r"`((?:config|data|model|train|inference|serve|export)\.[\w.]+)`", text_of(page).split("<!--")[0])
+    assert len(hops) >= 40
+    for hop in hops:
+        parts = hop.split(".")
+        files = [(n, (REPOSITORY / "onecard").joinpath(*parts[:n]).with_suffix(".py")) for n in range(1, len(parts))]
+        (depth, module), *_ = [found for found in files if found[1].is_file()] or pytest.fail(f"no module: {hop}")
+        assert ".".join(parts[depth:]) in defined_in(module), hop
+
+
+def test_every_template_in_the_documents_exists() -> None:
+    built_in = {path.stem for path in (REPOSITORY / "onecard" / "data" / "templates").glob("*.jinja")}
+    visited = 0
+    for document in DOCUMENTS:
+        for name in re.findall(r"--prompt_type ([\w.-]+)`", text_of(document)):
+            assert name in built_in | {"auto", "chat"}, f"{document}: {name}"
+            visited += 1
+    assert visited >= 6
+    for page in ("docs/en/training.md", "docs/zh/training.md"):
+        (row,) = (line for line in text_of(page).splitlines() if line.startswith("| `--prompt_type auto`"))
+        assert built_in <= set(re.findall(r"[\w-]+", row))
+
+
 def test_every_path_in_the_documents_exists() -> None:
     folders = "onecard|tools|scripts|config-sample|sample|tests|docs|benchmarks"
     visited = 0
@@ -276,8 +353,10 @@ def test_every_path_in_the_documents_exists() -> None:
         for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*[\w/])", text_of(document)):
             assert (REPOSITORY / path).exists() or path == "onecard/programs/my_tool.py", f"{document}: {path}"
             visited += 1
-        for link in re.findall(r"\]\(([^)#:]+)\)", text_of(document)):
-            assert (REPOSITORY / document).parent.joinpath(link).exists(), f"{document}: {link}"
+        for link, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", text_of(document)):
+            target = (REPOSITORY / document).parent.joinpath(link) if link else REPOSITORY / document
+            assert target.exists(), f"{document}: {link}"
+            assert not anchor or anchor in anchors(target), f"{document}: {link}#{anchor}"
             visited += 1
     assert visited >= 45
 
@@ -296,19 +375,15 @@ def test_every_flag_in_the_documents_exists() -> None:
         for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig, *tool_options())
         for name in cli.options_of(config)
     }
-    known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--real", "--examples"}
+    known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--real", "--examples", "--serve"}
     # of pip, torchrun and pytest
-    known |= {
-        "--version",
-        "--standalone",
-        "--nproc_per_node",
-        "--nnodes",
-        "--node_rank",
-        "--master_addr",
-        "--master_port",
-    }
+    known |= {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     known |= {"--no-build-isolation", "--index-url", "--language", "--version"}
-    names = [*DOCUMENTS, *(f"scripts/{name}" for name in RECIPES), "scripts/quickstart.sh"]
+    of_benchmarks = re.findall(r"^    (\w+): ", "".join(map(text_of, BENCHMARKS)), re.MULTILINE)
+    known |= {f"--{name}" for name in of_benchmarks}
+    # Those of other kits, beside each other with ours, are tests/config/test_old_names.py's.
+    names = [name for name in DOCUMENTS if "coming-from" not in name]
+    names += [*(f"scripts/{name}" for name in RECIPES), "scripts/quickstart.sh"]
     names += [f"config-sample/{name}" for name in SETTINGS]
     visited = 0
     for name in names:
@@ -362,3 +437,22 @@ def test_quickstart_teaches_the_sample_and_is_reused(tmp_path: Path) -> None:
     log = (tmp_path / "run" / "log.jsonl").read_bytes()
     assert "already done" in quickstart()
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None:
+    python = next((path for path in (REPOSITORY / ".venv-docs").glob("*/python*") if path.stem == "python"), None)
+    if python is None:
+        pytest.skip("requirements-docs.txt is not installed; bash scripts/docs.sh makes .venv-docs")
+    built = [str(python), "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(built, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = [path for path in (tmp_path / "site").rglob("*") if path.suffix in (".html", ".css")]
+    assert len(pages) >= 45
+    loads = r"<(?:script|img|iframe|source)[^>]+src=|<link[^>]+href=|@import |url\("
+    foreign = re.compile(rf"""(?:{loads})["']?(?:https?:)?//""")
+    for page in pages:
+        found = foreign.search(page.read_text(encoding="utf-8"))
+        assert not found, f"{page.name}: {found}"
+    for language, page in (("en", "en/data.html"), ("zh", "zh/data.html"), ("zh", "coming-from_zh.html")):
+        assert f'<html lang="{language}"' in (tmp_path / "site" / page).read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""The table "Where do I run it?" of the README: each of its commands is run, and what it wrote is opened as the program
-that it is for would open it."""
+"""The table "Where do I run it?" of docs/en/exporting.md: each of its commands is run, and what it wrote is opened as
+the program that it is for would open it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from onecard.recipes import finetune
 from tests import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HEADINGS = {"README.md": "## Where do I run it?", "docs/README_zh.md": "## 训练好了，在哪里运行？"}
+HEADINGS = {"docs/en/exporting.md": "## Where do I run it?", "docs/zh/exporting.md": "## 训练好了，在哪里运行？"}
+ENGLISH = next(iter(HEADINGS))
 PROMPT = "Below is an instruction. Name three rivers."
 
 
@@ -33,7 +34,7 @@ def make(form: str) -> Path:
     """outputs/FORM, made by the table's command for it; what that command reads is made before."""
     target = Path("outputs", form)
     if not target.exists():
-        (command,) = (line for line in commands("README.md") if f"--output_path outputs/{form}" in line)
+        (command,) = (line for line in commands(ENGLISH) if f"--output_path outputs/{form}" in line)
         if "outputs/merged" in command and form != "merged":
             make("merged")
         run(command)
@@ -116,7 +117,7 @@ def test_onecard_answers_from_it(stage: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_run_itself_answers(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(commands("README.md")[0])
+    run(commands(ENGLISH)[0])
     assert capsys.readouterr().out.strip()
 
 
