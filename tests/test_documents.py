@@ -29,9 +29,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ENGLISH = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs" / "en").rglob("*.md"))
 CHINESE = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs" / "zh").rglob("*.md"))
 TWINS = [("README.md", "docs/README_zh.md"), ("docs/coming-from.md", "docs/coming-from_zh.md"),
+         ("docs/benchmarks.md", "docs/benchmarks_zh.md"),
          *((page, page.replace("/en/", "/zh/")) for page in ENGLISH if "/api/" not in page)]  # fmt: skip
 DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/coming-from.md",
-             "docs/coming-from_zh.md", *ENGLISH, *CHINESE]  # fmt: skip
+             "docs/coming-from_zh.md", "docs/benchmarks_zh.md", *ENGLISH, *CHINESE]  # fmt: skip
 SCRIPTS = sorted(path.name for path in (REPOSITORY / "scripts").glob("*.sh") if path.name != "environment.sh")
 TALKING = ("generate.sh", "chat_7B.sh", "chat_cli.sh", "serve.sh")
 RECIPES = [name for name in SCRIPTS if name not in ("quickstart.sh", "test.sh", "docs.sh")]
@@ -166,7 +167,7 @@ def test_installations_name_real_files() -> None:
 
 
 def test_every_page_has_a_twin_in_the_other_language() -> None:
-    assert [page for _, page in TWINS[2:]] == [page for page in CHINESE if not page.endswith("/api.md")]
+    assert [page for _, page in TWINS[3:]] == [page for page in CHINESE if not page.endswith("/api.md")]
 
 
 @pytest.mark.parametrize("twins", TWINS, ids=lambda twins: twins[0])
@@ -176,6 +177,15 @@ def test_both_languages_give_the_same_commands_and_sections(twins: tuple[str, st
     for pattern in (r"^##+ ", r"^ *\|", r"^- ", r"^\d\. ", r"^!\["):
         counts = [len(re.findall(pattern, text_of(page), re.MULTILINE)) for page in twins]
         assert counts[0] == counts[1], pattern
+
+
+def test_both_languages_tell_the_same_numbers() -> None:
+    english, chinese = (
+        [re.findall(r"\d[\d,.]*\d|\d", line) for line in text_of(page).splitlines() if line.startswith("|")]
+        for page in ("docs/benchmarks.md", "docs/benchmarks_zh.md")
+    )
+    assert len(english) >= 50
+    assert english == chinese
 
 
 @pytest.mark.parametrize("page", TWINS[0])
