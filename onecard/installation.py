@@ -13,7 +13,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 IS_CLONE = not (_PACKAGE / "sample").is_dir()
-# The folder of sample/, config-sample/ and the READMEs: the repository, or the package, into which the wheel puts them.
+# The folder of sample/, config-sample/ and docs/: the repository, or the package, into which the wheel puts them.
 SHIPPED = _PACKAGE.parent if IS_CLONE else _PACKAGE
 # The script of each verb in a clone, in the order in which --help lists the verbs.
 SCRIPTS = {

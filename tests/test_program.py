@@ -243,7 +243,7 @@ def test_the_wheel_holds_all_that_a_clone_lends_the_program(wheel: zipfile.ZipFi
     if not tracked:
         pytest.skip("not a git checkout")
     wanted = {name if name.startswith("onecard/") else f"onecard/{name}" for name in tracked}
-    wanted |= {"onecard/README.md", "onecard/docs/README_zh.md", "onecard/tiny_corpus/tables/nouns.txt"}
+    wanted |= {"onecard/docs/en/data.md", "onecard/docs/zh/data.md", "onecard/tiny_corpus/tables/nouns.txt"}
     assert len(wanted) > 200 and wanted <= held, wanted - held
     assert {name.split("/")[0] for name in held} == {"onecard", f"onecard-{__version__}.dist-info"}
     assert not [name for name in held if name.endswith(".pyc")]

@@ -26,7 +26,7 @@ class BnbOptions(ReadingOptions):
     bits: Literal[4, 8] = 4
     """Bits per weight: 4 (NF4 with double quantisation) or 8 (LLM.int8)."""
     eval_path: str = ""
-    """Text to measure on: a file, a folder or a Hub data set. Without it: README.md, English and Chinese."""
+    """Text to measure on: a file, a folder or a Hub data set. Without it: the pages of docs, English and Chinese."""
     eval_samples: int = 64
     """Samples to measure on, at most."""
     eval_len: int = 512
@@ -77,11 +77,12 @@ def text_for(base: str, options: BnbOptions) -> Any:
     config, embedded = read_config(locate(base)), read_config(SHIPPED / "sample" / "tiny-llama")
     if all(config.get(name) == embedded[name] for name in ("model_type", "vocab_size", "hidden_size")):
         return TextSource(lambda: tiny_corpus(0), packed=False, name="the corpus of sample/tiny-llama")
-    return TextSource(documents, name="README.md and docs/README_zh.md")
+    return TextSource(documents, name="the pages of docs/en and docs/zh")
 
 
 def documents() -> Iterator[str]:
-    """The paragraphs of the two READMEs in turns."""
-    files = (SHIPPED / "README.md", SHIPPED / "docs" / "README_zh.md")
-    for pair in zip_longest(*(file.read_text(encoding="utf-8").split("\n\n") for file in files)):
+    """The paragraphs of the pages for users, English and Chinese in turns."""
+    languages = [sorted((SHIPPED / "docs" / language).glob("*.md")) for language in ("en", "zh")]
+    texts = ["\n\n".join(file.read_text(encoding="utf-8") for file in files).split("\n\n") for files in languages]
+    for pair in zip_longest(*texts):
         yield from filter(None, pair)

@@ -161,7 +161,7 @@ def test_as_many_samples_as_asked_for_of_text_that_is_named(
 ) -> None:
     own = tmp_path / "own.txt"
     own.write_text("A line of text.\n" * 400, encoding="utf-8")
-    for words, name in (((), "README.md and docs/README_zh.md"), (("--eval_path", str(own)), str(own))):
+    for words, name in (((), "the pages of docs/en and docs/zh"), (("--eval_path", str(own)), str(own))):
         saved(base, tmp_path / str(len(words)), 8, "--eval_samples", "3", *words)
         said = capsys.readouterr().out
         assert f"measuring on 3 samples of {name}, 192 tokens" in said and "perplexity on 3 held-out samples" in said
