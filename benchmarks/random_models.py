@@ -41,7 +41,9 @@ def base_model(options: ModelOptions, hardware: Hardware, *, seed: int = 0) -> L
 
 
 def config_of(model: str) -> dict[str, Any]:
-    """The config numbers of a directory or of a known model. Raises ModelError."""
+    """The config numbers of a directory, of a config.json or of a known model. Raises ModelError."""
+    if Path(model).is_file():
+        return read_json(Path(model))
     if (Path(model) / "config.json").is_file():
         return read_json(Path(model) / "config.json")
     known = find_known(model)
@@ -63,7 +65,8 @@ def random_base(config: dict[str, Any], options: ModelOptions, hardware: Hardwar
     torch.manual_seed(seed)
     linears = linear_layers(model)
     _fill_the_rest(model, linears, device)
-    for name, module in linears.items():
+    while linears:  # which lets go of each layer once it is quantised
+        name, module = linears.popitem()
         model.set_submodule(name, _quantised(_random_layer(module, dtype, device), options.bits, dtype))
     model.tie_weights()
     model.requires_grad_(False)
