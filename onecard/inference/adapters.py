@@ -35,17 +35,24 @@ class ServedAdapter:
 
 
 class AdapterManager:
-    """The model of this card with its adapters; `paths` are adapters by name, the first one is active at once."""
+    """The model of this card with its adapters; `paths` are adapters by name, the first one is active at once.
+
+    `loaded`: what `load_bundle` would give for it, where it was made in memory and lies in no directory.
+    """
 
     def __init__(
-        self, options: ModelOptions, inference_options: InferenceOptions, paths: Mapping[str, str | None]
+        self,
+        options: ModelOptions,
+        inference_options: InferenceOptions,
+        paths: Mapping[str, str | None],
+        loaded: tuple[ModelBundle, dict[str, Any]] | None = None,
     ) -> None:
         self._paths = dict(paths)
         first = next(iter(self._paths))
         base = base_path(options.model_path, self._paths[first])
         self._options, self._prompt_type = replace(options, model_path=base), inference_options.prompt_type
         self._cache = CacheOptions(inference_options.static_cache, inference_options.compile)
-        bundle, depends_on = load_bundle(self._options, self._paths[first], self._prompt_type)
+        bundle, depends_on = loaded or load_bundle(self._options, self._paths[first], self._prompt_type)
         self.model: Any = bundle.model
         self._fingerprint = depends_on["base"]
         self._on: str | None = first  # the name of what the model is now; None: the base, after an adapter failed

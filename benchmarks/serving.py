@@ -1,0 +1,204 @@
+#!/usr/bin/env python
+"""How a served model holds up with several clients: tokens per second of all, and each one's time to the first token.
+
+    python benchmarks/serving.py --model_path Llama-3.1-8B --bits 4 --clients 1,4,8,16
+    python benchmarks/serving.py --model_path sample/tiny-llama --bits 32                      (on a CPU)
+
+The API of `tools/serve.py` runs in this process on a port of its own; each client is a thread with a connection of its
+own, which asks for a streamed chat answer that no end token cuts short. All clients of one row begin at once, so the
+time to the first token holds the wait for those in front. Writes benchmarks/results/serving.json.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # Started as a script, Python sees only the script's own folder.
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
+from onecard.config.inference import InferenceOptions, LimitOptions, ServeOptions  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import DEFAULT_BASE, ModelOptions  # noqa: E402
+from onecard.console import run_main, say  # noqa: E402
+from onecard.errors import ModelError  # noqa: E402
+
+NAME, HOST, SECONDS_OF_A_REQUEST = "random", "127.0.0.1", 600
+QUESTION = "Number {number}: name the capitals of all countries of Europe and say what each one is known for."
+
+
+@dataclass
+class ServingOptions:
+    """What is measured."""
+
+    model_path: str = DEFAULT_BASE
+    """A directory, or a known model's name or a config.json (random weights)."""
+    bits: int = 4
+    """Bits per base weight."""
+    clients: str = "1,4,8,16"
+    """Clients that ask at the same time, one row each."""
+    requests: int = 1
+    """Requests of each client, one after the other."""
+    new_tokens: int = 32
+    """Length of each answer."""
+    seconds: float = 0.0
+    """A row that would take longer than what is left of so many is not begun; 0: all rows."""
+    device: str = "auto"
+    """auto, cpu or cuda:N."""
+    pretend_turing: bool = False
+    """fp16 and no FlashAttention, whatever the card."""
+    output: str = str(RESULTS / "serving.json")
+    """Where the result is written, anew after each row."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One request: seconds until the first text and until the end, and the tokens that were written."""
+
+    first_token: float
+    whole: float
+    n_tokens: int
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(ServingOptions, argv, description=__doc__ or "")
+
+    from onecard.model.quantization import quiet_bitsandbytes
+
+    given = asdict(options) | {name: Path(getattr(options, name)).name for name in ("output", "model_path")}
+    end = time.monotonic() + options.seconds if options.seconds else float("inf")
+    rows: list[dict[str, Any]] = []
+    with quiet_bitsandbytes():
+        engine, device = open_engine(options)
+        with serving(engine) as port:
+            ask(port, 0, 2)  # kernels are chosen and the first memory is taken
+            for word in options.clients.split(","):
+                rows.append(row_of(int(word), rows, port, options, end - time.monotonic()))
+                write_result(options.output, {"options": given, "rows": rows, "machine": machine(device)})
+    say_table(["clients", "tokens/s", "first token, s (median)", "worst", "not run"],
+              [[row.get(name) for name in COLUMNS] for row in rows])  # fmt: skip
+
+
+COLUMNS = ("clients", "tokens_per_s", "first_token_median", "first_token_worst", "not_run")
+
+
+def open_engine(options: ServingOptions) -> tuple[Any, str]:
+    """The engine of `tools/serve.py` around a base that lies in memory, and its device."""
+    import torch
+
+    from benchmarks.random_models import base_model
+    from onecard.data.chat_template import load_template
+    from onecard.inference.adapters import AdapterManager
+    from onecard.inference.call import ModelBundle
+    from onecard.inference.engine import InferenceEngine
+    from onecard.model.attention import avoid_flash
+    from onecard.model.hardware import detect
+    from onecard.model.load import load_tokenizer
+
+    bits: Any = options.bits
+    hardware = detect(options.device, pretend_turing=options.pretend_turing)
+    model = ModelOptions(options.model_path, bits=bits, device=options.device, gradient_checkpointing=False)
+    base = base_model(model, hardware)
+    if hardware.is_gpu and not hardware.has_flash_attention:
+        avoid_flash(base.model)
+    tokenizer = load_tokenizer(DEFAULT_BASE)
+    with torch.no_grad():  # the most likely token is then one that the sample tokenizer knows
+        base.model.get_output_embeddings().weight[len(tokenizer) :] = 0
+    bundle = ModelBundle(base.model, tokenizer, load_template("vicuna-chat", tokenizer))
+    adapters = AdapterManager(model, InferenceOptions(), {NAME: None}, (bundle, {"base": base.fingerprint}))
+    return InferenceEngine(adapters, LimitOptions()), str(hardware.device)
+
+
+@contextmanager
+def serving(engine: Any) -> Iterator[int]:
+    """The API around the engine, in a thread; gives its port."""
+    from onecard.serve.api.app import build_app
+    from onecard.serve.listen import Server, open_socket
+
+    app = build_app(engine, ServeOptions(), LimitOptions())
+    with open_socket(HOST, 0) as listening:
+        server = Server(app, app.stop_answers)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started:
+            if not thread.is_alive():
+                raise ModelError("the server ended before it listened")
+            time.sleep(0.01)
+        try:
+            yield int(listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def row_of(n: int, rows: list[dict[str, Any]], port: int, options: ServingOptions, left: float) -> dict[str, Any]:
+    """So many clients at once, or why they were not let loose: by the time that the last row took, one at a time."""
+    before = next((row for row in reversed(rows) if "seconds" in row), None)
+    expected = before["seconds"] / before["clients"] * n if before else 0.0
+    if before and expected > left:
+        return {"clients": n, "not_run": f"{max(0.0, left):.0f} s left, about {expected:.0f} needed"}
+
+    def client(number: int) -> list[Answered]:
+        return [ask(port, number * options.requests + k, options.new_tokens) for k in range(options.requests)]
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(n) as threads:
+        answers = [each for found in threads.map(client, range(n)) for each in found]
+    seconds = time.perf_counter() - begun
+    waits = [each.first_token for each in answers]
+    n_tokens = sum(each.n_tokens for each in answers)
+    say(f"{n} clients: {n_tokens} tokens in {seconds:.1f} s")
+    return {
+        "clients": n, "requests": len(answers), "tokens": n_tokens, "seconds": round(seconds, 3),
+        "tokens_per_s": round(n_tokens / seconds, 1), "first_token_median": round(statistics.median(waits), 3),
+        "first_token_worst": round(max(waits), 3),
+        "whole_median": round(statistics.median(each.whole for each in answers), 3),
+    }  # fmt: skip
+
+
+def ask(port: int, number: int, new_tokens: int) -> Answered:
+    """One streamed chat answer of `new_tokens`. Raises ModelError for a refusal and for an answer without an end."""
+    body = {"model": NAME, "messages": [{"role": "user", "content": QUESTION.format(number=number)}], "temperature": 0,
+            "max_tokens": new_tokens, "min_tokens": new_tokens, "stream": True,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    connection = http.client.HTTPConnection(HOST, port, timeout=SECONDS_OF_A_REQUEST)
+    begun = time.perf_counter()
+    first, n_tokens = None, 0
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ModelError(f"the server refused a request: {response.status} {response.read(500).decode()}")
+        for line in response:
+            data = line.decode().strip().removeprefix("data: ")
+            event = json.loads(data) if data.startswith("{") else {}
+            if "error" in event:
+                raise ModelError(f"the server broke off an answer: {event['error']}")
+            if first is None and any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                first = time.perf_counter() - begun
+            n_tokens = (event.get("usage") or {}).get("completion_tokens", n_tokens)
+    finally:
+        connection.close()
+    if not n_tokens:
+        raise ModelError("an answer ended without saying how many tokens it has")
+    whole = time.perf_counter() - begun
+    return Answered(whole if first is None else first, whole, n_tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
