@@ -13,6 +13,8 @@ Writes benchmarks/results/memory_ladder.json.
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +38,7 @@ from onecard.console import run_main, say  # noqa: E402
 TOY = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4,
        "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 8016, "max_position_embeddings": 131072,
        "tie_word_embeddings": False}  # fmt: skip
+UPCAST = {"plain, upcast": True, "plain": False}  # the rows of plain Hugging Face
 COLUMNS = ("measured", "difference", "planned", "reserved", "ram", "planned_ram")
 
 
@@ -65,8 +68,12 @@ class LadderOptions:
     """auto, cpu or cuda:N."""
     pretend_turing: bool = False
     """fp16 and no FlashAttention, whatever the card."""
+    seconds: float = 0.0
+    """No further row is begun after so many; 0: all rows."""
     output: str = str(ROOT / "benchmarks" / "results" / "memory_ladder.json")
-    """Where the result is written."""
+    """Where the result is written, anew after each row."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,18 +83,20 @@ def main(argv: list[str] | None = None) -> None:
     from onecard.model.hardware import detect
 
     hardware = detect(options.device, pretend_turing=options.pretend_turing)
-    rows = ladder(options, hardware)
+    given = asdict(options) | {name: Path(getattr(options, name)).name for name in ("output", "model_path")}
+    here = machine(str(hardware.device))
+    rows: list[dict[str, Any]] = []
+    for row in ladder(options, hardware):
+        rows.append(row)
+        write_result(options.output, {"options": given, "unit": "bytes", "rows": rows, "machine": here})
     say_table(
         ["MiB", "peak of tensors", "difference", "planned", "reserved", "in RAM", "planned in RAM"],
         [[row["technique"], *(_mib(row[name]) for name in COLUMNS)] for row in rows],
     )
-    given = asdict(options) | {"output": Path(options.output).name}
-    result = {"options": given, "unit": "bytes", "rows": rows, "machine": machine(str(hardware.device))}
-    write_result(options.output, result)
 
 
-def ladder(options: LadderOptions, hardware: Any) -> list[dict[str, Any]]:
-    """Every row, measured one after the other, each on a model of its own."""
+def ladder(options: LadderOptions, hardware: Any) -> Iterator[dict[str, Any]]:
+    """Every row, measured one after the other, each on a model of its own; those that time was left for."""
     import torch
 
     from onecard.train.oom import give_back_memory
@@ -102,23 +111,29 @@ def ladder(options: LadderOptions, hardware: Any) -> list[dict[str, Any]]:
                          gradient_checkpointing=True)  # fmt: skip
     lora = LoraOptions(lora_r=options.lora_r)
     config = FinetuneConfig(model, DataOptions(cutoff_len=options.length), lora, train, memory)
-    rows: list[dict[str, Any]] = []
-    for name, upcast in (("plain Hugging Face + PEFT, fp32 norms, embeddings and head", True), ("no upcast", False)):
-        rows.append(_row(name, rows, _attempt(plain_peak, config, hardware, options, upcast)))
-        give_back_memory()
+    before: dict[str, Any] | None = None
+    last = time.monotonic() + options.seconds if options.seconds else float("inf")
     for name, group, changes in techniques(options):
-        part = replace(getattr(config, group), **changes)
-        config = replace(config, **{group: part})
-        rows.append(_row(name, rows, _attempt(our_peak, config, hardware, options)))
+        if before is not None and time.monotonic() > last:
+            say(f"not run: {name}; the time is used up")
+            continue
+        if group in UPCAST:
+            found = _attempt(plain_peak, config, hardware, options, UPCAST[group])
+        else:
+            config = replace(config, **{group: replace(getattr(config, group), **changes)})
+            found = _attempt(our_peak, config, hardware, options)
+        before = _row(name, before, found)
+        yield before
         give_back_memory()
-    if hardware.is_gpu:
-        torch.cuda.empty_cache()
-    return rows
+        if hardware.is_gpu:
+            torch.cuda.empty_cache()
 
 
 def techniques(options: LadderOptions) -> list[tuple[str, str, dict[str, Any]]]:
-    """(what the row adds, the group of options, the options that change); each row keeps those before it."""
+    """(what the row adds, the group of options or one of UPCAST, the options that change); all before it stay."""
     return [
+        ("plain Hugging Face + PEFT, fp32 norms, embeddings and head", "plain, upcast", {}),
+        ("no upcast", "plain", {}),
         ("no attention mask", "memory", {}),
         (f"chunked loss, {options.loss_chunk} tokens", "memory", {"loss_chunk": options.loss_chunk}),
         ("layer inputs in RAM", "memory", {"offload_activations": "on"}),
@@ -180,10 +195,10 @@ def _attempt(measure: Any, *arguments: Any) -> tuple[Any, Any]:
     return None, None
 
 
-def _row(name: str, before: list[dict[str, Any]], found: tuple[Any, Any]) -> dict[str, Any]:
+def _row(name: str, before: dict[str, Any] | None, found: tuple[Any, Any]) -> dict[str, Any]:
     peak, planned = found
     measured = peak.tensor_bytes if peak else None
-    last = before[-1]["measured"] if before else None
+    last = before["measured"] if before else None
     difference = measured - last if measured is not None and last is not None else None
     return {"technique": ("+ " if before else "") + name, "measured": measured, "difference": difference,
             "planned": planned.tensor_bytes if planned else None, "reserved": peak.reserved_bytes if peak else None,

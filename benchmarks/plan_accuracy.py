@@ -6,17 +6,19 @@
 Each row is one real optimizer step of a model with random weights, and one evaluation at the same limits. On a card the
 measurement is torch's own: `max_memory_allocated` for tensors, `max_memory_reserved` beside it. On a CPU it is every
 allocation of torch, by its profiler, at toy sizes. No constant of the plan was fitted to the held-out rows.
-Writes benchmarks/results/plan_accuracy.json: every row, mean and worst errors, the machine and the versions.
+Writes benchmarks/results/plan_accuracy.json: every row, mean and worst errors, the machine and the versions; on a card
+also what the plan assumes beside the tensors, as measured: the context, and the allocator's slack.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -26,6 +28,7 @@ if str(ROOT) not in sys.path:
 from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
+from onecard.errors import ModelError  # noqa: E402
 
 TOY = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -60,6 +63,7 @@ CARD_ROWS: dict[str, list[tuple[str, int, int, dict[str, Any]]]] = {
         ("llama-3.1-8b", 2, 2048, {"bits": 4, "rank": 32}),
         ("qwen2.5-0.5b", 4, 512, {"bits": 8, "rank": 16}),
         ("qwen2.5-1.5b", 1, 4096, {"bits": 4, "rank": 16}),
+        ("llama-3.1-8b", 1, 1024, {"bits": 4, "rank": 32, "offload_embeddings": True}),
     ],
     "held_out": [
         ("llama-3.1-8b", 1, 8192, {"bits": 4, "rank": 16, "offload_activations": True}),
@@ -80,52 +84,111 @@ class BenchmarkOptions:
 
     split: str = "all"
     """fit, held_out or all: the rows that are measured."""
+    models: Literal["auto", "toy", "real"] = "auto"
+    """real: known models; toy: what a CPU trains in a second; auto: real ones on a card."""
     device: str = "auto"
     """auto, cpu or cuda:N."""
+    pretend_turing: bool = False
+    """fp16 and no FlashAttention, whatever the card."""
+    seconds: float = 0.0
+    """No further row is begun after so many, and the smallest steps come first; 0: all rows, in their order."""
     output: str = str(RESULTS / "plan_accuracy.json")
-    """Where the result is written."""
+    """Where the result is written, anew after each row."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
-def main() -> None:
-    options = parse(BenchmarkOptions, description=__doc__)
-
-    import torch
+def main(argv: list[str] | None = None) -> None:
+    options = parse(BenchmarkOptions, argv, description=__doc__ or "")
 
     from onecard.model.hardware import detect
+    from onecard.model.nvidia_driver import nvidia_smi
+    from onecard.train.oom import give_back_memory
 
-    hardware = detect(options.device)
-    table = CARD_ROWS if hardware.is_gpu else TOY_ROWS
-    results = []
-    for split in [name for name in table if options.split in (name, "all")]:
-        for name, rows, length, rest in table[split]:
-            results.append({"split": split, **measure(name, rows, length, rest, hardware)})
-            gc.collect()
-            if hardware.is_gpu:
-                torch.cuda.empty_cache()
-    summary = {split: summarise([row for row in results if row["split"] == split]) for split in table}
-    tell(results, summary)
-    write_result(options.output, {"summary": summary, "rows": results, "machine": machine(str(hardware.device))})
+    used = nvidia_smi("--query-gpu=memory.used")  # before this process has a context
+    hardware = detect(options.device, pretend_turing=options.pretend_turing)
+    table = CARD_ROWS if options.models == "real" or (hardware.is_gpu and options.models == "auto") else TOY_ROWS
+    chosen = [(split, *row) for split in table if options.split in (split, "all") for row in table[split]]
+    if options.seconds and table is CARD_ROWS:
+        chosen.sort(key=size_of_step)
+    results: list[dict[str, Any]] = []
+    here, last = machine(str(hardware.device)), time.monotonic() + options.seconds
+    for split, name, rows, length, rest in chosen:
+        if options.seconds and results and time.monotonic() > last:
+            say(f"{len(chosen) - len(results)} rows not run: the time is used up")
+            break
+        config = toy_config(name) if table is TOY_ROWS else known_config(name)
+        results.append({"split": split, **attempt(name, config, rows, length, rest, hardware)})
+        give_back_memory()
+        constants = constants_of(results, hardware, used_bytes(used, hardware.device.index or 0))
+        measured = [row for row in results if "ratio" in row]
+        summary = {split: summarise([row for row in measured if row["split"] == split]) for split in table}
+        write_result(options.output, {"summary": summary, "constants": constants, "asked": len(chosen),
+                                      "rows": results, "machine": here})  # fmt: skip
+    tell(measured, summary)
+    failed = [f"{row['model']}: {row['failed']}" for row in results if "failed" in row]
+    if failed:
+        raise ModelError(f"{len(failed)} of {len(results)} rows could not be measured: " + "; ".join(failed))
 
 
-def measure(name: str, rows: int, length: int, rest: dict[str, Any], hardware: Any) -> dict[str, Any]:
-    """One step and one evaluation of one row, beside their plan; sizes in bytes."""
+def size_of_step(row: tuple[Any, ...]) -> int:
+    """Weights x tokens of a step with a known model: what its time goes with."""
+    from onecard.model.memory.architecture import find_known
+
+    _, name, rows, length, _ = row
+    known = find_known(name)
+    return known.n_parameters * rows * length if known else 0
+
+
+def known_config(name: str) -> dict[str, Any]:
     from benchmarks.random_models import config_of
+
+    return config_of(name)
+
+
+def attempt(
+    name: str, config: dict[str, Any], rows: int, length: int, rest: dict[str, Any], hardware: Any
+) -> dict[str, Any]:
+    """The row; on a card, where it does not fit or fails, what there is to say instead: others are still measured."""
+    from onecard.model.hardware import choose_dtype
     from onecard.model.memory.architecture import architecture_of
     from onecard.model.memory.estimate import MemoryConfig, account
+    from onecard.model.nvidia_driver import line_of
+    from onecard.train.auto_config import card_of
 
-    config = config_of(name) if hardware.is_gpu else toy_config(name)
-    setup = MemoryConfig(**{"element_bytes": element_bytes(rest["bits"], hardware), "rows": rows, "length": length,
-                     "on_gpu": hardware.is_gpu, **rest})  # fmt: skip
+    dtype, _ = choose_dtype("auto", rest["bits"], hardware, config["model_type"])
+    setup = MemoryConfig(**{"element_bytes": dtype.itemsize, "rows": rows, "length": length, "on_gpu": hardware.is_gpu,
+                            "repeats_kv": not hardware.has_flash_attention, **rest})  # fmt: skip
     planned = account(architecture_of(config, name=name), setup)
+    if not hardware.is_gpu:
+        return measure(name, config, setup, planned, hardware)
+    card, row = card_of(hardware), {"model": name, "setup": asdict(setup), "planned_card_bytes": planned.card_bytes}
+    if planned.card_bytes > card.total_bytes or planned.ram_bytes > card.ram_bytes:
+        say(f"{name}, {setup.bits} bits, {rows} x {length}: not run; it is planned to take more than is free here")
+        return row | {"not_run": "planned to take more than is free"}
+    try:
+        return measure(name, config, setup, planned, hardware)
+    except Exception as reason:
+        say(f"{name}, {setup.bits} bits, {rows} x {length}: {line_of(reason)}")
+        return row | {"failed": line_of(reason)}
+
+
+def measure(name: str, config: dict[str, Any], setup: Any, planned: Any, hardware: Any) -> dict[str, Any]:
+    """One step and one evaluation of one row, beside their plan; sizes in bytes."""
+    from benchmarks.synthetic_run import planned_peak
+
     found = peaks(config, setup, hardware)
     training = found["training_bytes"]
     row = {"model": name, "setup": asdict(setup), "planned_bytes": planned.tensor_bytes, **found,
            "ratio": round(planned.tensor_bytes / training, 4),
            "evaluation_ratio": round(planned.tensor_bytes / found["evaluation_bytes"], 4)}  # fmt: skip
     if "reserved_bytes" in found:
-        row |= {"planned_card_bytes": planned.card_bytes,
-                "reserved_ratio": round(planned.card_bytes / found["reserved_bytes"], 4)}  # fmt: skip
-    say(f"{name}, {setup.bits} bits, {rows} x {length}, rank {setup.rank}: planned / measured {row['ratio']:.4f}")
+        moving = sum(part.n_bytes for part in planned.parts if part.transient and part.place == "card")
+        planned_reserved = planned_peak(planned).reserved_bytes  # the context is not among what torch reserves
+        row |= {"planned_card_bytes": planned.card_bytes, "moving_bytes": moving,
+                "reserved_ratio": round(planned_reserved / found["reserved_bytes"], 4)}  # fmt: skip
+    of_what = f"{name}, {setup.bits} bits, {setup.rows} x {setup.length}, rank {setup.rank}"
+    say(f"{of_what}: planned / measured {row['ratio']:.4f}")
     return row
 
 
@@ -191,6 +254,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from benchmarks.random_models import random_base
     from onecard.config.training import LoraOptions, ModelOptions, TrainOptions
     from onecard.data.encode import LabelledSample
+    from onecard.model.attention import avoid_flash
     from onecard.model.lora.adapter import add_lora
     from onecard.model.memory_saving.activation_offload import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
@@ -201,6 +265,8 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
 
     options = ModelOptions(bits=setup.bits, gradient_checkpointing=setup.gradient_checkpointing)
     base = random_base(config, options, hardware)
+    if hardware.is_gpu and not hardware.has_flash_attention:
+        avoid_flash(base.model)
     if setup.eager_attention:
         base.model.set_attn_implementation("eager")
     if setup.head_bits < 16:
@@ -243,6 +309,32 @@ class Samples(list[Any]):
     def units(self) -> Any:
         """Tokens of each row that are learned."""
         return self.lengths - 1
+
+
+def used_bytes(rows: list[list[str]], index: int) -> int:
+    """Of the card of this number, in what nvidia-smi says in MiB; 0 where it does not tell."""
+    words = rows[index] if index < len(rows) else ["0"]
+    return int(words[0]) << 20 if words[0].isdigit() else 0
+
+
+def constants_of(rows: list[dict[str, Any]], hardware: Any, used_before: int) -> dict[str, float] | None:
+    """What the plan assumes beside the tensors, as found on this card; None without one.
+
+    The context: all that is used on the card but what the allocator holds and `used_before` this process had one. The
+    slack: what the allocator held beyond the tensors, as a share of what comes and goes in a step.
+    """
+    import torch
+
+    if not hardware.is_gpu:
+        return None
+    torch.cuda.synchronize(hardware.device)
+    free, total = torch.cuda.mem_get_info(hardware.device)
+    context = total - free - torch.cuda.memory_reserved(hardware.device) - used_before
+    found = {"context_bytes": context}
+    shares = [(row["reserved_bytes"] - row["training_bytes"]) / row["moving_bytes"] for row in rows if "ratio" in row]
+    if shares:
+        found |= {"slack_share_mean": round(sum(shares) / len(shares), 4), "slack_share_largest": round(max(shares), 4)}
+    return found
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float] | None:

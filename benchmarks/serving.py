@@ -78,18 +78,15 @@ class Answered:
 def main(argv: list[str] | None = None) -> None:
     options = parse(ServingOptions, argv, description=__doc__ or "")
 
-    from onecard.model.quantization import quiet_bitsandbytes
-
     given = asdict(options) | {name: Path(getattr(options, name)).name for name in ("output", "model_path")}
     end = time.monotonic() + options.seconds if options.seconds else float("inf")
     rows: list[dict[str, Any]] = []
-    with quiet_bitsandbytes():
-        engine, device = open_engine(options)
-        with serving(engine) as port:
-            ask(port, 0, 2)  # kernels are chosen and the first memory is taken
-            for word in options.clients.split(","):
-                rows.append(row_of(int(word), rows, port, options, end - time.monotonic()))
-                write_result(options.output, {"options": given, "rows": rows, "machine": machine(device)})
+    engine, device = open_engine(options)
+    with serving(engine) as port:
+        ask(port, 0, 2)  # kernels are chosen and the first memory is taken
+        for word in options.clients.split(","):
+            rows.append(row_of(int(word), rows, port, options, end - time.monotonic()))
+            write_result(options.output, {"options": given, "rows": rows, "machine": machine(device)})
     say_table(["clients", "tokens/s", "first token, s (median)", "worst", "not run"],
               [[row.get(name) for name in COLUMNS] for row in rows])  # fmt: skip
 

@@ -7,8 +7,8 @@
 In each round every contestant takes the same steps, in turns; what counts is the ratio within a round. Before that,
 both train the same first steps and must find the same loss at each, else nothing is compared. Tokens are those of the
 samples; padding is reported, not counted. `--kernels liger` adds our step with liger-kernel's kernels. TRL and
-LLaMA-Factory train through the Trainer, for which the plain loop stands; Unsloth rewrites transformers when it is
-imported, so it cannot take turns with others in one process and has no row.
+LLaMA-Factory train through the Trainer, for which the plain loop stands (`trl_speed.py` measures TRL itself); Unsloth
+rewrites transformers when it is imported, so it cannot take turns with others in one process and has no row.
 Writes benchmarks/results/step_speed.json.
 """
 
@@ -70,6 +70,8 @@ class SpeedOptions:
     """Steps of each contestant in a round."""
     rounds: int = 5
     """Rounds; medians are reported. One more goes before them, whose losses are compared."""
+    seconds: float = 0.0
+    """No further round is begun after so many; 0: all rounds."""
     kernels: Literal["torch", "liger"] = "torch"
     """liger: one more contestant, where liger-kernel and the card allow it."""
     device: str = "auto"
@@ -78,19 +80,22 @@ class SpeedOptions:
     """fp16 and no FlashAttention for us, whatever the card; plain Hugging Face keeps its own kernels."""
     output: str = str(ROOT / "benchmarks" / "results" / "step_speed.json")
     """Where the result is written."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(SpeedOptions, argv, description=__doc__ or "")
 
-    from benchmarks.machine import machine, say_table, write_result
+    from benchmarks.machine import machine, matrix_products_per_s, say_table, write_result
     from onecard.model.hardware import choose_dtype, detect
 
-    hardware = detect(options.device, pretend_turing=options.pretend_turing)
+    hardware, begun = detect(options.device, pretend_turing=options.pretend_turing), time.monotonic()
     contestants, facts = build(options, hardware)
     dtype, _ = choose_dtype(options.dtype, options.bits, hardware, facts["model_type"])
     facts |= {"loss_difference": check_same_loss(contestants, options.steps, TOLERANCE[dtype.itemsize])}
-    speeds = compare(contestants, facts["tokens"], options, hardware.device)
+    last = begun + options.seconds if options.seconds else float("inf")
+    speeds = compare(contestants, facts["tokens"], options, hardware.device, last)
     ceiling = matrix_products_per_s(hardware.device, dtype)
     rows = [summary(name, speeds, facts, ceiling) for name in contestants]
     say_table(["", "tokens/s", "ratio to plain", "tokens with padding", "share of the ceiling"],
@@ -193,11 +198,18 @@ def check_same_loss(contestants: dict[str, Contestant], steps: int, tolerance: f
 
 
 def compare(
-    contestants: dict[str, Contestant], tokens: list[int], options: SpeedOptions, device: Any
+    contestants: dict[str, Contestant], tokens: list[int], options: SpeedOptions, device: Any, last: float
 ) -> dict[str, list[float]]:
-    """Tokens per second of everyone, round by round, on the same steps; who goes first changes each time."""
+    """Tokens per second of everyone, round by round, on the same steps; who goes first changes each time.
+
+    After `last` (time.monotonic) no further round is begun; the first always is.
+    """
+    from benchmarks.machine import now
+
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(options.rounds):
+        if turn and time.monotonic() > last:
+            break
         first = options.steps * turn
         order = list(contestants) if turn % 2 else list(contestants)[::-1]
         for name in order:
@@ -206,29 +218,6 @@ def compare(
                 contestants[name](options.steps + number)
             speeds[name].append(sum(tokens[first : first + options.steps]) / (now(device) - begun))
     return speeds
-
-
-def now(device: Any) -> float:
-    """The time, once the device has done all it was given."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def matrix_products_per_s(device: Any, dtype: Any, seconds: float = 1.0) -> float:
-    """FLOP/s of large square matrix products in `dtype`, the best of several: what the device can really do."""
-    import torch
-
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begun = now(device)
-        torch.mm(a, b)
-        best = min(best, now(device) - begun)
-    return 2 * n**3 / best
 
 
 def summary(name: str, speeds: dict[str, list[float]], facts: dict[str, Any], ceiling: float) -> dict[str, Any]:

@@ -48,17 +48,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert adapters[0], "no tensors"
     assert tiny.same_tensors(*adapters)
     states = [torch.load(final_checkpoint(run) / "optimizer.pt", weights_only=True) for run in (one, other)]
-    assert _same(*states), "optimizer.pt differs"
+    assert tiny.same_values(*states), "optimizer.pt differs"
     assert tiny.losses_of(one) == tiny.losses_of(other)
     rates = [[row["learning_rate"] for row in read_log(run) if "loss" in row] for run in (one, other)]
     assert rates[0] == rates[1]
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)

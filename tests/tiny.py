@@ -121,3 +121,16 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 def flatten(items: Iterable[Iterable[Any]]) -> list[Any]:
     """One list of all inner items."""
     return [item for inner in items for item in inner]
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """True when two nested values agree, tensors to the last bit."""
+    import torch
+
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_values(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same_values(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
