@@ -271,8 +271,6 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
         base.model.set_attn_implementation("eager")
     if setup.head_bits < 16:
         quantize_head(base.model, setup.head_bits, base.dtype)
-    if setup.offload_embeddings:
-        embeddings_to_ram(base.model, hardware.device)
     lora = LoraOptions(
         lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,
         train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,
@@ -287,6 +285,8 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     accelerator = Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed,
                               kwargs_handlers=[AutocastKwargs(cache_enabled=False)])  # fmt: skip
     model, stepped = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
+    if setup.offload_embeddings:  # last: accelerate would move them back
+        embeddings_to_ram(plain, hardware.device)
     ids = np.random.default_rng(0).integers(3, config["vocab_size"], (2 * setup.rows, setup.length)).tolist()
     samples = Samples(LabelledSample(row, [-100, *row[1:]], str(number), number) for number, row in enumerate(ids))
     run = Run(train, model, plain, stepped, accelerator, samples, [], None)  # type: ignore[arg-type]
