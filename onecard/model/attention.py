@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "onecard_sdpa"
+NAME, FAKE_SDPA = "onecard_sdpa", "onecard_sizes"
 # In this order of preference; the plain kernel remains for shapes that the efficient one refuses.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -31,6 +31,24 @@ def avoid_flash(model: PreTrainedModel) -> bool:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     return True
+
+
+def skip_packing_mask(model: PreTrainedModel) -> None:
+    """Let a model without bytes leave its causal mask out where the real one does.
+
+    transformers looks into the positions for several texts in one row, and takes them for there where it cannot look.
+    """
+    kind = getattr(model.config, "_attn_implementation", None)
+    if kind not in ("sdpa", NAME):
+        return
+    AttentionInterface.register(FAKE_SDPA, attend if kind == NAME else sdpa_attention_forward)
+    AttentionMaskInterface.register(FAKE_SDPA, _mask_without_packing)
+    model.set_attn_implementation(FAKE_SDPA)
+
+
+def _mask_without_packing(*args: Any, **options: Any) -> Tensor | None:
+    skip = options.get("allow_is_causal_skip", True) or not options.get("use_vmap", False)
+    return sdpa_mask(*args, **{**options, "allow_is_causal_skip": skip})
 
 
 def attend(

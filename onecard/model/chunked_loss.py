@@ -266,18 +266,26 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tupl
 
 def _way(config: Any, head: nn.Module, output: Tensor, logits: Tensor) -> _Way | None:
     """Which way leads from the head's `output` to the model's own `logits` of the same token, bit by bit."""
-    scales = [getattr(config, name, None) for name in SCALES]
-    caps = [getattr(config, name, None) for name in CAPS]
-    found: list[_Way] = []
-    for cap in (*filter(None, caps), None):
-        found += [_Way(scale, None, cap) for scale in filter(None, scales)]
-        found += [_Way(None, scale, cap) for scale in filter(None, scales)]
-        found.append(_Way(cap=cap))
-    for way in found:
+    for way in _possible_ways(config):
         made = _Head(head, False, output.dtype, way).finish(output.clone())
         if torch.equal(made.to(output.dtype), logits.to(output)):
             return way
     return None
+
+
+def _possible_ways(config: Any) -> Iterator[_Way]:
+    scales = [getattr(config, name, None) for name in SCALES]
+    caps = [getattr(config, name, None) for name in CAPS]
+    for cap in (*filter(None, caps), None):
+        yield from (_Way(scale, None, cap) for scale in filter(None, scales))
+        yield from (_Way(None, scale, cap) for scale in filter(None, scales))
+        yield _Way(cap=cap)
+
+
+def assume_way(model: nn.Module) -> None:
+    """Take the first possible way for that of a model whose tensors have no values to find it by."""
+    inner = _innermost(model)
+    _ways[inner] = next(_possible_ways(inner.config.get_text_config()))
 
 
 def states_before_head(

@@ -6,6 +6,9 @@ Knows model types, encoders and decoders, and who wrote a file. It does not know
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import transformers
@@ -38,8 +41,34 @@ NOT_TRAINED = {
 }
 # Their forward pass turns the hidden states into the dtype of the head's weights, which is bytes once it is quantised.
 HEAD_READ_DIRECTLY = ("falcon_mamba", "hy_v4", "mamba", "mamba2", "xlstm")
+# Numbers of config.json from which on attention works otherwise.
+WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "local_attention",
+           "original_max_position_embeddings", "max_position_embeddings")  # fmt: skip
 # They write `is_decoder: false` and are decoders all the same.
 DECODERS = ("gpt_neox", "gpt_neox_japanese")
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """Where an architecture comes from: the content of its config.json, its name, and its own code if that may run."""
+
+    config: str
+    name: str
+    code: str | None = None
+
+    def read(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        """A new configuration object of the causal model, without chance, and how its class is to be asked for it."""
+        whole = read_model_config(json.loads(self.config), self.name, self.code)
+        causal = type(whole) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or self.code is not None
+        config = whole if causal else whole.get_text_config()
+        return without_chance(config), {"trust_remote_code": True} if self.code is not None else {}
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """Numbers of tokens beyond which attention works otherwise."""
+        config = self.read()[0].get_text_config()
+        found = {getattr(config, name, None) for name in WINDOWS}
+        return tuple(sorted(number for number in found if type(number) is int and number > 1))
 
 
 def read_model_config(raw: dict[str, Any], name: str, code_source: str | None = None) -> PreTrainedConfig:

@@ -7,6 +7,7 @@ modules; does not know where weights come from (`load.py`) or what is trained on
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from onecard.model.model_layers import expert_tensors, quantised_layers
 
 QUANTIZER = "onecard_bitsandbytes"
 NF4_SETTINGS: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
+# With double quantisation (arXiv:2305.14314): an 8-bit scale for each 64 weights, an fp32 one for each 256 scales.
+NF4_BLOCK, NF4_SUPERBLOCK = 64, 256
 OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
 
 
@@ -180,6 +183,7 @@ def quantize_linear(module: nn.Linear, bits: Literal[4, 8], compute_dtype: torch
 
     4: NF4 with double quantisation, computed in `compute_dtype`; about 0.516 bytes per weight. 8: LLM.int8 without
     outlier columns, computed in the dtype of its input; 1 byte per weight and 4 per row. Gradients reach the input.
+    Of a layer on the meta device the copy has its sizes and no values, either.
     https://huggingface.co/docs/bitsandbytes/reference/nn/linear4bit
     """
     import bitsandbytes
@@ -193,13 +197,82 @@ def quantize_linear(module: nn.Linear, bits: Literal[4, 8], compute_dtype: torch
         small = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **NF4_SETTINGS)
     else:
         layer = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
-        small = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False)  # quantises on its way from the CPU only
-    layer.register_parameter("weight", small.to(device))
+        # Quantises on its way from the CPU only.
+        small = bitsandbytes.nn.Int8Params(weight if weight.is_meta else weight.cpu(), requires_grad=False)
+    if weight.is_meta:
+        small = _without_values(weight, bits, compute_dtype)
+    layer.register_parameter("weight", small if weight.is_meta else small.to(device))
     if module.bias is not None:
         layer.register_parameter("bias", nn.Parameter(module.bias.detach().clone(), requires_grad=False))
     if device.type == "cpu":
         keep_one_arithmetic_on_cpu(layer)
     return layer
+
+
+def quantize_on_meta(model: Any, bits: int, compute_dtype: torch.dtype) -> None:
+    """Give a model on the meta device the layers that `loading_config` would give it; 16 and 32 change nothing."""
+    if bits not in (4, 8):
+        return
+    for name, layer in quantised_layers(model).items():
+        n_out, n_in = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+        plain = nn.Linear(n_in, n_out, layer.bias is not None, device="meta", dtype=layer.weight.dtype)
+        model.set_submodule(name, quantize_linear(plain, bits, compute_dtype))  # type: ignore[arg-type]
+    for name, weight in expert_tensors(model).items() if bits == 4 else ():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        module.register_parameter(leaf, _without_values(weight, 4, compute_dtype))
+        _dequantise_when_read(module, leaf)
+    # The notes by which peft chooses its layers.
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+
+
+def _without_values(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> Any:
+    """What quantising `weight` gives, on the meta device."""
+    import bitsandbytes
+
+    def sized(n_values: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(n_values, dtype=kind, device="meta")
+
+    if bits == 8:
+        small = torch.empty(weight.shape, dtype=torch.int8, device="meta")
+        return bitsandbytes.nn.Int8Params(small, requires_grad=False, CB=small, SCB=sized(len(weight)))
+    n_blocks = -(-weight.numel() // NF4_BLOCK)
+    scales = bitsandbytes.functional.QuantState(
+        sized(-(-n_blocks // NF4_SUPERBLOCK)), blocksize=NF4_SUPERBLOCK, code=sized(256), dtype=torch.float32
+    )
+    state = bitsandbytes.functional.QuantState(
+        sized(n_blocks, torch.uint8), weight.shape, sized(16), NF4_BLOCK, "nf4", dtype, sized(1)[0], scales
+    )
+    packed = sized(-(-weight.numel() // 2), torch.uint8)[:, None]
+    return bitsandbytes.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, bnb_quantized=True, **NF4_SETTINGS
+    )
+
+
+def quantised_tensors(module: nn.Module) -> Iterator[tuple[Any, str, torch.Tensor]]:
+    """The tensors of quantised weights that are no parameters: (who holds it, under which name, the tensor)."""
+    for weight in module.parameters(recurse=False):
+        state = getattr(weight, "quant_state", None)
+        for holder in (state, getattr(state, "state2", None)):
+            names = ("absmax", "code", "offset") if holder is not None else ()
+            yield from ((holder, name, value) for name in names if (value := getattr(holder, name)) is not None)
+        for name in ("CB", "SCB"):
+            if isinstance(getattr(weight, name, None), torch.Tensor):
+                yield weight, name, getattr(weight, name)
+
+
+def compute_as_on_a_card(model: nn.Module) -> None:
+    """Let 8-bit layers that lie on a CPU multiply as bitsandbytes does on a card, whatever their mode."""
+    import bitsandbytes
+
+    class State(bitsandbytes.MatmulLtState):
+        is_training = property(lambda self: False, lambda self, value: None)
+
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            state = State()
+            state.has_fp16_weights, state.threshold = False, layer.state.threshold
+            layer.state = state
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from onecard.errors import ModelError
 from onecard.hub_errors import hub_problem
 from onecard.model.files import HUB_ID, read_json
 from onecard.model.memory_saving.tiled_mlp import plain_mlps
-from onecard.model.model_config import CONFIG, HEAD_READ_DIRECTLY, OTHER_NAMES, attempt, read_model_config
+from onecard.model.model_config import CONFIG, HEAD_READ_DIRECTLY, OTHER_NAMES, ConfigSource, attempt, read_model_config
 from onecard.model.model_layers import (
     UNQUANTISED_SHARE,
     expert_tensors,
@@ -91,6 +91,7 @@ class Architecture:
     small_head: bool = True
     stored_bits: int | None = None
     notes: tuple[str, ...] = ()
+    source: ConfigSource = field(default_factory=lambda: ConfigSource("{}", ""))
 
     @property
     def tied(self) -> bool:
@@ -263,6 +264,7 @@ def _from_dict(raw: dict[str, Any], name: str, code_source: str | None) -> Archi
         small_head=config.model_type not in HEAD_READ_DIRECTLY,
         stored_bits=_stored_bits(raw),
         notes=notes,
+        source=ConfigSource(json.dumps(raw, default=str), name, code_source),
     )
 
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from onecard.model.lora.targets import EXPERTS
+from onecard.model.memory.activation_peak import find_peak
 from onecard.model.memory.architecture import Architecture, Linear
-from onecard.model.memory.families import ALWAYS_EAGER, CHANGED_EMBEDDINGS, COUNTED, LLAMA, STYLES
+from onecard.model.memory.families import ALWAYS_EAGER, CHANGED_EMBEDDINGS, STYLES
 from onecard.model.memory.layer_memory import FP32, LinearShape, Shape, layer_peak, loss_peak, stack_peak
+from onecard.model.memory.simulate import LOSS
 from onecard.model.memory_saving.activation_offload import CHUNK_BYTES, MIN_BYTES
+from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK
 
 GIB = 2**30
 RNG_BYTES = 5056  # each checkpoint keeps the state of the CPU's generator; it lies in RAM
@@ -29,7 +32,7 @@ SLACK_SHARE = 0.05
 
 # NF4 with double quantisation (arXiv:2305.14314): an 8-bit scale for each 64 weights, an fp32 one for each 256 scales,
 # one offset, and two tables of 16 and 256 numbers for each layer.
-NF4_BLOCK, NF4_SUPERBLOCK, NF4_TABLE_BYTES = 64, 256, FP32 * (1 + 16 + 256)
+NF4_TABLE_BYTES = FP32 * (1 + 16 + 256)
 # 8-bit Adam (arXiv:2110.02861): two bytes per weight and an fp32 scale for each 256; small tensors keep fp32 state.
 ADAM8_BLOCK, ADAM8_SMALLEST = 256, 4096
 
@@ -139,11 +142,6 @@ def _possible(model: Architecture, setup: MemoryConfig) -> MemoryConfig:
     )
 
 
-def is_counted(model: Architecture) -> bool:
-    """Whether the activations of this family were counted against real steps; else they are an estimate."""
-    return model.model_type in COUNTED
-
-
 def linear_bytes(n_in: int, n_out: int, bits: int, element_bytes: int) -> int:
     """One linear layer's weight (n_out, n_in) in `bits`, with the constants that quantisation needs."""
     n_weights = n_in * n_out
@@ -247,6 +245,8 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
 
 def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     """What one micro-batch needs beside the weights, at its worst moment."""
+    if not _is_covered(model):
+        return _simulated(model, setup)
     shape = shape_of(model, setup)
     hidden = shape.hidden_bytes
     matrix = model.hidden_size * model.vocab_size * FP32 if setup.train_embeddings else 0
@@ -264,11 +264,10 @@ def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryCompone
         positions += RNG_BYTES * (model.n_layers + n_tiles)
     # Ids, labels and mask; shifted labels, which of them are learned, and their places.
     batch = MemoryComponent("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
-    experts = _read_experts(model, setup)
     if not setup.gradient_checkpointing:
         kept, worst = _whole_stack(shape, model.n_layers, setup.trains_vocabulary)
         moment = MemoryComponent("all layers at their worst moment", max(worst + waiting, kept + loss), transient=True)
-        return [batch, moment, *experts]
+        return [batch, moment]
     # Reentrant checkpoints (8 bits) need the embeddings' output as a leaf, and autograd holds on to leaves.
     leaf = hidden if setup.bits == 8 and not setup.trains_vocabulary else 0
     inputs = model.n_layers * hidden + (leaf if model.model_type in CHANGED_EMBEDDINGS else 0)
@@ -285,7 +284,6 @@ def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryCompone
     layer_is_worst = at_layer + layer >= at_loss + loss
     return [
         batch,
-        *experts,
         MemoryComponent("inputs of all layers", at_layer if layer_is_worst else at_loss, transient=True),
         MemoryComponent("inputs of all layers", in_ram, "RAM"),
         MemoryComponent("one layer, computed again" if layer_is_worst else "the loss and its gradient",
@@ -293,13 +291,38 @@ def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryCompone
     ]  # fmt: skip
 
 
-def _read_experts(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
-    """Experts in 4 bits are dequantised a layer at a time; without checkpoints every layer's wait for the backward."""
-    if not model.experts or setup.bits > 4:
-        return []
-    of_layers = 1 if setup.gradient_checkpointing else model.n_layers
-    name = "experts of one layer, dequantised" if setup.gradient_checkpointing else "experts, dequantised"
-    return [MemoryComponent(name, model.n_experts * of_layers // model.n_layers * setup.element_bytes, transient=True)]
+def _is_covered(model: Architecture) -> bool:
+    """Whether `layer_memory.py` describes the layers of this model; of all others the real ones run on fake tensors."""
+    return model.model_type in STYLES and not model.experts and all(len(side) > 1 for side in split_linears(model))
+
+
+def _simulated(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
+    """The same by running the real model on fake tensors, for families that `layer_memory.py` does not describe."""
+    found = find_peak(model, setup)
+    name = "the loss and its gradient" if found.phase == LOSS else "one layer, computed again"
+    batch, inputs, rest = found.batch, found.inputs, found.rest - found.batch
+    if not setup.on_gpu and setup.gradient_checkpointing:
+        n_tiles = -(-setup.tokens // setup.mlp_tile) if setup.mlp_tile else 0
+        batch += RNG_BYTES * (1 + model.n_layers + n_tiles)
+    if not setup.gradient_checkpointing:
+        inputs, rest, name = 0, inputs + rest, "all layers at their worst moment"
+    return [
+        MemoryComponent("batch and positions", batch, transient=True),
+        MemoryComponent("inputs of all layers", inputs, transient=True),
+        MemoryComponent(
+            "inputs of all layers", sum(-(-size // CHUNK_BYTES) * CHUNK_BYTES for size in found.sent), "RAM"
+        ),
+        MemoryComponent(name, max(rest, _stepping(model, setup) - batch - inputs), transient=True),
+    ]
+
+
+def _stepping(model: Architecture, setup: MemoryConfig) -> int:
+    """What torch's AdamW takes on a CPU: two copies of a weight, while it still holds one of the weight before."""
+    if setup.on_gpu or "8bit" in setup.optimizer:
+        return 0
+    every = [size for linear, sizes in adapter_shapes(model, setup) for size in sizes * min(2, linear.count)]
+    largest = sorted([*every, *vocabulary_shapes(model, setup)], reverse=True)
+    return FP32 * (2 * sum(largest[:1]) + sum(largest[1:2]))
 
 
 def _whole_stack(shape: Shape, n_layers: int, learns_input: bool) -> tuple[int, int]:
@@ -332,28 +355,17 @@ def shape_of(model: Architecture, setup: MemoryConfig) -> Shape:
         [LinearShape(linear.n_in, linear.n_out, setup.rank if linear in adapted else 0) for linear in linears]
         for linears in split_linears(model)
     )
-    if model.experts or len(attention) < 2 or len(mlp) < 2:
-        attention, mlp = _like_llama(model, setup.rank)
     (*attention_in, attention_out), (*mlp_in, mlp_out) = attention, mlp
     return Shape(
         rows=setup.rows, length=setup.length, hidden_size=model.hidden_size, n_heads=model.n_heads or 1,
         n_kv_heads=model.n_kv_heads or 1, head_dim=model.head_dim or model.hidden_size,
         attention_in=tuple(attention_in), attention_out=attention_out, mlp_in=tuple(mlp_in), mlp_out=mlp_out,
-        element_bytes=setup.element_bytes, bits=setup.bits, style=STYLES.get(model.model_type, LLAMA),
-        gated=sum(s.n_out for s in mlp_in) > mlp_out.n_in, repeats_kv=setup.repeats_kv,
+        element_bytes=setup.element_bytes, bits=setup.bits, style=STYLES[model.model_type],
+        repeats_kv=setup.repeats_kv,
         checkpointed=setup.gradient_checkpointing, drops=setup.lora_dropout > 0,
         eager=setup.eager_attention or model.model_type in ALWAYS_EAGER,
         tile_tokens=setup.mlp_tile, on_gpu=setup.on_gpu,
     )  # fmt: skip
-
-
-def _like_llama(model: Architecture, rank: int) -> tuple[list[LinearShape], list[LinearShape]]:
-    """Attention and MLP of a Llama with these sizes: an estimate for layers that are built in other ways."""
-    hidden, wide = model.hidden_size, model.intermediate_size or 4 * model.hidden_size
-    of_heads = model.n_heads * model.head_dim or hidden
-    shapes = [(hidden, of_heads), (hidden, of_heads), (hidden, of_heads), (of_heads, hidden)]
-    mlp = [(hidden, wide), (hidden, wide), (wide, hidden)]
-    return [LinearShape(*sizes, rank) for sizes in shapes], [LinearShape(*sizes, rank) for sizes in mlp]
 
 
 ATTENTION_IN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")

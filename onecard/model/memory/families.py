@@ -13,19 +13,17 @@ class Style:
     """What distinguishes the families, besides sizes; the Llama family has none of it."""
 
     norm: str = "llama"
-    """llama; gemma: multiplied by its weight in fp32; cohere: a LayerNorm written out; layer: torch's own."""
+    """llama; gemma: multiplied by its weight in fp32; cohere: a LayerNorm written out."""
     norms_in: bool = True
     norms_out: bool = False
     """Norms before attention and MLP, and after them: Gemma 2, Gemma 3 and GLM 4 have both, OLMo 2 the latter."""
     qk_norm: int = 0
     """Queries and keys are normed: 1 for each head, 2 all heads as one."""
-    parallel: int = 0
-    """Attention and MLP read the same hidden state, after 1 norm (Cohere, Phi) or one each, 2 (GPT-NeoX)."""
+    parallel: bool = False
+    """Attention and MLP read the same hidden state, after one norm (Cohere)."""
     rotary: str = "half"
-    """half; partial: of a part of each head, joined with the rest; interleaved: in fp32 (Cohere); none."""
+    """half; partial: of a part of each head, joined with the rest; interleaved: in fp32 (Cohere)."""
     rotary_share: float = 1.0
-    python_gelu: bool = False
-    """GELU written out in eight operations, as in GPT-2 and Phi."""
     scales_residual: bool = False
     """What is added to the hidden state is multiplied first (Granite)."""
     caps_scores: bool = False
@@ -34,26 +32,21 @@ class Style:
 
 
 LLAMA = Style()
-# Counted against real steps in tests/model/memory/test_estimate.py; the last four, and families that are not here
-# (taken for Llama's), are estimates.
+# Counted against real steps in tests/model/memory/test_estimate.py; of all others the real layers run (`simulate.py`).
 STYLES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
     "gemma": Style(norm="gemma"),
     "gemma2": Style(norm="gemma", norms_out=True, caps_scores=True, caps_logits=True),
     "gemma3_text": Style(norm="gemma", norms_out=True, qk_norm=1),
     "qwen3": Style(qk_norm=1),
     "olmo2": Style(norm="gemma", norms_in=False, norms_out=True, qk_norm=2),
     "granite": Style(scales_residual=True),
-    "cohere": Style(norm="cohere", parallel=1, rotary="interleaved"),
+    "cohere": Style(norm="cohere", parallel=True, rotary="interleaved"),
     "phi3": Style(rotary="partial"),
     "glm4": Style(norms_out=True, rotary="partial", rotary_share=0.5),
-    "phi": Style(norm="layer", parallel=1, rotary="partial", rotary_share=0.5, python_gelu=True),
-    "gpt_neox": Style(norm="layer", parallel=2, rotary="partial", rotary_share=0.25),
-    "gpt2": Style(norm="layer", rotary="none", python_gelu=True),
-    "bloom": Style(norm="layer", rotary="none", python_gelu=True),
 }
-# The families that tests/model/memory/test_estimate.py counts; of GPT-NeoX and Phi it counts two setups only.
-COUNTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3", "glm4",
-           "olmo2")  # fmt: skip
-# Multiplied, or with positions added, so that the first layer's input is another tensor.
-CHANGED_EMBEDDINGS = ("granite", "gpt2", "bloom")
-ALWAYS_EAGER = ("gemma2", "bloom")
+# Multiplied, so that the first layer's input is another tensor.
+CHANGED_EMBEDDINGS = ("granite",)
+ALWAYS_EAGER = ("gemma2",)

@@ -40,13 +40,12 @@ class Shape:
     """q, k and v, or one that makes all three."""
     attention_out: LinearShape
     mlp_in: tuple[LinearShape, ...]
-    """gate and up, or one that makes both, or the only one of an MLP without a gate."""
+    """gate and up, or one that makes both."""
     mlp_out: LinearShape
     element_bytes: int
     """2 under autocast (fp16, bf16), 4 in fp32."""
     bits: int
     style: Style = LLAMA
-    gated: bool = True
     repeats_kv: bool = False
     """Keys and values are copied for each query head: the memory-efficient kernel of older cards needs that."""
     eager: bool = False
@@ -159,7 +158,7 @@ def decoder_layer(tape: Tape, x: Sized, shape: Shape) -> Sized:
     if style.parallel:
         normed = _norm(tape, x, shape)
         attended = _attention(tape, normed, shape)
-        inner = _mlp(tape, normed if style.parallel == 1 else _norm(tape, x, shape), shape)
+        inner = _mlp(tape, normed, shape)
         del normed
         return _add(tape, _add(tape, x, attended, shape), inner, shape)
     inner = _attention(tape, _norm(tape, x, shape) if style.norms_in else x, shape)
@@ -172,9 +171,6 @@ def decoder_layer(tape: Tape, x: Sized, shape: Shape) -> Sized:
 def _norm(tape: Tape, x: Sized, shape: Shape, width: int = 0) -> Sized:
     """The family's norm over `width` values (0: a hidden state)."""
     n_rows = x.n_bytes // shape.element_bytes // (width or shape.hidden_size)
-    if shape.style.norm == "layer":
-        statistics = tape.new(2 * n_rows * FP32)
-        return tape.op([x], x.n_bytes, Back([x, statistics]))
     return rms_norm(tape, x, shape, n_rows) if shape.style.norm != "cohere" else _written_norm(tape, x, shape, n_rows)
 
 
@@ -293,8 +289,6 @@ def _heads(tape: Tape, x: Sized, shape: Shape) -> Sized:
 
 def _rotate(tape: Tape, x: Sized, shape: Shape) -> Sized:
     """Rotary positions: x * cos + rotate_half(x) * sin, of all of each head or of its first part."""
-    if shape.style.rotary == "none":
-        return x
     if shape.style.rotary == "half":
         return _rotate_all(tape, x)
     if shape.style.rotary == "interleaved":
@@ -353,29 +347,14 @@ def _mlp(tape: Tape, x: Sized, shape: Shape) -> Sized:
         return _tiled_mlp(tape, x, shape)
     inner = [linear(tape, x, layer, shape) for layer in shape.mlp_in]
     wide = shape.tokens * shape.mlp_out.n_in * shape.element_bytes
-    if shape.gated and len(inner) == 1:
+    if len(inner) == 1:
         inner = [tape.op(inner, wide, is_view=True) for _ in range(2)]
-    gate = inner[0]
-    active = _written_gelu(tape, gate) if shape.style.python_gelu else tape.op([gate], wide, Back([gate]))
+    gate, up = inner
+    active = tape.op([gate], wide, Back([gate]))
     del gate
-    if shape.gated:
-        up = inner[-1]
-        active = tape.op([active, up], wide, Back([active, up]))
-        del up
-    del inner
+    active = tape.op([active, up], wide, Back([active, up]))
+    del up, inner
     return linear(tape, active, shape.mlp_out, shape, is_last=True)
-
-
-def _written_gelu(tape: Tape, x: Sized) -> Sized:
-    """0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3)))"""
-    half = tape.op([x], x.n_bytes)
-    bent = tape.op([x], x.n_bytes, Back([x], temporary=2 * x.n_bytes))
-    bent = tape.op([bent], x.n_bytes)
-    bent = tape.op([x, bent], x.n_bytes, PASSES_ON)
-    bent = tape.op([bent], x.n_bytes)
-    bent = tape.op([bent], x.n_bytes, Back(saves_output=True))
-    bent = tape.op([bent], x.n_bytes, PASSES_ON)
-    return tape.op([half, bent], x.n_bytes, Back([half, bent]))
 
 
 def _tiled_mlp(tape: Tape, x: Sized, shape: Shape) -> Sized:

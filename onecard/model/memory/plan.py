@@ -18,7 +18,7 @@ from onecard.console import nearest
 from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import Architecture
-from onecard.model.memory.estimate import GIB, MemoryConfig, MemoryEstimate, account, is_counted
+from onecard.model.memory.estimate import GIB, MemoryConfig, MemoryEstimate, account
 
 DEFAULT_MICRO_TOKENS = 4096
 LOSS_CHUNKS = (1024, 512, 256, 128)
@@ -129,8 +129,6 @@ def _recomputed(
     without = replace(setup, gradient_checkpointing=False)
     if not model.checkpoints:
         return without, PlannedSetting(RECOMPUTE, "off", f"{model.model_type} layers cannot be computed again")
-    if not is_counted(model):
-        return setup, PlannedSetting(RECOMPUTE, "on", f"what {model.model_type} layers keep was never counted")
     needs_it = {"--offload_activations": setup.offload_activations, "--deepspeed": config.train.deepspeed,
                 "--max_memory": config.model.max_memory}  # fmt: skip
     for flag, wanted in needs_it.items():

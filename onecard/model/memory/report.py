@@ -15,7 +15,7 @@ from typing import Any
 
 from onecard.config.training import FinetuneConfig
 from onecard.model.memory.architecture import Architecture, KnownModel
-from onecard.model.memory.estimate import GIB, MemoryConfig, account, is_counted
+from onecard.model.memory.estimate import GIB, MemoryConfig, account
 from onecard.model.memory.plan import LOSS_CHUNKS, MLP_TILES, CardSpec, Plan, make_plan
 from onecard.translation import language, translated
 
@@ -132,8 +132,9 @@ def matrix_lines(plans: Sequence[Plan], longest: Sequence[int] = ()) -> list[str
 def plan_dict(plan: Plan, longest: int | None = None) -> dict[str, Any]:
     """The plan for programs: sizes are whole bytes, lengths tokens."""
     total, peak = plan.card.total_bytes, plan.account.card_bytes
+    numbers = {name: value for name, value in asdict(plan.model).items() if name != "source"}
     found: dict[str, Any] = {
-        "model": {**asdict(plan.model), "n_weights": plan.model.n_weights, "tied": plan.model.tied},
+        "model": {**numbers, "n_weights": plan.model.n_weights, "tied": plan.model.tied},
         "card": asdict(plan.card),
         "setup": asdict(plan.setup),
         "longest_row_tokens": plan.longest_row,
@@ -233,8 +234,6 @@ def _head_lines(plan: Plan) -> list[str]:
     )
     if model.stored_bits:
         lines += _wrap(f"note: its files are quantised already, to {model.stored_bits} bits")
-    if not is_counted(model):
-        lines += _wrap(f"note: activations of the {model.model_type} family are an estimate, never counted here")
     lines += [line for note in model.notes for line in _wrap(f"note: {note}")]
     if 0 < model.max_positions < plan.longest_row:
         lines += _wrap(f"note: {plan.longest_row:,} tokens are more than the model's {model.max_positions:,} positions")

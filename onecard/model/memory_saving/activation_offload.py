@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import saved_tensors_hooks
 
 from onecard.console import warn
@@ -43,8 +44,11 @@ class ActivationOffload:
     on the order of the calls alone, not on how fast a copy is, so a rehearsal measures what every step will need.
 
     Saved tensors with gaps or overlaps (slices, expanded masks) and tensor subclasses stay on the card.
-    `host_bytes`: RAM held now; `peak_host_bytes`: the most so far; `n_packed`: tensors sent in the last block.
+    `kinds`: the types of tensors that may go. `host_bytes`: RAM held now; `peak_host_bytes`: the most so far;
+    `n_packed`: tensors sent in the last block.
     """
+
+    kinds: tuple[type, ...] = (Tensor,)
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class ActivationOffload:
         # "cuda" alone means the current card; tensors always name theirs with its number.
         self.device = torch.empty(0, device=device).device
         self.n_packed, self._outbound = 0, True
-        self._pool = _Pool(chunk_bytes, pinned=self.device.type == "cuda")
+        self._pool = Pool(chunk_bytes, pinned=self.device.type == "cuda")
         self._side = _SideStream(self.device)
         self._hooks: saved_tensors_hooks | None = None
         self._weights: set[int] = set()
@@ -82,7 +86,7 @@ class ActivationOffload:
             raise RuntimeError("this ActivationOffload is in use: one block per micro-batch, not one inside another")
         # Anew in each block: whoever moved or quantised a weight in between gave it another storage.
         weights = [*self.model.parameters(), *self.model.buffers()]
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights} - {0}
+        self._weights = {_memory(weight) for weight in weights} - {0}
         self.n_packed, self._outbound = 0, True
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
@@ -192,12 +196,12 @@ class ActivationOffload:
     def _belongs_in_ram(self, tensor: Tensor) -> bool:
         return (
             self._outbound
-            and type(tensor) is Tensor
+            and type(tensor) in self.kinds
             and tensor.device == self.device
             and tensor.is_floating_point()
             and tensor.layout is torch.strided
             and tensor.nbytes >= max(self.min_bytes, 1)
-            and tensor.untyped_storage().data_ptr() not in self._weights
+            and _memory(tensor) not in self._weights
             and _is_dense(tensor)
         )
 
@@ -224,9 +228,10 @@ class _Packed:
     def is_of(self, tensor: Tensor) -> bool:
         """Whether `tensor` is the one on the card: the same memory, form and version."""
         card = self.card
-        if card is None or card.data_ptr() != tensor.data_ptr() or self.version != tensor._version:
+        if card is None or _memory(card) != _memory(tensor) or self.version != tensor._version:
             return False
-        return (self.shape, self.stride, self.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        here = (self.shape, self.stride, self.dtype, card.storage_offset())
+        return here == (tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset())
 
     def unchanged(self) -> bool:
         """Whether nobody wrote into the original while it was copied."""
@@ -237,7 +242,7 @@ class _Packed:
             self.offload._withdraw(self)
 
 
-class _Pool:
+class Pool:
     """RAM in chunks of one size, handed out and taken back; it grows to the largest need and stays there.
 
     Equal chunks fit tensors of every length, so nothing is pinned anew when lengths change, and a tensor wastes less
@@ -314,6 +319,11 @@ class _SideStream:
             compute.wait_stream(self.stream)
         else:
             compute.wait_event(event)
+
+
+def _memory(tensor: Tensor) -> int:
+    """A number that tensors over the same memory have in common, in the plan's model without bytes, too."""
+    return tensor.untyped_storage()._cdata if is_fake(tensor) else tensor.untyped_storage().data_ptr()
 
 
 def _is_dense(tensor: Tensor) -> bool:

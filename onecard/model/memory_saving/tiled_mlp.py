@@ -50,11 +50,17 @@ class TiledMLP(nn.Module):
         if n_tokens <= self.tile_tokens:
             return inner(hidden_states)
         # Two dimensions: rows of a (1, tokens, hidden) tensor would be multiplied by a copy of each weight (bmm).
-        tiles = hidden_states.reshape(n_tokens, hidden_states.shape[-1]).split(self.tile_tokens)
+        flat = hidden_states.reshape(n_tokens, hidden_states.shape[-1])
         if not torch.is_grad_enabled():
-            return self._joined(inner, tiles).view(hidden_states.shape)
-        outputs = [self._checked(checkpoint(inner, tile, use_reentrant=self._reentrant), tile) for tile in tiles]
-        return torch.cat(outputs).view(hidden_states.shape)
+            return self._joined(inner, flat.split(self.tile_tokens)).view(hidden_states.shape)
+        return torch.cat(self._learned(inner, flat)).view(hidden_states.shape)
+
+    def _learned(self, inner: nn.Module, flat: Tensor) -> list[Tensor]:
+        """The output of each tile, which is computed again for its gradients."""
+        return [self._checkpointed(inner, tile) for tile in flat.split(self.tile_tokens)]
+
+    def _checkpointed(self, inner: Any, tile: Tensor) -> Tensor:
+        return self._checked(checkpoint(inner, tile, use_reentrant=self._reentrant), tile)
 
     def train(self, mode: bool = True) -> TiledMLP:
         """Switch the block inside too: some ask for their own mode in their forward."""
@@ -90,7 +96,7 @@ class TiledMLP(nn.Module):
         )
 
 
-def tile_mlps(model: nn.Module, tile_tokens: int) -> int:
+def tile_mlps(model: nn.Module, tile_tokens: int, kind: type[TiledMLP] = TiledMLP) -> int:
     """Let each decoder layer's feed-forward block run over `tile_tokens` tokens at a time; returns how many now do.
 
     Call it after the adapters are attached; call it again for another size; 0 takes the tiles away. Left alone are
@@ -102,7 +108,7 @@ def tile_mlps(model: nn.Module, tile_tokens: int) -> int:
         return 0
     found = plain_mlps(model)
     for path, inner in found.items():
-        model.set_submodule(path, TiledMLP(inner, tile_tokens))
+        model.set_submodule(path, kind(inner, tile_tokens))
     if not found:
         warn("--mlp_tile changes nothing here: no feed-forward block of this model can run over a part of the tokens")
     return len(found)

@@ -99,10 +99,10 @@ def test_other_families_are_planned_as_well(family: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["phi", "gpt_neox"])
-def test_families_without_a_gate_are_estimated(family: str) -> None:
+def test_families_without_a_gate_are_planned_as_well(family: str) -> None:
     setup = MemoryConfig(16, 2, 2, 192, rank=12, loss_chunk=100, on_gpu=False)
     plan, measured = planned_and_measured(toy_config(family, num_hidden_layers=2), setup)
-    assert 0.97 <= plan.tensor_bytes / measured["training_bytes"] <= 1.10, plan.parts
+    assert 0.99 <= plan.tensor_bytes / measured["training_bytes"] <= 1.03, plan.parts
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])

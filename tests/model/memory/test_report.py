@@ -46,16 +46,6 @@ def joined(lines: list[str]) -> str:
     return " ".join(" ".join(lines).split())
 
 
-# --- what the plan does not know
-
-
-def test_families_that_were_not_counted_are_told() -> None:
-    sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}
-    plan = make_plan(architecture_of({"model_type": "gpt2", **sizes}), config_of(), card_of(8))
-    assert "note: activations of the gpt2 family are an estimate" in joined(plan_text.plan_lines(plan))
-    assert "are an estimate" not in joined(plan_text.plan_lines(plan_of()))
-
-
 # --- the table
 
 

@@ -1,0 +1,120 @@
+"""What operations take on fake tensors, where torch has no shape function or no card to ask.
+
+Stand-ins for products over experts and, on a card, for attention, dropout and the casts of autocast that a CPU does
+not make; and the memory that comes and goes inside one operation, which a dispatch mode does not see. Knows functions
+of torch and bitsandbytes; does not know models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Operations for which a CPU makes copies of operands in another type than the result's; a card does not.
+MIXED = ("aten::add", "aten::sub", "aten::mul", "aten::div", "aten::where", "aten::addcmul")
+aten = torch.ops.aten
+
+
+def bytes_inside(func: Any, args: Any, out: Any, on_gpu: bool) -> int:
+    """Bytes that come and go inside one operation: of bitsandbytes, and of a CPU that computes with mixed types."""
+    name = func._name.partition(".")[0]
+    if name == "bitsandbytes::gemm_4bit":
+        n_out, n_in = args[2]
+        return n_out * n_in * args[0].element_size() + n_out * n_in // 16
+    if name == "bitsandbytes::int8_scaled_mm":
+        return out.numel() * 4
+    if on_gpu or name.rstrip("_") not in MIXED or not isinstance(out, Tensor):
+        return 0
+    tensors = [value for value in args if isinstance(value, Tensor) and value.dim()]
+    widest = max((tensor.element_size() for tensor in tensors), default=0)
+    narrow = [tensor for tensor in (*tensors, out) if tensor.element_size() < widest]
+    return widest * sum(tensor.numel() for tensor in narrow)
+
+
+class KernelStandIns(TorchFunctionMode):
+    """Stand-ins by the function that is called: for products over experts, and for what a card does its own way."""
+
+    FP32_FUNCTIONS = ("layer_norm", "softmax", "log_softmax", "pow", "rsqrt", "exp", "sum", "cumsum", "norm")
+
+    def __init__(self, on_gpu: bool, flash: bool) -> None:
+        super().__init__()
+        self.on_gpu, self.flash = on_gpu, flash
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("grouped_mm", "_grouped_mm"):  # its shape function knows bf16 alone
+            return GroupedProduct.apply(args[0], args[1])
+        if not self.on_gpu:
+            return func(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            return self._attention(*args, **kwargs)
+        if name == "dropout" and kwargs.get("training", True):
+            return torch.native_dropout(args[0], kwargs.get("p", 0.5), True)[0]
+        if name in self.FP32_FUNCTIONS and torch.is_autocast_enabled("cpu") and args and isinstance(args[0], Tensor):
+            args = tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+            kwargs = {key: a.float() if isinstance(a, Tensor) and a.is_floating_point() else a
+                      for key, a in kwargs.items()}  # fmt: skip
+        return func(*args, **kwargs)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+                   dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+                   enable_gqa: bool = False) -> Any:  # fmt: skip
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (side.to(torch.get_autocast_dtype("cpu")) for side in (query, key, value))
+        shared = query.shape[1] != key.shape[1]
+        fused = query.dim() == 4 and max(query.shape[-1], value.shape[-1]) <= 256
+        flash = self.flash and attn_mask is None and query.dtype != torch.float32 and query.shape[-1] == value.shape[-1]
+        if fused and (flash or not shared):
+            return FusedAttention.apply(query, key, value, attn_mask)
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+
+
+class GroupedProduct(torch.autograd.Function):
+    """Rows of tokens (tokens, in), sorted by expert, times the weights of each (experts, in, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        return rows.new_empty(len(rows), weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        of_rows = grad_outputs[0].new_empty(len(grad_outputs[0]), weight.shape[1])
+        return of_rows, torch.empty_like(weight) if rows is not None else None
+
+
+class FusedAttention(torch.autograd.Function):
+    """FlashAttention or the memory-efficient kernel: its inputs, its output and one number per query are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """(batch, heads, seq, dim) each; the output lies as (batch, seq, heads, dim) does."""
+        n_rows, n_heads, length, _ = query.shape
+        out = query.new_empty(n_rows, length, n_heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(n_rows, n_heads, length, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """A new gradient for each input."""
+        query, key, value, _, _ = ctx.saved_tensors
+        return (*(torch.empty_like(side) for side in (query, key, value)), None)
+
+
+class SkippedComputation(torch.autograd.Function):
+    """The output and the gradient of something without what they are made of."""
+
+    @staticmethod
+    def forward(ctx: Any, tile: Tensor) -> Tensor:
+        return torch.empty_like(tile)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return torch.empty_like(grad_outputs[0])

@@ -1,0 +1,332 @@
+"""One micro-batch of the real model on fake tensors: what is alive at each operation.
+
+The model of config.json is built by transformers with this project's own adapters and memory saving, and a forward and
+backward pass (`chunked_loss.py`) runs over FakeTensors while a dispatch mode counts the storages that are alive. One
+layer of each kind is kept; `activation_peak.py` extends what it finds to all.
+
+torch without CUDA cannot record gradients of tensors that claim to be on a card. These are on the CPU, and what a card
+does otherwise is stood in for: its attention kernels, its casts under autocast, its masks of dropout and its 8-bit
+products. Knows one micro-batch; does not know what lies still (weights, optimizer) or which setup is best.
+https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from onecard.model.memory.fake_kernels import KernelStandIns, SkippedComputation, bytes_inside
+from onecard.model.memory.fake_model import CPU, FakeModel
+from onecard.model.memory_saving.activation_offload import CHUNK_BYTES, ActivationOffload, Pool
+from onecard.model.memory_saving.tiled_mlp import TiledMLP, tile_mlps
+
+BEFORE, LAYER, LOSS, BACKWARD, AFTER = range(5)  # phases of a micro-batch
+MOST_OPERATIONS = 12_000  # of a trace; a layer has some 700, forward, again and backward
+CHUNKS = 3  # chunks of the loss that are computed; those after them take no more than the third
+aten = torch.ops.aten
+
+
+@dataclass
+class MemoryTrace:
+    """What was alive at each operation, above what lies still.
+
+    live, phase, layer, names, sizes: for each operation bytes, one of the phases above, the position in the layers that
+    were kept, its name, and bytes of new storages. entry: bytes where the first layer begins. kept: what each layer
+    left alive in the forward pass. sent: (layer or -1, bytes) of each tensor that went to RAM.
+    """
+
+    live: list[int] = field(default_factory=list)
+    phase: list[int] = field(default_factory=list)
+    layer: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    entry: int = 0
+    kept: list[int] = field(default_factory=list)
+    sent: list[tuple[int, int]] = field(default_factory=list)
+
+
+class TooManyOperations(Exception):
+    """More operations than a layer of any size has: the model goes through its tokens one by one."""
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the storages that operations make, and answers where the values of a tensor would be needed.
+
+    known: tensors whose memory is not counted. n_rows: of tokens of which a loss in chunks computes logits.
+    """
+
+    def __init__(self, known: list[Tensor], n_tokens: int, n_rows: int, n_experts: int, on_gpu: bool) -> None:
+        super().__init__()
+        self.on_gpu = on_gpu
+        self.trace = MemoryTrace()
+        self.n_tokens, self.n_rows, self.n_experts = n_tokens, n_rows, n_experts
+        self.phase, self.layer, self.most = BEFORE, -1, MOST_OPERATIONS
+        self.boundaries: list[int] = []
+        self.at_boundary = False
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._live = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        kwargs = kwargs or {}
+        if self.at_boundary:
+            self.boundaries.append(self.live())
+            self.at_boundary = False
+        answer = self._data_dependent(func, args)
+        if answer is not None:
+            return answer[0]
+        # Autograd adds up two gradients in the memory of one that nobody else holds, but for subclasses of Tensor.
+        adds = func is aten.add.Tensor and self.phase >= BACKWARD and not torch.is_grad_enabled()
+        reused = _reused(args) if adds else None
+        out = func(*args, **kwargs)
+        self._record(func, out, args, reused)
+        return out
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Do not count the memory of this tensor."""
+        self._known.add(tensor.untyped_storage()._cdata)
+
+    def live(self) -> int:
+        """Bytes alive now."""
+        gone = [key for key, (ref, _) in self._alive.items() if ref.expired()]
+        for key in gone:
+            self._live -= self._alive.pop(key)[1]
+        return self._live
+
+    def _record(self, func: Any, out: Any, args: Any, reused: int | None) -> None:
+        self.live()
+        size = 0
+        if reused is not None and reused in self._alive:
+            self._live -= self._alive[reused][1]
+            self._alive[reused] = (self._alive[reused][0], 0)
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._known or key in self._alive:
+                continue
+            self._alive[key] = (StorageWeakRef(storage), storage.nbytes())
+            self._live += storage.nbytes()
+            size += storage.nbytes()
+        trace = self.trace
+        if len(trace.live) > self.most:
+            raise TooManyOperations
+        trace.live.append(self._live + bytes_inside(func, args, out, self.on_gpu))
+        trace.phase.append(self.phase)
+        trace.layer.append(self.layer)
+        trace.names.append(func._name)
+        trace.sizes.append(size)
+
+    def _data_dependent(self, func: Any, args: Any) -> tuple[Any] | None:
+        """What an operation gives whose result depends on values, in a tuple; None for all others."""
+        if func is aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return (True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1,)
+        if func in (aten.equal.default, aten.is_nonzero.default, aten._has_compatible_shallow_copy_type.default):
+            return (True,)
+        if func is aten.nonzero.default:
+            return (self._nonzero(args[0]),)
+        if func is aten.index.Tensor and any(_is_mask(index) for index in args[1]):
+            value, indices = args
+            places = [each for index in indices for each in self._unmasked(index)]
+            return (self.__torch_dispatch__(aten.index.Tensor, (), (value, places)),)
+        return None
+
+    def _nonzero(self, mask: Tensor) -> Tensor:
+        """All places of a mask, but of tokens no more than the loss needs, and of experts' each its equal share."""
+        every = torch.empty((mask.numel(), mask.dim()), dtype=torch.int64)
+        self._record(aten.nonzero.default, every, (), None)
+        if mask.dim() == 2 and mask.shape[1] == self.n_tokens:
+            return every[: max(1, mask.numel() // self.n_experts)]
+        return every[: self.n_rows] if mask.shape == (self.n_tokens,) else every
+
+    def _unmasked(self, index: Tensor | None) -> list[Tensor | None]:
+        return [*self._nonzero(index).unbind(1)] if index is not None and _is_mask(index) else [index]
+
+
+def _is_mask(index: Any) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _reused(args: Any) -> int | None:
+    """The storage that a sum of gradients is written into: of a dense tensor that only autograd holds, not a view.
+
+    As can_accumulate_inplace of torch/csrc/autograd/input_buffer.cpp, with the references that a dispatch adds.
+    """
+    one, other = args[:2]
+    if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
+        return None
+    storage = one.untyped_storage()
+    if one._use_count() <= 4 and torch._C._storage_Use_Count(storage._cdata) <= 2 and _is_dense(one):
+        return storage._cdata
+    return None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+class FewTiles(TiledMLP):
+    """The first tile and the last; those between take the same, one after the other, and are not computed."""
+
+    def _learned(self, inner: nn.Module, flat: Tensor) -> list[Tensor]:
+        n_between = len(flat) - 2 * self.tile_tokens
+        if n_between <= 0:
+            return super()._learned(inner, flat)
+        first, between, last = flat.split([self.tile_tokens, n_between, self.tile_tokens])
+        return [self._checkpointed(inner, first), self._checkpointed(SkippedComputation.apply, between),
+                self._checkpointed(inner, last)]  # fmt: skip
+
+
+class _UncountedPool(Pool):
+    """Buffers in RAM that are not counted: one memory stands for all of them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(CHUNK_BYTES, pinned=False)
+        self._one = super()._new()
+        recorder.ignore(self._one)
+
+    def _new(self) -> Tensor:
+        return self._one
+
+
+class RecordedOffload(ActivationOffload):
+    """Notes what goes to RAM; its buffers there were taken by an earlier micro-batch."""
+
+    kinds = (FakeTensor,)
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        super().__init__(model, CPU)
+        self._recorder = recorder
+        self._pool = _UncountedPool(recorder)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        packed = super()._pack(tensor)
+        if not isinstance(packed, Tensor) and len(self._recorder.trace.sent) < self.n_packed:
+            inside = self._recorder.layer if self._recorder.phase == LAYER else -1
+            self._recorder.trace.sent.append((inside, tensor.nbytes))
+        return packed
+
+
+def run(model: FakeModel, setup: Any, *, training: bool = True) -> MemoryTrace:
+    """The forward pass of one micro-batch and, in training, its backward pass."""
+    from onecard.model.chunked_loss import summed_loss
+
+    tile_mlps(model.peft, setup.mlp_tile if training else 0, FewTiles)
+    model.peft.train(training)
+    n_rows = min(setup.tokens, CHUNKS * setup.loss_chunk) if setup.loss_chunk else setup.tokens
+    recorder = Recorder(_persistent_tensors(model.peft), setup.tokens, n_rows, _n_experts(model.peft), setup.on_gpu)
+    with ExitStack() as stack:
+        stack.enter_context(model.mode)
+        stack.enter_context(_flag_of_cuda(setup.on_gpu and setup.element_bytes == 2))
+        offload = RecordedOffload(model.peft, recorder) if training and setup.offload_activations else None
+        for hook in _track_layers(model.layers, recorder):
+            stack.callback(hook.remove)
+        for context in (
+            recorder,
+            KernelStandIns(setup.on_gpu, flash=not setup.repeats_kv),
+            torch.set_grad_enabled(training),
+        ):
+            stack.enter_context(context)
+        batch = {name: torch.zeros(setup.rows, setup.length, dtype=torch.int64)
+                 for name in ("input_ids", "labels", "attention_mask")}  # fmt: skip
+        stack.enter_context(offload or nullcontext())
+        with _autocast(setup):
+            loss, n_supervised = summed_loss(model.peft, batch, chunk_tokens=setup.loss_chunk)
+        if offload is not None:
+            offload.turn_back()
+        if training:
+            recorder.phase, recorder.layer = BACKWARD, len(model.layers) - 1
+            _backward(loss / max(1, n_supervised))
+    trace = recorder.trace
+    before = [trace.entry, *recorder.boundaries]
+    trace.kept = [after - then for then, after in zip(before, recorder.boundaries, strict=False)]
+    return trace
+
+
+def _backward(loss: Tensor) -> None:
+    """As loss.backward(), which would leave the stand-ins of functions outside."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def _persistent_tensors(model: nn.Module) -> list[Tensor]:
+    from onecard.model.quantization import quantised_tensors
+
+    found: list[Tensor] = [*model.parameters(), *model.buffers()]
+    found += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return found + [tensor for module in model.modules() for _, _, tensor in quantised_tensors(module)]
+
+
+def _n_experts(model: Any) -> int:
+    """Experts of a layer, from whatever its configuration calls them; 1 without any."""
+    waiting, found = [model.get_base_model().config.get_text_config().to_dict()], [1]
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif isinstance(value, int) and re.search("num_(local_)?experts$|n_routed_experts$", name):
+                found.append(value)
+    return max(found)
+
+
+def _autocast(setup: Any) -> Any:
+    """As accelerate's."""
+    dtype = torch.float16 if setup.repeats_kv else torch.bfloat16
+    return torch.autocast("cpu", dtype, cache_enabled=False) if setup.element_bytes == 2 else nullcontext()
+
+
+@contextmanager
+def _flag_of_cuda(wanted: bool) -> Iterator[None]:
+    """The flag of autocast for a card, which peft asks for, forward and where a layer is computed again."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", wanted)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+def _track_layers(layers: list[nn.Module], recorder: Recorder) -> Iterator[Any]:
+    """Let the recorder know which layer is at work, forward and backward; yields the hooks."""
+
+    def begin(number: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if recorder.phase < BACKWARD:
+                recorder.phase, recorder.layer = LAYER, number
+                if number == 0:
+                    recorder.trace.entry = recorder.live()
+            else:
+                recorder.layer = number
+
+        return hook
+
+    def end(number: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if recorder.phase >= BACKWARD:
+                return
+            recorder.at_boundary = True
+            recorder.phase = LOSS if number == len(layers) - 1 else LAYER
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(first, Tensor) and first.requires_grad:
+                first.register_hook(begin(number))
+
+        return hook
+
+    for number, layer in enumerate(layers):
+        yield layer.register_forward_pre_hook(begin(number))
+        yield layer.register_forward_hook(end(number))
