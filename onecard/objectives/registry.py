@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onecard.errors import ConfigError
+from onecard.errors import ModelError
 from onecard.objectives.base import Objective
 from onecard.objectives.next_token import PlainDocuments, SupervisedFineTuning
 
@@ -10,7 +10,7 @@ OBJECTIVES: dict[str, Objective] = {each.name: each for each in (SupervisedFineT
 
 
 def objective_named(name: str) -> Objective:
-    """The objective of this name. Raises ConfigError where there is none, such as for a run of a later version."""
+    """The objective of this name. Raises ModelError where there is none, such as for a run of a later version."""
     if name not in OBJECTIVES:
-        raise ConfigError("--objective", f"{name} is none of {', '.join(OBJECTIVES)}; a later version may know it")
+        raise ModelError(f"the objective {name} is none of {', '.join(OBJECTIVES)}; a later version may know it")
     return OBJECTIVES[name]

@@ -17,7 +17,7 @@ from onecard.data.batches import collate
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import cache_key
 from onecard.data.encode import EncodeSettings
-from onecard.errors import CheckpointError, ConfigError
+from onecard.errors import CheckpointError, ModelError
 from onecard.inference.load import load_bundle
 from onecard.objectives import registry
 from onecard.objectives.base import Objective, SampleView
@@ -147,7 +147,7 @@ def test_an_objective_is_part_of_a_run(pairs: str, tiny_base: Path, mixed: Path,
 
 
 def test_a_name_that_is_in_no_table_is_refused() -> None:
-    with pytest.raises(ConfigError, match="telepathy is none of sft, documents"):
+    with pytest.raises(ModelError, match="telepathy is none of sft, documents"):
         objective_named("telepathy")
 
 
