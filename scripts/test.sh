@@ -54,8 +54,7 @@ if [ -z "$gptq_only" ]; then
     say "import-linter"
     "$(dirname "$python")/lint-imports" --no-logo --no-cache
     say "pytest"
-    run_tests "$python" "$slow and not gptq and not alone and not real" "${processes[@]}"
-    run_tests "$python" "$slow and alone"
+    run_tests "$python" "$slow and not gptq and not real" "${processes[@]}"
     # In a process of its own, which has a simulated card from its start (tests/simcard/README.md).
     if [ ${#words[@]} -eq 0 ] || [[ " ${words[*]}" =~ \ tests/(gpu|simcard) ]]; then
         say "pytest, simulated card"
