@@ -15,7 +15,8 @@ from onecard.inference.run_files import has_tokenizer, run_directory, stored_tem
 from onecard.model.answer_bits import with_answer_bits
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
-from onecard.model.lora.adapter import base_of_adapter, load_adapter, trained_part
+from onecard.model.lora.adapter import load_adapter, trained_part
+from onecard.model.lora.formats import base_of_adapter
 
 
 def load_bundle(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[ModelBundle, dict[str, Any]]:

@@ -30,8 +30,7 @@ from onecard.export.merge.tensors import LayerMerger, MergeReport
 from onecard.export.merge.verify import Predictions, predict_while_merging, probe_prompts, verify_merge
 from onecard.model.files import base_fingerprint, locate, write_json
 from onecard.model.load import TOKENIZER_FILES, load_tokenizer
-from onecard.model.lora.adapter import base_of_adapter
-from onecard.model.lora.formats import kept_fingerprint, other_base, read_adapter
+from onecard.model.lora.formats import base_of_adapter, kept_fingerprint, other_base, read_adapter
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_AND_TEMPLATE = (

@@ -49,7 +49,6 @@ from onecard.model.lora.formats import (
     AdapterFiles,
     compare,
     differences_of,
-    find_config,
     infer_config,
     other_base,
     read_adapter,
@@ -231,12 +230,6 @@ def describe_trainable(model: nn.Module) -> str:
         f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): {kind} on "
         f"{len(layers)} layers ({kinds}){adapter_tokens.describe(peft_model)}"
     )
-
-
-def base_of_adapter(source: str | Path) -> str | None:
-    """Return the base model that an adapter's files name (a directory or a Hub id), or None where they do not."""
-    directory = find_config(source)
-    return read_config(directory).get("base_model_name_or_path") or None if directory else None
 
 
 def add_product(layer: Any, weight: Tensor) -> bool:

@@ -267,3 +267,9 @@ def _todays_name(key: str) -> str:
         return key
     module = match["module"].removeprefix(PREFIX)
     return f"{PREFIX}{module}.{match['kind']}{match['end'] or ''}"
+
+
+def base_of_adapter(source: str | Path) -> str | None:
+    """Return the base model that an adapter's files name (a directory or a Hub id), or None where they do not."""
+    directory = find_config(source)
+    return read_config(directory).get("base_model_name_or_path") or None if directory else None

@@ -15,12 +15,12 @@ from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora import adapter as adapters
 from onecard.model.lora.adapter import (
     add_lora,
-    base_of_adapter,
     describe_trainable,
     load_adapter,
     restore_adapter,
     save_adapter,
 )
+from onecard.model.lora.formats import base_of_adapter
 from onecard.model.quantization import dequantize_4bit, keep_one_arithmetic_on_cpu, quantization_config
 from tests.model.model_families import save_family, small_batch
 

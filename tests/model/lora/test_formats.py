@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from onecard.config.given_paths import path_problems
 from onecard.config.training import LoraOptions
 from onecard.errors import ModelError
-from onecard.model.lora.adapter import add_lora, base_of_adapter, load_adapter, restore_adapter, save_adapter
-from onecard.model.lora.formats import read_adapter
+from onecard.model.lora.adapter import add_lora, load_adapter, restore_adapter, save_adapter
+from onecard.model.lora.formats import base_of_adapter, read_adapter
 from tests.model.lora.test_adapter import logits, train
 
 
