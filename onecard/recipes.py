@@ -36,7 +36,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train.build import build_accelerator, build_run, open_reporter, prepare_data, training_state
     from onecard.train.loop import report_events, train
     from onecard.train.memory_probe import rehearse_if_wanted
-    from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position
+    from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position, take_over
     from onecard.train.rundir import RunDirectory, RunSettings, portable
     from onecard.train.trackers import check_sinks
 
@@ -63,6 +63,8 @@ def finetune(config: FinetuneConfig) -> Path:
         say(describe_trainable(run.plain_model))
         settings = RunSettings(cli.to_yaml(portable(config)), data.tokenizer, data.template.jinja)
         directory.write_settings(settings)
+        if point is not None:
+            take_over(point, run.state, directory)
         reporter = open_reporter(config, run, directory)
         try:
             rehearse_if_wanted(run, config.memory.rehearsal)

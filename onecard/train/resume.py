@@ -6,7 +6,9 @@ on and told, or refused by the name of its flag. Knows options and checkpoints; 
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from onecard.model.files import base_fingerprint
 from onecard.model.lora.formats import kept_fingerprint, other_base
 from onecard.train.checkpoint import FoundCheckpoint, verify
 from onecard.train.rundir import OPTIONS_NAME, RunDirectory
-from onecard.train.state import TrainerState, differences, read_state
+from onecard.train.state import TrainerState, differences, read_state, write_position
 from onecard.train.trackers import read_log
 
 GONE_BACK_NAME = "gone_back_to.txt"
@@ -185,6 +187,32 @@ def continued(config: FinetuneConfig, point: ResumePoint, fresh: TrainerState) -
     if stored.step == fresh.total_steps:
         say(f"this run has already done its {stored.step} steps; a larger --num_epoch would go on")
     return replace(stored, total_steps=fresh.total_steps, identity=fresh.identity)
+
+
+def take_over(point: ResumePoint, state: TrainerState, directory: RunDirectory) -> None:
+    """Copy the checkpoint that a run goes on from, and its best one, here from the directory where it began.
+
+    All that the run needs then lies in one directory: when no step is left, when the best weights are wanted, and when
+    it is killed before it saves. A best one that is gone or broken is forgotten, with a warning. Raises CheckpointError
+    when they cannot be written.
+    """
+    if not point.same_run or point.path.resolve().parent == directory.path.resolve():
+        return
+    if state.best_step is not None and state.best_step != state.step:
+        best = point.path.parent / f"checkpoint-{state.best_step}"
+        if problems := verify(best):
+            warn(f"the best checkpoint of that run, {best}, cannot be used ({'; '.join(problems)}): "
+                 "the best is looked for anew from here on")  # fmt: skip
+            state.best_step = state.best_loss = None
+        elif not quiet_rank():
+            directory.store.save(state.best_step, partial(shutil.copytree, best, dirs_exist_ok=True))
+
+    def copy(target: Path) -> None:
+        shutil.copytree(point.path, target, dirs_exist_ok=True)
+        write_position(target, state)
+
+    if not quiet_rank():
+        directory.store.save(state.step, copy, best_step=state.best_step)
 
 
 def _check_same_run(config: FinetuneConfig, point: ResumePoint, identity: dict[str, Any]) -> None:

@@ -63,6 +63,11 @@ def write_state(directory: Path, model: Any, training: dict[str, Any], state: Tr
     save_adapter(model, directory)
     for name, stored in training.items():
         torch.save(stored, directory / name)
+    write_position(directory, state)
+
+
+def write_position(directory: Path, state: TrainerState) -> None:
+    """The part of a checkpoint that `read_state` reads."""
     text = json.dumps(asdict(state), indent=2, ensure_ascii=False)
     (directory / STATE_NAME).write_text(text, encoding="utf-8")
 

@@ -12,7 +12,9 @@ import pytest
 from onecard.config.given_paths import path_problems
 from onecard.data import batches
 from onecard.errors import CheckpointError, ConfigError, ModelError
+from onecard.manifest import seal
 from onecard.recipes import finetune
+from onecard.train.checkpoint import verify
 from tests import tiny
 from tests.runs import final_checkpoint, run_and_stop
 
@@ -38,6 +40,29 @@ def test_a_finished_run_given_again_changes_nothing(again: Path, tiny_base: Path
     finetune(tiny.config_for(tiny_base, instructions, again))
     assert tiny.same_tensors(before, tiny.tensors_of(again / "adapter_model.safetensors"))
     assert "already done its 3 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("final_weights", ["last", "best"])
+def test_a_finished_run_given_to_another_directory_ends_there(
+    again: Path, tiny_base: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    final_weights: str,
+) -> None:  # fmt: skip
+    state = state_of(again / "checkpoint-3")
+    state["best_step"], state["best_loss"] = 2, 1.0
+    (again / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    seal(again / "checkpoint-3")
+    options = {"resume_from_checkpoint": str(again), "final_weights": final_weights}
+    other = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "other", **options))
+    step = 3 if final_weights == "last" else 2
+    wanted = tiny.tensors_of(again / f"checkpoint-{step}" / "adapter_model.safetensors")
+    assert tiny.same_tensors(wanted, tiny.tensors_of(other / "adapter_model.safetensors"))
+    assert not verify(other / "checkpoint-2") and not verify(other / "checkpoint-3")
+    shutil.rmtree(again / "checkpoint-2")
+    capsys.readouterr()
+    third = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "third", **options))
+    assert "checkpoint-2, cannot be used" in capsys.readouterr().err
+    assert state_of(third)["best_step"] is None
+    assert not verify(third)
 
 
 def test_more_epochs_go_on_with_the_same_run(again: Path, tiny_base: Path, instructions: Path) -> None:
