@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from onecard.config.inference import SamplingOptions
-from onecard.data.chat_template import BUILT_IN, FOLDER, Template
+from onecard.data.chat_template import BUILT_IN, Template, built_in_name
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.i18n import word
 
@@ -194,10 +194,7 @@ def stored_object(text: str) -> dict[str, Any]:
 
 def template_name(template: Template) -> str:
     """The built-in template that this is, whatever the file is called that it was stored in; else its own name."""
-    for name in BUILT_IN:
-        if template.jinja == (FOLDER / f"{name}.jinja").read_text(encoding="utf-8"):
-            return name
-    return template.name
+    return built_in_name(template.jinja) or template.name
 
 
 def _text(value: Any) -> str:
