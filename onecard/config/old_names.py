@@ -116,6 +116,8 @@ OLD_NAMES = (
     OldName("gradient_accumulation_steps", "CAF", ("--total_batch",), STEP),
     OldName("predict_batch_size", "A", ("--batch_size",)),
     OldName("lr_scheduler_type", "CF", ("--schedule",)),
+    OldName("lr_scheduler_kwargs", "F", ("--schedule_options",)),
+    OldName("neftune_noise_alpha", "F", ("--neftune_alpha",)),
     OldName("optim", "F", ("--optimizer",)),
     OldName("logging_steps", "CF", ("--log_steps",)),
     OldName("save_total_limit", "CF", ("--keep_checkpoints",)),

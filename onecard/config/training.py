@@ -30,6 +30,19 @@ LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 BUILT_IN_TEMPLATES = ("alpaca", "vicuna-chat", "chatml", "llama-2", "llama-3", "mistral", "none")
 TEMPLATE_ALIASES = {"instruct": "alpaca", "chat": "vicuna-chat"}
 
+ScheduleName = Literal[
+    "linear", "cosine", "constant", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "inverse_sqrt",
+    "warmup_stable_decay",
+]  # fmt: skip
+# What --schedule_options can give to which schedule.
+SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "polynomial": ("power", "lr_end"),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
+}
+
 PeftMethodName = Literal["lora"]  # PEFT's own names, in small letters; model/lora/methods.py
 Problem = tuple[str, str]  # (flag, what is wrong with it)
 
@@ -199,8 +212,12 @@ class TrainOptions:
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    schedule: ScheduleName = "linear"
+    """Course of the learning rate after the warm-up, by the names of transformers."""
+    schedule_options: str = field(default="", metadata={"several": True})
+    """What it takes, as transformers calls it: num_cycles:3 (cosine_with_restarts), min_lr_rate:0.1 or min_lr:1e-5
+    (cosine_with_min_lr), power:2 and lr_end:1e-6 (polynomial), timescale:100 (inverse_sqrt), num_decay_steps:50 and
+    min_lr_ratio:0.1 (warmup_stable_decay, which falls over the last fifth by itself)."""
     warmup_ratio: float = 0.03
     """Share of all steps in which the learning rate rises from 0: at least 5 steps, or a fifth of a short run."""
     warmup_steps: int = 0
@@ -276,7 +293,32 @@ class TrainOptions:
             found.append(("--lora_remote_checkpoint", "is another name of --init_adapter; give only one of them"))
         if self.deepspeed and "8bit" in self.optimizer:
             found.append(("--optimizer", f"{self.optimizer} does not work under DeepSpeed; use adamw"))
-        found.extend(self._change_problems())
+        found.extend([*self._schedule_problems(), *self._final_weights_problems(), *self._change_problems()])
+        return found
+
+    @property
+    def n_averaged(self) -> int:
+        """How many of the newest checkpoints --final_weights takes the mean of; 0: of none."""
+        word, _, number = self.final_weights.partition(":")
+        return int(number) if word == "average" and number.isdecimal() else 0
+
+    @property
+    def schedule_settings(self) -> dict[str, float]:
+        """--schedule_options by name. Raises ValueError where they cannot be read."""
+        pairs = (part.split(":") for part in self.schedule_options.replace(" ", "").split(",") if part)
+        return {name: float(value) for name, value in pairs}
+
+    def _schedule_problems(self) -> list[Problem]:
+        flag, known = "--schedule_options", SCHEDULE_OPTIONS.get(self.schedule, ())
+        try:
+            settings = self.schedule_settings
+        except ValueError:
+            return [(flag, f"{self.schedule_options!r} is not of the form name:number,name:number")]
+        takes = f"takes {', '.join(known)}" if known else "takes none"
+        found = [(flag, f"{name} is unknown; --schedule {self.schedule} {takes}") for name in settings.keys() - known]
+        found += [(flag, f"{name}:{value:g} is not above 0") for name, value in settings.items() if not value > 0]
+        if self.schedule == "cosine_with_min_lr" and len(settings) != 1:
+            found.append((flag, "cosine_with_min_lr needs one of min_lr:1e-5 and min_lr_rate:0.1"))
         return found
 
     def _change_problems(self) -> list[Problem]:

@@ -115,6 +115,7 @@ TABLE = {
     "weight_decay": used(0.5, lambda s: [g["weight_decay"] for g in s.run.optimizer.param_groups] == [0.5]),
     "max_grad_norm": used(1e-3, lambda s: s.run.engine.max_grad_norm == 1e-3),
     "schedule": used("constant", lambda s: s.rates == [1, 1]),
+    "schedule_options": Row("power:2"),  # linear takes none
     "warmup_ratio": used(0.9, lambda s: s.rates == pytest.approx([7 / 8, 1])),
     "warmup_steps": used(10, lambda s: s.rates == pytest.approx([0.7, 0.8])),
     "seed": Row(7),

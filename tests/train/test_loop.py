@@ -47,6 +47,49 @@ def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Pat
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM
 
+RISING = {"total_batch": 4, "num_epoch": 6, "test_size": 4, "eval_steps": 3, "save_steps": 100, "learning_rate": 0.03,
+          "schedule": "constant"}  # fmt: skip
+
+
+def test_a_run_ends_early_where_the_evaluation_loss_no_longer_falls(
+    tiny_base: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two evaluations after the best; killed between them, given again after its end, and given more patience."""
+
+    def config(output: str, **changes: Any) -> FinetuneConfig:
+        return tiny.config_for(tiny_base, instructions, tmp_path / output, **RISING | changes)
+
+    whole = finetune(config("run", early_stopping_patience=2))
+    state = read_state(whole)
+    assert state.best_step is not None and state.step == state.best_step + 6 < state.total_steps == 30
+    assert "2 evaluations in a row found no lower loss" in capsys.readouterr().out
+    assert read_state(finetune(config("run", early_stopping_patience=2))).step == state.step
+    run_and_stop(config("cut", early_stopping_patience=2), monkeypatch, after_steps=state.best_step + 4)
+    assert_same_end(whole, finetune(config("cut", early_stopping_patience=2)))
+    assert read_state(finetune(config("run", early_stopping_patience=3))).step > state.step
+
+
+def test_final_weights_are_the_mean_of_the_newest_checkpoints(
+    tiny_base: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stay although two would be enough, and PEFT reads the mean like any adapter."""
+    from safetensors.torch import load_file
+
+    changes = {"final_weights": "average:3", "save_steps": 1, "num_epoch": 2}
+    run = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", **changes))
+    assert "adapter of the mean of steps 4, 5, 6 saved" in capsys.readouterr().out
+    each = [load_file(run / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 5, 6)]
+    mean = load_file(run / "adapter_model.safetensors")
+    assert mean.keys() == each[0].keys() and len(mean) > 10
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, sum(one[name] for one in each) / 3, rtol=1e-6, atol=1e-8)
+        assert tensor.dtype == each[0][name].dtype
+    assert not verify(run)
+    with pytest.raises(ConfigError, match="none of last, best and average:N of 2 or more"):
+        refuse(TrainOptions(final_weights="average:1").problems())
+
+
     from onecard.data.chat_template import load_template
     from onecard.data.dataset import encode_dataset
     from onecard.data.encode import IGNORE_INDEX, EncodeSettings

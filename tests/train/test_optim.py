@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from onecard.config.training import TrainOptions
+from transformers import get_scheduler
+from onecard.config.training import ScheduleName, TrainOptions
 from onecard.errors import ConfigError
 from onecard.train.optim import (
     build_optimizer,
@@ -44,6 +45,61 @@ def test_learning_rate_follows_the_closed_form(schedule: str, expected: list[flo
 
 def test_warmup_steps_take_the_place_of_the_ratio() -> None:
     assert warmup_steps(TrainOptions(warmup_ratio=0.1), 95) == 10
+@pytest.mark.parametrize("schedule", list(get_args(ScheduleName)))
+def test_every_schedule_is_that_of_transformers_after_the_warmup(schedule: str) -> None:
+    """Their warm-up begins with a step of rate 0, so step n of ours is step n of theirs from its end on."""
+    settings = {"cosine_with_restarts": "num_cycles:2", "cosine_with_min_lr": "min_lr_rate:0.1",
+                "polynomial": "power:2", "warmup_stable_decay": "num_decay_steps:5, min_lr_ratio:0.2"}  # fmt: skip
+    options = TrainOptions(schedule=schedule, schedule_options=settings.get(schedule, ""), warmup_steps=4,
+                           learning_rate=1e-3)  # fmt: skip
+    assert not options.problems()
+    given: dict[str, Any] = {name: int(v) if v == int(v) else v for name, v in options.schedule_settings.items()}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
+    wanted = get_scheduler(schedule, optimizer, 4, 24, given).lr_lambdas[0]
+    mine = [learning_rate_factor(options, step, 24) for step in range(24)]
+    if schedule == "inverse_sqrt":
+        assert mine[4:] == pytest.approx([wanted(step) for step in range(4, 24)])
+    elif schedule == "constant":
+        assert mine[4:] == [1.0] * 20
+    else:
+        assert mine[4:] == pytest.approx([wanted(step) for step in range(4, 24)])
+    assert mine[:4] == [0.25, 0.5, 0.75, 1]
+    assert 0 <= learning_rate_factor(options, 24, 24) <= 1, "the rate of the step after the end is set, too"
+
+
+def test_warmup_stable_decay_falls_over_the_last_fifth_by_itself() -> None:
+    rates = [learning_rate_factor(TrainOptions(schedule="warmup_stable_decay"), step, 100) for step in range(100)]
+    assert rates[5:80] == [1.0] * 75
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    assert rates[81] < 1 and rates[99] < 0.02
+    short = [learning_rate_factor(TrainOptions(schedule="warmup_stable_decay"), step, 2) for step in range(3)]
+    assert all(0 <= rate <= 1 for rate in short)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "typed", "said"),
+    [("linear", "num_cycles:2", "num_cycles is unknown; --schedule linear takes none"),
+     ("polynomial", "num_cycles:2", "takes power, lr_end"), ("polynomial", "power", "not of the form name:number"),
+     ("polynomial", "power:high", "not of the form"), ("cosine_with_restarts", "num_cycles:0", "is not above 0"),
+     ("polynomial", "power:nan", "is not above 0"), ("cosine_with_min_lr", "", "needs one of min_lr"),
+     ("cosine_with_min_lr", "min_lr:1e-5,min_lr_rate:0.1", "needs one of min_lr")],
+)  # fmt: skip
+def test_what_a_schedule_cannot_take_is_refused(schedule: str, typed: str, said: str) -> None:
+    ((flag, problem),) = TrainOptions(schedule=schedule, schedule_options=typed).problems()
+    assert flag == "--schedule_options"
+    assert said in problem
+
+
+@pytest.mark.parametrize(
+    ("model_type", "width", "expected"),
+    [("llama", 4096, 2.9e-4), ("qwen3", 4096, 4.7e-4), ("qwen2", 3584, 4.8e-4), ("llama", 8192, 1.7e-4),
+     ("llama", 576, 5e-4), ("mistral", 4096, 2e-4)],
+)  # fmt: skip
+def test_the_learning_rate_of_a_base(model_type: str, width: int, expected: float) -> None:
+    """The first two are the published ones, https://thinkingmachines.ai/blog/lora/."""
+    assert default_learning_rate(model_type, width)[0] == expected
+
+
     assert warmup_steps(TrainOptions(warmup_ratio=0.1, warmup_steps=3), 95) == 3
     assert warmup_steps(TrainOptions(warmup_ratio=0), 95) == 0
 
