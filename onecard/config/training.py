@@ -234,6 +234,8 @@ class TrainOptions:
     save_steps: int = 0
     """Save a checkpoint every so many steps (and at the end); 0: an eighth of the run, at most an epoch or 200."""
     eval_minutes: float = 10
+    early_stopping_patience: int = 0
+    """End after so many evaluations by --eval_steps in a row that found no lower loss; 0: never."""
     """Evaluate after so many minutes as well, if that takes less than a tenth of the time; 0: never."""
     save_minutes: float = 10
     """Save a checkpoint after so many minutes as well, under the same condition; 0: never."""
@@ -274,7 +276,8 @@ class TrainOptions:
         if self.log_steps < 1:
             found.append(("--log_steps", f"{self.log_steps} is too small; use 1 or more"))
         for name in ("max_steps", "total_batch", "micro_batch", "micro_tokens", "warmup_steps", "weight_decay",
-                     "max_grad_norm", "seed", "eval_steps", "save_steps", "eval_minutes", "save_minutes"):  # fmt: skip
+                     "max_grad_norm", "seed", "eval_steps", "save_steps", "eval_minutes", "save_minutes",
+                     "early_stopping_patience", "neftune_alpha"):  # fmt: skip
             if getattr(self, name) < 0:
                 found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
         if self.num_epoch <= 0 and not self.max_steps:

@@ -173,6 +173,8 @@ def pin_choices(config: FinetuneConfig, point: ResumePoint | None) -> FinetuneCo
 
     Raises ConfigError where another value was typed.
     """
+    if options.early_stopping_patience and not n_test:
+        found.append(("--early_stopping_patience", "needs rows to evaluate on (--test_size); the run goes to its end"))
     stored = point.state.choices if point is not None else {}
     if "optimizer" in stored and config.train.optimizer not in ("auto", stored["optimizer"]):
         raise ConfigError(

@@ -59,7 +59,7 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
                 interrupts.requested is not None, first and evaluation.is_due(), first and saving.is_due()
             )
 
-        while state.step < state.total_steps:
+        while state.step < state.total_steps and not _has_stopped_early(run):
             started_s = time.monotonic()
             result = _step_or_keep(run, saved_step, requested)
             seconds = time.monotonic() - started_s
@@ -74,6 +74,7 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
             last, improved = state.step == state.total_steps, False
             if last or result.requests.evaluate or state.step % options.eval_steps == 0:
                 improved = evaluation.timed(_evaluate, run, reporter)
+            last = last or _has_stopped_early(run)
             report_events(run, reporter)
             # One process alone may stop for a signal that came since; several must have agreed within the step.
             alone = run.accelerator.num_processes == 1
@@ -84,7 +85,16 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
                 name = interrupts.requested or "a signal to another process"
                 message = f"stopped by {name} after step {state.step} of {state.total_steps}; checkpoint-{saved_step}"
                 raise Stopped(f"{message} is saved. The same command goes on from there.", interrupts.exit_code or 143)
+    if _has_stopped_early(run):
+        reason = f"{state.evaluations_since_best} evaluations in a row found no lower loss (--early_stopping_patience)"
+        say(f"ended after step {state.step} of {state.total_steps}: {reason}")
     return state
+
+
+def _has_stopped_early(run: Run) -> bool:
+    """Whether --early_stopping_patience is used up; by the state alone, so that a further start does no more."""
+    patience = run.options.early_stopping_patience
+    return 0 < patience <= run.state.evaluations_since_best
 
 
 def _step_or_keep(run: Run, saved_step: int, requested: Callable[[], StepRequests]) -> StepResult:
@@ -177,6 +187,11 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     improved = loss < best
     if improved:
         state.best_step, state.best_loss = state.step, loss
+    # Those by the clock do not count: where a run ends must not depend on how fast the machine is.
+    if improved:
+        state.evaluations_since_best = 0
+    elif state.step % run.options.eval_steps == 0:
+        state.evaluations_since_best += 1
     row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step}
     best_so_far = " (best so far)" if improved else ""
     took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"

@@ -39,6 +39,8 @@ class TrainerState:
     """Step of the lowest evaluation loss so far."""
     best_loss: float | None = None
     """That loss."""
+    evaluations_since_best: int = 0
+    """By --eval_steps: how many in a row found no lower loss."""
     total_steps: int = 0
     """Steps that the whole run was planned for; the schedule depends on it."""
     identity: dict[str, Any] = field(default_factory=dict)

@@ -123,6 +123,7 @@ TABLE = {
     "log_samples": same(True, lambda s: len(s.rows[0]["samples"]) == 5),
     "eval_steps": same(1, lambda s: [row["step"] for row in s.rows if "eval_loss" in row] == [7, 8]),
     "save_steps": same(100, lambda s: s.checkpoints == [6, 8]),
+    "early_stopping_patience": same(9, lambda s: s.run.state.evaluations_since_best == 0),
     "eval_minutes": same(1e-9, lambda s: [row["step"] for row in s.rows if "eval_loss" in row] == [7, 8]),
     "save_minutes": same(1e-9, lambda s: s.checkpoints == [7, 8]),
     "keep_checkpoints": same(3, lambda s: s.checkpoints == [6, 7, 8]),
