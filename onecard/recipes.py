@@ -72,7 +72,7 @@ def finetune(config: FinetuneConfig) -> Path:
         finally:
             report_events(run, reporter)
             reporter.close()
-        directory.publish(settings, state, final_weights=config.train.final_weights)
+        directory.publish(settings, state, config.train)
     return directory.path
 
 

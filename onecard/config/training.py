@@ -241,8 +241,9 @@ class TrainOptions:
     """Save a checkpoint after so many minutes as well, under the same condition; 0: never."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay, at least 2; the best one stays besides."""
-    final_weights: Literal["last", "best"] = "last"
-    """Which weights the run directory ends with: the last step's, or those of the lowest evaluation loss."""
+    final_weights: str = "last"
+    """Which weights the run directory ends with: last, the last step's; best, those of the lowest evaluation loss;
+    average:4, the mean of the newest 4 checkpoints, which then stay."""
     resume_from_checkpoint: str = field(default="auto", metadata={"bare": "auto"})
     """auto goes on from the newest whole checkpoint in --output_path, if any; a directory: from that one; or none."""
     init_adapter: str | None = None
@@ -327,6 +328,11 @@ class TrainOptions:
     def _change_problems(self) -> list[Problem]:
         known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective"}
         unknown = sorted(set(filter(None, self.accept_changes.replace(" ", "").split(","))) - known)
+    def _final_weights_problems(self) -> list[Problem]:
+        if self.final_weights in ("last", "best") or self.n_averaged > 1:
+            return []
+        return [("--final_weights", f"{self.final_weights!r} is none of last, best and average:N of 2 or more")]
+
         if not unknown:
             return []
         return [("--accept_changes", f"{', '.join(unknown)} is unknown; known are {', '.join(sorted(known))}")]

@@ -106,6 +106,11 @@ class CheckpointStore:
             "Restore one from a backup, or begin anew with another --output_path."
         )
 
+    def newest_steps(self, number: int) -> list[int]:
+        """The steps of the newest so many checkpoints that are whole, in order; fewer where there are not so many."""
+        whole = [step for step, path in sorted(self._checkpoints().items()) if not manifest.problems(path)]
+        return whole[-number:] if number else []
+
     def verify(self, path: Path, *, require_manifest: bool = True) -> list[str]:
         """What is wrong with the checkpoint at `path`; an empty list means that it can be used. See :func:`verify`."""
         return verify(path, require_manifest=require_manifest)

@@ -122,7 +122,7 @@ def save(run: Run, *, final: bool) -> int | None:
                 state.step,
                 lambda directory: write_state(directory, run.plain_model, training, state),
                 best_step=state.best_step,
-                keep_last=run.options.keep_checkpoints,
+                keep_last=max(run.options.keep_checkpoints, run.options.n_averaged),
             )
         except CheckpointError as reason:
             failure = reason

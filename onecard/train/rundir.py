@@ -19,6 +19,7 @@ from typing import Any
 from onecard.config.training import FinetuneConfig
 from onecard.console import quiet_rank, say, warn
 from onecard.data.chat_template import BUILT_IN
+from onecard.model.lora.formats import average_adapters
 from onecard.storage import move
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.run_lock import RunLock
@@ -95,25 +96,30 @@ class RunDirectory:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def publish(self, settings: RunSettings, state: TrainerState, *, final_weights: str) -> None:
-        """Put the adapter of the last (or best) checkpoint and all else that the directory promises in place.
+    def publish(self, settings: RunSettings, state: TrainerState, options: TrainOptions) -> None:
+        """Put the adapter of --final_weights and all else that the directory promises in place.
 
         The manifest with the hashes comes last. Raises CheckpointError when that cannot be written: then the run has
         not succeeded.
         """
         if quiet_rank():
             return
-        step = state.best_step if final_weights == "best" and state.best_step is not None else state.step
+        wants_best = options.final_weights == "best" and state.best_step is not None
+        step = state.best_step if wants_best else state.step
         checkpoint = self.path / f"checkpoint-{step}"
+        averaged = self.store.newest_steps(options.n_averaged)
 
         def write(directory: Path) -> None:
             settings.write(directory)
             for file in checkpoint.iterdir():
                 if file.name.startswith(ADAPTER_PREFIX) or file.name == STATE_NAME:
                     shutil.copyfile(file, directory / file.name)
+            if averaged:
+                average_adapters([self.path / f"checkpoint-{step}" for step in averaged], directory)
 
         self.store.publish(write)
-        say(f"adapter of step {step} saved in {self.path}")
+        which = f"the mean of steps {', '.join(map(str, averaged))}" if averaged else f"step {step}"
+        say(f"adapter of {which} saved in {self.path}")
         if state.best_step is not None and state.best_step != step:
             best = f"{state.best_loss:.4f} at step {state.best_step}"
             say(f"the lowest evaluation loss was {best}: checkpoint-{state.best_step}")

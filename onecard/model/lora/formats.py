@@ -273,3 +273,17 @@ def base_of_adapter(source: str | Path) -> str | None:
     """Return the base model that an adapter's files name (a directory or a Hub id), or None where they do not."""
     directory = find_config(source)
     return read_config(directory).get("base_model_name_or_path") or None if directory else None
+
+
+def average_adapters(checkpoints: Sequence[Path], target: Path) -> None:
+    """Write the mean of the adapters of several checkpoints of one run to a directory, value by value.
+
+    Of A and of B by themselves, as checkpoints of whole models are averaged (arXiv:1803.05407): the mean of their
+    products would have a higher rank. Added up in fp64, rounded once to the format that they are stored in.
+    """
+    stored = [load_file(checkpoint / WEIGHTS) for checkpoint in checkpoints]
+    mean = {
+        name: torch.stack([tensors[name].double() for tensors in stored]).mean(0).to(tensor.dtype)
+        for name, tensor in stored[-1].items()
+    }
+    save_file(mean, target / WEIGHTS, metadata={"format": "pt"})
