@@ -222,6 +222,9 @@ class TrainOptions:
     """Share of all steps in which the learning rate rises from 0: at least 5 steps, or a fifth of a short run."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises from 0; above 0 it takes the place of --warmup_ratio."""
+    neftune_alpha: float = 0.0
+    """Noise on the embeddings while training, which can better the answers (NEFTune, arXiv:2310.05914); 5 is usual; 0:
+    none."""
     seed: int = 42
     """Decides the order of the data, the split, the adapter's start and dropout."""
     log_steps: int = 10

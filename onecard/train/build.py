@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from onecard.config.training import FinetuneConfig, LoraOptions
 from onecard.console import say, warn
@@ -156,6 +157,10 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state)
     if config.memory.offload_embeddings == "on":
         embeddings_to_ram(plain, accelerator.device)
+    if options.neftune_alpha:  # after the move: the noise is made where the rows arrive
+        embedding: Any = plain.get_input_embeddings()
+        embedding.neftune_noise_alpha = options.neftune_alpha
+        embedding.register_forward_hook(neftune_post_forward_hook)
     use_limits(run, limits_of(config))
     if point is not None:
         restore_state(point.path, plain, run.training, options)

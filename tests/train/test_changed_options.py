@@ -118,6 +118,7 @@ TABLE = {
     "schedule_options": Row("power:2"),  # linear takes none
     "warmup_ratio": used(0.9, lambda s: s.rates == pytest.approx([7 / 8, 1])),
     "warmup_steps": used(10, lambda s: s.rates == pytest.approx([0.7, 0.8])),
+    "neftune_alpha": used(5.0, lambda s: s.run.plain_model.get_input_embeddings().neftune_noise_alpha == 5),
     "seed": Row(7),
     "log_steps": same(8, lambda s: s.steps == [8]),
     "log_samples": same(True, lambda s: len(s.rows[0]["samples"]) == 5),
