@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onecard.config import parsing as cli
 from onecard.config.inference import ChatConfig, GenerateConfig, PageOptions, ServeConfig
-from onecard.config.training import FinetuneConfig, toy_base_problem
+from onecard.config.training import FinetuneConfig, problems_of, refuse, toy_base_problem
 from onecard.console import say, warn
 
 
@@ -30,6 +30,7 @@ def finetune(config: FinetuneConfig) -> Path:
         first_plan,
         pin_choices,
         resolve,
+        resolve_learning_rate,
         resolve_lengths,
         resolve_total_batch,
     )
@@ -40,6 +41,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train.rundir import RunDirectory, RunSettings, portable
     from onecard.train.trackers import check_sinks
 
+    refuse(problems_of(config))
     if problem := toy_base_problem(config.model.model_path, config.data.data_path):
         warn(problem)
     check_sinks(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
@@ -55,6 +57,7 @@ def finetune(config: FinetuneConfig) -> Path:
         data = prepare_data(config, accelerator, point)
         config = replace(config, data=replace(config.data, test_size=data.test_size))
         config = resolve_total_batch(config, point, len(data.train))
+        config = resolve_learning_rate(config, first.model, point)
         fitted, plan = resolve(pin_choices(config, point), hardware, first, data.longest, accelerator)
         state = training_state(config, data, point)
         fitted = resolve_lengths(fitted, len(data.train), len(data.test))

@@ -202,8 +202,8 @@ class TrainOptions:
     """Most rows that pass through the model at once; 0: only --micro_tokens limits. A matter of memory alone."""
     micro_tokens: int = 0
     """Most tokens, padding included, that pass at once; 0: chosen by the plan unless --micro_batch is given."""
-    learning_rate: float = 2e-4
-    """Highest learning rate."""
+    learning_rate: float = 0.0
+    """Highest learning rate; 0: by the family and the width of the base."""
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "auto"
     """auto: adamw where it fits, else paged_adamw_8bit: a quarter of the memory, and paged ones can move to RAM."""
     loraplus_ratio: float = 0.0
@@ -234,11 +234,11 @@ class TrainOptions:
     eval_steps: int = 0
     """Evaluate every so many steps (and at the end); 0: a third of the run, at most an epoch or 200 steps, but never
     more than a tenth of the time. --test_size 0 turns evaluation off."""
+    early_stopping_patience: int = 0
+    """End after so many evaluations by --eval_steps in a row that found no lower loss; 0: never."""
     save_steps: int = 0
     """Save a checkpoint every so many steps (and at the end); 0: an eighth of the run, at most an epoch or 200."""
     eval_minutes: float = 10
-    early_stopping_patience: int = 0
-    """End after so many evaluations by --eval_steps in a row that found no lower loss; 0: never."""
     """Evaluate after so many minutes as well, if that takes less than a tenth of the time; 0: never."""
     save_minutes: float = 10
     """Save a checkpoint after so many minutes as well, under the same condition; 0: never."""
@@ -286,7 +286,7 @@ class TrainOptions:
                 found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
         if self.num_epoch <= 0 and not self.max_steps:
             found.append(("--num_epoch", f"{self.num_epoch} would train nothing; use more than 0, or --max_steps"))
-        if not 0 < self.learning_rate < 10:
+        if not 0 <= self.learning_rate < 10:
             found.append(("--learning_rate", f"{self.learning_rate} is outside 0..10; 2e-4 is usual for LoRA"))
         if not 0 <= self.warmup_ratio < 1:
             found.append(("--warmup_ratio", f"{self.warmup_ratio} is not a share of the steps; use 0 up to below 1"))
@@ -328,14 +328,14 @@ class TrainOptions:
             found.append((flag, "cosine_with_min_lr needs one of min_lr:1e-5 and min_lr_rate:0.1"))
         return found
 
-    def _change_problems(self) -> list[Problem]:
-        known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective"}
-        unknown = sorted(set(filter(None, self.accept_changes.replace(" ", "").split(","))) - known)
     def _final_weights_problems(self) -> list[Problem]:
         if self.final_weights in ("last", "best") or self.n_averaged > 1:
             return []
         return [("--final_weights", f"{self.final_weights!r} is none of last, best and average:N of 2 or more")]
 
+    def _change_problems(self) -> list[Problem]:
+        known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective"}
+        unknown = sorted(set(filter(None, self.accept_changes.replace(" ", "").split(","))) - known)
         if not unknown:
             return []
         return [("--accept_changes", f"{', '.join(unknown)} is unknown; known are {', '.join(sorted(known))}")]

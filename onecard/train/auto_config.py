@@ -29,7 +29,7 @@ from onecard.model.memory.report import plan_lines
 from onecard.train.intervals import resolve_intervals, say_intervals
 from onecard.train.loop import total_steps
 from onecard.train.oom import MicroBatchLimits
-from onecard.train.optim import warmup_steps
+from onecard.train.optim import default_learning_rate, warmup_steps
 from onecard.train.resume import ResumePoint
 
 RAM_LEFT_ALONE = 2 * GIB  # for the rest of the machine
@@ -105,6 +105,16 @@ def resolve_total_batch(config: FinetuneConfig, point: ResumePoint | None, n_row
     return replace(config, train=replace(config.train, total_batch=batch))
 
 
+def resolve_learning_rate(config: FinetuneConfig, model: Architecture, point: ResumePoint | None) -> FinetuneConfig:
+    """Fill in --learning_rate where it is 0: what the run began with, or what suits family and width of the base."""
+    if config.train.learning_rate:
+        return config
+    began = point.options.get("learning_rate") if point is not None and point.same_run else None
+    rate, reason = (began, "as the run began") if began else default_learning_rate(model.model_type, model.hidden_size)
+    say(f"learning rate {rate:.1e}, {reason}; --learning_rate sets another one")
+    return replace(config, train=replace(config.train, learning_rate=rate))
+
+
 def resolve_test_size(typed: float | Literal["auto"], point: ResumePoint | None, n_conversations: int) -> float:
     """--test_size as a share or a count: as typed, else what the run began with, else what suits so much data."""
     if typed != "auto":
@@ -163,6 +173,8 @@ def useless_settings(options: TrainOptions, n_rows: int, n_test: int, total_step
                     f"{steps} is more than the {total_steps} steps of the run: by it only the last is {done}",
                 )
             )
+    if options.early_stopping_patience and not n_test:
+        found.append(("--early_stopping_patience", "needs rows to evaluate on (--test_size); the run goes to its end"))
     if options.final_weights == "best" and not n_test:
         found.append(("--final_weights", "best needs rows to evaluate on (--test_size); the last weights are taken"))
     return found
@@ -173,8 +185,6 @@ def pin_choices(config: FinetuneConfig, point: ResumePoint | None) -> FinetuneCo
 
     Raises ConfigError where another value was typed.
     """
-    if options.early_stopping_patience and not n_test:
-        found.append(("--early_stopping_patience", "needs rows to evaluate on (--test_size); the run goes to its end"))
     stored = point.state.choices if point is not None else {}
     if "optimizer" in stored and config.train.optimizer not in ("auto", stored["optimizer"]):
         raise ConfigError(

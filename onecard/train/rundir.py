@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from onecard.config.training import FinetuneConfig
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.console import quiet_rank, say, warn
 from onecard.data.chat_template import BUILT_IN
 from onecard.model.lora.formats import average_adapters

@@ -121,7 +121,7 @@ REFUSED = [
         ["--weight_decay", "--max_grad_norm", "--seed"],
     ),
     (TrainOptions, {"num_epoch": 0}, ["--num_epoch"]),
-    (TrainOptions, {"learning_rate": 0.0}, ["--learning_rate"]),
+    (TrainOptions, {"learning_rate": -1.0}, ["--learning_rate"]),
     (TrainOptions, {"learning_rate": float("nan")}, ["--learning_rate"]),
     (TrainOptions, {"warmup_ratio": 1.0}, ["--warmup_ratio"]),
     (TrainOptions, {"loraplus_ratio": 0.5}, ["--loraplus_ratio"]),

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from onecard.config.training import TrainOptions
-from onecard.errors import OneCardError
+from onecard.config.training import FinetuneConfig, TrainOptions, refuse
+from onecard.errors import ConfigError, OneCardError
 from onecard.recipes import finetune
+from onecard.train.checkpoint import verify
 from onecard.train.loop import total_steps
+from onecard.train.state import read_state
 from onecard.train.trackers import read_log
 from tests import tiny
+from tests.runs import assert_same_end, run_and_stop
 
 
 @pytest.mark.parametrize(
@@ -42,10 +46,6 @@ def test_evaluation_finds_and_keeps_the_best_checkpoint(tiny_base: Path, instruc
     published = tiny.tensors_of(run / "adapter_model.safetensors")
     assert tiny.same_tensors(published, tiny.tensors_of(run / f"checkpoint-{best}" / "adapter_model.safetensors"))
 
-
-def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Path, instructions: Path) -> None:
-    from accelerate import Accelerator
-    from transformers import AutoModelForCausalLM
 
 RISING = {"total_batch": 4, "num_epoch": 6, "test_size": 4, "eval_steps": 3, "save_steps": 100, "learning_rate": 0.03,
           "schedule": "constant"}  # fmt: skip
@@ -89,6 +89,10 @@ def test_final_weights_are_the_mean_of_the_newest_checkpoints(
     with pytest.raises(ConfigError, match="none of last, best and average:N of 2 or more"):
         refuse(TrainOptions(final_weights="average:1").problems())
 
+
+def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Path, instructions: Path) -> None:
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM
 
     from onecard.data.chat_template import load_template
     from onecard.data.dataset import encode_dataset

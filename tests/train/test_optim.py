@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any, get_args
 
 import pytest
 import torch
-
 from transformers import get_scheduler
+
 from onecard.config.training import ScheduleName, TrainOptions
 from onecard.errors import ConfigError
 from onecard.train.optim import (
     build_optimizer,
+    default_learning_rate,
     learning_rate_factor,
     set_learning_rate,
     warmup_steps,
@@ -43,8 +45,6 @@ def test_learning_rate_follows_the_closed_form(schedule: str, expected: list[flo
     assert [learning_rate_factor(options, step, 6) for step in range(6)] == pytest.approx(expected)
 
 
-def test_warmup_steps_take_the_place_of_the_ratio() -> None:
-    assert warmup_steps(TrainOptions(warmup_ratio=0.1), 95) == 10
 @pytest.mark.parametrize("schedule", list(get_args(ScheduleName)))
 def test_every_schedule_is_that_of_transformers_after_the_warmup(schedule: str) -> None:
     """Their warm-up begins with a step of rate 0, so step n of ours is step n of theirs from its end on."""
@@ -100,6 +100,8 @@ def test_the_learning_rate_of_a_base(model_type: str, width: int, expected: floa
     assert default_learning_rate(model_type, width)[0] == expected
 
 
+def test_warmup_steps_take_the_place_of_the_ratio() -> None:
+    assert warmup_steps(TrainOptions(warmup_ratio=0.1), 95) == 10
     assert warmup_steps(TrainOptions(warmup_ratio=0.1, warmup_steps=3), 95) == 3
     assert warmup_steps(TrainOptions(warmup_ratio=0), 95) == 0
 

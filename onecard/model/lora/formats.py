@@ -10,13 +10,13 @@ import json
 import pickle
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard.config.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
