@@ -39,12 +39,12 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train.memory_probe import rehearse_if_wanted
     from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position, take_over
     from onecard.train.rundir import RunDirectory, RunSettings, portable
-    from onecard.train.trackers import check_sinks
+    from onecard.train.trackers import check_trackers
 
     refuse(problems_of(config))
     if problem := toy_base_problem(config.model.model_path, config.data.data_path):
         warn(problem)
-    check_sinks(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
+    check_trackers(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
     config = replace(config, model=portable(config).model)  # adapters remember the name of their base
     directory = RunDirectory(Path(config.train.output_path))
     with directory.locked():

@@ -40,7 +40,7 @@ from onecard.train.run import Run
 from onecard.train.rundir import RunDirectory
 from onecard.train.state import TrainerState, restore_state
 from onecard.train.step import use_limits
-from onecard.train.trackers import Reporter, TensorBoardSink, WandbSink
+from onecard.train.trackers import Reporter, open_trackers
 
 # They stand in a run's identity only when used: runs from before them go on.
 LATER_OPTIONS = ("peft_method", "train_new_tokens", "train_embeddings", "lora_target_parameters")
@@ -199,13 +199,14 @@ def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
 
 
 def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> Reporter:
-    """The run's reporter, with the sinks that were asked for."""
+    """The run's reporter, with the trackers that were asked for."""
     options = config.train
     reporter = Reporter(directory.path, run.state.total_steps, run.state.step, enabled=run.accelerator.is_main_process)
-    if reporter.enabled and options.tensorboard:
-        reporter.sinks.append(TensorBoardSink(directory.path))
-    if reporter.enabled and options.wandb:
-        reporter.sinks.append(WandbSink(directory.path, options.wandb_project, asdict(config)))
+    if reporter.enabled:
+        reporter.trackers = open_trackers(
+            directory.path, asdict(config), tensorboard=options.tensorboard,
+            wandb_project=options.wandb_project if options.wandb else None,
+        )  # fmt: skip
     return reporter
 
 

@@ -51,7 +51,7 @@ class Reporter:
 
     def __init__(self, run_dir: Path, total_steps: int, first_step: int, enabled: bool = True) -> None:
         self.run_dir, self.total_steps, self.enabled = run_dir, total_steps, enabled
-        self.sinks: list[Any] = []
+        self.trackers: list[Any] = []
         self._tokens, self._seconds, self._warned = 0, 0.0, False  # since the last logged row
         if not enabled:
             return
@@ -122,8 +122,8 @@ class Reporter:
             return
         self._bar.close()
         self._log.close()
-        for sink in self.sinks:
-            sink.close()
+        for tracker in self.trackers:
+            tracker.finish()
         try:
             draw_loss(self.run_dir)
         except OSError as reason:
@@ -144,8 +144,9 @@ class Reporter:
             if not self._warned:
                 warn(f"{LOG_NAME} cannot be written ({reason}); training goes on")
             self._warned = True
-        for sink in self.sinks:
-            sink.log(row)
+        numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=row["step"])
 
 
 def draw_loss(run_dir: Path) -> Path | None:
@@ -183,44 +184,28 @@ def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-class TensorBoardSink:
-    """Numbers of each row into OUTPUT_PATH/tensorboard."""
+def open_trackers(
+    run_dir: Path, settings: dict[str, Any], *, tensorboard: bool, wandb_project: str | None
+) -> list[Any]:
+    """The trackers of accelerate that were asked for; under W&B a run that is resumed keeps its id.
 
-    def __init__(self, run_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    TensorBoard's files lie in OUTPUT_PATH/tensorboard, the id in OUTPUT_PATH/wandb_id.txt.
+    """
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbSink:
-    """Numbers of each row to Weights & Biases; the run continues under the same id after a resume."""
-
-    def __init__(self, run_dir: Path, project: str, settings: dict[str, Any]) -> None:
-        import wandb
-
+    trackers: list[Any] = [TensorBoardTracker("tensorboard", run_dir)] if tensorboard else []
+    if wandb_project is not None:
         id_file = run_dir / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-        self._run = wandb.init(
-            project=project, id=id_file.read_text(encoding="utf-8"), resume="allow", dir=str(run_dir), config=settings
-        )
-
-    def log(self, row: dict[str, Any]) -> None:
-        self._run.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
-
-    def close(self) -> None:
-        self._run.finish()
+        run_id = id_file.read_text(encoding="utf-8")
+        trackers.append(WandBTracker(wandb_project, id=run_id, resume="allow", dir=str(run_dir), config=settings))
+    for tracker in trackers:
+        tracker.start()
+    return trackers
 
 
-def check_sinks(*, wandb: bool, tensorboard: bool) -> None:
+def check_trackers(*, wandb: bool, tensorboard: bool) -> None:
     """Say before anything is loaded that a reporting package is missing. Raises ConfigError with the remedy."""
     from importlib.util import find_spec
 

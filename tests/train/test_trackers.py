@@ -17,7 +17,7 @@ from onecard.recipes import finetune
 from onecard.train import loop
 from onecard.train import memory_probe as rehearsal
 from onecard.train import trackers as reporting
-from onecard.train.trackers import Reporter, check_sinks, draw_loss, read_log
+from onecard.train.trackers import Reporter, check_trackers, draw_loss, open_trackers, read_log
 from tests import tiny
 from tests.runs import run_and_stop
 
@@ -164,19 +164,42 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
 def test_a_missing_package_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"--wandb: .*pip install wandb"):
-        check_sinks(wandb=True, tensorboard=False)
+        check_trackers(wandb=True, tensorboard=False)
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from onecard.train.trackers import TensorBoardSink
-
     reporter = Reporter(tmp_path, total_steps=2, first_step=0)
-    reporter.sinks.append(TensorBoardSink(tmp_path))
+    reporter.trackers = open_trackers(tmp_path, {}, tensorboard=True, wandb_project=None)
     for step in (1, 2):
         reporter.step(row(step, loss=3.0 / step), to_file=True, tokens=8, seconds=0.5)
     reporter.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
+
+
+def test_wandb_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[dict] = []
+    logged: list[tuple[dict, int]] = []
+    finished: list[bool] = []
+
+    def init(**settings: Any) -> Any:
+        begun.append(settings)
+        return SimpleNamespace(
+            log=lambda values, step: logged.append((values, step)), finish=lambda: finished.append(True)
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for step in (1, 2):
+        reporter = Reporter(tmp_path, total_steps=2, first_step=step - 1)
+        reporter.trackers = open_trackers(tmp_path, {"seed": 7}, tensorboard=False, wandb_project="nights")
+        reporter.event({"step": step, "event": "resumed", "eval_loss": 0.5})
+        reporter.close()
+    assert begun[0] == begun[1] == {
+        "project": "nights", "id": (tmp_path / "wandb_id.txt").read_text(), "resume": "allow", "dir": str(tmp_path),
+        "config": {"seed": 7},
+    }  # fmt: skip
+    assert logged == [({"eval_loss": 0.5}, 1), ({"eval_loss": 0.5}, 2)]
+    assert len(finished) == 2
