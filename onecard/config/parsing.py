@@ -234,19 +234,19 @@ def _holders(config_class: type, options: Mapping[str, Option]) -> list[tuple[ty
 
 
 def _help_texts(holder: type) -> dict[str, str]:
-    """The text under each field of a dataclass, by the field's name, those of its bases first.
+    """The text under each field of a dataclass, by the field's name, those of its bases last.
 
     Read from the source with one parse per class; jsonargparse's own way takes longer than all else that --help does.
     """
     found: dict[str, str] = {}
-    for kind in reversed(holder.__mro__[:-1]):
+    for kind in holder.__mro__[:-1]:
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         lines = body.body if isinstance(body, ast.ClassDef) else []
         for line, after in zip(lines, [*lines[1:], None], strict=True):
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                 is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 text = ast.literal_eval(after.value) if is_text else ""  # type: ignore[union-attr]
-                found[line.target.id] = str(text or found.get(line.target.id, ""))
+                found[line.target.id] = found.get(line.target.id) or str(text)
     return found
 
 

@@ -13,49 +13,35 @@ from pathlib import Path
 from onecard.config.parsing import missing, parse_verb
 from onecard.config.training import Problem
 from onecard.console import say
-from onecard.export.io.output import new_directory, parse_size, size_problems
+from onecard.export.io.output import OutputOptions, ShardedOutputOptions, new_directory, parse_size
 
 
 @dataclass
-class HfOptions:
+class HfOptions(ShardedOutputOptions):
     """Original .pth files to a Hugging Face directory. Memory: one output shard."""
 
     model_path: str = ""
     """Directory with consolidated.00.pth (all shards) and params.json."""
-    output_path: str = ""
-    """A new directory for the result."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
     max_positions: int = 0
     """Longest text in tokens, which params.json does not say. 0: what its generation has (2048, 4096, 8192, ...)."""
     instruct: bool = False
     """LLaMA-3 Instruct: the end of a turn also ends an answer."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "model_path", "output_path")
         if self.max_positions < 0:
             found.append(("--max_positions", f"{self.max_positions} is negative; use 0 or more"))
-        return found + size_problems(self.max_shard_size)
+        return found + super().problems()
 
 
 @dataclass
-class PthOptions:
+class PthOptions(OutputOptions):
     """A Hugging Face LLaMA to original .pth files. Memory: one .pth shard."""
 
     model_path: str = ""
     """A model directory or a Hub id."""
-    output_path: str = ""
-    """A new directory for the result."""
     n_shards: int = 0
     """Number of .pth files (one per GPU that runs them). 0: what Meta ships: 1, and 2, 4, 8 for 13B, 30B, 65B."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "model_path", "output_path")
@@ -65,19 +51,13 @@ class PthOptions:
 
 
 @dataclass
-class ReshardOptions:
+class ReshardOptions(OutputOptions):
     """Original .pth files to another number of .pth files. Memory: one .pth shard."""
 
     model_path: str = ""
     """Directory with consolidated.00.pth (all shards) and params.json."""
-    output_path: str = ""
-    """A new directory for the result."""
     n_shards: int = 0
     """Number of .pth files to write."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "model_path", "output_path")

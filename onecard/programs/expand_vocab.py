@@ -13,11 +13,11 @@ from typing import Literal
 
 from onecard.config.parsing import missing, parse_verb
 from onecard.config.training import Problem, ReadingOptions
-from onecard.export.io.output import parse_size, size_problems
+from onecard.export.io.output import OutputOptions, ShardedOutputOptions, parse_size
 
 
 @dataclass
-class TrainTokenizerOptions(ReadingOptions):
+class TrainTokenizerOptions(ReadingOptions, OutputOptions):
     """Learn new pieces from a corpus.
 
     Nothing else is changed: merge decides which of them the old tokenizer can use.
@@ -41,10 +41,6 @@ class TrainTokenizerOptions(ReadingOptions):
     """Lines held in memory, drawn evenly from the whole corpus."""
     held_out_share: float = 0.02
     """Share of the texts that is not learned from, for merge to measure on."""
-    overwrite: bool = False
-    """Replace what is at output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = super().problems() + missing(self, "data_path", "output_path")
@@ -64,7 +60,7 @@ class TrainTokenizerOptions(ReadingOptions):
 
 
 @dataclass
-class MergeTokenizerOptions:
+class MergeTokenizerOptions(OutputOptions):
     """Put the new pieces behind the tokens of an old tokenizer; no old id moves."""
 
     tokenizer_path: str = ""
@@ -77,10 +73,6 @@ class MergeTokenizerOptions:
     """At most so many new tokens, the best first; 0: all that can be used."""
     eval_path: str = ""
     """Text to measure tokens per character on; without it, what train held out."""
-    overwrite: bool = False
-    """Replace what is at output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "tokenizer_path", "new_path", "output_path")
@@ -90,7 +82,7 @@ class MergeTokenizerOptions:
 
 
 @dataclass
-class ResizeEmbeddingsOptions:
+class ResizeEmbeddingsOptions(ShardedOutputOptions):
     """Give a model rows for the tokens of its grown tokenizer."""
 
     model_path: str = ""
@@ -99,20 +91,14 @@ class ResizeEmbeddingsOptions:
     """Directory that merge wrote, from this model's own tokenizer."""
     output_path: str = ""
     """New directory for the model."""
-    max_shard_size: str = "5GB"
-    """Largest size of one weight file, and about what is held in memory."""
     pad_to_multiple_of: int = 64
     """The number of rows is rounded up to a multiple of this; 64 suits the matrix units of every card."""
-    overwrite: bool = False
-    """Replace what is at output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "model_path", "tokenizer_path", "output_path")
         if self.pad_to_multiple_of < 1:
             found.append(("--pad_to_multiple_of", f"{self.pad_to_multiple_of} is no multiple; use 1 for no padding"))
-        return found + size_problems(self.max_shard_size)
+        return found + super().problems()
 
 
 def main(argv: list[str] | None = None) -> None:

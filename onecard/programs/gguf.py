@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from onecard.config.parsing import comma_list, parse
 from onecard.config.training import Problem
+from onecard.export.io.output import OutputOptions
 from onecard.inference.run_files import stored_options
 
 # Kinds of number that only llama.cpp's own program writes.
@@ -24,7 +25,7 @@ LLAMA_QUANTIZE = (
 
 
 @dataclass
-class ExportOptions:
+class ExportOptions(OutputOptions):
     """What is exported, and where to."""
 
     model_path: str = ""
@@ -41,10 +42,6 @@ class ExportOptions:
     """Chat template: a built-in name or a .jinja file; auto takes the one stored with the model, or none."""
     accept_other_base: bool = False
     """Merge although the adapter was trained on another base."""
-    overwrite: bool = False
-    """Replace an existing --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []

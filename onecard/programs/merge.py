@@ -12,11 +12,11 @@ from typing import Literal
 from onecard.config.parsing import comma_list, parse
 from onecard.config.training import Problem
 from onecard.console import say, warn
-from onecard.export.io.output import parse_size, size_problems
+from onecard.export.io.output import ShardedOutputOptions, parse_size
 
 
 @dataclass
-class MergeOptions:
+class MergeOptions(ShardedOutputOptions):
     """What is merged, and how it is written."""
 
     model_path: str = "auto"
@@ -27,20 +27,14 @@ class MergeOptions:
     """Directory of the result."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Type of the written weights. auto: fp16 where weights and activations fit, else bf16, which is coarser."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, such as 5GB or 500MB; with --format hf."""
     format: Literal["hf", "pth"] = "hf"
-    """hf: a Hugging Face directory. pth: consolidated.0x.pth with params.json, as LLaMA was published."""
+    """hf: a directory with files up to --max_shard_size. pth: consolidated.0x.pth and params.json, as LLaMA came."""
     accept_other_base: bool = False
     """Merge although the adapter was trained on a base with other files."""
     verify: bool = True
     """Reopen the result, compare it and measure how much of the adapters' effect on predictions is kept."""
     trust_remote_code: bool = False
     """Run Python code that the base model brings along."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
@@ -48,7 +42,7 @@ class MergeOptions:
             found.append(("--lora_path", "names no adapter; give a run, a checkpoint or a Hub id"))
         if not self.output_path:
             found.append(("--output_path", "is missing; give the directory of the result"))
-        return found + size_problems(self.max_shard_size)
+        return found + super().problems()
 
 
 def main(argv: list[str] | None = None) -> None:

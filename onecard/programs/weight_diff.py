@@ -14,53 +14,37 @@ from typing import Literal
 from onecard.config.parsing import missing, parse_verb
 from onecard.config.training import Problem
 from onecard.console import say
-from onecard.export.io.output import new_directory, parse_size, size_problems
+from onecard.export.io.output import ShardedOutputOptions, new_directory, parse_size
 
 
 @dataclass
-class MakeDiffOptions:
+class MakeDiffOptions(ShardedOutputOptions):
     """Write tuned - base. Memory: one output shard and three tensors."""
 
     base_path: str = ""
     """The base: a model directory or a Hub id."""
     tuned_path: str = ""
     """The tuned model (merged, not an adapter): a model directory or a Hub id."""
-    output_path: str = ""
-    """A new directory for the result."""
     mode: Literal["exact", "float"] = "exact"
     """exact: comes back bit for bit. float: tuned - base, which other programs read too; rounds."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        return missing(self, "base_path", "tuned_path", "output_path") + size_problems(self.max_shard_size)
+        return missing(self, "base_path", "tuned_path", "output_path") + super().problems()
 
 
 @dataclass
-class RecoverOptions:
+class RecoverOptions(ShardedOutputOptions):
     """Write base + difference. Memory: one output shard and three tensors."""
 
     base_path: str = ""
     """The base: a model directory or a Hub id."""
     diff_path: str = ""
     """The difference, of this tool or a classic float one: a directory or a Hub id."""
-    output_path: str = ""
-    """A new directory for the result."""
     new_rows: Literal["zeros", "mean"] = "zeros"
     """What a classic difference takes for the base's rows of added tokens: zeros (Vicuna), mean (Alpaca, WizardLM)."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
-        return missing(self, "base_path", "diff_path", "output_path") + size_problems(self.max_shard_size)
+        return missing(self, "base_path", "diff_path", "output_path") + super().problems()
 
 
 @dataclass

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,29 @@ from onecard.storage import is_no_room, move, sync_directory, sync_file
 OUTPUT_FLAG = "--output_path"
 LINE_SECONDS = 20.0  # between two lines of progress where there is no terminal
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass
+class OutputOptions:
+    """The options of every program that writes a new directory."""
+
+    output_path: str = ""
+    """A new directory for the result."""
+    overwrite: bool = False
+    """Replace what is at --output_path."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclass
+class ShardedOutputOptions(OutputOptions):
+    """Those of a program that writes the weights of a model."""
+
+    max_shard_size: str = "5GB"
+    """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
+
+    def problems(self) -> list[Problem]:
+        return size_problems(self.max_shard_size)
 
 
 @contextmanager

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onecard.config.training import Problem, ReadingOptions
-from onecard.export.io.output import size_problems
+from onecard.export.io.output import ShardedOutputOptions
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # weights of a row that share a scale; -1: the whole row
 
 
 @dataclass
-class SourceOptions:
+class SourceOptions(ShardedOutputOptions):
     """The model to quantise, and where the result goes."""
 
     model_path: str = ""
@@ -23,18 +23,12 @@ class SourceOptions:
     """Merge although the adapter was trained on another base."""
     output_path: str = ""
     """Directory to write."""
-    overwrite: bool = False
-    """Replace what is at --output_path."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, such as 5GB or 500MB."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 4
     """Samples that pass through the model at once; less takes less memory."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
@@ -44,7 +38,7 @@ class SourceOptions:
             found.append(("--output_path", "is needed: the directory to write"))
         if self.batch_size < 1:
             found.append(("--batch_size", f"{self.batch_size} does nothing; use 1 or more"))
-        return found + size_problems(self.max_shard_size)
+        return found + super().problems()
 
 
 @dataclass
