@@ -158,7 +158,7 @@ def attempt(
 
     dtype, _ = choose_dtype("auto", rest["bits"], hardware, config["model_type"])
     setup = MemoryConfig(**{"element_bytes": dtype.itemsize, "rows": rows, "length": length, "on_gpu": hardware.is_gpu,
-                            "repeats_kv": not hardware.has_flash_attention, **rest})  # fmt: skip
+                            "repeats_kv": not hardware.has_flash_attention_in(dtype.itemsize), **rest})  # fmt: skip
     planned = account(architecture_of(config, name=name), setup)
     if not hardware.is_gpu:
         return measure(name, config, setup, planned, hardware)
@@ -254,7 +254,6 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from benchmarks.random_models import random_base
     from onecard.config.training import LoraOptions, ModelOptions, TrainOptions
     from onecard.data.encode import LabelledSample
-    from onecard.model.attention import avoid_flash
     from onecard.model.lora.adapter import add_lora
     from onecard.model.memory_saving.activation_offload import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
@@ -265,8 +264,6 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
 
     options = ModelOptions(bits=setup.bits, gradient_checkpointing=setup.gradient_checkpointing)
     base = random_base(config, options, hardware)
-    if hardware.is_gpu and not hardware.has_flash_attention:
-        avoid_flash(base.model)
     if setup.eager_attention:
         base.model.set_attn_implementation("eager")
     if setup.head_bits < 16:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onecard.config.training import ModelOptions
 from onecard.errors import ModelError
+from onecard.model.attention import choose_kernel
 from onecard.model.files import read_json
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import LoadedBase, checkpoint_layers, load_base
@@ -69,6 +70,7 @@ def random_base(config: dict[str, Any], options: ModelOptions, hardware: Hardwar
         name, module = linears.popitem()
         model.set_submodule(name, _quantised(_random_layer(module, dtype, device), options.bits, dtype))
     model.tie_weights()
+    choose_kernel(model, hardware, dtype)
     model.requires_grad_(False)
     model.eval()
     if options.gradient_checkpointing:

@@ -103,7 +103,6 @@ def open_engine(options: ServingOptions) -> tuple[Any, str]:
     from onecard.inference.adapters import AdapterManager
     from onecard.inference.call import ModelBundle
     from onecard.inference.engine import InferenceEngine
-    from onecard.model.attention import avoid_flash
     from onecard.model.hardware import detect
     from onecard.model.load import load_tokenizer
 
@@ -111,8 +110,6 @@ def open_engine(options: ServingOptions) -> tuple[Any, str]:
     hardware = detect(options.device, pretend_turing=options.pretend_turing)
     model = ModelOptions(options.model_path, bits=bits, device=options.device, gradient_checkpointing=False)
     base = base_model(model, hardware)
-    if hardware.is_gpu and not hardware.has_flash_attention:
-        avoid_flash(base.model)
     tokenizer = load_tokenizer(DEFAULT_BASE)
     with torch.no_grad():  # the most likely token is then one that the sample tokenizer knows
         base.model.get_output_embeddings().weight[len(tokenizer) :] = 0

@@ -1,7 +1,8 @@
-"""Attention for cards without FlashAttention: the memory-efficient kernel, whatever the number of key heads.
+"""Attention without FlashAttention: the memory-efficient kernel, whatever the number of key heads.
 
-Where queries share key heads (GQA), transformers asks SDPA to do the sharing, which only FlashAttention can; a Turing
-card would fall back to the plain kernel, whose scores take (heads, seq, seq). Here keys and values are repeated first,
+Where queries share key heads (GQA), transformers asks SDPA to do the sharing, which only FlashAttention can. A Turing
+card has none, and no card has one in fp32: both would fall back to the plain kernel, whose scores take
+(heads, seq, seq). Here keys and values are repeated first,
 which costs two hidden states of a layer and keeps the efficient kernel. Knows one function of transformers' attention
 interface; does not know models. https://huggingface.co/docs/transformers/attention_interface
 """
@@ -12,15 +13,24 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from onecard.model.hardware import Hardware
+
 NAME, FAKE_SDPA = "onecard_sdpa", "onecard_sizes"
 # In this order of preference; the plain kernel remains for shapes that the efficient one refuses.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def choose_kernel(model: PreTrainedModel, hardware: Hardware, dtype: torch.dtype) -> None:
+    """Let a model that computes in `dtype` avoid FlashAttention where this card has none for it."""
+    if hardware.is_gpu and not hardware.has_flash_attention_in(dtype.itemsize):
+        avoid_flash(model)
 
 
 def avoid_flash(model: PreTrainedModel) -> bool:

@@ -53,6 +53,10 @@ class Hardware:
         """FlashAttention needs Ampere; older cards have the memory-efficient kernel, and a CPU has its own."""
         return self.capability is None or self.capability >= (8, 0)
 
+    def has_flash_attention_in(self, element_bytes: int) -> bool:
+        """The same for an arithmetic of so many bytes per number: no card has FlashAttention in fp32."""
+        return self.has_flash_attention and element_bytes < torch.float32.itemsize
+
 
 def detect(device: str = "auto", *, pretend_turing: bool = False) -> Hardware:
     """Return the device for this process: `auto` takes the GPU if there is one; torchrun's LOCAL_RANK picks which.

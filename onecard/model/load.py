@@ -20,6 +20,7 @@ from onecard.config.training import ModelOptions, memory_map
 from onecard.console import say, warn
 from onecard.errors import ConfigError, ModelError
 from onecard.model.files import base_fingerprint, check_weights, locate, read_json
+from onecard.model.attention import choose_kernel
 from onecard.model.gptq import (
     check_gptq_installed,
     is_gptq,
@@ -114,6 +115,7 @@ def load_base(
         kept = _bitsandbytes_in(stored, dtype) if quantization is None else {}
         model = _load(options, directory, dtype, hardware.device, quantization=quantization, stored=kept)
     model.requires_grad_(False)
+    choose_kernel(model, hardware, dtype)
     model.eval()
     if bits < 16 and not in_gptq:
         _tell_unquantised(model, bits, dtype)

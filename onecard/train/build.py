@@ -19,8 +19,7 @@ from onecard.data.chat_template import Template, load_template
 from onecard.data.dataset import cache_directory, encode_dataset
 from onecard.data.encode import EncodeSettings
 from onecard.data.sources import source_of
-from onecard.errors import ModelError
-from onecard.model.attention import avoid_flash
+from onecard.errors import ConfigError, ModelError
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
 from onecard.model.kernels import use_liger
@@ -174,8 +173,6 @@ def prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -
         bits: Any = int(config.memory.head_bits)
         saved = quantize_head(base.model, bits, base.dtype)
         say(f"the head lies in {config.memory.head_bits} bits ({saved / 2**20:+,.0f} MiB freed)")
-    if hardware.is_gpu and not hardware.has_flash_attention:
-        avoid_flash(base.model)
     if config.memory.kernels == "liger":
         use_liger(base.model, hardware)
 

@@ -19,6 +19,7 @@ from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import Architecture
 from onecard.model.memory.estimate import GIB, MemoryConfig, MemoryEstimate, account
+from onecard.model.memory.layer_memory import FP32
 
 DEFAULT_MICRO_TOKENS = 4096
 LOSS_CHUNKS = (1024, 512, 256, 128)
@@ -40,7 +41,9 @@ class CardSpec:
     """The machine's memory, where what leaves the card goes."""
     is_gpu: bool = True
     repeats_kv: bool = True
-    """Its attention kernel copies keys and values for each query head: cards before Ampere, and unknown ones."""
+    """Its attention kernel copies keys and values for each query head: cards before Ampere, and unknown ones.
+
+    In fp32 all do."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def _first_setup(
         head_bits=16 if memory.head_bits == "auto" else int(memory.head_bits),
         mlp_tile=max(0, memory.mlp_tile),
         eager_attention=config.model.attn_implementation == "eager",
-        repeats_kv=card.repeats_kv and card.is_gpu,
+        repeats_kv=card.is_gpu and (card.repeats_kv or element_bytes == FP32),
         on_gpu=card.is_gpu,
     )
 
