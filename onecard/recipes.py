@@ -49,7 +49,7 @@ def finetune(config: FinetuneConfig) -> Path:
     directory = RunDirectory(Path(config.train.output_path))
     with directory.locked():
         hardware = detect(config.model.device, pretend_turing=config.memory.pretend_turing)
-        cap_memory(hardware, config.memory.vram)
+        cap_memory(hardware, config.memory.vram, config.model.max_memory)
         first = first_plan(config, hardware)
         accelerator = build_accelerator(config, hardware, first.model.model_type)
         point = start_position(config, directory, accelerator)

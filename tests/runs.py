@@ -47,7 +47,10 @@ def assert_same_end(one: Path, other: Path) -> None:
     adapters = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
     assert adapters[0], "no tensors"
     assert tiny.same_tensors(*adapters)
-    states = [torch.load(final_checkpoint(run) / "optimizer.pt", weights_only=True) for run in (one, other)]
+    states = [
+        torch.load(final_checkpoint(run) / "optimizer.pt", map_location="cpu", weights_only=True)
+        for run in (one, other)
+    ]
     assert tiny.same_values(*states), "optimizer.pt differs"
     assert tiny.losses_of(one) == tiny.losses_of(other)
     rates = [[row["learning_rate"] for row in read_log(run) if "loss" in row] for run in (one, other)]

@@ -64,7 +64,7 @@ class ModelOptions:
     gradient_checkpointing: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
     """Recompute each layer in the backward pass (on, off): several times less memory, slower. auto: on where needed."""
     max_memory: str | None = None
-    """Spread the model over several GPUs, with so much of each: 0:10GiB,1:10GiB,cpu:30GiB (chat and generation)."""
+    """Spread the model over several GPUs, so much of each: 0:10GiB,1:10GiB. cpu:30GiB: the rest in RAM, to answer."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: only architectures of transformers itself are loaded."""
 
@@ -393,6 +393,13 @@ class FinetuneConfig:
         if self.memory.offload_activations == "on" and not self.model.gradient_checkpointing:
             text = "on needs --gradient_checkpointing on: it keeps the inputs of layers"
             found.append(("--offload_activations", text))
+        if n_gpus_of(self.model.max_memory) > 1:
+            memory = self.memory
+            asked = {"--offload_activations": memory.offload_activations == "on", "--deepspeed": self.train.deepspeed,
+                     "--offload_embeddings": memory.offload_embeddings == "on",
+                     "--head_bits": memory.head_bits in ("4", "8")}  # fmt: skip
+            text = "does not go with --max_memory over several GPUs, where accelerate places the layers; leave one out"
+            found += [(flag, text) for flag, is_on in asked.items() if is_on]
         flag = self.lora.trains_vocabulary
         if flag and self.memory.offload_embeddings == "on":
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
@@ -433,6 +440,12 @@ def memory_map(text: str) -> dict[int | str, str] | None:
         place, amount = match.groups()
         found[place if place == "cpu" else int(place)] = amount
     return found
+
+
+def n_gpus_of(max_memory: str | None) -> int:
+    """GPUs that one process uses under this --max_memory: those that it names, else one."""
+    named = memory_map(max_memory or "") or {}
+    return max(1, sum(isinstance(place, int) for place in named))
 
 
 def problems_of(config: object) -> list[Problem]:

@@ -152,14 +152,14 @@ def reserved_bytes(device: torch.device) -> int:
 
 
 def peak_reserved_bytes() -> int | None:
-    """The most that the allocator held on the current GPU since `reset_peak`; None without a GPU."""
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+    """The most that the allocator held on any GPU since `reset_peak`; None without a GPU."""
+    return max((torch.cuda.max_memory_reserved(index) for index in range(count_gpus())), default=None)
 
 
 def reset_peak() -> None:
     """Let `peak_reserved_bytes` count anew. Does nothing without a GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for index in range(count_gpus()):
+        torch.cuda.reset_peak_memory_stats(index)
 
 
 def limit_memory(share: float, device: torch.device) -> None:

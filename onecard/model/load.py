@@ -6,6 +6,7 @@ decoder layer stays the unit that is loaded, placed and recomputed; nothing here
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from onecard.config.training import ModelOptions, memory_map
 from onecard.console import say, warn
 from onecard.errors import ConfigError, ModelError
-from onecard.model.files import base_fingerprint, check_weights, locate, read_json
 from onecard.model.attention import choose_kernel
+from onecard.model.files import base_fingerprint, check_weights, locate, read_json
 from onecard.model.gptq import (
     check_gptq_installed,
     is_gptq,
@@ -114,8 +115,8 @@ def load_base(
             quantization = loading_config(bits, dtype)
         kept = _bitsandbytes_in(stored, dtype) if quantization is None else {}
         model = _load(options, directory, dtype, hardware.device, quantization=quantization, stored=kept)
-    model.requires_grad_(False)
     choose_kernel(model, hardware, dtype)
+    model.requires_grad_(False)
     model.eval()
     if bits < 16 and not in_gptq:
         _tell_unquantised(model, bits, dtype)
@@ -237,6 +238,10 @@ def _placement(options: ModelOptions, device: torch.device) -> dict[str, Any]:
     missing = [place for place in shares if isinstance(place, int) and place >= n_gpus]
     if missing:
         raise ConfigError("--max_memory", f"names GPU {missing[0]}, but there are {n_gpus} (counted from 0)")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "--max_memory", "spreads the model of one process; start one process, or leave it out: each takes a card"
+        )
     return {"device_map": "auto", "max_memory": shares}
 
 

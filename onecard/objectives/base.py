@@ -65,6 +65,7 @@ class Objective(ABC):
     def loss_of(
         self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0
     ) -> tuple[Tensor, float]:
-        """`loss` of samples, moved to the device."""
+        """`loss` of samples, moved to the device, where the loss lies too: the head may lie on another one."""
         batch = {name: tensor.to(device) for name, tensor in self.collate(samples).items()}
-        return self.loss(model, batch, chunk_tokens=chunk_tokens)
+        loss, n_units = self.loss(model, batch, chunk_tokens=chunk_tokens)
+        return loss.to(device), n_units

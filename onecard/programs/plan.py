@@ -161,7 +161,7 @@ def find_cards(options: PlanOptions) -> list[tuple[Any, Any]]:
     found = detect(options.model.device, pretend_turing=old)
     if not found.is_gpu:
         raise ConfigError("--vram", "no card is found here; give its memory in GiB, such as --vram 11")
-    return [(card_of(found), found)]
+    return [(card_of(found, max_memory=options.model.max_memory), found)]
 
 
 def element_bytes(config: FinetuneConfig, hardware: Any, model_type: str) -> int:

@@ -12,15 +12,23 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import psutil
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, Problem, TrainOptions
+from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, Problem, TrainOptions, memory_map
 from onecard.console import say, warn
 from onecard.data.batches import auto_test_size
 from onecard.errors import ConfigError
 from onecard.installation import command
-from onecard.model.hardware import Hardware, choose_dtype, free_and_total_bytes, limit_memory, reserved_bytes
+from onecard.model.hardware import (
+    Hardware,
+    choose_dtype,
+    count_gpus,
+    free_and_total_bytes,
+    limit_memory,
+    reserved_bytes,
+)
 from onecard.model.load import check_stored_bits
 from onecard.model.memory.architecture import Architecture, architecture_of
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
@@ -37,25 +45,31 @@ RAM_LEFT_ALONE = 2 * GIB  # for the rest of the machine
 SMALLEST_TOTAL_BATCH, STEPS_PER_EPOCH = 4, 200
 
 
-def card_of(hardware: Hardware, vram_gib: float = 0.0) -> CardSpec:
-    """The card as the plan sees it: what is free on it, or `vram_gib` of it."""
+def card_of(hardware: Hardware, vram_gib: float = 0.0, max_memory: str | None = None) -> CardSpec:
+    """The card as the plan sees it: what is free on it (the fullest of those of --max_memory), or `vram_gib` of it."""
     ram = max(0, psutil.virtual_memory().available - RAM_LEFT_ALONE)
     if not hardware.is_gpu:
         total = int(vram_gib * GIB) or hardware.total_bytes
         return CardSpec(hardware.name, total, ram, is_gpu=False, repeats_kv=False)
-    free, _ = free_and_total_bytes(hardware.device)
-    held = reserved_bytes(hardware.device)
+    room = min(free_and_total_bytes(device)[0] + reserved_bytes(device) for device in _devices(hardware, max_memory))
     # Of the context that the plan counts about half is there already, so it is not among what is free.
-    total = int(vram_gib * GIB) or free + held + CUDA_CONTEXT_BYTES // 2
+    total = int(vram_gib * GIB) or room + CUDA_CONTEXT_BYTES // 2
     return CardSpec(hardware.name, min(total, hardware.total_bytes), ram, repeats_kv=not hardware.has_flash_attention)
 
 
-def cap_memory(hardware: Hardware, vram_gib: float) -> None:
-    """Let this process use no more than `vram_gib` of its card, so that a larger card behaves like a smaller one."""
+def _devices(hardware: Hardware, max_memory: str | None) -> list[torch.device]:
+    """The cards that the model lies on: those that --max_memory names, else the one of this process."""
+    named = [place for place in memory_map(max_memory or "") or {} if isinstance(place, int) and place < count_gpus()]
+    return [torch.device("cuda", index) for index in named] or [hardware.device]
+
+
+def cap_memory(hardware: Hardware, vram_gib: float, max_memory: str | None = None) -> None:
+    """Let this process use no more than `vram_gib` of each card, so that a larger card behaves like a smaller one."""
     if vram_gib and hardware.is_gpu:
         # The limit is for tensors; on a card of that size the context would take its part, too.
         share = min(1.0, max(0.0, vram_gib * GIB - CUDA_CONTEXT_BYTES) / hardware.total_bytes)
-        limit_memory(share, hardware.device)
+        for device in _devices(hardware, max_memory):
+            limit_memory(share, device)
 
 
 def first_plan(config: FinetuneConfig, hardware: Hardware) -> Plan:
@@ -66,7 +80,7 @@ def first_plan(config: FinetuneConfig, hardware: Hardware) -> Plan:
     """
     check_stored_bits(config.model)
     model = architecture_of(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
-    plan = _plan(model, config, hardware, card_of(hardware, config.memory.vram))
+    plan = _plan(model, config, hardware, card_of(hardware, config.memory.vram, config.model.max_memory))
     for line in plan_lines(plan):
         say(line)
     return plan
@@ -80,7 +94,7 @@ def resolve(
     The processes of `accelerator` choose alike: for the smallest of their cards. Raises ConfigError when it cannot fit,
     unless --ignore_plan.
     """
-    card = card_of(hardware, config.memory.vram)
+    card = card_of(hardware, config.memory.vram, config.model.max_memory)
     if accelerator is not None and accelerator.num_processes > 1:
         cards = gather_object([card])
         card = replace(card, total_bytes=min(c.total_bytes for c in cards), ram_bytes=min(c.ram_bytes for c in cards))

@@ -124,6 +124,17 @@ def check_inputs(model: Any, data: TrainingData) -> None:
              f"for; --cutoff_len {trained} keeps within them")  # fmt: skip
 
 
+def check_on_cards(model: Any) -> None:
+    """Raise ConfigError for a base that --max_memory left in part in RAM or on disk: no gradient passes through it."""
+    outside = [name for name, place in getattr(model, "hf_device_map", {}).items() if place in ("cpu", "disk")]
+    if outside:
+        raise ConfigError(
+            "--max_memory",
+            f"leaves {outside[0]}{f' and {len(outside) - 1} more parts' * (len(outside) > 1)} of the base outside the "
+            "GPUs, where they can answer but not be trained; raise the shares, or use fewer --bits or a smaller model",
+        )
+
+
 def training_state(config: FinetuneConfig, data: TrainingData, point: ResumePoint | None) -> TrainerState:
     """The position to train from. Raises CheckpointError and ConfigError where the checkpoint is not of this run."""
     planned = total_steps(config.train, len(data.train))
@@ -140,6 +151,8 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     options = config.train
     state = replace(state, choices=choices_of(config))
     base = load_base(config.model, hardware)
+    if hardware.is_gpu:
+        check_on_cards(base.model)
     check_inputs(base.model, data)
     prepare_base(config, hardware, base)
     torch.manual_seed(options.seed)  # the adapter's first values

@@ -167,7 +167,8 @@ def make_room(run: Run, lengths: np.ndarray) -> None:
     run.engine.forget()
     give_back_memory()
     recomputes = _is_checkpointed(run)
-    found = smaller(run.limits, lengths, can_offload=recomputes, can_recompute=run.may_recompute and not recomputes)
+    can_offload = recomputes and (run.plan is None or run.plan.setup.n_cards == 1)
+    found = smaller(run.limits, lengths, can_offload=can_offload, can_recompute=run.may_recompute and not recomputes)
     run.n_failures += found is None
     if found is None and run.n_failures > MAX_FAILURES:
         place = f"out of memory at step {run.state.step + 1} with nothing left to make smaller"

@@ -328,8 +328,8 @@ def _repeatable(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         yield
 

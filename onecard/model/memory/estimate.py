@@ -75,6 +75,8 @@ class MemoryConfig:
     repeats_kv: bool = False
     """Keys and values are copied for every query head, as the kernel of older cards needs them."""
     on_gpu: bool = True
+    n_cards: int = 1
+    """Cards that the layers are spread over; the account is for the fullest one."""
 
     @property
     def trains_vocabulary(self) -> bool:
@@ -120,16 +122,29 @@ class MemoryEstimate:
 
 
 CONTEXT, SLACK = "CUDA context (assumed)", "allocator slack (assumed)"
+INPUTS = "inputs of all layers"
 
 
 def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
     """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment."""
     setup = _possible(model, setup)
     parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup)]
+    if setup.n_cards > 1:
+        parts = [_on_fullest(part, model, setup) for part in parts]
     if setup.on_gpu:
         moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
         parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, int(moving * SLACK_SHARE))]
     return MemoryEstimate(tuple(part for part in parts if part.n_bytes))
+
+
+def _on_fullest(part: MemoryComponent, model: Architecture, setup: MemoryConfig) -> MemoryComponent:
+    """What of a part lies on the fullest of several cards, which accelerate gives as much and 1.25 layers more.
+
+    Source: `accelerate.utils.get_balanced_memory`. What comes and goes is counted in full: any card may do the worst.
+    """
+    if part.place != "card" or (part.transient and part.name != INPUTS):
+        return part
+    return replace(part, n_bytes=min(part.n_bytes, int(part.n_bytes * (1 / setup.n_cards + 1.25 / model.n_layers))))
 
 
 def _possible(model: Architecture, setup: MemoryConfig) -> MemoryConfig:
@@ -284,8 +299,8 @@ def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryCompone
     layer_is_worst = at_layer + layer >= at_loss + loss
     return [
         batch,
-        MemoryComponent("inputs of all layers", at_layer if layer_is_worst else at_loss, transient=True),
-        MemoryComponent("inputs of all layers", in_ram, "RAM"),
+        MemoryComponent(INPUTS, at_layer if layer_is_worst else at_loss, transient=True),
+        MemoryComponent(INPUTS, in_ram, "RAM"),
         MemoryComponent("one layer, computed again" if layer_is_worst else "the loss and its gradient",
              layer if layer_is_worst else loss, transient=True),
     ]  # fmt: skip
@@ -308,10 +323,8 @@ def _simulated(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent
         inputs, rest, name = 0, inputs + rest, "all layers at their worst moment"
     return [
         MemoryComponent("batch and positions", batch, transient=True),
-        MemoryComponent("inputs of all layers", inputs, transient=True),
-        MemoryComponent(
-            "inputs of all layers", sum(-(-size // CHUNK_BYTES) * CHUNK_BYTES for size in found.sent), "RAM"
-        ),
+        MemoryComponent(INPUTS, inputs, transient=True),
+        MemoryComponent(INPUTS, sum(-(-size // CHUNK_BYTES) * CHUNK_BYTES for size in found.sent), "RAM"),
         MemoryComponent(name, max(rest, _stepping(model, setup) - batch - inputs), transient=True),
     ]
 

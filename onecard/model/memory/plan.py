@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, MemoryOptions
+from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, MemoryOptions, n_gpus_of
 from onecard.console import nearest
 from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens
@@ -219,6 +219,7 @@ def _first_setup(
         eager_attention=config.model.attn_implementation == "eager",
         repeats_kv=card.is_gpu and (card.repeats_kv or element_bytes == FP32),
         on_gpu=card.is_gpu,
+        n_cards=n_gpus_of(config.model.max_memory) if card.is_gpu else 1,
     )
 
 
@@ -228,11 +229,12 @@ Step = Callable[[MemoryConfig], Iterator[tuple[MemoryConfig, PlannedSetting]]]
 def _steps(config: FinetuneConfig, card: CardSpec, setup: MemoryConfig) -> list[Step]:
     """What may be given up, in this order; what was typed by hand is not among it."""
     memory, train = config.memory, config.train
-    frozen = not config.lora.trains_vocabulary
+    one = setup.n_cards == 1
+    frozen = not config.lora.trains_vocabulary and one
     free: list[tuple[bool, Step]] = [
         (not train.micro_tokens and not train.micro_batch, _smaller_budget),
         (memory.loss_chunk == 0, _smaller_chunks),
-        (memory.offload_activations == "auto" and setup.gradient_checkpointing and card.is_gpu, _offload),
+        (memory.offload_activations == "auto" and setup.gradient_checkpointing and card.is_gpu and one, _offload),
         (train.optimizer == "auto" and not train.deepspeed, _small_optimizer),
         (memory.offload_embeddings == "auto" and card.is_gpu and frozen, _embeddings_in_ram),
         (memory.head_bits == "auto" and frozen, partial(_small_head, may_move=memory.offload_embeddings == "auto")),

@@ -82,6 +82,23 @@ def test_layers_are_recomputed_where_something_else_needs_it(options: dict[str, 
     assert (choice.value, choice.reason) == ("on", f"goes with --{next(iter(options))}")
 
 
+def test_each_of_two_cards_holds_half_and_a_layer_more() -> None:
+    """16 bits of 8B take 15 GiB: too much for one card of 12 GiB, and what only one card can do is not chosen."""
+    one, two = (plan("Llama-3.1-8B", 12, bits=16, max_memory=shares) for shares in ("0:11GiB", "0:11GiB,1:11GiB"))
+    assert not one.fits and two.fits
+    base = [sum(p.n_bytes for p in found.account.parts if p.name.startswith("base")) for found in (one, two)]
+    assert 0.5 < base[1] / base[0] < 0.55
+    assert not two.setup.offload_activations and not two.setup.offload_embeddings and two.setup.head_bits == 16
+    tight = plan("Llama-3.1-8B", 6, bits=16, max_memory="0:11GiB,1:11GiB")
+    assert not tight.fits and not {"--offload_activations", "--head_bits"} & set(given_up(tight))
+
+
+def test_fp32_repeats_shared_key_heads_on_every_card() -> None:
+    found = [make_plan(architecture_of("Llama-3.2-1B"), FinetuneConfig(), replace(card(24), repeats_kv=False),
+                       element_bytes=width) for width in (2, 4)]  # fmt: skip
+    assert [one.setup.repeats_kv for one in found] == [False, True]
+
+
 def test_a_family_that_nobody_wrote_down_is_planned_by_running_it() -> None:
     """The same model under another name: the same choices, and the same memory within 3 %."""
     known = architecture_of("Llama-3.1-8B")
