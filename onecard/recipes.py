@@ -42,7 +42,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train.trackers import check_trackers
 
     refuse(problems_of(config))
-    if problem := toy_base_problem(config.model.model_path, config.data.data_path):
+    if problem := toy_base_problem(config.model.model_path, config.data.data or config.data.data_path):
         warn(problem)
     check_trackers(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
     config = replace(config, model=portable(config).model)  # adapters remember the name of their base
@@ -56,11 +56,11 @@ def finetune(config: FinetuneConfig) -> Path:
         config = resolve_txt_split(resolve_start_adapter(config, point), point)
         data = prepare_data(config, accelerator, point)
         config = replace(config, data=replace(config.data, test_size=data.test_size))
-        config = resolve_total_batch(config, point, len(data.train))
+        config = resolve_total_batch(config, point, data.train.n_per_epoch)
         config = resolve_learning_rate(config, first.model, point)
         fitted, plan = resolve(pin_choices(config, point), hardware, first, data.longest, accelerator)
         state = training_state(config, data, point)
-        fitted = resolve_lengths(fitted, len(data.train), len(data.test))
+        fitted = resolve_lengths(fitted, data.train.n_per_epoch, len(data.test))
         run = build_run(fitted, hardware, accelerator, data, state, point, directory)
         run.plan = plan
         say(describe_trainable(run.plain_model))

@@ -62,9 +62,10 @@ OLD_NAMES = (
     # the data
     OldName("data_file", "C", ("--data_path",)),
     OldName("train_file", "C", ("--data_path",)),
-    OldName("dataset", "F", ("--data_path",)),
-    OldName("data", "A", ("--data_path",)),
-    OldName("dataset_dir", "CF", ("--data_path",), "a folder is read whole"),
+    OldName("dataset", "F", ("--data",)),
+    OldName("dataset_dir", "CF", ("--data_path",), "a folder is read whole; its dataset_info.json with --data"),
+    OldName("mix_strategy", "F", ("--data",), "a share for each name: NAME:0.2"),
+    OldName("interleave_probs", "F", ("--data",), "a share for each name: NAME:0.2"),
     OldName("validation_split_percentage", "C", ("--test_size",), "a fraction: 5 percent is 0.05"),
     OldName("val_set_size", "AK", ("--test_size",), "a count, or a fraction below 1"),
     OldName("val_size", "F", ("--test_size",), "a count, or a fraction below 1"),

@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from onecard.errors import ConfigError
 from onecard.installation import SHIPPED, command
@@ -24,6 +24,8 @@ COLUMN_NAMES = (
     "inputs", "instruction", "messages", "output", "prompt", "query", "question", "response", "role", "system",
     "target", "targets", "text", "thought", "value",
 )  # fmt: skip
+LARGEST_AMOUNT = 10_000
+_PORTION = re.compile(r"(.+?)(?:#(\d+))?(?::(\d+(?:\.\d*)?|\.\d+))?")  # NAME#LIMIT:AMOUNT
 LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 
 # Files of onecard/data/templates, and what Chinese-Vicuna called two of them.
@@ -103,6 +105,10 @@ class DataOptions(ReadingOptions):
 
     data_path: str | list[str] = str(SHIPPED / "sample" / "merge_sample.json")
     """Training data: json, jsonl, csv, parquet or txt files, folders of these, Hub dataset ids; one or several."""
+    data: str | list[str] = ""
+    """Several sources by name: NAME, NAME:0.2 (a fifth of its rows in each epoch), NAME:3 (each row three times) or
+    NAME#500 (at most 500 records), with commas between them. A name is one of dataset_info.json in the folder
+    --data_path, a file or folder, one of `onecard data list`, or a Hub dataset id."""
     prompt_type: str = "auto"
     """Prompt template: auto, alpaca, vicuna-chat, chatml, llama-2, llama-3, mistral, none, or a .jinja file."""
     dialogue: bool = False
@@ -122,6 +128,7 @@ class DataOptions(ReadingOptions):
         found = super().problems()
         if not self.data_path:
             found.append(("--data_path", "is empty; give a file, a folder or a Hub dataset id"))
+        found.extend(("--data", text) for text in map(portion_problem, data_portions(self.data)) if text)
         if self.cutoff_len < 8:
             found.append(("--cutoff_len", f"{self.cutoff_len} tokens leave no room for an answer; use 8 or more"))
         size = 0 if self.test_size == "auto" else self.test_size
@@ -417,6 +424,38 @@ def column_names(text: str) -> tuple[tuple[str, str], ...] | None:
     pairs = tuple((theirs.strip(), ours.strip()) for theirs, _, ours in parts)
     unclear = len(dict(pairs)) < len(pairs) or len({ours for _, ours in pairs}) < len(pairs)
     return None if unclear or any(not theirs or ours not in COLUMN_NAMES for theirs, ours in pairs) else pairs
+
+
+class DataPortion(NamedTuple):
+    """One part of --data: a name, at most how many of its records (0: all), and how often each is in an epoch."""
+
+    name: str
+    limit: int = 0
+    amount: float = 1.0
+
+    @property
+    def suffix(self) -> str:
+        """What stands behind the name."""
+        return (f"#{self.limit}" if self.limit else "") + (f":{self.amount:g}" if self.amount != 1 else "")
+
+
+def data_portions(data: str | list[str]) -> list[DataPortion]:
+    """--data as its parts: "belle#500:0.2,my.jsonl:3" -> ("belle", 500, 0.2), ("my.jsonl", 0, 3.0)."""
+    texts = [data] if isinstance(data, str) else data
+    words = [word.strip() for text in texts for word in ([text] if Path(text).exists() else text.split(","))]
+    found = []
+    for word in filter(None, words):
+        match = None if Path(word).exists() else _PORTION.fullmatch(word)
+        name, limit, amount = match.groups() if match else (word, None, None)
+        found.append(DataPortion(name, int(limit or 0), float(amount or 1)))
+    return found
+
+
+def portion_problem(portion: DataPortion) -> str:
+    """What is wrong with one part of --data, or an empty text."""
+    if not 0 < portion.amount <= LARGEST_AMOUNT:
+        return f"{portion.name}:{portion.amount:g} is not between 0 and {LARGEST_AMOUNT:,}: 0.2 is a fifth, 3 is thrice"
+    return ""
 
 
 def toy_base_problem(model_path: str, data_path: str | list[str]) -> str:

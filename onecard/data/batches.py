@@ -53,14 +53,64 @@ def _cached_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def step_samples(step: int, n: int, total_batch: int, seed: int) -> StepSamples:
-    """The samples of optimizer step `step`, counted from 0 over all epochs; every index once per epoch.
+class SampleOrder:
+    """Which samples an epoch has, and in which order, where sources have shares.
+
+    parts int (n,): the source of each sample. amounts: how often each of a source's samples is in an epoch: 3 is
+    thrice, 0.2 a fifth of them, which are others in each epoch until all have been. Of a source with n samples every
+    epoch has round(amount x n), and at least one.
+    """
+
+    def __init__(self, parts: np.ndarray, amounts: Sequence[float]) -> None:
+        self._members = [np.flatnonzero(parts == number) for number in range(len(amounts))]
+        self.counts = [
+            max(1, round(amount * len(held))) if len(held) else 0
+            for amount, held in zip(amounts, self._members, strict=True)
+        ]
+        self._kept: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        return sum(self.counts)
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """The samples of an epoch, int64 (len,): a pure function of its arguments."""
+        if self._kept is None or self._kept[0] != (seed, epoch):
+            chosen = [self._of_source(number, seed, epoch) for number in range(len(self._members))]
+            self._kept = (seed, epoch), np.concatenate(chosen)[epoch_order(len(self), seed, epoch)]
+        return self._kept[1]
+
+    def _of_source(self, number: int, seed: int, epoch: int) -> np.ndarray:
+        """A source's samples in an epoch: the next `count` of an endless row of permutations of all that it has.
+
+        5 samples, 2 an epoch: epoch 0 takes a, b, epoch 1 c, d, epoch 2 e and the first of the next permutation.
+        """
+        members, count = self._members[number], self.counts[number]
+        if not count:
+            return members
+        first = epoch * count
+        rounds = range(first // len(members), (first + count - 1) // len(members) + 1)
+        endless = np.concatenate([_round_order(len(members), seed, number, each) for each in rounds])
+        skipped = first - rounds[0] * len(members)
+        return members[endless[skipped : skipped + count]]
+
+
+def _round_order(n: int, seed: int, source: int, each: int) -> np.ndarray:
+    """As `epoch_order`, of one source: no stream of numbers is used twice."""
+    return np.random.RandomState([seed % 2**32, seed // 2**32 % 2**32, each, source + 1]).permutation(n)
+
+
+def step_samples(step: int, n: int | SampleOrder, total_batch: int, seed: int) -> StepSamples:
+    """The samples of optimizer step `step`, counted from 0 over all epochs; every index once per epoch, or as often as
+    its source's share says.
 
     n=5, total_batch=2: steps 0, 1, 2 are epoch 0 with 2, 2 and 1 samples; step 3 begins epoch 1.
     """
-    epoch, step_in_epoch = divmod(step, steps_per_epoch(n, total_batch))
+    n_samples = n if isinstance(n, int) else len(n)
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(n_samples, total_batch))
     first = step_in_epoch * total_batch
-    return StepSamples(epoch, step_in_epoch, epoch_order(n, seed, epoch)[first : first + total_batch])
+    order = epoch_order(n, seed, epoch) if isinstance(n, int) else n.epoch(seed, epoch)
+    return StepSamples(epoch, step_in_epoch, order[first : first + total_batch])
 
 
 def micro_batches(
@@ -98,6 +148,11 @@ def _without_padding(lengths: np.ndarray) -> int:
     enough = -(-BUSY_TOKENS // max(1, int(lengths[0])))
     shorter = np.flatnonzero(lengths < SHORTEST_SHARE * lengths[0])
     return int(max(enough, shorter[0])) if len(shorter) and enough < len(lengths) else len(lengths)
+
+
+def by_source(micros: Sequence[np.ndarray], parts: np.ndarray) -> list[np.ndarray]:
+    """The micro-batches, cut so that each has samples of one source only: its loss is then known by source."""
+    return [micro[parts[micro] == part] for micro in micros for part in np.unique(parts[micro])]
 
 
 def share_for_rank(
@@ -167,4 +222,27 @@ def split(groups: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, 
         )
     chosen = names[epoch_order(len(names), seed, 0)[:n_test]]
     is_test = np.isin(groups, chosen)
+    return everything[~is_test], everything[is_test]
+
+
+def split_by_source(
+    groups: np.ndarray, parts: np.ndarray, amounts: Sequence[float], test_size: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `split`, with as many groups held out of each source as its part of an epoch asks for.
+
+    parts int (n,): the source of each sample. A source keeps at least one group to train on.
+    Raises ConfigError when it leaves nothing to train on.
+    """
+    of_source = [np.unique(groups[parts == number]) for number in range(len(amounts))]
+    weights = [min(1.0, amount) * len(names) for amount, names in zip(amounts, of_source, strict=True)]
+    wanted = test_size if test_size >= 1 else test_size * sum(weights)
+    if test_size >= 1 and test_size >= sum(map(len, of_source)):
+        split(groups, test_size, seed)  # raises
+    counts = [min(max(0, len(names) - 1), round(wanted * weight / sum(weights)))
+              for weight, names in zip(weights, of_source, strict=True)]  # fmt: skip
+    if wanted and not any(counts):
+        counts[int(np.argmax(weights))] = int(max(map(len, of_source)) > 1)
+    chosen = [names[epoch_order(len(names), seed, 0)[:count]] for names, count in zip(of_source, counts, strict=True)]
+    is_test = np.isin(groups, np.concatenate(chosen))
+    everything = np.arange(len(groups))
     return everything[~is_test], everything[is_test]

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -50,9 +50,14 @@ class EncodedDataset:
     """Encoded samples in a memory-mapped Arrow file.
 
     lengths, supervised: int32 (n_samples,), tokens and learned tokens of each sample. groups: int64 (n_samples,).
+    names, amounts, parts: of the sources of a mixture (joined.py); else empty, and None.
     fingerprint: SHA-256 over all ids and what of them is learned, so two runs with the same one learn the same; with a
     dated template over what the samples are made of, the day aside.
     """
+
+    names: Sequence[str] = ()
+    amounts: Sequence[float] = ()
+    parts: np.ndarray | None = None
 
     def __init__(self, arrow_file: Path, report: DatasetReport, fingerprint: str) -> None:
         self.report, self.fingerprint, self.path = report, fingerprint, arrow_file
@@ -63,6 +68,11 @@ class EncodedDataset:
         self.lengths = self._column(lambda batch: np.diff(batch.column("input_ids").offsets.to_numpy()), np.int32)
         self.supervised = self._column(lambda batch: batch.column("n_supervised").to_numpy(), np.int32)
         self.groups = self._column(lambda batch: batch.column("group").to_numpy(), np.int64)
+
+    @property
+    def batches(self) -> list[Any]:
+        """The Arrow record batches, in order."""
+        return self._batches
 
     def __len__(self) -> int:
         return int(self._starts[-1])

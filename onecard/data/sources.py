@@ -7,38 +7,45 @@ Knows the order of files and the report of what was read, skipped and changed. D
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from onecard.config.training import column_names
 from onecard.data.columns import Columns, thought_hints
+from onecard.data.description import DatasetDescription, as_described
 from onecard.data.formats import ParsedRecord, to_sample
+from onecard.data.hub_rows import HubDataset, hub_commit, hub_id_of, hub_rows
 from onecard.data.messages import Conversation, Document
 from onecard.data.plain_text import RawRecord, TxtSplit
 from onecard.data.readers import SUFFIXES, read_file
 from onecard.data.values import UnusableRecord, safe
 from onecard.errors import DataError
-from onecard.hub_errors import hub_problem
 from onecard.installation import command
 
 _KEPT_BAD_RECORDS = 1000
 _KEPT_FIELD_NAMES = 50
 _SHOWN_BAD_RECORDS = 10
 _SHOWN_FILES = 20
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SAMPLE_SEED = 42  # which records a limit takes
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files, folders and Hub data sets, read one after another; other names of columns; what cuts a txt into texts."""
+    """Files, folders and Hub data sets, read one after another; other names of columns; what cuts a txt into texts.
+
+    description: how the records of a data set that has one are read. limit: at most so many records, drawn evenly from
+    all files, of the Hub the first ones; 0: all.
+    """
 
     paths: tuple[str, ...]
     columns: Columns = ()
     txt_split: TxtSplit = "auto"
+    description: DatasetDescription | None = None
+    limit: int = 0
 
     @property
     def name(self) -> str:
@@ -192,7 +199,7 @@ def read(
     source = _as_source(source)
     n_good_before = report.n_good
     for file in _files(source, report):
-        yield from _samples(file, report, strict, lambda value, record: shape(value, record, source.columns))
+        yield from _samples(file, report, strict, lambda value, record: _shaped(value, record, source, shape))
     if report.n_good == n_good_before:
         reasons = "".join(f"\n  {bad.place}: {bad.reason}" for bad in report.bad[:_SHOWN_BAD_RECORDS])
         count = f"{report.n_bad:,} were skipped:" if report.n_bad else f"it has no file of {' '.join(SUFFIXES)}"
@@ -209,7 +216,7 @@ def data_fingerprint(source: str | Source) -> str:
     digest = hashlib.sha256()
     for name, file in _named_files(source.paths, []):
         if file is None:
-            digest.update(f"hub {_hub_id(name)} {_hub_commit(name)}".encode())
+            digest.update(f"hub {hub_id_of(name)} {hub_commit(name)}".encode())
             continue
         digest.update(f"{len(name)} {safe(name, 4096)} {file.stat().st_size} ".encode())
         with file.open("rb") as stream:
@@ -219,7 +226,23 @@ def data_fingerprint(source: str | Source) -> str:
         digest.update(f"columns {source.columns}".encode())
     if source.txt_split in ("line", "file"):  # the others are as it always was, or decided by the bytes
         digest.update(f"split {source.txt_split}".encode())
+    if source.description is not None:
+        digest.update(f"description {source.description.reading}".encode())
+    if source.limit:
+        digest.update(f"limit {source.limit}".encode())
     return digest.hexdigest()
+
+
+def _shaped(
+    value: Any, record: str, source: Source, shape: Callable[[Any, str, Columns], ParsedRecord]
+) -> ParsedRecord:
+    """A record by its description, if it has one, and then by its shape."""
+    if source.description is None:
+        return shape(value, record, source.columns)
+    value, left_out = as_described(source.description, value)
+    parsed = shape(value, record, source.columns)
+    parsed.ignored += left_out
+    return parsed
 
 
 def _samples(
@@ -265,11 +288,40 @@ def _sample(
 
 def _files(source: Source, report: ReadReport) -> Iterator[_OpenFile]:
     """Every file and Hub data set, in order."""
-    for name, file in _named_files(source.paths, report.skipped_files):
+    found = _named_files(source.paths, report.skipped_files)
+    taken = _drawn([file for _, file in found if file is not None], source) if source.limit else {}
+    for name, file in found:
         if file is None:
-            yield _OpenFile(name, name, _hub_rows(_hub_id(name)))
-        else:
+            rows = _rows_of_hub(name, source)
+            yield _OpenFile(name, name, islice(rows, source.limit) if source.limit else rows)
+        elif not source.limit:
             yield _OpenFile(safe(name, 4096), str(file), _file_rows(file, source.txt_split))
+        elif taken[file]:
+            yield _OpenFile(safe(name, 4096), str(file), _some_rows(file, source.txt_split, taken[file]))
+
+
+def _drawn(files: list[Path], source: Source) -> dict[Path, set[int]]:
+    """The numbers of the records that a limit takes from each file, the same ones each time."""
+    import numpy as np  # heavy, and only for a limit
+
+    counts = [sum(1 for _ in _file_rows(file, source.txt_split)) for file in files]
+    chosen = np.sort(np.random.RandomState(_SAMPLE_SEED).permutation(sum(counts))[: source.limit])
+    starts = np.cumsum([0, *counts])
+    borders = np.searchsorted(chosen, starts)
+    return {
+        file: set((chosen[first:last] - start).tolist())
+        for file, start, first, last in zip(files, starts, borders, borders[1:], strict=False)
+    }
+
+
+def _some_rows(file: Path, txt_split: TxtSplit, numbers: set[int]) -> Iterator[RawRecord]:
+    return (row for number, row in enumerate(_file_rows(file, txt_split)) if number in numbers)
+
+
+def _rows_of_hub(name: str, source: Source) -> Iterator[RawRecord]:
+    told = source.description
+    part = HubDataset(hub_id_of(name), told.subset, told.split, told.folder) if told else HubDataset(hub_id_of(name))
+    return hub_rows(part)
 
 
 def _named_files(paths: tuple[str, ...], skipped: list[str]) -> list[tuple[str, Path | None]]:
@@ -282,7 +334,7 @@ def _named_files(paths: tuple[str, ...], skipped: list[str]) -> list[tuple[str, 
     if twice is not None:
         raise DataError("is given twice; leave one out", twice)
     for path in paths:
-        files = _local_files(Path(path), skipped) if _is_local(path) else [(_hub_id(path), None)]
+        files = _local_files(Path(path), skipped) if _is_local(path) else [(hub_id_of(path), None)]
         taken = {name for name, _ in found}
         # Two folders may both have a train.json.
         is_unclear = not taken.isdisjoint(name for name, _ in files)
@@ -320,35 +372,3 @@ def _local_files(path: Path, skipped: list[str]) -> list[tuple[str, Path]]:
 def _is_local(data_path: str) -> bool:
     # An empty path would be the current folder, which nobody means.
     return bool(data_path) and Path(data_path).exists()
-
-
-def _hub_id(data_path: str) -> str:
-    looks_like_a_file = Path(data_path).suffix.lower() in SUFFIXES
-    if looks_like_a_file or not _HUB_ID.fullmatch(data_path):
-        raise DataError("there is no such file or folder", data_path)
-    return data_path
-
-
-def _hub_commit(hub_id: str) -> str:
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(hub_id).sha)
-    except Exception as error:
-        raise _hub_error(hub_id, error) from error
-
-
-def _hub_rows(hub_id: str) -> Iterator[RawRecord]:
-    """The rows of the data set's `train` split, streamed; the row number stands for the line."""
-    from datasets import load_dataset  # heavy, and only for the Hub
-
-    try:
-        for number, row in enumerate(load_dataset(hub_id, split="train", streaming=True), start=1):
-            yield RawRecord(number, row)
-    except Exception as error:
-        raise _hub_error(hub_id, error) from error
-
-
-def _hub_error(hub_id: str, error: Exception) -> DataError:
-    what = "there is no such file or folder, and the `train` split of the data set on the Hub"
-    return DataError(safe(hub_problem(error, what, hub_id, kind="dataset"), 1000), hub_id)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
+from onecard.data.batches import SampleOrder
 from onecard.data.dataset import EncodedDataset
 from onecard.data.encode import Encoder
 
@@ -21,19 +23,32 @@ class SampleView:
     """The samples that some rows of an encoded dataset make, in order; here each row is one.
 
     lengths (n,): what a sample adds to a micro-batch, in tokens. units (n,): what its loss is divided by, summed over
-    the step: supervised tokens, their weights, pairs. Each sample has `record`, its name in the data. A subclass may
+    the step: supervised tokens, their weights, pairs. parts (n,): the source of each sample; None where there is one
+    source. Each sample has `record`, its name in the data. A subclass may
     make one sample of several rows, such as the two answers of a pair, which lie side by side.
     """
 
     def __init__(self, dataset: EncodedDataset, rows: np.ndarray) -> None:
         self.dataset, self.rows = dataset, rows
         self.lengths, self.units = dataset.lengths[rows], dataset.supervised[rows]
+        self.parts = None if dataset.parts is None else dataset.parts[rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> Any:
         return self.dataset[int(self.rows[position])]
+
+    @cached_property
+    def order(self) -> int | SampleOrder:
+        """What `step_samples` finds a step's samples by: their number, or how shares of several sources are drawn."""
+        amounts = self.dataset.amounts
+        return len(self) if self.parts is None or set(amounts) == {1} else SampleOrder(self.parts, amounts)
+
+    @property
+    def n_per_epoch(self) -> int:
+        """Samples of one epoch."""
+        return self.order if isinstance(self.order, int) else len(self.order)
 
 
 class Objective(ABC):

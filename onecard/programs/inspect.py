@@ -44,20 +44,21 @@ def main(argv: list[str] | None = None) -> None:
 
     # Imported after the options are known to be good: these take seconds to load.
     from onecard.data.chat_template import load_template
-    from onecard.data.dataset import cache_directory, encode_dataset
+    from onecard.data.dataset import cache_directory
     from onecard.data.encode import EncodeSettings
     from onecard.data.inspect import NO_LIMIT, inspect, pieces
-    from onecard.data.sources import source_of
+    from onecard.data.joined import encode_parts
+    from onecard.data.mixture import parts_of
     from onecard.model.load import load_tokenizer
 
     data = options.data
-    if problem := toy_base_problem(options.model_path, data.data_path):
+    if problem := toy_base_problem(options.model_path, data.data or data.data_path):
         warn(problem)
     tokenizer = load_tokenizer(options.model_path, trust_remote_code=options.trust_remote_code)
     template = load_template(data.prompt_type, tokenizer, dialogue=data.dialogue)
     cache = cache_directory(data.cache_path)
     limited, whole = (
-        encode_dataset(source_of(data), template, tokenizer, EncodeSettings(limit, data.train_on, data.strict), cache)
+        encode_parts(parts_of(data), template, tokenizer, EncodeSettings(limit, data.train_on, data.strict), cache)
         for limit in (data.cutoff_len, NO_LIMIT)
     )
     found = inspect(limited, whole, data.cutoff_len)

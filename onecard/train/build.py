@@ -14,11 +14,12 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from onecard.config.training import FinetuneConfig, LoraOptions
 from onecard.console import say, warn
-from onecard.data.batches import split
+from onecard.data.batches import split, split_by_source
 from onecard.data.chat_template import Template, load_template
-from onecard.data.dataset import cache_directory, encode_dataset
+from onecard.data.dataset import EncodedDataset, cache_directory
 from onecard.data.encode import EncodeSettings
-from onecard.data.sources import source_of
+from onecard.data.joined import encode_parts
+from onecard.data.mixture import parts_of
 from onecard.errors import ConfigError, ModelError
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
@@ -92,15 +93,33 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     settings = EncodeSettings(options.cutoff_len, options.train_on, options.strict)
     with accelerator.main_process_first():  # the others find the first one's cache
         cache = cache_directory(options.cache_path)
-        dataset = encode_dataset(source_of(options), template, tokenizer, settings, cache, encoder=objective.encoder)
+        dataset = encode_parts(parts_of(options), template, tokenizer, settings, cache, encoder=objective.encoder)
     for line in dataset.summary_lines():
         say(line)
     test_size = resolve_test_size(options.test_size, point, len(np.unique(dataset.groups)))
-    train_rows, test_rows = split(dataset.groups, test_size, config.train.seed)
+    train_rows, test_rows = _split(dataset, test_size, config.train.seed)
     train, test = objective.samples(dataset, train_rows), objective.samples(dataset, test_rows)
     say(f"template {template.name}; {len(train):,} samples to train on, {len(test):,} to evaluate on")
+    for line in _shares(train):
+        say(line)
     held_out = [test[number] for number in range(len(test))]
     return TrainingData(tokenizer, template, train, held_out, dataset.fingerprint, test_size, objective)
+
+
+def _split(dataset: EncodedDataset, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to train and to evaluate on; with shares, each source is held out of by its share."""
+    if dataset.parts is None or set(dataset.amounts) == {1}:
+        return split(dataset.groups, test_size, seed)
+    return split_by_source(dataset.groups, dataset.parts, dataset.amounts, test_size, seed)
+
+
+def _shares(train: SampleView) -> list[str]:
+    """What an epoch has of each source, a line each, where their shares differ."""
+    if isinstance(train.order, int):
+        return []
+    counts, names = train.order.counts, train.dataset.names
+    lines = [f"  {name}: {count:,} ({count / sum(counts):.1%})" for name, count in zip(names, counts, strict=True)]
+    return [f"{sum(counts):,} samples in each epoch:", *lines]
 
 
 def check_inputs(model: Any, data: TrainingData) -> None:
@@ -137,7 +156,7 @@ def check_on_cards(model: Any) -> None:
 
 def training_state(config: FinetuneConfig, data: TrainingData, point: ResumePoint | None) -> TrainerState:
     """The position to train from. Raises CheckpointError and ConfigError where the checkpoint is not of this run."""
-    planned = total_steps(config.train, len(data.train))
+    planned = total_steps(config.train, data.train.n_per_epoch)
     fresh = TrainerState(total_steps=planned, identity=run_identity(config, data))
     return fresh if point is None else continued(config, point, fresh)
 

@@ -24,6 +24,7 @@ from onecard.train.evaluate import evaluation_loss
 from onecard.train.intervals import Timer
 from onecard.train.run import Run, RunEvent
 from onecard.train.signals import Interrupts
+from onecard.train.source_losses import SourceLosses
 from onecard.train.state import TrainerState, write_state
 from onecard.train.step import NotFinite, StepRequests, StepResult, take_step
 from onecard.train.trackers import Reporter
@@ -51,6 +52,7 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     report_events(run, reporter)  # those of the rehearsal
     evaluation, saving = Timer(options.eval_minutes), Timer(options.save_minutes)
     saved_step, skipped_in_a_row = state.step, 0
+    sources = SourceLosses(run.train_samples.dataset.names)
     with Interrupts() as interrupts:
 
         def requested() -> StepRequests:
@@ -65,12 +67,13 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
             seconds = time.monotonic() - started_s
             state.step += 1
             state.tokens_seen += result.tokens
+            sources.add(result.by_source, state.source_tokens)
             state.skipped_steps += result.skipped
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise NotFinite(_overflowing(state.step))
             report_events(run, reporter)
-            _report(run, reporter, result, seconds)
+            _report(run, reporter, result, seconds, sources)
             last, improved = state.step == state.total_steps, False
             if last or result.requests.evaluate or state.step % options.eval_steps == 0:
                 improved = evaluation.timed(_evaluate, run, reporter)
@@ -150,11 +153,11 @@ def report_events(run: Run, reporter: Reporter) -> None:
         reporter.event(event.row, event.message)
 
 
-def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float) -> None:
+def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float, sources: SourceLosses) -> None:
     options, state, data = run.options, run.state, run.train_samples
     row: dict[str, Any] = {
         "step": state.step,
-        "epoch": round(state.step / steps_per_epoch(len(data), options.total_batch), 4),
+        "epoch": round(state.step / steps_per_epoch(data.n_per_epoch, options.total_batch), 4),
         "loss": result.loss,
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
@@ -164,9 +167,11 @@ def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float) ->
     if peak is not None:
         row["peak_bytes"] = peak
     if options.log_samples:
-        chosen = step_samples(state.step - 1, len(data), options.total_batch, options.seed)
+        chosen = step_samples(state.step - 1, data.order, options.total_batch, options.seed)
         row["samples"] = run.records(chosen.indices)
     due = state.step % options.log_steps == 0 or state.step == state.total_steps or options.log_samples
+    if due:
+        row |= sources.row(state.source_tokens)
     reporter.step(row, to_file=due, tokens=result.tokens, seconds=seconds)
 
 

@@ -155,8 +155,9 @@ def _span(minutes: float) -> str:
 
 def _tokens_left(run: Run) -> float:
     """Tokens of the steps to come."""
-    n_samples = len(run.train_samples)
-    per_step = float(run.train_samples.lengths.sum()) / steps_per_epoch(n_samples, run.options.total_batch)
+    data = run.train_samples
+    per_epoch = float(data.lengths.mean()) * data.n_per_epoch
+    per_step = per_epoch / steps_per_epoch(data.n_per_epoch, run.options.total_batch)
     return (run.state.total_steps - run.state.step) * per_step
 
 

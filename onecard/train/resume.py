@@ -32,9 +32,10 @@ GONE_BACK_NAME = "gone_back_to.txt"
 # The options behind each part of a run's identity that is stored as a hash.
 HASHED = {
     "base": ("model_path",),
-    "data": ("data_path", "columns", "txt_split", "cutoff_len", "train_on", "prompt_type", "dialogue", "strict"),
+    "data": ("data_path", "data", "columns", "txt_split", "cutoff_len", "train_on", "prompt_type", "dialogue",
+             "strict"),
     "template": ("prompt_type", "dialogue"),
-}
+}  # fmt: skip
 OTHER_REASONS = {"base": "the files of --model_path", "data": "the content of --data_path, or the base's tokenizer",
                  "template": "the file of --prompt_type, or the base's own template"}  # fmt: skip
 UNNAMED = {"objective": "sft"}  # in the identity of runs from before there was a choice

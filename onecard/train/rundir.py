@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.training import FinetuneConfig, TrainOptions, data_portions
 from onecard.console import quiet_rank, say, warn
 from onecard.data.chat_template import BUILT_IN
 from onecard.model.lora.formats import average_adapters
@@ -28,7 +28,7 @@ from onecard.train.state import STATE_NAME, TrainerState
 OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
 ADAPTER_PREFIX = "adapter_"
 # Options that may name a file or a directory, and their values that never do.
-PATHS = ("model_path", "data_path", "prompt_type", "cache_path", "output_path", "resume_from_checkpoint",
+PATHS = ("model_path", "data_path", "data", "prompt_type", "cache_path", "output_path", "resume_from_checkpoint",
          "init_adapter", "lora_remote_checkpoint", "deepspeed")  # fmt: skip
 WORDS = ("auto", "none", *BUILT_IN)
 
@@ -41,7 +41,11 @@ def portable(config: FinetuneConfig) -> FinetuneConfig:
 
     def moved(group: Any) -> Any:
         values = {f.name: getattr(group, f.name) for f in fields(group) if f.name in PATHS}
-        return replace(group, **{name: _absolute(value) for name, value in values.items() if value is not None})
+        found = {name: _absolute(value) for name, value in values.items() if value is not None}
+        if values.get("data"):
+            portions = data_portions(values["data"])
+            found["data"] = [f"{_absolute(portion.name)}{portion.suffix}" for portion in portions]
+        return replace(group, **found)
 
     return replace(config, model=moved(config.model), data=moved(config.data), train=moved(config.train))
 

@@ -43,6 +43,8 @@ class TrainerState:
     """By --eval_steps: how many in a row found no lower loss."""
     total_steps: int = 0
     """Steps that the whole run was planned for; the schedule depends on it."""
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """Of `tokens_seen`, those of each source of a mixture, by name."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What must not change between the parts of one run; see `differences`."""
     choices: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from onecard.data.batches import micro_batches, share_for_rank, step_samples
+from onecard.data.batches import by_source, micro_batches, share_for_rank, step_samples
 from onecard.errors import ModelError, OneCardError
 from onecard.installation import command
 from onecard.model.hardware import free_and_total_bytes, peak_reserved_bytes
@@ -53,7 +53,8 @@ class NotFinite(OneCardError):
 class GradientAttempt:
     """What came of gathering a step's gradients; they count for nothing where memory ran out."""
 
-    loss: float
+    losses: list[float]
+    """Of each source, divided by the units of the whole step: their sum is the step's loss."""
     grad_norm: float
     requests: StepRequests
     out_of_memory: bool
@@ -70,6 +71,8 @@ class StepResult:
     skipped: bool
     requests: StepRequests
     """Those of all processes."""
+    by_source: np.ndarray
+    """(n_sources, 3): the summed loss, the units and the tokens of each source."""
 
 
 def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) -> StepResult:
@@ -80,7 +83,7 @@ def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) ->
     For samples with 3 and 5 answer tokens it is (sum of 8 losses) / 8, whether they pass together or one by one.
     """
     options, data = run.options, run.train_samples
-    chosen = step_samples(run.state.step, len(data), options.total_batch, options.seed)
+    chosen = step_samples(run.state.step, data.order, options.total_batch, options.seed)
     # Before the clipping, with which DeepSpeed takes the step.
     learning_rate = set_learning_rate(run.optimizer, options, run.state.step, run.state.total_steps)
     attempt = _gather_gradients(run, chosen.indices, requested)
@@ -88,7 +91,7 @@ def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) ->
         make_room(run, data.lengths[chosen.indices])
         attempt = _gather_gradients(run, chosen.indices, requested)
     run.n_failures = 0
-    loss, norm = attempt.loss, attempt.grad_norm
+    loss, norm = sum(attempt.losses), attempt.grad_norm
     if not math.isfinite(loss):
         raise NotFinite(explain(run, chosen.indices, f"the loss is {loss}"))
     if not math.isfinite(norm) and not run.engine.has_scaler:
@@ -97,7 +100,8 @@ def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) ->
     # A checkpoint holds the rate of the step that follows, whether that one was tried before it was written or not.
     set_learning_rate(run.optimizer, options, run.state.step + 1, run.state.total_steps)
     tokens = int(data.lengths[chosen.indices].sum())
-    return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.requests)
+    by_source = _of_sources(data, chosen.indices, attempt.losses)
+    return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.requests, by_source)
 
 
 def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], StepRequests]) -> GradientAttempt:
@@ -107,26 +111,31 @@ def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], Ste
     """
     accelerator, data = run.accelerator, run.train_samples
     n_units = data.units[indices].sum().item()
-    micros = share_for_rank(
-        micro_batches(indices, data.lengths, **run.limits.cut),
-        accelerator.process_index,
-        accelerator.num_processes,
-        data.lengths,
-    )
+    micros = micro_batches(indices, data.lengths, **run.limits.cut)
+    if data.parts is not None:
+        micros = by_source(micros, data.parts)
+    mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, data.lengths)
     seed_step(run.options.seed, run.state.step, accelerator.process_index)
-    loss_sum, failure = accumulate(run, micros, n_units)
-    loss, requests, out_of_memory = _agree(accelerator, loss_sum, requested(), failure)
-    if out_of_memory or not math.isfinite(loss):
-        return GradientAttempt(loss, math.nan, requests, out_of_memory)
+    own_losses, failure = accumulate(run, mine, n_units)
+    losses, requests, out_of_memory = _agree(accelerator, own_losses, requested(), failure)
+    if out_of_memory or not math.isfinite(sum(losses)):
+        return GradientAttempt(losses, math.nan, requests, out_of_memory)
     try:
-        return GradientAttempt(loss, run.engine.clip(), requests, False)
+        return GradientAttempt(losses, run.engine.clip(), requests, False)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise
         if accelerator.num_processes > 1 or not run.engine.can_repeat:
             place = f"out of memory at step {run.state.step + 1} while the gradients were put together"
             raise ModelError(f"{place}, which several processes cannot repeat; {SMALLER_HINT}") from reason
-    return GradientAttempt(loss, math.nan, requests, True)
+    return GradientAttempt(losses, math.nan, requests, True)
+
+
+def _of_sources(data: Any, indices: np.ndarray, losses: Sequence[float]) -> np.ndarray:
+    """(n_sources, 3): the summed loss, the units and the tokens of each source in a step."""
+    parts = np.zeros(len(indices), int) if data.parts is None else data.parts[indices]
+    units, tokens = (np.bincount(parts, held[indices], len(losses)) for held in (data.units, data.lengths))
+    return np.stack([np.array(losses) * units.sum(), units, tokens], axis=1)
 
 
 def _apply(run: Run) -> bool:
@@ -141,22 +150,27 @@ def _apply(run: Run) -> bool:
 
 
 def accumulate(run: Run, micros: Sequence[np.ndarray | None], n_units: float) -> tuple[torch.Tensor, bool]:
-    """Add the gradients of micro-batches to those that are there; the loss, and whether memory ran out on the way."""
-    loss_sum = torch.zeros((), device=run.accelerator.device)
+    """Add the gradients of micro-batches to those that are there.
+
+    Returns the loss of each source (n_sources,), and whether memory ran out on the way.
+    """
+    parts = run.train_samples.parts
+    losses = torch.zeros(max(1, len(run.train_samples.dataset.names)), device=run.accelerator.device)
     try:
         for position, micro in enumerate(micros):
             is_last = position == len(micros) - 1
             if micro is None and not run.engine.needs_every_turn:
                 continue
             with run.engine.gathering(is_last), run.offload or nullcontext():
-                loss_sum += _backward(run, micro, n_units, is_last)
+                source = 0 if micro is None or parts is None else int(parts[micro[0]])
+                losses[source] += _backward(run, micro, n_units, is_last)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise
         if not run.engine.can_repeat:
             raise ModelError(f"out of memory, and DeepSpeed cannot repeat a step; {SMALLER_HINT}") from reason
-        return torch.zeros((), device=run.accelerator.device), True
-    return loss_sum, False
+        return torch.zeros_like(losses), True
+    return losses, False
 
 
 def make_room(run: Run, lengths: np.ndarray) -> None:
@@ -209,14 +223,15 @@ def _backward(run: Run, micro: np.ndarray | None, n_units: float, is_last: bool)
 
 
 def _agree(
-    accelerator: Any, loss: torch.Tensor, requests: StepRequests, failed: bool
-) -> tuple[float, StepRequests, bool]:
-    """The step's loss over all processes, what any of them requests, and whether memory ran out: all do alike."""
+    accelerator: Any, losses: torch.Tensor, requests: StepRequests, failed: bool
+) -> tuple[list[float], StepRequests, bool]:
+    """The step's losses over all processes, what any of them requests, and whether memory ran out: all do alike."""
     if accelerator.num_processes == 1:
-        return float(loss), requests, failed
-    flags = torch.tensor([float(flag) for flag in (*requests, failed)], device=loss.device)
-    every = accelerator.reduce(torch.cat([loss.float()[None], flags]), reduction="sum").tolist()
-    return every[0], StepRequests(*(n > 0 for n in every[1:-1])), every[-1] > 0
+        return losses.tolist(), requests, failed
+    flags = torch.tensor([float(flag) for flag in (*requests, failed)], device=losses.device)
+    every = accelerator.reduce(torch.cat([losses.float(), flags]), reduction="sum").tolist()
+    n = len(losses)
+    return every[:n], StepRequests(*(count > 0 for count in every[n:-1])), every[-1] > 0
 
 
 def _is_checkpointed(run: Run) -> bool:

@@ -23,6 +23,7 @@ from onecard.translation import translated
 
 LOG_NAME = "log.jsonl"
 SECONDS_PER_LINE = 30
+OF_SOURCE = "loss/"  # names the loss of one source of a mixture in a row
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
@@ -156,6 +157,7 @@ def draw_loss(run_dir: Path) -> Path | None:
     rows = read_log(run_dir)
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    sources = dict.fromkeys(name for row in rows for name in row if name.startswith(OF_SOURCE))
     if not train and not held_out:
         return None
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -164,6 +166,10 @@ def draw_loss(run_dir: Path) -> Path | None:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each logged step")
         axes.plot(steps, _smooth(losses), color="#1f4e8c", linewidth=2, label="training, running mean")
+    for name in sources:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, _smooth(losses), linewidth=1.2, linestyle="--", label=name.removeprefix(OF_SOURCE))
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#c8561b", linewidth=2, label="evaluation")
     axes.set_xlabel("optimizer step")

@@ -37,7 +37,7 @@ def adapter_lines(adapter: str, directory: Path) -> list[str]:
     for place in (directory, directory.parent):
         if (place / OPTIONS_NAME).is_file():
             options = _loaded((place / OPTIONS_NAME).read_text(encoding="utf-8", errors="replace"))
-            data = options.get("data_path") or []
+            data = options.get("data") or options.get("data_path") or []
             names = ", ".join(name_of(str(path)) for path in (data if isinstance(data, list) else [data]))
             return [*lines, f"- trained on: {names}"] if names else lines
     return lines
