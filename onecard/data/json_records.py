@@ -17,6 +17,7 @@ _BETWEEN_VALUES = re.compile(r"[ \t\r\n,\ufeff]*")
 _FIRST_KEY = re.compile(r'\{\s*"[^"\\]{1,100}"\s*:')
 # What the error handler "surrogateescape" makes of a byte that is not UTF-8.
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+_HALF = re.compile("[\ud800-\udfff]")
 # A value cut by the end of the buffer fails at most this many characters before it: a literal or an escape.
 _LONGEST_TOKEN = 16
 
@@ -25,6 +26,21 @@ class NumberText(str):
     """A JSON number, as its digits were written."""
 
     __slots__ = ()
+
+
+def as_json(value: Any) -> str:
+    """One line of JSON for a value as it was read: numbers as they were written. Raises TypeError: no JSON type.
+
+    What is not UTF-8 (half of a character) is written as an escape.
+    """
+    if isinstance(value, NumberText):
+        return str(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{as_json(str(key))}: {as_json(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(as_json, value)) + "]"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or not _HALF.search(text) else json.dumps(value)
 
 
 class RecordDecoder:

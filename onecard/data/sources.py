@@ -206,6 +206,16 @@ def read(
         raise DataError(f"no usable record; {count}{reasons}", source.name)
 
 
+def raw_records(source: str | Source, report: ReadReport) -> Iterator[tuple[str, RawRecord]]:
+    """(file, record) of every record as it was parsed, bad ones too; nothing is counted but skipped files.
+
+    Raises DataError: nothing there, or a file that cannot be read.
+    """
+    for file in _files(_as_source(source), report):
+        for raw in file.records:
+            yield file.name, raw
+
+
 def data_fingerprint(source: str | Source) -> str:
     """SHA-256 in hex over the names and bytes of the files that `read` would read; for the Hub, over id and commit.
 

@@ -1,0 +1,1 @@
+"""Records that should not be learned are found, named and left out."""
