@@ -1,0 +1,88 @@
+"""Questions with answers out of documents: each passage of a document is one request.
+
+Knows prompts and how a document is cut. Does not know HTTP or files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from onecard.curation.make.answers import prompts, texts_in
+from onecard.curation.make.journal import Journal
+from onecard.curation.make.run import Asker, MakingTask
+from onecard.data.messages import Document
+from onecard.data.sources import ReadReport, Source, read
+from onecard.errors import DataError
+
+_MIN_CHARS = 50  # a heading or a page number answers nothing
+
+
+@dataclass(frozen=True)
+class QaSettings:
+    """The documents, the longest passage, and how many questions each is asked for."""
+
+    documents: Source
+    n_per_passage: int = 5
+    passage_chars: int = 3000
+    language: str = "en"
+
+
+def passages(text: str, most: int) -> list[str]:
+    """The text in pieces of at most `most` characters, cut at blank lines, else at lines, sentences, anywhere."""
+    found = [text.strip()]
+    for mark in (r"(?<=\n)\s*\n", r"(?<=\n)", r"(?<=[.!?。！？；])", r"(?<=.)"):
+        if all(len(piece) <= most for piece in found):
+            break
+        found = [whole for piece in found for whole in _filled(re.split(mark, piece), most, len(piece) > most)]
+    return [piece.strip() for piece in found if len(piece.strip()) >= _MIN_CHARS]
+
+
+def _filled(parts: list[str], most: int, is_long: bool) -> list[str]:
+    """Neighbouring parts put together while they fit."""
+    if not is_long:
+        return ["".join(parts)]
+    found = [""]
+    for part in parts:
+        if found[-1] and len(found[-1]) + len(part) > most:
+            found.append("")
+        found[-1] += part
+    return found
+
+
+def qa_tasks(settings: QaSettings, journal: Journal) -> Iterator[MakingTask]:
+    """A task for each passage that is not done; the same passage twice is asked for once. Raises DataError."""
+    seen: set[str] = set()
+    n_documents = 0
+    for sample in read(settings.documents, report=ReadReport()):
+        if not isinstance(sample, Document):
+            continue
+        n_documents += 1
+        for number, passage in enumerate(passages(sample.text, settings.passage_chars), start=1):
+            mark = hashlib.sha256(passage.encode("utf-8")).hexdigest()[:16]
+            key = f"{sample.record} passage {number} {mark}"
+            if mark not in seen and key not in journal.done:
+                yield MakingTask(key, _Passage(settings, sample.record, passage).ask)
+            seen.add(mark)
+    if not n_documents:
+        raise DataError("no document: texts are needed, and only conversations are there", settings.documents.name)
+
+
+@dataclass(frozen=True)
+class _Passage:
+    settings: QaSettings
+    record: str
+    text: str
+
+    def ask(self, asker: Asker) -> None:
+        prompt = prompts()[self.settings.language]["qa"].format(n_new=self.settings.n_per_passage, passage=self.text)
+        for row in asker.rows(prompt, _usable)[: self.settings.n_per_passage]:
+            asker.entry.rows.append({**row, "provenance": asker.provenance("qa-from-documents", record=self.record)})
+
+
+def _usable(item: dict[str, Any]) -> dict[str, Any] | None:
+    question, answer = texts_in(item, "question", "answer")
+    return {"instruction": question, "input": "", "output": answer} if question and answer else None

@@ -1,0 +1,84 @@
+"""Thoughts for rows without: the model thinks and answers, and its thought stays where its answer agrees with the row.
+
+The row's own answer is kept behind the thought. Rows that have a thought stay as they are.
+
+Knows prompts, and when answers agree. Does not know HTTP or files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from onecard.curation.make.answers import agrees, prompts, split_thought
+from onecard.curation.make.journal import Journal
+from onecard.curation.make.run import Asker, MakingTask
+from onecard.curation.rows import RecordRow, read_rows
+from onecard.data.messages import Conversation
+from onecard.data.sources import ReadReport, Source
+from onecard.data.thoughts import has_thought, with_thought
+
+
+@dataclass(frozen=True)
+class ThinkSettings:
+    """The rows, and how often a row is asked for until an answer agrees."""
+
+    source: Source
+    n_tries: int = 2
+    language: str = "en"
+
+
+def _lacks_thought(row: RecordRow) -> bool:
+    return isinstance(row.sample, Conversation) and not has_thought(row.sample.turns[-1].content)
+
+
+def think_tasks(settings: ThinkSettings, journal: Journal) -> Iterator[MakingTask]:
+    """A task for each row without a thought that is not done. Raises DataError."""
+    for row in read_rows(settings.source, ReadReport()):
+        if _lacks_thought(row) and str(row.place) not in journal.done:
+            assert isinstance(row.sample, Conversation)
+            yield MakingTask(str(row.place), _Unthought(settings, row.sample).ask)
+
+
+@dataclass(frozen=True)
+class _Unthought:
+    settings: ThinkSettings
+    sample: Conversation
+
+    def ask(self, asker: Asker) -> None:
+        """Ask until an answer agrees; the entry's row holds the whole conversation."""
+        *before, last = self.sample.turns
+        messages = _messages(before)
+        messages[-1]["content"] = prompts()[self.settings.language]["think"].format(question=messages[-1]["content"])
+        for answer in asker.answers(messages, self.settings.n_tries):
+            thought, given = split_thought(answer.text, answer.thought)
+            if not thought:
+                asker.entry.problem = "the model wrote no thought"
+            elif not answer.is_whole or not given:
+                asker.entry.problem = "the answer was cut off; --max_tokens is too small"
+            elif not agrees(given, last.content):
+                asker.entry.problem = "the answer does not agree with the row's"
+            else:
+                turns = [*_messages(before), {"role": "assistant", "content": with_thought(thought, last.content)}]
+                asker.entry.rows.append({"messages": turns, "provenance": asker.provenance("think")})
+                asker.entry.problem = ""
+                return
+
+
+def _messages(turns: list[Any]) -> list[dict[str, str]]:
+    return [
+        {"role": turn.role, "content": f"{turn.content}\n\n{turn.input}" if turn.input else turn.content}
+        for turn in turns
+    ]
+
+
+def thought_lines(settings: ThinkSettings, journal: Journal) -> Iterator[tuple[bool, str]]:
+    """(has a thought, line of JSON) of every usable row, in order: with its new thought, or as it was."""
+    made = {entry.key: entry.rows[0] for entry in journal.entries if entry.rows}
+    for row in read_rows(settings.source, ReadReport()):
+        if row.sample is None:
+            continue
+        new = made.get(str(row.place))
+        yield (True, json.dumps(new, ensure_ascii=False)) if new else (not _lacks_thought(row), row.line())
