@@ -35,6 +35,7 @@ def finetune(config: FinetuneConfig) -> Path:
         resolve_total_batch,
     )
     from onecard.train.build import build_accelerator, build_run, open_reporter, prepare_data, training_state
+    from onecard.train.end_by_clock import end_by_clock
     from onecard.train.loop import report_events, train
     from onecard.train.memory_probe import rehearse_if_wanted
     from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position, take_over
@@ -42,6 +43,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train.trackers import check_trackers
 
     refuse(problems_of(config))
+    clock = end_by_clock(config.train)
     if problem := toy_base_problem(config.model.model_path, config.data.data or config.data.data_path):
         warn(problem)
     check_trackers(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
@@ -62,7 +64,9 @@ def finetune(config: FinetuneConfig) -> Path:
         state = training_state(config, data, point)
         fitted = resolve_lengths(fitted, data.train.n_per_epoch, len(data.test))
         run = build_run(fitted, hardware, accelerator, data, state, point, directory)
-        run.plan = plan
+        run.plan, run.clock = plan, clock
+        if clock is not None:
+            clock.resume(run.state.seconds)
         say(describe_trainable(run.plain_model))
         settings = RunSettings(cli.to_yaml(portable(config)), data.tokenizer, data.template.jinja)
         directory.write_settings(settings)

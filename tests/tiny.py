@@ -70,7 +70,7 @@ def write_instructions(path: Path, n: int = 24) -> Path:
     return path
 
 
-def config_for(base: Path, data: Path, output: Path, **changes: Any) -> FinetuneConfig:
+def config_for(base: Path, data: Path, output: Path, /, **changes: Any) -> FinetuneConfig:
     """A quick fp32 run on CPU; `changes` are options by name, whichever group they are in."""
     settings = {
         "model_path": str(base), "bits": 32, "device": "cpu", "gradient_checkpointing": False, "data_path": str(data),

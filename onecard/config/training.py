@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, fields
+from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -203,6 +204,11 @@ class TrainOptions:
     """Passes over the training data."""
     max_steps: int = 0
     """End after so many optimizer steps whatever --num_epoch says; 0: no limit."""
+    finish_by: str = ""
+    """End by this time, last evaluation and checkpoint included: 07:00 (the next one) or 2026-12-24T07:00. The learning
+    rate falls over the steps that fit; --num_epoch and --max_steps stay the most."""
+    max_hours: float = 0.0
+    """The same, after so many hours from the start, those of earlier starts of the run included; 0: no limit."""
     total_batch: int = 0
     """Samples per optimizer step, over all GPUs. This decides the result; 0: 4 to 32, by the number of rows."""
     micro_batch: int = 0
@@ -288,7 +294,7 @@ class TrainOptions:
             found.append(("--log_steps", f"{self.log_steps} is too small; use 1 or more"))
         for name in ("max_steps", "total_batch", "micro_batch", "micro_tokens", "warmup_steps", "weight_decay",
                      "max_grad_norm", "seed", "eval_steps", "save_steps", "eval_minutes", "save_minutes",
-                     "early_stopping_patience", "neftune_alpha"):  # fmt: skip
+                     "early_stopping_patience", "neftune_alpha", "max_hours"):  # fmt: skip
             if getattr(self, name) < 0:
                 found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
         if self.num_epoch <= 0 and not self.max_steps:
@@ -307,7 +313,8 @@ class TrainOptions:
             found.append(("--lora_remote_checkpoint", "is another name of --init_adapter; give only one of them"))
         if self.deepspeed and "8bit" in self.optimizer:
             found.append(("--optimizer", f"{self.optimizer} does not work under DeepSpeed; use adamw"))
-        found.extend([*self._schedule_problems(), *self._final_weights_problems(), *self._change_problems()])
+        found += [*self._clock_problems(), *self._schedule_problems()]
+        found += [*self._final_weights_problems(), *self._change_problems()]
         return found
 
     @property
@@ -321,6 +328,14 @@ class TrainOptions:
         """--schedule_options by name. Raises ValueError where they cannot be read."""
         pairs = (part.split(":") for part in self.schedule_options.replace(" ", "").split(",") if part)
         return {name: float(value) for name, value in pairs}
+
+    def _clock_problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.finish_by and moment(self.finish_by, datetime(2000, 1, 1)) is None:
+            found.append(("--finish_by", f"{self.finish_by!r} is no time; use 07:00 or 2026-12-24T07:00"))
+        if self.finish_by and self.max_hours:
+            found.append(("--max_hours", "says the end, as --finish_by does; give only one of them"))
+        return found
 
     def _schedule_problems(self) -> list[Problem]:
         flag, known = "--schedule_options", SCHEDULE_OPTIONS.get(self.schedule, ())
@@ -416,6 +431,17 @@ class FinetuneConfig:
             text = f"contradicts --init_adapter: what that one trains, goes on; merge it first ({command('merge')})"
             found.append((flag, text))
         return found
+
+
+def moment(text: str, now: datetime) -> datetime | None:
+    """The time that --finish_by names, local: "07:00" is the next one after `now`; None if it is no time."""
+    try:
+        if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2})?", text):
+            end = datetime.combine(now.date(), time.fromisoformat(text.zfill(len(text.partition(":")[2]) + 3)))
+            return end if end > now else end + timedelta(days=1)
+        return datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
+    except ValueError:
+        return None
 
 
 def column_names(text: str) -> tuple[tuple[str, str], ...] | None:

@@ -66,17 +66,17 @@ class Timer:
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes
-        self._ended_s, self._took_s = time.monotonic(), 0.0
+        self._ended_s, self.took_s = time.monotonic(), 0.0
 
     def is_due(self) -> bool:
         """Whether the time since it was done last is over; after something slow that is longer."""
         waited = time.monotonic() - self._ended_s
-        return self.seconds > 0 and waited >= max(self.seconds, WAIT_PER_TIME_TAKEN * self._took_s)
+        return self.seconds > 0 and waited >= max(self.seconds, WAIT_PER_TIME_TAKEN * self.took_s)
 
     def timed(self, work: Callable[..., Result], *args: Any, **named: Any) -> Result:
         """Do it, for whatever reason, and wait again from now on."""
         started_s = time.monotonic()
         result = work(*args, **named)
         self._ended_s = time.monotonic()
-        self._took_s = self._ended_s - started_s
+        self.took_s = self._ended_s - started_s
         return result

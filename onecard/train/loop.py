@@ -74,6 +74,7 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
                 raise NotFinite(_overflowing(state.step))
             report_events(run, reporter)
             _report(run, reporter, result, seconds, sources)
+            _keep_to_the_clock(run, seconds, evaluation_s=evaluation.took_s, saving_s=saving.took_s)
             last, improved = state.step == state.total_steps, False
             if last or result.requests.evaluate or state.step % options.eval_steps == 0:
                 improved = evaluation.timed(_evaluate, run, reporter)
@@ -91,13 +92,31 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     if _has_stopped_early(run):
         reason = f"{state.evaluations_since_best} evaluations in a row found no lower loss (--early_stopping_patience)"
         say(f"ended after step {state.step} of {state.total_steps}: {reason}")
+    if run.clock is not None and state.clock == run.clock.option and state.step == state.total_steps:
+        say(f"ended after step {state.step} by {state.clock}; without it, or with another time, the run goes on")
     return state
 
 
 def _has_stopped_early(run: Run) -> bool:
     """Whether --early_stopping_patience is used up; by the state alone, so that a further start does no more."""
-    patience = run.options.early_stopping_patience
-    return 0 < patience <= run.state.evaluations_since_best
+    return 0 < run.options.early_stopping_patience <= run.state.evaluations_since_best
+
+
+def _keep_to_the_clock(run: Run, seconds: float, *, evaluation_s: float, saving_s: float) -> None:
+    """After a step that took so long: plan for the steps that fit before the end by the clock, on every process."""
+    clock, state = run.clock, run.state
+    if clock is None:
+        return
+    clock.step_took(seconds)
+    total = clock.total_steps(state.step, state.total_steps, run.options, n_test=len(run.test_samples),
+                              evaluation_s=evaluation_s, saving_s=saving_s)  # fmt: skip
+    if run.accelerator.num_processes > 1:
+        total = broadcast_object_list([total])[0]
+    state.seconds = clock.spent_s
+    if total < state.total_steps:
+        message = f"step {state.step}: {total:,} steps fit, not {state.total_steps:,} ({clock.option})"
+        run.events.append(RunEvent({"step": state.step, "event": "schedule", "total_steps": total}, message))
+        state.total_steps, state.clock = total, clock.option
 
 
 def _step_or_keep(run: Run, saved_step: int, requested: Callable[[], StepRequests]) -> StepResult:

@@ -24,6 +24,7 @@ from onecard.errors import CheckpointError, ConfigError
 from onecard.model.files import base_fingerprint
 from onecard.model.lora.formats import kept_fingerprint, other_base
 from onecard.train.checkpoint import FoundCheckpoint, verify
+from onecard.train.end_by_clock import clock_option
 from onecard.train.rundir import OPTIONS_NAME, RunDirectory
 from onecard.train.state import TrainerState, differences, read_state, write_position
 from onecard.train.trackers import read_log
@@ -183,11 +184,14 @@ def continued(config: FinetuneConfig, point: ResumePoint, fresh: TrainerState) -
     changed = point.changed(config)
     if changed:
         say(f"from step {stored.step + 1} on: {', '.join(changed)}")
+    clock = stored.clock if stored.clock == clock_option(config.train) else ""
+    if clock:  # the learning rate goes on falling as it did
+        fresh = replace(fresh, total_steps=min(stored.total_steps, fresh.total_steps))
     if stored.total_steps != fresh.total_steps:
         warn(f"the run was planned for {stored.total_steps} steps, now for {fresh.total_steps}: the schedule changes")
-    if stored.step == fresh.total_steps:
+    if stored.step == fresh.total_steps and not clock:
         say(f"this run has already done its {stored.step} steps; a larger --num_epoch would go on")
-    return replace(stored, total_steps=fresh.total_steps, identity=fresh.identity)
+    return replace(stored, total_steps=fresh.total_steps, identity=fresh.identity, clock=clock)
 
 
 def take_over(point: ResumePoint, state: TrainerState, directory: RunDirectory) -> None:

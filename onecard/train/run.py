@@ -16,6 +16,7 @@ from onecard.objectives.registry import objective_named
 from onecard.train.accelerator import TrainingEngine
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.deepspeed_engine import DeepSpeedEngine
+from onecard.train.end_by_clock import EndByClock
 from onecard.train.evaluate import EvaluationLimits
 from onecard.train.oom import MicroBatchLimits
 from onecard.train.state import OPTIMIZER_NAME, TrainerState
@@ -53,6 +54,8 @@ class Run:
     """What does not fit in evaluation."""
     plan: Plan | None = None
     """What was planned for this start, with the card that it is for."""
+    clock: EndByClock | None = None
+    """Ends the run by a time."""
     events: list[RunEvent] = field(default_factory=list)
     """What happened and has not been reported yet."""
     n_failures: int = 0

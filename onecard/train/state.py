@@ -45,6 +45,10 @@ class TrainerState:
     """Steps that the whole run was planned for; the schedule depends on it."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Of `tokens_seen`, those of each source of a mixture, by name."""
+    seconds: float = 0.0
+    """Wall time of its starts, where the clock ends it."""
+    clock: str = ""
+    """The option by which total_steps was cut to what fits, such as --finish_by 07:00."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What must not change between the parts of one run; see `differences`."""
     choices: dict[str, Any] = field(default_factory=dict)

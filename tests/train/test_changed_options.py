@@ -95,7 +95,8 @@ TABLE = {
     "max_memory": Row("0:1GiB"),  # there is no card 0
     "trust_remote_code": same(True),
     "columns": same("instruction:instruction"), "txt_split": same("line"),  # the data are no txt
-    "data_path": Row("OTHER_DATA"), "prompt_type": Row("chatml"), "dialogue": Row(True), "cutoff_len": Row(40),
+    "data_path": Row("OTHER_DATA"), "data": Row("OTHER_DATA"),
+    "prompt_type": Row("chatml"), "dialogue": Row(True), "cutoff_len": Row(40),
     "train_on": Row("everything"), "test_size": Row(5), "strict": same(True),
     "cache_path": same("CACHE", lambda s: bool(list((s.output.parent / "other-cache").glob("*.arrow")))),
     "peft_method": Row("ia3"),
@@ -107,6 +108,8 @@ TABLE = {
     "objective": Row("documents"),
     "num_epoch": Row(3, lambda s: s.steps == [7, 8, 9, 10, 11, 12]),
     "max_steps": Row(7, lambda s: s.steps == [7]),
+    "finish_by": same("23:59", lambda s: s.run.clock.option == "--finish_by 23:59"),
+    "max_hours": same(9.0, lambda s: s.run.clock.option == "--max_hours 9"),
     "total_batch": Row(4),
     "micro_batch": same(2, lambda s: s.run.limits.micro_batch == 2),
     "micro_tokens": same(300, lambda s: s.run.limits.micro_tokens == 300),
