@@ -144,12 +144,13 @@ def parse(
 
 
 def parse_verb(
-    verbs: Mapping[str, type[Any]], argv: Sequence[str] | None = None, *, description: str = ""
+    verbs: Mapping[str, type[Any]], argv: Sequence[str] | None = None, *, description: str = "", above: str = ""
 ) -> tuple[str, Any]:
     """The verb that stands first on a command line (`onecard weight-diff make ...`), and its checked config.
 
     Args:
         verbs: the config class of each verb; the first line of its docstring is the verb's help.
+        above: the verb that these are verbs of, for the help text.
 
     Raises as `parse` does, and ConfigError for a missing or unknown verb.
     """
@@ -157,9 +158,11 @@ def parse_verb(
     verb = words[0] if words else ""
     if verb in verbs:
         about = (verbs[verb].__doc__ or "").split("\n")[0]
-        return verb, parse(verbs[verb], words[1:], description=f"{verb}: {about}\n\n{description}".strip(), verb=verb)
+        text, words_before = f"{verb}: {about}\n\n{description}".strip(), f"{above} {verb}".strip()
+        return verb, parse(verbs[verb], words[1:], description=text, verb=words_before)
     if any(word in ("-h", "--help") for word in words):
-        lines = [f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in verbs.items()]
+        width = max(10, *map(len, verbs))
+        lines = [f"  {name:<{width}} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in verbs.items()]
         say("\n".join([_wrapped(description), "", "Verbs, each with its own --help:", *lines]).strip())
         raise SystemExit(0)
     listed = ", ".join(verbs)

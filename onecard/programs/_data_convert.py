@@ -57,10 +57,10 @@ class ExtractionOptions(ConvertOptions):
     """Turn instructions and their answers into labelled texts."""
 
     def problems(self) -> list[Problem]:
-        few = (
-            [("--types_per_row", f"{self.types_per_row} is negative; use 0 or more")] if self.types_per_row < 0 else []
-        )
-        return super().problems() + few
+        found = super().problems()
+        if self.types_per_row < 0:
+            found.append(("--types_per_row", f"{self.types_per_row} is negative; use 0 or more"))
+        return found
 
 
 def convert_data(options: ConvertOptions) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class MakeOptions(ReadingOptions):
-    """Whom to ask, and where what is made goes."""
+    """Write new rows with a model: make self-instruct, make qa-from-documents, make think."""
 
     data_path: str | list[str] = ""
     """Data: files, folders of these, or Hub data sets; one or several."""
@@ -28,7 +28,7 @@ class MakeOptions(ReadingOptions):
     """Name of the model there."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; without one in it none is sent."""
-    language: Literal["en", "zh"] = "en"
+    prompt_language: Literal["en", "zh"] = "en"
     """Language of the prompts, and of what is made."""
     temperature: float = 0.7
     """Temperature of sampling."""
@@ -108,6 +108,11 @@ class ThinkOptions(MakeOptions):
         return super().problems() + few
 
 
+_ABOUT = """Ask any OpenAI-compatible endpoint, that of onecard serve too. Started again, a command goes on.
+
+onecard serve --model_path MODEL
+onecard data make qa-from-documents --data_path texts.jsonl --output_path made --model MODEL
+"""
 VERBS = {"self-instruct": SelfInstructOptions, "qa-from-documents": QaFromDocumentsOptions, "think": ThinkOptions}
 _OF_THE_ENDPOINT = ("api_key_env", "timeout_s", "max_attempts", "base_url", "price_prompt", "price_completion")
 _MAY_CHANGE = (*_OF_THE_ENDPOINT, "n_rows", "output_path", "data_path", "debug")
@@ -115,7 +120,7 @@ _MAY_CHANGE = (*_OF_THE_ENDPOINT, "n_rows", "output_path", "data_path", "debug")
 
 def main(argv: list[str] | None = None) -> None:
     """Run the verb with these words, or those of the command line."""
-    verb, options = parse_verb(VERBS, argv, description=__doc__ or "")
+    verb, options = parse_verb(VERBS, argv, description=_ABOUT, above="make")
     make_data(verb, options)
 
 
@@ -144,16 +149,17 @@ def _tasks(options: Any, source: Any, journal: Journal) -> Any:
     if isinstance(options, SelfInstructOptions):
         from onecard.curation.make.self_instruct import SelfInstruct, SelfInstructSettings
 
-        names = ("n_rows", "n_per_request", "novelty", "language", "seed")
+        names = ("n_rows", "n_per_request", "novelty", "seed")
         chosen = {name: getattr(options, name) for name in names}
-        return SelfInstruct(SelfInstructSettings(source, **chosen), journal).tasks()
+        return SelfInstruct(SelfInstructSettings(source, language=options.prompt_language, **chosen), journal).tasks()
     if isinstance(options, QaFromDocumentsOptions):
         from onecard.curation.make.qa_from_documents import QaSettings, qa_tasks
 
-        return qa_tasks(QaSettings(source, options.n_per_passage, options.passage_chars, options.language), journal)
+        asked = (options.n_per_passage, options.passage_chars, options.prompt_language)
+        return qa_tasks(QaSettings(source, *asked), journal)
     from onecard.curation.make.think import ThinkSettings, think_tasks
 
-    return think_tasks(ThinkSettings(source, options.n_tries, options.language), journal)
+    return think_tasks(ThinkSettings(source, options.n_tries, options.prompt_language), journal)
 
 
 def _write(file: Path, options: Any, source: Any, journal: Journal) -> int:
@@ -163,7 +169,7 @@ def _write(file: Path, options: Any, source: Any, journal: Journal) -> int:
         return write_lines(file, lines_of(journal))
     from onecard.curation.make.think import ThinkSettings, thought_lines
 
-    settings = ThinkSettings(source, options.n_tries, options.language)
+    settings = ThinkSettings(source, options.n_tries, options.prompt_language)
     rest = file.with_name("without_thought.jsonl")
     write_lines(rest, (line for thinks, line in thought_lines(settings, journal) if not thinks))
     return write_lines(file, (line for thinks, line in thought_lines(settings, journal) if thinks))

@@ -1,7 +1,9 @@
-"""Find training data: list the catalogue of open collections, show what is known of one.
+"""Find, clean, split and make training data: a catalogue of open collections, and what makes rows better or new.
 
 onecard data list --lang CN
 onecard data show alpaca-gpt4
+onecard data clean --data_path my.jsonl --output_path cleaned --languages zh,en
+onecard data make self-instruct --data_path seeds.jsonl --output_path made --model NAME
 """
 
 from __future__ import annotations
@@ -11,18 +13,31 @@ from collections.abc import Callable
 from typing import Any
 
 from onecard.config.parsing import parse_verb
+from onecard.programs import _data_make
 from onecard.programs._data_catalogue import ListOptions, ShowOptions, list_entries, show_entry
+from onecard.programs._data_clean import CleanOptions, clean_data
+from onecard.programs._data_convert import CotOptions, DocumentsOptions, ExtractionOptions, convert_data
+from onecard.programs._data_split import SplitOptions, split_data
 
 # Each verb: its options, and what is done with them.
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "list": (ListOptions, list_entries),
     "show": (ShowOptions, show_entry),
+    "clean": (CleanOptions, clean_data),
+    "split": (SplitOptions, split_data),
+    "make": (_data_make.MakeOptions, lambda _: None),  # it has verbs of its own
+    "documents": (DocumentsOptions, convert_data),
+    "cot": (CotOptions, convert_data),
+    "extraction": (ExtractionOptions, convert_data),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["make"]:
+        _data_make.main(words[1:])
+        return
     kinds = {name: kind for name, (kind, _) in VERBS.items()}
     # `data show belle` is `data show --name belle`.
     if len(words) > 1 and not words[1].startswith("-") and hasattr(kinds.get(words[0]), "name"):
