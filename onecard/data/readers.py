@@ -14,8 +14,20 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from onecard.data.documents import DOCUMENT_SUFFIXES, document_text, page_list
 from onecard.data.json_records import JsonValues, RecordDecoder
-from onecard.data.plain_text import BOM, MAX_RECORD_BYTES, RawRecord, TxtSplit, bounded_lines, not_utf8, texts, too_long
+from onecard.data.plain_text import (
+    BOM,
+    LONGEST_TEXT,
+    MAX_RECORD_BYTES,
+    RawRecord,
+    TxtSplit,
+    bounded_lines,
+    not_utf8,
+    texts,
+    too_long,
+)
+from onecard.data.values import UnusableRecord
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _PEEK_BYTES = 2**16
@@ -26,6 +38,9 @@ _COLUMNS = {"instruction", "input", "output", "prompt", "response", "completion"
 def read_file(path: Path, txt_split: TxtSplit = "auto") -> Iterator[RawRecord]:
     """The records of one file, in order, whatever is broken in it. Raises OSError only."""
     suffix = path.suffix.lower()
+    if suffix in DOCUMENT_SUFFIXES:
+        yield from _document(path)
+        return
     if suffix == ".parquet":
         yield from _parquet_rows(path)
         return
@@ -37,6 +52,19 @@ def read_file(path: Path, txt_split: TxtSplit = "auto") -> Iterator[RawRecord]:
             yield RawRecord(1, problem=problem)
             return
         yield from _text_records(stream, head, suffix, txt_split)
+
+
+def _document(path: Path) -> Iterator[RawRecord]:
+    """A document as one text; one that is too long to be encoded at once in several."""
+    try:
+        found = document_text(path)
+    except UnusableRecord as reason:
+        yield RawRecord(1, problem=str(reason))
+        return
+    note = f"no text on the pages {page_list(found.empty_pages)}" if found.empty_pages else ""
+    pieces = [found.text[place : place + LONGEST_TEXT] for place in range(0, len(found.text), LONGEST_TEXT)]
+    for nth, piece in enumerate(pieces, start=1):
+        yield RawRecord(1, {"text": piece}, nth=nth if len(pieces) > 1 else 0, note=note)
 
 
 def _text_records(stream: BinaryIO, head: bytes, suffix: str, txt_split: TxtSplit = "auto") -> Iterator[RawRecord]:

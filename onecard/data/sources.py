@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from onecard.config.training import column_names
 from onecard.data.columns import Columns, thought_hints
 from onecard.data.description import DatasetDescription, as_described
+from onecard.data.documents import DOCUMENT_SUFFIXES
 from onecard.data.formats import ParsedRecord, to_sample
 from onecard.data.hub_rows import HubDataset, hub_commit, hub_id_of, hub_rows
 from onecard.data.messages import Conversation, Document
@@ -362,9 +363,11 @@ def _file_rows(file: Path, txt_split: TxtSplit) -> Iterator[RawRecord]:
 def _local_files(path: Path, skipped: list[str]) -> list[tuple[str, Path]]:
     """(name, file) of the data files, sorted by name so that every system reads them in one order."""
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
+        # In folders documents are passed over: a README beside the data is not meant to be learned.
+        if path.suffix.lower() not in (*SUFFIXES, *DOCUMENT_SUFFIXES):
             found = path.suffix or "a name without a suffix"
-            raise DataError(f"{found} is no known format; known: {' '.join(SUFFIXES)}", str(path))
+            known = " ".join((*SUFFIXES, *DOCUMENT_SUFFIXES))
+            raise DataError(f"{found} is no known format; known: {known}", str(path))
         return [(path.name, path)]
     files = []
     for file in path.rglob("*"):

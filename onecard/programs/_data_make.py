@@ -134,7 +134,10 @@ def make_data(verb: str, options: Any, wait: Callable[[float], None] | None = No
 
     folder, source = Path(options.output_path), source_of(options)
     settings = EndpointSettings(**{name: getattr(options, name) for name in EndpointSettings.__dataclass_fields__})
-    depends_on = {name: value for name, value in vars(options).items() if name not in _MAY_CHANGE}
+    # Only what differs from its default: options that later versions add leave a journal as it is.
+    defaults = vars(type(options)())
+    chosen = {name: value for name, value in vars(options).items() if value != defaults[name]}
+    depends_on = {name: value for name, value in chosen.items() if name not in _MAY_CHANGE}
     depends_on |= {"verb": verb, "data": data_fingerprint(source)}
     prices = TokenPrices(options.price_prompt, options.price_completion)
     with Endpoint(settings, **({"wait": wait} if wait else {})) as endpoint, Journal(folder, depends_on) as journal:

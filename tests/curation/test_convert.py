@@ -26,6 +26,8 @@ from onecard.data.extraction import (
     to_rows,
 )
 from onecard.data.formats import to_sample
+from onecard.data.messages import Document
+from onecard.data.sources import ReadReport, read
 from onecard.data.values import UnusableRecord
 from onecard.data.wordings import CotRow, language_of, read_cot_tsv, worded, wordings
 from onecard.errors import DataError
@@ -367,6 +369,30 @@ def test_folders_of_documents_are_read_in_order_and_bad_ones_named(
         options = DocumentsOptions(str(path), str(tmp_path / "more.jsonl"))
         assert run_main(lambda options=options: convert_data(options), debug=False) == (1 if says else 0)
         assert says in capsys.readouterr().err
+
+
+def test_a_document_that_is_named_is_data_and_one_in_a_folder_is_not(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# About\n\nThese are data.", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "row"}\n', encoding="utf-8")
+    report = ReadReport()
+    (sample,) = read(str(tmp_path / "README.md"), report=report)
+    assert sample == Document("# About\n\nThese are data.", "README.md:1")
+    assert [sample.record for sample in read(str(tmp_path), report=report)] == ["a.jsonl:1"]
+    assert report.skipped_files == ["README.md"]
+    (tmp_path / "long.md").write_text("x" * (2**20 + 5), encoding="utf-8")
+    assert [len(sample.text) for sample in read(str(tmp_path / "long.md"), report=report)] == [2**20, 5]
+    (tmp_path / "gbk.md").write_bytes("你好".encode("gbk"))
+    with pytest.raises(DataError, match="not valid UTF-8"):
+        list(read(str(tmp_path / "gbk.md"), report=report))
+
+
+@needs_pdfminer
+def test_pages_without_text_are_told_where_a_pdf_is_read(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", [["First page."], [], ["Last page."]])
+    report = ReadReport()
+    (sample,) = read(str(tmp_path / "a.pdf"), report=report)
+    assert sample.text == "First page.\n\nLast page."
+    assert "  in 1 (first: a.pdf:1): no text on the pages 2" in report.summary_lines()
 
 
 def test_small_parts_of_documents() -> None:
