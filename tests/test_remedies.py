@@ -42,6 +42,9 @@ NEVER = {
     ("onecard.data.lost_turns", "prompt_type"): "merging takes the template that the run was trained with",
     ("onecard.data.chat_template", "prompt_type"): "merging takes the template that the run was trained with",
     ("onecard.data.sources", "strict"): "only where it was typed",
+    ("onecard.export.hub.download", "repo_id"): "data get never fetches into the Hub's cache",
+    ("onecard.export.hub.files", "repo_id"): "data get says the same of the collection, without the option",
+    ("onecard.programs._data_catalogue", "data_path"): "of the command that it shows, which is that of training",
 }
 
 

@@ -56,6 +56,11 @@ class DatasetDescription:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def has_parts(self) -> bool:
+        """Whether only a part of its files is meant, which the card of the data set (README.md) knows."""
+        return bool(self.subset) or self.split != "train"
+
+    @property
     def is_plain(self) -> bool:
         """Whether records are read by their shape alone."""
         return not self.columns and not self.tags

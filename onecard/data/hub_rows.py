@@ -11,19 +11,24 @@ from onecard.data.plain_text import RawRecord
 from onecard.data.readers import SUFFIXES
 from onecard.data.values import safe
 from onecard.errors import DataError
-from onecard.hub_errors import hub_problem
+from onecard.hub_errors import MIRROR, hub_problem
+from onecard.installation import command
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set by its id, and which part of it: a split, of a subset (configuration), of a folder; '' is all."""
+    """A data set by its id, and which part of it: a split, of a subset (configuration), of a folder; '' is all.
+
+    collection: its name in the catalogue, if it was found by that.
+    """
 
     hub_id: str
     subset: str = ""
     split: str = "train"
     folder: str = ""
+    collection: str = ""
 
 
 def hub_id_of(data_path: str) -> str:
@@ -34,14 +39,14 @@ def hub_id_of(data_path: str) -> str:
     return data_path
 
 
-def hub_commit(hub_id: str) -> str:
+def hub_commit(dataset: HubDataset) -> str:
     """The commit that the Hub would give now. Raises DataError."""
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().dataset_info(hub_id).sha)
+        return str(HfApi().dataset_info(dataset.hub_id).sha)
     except Exception as error:
-        raise _hub_error(HubDataset(hub_id), error) from error
+        raise _hub_error(dataset, error) from error
 
 
 def hub_rows(dataset: HubDataset) -> Iterator[RawRecord]:
@@ -59,5 +64,10 @@ def hub_rows(dataset: HubDataset) -> Iterator[RawRecord]:
 
 
 def _hub_error(dataset: HubDataset, error: Exception) -> DataError:
+    if dataset.collection:
+        what = f"the collection ({dataset.hub_id})"
+        remedy = f"bring it here first: {command('data')} get {dataset.collection} --endpoint {MIRROR}"
+        told = hub_problem(error, what, dataset.hub_id, kind="dataset", remedy=remedy)
+        return DataError(safe(told, 1000), dataset.collection)
     what = f"there is no such file or folder, and the `{dataset.split}` split of the data set on the Hub"
     return DataError(safe(hub_problem(error, what, dataset.hub_id, kind="dataset"), 1000), dataset.hub_id)

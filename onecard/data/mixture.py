@@ -87,7 +87,10 @@ def _part(portion: DataPortion, folder: Path | None, options: _MixingOptions) ->
     known = entries()
     entry = known.get(name) or known.get(name.lower())
     if entry is not None:
-        return MixturePart(entry.name, _of_description(entry.data, base, downloaded(entry.name)), portion.amount)
+        here = downloaded(entry.name)
+        told = entry.data if here is None else description_in(here, entry.name)
+        source = _of_description(told, replace(base, collection=entry.name), here)
+        return MixturePart(entry.name, source, portion.amount)
     if "/" in name and not Path(name).suffix:
         return MixturePart(name, replace(base, paths=(name,)), portion.amount)
     own = names_in(folder) if folder is not None else []
@@ -108,8 +111,6 @@ def _of_description(told: DatasetDescription, base: Source, folder: Path | None)
         if not path.exists():
             raise DataError(f"{told.name} is described to be this file, which is not there", str(path))
         return replace(source, paths=(str(path),))
-    if folder is not None and folder == downloaded(told.name):
-        return replace(source, paths=(str(folder),))
     if not told.hf_hub_url:
         raise DataError(
             f"{told.name} lies on ModelScope only ({told.ms_hub_url}): {command('data')} get {told.name} "

@@ -39,7 +39,7 @@ class Source:
     """Files, folders and Hub data sets, read one after another; other names of columns; what cuts a txt into texts.
 
     description: how the records of a data set that has one are read. limit: at most so many records, drawn evenly from
-    all files, of the Hub the first ones; 0: all.
+    all files, of the Hub the first ones; 0: all. collection: its name, where the catalogue named it.
     """
 
     paths: tuple[str, ...]
@@ -47,6 +47,7 @@ class Source:
     txt_split: TxtSplit = "auto"
     description: DatasetDescription | None = None
     limit: int = 0
+    collection: str = ""
 
     @property
     def name(self) -> str:
@@ -227,7 +228,7 @@ def data_fingerprint(source: str | Source) -> str:
     digest = hashlib.sha256()
     for name, file in _named_files(source.paths, []):
         if file is None:
-            digest.update(f"hub {hub_id_of(name)} {hub_commit(name)}".encode())
+            digest.update(f"hub {hub_id_of(name)} {hub_commit(_hub_part(name, source))}".encode())
             continue
         digest.update(f"{len(name)} {safe(name, 4096)} {file.stat().st_size} ".encode())
         with file.open("rb") as stream:
@@ -299,12 +300,17 @@ def _sample(
 
 def _files(source: Source, report: ReadReport) -> Iterator[_OpenFile]:
     """Every file and Hub data set, in order."""
+    told = source.description
+    if told is not None and told.has_parts and Path(source.paths[0]).is_dir():
+        rows = hub_rows(HubDataset(source.paths[0], told.subset, told.split))
+        yield _OpenFile(told.name, source.paths[0], islice(rows, source.limit or None))
+        return
     found = _named_files(source.paths, report.skipped_files)
     taken = _drawn([file for _, file in found if file is not None], source) if source.limit else {}
     for name, file in found:
         if file is None:
-            rows = _rows_of_hub(name, source)
-            yield _OpenFile(name, name, islice(rows, source.limit) if source.limit else rows)
+            rows = hub_rows(_hub_part(name, source))
+            yield _OpenFile(name, name, islice(rows, source.limit or None))
         elif not source.limit:
             yield _OpenFile(safe(name, 4096), str(file), _file_rows(file, source.txt_split))
         elif taken[file]:
@@ -329,10 +335,9 @@ def _some_rows(file: Path, txt_split: TxtSplit, numbers: set[int]) -> Iterator[R
     return (row for number, row in enumerate(_file_rows(file, txt_split)) if number in numbers)
 
 
-def _rows_of_hub(name: str, source: Source) -> Iterator[RawRecord]:
-    told = source.description
-    part = HubDataset(hub_id_of(name), told.subset, told.split, told.folder) if told else HubDataset(hub_id_of(name))
-    return hub_rows(part)
+def _hub_part(name: str, source: Source) -> HubDataset:
+    told = source.description or DatasetDescription("")
+    return HubDataset(hub_id_of(name), told.subset, told.split, told.folder, source.collection)
 
 
 def _named_files(paths: tuple[str, ...], skipped: list[str]) -> list[tuple[str, Path | None]]:

@@ -1,14 +1,16 @@
-"""The verbs of `onecard data` that know the catalogue: list and show."""
+"""The verbs of `onecard data` that know the catalogue: list, show and get."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from onecard.config.parsing import missing
+from onecard.config.parsing import comma_list, missing
 from onecard.config.training import Problem
-from onecard.console import say
+from onecard.console import say, warn
+from onecard.errors import ConfigError, DataError
 from onecard.installation import command
 
 if TYPE_CHECKING:
@@ -58,6 +60,42 @@ class ShowOptions:
         return missing(self, "name")
 
 
+@dataclass
+class GetOptions:
+    """Bring one collection to this disk; --data NAME then learns from there, without a network."""
+
+    name: str = ""
+    """Its name in the catalogue."""
+    output_path: str = ""
+    """Directory that will hold its files; empty: the one where --data NAME looks."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where it is fetched from; modelscope needs a package of its own (requirements-modelscope.txt)."""
+    include: str = ""
+    """Only files like these, with commas between them; empty: all that hold data, and the card (README.md)."""
+    exclude: str = ""
+    """No files like these, with commas between them."""
+    revision: str = "main"
+    """Branch, tag or commit, on the Hugging Face Hub."""
+    endpoint: str = ""
+    """Address of a mirror; empty: that of HF_ENDPOINT, or the Hub itself."""
+    max_workers: int = 4
+    """Files fetched at a time."""
+    dry_run: bool = False
+    """Say how many files and bytes there are, and fetch nothing."""
+    overwrite: bool = False
+    """Replace what is there."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def problems(self) -> list[Problem]:
+        found = missing(self, "name")
+        if not 1 <= self.max_workers <= 32:
+            found.append(("--max_workers", f"{self.max_workers} is not between 1 and 32"))
+        if self.dry_run and self.hub == "modelscope":
+            found.append(("--dry_run", "knows the Hugging Face Hub only; leave out --hub modelscope"))
+        return found
+
+
 def list_entries(options: ListOptions) -> None:
     """Print the entries that fit."""
     from onecard.data.catalogue.entries import entries
@@ -69,6 +107,7 @@ def list_entries(options: ListOptions) -> None:
     for entry in chosen:
         say(_line(entry))
     say(f"{len(chosen)} collections; {command('data')} show NAME says more")
+    say(f"{command('finetune')} --data NAME learns from one")
 
 
 def show_entry(options: ShowOptions) -> None:
@@ -82,6 +121,64 @@ def show_entry(options: ShowOptions) -> None:
     for key, value in facts.items():
         if value not in ("", {}, 0, False):
             say(f"{key:<11} {f'{value:,}' if key == 'rows' else value}")
+
+
+def get_entry(options: GetOptions) -> None:
+    """Download one entry and describe its files. Raises ConfigError, ModelError and DataError."""
+    from onecard.data.catalogue.entries import entry_named
+    from onecard.data.catalogue.place import collections_folder, describe
+
+    entry = entry_named(options.name)
+    target = Path(options.output_path).expanduser() if options.output_path else collections_folder() / entry.name
+    if target.exists() and not options.overwrite and not options.dry_run:
+        raise ConfigError("--overwrite", f"{target} is there already; with this it is fetched anew")
+    if entry.licence.lower() == "unknown":
+        warn(f"the licence of {entry.name} is not known here; look at {entry.home} before you publish what it taught")
+    if not _fetch(entry, target, options):
+        return
+    describe(target, entry.data)
+    say(f"{target}: {entry.name}, licence {entry.licence}")
+    say(f"to learn from it: {_learning(entry.name, target if options.output_path else None)}")
+
+
+def _learning(name: str, folder: Path | None) -> str:
+    """The command that learns from a collection, in a folder of its own or where names are looked up."""
+    return f"{command('finetune')} --data {name}" + (f" --data_path {folder}" if folder else "")
+
+
+def _fetch(entry: CatalogueEntry, target: Path, options: GetOptions) -> bool:
+    """Whether its files are in `target` now."""
+    from onecard.data.readers import SUFFIXES
+    from onecard.export.hub.download import directory_place, fetch
+    from onecard.export.hub.files import Repository, list_files
+    from onecard.export.hub.modelscope import fetch_dataset
+
+    inside = f"{entry.data.folder}/" if entry.data.folder else ""
+    include = comma_list(options.include) or [*(f"{inside}*{suffix}" for suffix in SUFFIXES), "README.md"]
+    if options.hub == "modelscope":
+        if not entry.data.ms_hub_url:
+            raise ConfigError("--hub", f"{entry.name} is not known to lie on ModelScope; leave this option out")
+        fetch_dataset(entry.data.ms_hub_url, target, include, endpoint=options.endpoint, overwrite=options.overwrite,
+                      max_workers=options.max_workers)  # fmt: skip
+        return True
+    if not entry.data.hf_hub_url:
+        raise ConfigError("--hub", f"{entry.name} lies on ModelScope only; give modelscope")
+    repository = Repository(entry.data.hf_hub_url, "dataset", options.revision, options.endpoint)
+    try:
+        listing = list_files(repository, include, comma_list(options.exclude))
+    except ConfigError as reason:
+        if not reason.flag.endswith("repo_id"):
+            raise
+        raise DataError(str(reason).partition(": ")[2], entry.name) from reason
+    place = directory_place(target)
+    say(
+        f"{entry.name}: {len(listing.files)} files, {listing.n_bytes / 2**20:,.1f} MiB from {repository.address}; free "
+        f"there: {place.free_bytes() / 2**20:,.0f} MiB"
+    )
+    if options.dry_run:
+        return False
+    fetch(listing, target, overwrite=options.overwrite, max_workers=options.max_workers)
+    return True
 
 
 def _fits(entry: CatalogueEntry, options: ListOptions) -> bool:

@@ -1,7 +1,8 @@
 """Find, clean, split and make training data: a catalogue of open collections, and what makes rows better or new.
 
 onecard data list --lang CN
-onecard data show alpaca-gpt4
+onecard data show alpaca-gpt4-zh
+onecard data get alpaca-gpt4-zh --endpoint https://hf-mirror.com
 onecard data clean --data_path my.jsonl --output_path cleaned --languages zh,en
 onecard data make self-instruct --data_path seeds.jsonl --output_path made --model NAME
 """
@@ -14,7 +15,14 @@ from typing import Any
 
 from onecard.config.parsing import parse_verb
 from onecard.programs import _data_make
-from onecard.programs._data_catalogue import ListOptions, ShowOptions, list_entries, show_entry
+from onecard.programs._data_catalogue import (
+    GetOptions,
+    ListOptions,
+    ShowOptions,
+    get_entry,
+    list_entries,
+    show_entry,
+)
 from onecard.programs._data_clean import CleanOptions, clean_data
 from onecard.programs._data_convert import CotOptions, DocumentsOptions, ExtractionOptions, convert_data
 from onecard.programs._data_split import SplitOptions, split_data
@@ -23,6 +31,7 @@ from onecard.programs._data_split import SplitOptions, split_data
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "list": (ListOptions, list_entries),
     "show": (ShowOptions, show_entry),
+    "get": (GetOptions, get_entry),
     "clean": (CleanOptions, clean_data),
     "split": (SplitOptions, split_data),
     "make": (_data_make.MakeOptions, lambda _: None),  # it has verbs of its own

@@ -13,6 +13,7 @@ from onecard.config.parsing import parse
 from onecard.config.training import DataOptions, DataPortion, FinetuneConfig, data_portions
 from onecard.data.batches import SampleOrder, by_source, epoch_order, split, split_by_source, step_samples
 from onecard.data.catalogue import entries as catalogue
+from onecard.data.catalogue.place import describe
 from onecard.data.mixture import parts_of
 from onecard.data.sources import ReadReport, read
 from onecard.errors import ConfigError, DataError
@@ -74,7 +75,8 @@ def test_a_name_is_looked_up_in_the_folder_then_here_then_in_the_catalogue_then_
 
 
 def test_a_collection_that_was_brought_here_is_read_from_there(tmp_path: Path) -> None:
-    rows(tmp_path / "collections" / "belle" / "belle.json", 4)
+    rows(tmp_path / "collections" / "belle" / "belle_cn" / "belle.json", 4)
+    describe(tmp_path / "collections" / "belle", catalogue.shipped()["belle"].data)
     (part,) = parts_of(DataOptions(data="belle:0.5"))
     assert len(list(read(part.source, report=ReadReport()))) == 4 and part.label == "belle:0.5"
 
