@@ -468,13 +468,21 @@ class DataPortion(NamedTuple):
 def data_portions(data: str | list[str]) -> list[DataPortion]:
     """--data as its parts: "belle#500:0.2,my.jsonl:3" -> ("belle", 500, 0.2), ("my.jsonl", 0, 3.0)."""
     texts = [data] if isinstance(data, str) else data
-    words = [word.strip() for text in texts for word in ([text] if Path(text).exists() else text.split(","))]
+    words = [word.strip() for text in texts for word in ([text] if _is_there(text) else text.split(","))]
     found = []
     for word in filter(None, words):
-        match = None if Path(word).exists() else _PORTION.fullmatch(word)
+        match = None if _is_there(word) else _PORTION.fullmatch(word)
         name, limit, amount = match.groups() if match else (word, None, None)
         found.append(DataPortion(name, int(limit or 0), float(amount or 1)))
     return found
+
+
+def _is_there(text: str) -> bool:
+    """Whether a file or folder has this name; one that no file can have is not there."""
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def portion_problem(portion: DataPortion) -> str:

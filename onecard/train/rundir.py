@@ -19,6 +19,7 @@ from typing import Any
 from onecard.config.training import FinetuneConfig, TrainOptions, data_portions
 from onecard.console import quiet_rank, say, warn
 from onecard.data.chat_template import BUILT_IN
+from onecard.data.dataset_info import names_in
 from onecard.model.lora.formats import average_adapters
 from onecard.storage import move
 from onecard.train.checkpoint import CheckpointStore
@@ -43,11 +44,19 @@ def portable(config: FinetuneConfig) -> FinetuneConfig:
         values = {f.name: getattr(group, f.name) for f in fields(group) if f.name in PATHS}
         found = {name: _absolute(value) for name, value in values.items() if value is not None}
         if values.get("data"):
-            portions = data_portions(values["data"])
-            found["data"] = [f"{_absolute(portion.name)}{portion.suffix}" for portion in portions]
+            folder = Path(str(values["data_path"])).expanduser()
+            found["data"] = [
+                f"{portion.name if _is_in(folder, portion.name) else _absolute(portion.name)}{portion.suffix}"
+                for portion in data_portions(values["data"])
+            ]
         return replace(group, **found)
 
     return replace(config, model=moved(config.model), data=moved(config.data), train=moved(config.train))
+
+
+def _is_in(folder: Path, name: str) -> bool:
+    """Whether a name of --data is one of the folder --data_path, wherever else it is too."""
+    return folder.is_dir() and ((folder / name).exists() or name in names_in(folder))
 
 
 def _absolute(value: Any) -> Any:

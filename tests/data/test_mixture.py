@@ -47,6 +47,11 @@ def test_portions_are_names_with_limits_and_amounts(tmp_path: Path) -> None:
     assert data_portions(str(odd)) == [DataPortion(str(odd))]
 
 
+def test_a_long_list_of_names_is_no_name_of_a_file() -> None:
+    names = [f"collection-{number}" for number in range(300)]
+    assert [portion.name for portion in data_portions(",".join(names))] == names
+
+
 def test_an_amount_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--data: belle:0 is not between 0 and 10,000"):
         parse(FinetuneConfig, ["--data", "alpaca,belle:0"])

@@ -12,6 +12,7 @@ import yaml
 from onecard.config.training import FinetuneConfig
 from onecard.errors import CheckpointError
 from onecard.recipes import finetune
+from onecard.train.rundir import portable
 from onecard.train.state import read_state
 from onecard.train.trackers import draw_loss, read_log
 from tests import tiny
@@ -117,6 +118,17 @@ def test_another_share_is_another_run_and_another_folder_is_not(
     assert stored["data"] == SHARES and stored["data_path"] == str(sets)
     with pytest.raises(CheckpointError, match=r"data: --data many:0\.25 few\.json:3 once\.json -> many:0\.5 "):
         finetune(config_of(tiny_base, sets, run, data=["many:0.5", *SHARES[1:]]))
+
+
+def test_a_run_keeps_what_its_names_meant(
+    tiny_base: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of the folder stay, whatever has the same name here; files here are kept by their whole path."""
+    (tmp_path / "few.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "mine.json").write_text("[]", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tiny_base, sets, tmp_path / "run", data="few.json:3,mine.json:0.5,belle#9")
+    assert portable(config).data.data == ["few.json:3", f"{tmp_path / 'mine.json'}:0.5", "belle#9"]
 
 
 def test_sources_without_shares_are_learned_as_paths_are(tiny_base: Path, sets: Path, tmp_path: Path) -> None:
