@@ -36,7 +36,7 @@ from onecard.train.deepspeed_engine import prepare
 from onecard.train.loop import total_steps
 from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
 from onecard.train.resume import ResumePoint, continued
-from onecard.train.run import Run
+from onecard.train.run import HeldOutSources, Run
 from onecard.train.rundir import RunDirectory
 from onecard.train.state import TrainerState, restore_state
 from onecard.train.step import use_limits
@@ -58,6 +58,7 @@ class TrainingData:
     fingerprint: str
     test_size: float
     objective: Objective
+    test_sources: HeldOutSources | None = None
 
     @property
     def longest(self) -> int:
@@ -103,7 +104,8 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     for line in _shares(train):
         say(line)
     held_out = [test[number] for number in range(len(test))]
-    return TrainingData(tokenizer, template, train, held_out, dataset.fingerprint, test_size, objective)
+    sources = None if test.parts is None else HeldOutSources(dataset.names, test.parts, test.units)
+    return TrainingData(tokenizer, template, train, held_out, dataset.fingerprint, test_size, objective, sources)
 
 
 def _split(dataset: EncodedDataset, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +187,8 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
         if point is None:
             # Only now: accelerate puts what it finds onto the card, and paged state would no longer be paged.
             allocate_state(optimizer)
-    run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state)
+    run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state,
+              test_sources=data.test_sources)  # fmt: skip
     if config.memory.offload_embeddings == "on":
         embeddings_to_ram(plain, accelerator.device)
     if options.neftune_alpha:  # after the move: the noise is made where the rows arrive

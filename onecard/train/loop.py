@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from onecard.config.training import TrainOptions
@@ -201,7 +202,7 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
         return False
     started_s = time.monotonic()
     with reporter.evaluation(state.step) as progress:
-        loss = evaluate(run, run.test_samples, progress)
+        loss, of_sources = _held_out_losses(run, progress)
     seconds = time.monotonic() - started_s
     if not math.isfinite(loss):
         warn(f"step {state.step}: the evaluation loss is {loss}, so this step is not taken for the best; the base "
@@ -216,11 +217,26 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
         state.evaluations_since_best = 0
     elif state.step % run.options.eval_steps == 0:
         state.evaluations_since_best += 1
-    row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step}
+    row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step, **of_sources}
     best_so_far = " (best so far)" if improved else ""
     took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"
     reporter.event(row, f"step {state.step}: evaluation loss {loss:.4f}{best_so_far}, {took}")
     return improved
+
+
+def _held_out_losses(run: Run, progress: Callable[[int, int], None]) -> tuple[float, dict[str, float]]:
+    """The loss of all held-out samples per unit, and that of each source as eval_loss/NAME where there are several."""
+    sources = run.test_sources
+    if sources is None:
+        return evaluate(run, run.test_samples, progress), {}
+    losses, units = {}, {}
+    for number, name in enumerate(sources.names):
+        chosen = np.flatnonzero(sources.parts == number)
+        if len(chosen):
+            losses[name] = evaluate(run, [run.test_samples[int(i)] for i in chosen], progress)
+            units[name] = float(sources.units[chosen].sum())
+    whole = sum(losses[name] * units[name] for name in losses) / sum(units.values())
+    return whole, {f"eval_loss/{name}": loss for name, loss in losses.items()}
 
 
 def evaluate(

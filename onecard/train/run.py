@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,15 @@ class RunEvent:
 
     row: dict[str, Any]
     message: str
+
+
+@dataclass(frozen=True)
+class HeldOutSources:
+    """The sources of held-out samples: parts int (n,) into `names`; units (n,): what each loss is divided by."""
+
+    names: Sequence[str]
+    parts: np.ndarray
+    units: np.ndarray
 
 
 @dataclass
@@ -58,6 +68,8 @@ class Run:
     """Ends the run by a time."""
     events: list[RunEvent] = field(default_factory=list)
     """What happened and has not been reported yet."""
+    test_sources: HeldOutSources | None = None
+    """Where the held-out samples are from, if there are several sources."""
     n_failures: int = 0
     """Times that memory ran out in the present step, at limits that could not be made smaller."""
 

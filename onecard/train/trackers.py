@@ -169,7 +169,9 @@ def draw_loss(run_dir: Path) -> Path | None:
     for name in sources:
         points = [(row["step"], row[name]) for row in rows if name in row]
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, _smooth(losses), linewidth=1.2, linestyle="--", label=name.removeprefix(OF_SOURCE))
+        (line,) = axes.plot(steps, _smooth(losses), linewidth=1.2, linestyle="--", label=name.removeprefix(OF_SOURCE))
+        evaluated = [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
+        axes.plot([step for step, _ in evaluated], [loss for _, loss in evaluated], "o", color=line.get_color())
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#c8561b", linewidth=2, label="evaluation")
     axes.set_xlabel("optimizer step")

@@ -86,16 +86,30 @@ def test_the_losses_of_the_sources_make_the_loss_of_the_step(straight: Path) -> 
         assert row["loss"] == pytest.approx(next(row[name] for name in row if name.startswith("loss/")), abs=1e-6)
 
 
+def test_held_out_rows_of_each_source_have_their_loss(tiny_base: Path, sets: Path, tmp_path: Path) -> None:
+    changes = {"test_size": 0.4, "max_steps": 2, "eval_steps": 1}
+    run = finetune(config_of(tiny_base, sets, tmp_path / "run", **changes))
+    rows = [row for row in read_log(run) if "eval_loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        losses = [row[f"eval_loss/{name}"] for name in ("many", "few.json", "once.json")]
+        assert min(losses) < row["eval_loss"] < max(losses)
+    whole = finetune(config_of(tiny_base, sets, tmp_path / "whole", **changes, micro_batch=1))
+    again = [row["eval_loss"] for row in read_log(whole) if "eval_loss" in row]
+    assert again == pytest.approx([row["eval_loss"] for row in rows], rel=1e-4)
+
+
 def test_loss_png_has_a_line_for_each_source(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
     labels: list[str] = []
     real = Axes.plot
     monkeypatch.setattr(
-        Axes, "plot", lambda self, *args, **kw: (labels.append(kw["label"]), real(self, *args, **kw))[1]
+        Axes, "plot", lambda self, *args, **kw: (labels.append(kw.get("label", "")), real(self, *args, **kw))[1]
     )
     assert draw_loss(straight)
-    assert set(labels[2:]) == {"many", "few.json", "once.json"} and len(labels) == 5
+    named = [label for label in labels if label]
+    assert set(named[2:]) == {"many", "few.json", "once.json"} and len(named) == 5
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
