@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from onecard.console import run_main, say
-from onecard.data.chat_template import FOLDER
+from onecard.data.built_in_templates import FOLDER
 from tools.tiny_corpus import build
 
 ROOT = Path(__file__).resolve().parent.parent

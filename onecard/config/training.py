@@ -21,9 +21,9 @@ DEFAULT_BASE = str(SHIPPED / "sample" / "tiny-llama")
 TOY_DATA = SHIPPED / "sample"  # what DEFAULT_BASE is good for
 # The names of fields that --columns can give; data/formats.py says what they mean.
 COLUMN_NAMES = (
-    "answer", "ask", "completion", "content", "context", "conversation", "conversations", "from", "history", "input",
-    "inputs", "instruction", "messages", "output", "prompt", "query", "question", "response", "role", "system",
-    "target", "targets", "text", "thought", "value",
+    "answer", "ask", "completion", "content", "context", "conversation", "conversations", "from", "functions",
+    "history", "input", "inputs", "instruction", "messages", "output", "prompt", "query", "question", "response",
+    "role", "system", "target", "targets", "text", "thought", "tools", "value",
 )  # fmt: skip
 LARGEST_AMOUNT = 10_000
 _PORTION = re.compile(r"(.+?)(?:#(\d+))?(?::(\d+(?:\.\d*)?|\.\d+))?")  # NAME#LIMIT:AMOUNT
@@ -118,6 +118,8 @@ class DataOptions(ReadingOptions):
     """Longest sample in tokens. Longer ones lose whole oldest turns, then the end of the answer."""
     train_on: Literal["all", "last", "everything"] = "all"
     """Which tokens are learned: all answers, the last answer only, or every token, prompts too."""
+    thinking: Literal["auto", "keep", "drop"] = "auto"
+    """Thoughts of answers. auto: learned where there are any; keep: only answers with one are learned; drop: none."""
     test_size: float | Literal["auto"] = "auto"
     """Rows kept for evaluation: a count (200), a fraction (0.05) or 0, which turns it off. auto: 5 %, at most 1,000."""
     strict: bool = False
@@ -269,8 +271,7 @@ class TrainOptions:
     from_data_beginning: bool = False
     """With a resumed run: keep weights and optimizer, but start at the first step of this (perhaps new) data."""
     accept_changes: str = field(default="", metadata={"several": True})
-    """Go on although these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed,
-    objective (some of them).
+    """Go on although some of these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed,objective.
     base also accepts an --init_adapter that was trained on another base."""
     wandb: bool = False
     """Send the log to Weights & Biases as well (pip install wandb)."""

@@ -14,27 +14,27 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from onecard.config.training import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES
+from onecard.config.training import TEMPLATE_ALIASES
 from onecard.console import nearest
-from onecard.data.jinja_chat import compile_chat_template, reads_input, render_chat
+from onecard.data.built_in_templates import BUILT_IN, FOLDER, built_in_name, without_bos
+from onecard.data.jinja_chat import compile_chat_template, reads_input, render_chat, variables_read
 from onecard.data.lost_turns import TurnKeeper
-from onecard.data.messages import Conversation, Turn, turns_to_messages
+from onecard.data.message_forms import messages_for, with_thoughts_for
+from onecard.data.messages import Conversation, Turn, tools_of
 from onecard.data.special_tokens import added_tokens, beginning_ids, single_token, special_tokens
-from onecard.data.thoughts import completion, empty_thought, has_thought, opened_thought
+from onecard.data.thoughts import completion, empty_thought, has_thought, opened_thought, split_thought, with_thought
 from onecard.errors import ConfigError, DataError
 
-BUILT_IN = BUILT_IN_TEMPLATES
-FOLDER = Path(__file__).resolve().parent / "templates"
 FLAG = "--prompt_type"
 EOS = "eos"
+THOUGHT_SWITCHES = ("enable_thinking", "thinking")  # of Qwen3, GLM and SmolLM3; of DeepSeek V3.1 and Granite
 _PLACEHOLDER = re.compile("\x00([0-9]+)\x00")
 _MOST_SKELETONS = 4096
 _PROBE = "onecard probe answer"
-_ANSWER = "{{- message['content'] + eos_token -}}"  # of alpaca, llama-2 and mistral
 _METADATA = re.compile(r"\A\{#-?\s*onecard:(.*?)-?#\}", re.DOTALL)
 
 
@@ -43,12 +43,14 @@ class Segment(NamedTuple):
 
     `text + end` is what the template wrote; `end` (answers only) is the text that closes the answer. `learn` is False
     for what is never learned, whatever is asked for: an answer that the data mark so, a thought that nobody had.
+    `weight` multiplies the loss of an answer.
     """
 
     text: str
     is_answer: bool
     end: str = ""
     learn: bool = True
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,27 @@ class Template:
     variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, special_tokens: Mapping[str, str], add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        special_tokens: Mapping[str, str],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The text `tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False)` gives.
+        """The text `tokenizer.apply_chat_template(messages, tools, self.jinja, tokenize=False)` gives.
 
         Raises DataError when the template refuses the messages.
         """
-        return render_chat(self.jinja, messages, special_tokens, add_generation_prompt, self.day, self.variables)
+        return render_chat(self.jinja, messages, special_tokens, add_generation_prompt, self.day, self.variables, tools)
 
-    def messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
-        """Messages for this template; an alpaca input joins the question where the template does not know inputs.
+    def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Messages in this template's form; an alpaca input joins the question where it does not know inputs.
 
         (Turn("user", "Translate", "cat"),) -> [{"role": "user", "content": "Translate\\n\\ncat"}] for chatml
         """
         if not reads_input(self.jinja):
             turns = [replace(t, content=f"{t.content}\n\n{t.input}", input="") if t.input else t for t in turns]
-        return turns_to_messages(turns)
+        return messages_for(self.jinja, with_thoughts_for(self.jinja, turns))
 
     def segments(
         self, conversation: Conversation | Sequence[Turn], tokenizer: Any, *, add_generation_prompt: bool = False
@@ -97,6 +104,19 @@ class Template:
         """
         turns = conversation.turns if isinstance(conversation, Conversation) else tuple(conversation)
         return PromptRenderer(self, tokenizer).segments(turns, add_generation_prompt=add_generation_prompt)
+
+    def with_thinking(self, wanted: str) -> Template:
+        """The template with its own switch for thoughts turned on or off; auto: as it is.
+
+        Raises ConfigError for on or off where it has no such switch.
+        """
+        if wanted == "auto":
+            return self
+        switch = next((name for name in THOUGHT_SWITCHES if name in variables_read(self.jinja)), None)
+        if switch is None:
+            text = f"{wanted}, but the prompt template {self.name} has no switch for thoughts"
+            raise ConfigError("--thinking", f"{text} ({' or '.join(THOUGHT_SWITCHES)}); use auto")
+        return replace(self, variables={**self.variables, switch: wanted == "on"})
 
     def end_text(self, tokenizer: Any) -> str:
         """The text that closes an answer. Raises ConfigError when it is the tokenizer's eos and there is none."""
@@ -133,6 +153,7 @@ class PromptRenderer:
         self.template = template
         self.special_tokens = special_tokens(tokenizer)
         self.end = template.end_text(tokenizer)
+        self._added = tuple(str(token) for token in added_tokens(tokenizer).values())
         self._inserts_as_it_is = built_in_name(template.jinja) is not None
         self._skeletons: dict[Any, list[_Skeleton] | None] = {}
         self._keeper = TurnKeeper(self._rendered)
@@ -143,7 +164,10 @@ class PromptRenderer:
 
     def _rendered(self, turns: Sequence[Turn], prompt: bool) -> str:
         return self.template.render(
-            self.template.messages(turns), special_tokens=self.special_tokens, add_generation_prompt=prompt
+            self.template.messages(turns),
+            special_tokens=self.special_tokens,
+            add_generation_prompt=prompt,
+            tools=tools_of(turns),
         )
 
     def segments(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
@@ -159,7 +183,8 @@ class PromptRenderer:
         Append-only: what generation was fed for each answer, then the answer and its end, is how the text that
         generation is fed for the next answer begins. Otherwise what is learned would not be what is fed later.
         """
-        if not self._inserts_as_it_is:
+        turns = with_thoughts_for(self.template.jinja, turns)
+        if not self._inserts_as_it_is or any(turn.tool_calls or turn.role == "tool_list" for turn in turns):
             return self._cut_rendered(turns, add_generation_prompt=add_generation_prompt)
         shape = (add_generation_prompt, *[(turn.role, turn.input != "") for turn in turns])
         if shape not in self._skeletons:
@@ -207,7 +232,7 @@ class PromptRenderer:
             full = self.render(turns[: k + 1], prompt=False)
             if not prompt.startswith(written) or not full.startswith(prompt):
                 return None
-            answer, in_text = self._answer(full[len(prompt) :], turn)
+            answer, in_text = self._answer(full[len(prompt) :], turn, opened_thought(prompt))
             if not in_text.endswith(self.end) and (add_generation_prompt or k < len(turns) - 1):
                 return None  # the end is taught all the same, and the text that goes on does not have it
             pieces += [Segment(prompt[len(written) :], is_answer=False), *answer]
@@ -224,15 +249,29 @@ class PromptRenderer:
 
         Used where only the last answer counts, and for templates that rewrite history (Qwen3 drops old thinking).
         """
+        turns = with_thoughts_for(self.template.jinja, turns)
         history = self.segments(turns[:-1], add_generation_prompt=True)
         prompt = self.render(turns[:-1], prompt=True)
-        full = self.render(turns, prompt=False)
+        full, opened = self.render(turns, prompt=False), opened_thought(prompt)
         if full.startswith(prompt):
-            return [*history, *self._answer(full[len(prompt) :], turns[-1])[0]]
+            return [*history, *self._answer(full[len(prompt) :], turns[-1], opened)[0]]
         # The generation prompt holds more than the finished text, such as an opened thought: complete the prompt.
-        content = next((text for text in _as_written(turns[-1]) if text in full), turns[-1].content)
-        text = completion(self.opened_thought, content) if self.opened_thought else content
-        return [*history, Segment(text, is_answer=True, end=self.end)]
+        content = (
+            self._called(full, prompt.removesuffix(opened), turns[-1])
+            if turns[-1].tool_calls
+            else next((text for text in _as_written(turns[-1]) if text in full), turns[-1].content)
+        )
+        text = completion(opened, with_thought(turns[-1].thought, content)) if opened else content
+        empty = empty_thought(opened + text)[len(opened) :] if not _has_thought(turns[-1]) else ""
+        return [*history, *_without_thought(empty), Segment(text[len(empty) :], is_answer=True, end=self.end)]
+
+    def _called(self, full: str, prompt: str, turn: Turn) -> str:
+        """What is learned of an answer with calls: all that the template writes behind the prompt, and its thought."""
+        if not full.startswith(prompt):
+            raise DataError("the prompt template writes tool calls behind another prompt than it asks with")
+        written = self._answer(full[len(prompt) :], turn)[0][-1].text
+        thought, _ = split_thought(turn.content)
+        return with_thought(thought, written) if thought and thought not in written else written
 
     @cached_property
     def opened_thought(self) -> str:
@@ -260,25 +299,39 @@ class PromptRenderer:
         except DataError:  # it wants a system message, or other things
             return "", ""
 
-    def _answer(self, rest: str, turn: Turn) -> tuple[list[Segment], str]:
+    def _answer(self, rest: str, turn: Turn, opened: str = "") -> tuple[list[Segment], str]:
         """The answer in `rest`, the text after the prompt; and how much of `rest` the answer takes.
 
         rest "Hello<|im_end|>\\n", answer "Hello" -> [Segment("Hello", True, end="<|im_end|>")], "Hello<|im_end|>"
 
-        An empty thought that the template puts before it is a segment of its own, which is not learned.
+        An empty thought that the template puts before it, or closes where the prompt opened it, is a segment of its
+        own, which is not learned.
         """
-        thought = "" if has_thought(turn.content) else empty_thought(rest)
+        thought = "" if _has_thought(turn) else empty_thought(opened + rest)[len(opened) :]
         start = len(self.lead) if rest.startswith(self.lead) else len(thought)
         content = next((text for text in _as_written(turn) if text in rest[start:]), None)
         after_content = start if content is None else rest.index(content, start) + len(content)
         stop = rest.find(self.end, after_content)
-        in_text = rest[: stop + len(self.end)]
-        if stop < 0:
+        in_text, end = rest[: stop + len(self.end)], self.end
+        if stop < 0 and turn.tool_calls and rest.rstrip().endswith(self._added):
+            # Calls may end with a token of their own, such as <|call|>.
+            in_text, end = rest.rstrip(), ""
+            stop = len(in_text)
+        elif stop < 0:
             # The template does not close answers; the end must be taught all the same.
-            stop = len(rest) if content is None else after_content
+            stop = len(rest) if content is None or turn.tool_calls else after_content
             in_text = rest[:stop]
-        answer = Segment(rest[len(thought) : stop], is_answer=True, end=self.end)
-        return [Segment(thought, is_answer=False, learn=False), answer] if thought else [answer], in_text
+        answer = Segment(rest[len(thought) : stop], is_answer=True, end=end)
+        return [*_without_thought(thought), answer], in_text
+
+
+def _has_thought(turn: Turn) -> bool:
+    return bool(turn.thought) or has_thought(turn.content)
+
+
+def _without_thought(empty: str) -> list[Segment]:
+    """The segment of an empty thought, if there is one: it stands there, and is never learned."""
+    return [Segment(empty, is_answer=False, learn=False)] if empty else []
 
 
 def _as_written(turn: Turn) -> tuple[str, str]:
@@ -301,7 +354,7 @@ def load_template(prompt_type: str, tokenizer: Any, *, dialogue: bool = False) -
         jinja = (FOLDER / f"{prompt_type}.jinja").read_text(encoding="utf-8")
         # Many tokenizers name a BOS that they never write (Phi-3, SmolLM2): their models have not seen it in front.
         names_only = tokenizer.bos_token and tokenizer.bos_token_id not in beginning_ids(tokenizer)
-        return _from_jinja(prompt_type, _without_bos(jinja) if names_only else jinja, tokenizer)
+        return _from_jinja(prompt_type, without_bos(jinja) if names_only else jinja, tokenizer)
     path = Path(prompt_type)
     if path.suffix not in (".jinja", ".jinja2", ".j2") and not path.is_file():
         known = ", ".join(("auto", *BUILT_IN))
@@ -319,25 +372,6 @@ def own_chat_template(tokenizer: Any) -> str | None:
     if isinstance(own, list):
         own = {item["name"]: item["template"] for item in own}
     return own.get("default") if isinstance(own, dict) else own or None
-
-
-def built_in_name(jinja: str) -> str | None:
-    """Which built-in template this is, by its text: a run stores the text alone.
-
-    Without BOS, or with a space before the answers, it is still the same one.
-    """
-    return _built_in_texts().get(jinja.strip())
-
-
-@lru_cache(maxsize=1)
-def _built_in_texts() -> dict[str, str]:
-    texts = {(FOLDER / f"{name}.jinja").read_text(encoding="utf-8").strip(): name for name in BUILT_IN}
-    texts |= {text.replace(_ANSWER, "{{- ' ' + " + _ANSWER.removeprefix("{{- ")): name for text, name in texts.items()}
-    return texts | {_without_bos(text): name for text, name in texts.items()}
-
-
-def _without_bos(built_in: str) -> str:
-    return built_in.replace("{{- bos_token -}}\n", "", 1)
 
 
 def _from_jinja(name: str, jinja: str, tokenizer: Any) -> Template:

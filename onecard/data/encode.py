@@ -8,18 +8,21 @@ the model before that answer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from onecard.data.chat_template import Segment, Template
 from onecard.data.messages import Conversation, Document, Turn
-from onecard.data.thoughts import empty_thought
+from onecard.data.thoughts import empty_thought, split_thought
 from onecard.data.tokenization import any_of, control_tokens, segment_tokenizer
 from onecard.errors import DataError
 
 IGNORE_INDEX = -100
+NO_THOUGHT = "none of its answers that are to be learned has a thought (--thinking keep)"
 TrainOn = Literal["all", "last", "everything"]
+Thinking = Literal["auto", "keep", "drop"]
 Sample = Conversation | Document
 
 
@@ -29,6 +32,7 @@ class LabelledSample:
 
     group: the number of the conversation it came from; samples of a group go to the same side of a split.
     cut: whether turns or the end of an answer were cut off to fit.
+    weights: (seq,), what the loss of each token is multiplied by; empty where all weigh 1.
     """
 
     input_ids: list[int]
@@ -36,6 +40,7 @@ class LabelledSample:
     record: str
     group: int
     cut: bool = False
+    weights: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +53,24 @@ class DroppedSample:
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """cutoff_len: longest sample in tokens. strict: a bad record ends the run."""
+    """cutoff_len: longest sample in tokens. strict: a bad record ends the run. thinking: which thoughts are learned."""
 
     cutoff_len: int
     train_on: TrainOn = "all"
     strict: bool = False
+    thinking: Thinking = "auto"
 
 
 class EncodedSample(NamedTuple):
-    """ids with the half-open ranges [start, end) that are learned, flat: [s0, e0, s1, e1, ...]."""
+    """ids with the half-open ranges [start, end) that are learned, flat: [s0, e0, s1, e1, ...].
+
+    weights: one for each range; empty where all are 1.
+    """
 
     ids: list[int]
     spans: list[int]
     cut: bool = False
+    weights: Sequence[float] = ()
 
 
 class SamplePlan(NamedTuple):
@@ -124,11 +134,15 @@ def encode_sample(
 
 
 def to_encoded(coded: EncodedSample, record: str, group: int) -> LabelledSample:
-    """Spans to labels: ids [5, 6, 7, 8], spans [2, 4] -> labels [-100, -100, 7, 8]."""
+    """Spans to labels: ids [5, 6, 7, 8], spans [2, 4] -> labels [-100, -100, 7, 8]; their weights to tokens."""
     labels = [IGNORE_INDEX] * len(coded.ids)
-    for start, end in zip(coded.spans[::2], coded.spans[1::2], strict=True):
+    spans = list(zip(coded.spans[::2], coded.spans[1::2], strict=True))
+    for start, end in spans:
         labels[start:end] = coded.ids[start:end]
-    return LabelledSample(coded.ids, labels, record, group, coded.cut)
+    weights = [1.0] * len(coded.ids) if coded.weights else []
+    for (start, end), weight in zip(spans, coded.weights, strict=bool(coded.weights)):
+        weights[start:end] = [weight] * (end - start)
+    return LabelledSample(coded.ids, labels, record, group, coded.cut, weights)
 
 
 class Encoder:
@@ -152,23 +166,41 @@ class Encoder:
             text = Segment(sample.text, is_answer=True)
             return DroppedSample(bad, bad=True) if bad else [SamplePlan((), [text], learn_last=False)]
         for turn in sample.turns:
-            bad = self._fault(turn.content, self._control) or (turn.input and self._fault(turn.input, self._control))
+            bad = next((bad for text in _texts(turn) if text and (bad := self._fault(text, self._control))), "")
             if not bad and turn.role == "assistant":
                 bad = self._fault(turn.content, self._stops)
             if bad:
                 return DroppedSample(bad, bad=True)
         if not sample.turns or sample.turns[-1].role != "assistant":
             return DroppedSample("the conversation does not end with an answer", bad=True)
-        turns = sample.turns
+        all_turns = turns = self._with_thinking(sample.turns)
         while turns and not _is_to_learn(turns[-1]):
             turns = turns[:-1]
         if not turns:
-            return DroppedSample("the record marks all its answers as not to be learned")
+            is_marked = not any(map(_is_to_learn, sample.turns))
+            return DroppedSample("the record marks all its answers as not to be learned" if is_marked else NO_THOUGHT)
         try:
             # What follows the last answer to learn would only take room.
-            return self._drafts(sample.turns if self.settings.train_on == "everything" else turns)
+            return self._drafts(all_turns if self.settings.train_on == "everything" else turns)
         except DataError as reason:
             return DroppedSample(str(reason), bad=True)
+
+    def _with_thinking(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        """The turns as they are (auto), without thoughts (drop), or with only answers learned that have one (keep)."""
+        if self.settings.thinking == "auto":
+            return turns
+        opened = self.writer.opened_thought
+        found = []
+        for turn in turns:
+            thought, answer = split_thought(turn.content, opened)
+            if turn.role != "assistant":
+                pass
+            elif self.settings.thinking == "drop":
+                turn = replace(turn, content=answer, thought="")
+            elif not (thought or turn.thought):
+                turn = replace(turn, learn=False)
+            found.append(turn)
+        return tuple(found)
 
     def code(self, plans: Sequence[list[SamplePlan] | DroppedSample]) -> list[list[EncodedSample] | DroppedSample]:
         """Tokenise all planned segments in one call and put the samples together."""
@@ -221,19 +253,24 @@ class Encoder:
         joined = list(self.tokens.beginning_of(draft.segments[0].text))
         learn_all = self.settings.train_on == "everything"
         spans = [0, len(joined)] if learn_all and joined else []
+        weights = [1.0] * (len(spans) // 2)
         for number, (segment, piece) in enumerate(zip(draft.segments, ids, strict=True), start=1):
             is_wanted = learn_all or (segment.is_answer and (not draft.learn_last or number == len(ids)))
             if is_wanted and segment.learn and piece:
-                if learn_all and spans[-1:] == [len(joined)]:
+                if learn_all and spans[-1:] == [len(joined)] and weights[-1] == segment.weight:
                     spans[-1] += len(piece)
                 else:
                     spans += [len(joined), len(joined) + len(piece)]
+                    weights.append(segment.weight)
             joined += piece
-        return EncodedSample(joined, _learnable(spans), cut)
+        spans = _learnable(spans)
+        # One range fewer where nothing but the first token was in it.
+        weights = weights[len(weights) - len(spans) // 2 :]
+        return EncodedSample(joined, spans, cut, weights if any(weight != 1 for weight in weights) else ())
 
     def _shorten(self, draft: SamplePlan) -> list[EncodedSample] | DroppedSample:
         """Whole oldest exchanges go first, the system turn stays; then the end of the last answer goes."""
-        head = [turn for turn in draft.turns[:1] if turn.role == "system"]
+        head = [turn for turn in draft.turns[:2] if turn.role in ("system", "tool_list")]
         starts = [k for k, turn in enumerate(draft.turns) if turn.role == "user"] or [len(head)]
         # The shorter the history the shorter the sample, so the first length that fits is found by halving.
         low, high, best = 1, len(starts) - 1, None
@@ -294,15 +331,33 @@ def _is_to_learn(turn: Turn) -> bool:
 
 
 def _marked(segments: list[Segment], turns: Sequence[Turn]) -> list[Segment]:
-    """The segments of these turns; answers that the data mark so are not learned."""
-    if all(turn.learn for turn in turns):
+    """The segments of these turns; answers that the data mark so are not learned, or weigh more or less."""
+    if all(turn.learn and turn.weight == 1 for turn in turns):
         return segments
-    learn = [turn.learn for turn in turns if turn.role == "assistant"]
+    learn = [(turn.learn, turn.weight) for turn in turns if turn.role == "assistant"]
     if len(learn) != sum(segment.is_answer for segment in segments):
         # A history that cannot be cut at its answers, and one of them is in it.
-        return [*(segment._replace(learn=False) for segment in segments[:-1]), segments[-1]._replace(learn=learn[-1])]
+        return [*(segment._replace(learn=False) for segment in segments[:-1]), _with_mark(segments[-1], learn[-1])]
     marks = iter(learn)
-    return [segment._replace(learn=next(marks)) if segment.is_answer else segment for segment in segments]
+    return [_with_mark(segment, next(marks)) if segment.is_answer else segment for segment in segments]
+
+
+def _with_mark(segment: Segment, mark: tuple[bool, float]) -> Segment:
+    return segment._replace(learn=mark[0], weight=mark[1])
+
+
+def _texts(turn: Turn) -> list[str]:
+    """All that a template may write of a turn."""
+    calls = [text for call in turn.tool_calls for text in (call.name, *_strings_of(json.loads(call.arguments)))]
+    return [turn.content, turn.input, turn.thought, *calls]
+
+
+def _strings_of(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings_of(item)
 
 
 def _without_tail(segments: list[Segment]) -> list[Segment]:

@@ -23,38 +23,30 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from onecard.data.columns import THOUGHT, Columns, pair_of, renamed
-from onecard.data.learn_marks import MARKS, NOT_A_GOOD_ANSWER, is_to_learn, record_mark
-from onecard.data.messages import Conversation, Document, Role, Turn
-from onecard.data.thoughts import with_thought
+from onecard.data.columns import THOUGHT, Columns, renamed
+from onecard.data.content_parts import refuse_media
+from onecard.data.learn_marks import LABELS, NOT_A_GOOD_ANSWER, record_mark
+from onecard.data.messages import Conversation, Document, Turn
+from onecard.data.preference import CHOSEN_LEARNED, REJECTED_UNUSABLE, both_sides, has_pair
+from onecard.data.thoughts import has_thought
+from onecard.data.tool_calls import TOOL_FIELDS, lists_tools, tool_list, tools_in_system
+from onecard.data.turn_objects import (
+    add_thought,
+    answer_turn,
+    question_turn,
+    role_of,
+    turns_in,
+    unused_keys,
+    with_calls_of_text,
+)
+from onecard.data.turn_order import in_order
 from onecard.data.values import UnusableRecord, kind_of, optional_text, quoted, safe, text_of
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
-_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-_READ_IN_TURNS = frozenset(("role", "content", "from", "value", "tool_calls", "function_call", THOUGHT)) | MARKS
-_PREFERENCE = (
-    'a preference pair ("chosen" and "rejected"): which of two answers is better is not learned here; to learn the '
-    'chosen answers, give each as "response" beside its "prompt"'
-)
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_TEXT_KEYS = ("text", "value", "content")
-
-CUT_LEADING = "leading assistant turns were cut: nothing asked for them"
-CUT_TRAILING = "trailing turns without an answer were cut"
-JOINED = "turns of the same role in a row were joined with a blank line"
-FIRST_OF_SEVERAL = "an answer is a list of several: the first one is learned"
-ONLY_OF_LIST = "an answer is a list of one text: that one is learned"
 INPUT_AS_QUESTION = "`input` was taken as the question: the instruction is empty"
+TOOLS_IN_SYSTEM = "the system text lists the tools itself: the list of the record is not written again"
+HERMES_SYSTEM = "a system text in Hermes' wording was taken as the list of tools that it holds"
+ANSWERS_THINK = "answers hold thoughts"
+TOOLS_CALLED = "answers call tools"
 
 
 @dataclass(slots=True)
@@ -86,15 +78,13 @@ def to_sample(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
         raise UnusableRecord(f"the record is {kind_of(value)}, an object with keys is expected")
     if columns:
         value = renamed(value, columns)
-    for shape in _SHAPES:
-        # A column that is there for other rows only is null in this one.
-        if all(value.get(key) is not None for key in shape.required):
-            break
-    else:
+    # A column that is there for other rows only is null in this one.
+    shape = next((shape for shape in _SHAPES if all(value.get(key) is not None for key in shape.required)), None)
+    if has_pair(value) and (shape is None or (shape.convert is _from_turns and not _ends_with_answer(value, shape))):
+        return _preference(value, record)
+    if shape is None:
         nulls = tuple(key for key, content in value.items() if content is None)
-        raise UnusableRecord(_PREFERENCE if _has_pair(value) else _unknown_shape(tuple(map(str, value)), nulls))
-    if _has_pair(value) and shape.convert is _from_turns and not _ends_with_answer(value[shape.required[0]]):
-        raise UnusableRecord(_PREFERENCE)
+        raise UnusableRecord(_unknown_shape(tuple(map(str, value)), nulls))
     notes: list[str] = []
     known = (*shape.required, *shape.optional, THOUGHT)
     marks = {key: record_mark(str(key), value[key]) for key in value if key not in known}
@@ -103,63 +93,45 @@ def to_sample(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
         text = text_of(value["text"], '"text"', notes)
         if not text.strip():
             raise UnusableRecord('"text" is empty')
+        refuse_media(value, [text], notes)
         return ParsedRecord(Document(text, record), shape.name, notes, ignored)
     name, turns = shape.convert(value, shape, notes)
-    ordered = _in_order(_with_thought(turns, value, notes), notes)
+    ordered = in_order(add_thought(turns, value, notes), notes)
+    refuse_media(value, (turn.content for turn in ordered), notes)
+    if any(turn.thought or has_thought(turn.content) for turn in ordered if turn.role == "assistant"):
+        notes.append(ANSWERS_THINK)
+    if any(turn.tool_calls for turn in ordered):
+        notes.append(TOOLS_CALLED)
     if False in marks.values():
         notes.append(NOT_A_GOOD_ANSWER)
         ordered = tuple(replace(turn, learn=turn.role != "assistant") for turn in ordered)
     if shape.convert is _from_turns:
-        ignored += _unused_keys(value[shape.required[0]], shape.required[0])
-    return ParsedRecord(Conversation(ordered, record), name, notes, ignored)
+        ignored += unused_keys(value[shape.required[0]], shape.required[0])
+    label = next((mark for key, mark in marks.items() if key in LABELS and mark is not None), None)
+    return ParsedRecord(Conversation(ordered, record, label=label), name, notes, ignored)
 
 
-def _with_thought(turns: list[Turn], item: dict[str, Any], notes: list[str]) -> list[Turn]:
-    """The turns with the thought of `item`, if there is one, in front of the last answer."""
-    thought = optional_text(item.get(THOUGHT), "the thought", notes).strip()
-    if not thought or not turns or turns[-1].role != "assistant":
-        return turns
-    return [*turns[:-1], replace(turns[-1], content=with_thought(thought, turns[-1].content))]
+def _preference(value: dict[str, Any], record: str) -> ParsedRecord:
+    """A pair of answers: the chosen one is the sample, with the turns of the rejected one beside it."""
+    better, worse = both_sides(value, ANSWERS)
+    try:
+        parsed = to_sample(better, record)
+    except UnusableRecord as reason:
+        raise UnusableRecord(f'the conversation with the "chosen" answer: {reason}') from None
+    parsed.shape = f"preference pair ({parsed.shape})"
+    parsed.notes.append(CHOSEN_LEARNED)
+    try:
+        rejected = to_sample(worse, record).sample
+        assert isinstance(parsed.sample, Conversation) and isinstance(rejected, Conversation)
+        parsed.sample = replace(parsed.sample, rejected=rejected.turns)
+    except UnusableRecord:
+        parsed.notes.append(REJECTED_UNUSABLE)
+    return parsed
 
 
-def _has_pair(record: dict[str, Any]) -> bool:
-    return record.get("chosen") is not None and record.get("rejected") is not None
-
-
-def _ends_with_answer(turns: Any) -> bool:
-    last = turns[-1] if isinstance(turns, (list, tuple)) and turns else None
-    return isinstance(last, dict) and _role_of(last.get("role", last.get("from"))) == "assistant"
-
-
-def _unused_keys(turns: list[Any], name: str) -> list[str]:
-    """Keys inside the turns that nothing reads, as they are named in the report: messages[].reasoning_content."""
-    return [
-        f"{name}[].{key}"
-        for turn in turns
-        if not _READ_IN_TURNS.issuperset(turn)
-        for key, content in turn.items()
-        if key not in _READ_IN_TURNS and content is not None and key not in (pair_of(turn) or ())
-    ]
-
-
-def _answer(value: Any, where: str, notes: list[str]) -> Turn:
-    if isinstance(value, (list, tuple)) and value:
-        if isinstance(value[0], dict):
-            value = _joined_parts(value, where, notes)
-        else:
-            notes.append(FIRST_OF_SEVERAL if len(value) > 1 else ONLY_OF_LIST)
-            value = value[0]
-    text = text_of(value, where, notes)
-    if not text.strip():
-        raise UnusableRecord(f"{where} is empty: there is no answer to learn")
-    return Turn("assistant", text)
-
-
-def _question(value: Any, where: str, notes: list[str]) -> Turn:
-    text = text_of(value, where, notes)
-    if not text.strip():
-        raise UnusableRecord(f"{where} is empty: nothing was asked")
-    return Turn("user", text)
+def _ends_with_answer(record: dict[str, Any], shape: _Shape) -> bool:
+    turns = record[shape.required[0]]
+    return isinstance(turns, (list, tuple)) and bool(turns) and role_of(turns[-1]) == "assistant"
 
 
 def _system(record: dict[str, Any], notes: list[str], key: str = "system") -> list[Turn]:
@@ -185,7 +157,7 @@ def _from_pair(record: dict[str, Any], shape: _Shape, notes: list[str]) -> tuple
             raise UnusableRecord(f"{both} empty: nothing was asked")
         notes.append(INPUT_AS_QUESTION)
         question, second = second, ""
-    answer = _answer(record[answer_key], f'"{answer_key}"', notes)
+    answer = answer_turn(record[answer_key], f'"{answer_key}"', notes)
     system = _system(record, notes)
     if any(turn.role == "system" for turn in history[not system :]):
         raise UnusableRecord('"history" has a system turn, which is known only at the start')
@@ -202,13 +174,13 @@ def _history(record: dict[str, Any], notes: list[str]) -> list[Turn]:
     turns: list[Turn] = []
     for number, pair in enumerate(history, start=1):
         if isinstance(pair, dict):
-            turns += _turns(pair, f'"history" entry {number}', notes)
+            turns += turns_in(pair, f'"history" entry {number}', notes)
             continue
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             size = f"{kind_of(pair)} of {len(pair)}" if isinstance(pair, (list, tuple)) else kind_of(pair)
             raise UnusableRecord(f'"history" entry {number} is {size}, a [question, answer] pair is expected')
-        turns.append(_question(pair[0], f'"history" entry {number}, question,', notes))
-        turns.append(_answer(pair[1], f'"history" entry {number}, answer,', notes))
+        turns.append(question_turn(pair[0], f'"history" entry {number}, question,', notes))
+        turns.append(answer_turn(pair[1], f'"history" entry {number}, answer,', notes))
     return turns
 
 
@@ -219,9 +191,9 @@ def _from_lists(record: dict[str, Any], answer_key: str, notes: list[str]) -> li
         raise UnusableRecord(f'"input" has {len(questions)} turns and "{answer_key}" has {len(answers)}')
     turns = _system(record, notes) or _system(record, notes, "instruction")
     for number, question in enumerate(questions, start=1):
-        turns.append(_question(question, f'"input" turn {number}', notes))
+        turns.append(question_turn(question, f'"input" turn {number}', notes))
         if number <= len(answers):
-            turns.append(_answer(answers[number - 1], f'"{answer_key}" turn {number}', notes))
+            turns.append(answer_turn(answers[number - 1], f'"{answer_key}" turn {number}', notes))
     return turns
 
 
@@ -233,107 +205,32 @@ def _from_turns(record: dict[str, Any], shape: _Shape, notes: list[str]) -> tupl
         raise UnusableRecord(f'"{key}" is {kind_of(items)}, a list of turns is expected')
     turns = _system(record, notes)
     for number, item in enumerate(items, start=1):
-        for turn in _turns(item, f"turn {number}", notes):
+        for turn in turns_in(item, f"turn {number}", notes):
             if turn.role == "system" and not turn.content.strip():
                 continue
             if turn.role == "system" and turns:
                 raise UnusableRecord(f"turn {number} is a system turn, which is known only at the start")
             turns.append(turn)
-    return shape.name, turns
+    return shape.name, _with_tools(turns, record, notes)
 
 
-def _turns(item: Any, where: str, notes: list[str]) -> list[Turn]:
-    """The turn that an object holds, or both turns of one such as {"human": ..., "assistant": ...}."""
-    keys = pair_of(item)
-    if keys is None or keys[1] is None:
-        return _with_thought([_turn(item, where, notes)], item, notes)
-    question, answer = (f'{where}, "{key}",' for key in keys)
-    turns = [_question(item[keys[0]], question, notes), _learned(item, item[keys[1]], answer, notes)]
-    return _with_thought(turns, item, notes)
-
-
-def _turn(item: Any, where: str, notes: list[str]) -> Turn:
-    if not isinstance(item, dict):
-        raise UnusableRecord(f'{where} is {kind_of(item)}, {{"role", "content"}} or {{"from", "value"}} is expected')
-    role_key, text_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    if role_key not in item or (text_key not in item and not item.get("tool_calls")):
-        seen = ", ".join(quoted(str(key)) for key in list(item)[:6]) or "nothing"
-        raise UnusableRecord(f'{where} has {seen}; "role" and "content", or "from" and "value" are expected')
-    name = item[role_key]
-    role = _role_of(name)
-    if item.get("tool_calls") or item.get("function_call") or name in _TOOL_ROLES:
-        raise UnusableRecord(f"{where} is a tool call or its result, which no template here can render")
-    if role is None:
-        shown = quoted(name) if type(name) is str else kind_of(name)
-        raise UnusableRecord(f"{where} has the {role_key} {shown}; known: {', '.join(ROLES)}")
-    content = item[text_key]
-    if isinstance(content, (list, tuple)):
-        content = _joined_parts(content, where, notes)
-    if role == "assistant":
-        return _learned(item, content, where, notes)
-    return _question(content, where, notes) if role == "user" else Turn("system", optional_text(content, where, notes))
-
-
-def _learned(item: dict[str, Any], content: Any, where: str, notes: list[str]) -> Turn:
-    """An answer with what the marks in its object say of it."""
-    try:
-        learn = is_to_learn(item, notes)
-    except ValueError as reason:
-        raise UnusableRecord(f"{where} has {reason}") from None
-    return Turn("assistant", _answer(content, where, notes).content, learn=learn)
-
-
-def _role_of(name: Any) -> Role | None:
-    return ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-
-
-def _joined_parts(parts: list[Any] | tuple[Any, ...], where: str, notes: list[str]) -> str:
-    """The text of content parts, one per line: texts, or {"type": "text", "text" or "value" or "content": ...}.
-
-    Parts of any other type are refused.
-    """
-    texts = []
-    for number, part in enumerate(parts, start=1):
-        place = f"{where}, part {number},"
-        if isinstance(part, str):
-            texts.append(text_of(part, place, notes))
-            continue
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or kind not in (None, *_TEXT_PARTS):
-            what = f"of type {quoted(kind)}" if isinstance(kind, str) else kind_of(part)
-            raise UnusableRecord(f"{place} is {what}; only text can be learned")
-        key = next((key for key in _TEXT_KEYS if part.get(key) is not None), None)
-        if key is None:
-            seen = ", ".join(quoted(str(key)) for key in list(part)[:6]) or "nothing"
-            raise UnusableRecord(f'{place} has no text: its keys are {seen}, and "text" is expected')
-        texts.append(text_of(part[key], f'{place} "{key}"', notes))
-    return "\n".join(texts)
-
-
-def _in_order(turns: list[Turn], notes: list[str]) -> tuple[Turn, ...]:
-    """The turns as [system], user, assistant, ..., user, assistant; what had to be cut or joined goes to `notes`.
-
-    assistant a, user b, user c, assistant d, user e  ->  user "b\\n\\nc", assistant d; three notes
-    """
-    system, rest = (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ([], turns)
-    if rest and rest[0].role == "assistant":
-        notes.append(CUT_LEADING)
-        while rest and rest[0].role == "assistant":
-            rest = rest[1:]
-    ordered: list[Turn] = []
-    for turn in rest:
-        if ordered and ordered[-1].role == turn.role:
-            both = f"{ordered[-1].content}\n\n{turn.content}"
-            ordered[-1] = Turn(turn.role, both, learn=ordered[-1].learn and turn.learn)
-            notes.append(JOINED)
-        else:
-            ordered.append(turn)
-    if ordered and ordered[-1].role == "user":
-        notes.append(CUT_TRAILING)
-        ordered.pop()
-    if not ordered:
-        raise UnusableRecord("there is no question with an answer to learn")
-    return (*system, *ordered)
+def _with_tools(turns: list[Turn], record: dict[str, Any], notes: list[str]) -> list[Turn]:
+    """The turns with the tools that may be called, from a field of the record or Hermes' system text."""
+    key = next((key for key in TOOL_FIELDS if record.get(key)), None)
+    tools = tool_list(record[key], quoted(key)) if key else ""
+    head = turns[:1] if turns and turns[0].role == "system" else []
+    listed = tools_in_system(head[0].content) if head else None
+    if not listed and tools and head and lists_tools(head[0].content):
+        notes.append(TOOLS_IN_SYSTEM)
+        return turns
+    rest = turns[len(head) :]
+    if listed:
+        notes.append(HERMES_SYSTEM)
+        head, tools = [], tools or listed
+    if not tools:
+        return turns
+    text_of(tools, "the list of tools", notes)
+    return [*head, Turn("tool_list", tools), *map(with_calls_of_text, rest)]
 
 
 @lru_cache(maxsize=512)
@@ -369,9 +266,9 @@ def _pair(name: str, question: str, answer: str, *optional: str) -> _Shape:
 
 # Order matters: the fullest form first, so that a `text` or `prompt` beside `messages` is not taken instead of them.
 _SHAPES = (
-    _Shape("OpenAI messages", ("messages",), ("system",), _from_turns),
-    _Shape("ShareGPT conversations", ("conversations",), ("system",), _from_turns),
-    _Shape("conversation", ("conversation",), ("system",), _from_turns),
+    _Shape("OpenAI messages", ("messages",), ("system", *TOOL_FIELDS), _from_turns),
+    _Shape("ShareGPT conversations", ("conversations",), ("system", *TOOL_FIELDS), _from_turns),
+    _Shape("conversation", ("conversation",), ("system", *TOOL_FIELDS), _from_turns),
     _pair("instruction/input/output", "instruction", "output", "input"),
     _pair("instruction/context/response", "instruction", "response", "input", "context"),
     _pair("input/output", "input", "output"),

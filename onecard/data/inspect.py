@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from onecard.data.arrow_cache import DatasetReport
 from onecard.data.dataset import EncodedDataset
 from onecard.data.encode import IGNORE_INDEX, LabelledSample
+from onecard.data.formats import ANSWERS_THINK, TOOLS_CALLED
 
 NO_LIMIT = 2**31 - 1
 
@@ -33,7 +35,10 @@ class LengthBin(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """Counts are of samples as they are before the limit, except n_samples and n_cut, which are what training sees."""
+    """Counts are of samples as they are before the limit, except n_samples and n_cut, which are what training sees.
+
+    n_thinking, n_calling: records whose answers hold thoughts, or call tools.
+    """
 
     cutoff_len: int
     n_records: int
@@ -43,6 +48,8 @@ class Inspection:
     n_cut: int
     n_dropped: int
     n_bad: int
+    n_thinking: int
+    n_calling: int
     longest: int
     median: int
     bars: list[LengthBin]
@@ -73,12 +80,18 @@ def inspect(limited: EncodedDataset, whole: EncodedDataset, cutoff_len: int) -> 
         n_cut=report.n_cut,
         n_dropped=sum(report.dropped.values()),
         n_bad=report.read.n_bad,
+        n_thinking=_noted(report, ANSWERS_THINK),
+        n_calling=_noted(report, TOOLS_CALLED),
         longest=int(whole.lengths.max()),
         median=int(np.median(whole.lengths)),
         bars=bars(whole.lengths, cutoff_len),
         dropped=report.dropped_records,
         bad=bad,
     )
+
+
+def _noted(report: DatasetReport, note: str) -> int:
+    return int(report.read.notes.get(note, (0,))[0])
 
 
 def bars(lengths: np.ndarray, cutoff_len: int, n_bars: int = 12) -> list[LengthBin]:

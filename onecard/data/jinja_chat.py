@@ -53,10 +53,12 @@ def render_chat(
     add_generation_prompt: bool,
     day: str = "",
     variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The rendered text; `day` (2026-03-01) is what a dated template takes for today, empty for the present one.
 
-    `variables` are further ones that the template may read, such as {"enable_thinking": False} for Qwen3.
+    `tools` are those that may be called. `variables` are further ones that the template may read, such as
+    {"enable_thinking": False} for Qwen3.
 
     A template that loops over the parts of a content is given parts. Raises DataError when the template refuses these
     messages, such as two user turns in a row.
@@ -66,7 +68,7 @@ def render_chat(
         return compile_chat_template(jinja).render(
             **(variables or {}),
             messages=in_parts(messages) if reads_parts(jinja) else messages,
-            tools=None,
+            tools=tools or None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **special_tokens,

@@ -5,6 +5,7 @@ Knows the keys of other programs and their values. Does not know shapes or turns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,33 +15,37 @@ from onecard.data.json_records import NumberText
 MARKS = frozenset(("weight", "loss_weight", "loss", "train", "training", "trainable", "learn"))
 # On a whole record "loss" and "learn" have other meanings as well; TRL and LLaMA-Factory mark good and bad answers.
 _RECORD_MARKS = ("weight", "loss_weight", "train", "trainable")
-_RECORD_LABELS = ("label", "kto_tag")
+LABELS = ("label", "kto_tag")
+LARGEST_WEIGHT = 1000.0  # more is a number with another meaning, such as a time
 _NO = ("false", "no", "0")
 _YES = ("true", "yes", "1", "")
 
 NOT_LEARNED = "an answer marked as not to be learned is read and not learned"
 NOT_A_GOOD_ANSWER = "a record marked as not to be learned, or as a bad answer (label: false), is not learned"
-SCALE_NOT_USED = "a weight other than 0 and 1 was not used: the answer counts like any other"
+WEIGHTED = "an answer with a weight: its loss is multiplied by it"
 
 
-def is_to_learn(turn: Mapping[str, Any], notes: list[str]) -> bool:
-    """Whether an answer is to be learned, by the marks in its turn; what is not quite used goes to `notes`.
+def learning_weight(turn: Mapping[str, Any], notes: list[str]) -> float:
+    """What the loss of an answer is multiplied by, by the marks in its turn; 0: it is not to be learned.
 
-    {"weight": 0.0} or {"train": "false"} -> False        {"weight": 0.5} -> True, with a note
-    Raises ValueError for a mark that says neither.
+    {"weight": 0.0} or {"train": "false"} -> 0        {"weight": 0.5} -> 0.5        {"train": true} -> 1
+    Raises ValueError for a mark that is no weight.
     """
     if MARKS.isdisjoint(turn):
-        return True
+        return 1.0
     marks = {key: _value(turn[key]) for key in sorted(MARKS) if turn.get(key) is not None}
-    unclear = [key for key, value in marks.items() if value is None]
-    if unclear:
-        raise ValueError(f'"{unclear[0]}": {str(turn[unclear[0]])[:40]!r}; 0 or false (not learned), or 1 or true')
-    if any(value == 0 for value in marks.values()):
+    for key, value in marks.items():
+        if value is None or not 0 <= value <= LARGEST_WEIGHT:
+            raise ValueError(
+                f'"{key}": {str(turn[key])[:40]!r}; 0 or false (not learned), 1 or true, or a weight up to '
+                f"{LARGEST_WEIGHT:g}"
+            )
+    weight = math.prod(value for value in marks.values() if value is not None)
+    if weight not in (0, 1):
+        notes.append(WEIGHTED)
+    elif weight == 0:
         notes.append(NOT_LEARNED)
-        return False
-    if any(value != 1 for value in marks.values()):
-        notes.append(SCALE_NOT_USED)
-    return True
+    return weight
 
 
 def record_mark(key: str, value: Any) -> bool | None:
@@ -48,7 +53,7 @@ def record_mark(key: str, value: Any) -> bool | None:
 
     label: false -> False, a bad answer     label: 0 -> None, in other data the name of a class     weight: 0 -> False
     """
-    if key in _RECORD_LABELS:
+    if key in LABELS:
         return {"true": True, "false": False}.get(str(value).strip().lower())
     number = _value(value) if key in _RECORD_MARKS and value is not None else None
     return bool(number) if number in (0, 1) else None

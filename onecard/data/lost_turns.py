@@ -5,14 +5,18 @@ Knows turns and roles. Does not know Jinja, tokenizers or masks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
-from onecard.data.messages import Role, Turn
+from onecard.data.messages import Role, ToolCall, Turn, tools_of
 from onecard.errors import DataError
 
 _MOST_SHAPES = 4096
+_NOTHING: dict[str, Any] = {"parameters": {"type": "object", "properties": {}}}
+_Kind = tuple[Role, bool, int]  # role, whether there is a content, how many calls
 _Way = Callable[[Sequence[Turn]], list[Turn]]
 
 
@@ -25,14 +29,15 @@ class TurnKeeper:
 
     def __init__(self, render: Callable[[Sequence[Turn], bool], str]) -> None:
         self._render = render
-        self._joins: dict[tuple[bool, tuple[Role, ...]], _Way | None] = {}
+        self._joins: dict[tuple[bool, tuple[_Kind, ...]], _Way | None] = {}
 
     def kept(self, turns: Sequence[Turn], *, prompt: bool) -> Sequence[Turn]:
         """The turns themselves, or with system turns joined to their neighbours where the template would drop one.
 
         Raises DataError where the template drops a turn all the same.
         """
-        shape = (prompt, tuple(turn.role for turn in turns))
+        kinds = [(turn.role, turn.content != "" or not turn.tool_calls, len(turn.tool_calls)) for turn in turns]
+        shape = (prompt, tuple(kinds))
         if shape not in self._joins:
             if len(self._joins) >= _MOST_SHAPES:
                 self._joins.clear()
@@ -40,8 +45,8 @@ class TurnKeeper:
         way = self._joins[shape]
         return way(turns) if way else turns
 
-    def _way(self, roles: Sequence[Role], prompt: bool) -> _Way | None:
-        marks = [Turn(role, f"onecard probe {k:05d}") for k, role in enumerate(roles)]
+    def _way(self, kinds: Sequence[_Kind], prompt: bool) -> _Way | None:
+        marks = [_marked(kind, k) for k, kind in enumerate(kinds)]
         lost = first_lost = self._lost(marks, marks, prompt)
         if not lost:
             return None
@@ -50,9 +55,22 @@ class TurnKeeper:
                 lost = self._lost(marks, way(marks), prompt)
                 if not lost:
                     return way
-        number = marks.index(first_lost[0]) + 1
+        turn = first_lost[0]
+        bare = [replace(other, content="") if other.tool_calls else other for other in marks]
+        if turn.tool_calls and turn.content and not self._lost(bare, bare, prompt):
+            raise DataError(
+                "the prompt template leaves out what is said, or thought, beside tool calls; --prompt_type chatml "
+                "keeps it, and --thinking drop takes thoughts away"
+            )
+        if turn.role in ("tool", "tool_list") or turn.tool_calls:
+            what = "tools" if turn.role == "tool_list" else "tool calls" if turn.tool_calls else "results of tools"
+            raise DataError(
+                f"the prompt template does not write {what} down; --prompt_type chatml does, as Hermes and Qwen do"
+            )
+        number = sum(other.role != "tool_list" for other in marks[: marks.index(turn) + 1])
+        n_messages = sum(other.role != "tool_list" for other in marks)
         raise DataError(
-            f"the prompt template leaves out message {number} of {len(marks)} ({first_lost[0].role}); "
+            f"the prompt template leaves out message {number} of {n_messages} ({turn.role}); "
             "choose another template with --prompt_type"
         )
 
@@ -61,7 +79,22 @@ class TurnKeeper:
             text = self._render(written, prompt)
         except DataError:  # the turns themselves will be refused with the template's own words
             return []
-        return [turn for turn in marks if turn.content not in text]
+        return [turn for turn in marks if not _is_shown(turn, text)]
+
+
+def _marked(kind: _Kind, number: int) -> Turn:
+    """A turn of this kind whose content and calls can be told from all others."""
+    role, has_content, n_calls = kind
+    mark = f"onecard probe {number:05d}"
+    if role == "tool_list":
+        return Turn(role, json.dumps([{"type": "function", "function": {"name": mark, "description": "", **_NOTHING}}]))
+    calls = tuple(ToolCall(f"onecard_probe_{number:05d}_{k}") for k in range(n_calls))
+    return Turn(role, mark if has_content else "", tool_calls=calls)
+
+
+def _is_shown(turn: Turn, text: str) -> bool:
+    marks = [tool["function"]["name"] for tool in tools_of([turn]) or ()] or [turn.content]
+    return all(mark in text for mark in (*marks, *(call.name for call in turn.tool_calls)))
 
 
 def joined_system_turns(turns: Sequence[Turn]) -> list[Turn]:
@@ -90,6 +123,8 @@ def _joined(turns: Sequence[Turn], *, keep_first: bool) -> list[Turn]:
                 joined.append(replace(same[0], content=text))
             else:
                 waiting = text
+        elif role == "tool_list":
+            joined += same
         elif role == "user" and waiting:
             joined += [replace(same[0], content=f"{waiting}\n\n{same[0].content}"), *same[1:]]
             waiting = ""

@@ -7,13 +7,15 @@ one) the record is as good. So every shape, role name and reason for a bad recor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from onecard.data.columns import TURN_LISTS, Columns, pair_of, renamed
-from onecard.data.formats import ANSWERS, ROLES, ParsedRecord, to_sample
+from onecard.data.formats import ANSWERS, ParsedRecord, to_sample
 from onecard.data.messages import Conversation, Document, Turn
+from onecard.data.preference import chosen_side
 from onecard.data.sources import ReadReport, Source, read
+from onecard.data.turn_objects import role_of
 
 # Stands where the answer will be while the record is shaped, and is taken away again.
 _STAND_IN = "?"
@@ -23,7 +25,7 @@ _STAND_IN = "?"
 class Question(Conversation):
     """Turns that end with the user's; `fields` is the record as it was read."""
 
-    fields: dict[str, Any]
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def read_questions(source: str | Source, *, report: ReadReport) -> Iterator[Question]:
@@ -41,11 +43,11 @@ def to_question(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
     {"messages": [user "Hi", assistant "Hello"]}                 -> user "Hi"
     {"text": "Once"}                                             -> user "Once"
     """
-    asked = _with_answer(renamed(value, columns)) if isinstance(value, dict) else value
+    asked = _with_answer(chosen_side(renamed(value, columns), ANSWERS)) if isinstance(value, dict) else value
     shaped = to_sample(asked, record)
     sample = shaped.sample
     turns = (Turn("user", sample.text),) if isinstance(sample, Document) else sample.turns[:-1]
-    return ParsedRecord(Question(turns, record, value), shaped.shape, shaped.notes)
+    return ParsedRecord(Question(turns, record, fields=value), shaped.shape, shaped.notes)
 
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
@@ -67,12 +69,7 @@ def _asked(turns: list[Any] | tuple[Any, ...]) -> list[Any]:
     keys = pair_of(turns[-1])
     if keys is not None:
         return [*turns[:-1], {"role": "user", "content": turns[-1][keys[0]]}]
-    return list(turns[:-1] if _is_answer(turns[-1]) else turns)
-
-
-def _is_answer(turn: Any) -> bool:
-    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-    return isinstance(role, str) and ROLES.get(role.strip().lower()) == "assistant"
+    return list(turns[:-1] if role_of(turns[-1]) == "assistant" else turns)
 
 
 def _answer_like(questions: Any, answers: Any) -> Any:

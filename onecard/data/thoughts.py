@@ -44,6 +44,20 @@ def has_thought(content: str) -> bool:
     return _BEGINNING.match(content) is not None
 
 
+def split_thought(content: str, opened: str = "") -> tuple[str, str]:
+    """A whole thought in front of an answer, and the answer; ("", content) where there is none.
+
+    "<think>\nHm.\n</think>\n\nYes" -> "Hm.", "Yes"
+    opened "<think>\n": "Hm.</think>Yes", as a model whose prompt opens the thought writes it -> "Hm.", "Yes"
+    """
+    found = _BEGINNING.match(content)
+    opening, start = (found[1], found.end()) if found is not None else (opened.strip(), 0)
+    if not opening:
+        return "", content
+    thought, closed, answer = content[start:].partition(closing_mark(opening))
+    return (thought.strip(), answer.lstrip()) if closed else ("", content)
+
+
 def completion(opened: str, content: str) -> str:
     """What follows a generation prompt that ends with `opened`, for an answer with or without a thought of its own.
 
@@ -51,8 +65,7 @@ def completion(opened: str, content: str) -> str:
                          "Hm.\\n</think>\\n\\nYes" (as such models write it) -> the same
                          "Yes" -> "\\n</think>\\n\\nYes"
 
-    The mark that closes the thought is learned with the answer, also where the data have no thought: the prompt ends
-    inside an open one, and a model that does not write the mark itself never comes to its answer.
+    The last one closes an empty thought, which is not learned (chat_template.py): it would teach not to think.
     """
     mark = opened.strip()
     own = content.lstrip()
@@ -65,7 +78,9 @@ def completion(opened: str, content: str) -> str:
 
 def with_thought(thought: str, answer: str) -> str:
     """The answer behind its thought, as reasoning models write it; as it is where it brings a thought of its own."""
-    return answer if has_thought(answer) else f"<think>\n{thought}\n</think>\n\n{answer}"
+    if not thought or has_thought(answer):
+        return answer
+    return f"<think>\n{thought}\n</think>" + (f"\n\n{answer}" if answer else "")
 
 
 def closing_mark(opening: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from onecard.config.inference import SamplingOptions
 from onecard.console import nearest
-from onecard.data.chat_template import BUILT_IN
+from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.messages import Turn, turns_to_messages
 from onecard.errors import DataError
 from onecard.inference.history import ChatHistory

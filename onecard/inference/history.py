@@ -148,7 +148,7 @@ def fit_history(turns: Sequence[Turn], count: Count, budget: int) -> FittedHisto
 
     Raises PromptTooLong when system turn and newest question alone are over the budget, DataError without a question.
     """
-    n_head = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    n_head = next((place for place, turn in enumerate(turns) if turn.role not in ("system", "tool_list")), len(turns))
     starts = [place for place in range(n_head, len(turns)) if turns[place].role == "user"]
     if not starts:
         raise DataError("there is no user message to answer")

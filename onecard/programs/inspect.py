@@ -7,7 +7,7 @@ Learned text is green on a terminal, and between « and » elsewhere. --json pri
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from onecard.config.parsing import parse
@@ -57,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(options.model_path, trust_remote_code=options.trust_remote_code)
     template = load_template(data.prompt_type, tokenizer, dialogue=data.dialogue)
     cache = cache_directory(data.cache_path)
+    settings = EncodeSettings(data.cutoff_len, data.train_on, data.strict, data.thinking)
     limited, whole = (
-        encode_parts(parts_of(data), template, tokenizer, EncodeSettings(limit, data.train_on, data.strict), cache)
+        encode_parts(parts_of(data), template, tokenizer, replace(settings, cutoff_len=limit), cache)
         for limit in (data.cutoff_len, NO_LIMIT)
     )
     found = inspect(limited, whole, data.cutoff_len)

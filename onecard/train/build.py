@@ -15,6 +15,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from onecard.config.training import FinetuneConfig, LoraOptions
 from onecard.console import say, warn
 from onecard.data.batches import split, split_by_source
+from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
 from onecard.data.dataset import EncodedDataset, cache_directory
 from onecard.data.encode import EncodeSettings
@@ -91,7 +92,7 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     options, objective = config.data, objective_named(config.train.objective)
     tokenizer = load_tokenizer(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
     template = load_template(options.prompt_type, tokenizer, dialogue=options.dialogue)
-    settings = EncodeSettings(options.cutoff_len, options.train_on, options.strict)
+    settings = EncodeSettings(options.cutoff_len, options.train_on, options.strict, options.thinking)
     with accelerator.main_process_first():  # the others find the first one's cache
         cache = cache_directory(options.cache_path)
         dataset = encode_parts(parts_of(options), template, tokenizer, settings, cache, encoder=objective.encoder)
@@ -217,7 +218,7 @@ def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
     return {
         "base": base_fingerprint(config.model.model_path),
         "data": data.fingerprint,
-        "template": hashlib.sha256(data.template.jinja.encode()).hexdigest(),
+        "template": hashlib.sha256(first_version(data.template.jinja).encode()).hexdigest(),
         "lora": {
             name: value
             for name, value in asdict(config.lora).items()

@@ -34,7 +34,7 @@ GONE_BACK_NAME = "gone_back_to.txt"
 HASHED = {
     "base": ("model_path",),
     "data": ("data_path", "data", "columns", "txt_split", "cutoff_len", "train_on", "prompt_type", "dialogue",
-             "strict"),
+             "strict", "thinking"),
     "template": ("prompt_type", "dialogue"),
 }  # fmt: skip
 OTHER_REASONS = {"base": "the files of --model_path", "data": "the content of --data_path, or the base's tokenizer",

@@ -18,7 +18,7 @@ from typing import Any
 
 from onecard.config.training import FinetuneConfig, TrainOptions, data_portions
 from onecard.console import quiet_rank, say, warn
-from onecard.data.chat_template import BUILT_IN
+from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.dataset_info import names_in
 from onecard.model.lora.formats import average_adapters
 from onecard.storage import move

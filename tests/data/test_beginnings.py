@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from onecard.data.chat_template import BUILT_IN, built_in_name, load_template
+from onecard.data.built_in_templates import BUILT_IN, built_in_name
+from onecard.data.chat_template import load_template
 from onecard.data.encode import EncodeSettings, encode_prompt, encode_sample
 from onecard.data.messages import Conversation, Document, Turn
 from onecard.data.special_tokens import beginning_ids

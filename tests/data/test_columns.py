@@ -10,10 +10,11 @@ import pytest
 from onecard.config import training as config
 from onecard.config.training import DEFAULT_BASE, column_names, toy_base_problem
 from onecard.data.columns import renamed
-from onecard.data.formats import _SHAPES, FIRST_OF_SEVERAL, to_sample
+from onecard.data.formats import _SHAPES, to_sample
 from onecard.data.messages import Turn
 from onecard.data.questions import to_question
 from onecard.data.sources import ReadReport, Source, data_fingerprint, read
+from onecard.data.turn_objects import FIRST_OF_SEVERAL
 from onecard.data.values import UnusableRecord
 from onecard.errors import DataError
 from onecard.installation import SHIPPED as REPOSITORY
@@ -109,7 +110,7 @@ def test_every_name_that_is_read_can_be_given_by_columns() -> None:
     assert set(config.COLUMN_NAMES) == read_names | {"role", "content", "from", "value", "thought"}
 
 
-@pytest.mark.parametrize("name", ["cot", "reasoning_content", "Complex_CoT", "thought"])
+@pytest.mark.parametrize("name", ["cot", "rationale", "Complex_CoT", "thought"])
 def test_thoughts_are_named_with_the_option_that_learns_them(name: str, tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "a", name: "Hm."}
     records = [

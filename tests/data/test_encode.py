@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from onecard.data.chat_template import BUILT_IN, Segment, load_template
+from onecard.data.built_in_templates import BUILT_IN
+from onecard.data.chat_template import Segment, load_template
 from onecard.data.encode import (
     IGNORE_INDEX,
     DroppedSample,

@@ -12,9 +12,10 @@ from onecard.data.chat_template import load_template
 from onecard.data.dataset import encode_dataset
 from onecard.data.encode import IGNORE_INDEX, DroppedSample, EncodeSettings, encode_sample
 from onecard.data.formats import to_sample
-from onecard.data.learn_marks import NOT_A_GOOD_ANSWER, NOT_LEARNED, SCALE_NOT_USED
+from onecard.data.learn_marks import NOT_A_GOOD_ANSWER, NOT_LEARNED, WEIGHTED
 from onecard.data.messages import Conversation, Turn
 from onecard.data.sources import ReadReport, read
+from onecard.data.values import UnusableRecord
 from tests.data.template_logics import TEMPLATES
 from tests.data.tokenizer_kinds import KINDS
 
@@ -70,10 +71,17 @@ def test_an_answer_marked_to_be_learned_is_like_any_other(value):
     assert (shaped.sample.turns[1].learn, shaped.notes) == (True, [])
 
 
-@pytest.mark.parametrize("value", [0.5, 2, "0.25", -1])
-def test_other_weights_are_named_as_not_used(value):
-    shaped = to_sample({"messages": [USER, {**ANSWER, "weight": value}]}, "x:1")
-    assert (shaped.sample.turns[1].learn, shaped.notes) == (True, [SCALE_NOT_USED])
+@pytest.mark.parametrize("value", [0.5, 2, "0.25"])
+def test_other_weights_are_those_of_the_answer(value):
+    shaped = to_sample({"messages": [USER, {**ANSWER, "weight": value, "train": True}]}, "x:1")
+    turn = shaped.sample.turns[1]
+    assert (turn.learn, turn.weight, shaped.notes) == (True, float(value), [WEIGHTED])
+
+
+@pytest.mark.parametrize("value", [-1, "inf", 1700000000])
+def test_a_number_that_is_no_weight_is_refused(value):
+    with pytest.raises(UnusableRecord, match='turn 2 has "weight"'):
+        to_sample({"messages": [USER, {**ANSWER, "weight": value}]}, "x:1")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -144,11 +152,11 @@ def test_a_label_of_another_kind_is_only_a_field_that_is_not_used():
 
 
 def test_keys_of_messages_that_nothing_reads_are_counted_and_named(tmp_path: Path):
-    answer = {**ANSWER, "reasoning_content": "Hm.", "name": "bot", "weight": 1, "mood": None}
+    answer = {**ANSWER, "reasoning_content": "Hm.", "name": "bot", "weight": 1, "mood": None, "tone": "dry"}
     record = {"messages": [{**USER, "name": "ann"}, answer], "id": 7}
     file = tmp_path / "named.jsonl"
     file.write_text(json.dumps(record) + "\n" + json.dumps(record), encoding="utf-8")
     report = ReadReport()
     assert len(list(read(str(file), report=report))) == 2
-    assert report.ignored_fields == {"id": 2, "messages[].name": 4, "messages[].reasoning_content": 2}
-    assert "  fields not used: id, messages[].name, messages[].reasoning_content" in report.summary_lines()
+    assert report.ignored_fields == {"id": 2, "messages[].name": 4, "messages[].tone": 2}
+    assert "  fields not used: id, messages[].name, messages[].tone" in report.summary_lines()

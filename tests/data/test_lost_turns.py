@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from onecard.data.chat_template import BUILT_IN, PromptRenderer, load_template
+from onecard.data.built_in_templates import BUILT_IN
+from onecard.data.chat_template import PromptRenderer, load_template
 from onecard.data.lost_turns import joined_system_turns
 from onecard.data.messages import Turn
 from onecard.errors import DataError

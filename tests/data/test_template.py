@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onecard.data.chat_template import BUILT_IN, FOLDER, PromptRenderer, Segment, load_template
+from onecard.data.built_in_templates import BUILT_IN, FOLDER
+from onecard.data.chat_template import PromptRenderer, Segment, load_template
 from onecard.data.messages import Conversation, Turn
 from onecard.data.special_tokens import special_tokens
 from onecard.errors import ConfigError, DataError

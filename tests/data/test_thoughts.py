@@ -39,19 +39,19 @@ def parts(tokenizer: Any, name: str, *turns: Turn, settings: EncodeSettings = RO
 
 
 @pytest.mark.parametrize(
-    ("answer", "learned"),
+    ("answer", "closed", "learned"),
     [
-        (THOUGHT, "Hm.\n</think>\n\nYes"),
-        ("Hm.\n</think>\n\nYes", "Hm.\n</think>\n\nYes"),  # as such a model's own answers are: the prompt opened it
-        ("Yes", "\n</think>\n\nYes"),
-        ("<think>\n\n</think>\n\nYes", "\n</think>\n\nYes"),
+        (THOUGHT, "", "Hm.\n</think>\n\nYes"),
+        ("Hm.\n</think>\n\nYes", "", "Hm.\n</think>\n\nYes"),  # as such a model's own: the prompt opened it
+        ("Yes", "\n</think>\n\n", "Yes"),
+        ("<think>\n\n</think>\n\nYes", "", "\n</think>\n\nYes"),
     ],
 )
 @pytest.mark.parametrize(("name", "end"), [("deepseek-r1", "<|eot_id|>"), ("qwen-3-thinking", "<|im_end|>")])
-def test_an_opened_thought_is_completed_and_closed(tokenizer, name, end, answer, learned):
+def test_an_opened_thought_is_completed_and_closed(tokenizer, name, end, answer, closed, learned):
     ((prompt, unlearned, found),) = parts(tokenizer, name, QUESTION, Turn("assistant", answer))
     assert prompt.endswith("<think>\n")
-    assert unlearned == ""
+    assert unlearned == closed
     assert found == learned + end
 
 
@@ -86,7 +86,7 @@ def test_history_is_what_generation_is_fed(tokenizer, name):
     first, second = parts(tokenizer, name, *turns)
     assert "Hm." in first[2]
     assert "Hm." not in second[0]
-    assert second[2].removeprefix("\n</think>\n\n").startswith("No")
+    assert second[2].startswith("No")
 
 
 @pytest.mark.parametrize(

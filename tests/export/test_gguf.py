@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import onecard.programs.gguf as tool
 from onecard.console import run_main
-from onecard.data.chat_template import FOLDER
+from onecard.data.built_in_templates import FOLDER
 from onecard.data.jinja_chat import render_chat
 from onecard.export.gguf import writer as writing
 from onecard.export.gguf.layout import read_layout, rope_divisors

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from onecard.data.chat_template import BUILT_IN, FOLDER, built_in_name
+from onecard.data.built_in_templates import BUILT_IN, FOLDER, built_in_name
 from onecard.data.jinja_chat import render_chat
 from onecard.errors import ConfigError
 from onecard.export.gguf.ollama import GO_TEMPLATES, ModelfileSettings, go_template, modelfile, quoted

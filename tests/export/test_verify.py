@@ -191,7 +191,7 @@ def test_the_reported_effect_is_that_of_whole_models(merged: Any, tmp_path: Path
 def test_probe_prompts_speak_both_languages_and_the_template(merged: Any, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from onecard.data.chat_template import FOLDER
+    from onecard.data.built_in_templates import FOLDER
 
     base, _, result, _ = merged
     copy = tmp_path / "copy"

@@ -213,7 +213,11 @@ DIALOGUES = (
             _messages(USER, {"role": "assistant", "content": "a", "tool_calls": []}),
         ),
         1,
-        ((1, "turn 2 is a tool call"), (2, "turn 2 is a tool call"), (3, "turn 3 is a tool call")),
+        (
+            (1, 'turn 2, "tool_calls", is no tool call: {"name", "arguments"} is expected'),
+            (2, 'turn 2, "tool_calls", is no tool call'),
+            (3, "the result of a tool stands where no tool was called"),
+        ),
     ),
     BadFile(
         "parts.jsonl",
@@ -254,9 +258,15 @@ DIALOGUES = (
             json.dumps({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}),
             json.dumps({"conversations": [{"from": "human", "value": "q"}], "chosen": ANSWER, "rejected": ANSWER}),
             json.dumps({"messages": [USER, ANSWER], "chosen": [ANSWER], "rejected": [ANSWER]}),
+            json.dumps({"chosen": "a", "rejected": "b"}),
+            json.dumps({"prompt": "q", "chosen": " ", "rejected": "b"}),
         ),
-        1,
-        ((1, "a preference pair"), (2, "a preference pair"), (3, "a preference pair")),
+        4,
+        (
+            (5, '"chosen" is text, and no question stands beside it'),
+            (6, 'the conversation with the "chosen" answer: "response" is empty'),
+        ),
+        note="of preference pairs the chosen answers are learned",
     ),
     BadFile(
         "system_inside.jsonl",

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from onecard.config.training import LoraOptions, ModelOptions
-from onecard.data.chat_template import FOLDER, load_template
+from onecard.data.built_in_templates import FOLDER
+from onecard.data.chat_template import load_template
 from onecard.data.messages import Turn
 from onecard.inference.generate import ModelBundle
 from onecard.model.hardware import detect

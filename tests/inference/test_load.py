@@ -10,7 +10,7 @@ import pytest
 
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.config.training import DEFAULT_BASE, ModelOptions
-from onecard.data.chat_template import FOLDER
+from onecard.data.built_in_templates import FOLDER
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError
 from onecard.inference.engine import GenerationRequest, open_engine

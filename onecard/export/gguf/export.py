@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from onecard.console import say, warn
-from onecard.data.chat_template import PromptRenderer, Template, built_in_name, load_template, own_chat_template
+from onecard.data.built_in_templates import built_in_name
+from onecard.data.chat_template import PromptRenderer, Template, load_template, own_chat_template
 from onecard.data.special_tokens import single_token, special_tokens
 from onecard.errors import DataError
 from onecard.export.gguf import ollama

@@ -18,7 +18,7 @@ from types import FrameType
 
 from onecard.config.inference import SamplingOptions
 from onecard.console import nearest
-from onecard.data.chat_template import BUILT_IN
+from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError, OneCardError
 from onecard.inference.chat_file import SavedChat, load_chat, save_chat

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
-from onecard.data.chat_template import BUILT_IN
+from onecard.data.built_in_templates import BUILT_IN
 from onecard.errors import OneCardError
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.answer import as_html

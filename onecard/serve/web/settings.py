@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from onecard.config.inference import SamplingOptions
-from onecard.data.chat_template import BUILT_IN, Template, built_in_name
+from onecard.data.built_in_templates import BUILT_IN, built_in_name
+from onecard.data.chat_template import Template
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.i18n import word
 
