@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -40,6 +40,7 @@ _SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
         ("spans", pa.list_(pa.int32())),
+        ("weights", pa.list_(pa.float32())),
         ("n_supervised", pa.int32()),
         ("record", pa.string()),
         ("group", pa.int64()),
@@ -144,6 +145,7 @@ def _record_batch(rows: list[Row]) -> pa.RecordBatch:
     columns = [
         _lists([coded.ids for coded, _, _ in rows]),
         _lists(spans),
+        _lists([coded.weights for coded, _, _ in rows], np.float32),
         pa.array([sum(span[1::2]) - sum(span[::2]) for span in spans], pa.int32()),
         pa.array([record for _, record, _ in rows], pa.string()),
         pa.array([group for _, _, group in rows], pa.int64()),
@@ -164,22 +166,32 @@ class _Content:
 
     def __init__(self) -> None:
         self._streams = {name: hashlib.sha256() for name in ("input_ids", "spans", "n_ids", "n_spans")}
+        self._weights: Any = None  # only of data that have some: all other data keep the hash that they had
+        self._n_samples = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         for name, sizes in (("input_ids", "n_ids"), ("spans", "n_spans")):
             column = batch.column(name)
             self._streams[name].update(column.values.to_numpy().astype("<i4").data)
             self._streams[sizes].update(np.diff(column.offsets.to_numpy()).astype("<i4").data)
+        weights = batch.column("weights")
+        n_weights = np.diff(weights.offsets.to_numpy())
+        for row in np.flatnonzero(n_weights):
+            self._weights = self._weights or hashlib.sha256()
+            self._weights.update(f"{self._n_samples + row} ".encode())
+            self._weights.update(weights[int(row)].values.to_numpy().astype("<f4").data)
+        self._n_samples += batch.num_rows
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("".join(stream.hexdigest() for stream in self._streams.values()).encode()).hexdigest()
+        streams = [*self._streams.values(), *([self._weights] if self._weights else [])]
+        return hashlib.sha256("".join(stream.hexdigest() for stream in streams).encode()).hexdigest()
 
 
-def _lists(lists: list[list[int]]) -> pa.ListArray:
+def _lists(lists: Sequence[Sequence[float]], dtype: Any = np.int32) -> pa.ListArray:
     """[[5, 6], [7]] -> one Arrow array of values [5, 6, 7] and offsets [0, 2, 3]."""
     offsets = np.zeros(len(lists) + 1, np.int32)
     np.cumsum([len(items) for items in lists], out=offsets[1:])
-    values = np.fromiter(chain.from_iterable(lists), np.int32, count=int(offsets[-1]))
+    values = np.fromiter(chain.from_iterable(lists), dtype, count=int(offsets[-1]))
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 

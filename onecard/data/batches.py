@@ -178,6 +178,8 @@ def share_for_rank(
 def collate(samples: Sequence[LabelledSample], pad_id: int) -> dict[str, torch.Tensor]:
     """Rows padded on the right to the longest: input_ids, attention_mask, labels, each LongTensor (batch, seq).
 
+    With them `loss_weights`, a FloatTensor (batch, seq), where a sample has weights.
+
     ids [5, 6, 2] and [7, 2], pad 0:
         input_ids [[5, 6, 2], [7, 2, 0]]  attention_mask [[1, 1, 1], [1, 1, 0]]  labels [[-100, 6, 2], [-100, 2, -100]]
     A pad is never a label, also where the pad token is the eos token.
@@ -191,7 +193,13 @@ def collate(samples: Sequence[LabelledSample], pad_id: int) -> dict[str, torch.T
         input_ids[row, :n] = torch.tensor(sample.input_ids, dtype=torch.long)
         attention_mask[row, :n] = 1
         labels[row, :n] = torch.tensor(sample.labels, dtype=torch.long)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    if any(sample.weights for sample in samples):
+        batch["loss_weights"] = torch.ones(shape)
+        for row, sample in enumerate(samples):
+            if sample.weights:
+                batch["loss_weights"][row, : len(sample.weights)] = torch.tensor(sample.weights)
+    return batch
 
 
 def auto_test_size(n_conversations: int) -> float:

@@ -50,6 +50,7 @@ class EncodedDataset:
     """Encoded samples in a memory-mapped Arrow file.
 
     lengths, supervised: int32 (n_samples,), tokens and learned tokens of each sample. groups: int64 (n_samples,).
+    units: (n_samples,), the weights of the learned tokens summed; the same as `supervised` where no answer has one.
     names, amounts, parts: of the sources of a mixture (joined.py); else empty, and None.
     fingerprint: SHA-256 over all ids and what of them is learned, so two runs with the same one learn the same; with a
     dated template over what the samples are made of, the day aside.
@@ -67,6 +68,7 @@ class EncodedDataset:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self.lengths = self._column(lambda batch: np.diff(batch.column("input_ids").offsets.to_numpy()), np.int32)
         self.supervised = self._column(lambda batch: batch.column("n_supervised").to_numpy(), np.int32)
+        self.units = self._units()
         self.groups = self._column(lambda batch: batch.column("group").to_numpy(), np.int64)
 
     @property
@@ -84,7 +86,8 @@ class EncodedDataset:
         batch, row = self._batches[which], int(index - self._starts[which])
         ids = batch.column("input_ids")[row].values.to_numpy().tolist()
         spans = batch.column("spans")[row].values.to_numpy().tolist()
-        coded = EncodedSample(ids, spans, batch.column("cut")[row].as_py())
+        weights = batch.column("weights")[row].values.to_numpy().tolist()
+        coded = EncodedSample(ids, spans, batch.column("cut")[row].as_py(), weights)
         return to_encoded(coded, batch.column("record")[row].as_py(), int(self.groups[index]))
 
     def first_beyond(self, limit: int) -> tuple[int, int] | None:
@@ -104,6 +107,17 @@ class EncodedDataset:
     def keep(self, thing: Any) -> None:
         """Hold something, such as a temporary folder, for as long as this data set lives."""
         self._keep = thing
+
+    def _units(self) -> np.ndarray:
+        if not any(len(batch.column("weights").values) for batch in self._batches):
+            return self.supervised
+        units = self.supervised.astype(np.float64)
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            spans, weights = batch.column("spans"), batch.column("weights")
+            for row in np.flatnonzero(np.diff(weights.offsets.to_numpy())):
+                places = spans[int(row)].values.to_numpy()
+                units[start + row] = (places[1::2] - places[::2]) @ weights[int(row)].values.to_numpy().astype(float)
+        return units
 
     def _column(self, of: Any, dtype: Any) -> np.ndarray:
         parts = [of(batch) for batch in self._batches]
@@ -175,6 +189,7 @@ def cache_key(
 def _dated_fingerprint(source: str | Source, template: Template, settings: EncodeSettings) -> str:
     """Stands for the ids where they differ from day to day: encoded anew, a run that goes on would be refused."""
     parts = [data_fingerprint(source), template.jinja, settings.cutoff_len, settings.train_on]
+    parts += [settings.thinking] if settings.thinking != "auto" else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -243,7 +258,10 @@ def _in_batches(samples: Iterable[Conversation | Document]) -> Iterator[list[Con
 def _n_characters(sample: Conversation | Document) -> int:
     if isinstance(sample, Document):
         return len(sample.text)
-    return sum(len(turn.content) + len(turn.input) for turn in sample.turns)
+    return sum(
+        len(turn.content) + len(turn.input) + len(turn.thought) + sum(len(call.arguments) for call in turn.tool_calls)
+        for turn in sample.turns
+    )
 
 
 def _rows(

@@ -39,6 +39,7 @@ class JoinedDataset(EncodedDataset):
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
         self.supervised = np.concatenate([dataset.supervised for dataset in datasets])
+        self.units = np.concatenate([dataset.units for dataset in datasets])
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         self.parts = np.repeat(np.arange(len(datasets), dtype=np.int32), [len(dataset) for dataset in datasets])
         # Groups are numbered within each source.

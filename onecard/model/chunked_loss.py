@@ -56,8 +56,11 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _ways: weakref.WeakKeyDictionary[nn.Module, _Way | None] = weakref.WeakKeyDictionary()
 
 
-def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, int]:
+def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
     """Return the cross-entropy summed over supervised tokens (a scalar, fp32) and the number of those tokens.
+
+    With `loss_weights` (batch, seq) in the batch each token's cross-entropy is multiplied by its weight, and the number
+    is the sum of these weights.
 
     batch: `input_ids` and `labels`, each (batch, seq), padded on the right. A label of -100 is not learned; labels are
     shifted here, so position t predicts token t + 1. `model` may be wrapped (DDP, accelerate): its own forward is
@@ -79,8 +82,10 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: 
     inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
     # The last position predicts nothing that is known; a token alone therefore has nothing to learn.
     targets = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    weights = batch.get("loss_weights")
+    weights = None if weights is None else pad(weights[:, 1:], (0, 1))
     if chunk_tokens > 0:
-        result = _chunked_loss(model, inputs, targets, chunk_tokens)
+        result = _chunked_loss(model, inputs, targets, weights, chunk_tokens)
         if result is not None:
             return result
     positions = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
@@ -92,7 +97,15 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: 
     n_supervised = int(supervised.sum())
     if n_supervised == 0:
         return logits.float().sum() * 0.0, 0
-    return cross_entropy(logits[supervised].float(), wanted[supervised], reduction="sum"), n_supervised
+    if weights is None:
+        return cross_entropy(logits[supervised].float(), wanted[supervised], reduction="sum"), n_supervised
+    losses = cross_entropy(logits[supervised].float(), wanted[supervised], reduction="none")
+    of_tokens = weights[:, positions][supervised]
+    return (losses * of_tokens).sum(), _total(of_tokens)
+
+
+def _total(weights: Tensor) -> float:
+    return float(weights.sum(dtype=torch.float64))
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
@@ -184,8 +197,8 @@ class _Head:
 
 
 def _chunked_loss(
-    model: nn.Module, inputs: dict[str, Any], targets: Tensor, chunk_tokens: int
-) -> tuple[Tensor, int] | None:
+    model: nn.Module, inputs: dict[str, Any], targets: Tensor, weights: Tensor | None, chunk_tokens: int
+) -> tuple[Tensor, float] | None:
     """The loss of `targets` (batch, seq), chunk by chunk; None for a model whose logits cannot be computed here."""
     inner = _innermost(model)
     is_new = inner not in _ways
@@ -201,15 +214,17 @@ def _chunked_loss(
     hidden, head = found
     flat = targets.flatten().to(hidden.device)
     rows = (flat != IGNORE_INDEX).nonzero().squeeze(1)
-    tokens, states = _Tokens(rows, flat[rows], chunk_tokens), hidden.flatten(0, 1)
+    of_tokens = None if weights is None else weights.flatten().to(hidden.device)[rows]
+    n_units = len(rows) if of_tokens is None else _total(of_tokens)
+    tokens, states = _Tokens(rows, flat[rows], of_tokens, chunk_tokens), hidden.flatten(0, 1)
     trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
     if torch.is_grad_enabled() and (states.requires_grad or trained):
         loss: Any = _ChunkedLoss.apply(head, tokens, states, *trained)
-        return loss, len(rows)
+        return loss, n_units
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for some, wanted in tokens.chunks():
-        loss += _softmax_in_place(head.finish(head.output(states[some])), wanted)
-    return loss, len(rows)
+    for some, wanted, weight in tokens.chunks():
+        loss += _softmax_in_place(head.finish(head.output(states[some])), wanted, weight)
+    return loss, n_units
 
 
 def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tuple[Tensor, _Head] | None:
@@ -308,15 +323,20 @@ def states_before_head(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The supervised tokens: their rows in the flat hidden states, what they should predict, how many at a time."""
+    """The supervised tokens: their rows in the flat hidden states, what they should predict, how many at a time.
+
+    weights: what the loss of each is multiplied by; None where all weigh 1.
+    """
 
     rows: Tensor
     wanted: Tensor
+    weights: Tensor | None
     at_a_time: int
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         for start in range(0, len(self.rows), self.at_a_time):
-            yield self.rows[start : start + self.at_a_time], self.wanted[start : start + self.at_a_time]
+            some = slice(start, start + self.at_a_time)
+            yield self.rows[some], self.wanted[some], None if self.weights is None else self.weights[some]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -328,10 +348,10 @@ class _ChunkedLoss(torch.autograd.Function):
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[2] else None
         of_trained = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows, wanted in tokens.chunks():
+        for rows, wanted, weights in tokens.chunks():
             chunk = hidden.detach()[rows].requires_grad_(of_hidden is not None)
             learned = [*([chunk] if of_hidden is not None else []), *trained]
-            part, gradients = _learn_chunk(head, chunk, wanted, learned)
+            part, gradients = _learn_chunk(head, chunk, wanted, weights, learned)
             loss += part
             if of_hidden is not None:
                 of_hidden[rows] = gradients.pop(0)  # type: ignore[assignment]
@@ -356,7 +376,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _learn_chunk(
-    head: _Head, hidden: Tensor, wanted: Tensor, learned: list[Tensor]
+    head: _Head, hidden: Tensor, wanted: Tensor, weights: Tensor | None, learned: list[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the summed loss of a chunk and SCALE times its gradients for `learned`; None for what is not used."""
     # What is saved here is needed at once; to offload it would send a trained head's 16-bit copy to RAM for each chunk.
@@ -364,8 +384,10 @@ def _learn_chunk(
         output = head.output(hidden)
     scores = output.detach()
     probabilities = head.finish(scores)
-    loss = _softmax_in_place(probabilities, wanted)
+    loss = _softmax_in_place(probabilities, wanted, weights)
     probabilities[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+    if weights is not None:
+        probabilities.mul_(weights[:, None])
     head.unfinish(probabilities.mul_(SCALE), scores)
     scores.copy_(probabilities)  # the gradient in the dtype and in the memory of the output that it belongs to
     del probabilities
@@ -376,10 +398,11 @@ def _as_it_is(saved: Tensor) -> Tensor:
     return saved
 
 
-def _softmax_in_place(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Turn fp32 logits (tokens, vocab) into probabilities; return the summed cross-entropy of the `wanted` ids."""
+def _softmax_in_place(logits: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
+    """Turn fp32 logits (tokens, vocab) into probabilities; return the summed, weighted loss of the `wanted` ids."""
     logits.sub_(logits.amax(dim=1, keepdim=True))
     of_wanted = logits.gather(1, wanted[:, None])
     total = logits.exp_().sum(dim=1, keepdim=True)
     logits.div_(total)
-    return (total.log() - of_wanted).sum()
+    losses = total.log() - of_wanted
+    return losses.sum() if weights is None else (losses.squeeze(1) * weights).sum()

@@ -30,7 +30,7 @@ class SampleView:
 
     def __init__(self, dataset: EncodedDataset, rows: np.ndarray) -> None:
         self.dataset, self.rows = dataset, rows
-        self.lengths, self.units = dataset.lengths[rows], dataset.supervised[rows]
+        self.lengths, self.units = dataset.lengths[rows], dataset.units[rows]
         self.parts = None if dataset.parts is None else dataset.parts[rows]
 
     def __len__(self) -> int:

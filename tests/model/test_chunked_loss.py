@@ -59,6 +59,25 @@ def assert_same(
     assert all(torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5) for ours, theirs in pairs)
 
 
+def test_weights_multiply_the_loss_of_each_token(load_family) -> None:
+    for family in ("llama", "gemma2"):
+        model = adapted(load_family(family).model)
+        batch = small_batch()
+        weights = torch.linspace(0.25, 3.0, batch["labels"].numel()).reshape(batch["labels"].shape)
+        labels = batch["labels"][:, 1:]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        expected = (losses * weights[:, 1:].flatten()).sum()
+        n_units = weights[:, 1:][labels != -100].double().sum().item()
+        for chunk_tokens in (0, 1, 5, 100):
+            loss, n_found = summed_loss(model, {**batch, "loss_weights": weights}, chunk_tokens=chunk_tokens)
+            assert n_found == pytest.approx(n_units, rel=1e-12)
+            assert_same(model, loss, expected, n_units)
+            with torch.no_grad():
+                evaluated, _ = summed_loss(model, {**batch, "loss_weights": weights}, chunk_tokens=chunk_tokens)
+            assert evaluated.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_plain_cross_entropy_and_its_gradients(family, load_family) -> None:
     model = adapted(load_family(family).model)
