@@ -105,8 +105,8 @@ def _ask(config: GenerateConfig) -> None:
     from onecard.inference.sampling import CacheOptions
     from onecard.serve.terminal.ask import answer_once, interact
 
-    ask, sampling = config.ask, config.sampling
-    bundle, _ = load_bundle(config.model, config.inference.lora_path, config.inference.prompt_type)
+    ask, asked, sampling = config.ask, config.inference, config.sampling
+    bundle, _ = load_bundle(config.model, asked.lora_path, asked.prompt_type, asked.thinking)
     bundle = replace(bundle, cache=CacheOptions(config.inference.static_cache, config.inference.compile))
 
     def answer(instruction: str, number: int) -> Iterator[Chunk]:
@@ -129,10 +129,10 @@ def _answer_file(config: GenerateConfig) -> None:
     from onecard.inference.batch.run import BatchJob, answer_questions, survey
     from onecard.inference.load import load_bundle
 
-    ask, sampling, system = config.ask, config.sampling, config.inference.system
+    ask, asked, sampling, system = config.ask, config.inference, config.sampling, config.inference.system
     source, output_path = source_of(ask), str(ask.output_path)
     n_questions = survey(source)
-    bundle, depends_on = load_bundle(config.model, config.inference.lora_path, config.inference.prompt_type)
+    bundle, depends_on = load_bundle(config.model, asked.lora_path, asked.prompt_type, asked.thinking)
     depends_on |= {"questions": data_fingerprint(source), **asdict(sampling), "system": system}
     job = BatchJob(bundle, source, n_questions, sampling, ask.batch_size, system)
     with AnswerFile(Path(output_path), depends_on) as answers:

@@ -87,6 +87,9 @@ class InferenceOptions:
     """Prompt template. auto takes the one stored with the adapter."""
     system: str = ""
     """System prompt."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether the model thinks before it answers, where its prompt template has a switch for that (Qwen3). auto: as the
+    template has it. API clients choose with chat_template_kwargs."""
     static_cache: bool = False
     """Reserve the key-value cache at once, at full length, which --compile needs."""
     compile: bool = False

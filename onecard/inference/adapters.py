@@ -16,7 +16,8 @@ from typing import Any
 from onecard.config.inference import InferenceOptions
 from onecard.config.training import ModelOptions
 from onecard.console import nearest, warn
-from onecard.data.chat_template import BUILT_IN, Template, load_template
+from onecard.data.built_in_templates import BUILT_IN
+from onecard.data.chat_template import Template, load_template
 from onecard.errors import ConfigError, ModelError
 from onecard.inference.generate import ModelBundle
 from onecard.inference.load import base_path, load_bundle, load_words
@@ -51,8 +52,9 @@ class AdapterManager:
         first = next(iter(self._paths))
         base = base_path(options.model_path, self._paths[first])
         self._options, self._prompt_type = replace(options, model_path=base), inference_options.prompt_type
+        self._thinking = inference_options.thinking
         self._cache = CacheOptions(inference_options.static_cache, inference_options.compile)
-        bundle, depends_on = loaded or load_bundle(self._options, self._paths[first], self._prompt_type)
+        bundle, depends_on = loaded or load_bundle(self._options, self._paths[first], self._prompt_type, self._thinking)
         self.model: Any = bundle.model
         self._fingerprint = depends_on["base"]
         self._on: str | None = first  # the name of what the model is now; None: the base, after an adapter failed
@@ -78,7 +80,8 @@ class AdapterManager:
         with self._lock:
             if name not in self._voices:
                 path = self._paths[name]
-                self._voices[name] = ServedAdapter(path, *load_words(self._options, path, self._prompt_type))
+                words = load_words(self._options, path, self._prompt_type, self._thinking)
+                self._voices[name] = ServedAdapter(path, *words)
             served = self._voices[name]
             return replace(served, template=self._template(name, prompt_type, served)) if prompt_type else served
 

@@ -280,8 +280,9 @@ class InferenceEngine:
     def _prompt(self, request: GenerationRequest, served: ServedAdapter) -> Prompt:
         if request.prompt_ids is not None:
             prompt = Prompt(list(request.prompt_ids), continues=True)
-        elif [turn.role for turn in request.turns if turn.role != "system"][-1:] == ["user"]:
-            template = replace(served.template, variables=request.template_variables)
+        elif [turn.role for turn in request.turns if turn.role != "system"][-1:] in (["user"], ["tool"]):
+            variables = {**served.template.variables, **request.template_variables}
+            template = replace(served.template, variables=variables)
             prompt = prompt_for(request.turns, template, served.tokenizer)
         else:
             raise DataError("there is no question: the last message, but for the system's, must be the user's")

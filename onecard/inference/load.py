@@ -8,6 +8,7 @@ from typing import Any
 
 from onecard.config.training import DEFAULT_BASE, ModelOptions
 from onecard.console import warn
+from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
 from onecard.errors import ConfigError
 from onecard.inference.generate import ModelBundle
@@ -19,14 +20,16 @@ from onecard.model.lora.adapter import load_adapter, trained_part
 from onecard.model.lora.formats import base_of_adapter
 
 
-def load_bundle(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[ModelBundle, dict[str, Any]]:
+def load_bundle(
+    options: ModelOptions, lora_path: str | None, prompt_type: str, thinking: str = "auto"
+) -> tuple[ModelBundle, dict[str, Any]]:
     """Load what answers, and what its answers depend on (for `inference/batch/results.py`).
 
     `options.model_path` "auto" is the base that the adapter names, or the embedded one where there is no adapter.
     The tokenizer and, for `prompt_type` "auto", the template are the run's own. Raises ModelError and ConfigError.
     """
     options = replace(options, model_path=base_path(options.model_path, lora_path), gradient_checkpointing=False)
-    tokenizer, template = load_words(options, lora_path, prompt_type)
+    tokenizer, template = load_words(options, lora_path, prompt_type, thinking)
     hardware = detect(options.device)
     options = with_answer_bits(options, hardware, trained_bits(lora_path))
     loaded = load_base(options, hardware, gptq=True)
@@ -42,18 +45,22 @@ def load_bundle(options: ModelOptions, lora_path: str | None, prompt_type: str) 
         "adapter": adapter_fingerprint(model),
         "bits": options.bits,
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "template": hashlib.sha256(template.jinja.encode("utf-8")).hexdigest(),
+        "template": hashlib.sha256(first_version(template.jinja).encode("utf-8")).hexdigest(),
+        **({"thinking": thinking} if thinking != "auto" else {}),
     }
     return ModelBundle(model, tokenizer, template, objective=trained_objective(lora_path)), depends_on
 
 
-def load_words(options: ModelOptions, lora_path: str | None, prompt_type: str) -> tuple[Any, Template]:
-    """The tokenizer and the template that go with an adapter, or with the base alone."""
+def load_words(
+    options: ModelOptions, lora_path: str | None, prompt_type: str, thinking: str = "auto"
+) -> tuple[Any, Template]:
+    """The tokenizer and the template that go with an adapter, or with the base alone. Raises ConfigError."""
     run = run_directory(lora_path)
     tokenizer = load_tokenizer(
         str(run) if has_tokenizer(run) else options.model_path, trust_remote_code=options.trust_remote_code
     )
-    return tokenizer, load_template((prompt_type == "auto" and stored_template(run)) or prompt_type, tokenizer)
+    template = load_template((prompt_type == "auto" and stored_template(run)) or prompt_type, tokenizer)
+    return tokenizer, template.with_thinking(thinking)
 
 
 def base_path(model_path: str, lora_path: str | None) -> str:

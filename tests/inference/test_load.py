@@ -60,6 +60,30 @@ def test_the_stored_template_counts_where_the_tokenizer_comes_from_the_base(run_
     assert bundle.template.jinja == (FOLDER / "chatml.jinja").read_text(encoding="utf-8")
 
 
+def test_thinking_sets_the_templates_own_switch_and_a_request_has_the_last_word(run_dir, tmp_path: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json", "onecard.yaml"):
+        shutil.copy(run_dir / name, tmp_path)
+    jinja = (FOLDER / "chatml.jinja").read_text(encoding="utf-8")
+    closed = "{%- if add_generation_prompt and enable_thinking is false -%}{{- '<think></think>' -}}{%- endif -%}"
+    (tmp_path / "chat_template.jinja").write_text(jinja + closed, encoding="utf-8")
+    engine = open_engine(AUTO, InferenceOptions(str(tmp_path), thinking="off"), LimitOptions())
+    turns = (Turn("user", "Hi"),)
+
+    def fed(**variables: bool) -> str:
+        request = GenerationRequest(turns, template_variables=variables)
+        return engine.tokenizer().decode(engine._rows(request)[0].ids)
+
+    assert fed().endswith("<think></think>")
+    assert not fed(enable_thinking=True).endswith("<think></think>")
+    assert engine.count_tokens(turns) == len(engine._rows(GenerationRequest(turns))[0].ids)
+    bundle, depends_on = load_bundle(AUTO, str(tmp_path), "auto", "on")
+    assert bundle.template.variables == {"enable_thinking": True}
+    assert depends_on["thinking"] == "on"
+    assert "thinking" not in load_bundle(AUTO, str(tmp_path), "auto")[1]  # answers of earlier versions go on
+    with pytest.raises(ConfigError, match="off, but the prompt template alpaca has no switch for thoughts"):
+        load_bundle(AUTO, str(run_dir), "alpaca", "off")
+
+
 def test_a_template_that_was_typed_wins_over_the_stored_one(run_dir) -> None:
     bundle, _ = load_bundle(AUTO, str(run_dir), "alpaca")
     assert bundle.template.name == "alpaca"
