@@ -20,7 +20,8 @@ import torch
 
 import finetune
 from onecard.console import run_main
-from onecard.train import loop, step
+from onecard.objectives import next_token
+from onecard.train import loop
 
 KIND, STEP, RANK = os.environ["TROUBLE"], int(os.environ["TROUBLE_STEP"]), int(os.environ.get("RANK", "0"))
 
@@ -69,11 +70,11 @@ def step_counted(run: Any, requested: Any) -> Any:
 
 if __name__ == "__main__":
     current_step = -1  # the rehearsal is none
-    real_step, real_loss = loop.take_step, step.summed_loss
+    real_step, real_loss = loop.take_step, next_token.summed_loss
     if KIND.startswith("nan"):
-        loop.take_step, step.summed_loss = step_counted, loss_then_nan
+        loop.take_step, next_token.summed_loss = step_counted, loss_then_nan
     elif KIND == "out-of-memory":
-        loop.take_step, step.summed_loss = step_counted, loss_without_memory
+        loop.take_step, next_token.summed_loss = step_counted, loss_without_memory
     else:
         loop.take_step = step_then_signal
     sys.exit(run_main(finetune.main))
