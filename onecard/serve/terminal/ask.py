@@ -7,13 +7,14 @@ answer is typed out. It does not know models: it is given a function that answer
 from __future__ import annotations
 
 import contextlib
-import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 from onecard.console import error, say, warn
 from onecard.errors import DataError, ModelError
 from onecard.inference.generate import Chunk
+from onecard.serve.terminal.input import Keyboard
 from onecard.serve.terminal.screen import Screen
 
 PROMPT = "\n> "
@@ -25,13 +26,12 @@ def interact(answer: Answer, *, rewrites: bool = False, read_line: Callable[[str
 
     Ctrl-C during an answer ends that answer only. rewrites: the answers may change while they are shown, as beams do.
     """
-    with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # arrow keys and earlier lines, where the system has it
+    read_line = read_line or (Keyboard() if sys.stdin.isatty() else input)
     say("Type an instruction; Ctrl-C stops an answer; an empty line or Ctrl-D leaves.")
     screen, n_answers = Screen(), 0
     while True:
         try:
-            instruction = (read_line or input)(PROMPT)
+            instruction = read_line(PROMPT)
         except (EOFError, KeyboardInterrupt):
             say()
             return n_answers

@@ -122,9 +122,6 @@ class TerminalChat:
                 return False
             self.screen.note("\n(Ctrl-C again, Ctrl-D or /exit leaves)" if self._interrupted else "")
             return True
-        except UnicodeDecodeError:
-            self.screen.error(DataError("what was typed is not in the terminal's encoding; type it again"))
-            return True
         self._interrupted = False
         return self._goes_on(message)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ PROMPT, CONTINUED = "> ", ". "
 QUOTES = '"""'
 # A text in quotes may follow a command: /system """, /edit 3 """
 _BLOCK = re.compile(r'(\s*(?:/\w+\s+(?:\d+\s+)?)?)"""(.*)', re.DOTALL)
-_PASTE_SECONDS = 0.02  # the next line of a paste is there at once; a person is never so fast
 ReadLine = Callable[[str], str]  # prompt -> line without its end; raises EOFError
 
 
@@ -55,49 +53,35 @@ def _next(read_line: ReadLine) -> str | None:
 
 
 class Keyboard:
-    """Reads lines from a person, with arrow keys and earlier lines where the system has readline (in memory only)."""
+    """Reads lines from a person: arrow keys, earlier lines (in memory only), a paste of several lines as one."""
 
     def __init__(self) -> None:
-        self._readline = _import_readline()
-        self._uses_readline = self._readline is not None and sys.stdout.isatty()
-        # libedit, and a terminal without readline, hand over a paste line by line.
-        self._pastes_whole = self._uses_readline and "libedit" not in (self._readline.__doc__ or "")
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import create_output
+        from prompt_toolkit.utils import is_dumb_terminal
+
+        self._prefilled = ""
+        # Standard output is for the answers alone where it is no terminal.
+        output: Any = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
+        output.enable_cpr = False  # not every terminal answers where its cursor is, and nothing here needs it
+        # Without an output of its own it writes no sequences to a terminal that knows none, and no default either.
+        self._is_dumb = is_dumb_terminal() and sys.stdout.isatty()
+        self._session: Any = PromptSession(output=None if self._is_dumb else output, enable_suspend=True)
 
     def __call__(self, prompt: str) -> str:
         """One line, or a paste of several. Raises EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C."""
-        lines = [self._line(prompt)]
-        while not self._pastes_whole and _is_waiting():
-            lines.append(self._line(""))
-        return readable("\n".join(lines))
+        text, self._prefilled = self._prefilled, ""
+        return readable(self._session.prompt(prompt, default=text))
 
     def prefill(self, text: str) -> bool:
         """Put a text where the next line will be typed; False where that is not possible."""
-        if not self._uses_readline:
-            return False
-        readline = self._readline
-
-        def insert() -> None:
-            readline.insert_text(text)
-            readline.set_startup_hook(None)
-
-        readline.set_startup_hook(insert)
-        return True
+        self._prefilled = "" if self._is_dumb else text
+        return not self._is_dumb
 
     @property
     def was_typing(self) -> bool:
         """Whether something stood in the line when Ctrl-C was pressed."""
-        return bool(self._uses_readline and self._readline.get_line_buffer())
-
-    def _line(self, prompt: str) -> str:
-        if sys.stdout.isatty():
-            return input(prompt)
-        # Standard output is for the answers alone.
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.removesuffix("\n")
+        return bool(self._session.default_buffer.text)
 
 
 class PipedInput:
@@ -149,20 +133,3 @@ def read_pipe() -> str:
 def readable(text: str) -> str:
     """The text without half characters, which come from bytes that are not in the terminal's encoding."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def _is_waiting() -> bool:
-    try:
-        return bool(select.select([sys.stdin], [], [], _PASTE_SECONDS)[0])
-    except (OSError, ValueError):  # Windows: only sockets can be asked
-        return False
-
-
-def _import_readline() -> Any:
-    try:
-        readline: Any = importlib.import_module("readline")
-    except ImportError:
-        return None
-    if "libedit" not in (readline.__doc__ or ""):
-        readline.parse_and_bind("set enable-bracketed-paste on")
-    return readline

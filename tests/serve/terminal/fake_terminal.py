@@ -103,7 +103,9 @@ class Paper:
         return "\n".join("".join(line).rstrip() for line in self.lines).rstrip()
 
     def _obey(self, argument: str, what: str) -> None:
-        if what == "A":
+        if what in "CD":
+            self.column += int(argument or 1) * (1 if what == "C" else -1)
+        elif what == "A":
             top = max(0, len(self.lines) - self.rows)
             self.row = max(top, self.row - int(argument or 1))
         elif what == "K":
@@ -158,16 +160,16 @@ class Terminal:
         os.write(self.number, text.encode("utf-8"))
 
     def until(self, words: str, *, after: int = 0) -> int:
-        """Read until these words came out behind place `after`; returns the place behind them."""
+        """Read until these words came out behind place `after` of the words; returns the place behind them."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while words not in self.output[after:]:
+        while words not in self.words[after:]:
             assert time.monotonic() < deadline, f"waited for {words!r}, got:\n{self.output}"
             assert self._read(deadline - time.monotonic()), f"ended before {words!r}, got:\n{self.output}"
-        return self.output.index(words, after) + len(words)
+        return self.words.index(words, after) + len(words)
 
     def ask(self, text: str, words: str) -> int:
         """Type a line and wait for these words."""
-        after = len(self.output)
+        after = len(self.words)
         self.send(text + "\r")
         return self.until(words, after=after)
 
@@ -178,6 +180,11 @@ class Terminal:
             pass
         assert time.monotonic() < deadline, f"it did not leave:\n{self.output}"
         return self._wait()
+
+    @property
+    def words(self) -> str:
+        """What came out, without sequences; a cursor that moves to the right passes over blanks."""
+        return SEQUENCE.sub(lambda found: " " * int(found[1] or 1) if found[2] == "C" else "", self.output)
 
     def paper(self) -> Paper:
         paper = Paper(*self.size)

@@ -8,7 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,10 @@ from onecard.serve.terminal.chat import TerminalChat, chat_in_terminal
 from onecard.serve.terminal.commands import COMMANDS, help_text
 from onecard.serve.terminal.input import PipedInput
 from onecard.serve.terminal.screen import Screen
-from tests.serve.terminal.fake_terminal import FakeEngine, Paper, Terminal, growing, terminal
+from tests.serve.terminal.fake_terminal import SEQUENCE, FakeEngine, Paper, Terminal, growing, terminal
 
 SAMPLING = SamplingOptions(max_new_tokens=50)
-READY = "\x1b[?2004h> "  # readline has the keys and shows its prompt
+READY, MORE = ">\b  ", ".\b  "  # an empty line has the keys: it is drawn as prompt_toolkit draws it
 NASTY = "a\x1b[2J\x1b]0;title\x07\x9b31m [red]b[/red] \x1b[31m:smile:\rc\x7f\x00"
 
 
@@ -175,18 +177,6 @@ class TestCommands:
                 assert hasattr(TerminalChat, f"do_{command.name.replace('!', '_anyway')}")
         methods = {name for name in vars(TerminalChat) if name.startswith("do_")}
         assert len(methods) == len(COMMANDS) - 1
-
-    def test_bytes_of_another_encoding_do_not_end_the_chat(self, capsys) -> None:
-        class Latin(PipedInput):
-            def __call__(self, prompt: str) -> str:
-                line = super().__call__(prompt)
-                return line.encode("latin-1").decode("utf-8")
-
-        chat = TerminalChat(FakeEngine(), ChatHistory(), SAMPLING, Screen())  # type: ignore[arg-type]
-        chat.keyboard = Latin("café\ntea")
-        chat.run()
-        assert contents(chat) == ["tea", "tea!"]
-        assert "not in the terminal's encoding" in capsys.readouterr().err
 
     def test_ctrl_c_between_two_steps_loses_nothing(self) -> None:
         class Interrupted(Screen):
@@ -354,14 +344,6 @@ def chatting(reply=None, sampling: SamplingOptions = SAMPLING, **size):
     return terminal(lambda: chat_in_terminal(engine, ChatHistory(), sampling), **size)  # type: ignore[arg-type]
 
 
-def without_readline(reply=None):
-    def main() -> None:
-        sys.modules["readline"] = None  # type: ignore[assignment]
-        chat_in_terminal(FakeEngine(reply), ChatHistory(), SAMPLING)  # type: ignore[arg-type]
-
-    return terminal(main)
-
-
 def endless(request) -> Iterator[str]:
     """Words without end, but a short answer to everything that does not ask for them."""
     yield from growing("word " * 2000) if "endless" in request.turns[-1].content else ["short answer"]
@@ -379,11 +361,15 @@ def paper_of(there: Terminal, output: str) -> Paper:
 
 
 def ctrl_c_at_rest(there: Terminal) -> None:
-    """As a person presses it: Python's readline hears signals only while it waits for a key."""
+    """As a person presses it: behind the keys that were typed."""
     time.sleep(0.3)
     there.send("\x03")
 
 
+needs_line_editor = pytest.mark.skipif(find_spec("prompt_toolkit") is None, reason="prompt_toolkit is not installed")
+
+
+@needs_line_editor
 class TestTerminal:
     def test_an_answer_is_typed_live_and_told_about(self) -> None:
         answer = "One word after another, 你好，世界."
@@ -400,7 +386,7 @@ class TestTerminal:
     def test_ctrl_c_stops_an_answer_and_keeps_it(self) -> None:
         with chatting(endless) as there:
             started(there).ask("endless", "word word")
-            begun, after = time.monotonic(), len(there.output)
+            begun, after = time.monotonic(), len(there.words)
             there.send("\x03")
             there.until(", stopped]", after=after)
             assert time.monotonic() - begun < 1
@@ -448,7 +434,7 @@ class TestTerminal:
         with chatting(reply, replace(SAMPLING, num_beams=num_beams)) as there:
             place = started(there).ask("Hi", "tokens/s")
             there.ask("/history", "2 assistant: a")
-            there.until("> ", after=place)
+            there.until(READY, after=place)
             assert "a␛[2J␛]0;title␇\ufffd31m [red]b[/red] ␛[31m:smile:c␡␀" in there.paper().text()
             for sequence in ("\x1b[2J", "\x1b]", "\x07", "\x9b", "\x1b[31m", "\x7f", "\x00"):
                 assert sequence not in there.output
@@ -467,7 +453,7 @@ class TestTerminal:
 
         with chatting(reply, replace(SAMPLING, num_beams=3), columns=44, rows=10) as there:
             started(there).ask("Hi", "tokens/s")
-            there.until("> ", after=there.output.index("tokens/s"))
+            there.until(READY, after=there.words.index("tokens/s"))
             drawn = [state for state in there.states if "another end" in state[-400:] or "甲乙" in state[-400:]]
             assert len(drawn) >= 20
             typing = [state for state in there.states if "tokens/s" not in state]
@@ -479,8 +465,9 @@ class TestTerminal:
             assert unwrapped.replace(" ", "").count(whole.replace(" ", "")) == 1
             assert "another end" not in unwrapped and "甲乙" not in unwrapped
             assert ("beam 2: second best\n        of all" in there.paper().text()) is show_beams
-            assert there.output.count("\x1b[?7l") == there.output.count("\x1b[?7h") == 1, "lines wrap again"
-            assert there.output.rindex("\x1b[?25h") > there.output.rindex("\x1b[?25l"), "the cursor is back"
+            answer = there.output[: there.output.index("tokens/s")]
+            assert answer.rindex("\x1b[?7h") > answer.rindex("\x1b[?7l"), "lines wrap again"
+            assert answer.rindex("\x1b[?25h") > answer.rindex("\x1b[?25l"), "the cursor is back"
 
     def test_a_paste_of_several_lines_is_one_message(self) -> None:
         with chatting(lambda request: iter([json.dumps(request.turns[-1].content)])) as there:
@@ -488,19 +475,44 @@ class TestTerminal:
             there.until("/two")
             there.ask("", r'"one\n\n/two"')
 
-    def test_a_paste_without_readline_is_one_message(self) -> None:
-        with without_readline(lambda request: iter([json.dumps(request.turns[-1].content)])) as there:
+    def test_prompts_stay_out_of_answers_that_go_to_a_file(self, tmp_path: Path) -> None:
+        def main() -> None:
+            with (tmp_path / "answers.txt").open("w", encoding="utf-8") as file, redirect_stdout(file):
+                chat_in_terminal(FakeEngine(), ChatHistory(), SAMPLING)  # type: ignore[arg-type]
+
+        with terminal(main) as there:
+            place = there.until(READY)
+            there.send("Hi\r")
+            there.until(READY, after=place)
+            there.send("\x04")
+            assert there.ended() == 0
+        assert (tmp_path / "answers.txt").read_text(encoding="utf-8") == "Hi!\n"
+
+    def test_bytes_of_another_encoding_do_not_end_the_chat(self) -> None:
+        with chatting(lambda request: iter([f"read {request.turns[-1].content}"])) as there:
+            started(there)
+            os.write(there.number, "café".encode("latin-1") + b"\r")
+            there.until("read caf\ufffd")
+
+    def test_a_terminal_without_sequences_gets_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def main() -> None:
+            monkeypatch.setenv("TERM", "dumb")
+            chat_in_terminal(FakeEngine(), ChatHistory(), SAMPLING)  # type: ignore[arg-type]
+
+        with terminal(main) as there:
             there.until("> ")
-            there.send("one\n\ntwo\n")
-            there.until(r'"one\n\ntwo"')
-            there.ask("three", '"three"')
+            there.ask("Hi", "Hi!")
+            there.ask("/undo", "taken back: Hi")
+            there.send("/exit\r")
+            assert there.ended() == 0
+            assert set(SEQUENCE.findall(there.output)) <= {("?12", "l"), ("?25", "h")}, "only those that begin a prompt"
 
     def test_lines_can_be_continued(self) -> None:
         with chatting(lambda request: iter([json.dumps(request.turns[-1].content)])) as there:
-            started(there).ask("one\\", ". ")
+            started(there).ask("one\\", MORE)
             there.ask("two", r'"one\ntwo"')
-            there.ask('"""three', ". ")
-            there.ask("four", ". ")
+            there.ask('"""three', MORE)
+            there.ask("four", MORE)
             there.ask('"""', r'"three\nfour"')
 
     def test_keys_pressed_during_an_answer_wait_for_the_next_line(self) -> None:
@@ -508,7 +520,7 @@ class TestTerminal:
             started(there).ask("Hi", "A slow")
             there.send("typed ahead")
             there.until("tokens/s")
-            there.until("> typed ahead", after=there.output.index("tokens/s"))
+            there.until(f"{READY}typed ahead", after=there.words.index("tokens/s"))
             assert "A slow answer to you." in there.output, "the keys did not tear the answer"
 
     def test_undo_puts_the_question_back_into_the_line(self) -> None:
@@ -541,6 +553,7 @@ chat_in_terminal(engine, ChatHistory(), sampling)
 """
 
 
+@needs_line_editor
 def test_ctrl_c_stops_a_real_model(lively_base: Path) -> None:
     """The whole way: a program of its own, generation in its thread, the signal from the terminal."""
     arguments = [sys.executable, "-c", REAL, str(lively_base)]
@@ -548,9 +561,9 @@ def test_ctrl_c_stops_a_real_model(lively_base: Path) -> None:
         started(there)
         for number, line in enumerate(["/set num_beams 1", "/set num_beams 3"]):
             place = there.ask(line, f"(num_beams = {1 + 2 * number})")
-            place = there.until("> ", after=place)
+            place = there.until(READY, after=place)
             there.send("Hi\r")
-            while len(there.states[-1]) < place + 40:
+            while len(there.words) < place + 40:
                 there.until("", after=place)
                 assert there._read(20)
             begun = time.monotonic()
