@@ -51,13 +51,13 @@ class StopAtText(StoppingCriteria):
 class MaxNewTokensPerRow(StoppingCriteria):
     """Ends each row at a length of its own, so that a long prompt does not shorten the answers beside it."""
 
-    def __init__(self, rooms: Sequence[int], n_prompt: int) -> None:
-        self._rooms, self._n_prompt = torch.tensor(rooms), n_prompt
+    def __init__(self, limits: Sequence[int], n_prompt: int) -> None:
+        self._limits, self._n_prompt = torch.tensor(limits), n_prompt
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids (rows, prompt + new), several beams of a row one after another -> (rows,)."""
-        rooms = self._rooms.repeat_interleave(len(input_ids) // len(self._rooms)).to(input_ids.device)
-        return input_ids.shape[1] - self._n_prompt >= rooms
+        limits = self._limits.repeat_interleave(len(input_ids) // len(self._limits)).to(input_ids.device)
+        return input_ids.shape[1] - self._n_prompt >= limits
 
 
 def ended_answer(

@@ -36,8 +36,8 @@ def evaluation_loss(
     *,
     objective: Objective,
     limits: MicroBatchLimits | None = None,
-    room: EvaluationLimits | None = None,
-    told: Callable[[str], None] = lambda change: None,
+    evaluation_limits: EvaluationLimits | None = None,
+    on_change: Callable[[str], None] = lambda change: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """The objective's loss over `samples` per unit (supervised token); the same number on every process.
@@ -45,8 +45,8 @@ def evaluation_loss(
     Args:
         model: any causal LM, wrapped or not; it is put back into training mode if it was in it.
         samples: held-out ones; accelerator: moves the batches and sums over processes.
-        limits: as in training; room: what did not fit before, and now.
-        told: is given words each time that memory ran out.
+        limits: as in training; evaluation_limits: what did not fit before, and now.
+        on_change: is given words each time that memory ran out.
         progress: is given how many of this process's rows are done, and how many there are.
 
     Raises ModelError when a single row does not fit.
@@ -58,12 +58,12 @@ def evaluation_loss(
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, lengths)
     waiting = [micro for micro in mine if micro is not None]
     total = torch.zeros(2, dtype=torch.float64)
-    room, n_failures, n_done, n_mine = room or EvaluationLimits(), 0, 0, sum(map(len, waiting))
-    loss_chunk = min(room.loss_chunk or limits.loss_chunk, limits.loss_chunk or room.loss_chunk)
+    own, n_failures, n_done, n_mine = evaluation_limits or EvaluationLimits(), 0, 0, sum(map(len, waiting))
+    loss_chunk = min(own.loss_chunk or limits.loss_chunk, limits.loss_chunk or own.loss_chunk)
     while waiting:
         micro = waiting.pop(0)
         half = len(micro) // 2
-        if half and padded_tokens(micro, lengths) >= room.too_many_tokens:
+        if half and padded_tokens(micro, lengths) >= own.too_many_tokens:
             waiting[:0] = [micro[:half], micro[half:]]
             continue
         found = _loss_of(objective, [samples[i] for i in micro], model, accelerator.device, loss_chunk)
@@ -74,18 +74,18 @@ def evaluation_loss(
         give_back_memory()
         waiting.insert(0, micro)
         if half:
-            room.too_many_tokens = padded_tokens(micro, lengths)
-            told(f"fewer than {room.too_many_tokens:,} tokens at once")
+            own.too_many_tokens = padded_tokens(micro, lengths)
+            on_change(f"fewer than {own.too_many_tokens:,} tokens at once")
             continue
         most = min(loss_chunk or int(lengths[micro[0]]), int(lengths[micro[0]]))
         n_failures += most // 2 < SMALLEST_CHUNK
         if n_failures > MAX_FAILURES:
             raise ModelError(TOO_LONG)
         if most // 2 < SMALLEST_CHUNK:
-            told("the same once more")
+            on_change("the same once more")
             continue
-        loss_chunk = room.loss_chunk = most // 2
-        told(f"logits of {loss_chunk} tokens at once")
+        loss_chunk = own.loss_chunk = most // 2
+        on_change(f"logits of {loss_chunk} tokens at once")
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
     model.train(was_training)

@@ -244,12 +244,12 @@ def evaluate(
 ) -> float:
     """The loss of held-out samples per unit, under the run's limits."""
 
-    def told(change: str) -> None:
+    def on_change(change: str) -> None:
         message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
         run.events.append(RunEvent({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
 
     return evaluation_loss(run.model, samples, run.accelerator, objective=run.objective, limits=run.limits,
-                           room=run.evaluation_room, told=told, progress=progress)  # fmt: skip
+                           evaluation_limits=run.evaluation_limits, on_change=on_change, progress=progress)  # fmt: skip
 
 
 def _overflowing(step: int) -> str:

@@ -60,7 +60,7 @@ class Run:
     """How much passes through the model at once; smaller after memory ran out."""
     offload: ActivationOffload | None = None
     """Where the layers' inputs wait, if they do."""
-    evaluation_room: EvaluationLimits = field(default_factory=EvaluationLimits)
+    evaluation_limits: EvaluationLimits = field(default_factory=EvaluationLimits)
     """What does not fit in evaluation."""
     plan: Plan | None = None
     """What was planned for this start, with the card that it is for."""
