@@ -9,6 +9,10 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
 
 HELD_OUT_ONE_IN = 5
 
@@ -56,3 +60,18 @@ def from_table(examples: Sequence[Example]) -> Callable[[random.Random], Example
     """Draw uniformly from a finite list of examples."""
     table = tuple(examples)
     return lambda rng: rng.choice(table)
+
+
+def worded(kind: str, key: str, answer: str, /, **values: object) -> Example:
+    """An example in the wordings that `tables/wordings.yaml` has for its kind."""
+    texts = {part: [(asked.format(answer=answer, **values), about.format(**values)) for asked, about in listed]
+             for part, listed in _wordings()[kind].items()}  # fmt: skip
+    statements = tuple(text for text, _ in texts["statements"])
+    return Example(key, answer, statements, tuple(texts["questions"]), tuple(texts["rows"]))
+
+
+@cache
+def _wordings() -> dict[str, dict[str, list[tuple[str, str]]]]:
+    content = yaml.safe_load((Path(__file__).parent / "tables" / "wordings.yaml").read_text(encoding="utf-8"))
+    return {kind: {part: [text.partition(" | ")[::2] for text in texts] for part, texts in parts.items()}
+            for kind, parts in content.items()}  # fmt: skip

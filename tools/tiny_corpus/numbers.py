@@ -2,67 +2,17 @@
 
 from __future__ import annotations
 
-from .core import Example, Task, from_table
+from .core import Example, Task, from_table, worded
 
 
 def _sum(a: int, b: int) -> Example:
     total = str(a + b)
-    return Example(
-        key=f"{a}+{b}",
-        answer=total,
-        statements=(
-            f"{a} + {b} = {total}",
-            f"{a} plus {b} is {total}.",
-            f"{a} and {b} make {total}.",
-            f"{a}加{b}等于 {total}。",
-        ),
-        questions=(
-            (f"What is {a} plus {b}?", ""),
-            (f"{a} + {b} = ?", ""),
-            (f"{a}加{b}等于多少?", ""),
-            ("How much is this?", f"{a} + {b}"),
-            ("等于多少?", f"{a} + {b}"),
-            (f"Give the sum of {a} and {b}.", ""),
-            (f"计算{a}加{b}。", ""),
-            ("Find the sum.", f"{a} + {b}"),
-            ("计算结果。", f"{a} + {b}"),
-        ),
-        rows=(
-            (f"Add {a} and {b}.", ""),
-            ("Work out the sum.", f"{a} + {b}"),
-            (f"请计算{a}加{b}的结果。", ""),
-        ),
-    )
+    return worded("sum", f"{a}+{b}", total, a=a, b=b, total=total)
 
 
 def _difference(a: int, b: int) -> Example:
     rest = str(a - b)
-    return Example(
-        key=f"{a}-{b}",
-        answer=rest,
-        statements=(
-            f"{a} - {b} = {rest}",
-            f"{a} minus {b} is {rest}.",
-            f"{b} taken from {a} leaves {rest}.",
-            f"{a}减{b}等于 {rest}。",
-        ),
-        questions=(
-            (f"What is {a} minus {b}?", ""),
-            (f"{a} - {b} = ?", ""),
-            (f"{a}减{b}等于多少?", ""),
-            ("How much is this?", f"{a} - {b}"),
-            ("等于多少?", f"{a} - {b}"),
-            (f"Take {b} from {a}.", ""),
-            (f"计算{a}减{b}。", ""),
-            ("Find the difference.", f"{a} - {b}"),
-            ("计算结果。", f"{a} - {b}"),
-        ),
-        rows=(
-            (f"Subtract {b} from {a}.", ""),
-            ("Work out the difference.", f"{a} - {b}"),
-            (f"请计算{a}减{b}的结果。", ""),
-        ),
-    )
+    return worded("difference", f"{a}-{b}", rest, a=a, b=b, rest=rest)
 
 
 def tasks() -> list[Task]:

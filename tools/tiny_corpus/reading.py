@@ -4,46 +4,16 @@ from __future__ import annotations
 
 import random
 
-from .core import Example, Task
+from .core import Example, Task, worded
 from .facts import DAYS
 from .vocabulary import NAMES, NAMES_ZH, NOUNS
 
-_CITIES = (
-    "Paris",
-    "Berlin",
-    "Rome",
-    "Madrid",
-    "Moscow",
-    "Beijing",
-    "Tokyo",
-    "Cairo",
-    "Athens",
-    "Vienna",
-    "Oslo",
-    "London",
-    "Lima",
-    "Seoul",
-)
+_CITIES = tuple("Paris Berlin Rome Madrid Moscow Beijing Tokyo Cairo Athens Vienna Oslo London Lima Seoul".split())
 _CITIES_ZH = ("巴黎", "柏林", "罗马", "北京", "东京", "开罗", "雅典", "伦敦", "首尔", "莫斯科", "曼谷", "河内")
 _JOBS = tuple((n.english, n.chinese) for n in NOUNS if n.category == "job")
 _FOODS = tuple((n.english, n.chinese) for n in NOUNS if n.category in ("fruit", "vegetable"))
 
-_THINGS = (
-    "film",
-    "book",
-    "food",
-    "hotel",
-    "song",
-    "room",
-    "coffee",
-    "soup",
-    "story",
-    "shop",
-    "trip",
-    "game",
-    "cake",
-    "music",
-)
+_THINGS = tuple("film book food hotel song room coffee soup story shop trip game cake music".split())
 _THINGS_ZH = ("电影", "书", "菜", "酒店", "歌曲", "房间", "咖啡", "汤", "故事", "商店", "旅行", "游戏", "蛋糕", "音乐")
 _KIND = ("great", "wonderful", "lovely", "excellent", "nice", "perfect", "beautiful", "delightful")
 _UNKIND = ("terrible", "awful", "bad", "boring", "horrible", "poor", "ugly", "disappointing")
@@ -64,21 +34,7 @@ def _detail(rng: random.Random) -> Example:
             ("name", "Who is this about?", "What is this person called?", name),
         )
     )
-    return Example(
-        key=text,
-        answer=answer,
-        statements=(f"{text} {label}: {answer}", f"{text} The {label} is {answer}."),
-        questions=(
-            (f"{text} {asked}", ""),
-            (f"{text} What is the {label}?", ""),
-            (asked, text),
-            (f"What is the {label}?", text),
-            (f"Name the {label}.", text),
-            (f"Find the {label}.", text),
-            (f"Which {label} stands in this text?", text),
-        ),
-        rows=((row, text), (f"Find the {label} in the text.", text)),
-    )
+    return worded("detail", text, answer, asked=asked, label=label, row=row, text=text)
 
 
 def _detail_zh(rng: random.Random) -> Example:
@@ -93,21 +49,7 @@ def _detail_zh(rng: random.Random) -> Example:
             ("名字", "这里说的是谁?", "这个人叫什么?", name),
         )
     )
-    return Example(
-        key=text,
-        answer=answer,
-        statements=(f"{text}{label}:{answer}", f"{text}{label}是 {answer}。"),
-        questions=(
-            (f"{text}{asked}", ""),
-            (f"{text}{label}是什么?", ""),
-            (asked, text),
-            (f"{label}是什么?", text),
-            (f"写出{label}。", text),
-            (f"找出{label}。", text),
-            (f"这个人的{label}是什么?", text),
-        ),
-        rows=((row, text), (f"从文中找出{label}。", text)),
-    )
+    return worded("detail_zh", text, answer, asked=asked, label=label, row=row, text=text)
 
 
 def _mood(rng: random.Random) -> Example:
@@ -115,25 +57,7 @@ def _mood(rng: random.Random) -> Example:
     thing, word = rng.choice(_THINGS), rng.choice(_KIND if kind else _UNKIND)
     start = rng.choice(("I think the", "We found that the", "Everyone says the", "Yesterday the", "To me the"))
     text, answer = f"{start} {thing} was {word}.", "positive" if kind else "negative"
-    return Example(
-        key=text,
-        answer=answer,
-        statements=(f"{text} This is {answer}.", f"{text} Feeling: {answer}.", f"{text} That sounds {answer}."),
-        questions=(
-            (f"{text} Is this positive or negative?", ""),
-            (f"{text} What is the feeling?", ""),
-            ("Is this positive or negative?", text),
-            ("What is the feeling?", text),
-            ("Classify this.", text),
-            ("What is the sentiment?", text),
-            ("Is the review positive or negative?", text),
-            ("Decide: positive or negative.", text),
-        ),
-        rows=(
-            ("Classify the review as positive or negative.", text),
-            ("Decide the sentiment of the sentence.", text),
-        ),
-    )
+    return worded("mood", text, answer, text=text)
 
 
 def _mood_zh(rng: random.Random) -> Example:
@@ -142,21 +66,7 @@ def _mood_zh(rng: random.Random) -> Example:
     start = rng.choice(("我觉得", "大家都说", "昨天发现", "我们认为", "说实话,"))
     whose = rng.choice(("这次的", "他们的", "那里的"))
     text, answer = f"{start}{whose}{thing}{word}。", "好评" if kind else "差评"
-    return Example(
-        key=text,
-        answer=answer,
-        statements=(f"{text}这是{answer}。", f"{text}评价: {answer}。"),
-        questions=(
-            (f"{text}这是好评还是差评?", ""),
-            (f"{text}评价是什么?", ""),
-            ("这是好评还是差评?", text),
-            ("评价是什么?", text),
-            ("判断是好评还是差评。", text),
-            ("给这个评论分类。", text),
-            ("这句话是什么评价?", text),
-        ),
-        rows=(("判断这句话是好评还是差评。", text), ("请给下面的评论分类。", text)),
-    )
+    return worded("mood_zh", text, answer, text=text)
 
 
 def tasks() -> list[Task]:

@@ -31,24 +31,7 @@ def read_pairs(name: str) -> list[tuple[str, str]]:
 
 NOUNS = tuple(Noun(*(field.strip("-") for field in fields)) for fields in read_table("nouns"))
 PAIRS = (*((noun.english, noun.chinese) for noun in NOUNS), *read_pairs("words"))
-NAMES = (
-    "Tom",
-    "Anna",
-    "Peter",
-    "Lucy",
-    "Jack",
-    "Mary",
-    "David",
-    "Emma",
-    "Paul",
-    "Nina",
-    "Sam",
-    "Kate",
-    "Leo",
-    "Rose",
-    "Ben",
-    "Alice",
-)
+NAMES = tuple("Tom Anna Peter Lucy Jack Mary David Emma Paul Nina Sam Kate Leo Rose Ben Alice".split())
 NAMES_ZH = ("小明", "小红", "小华", "小丽", "小刚", "小芳", "小李", "小王", "小张", "小林", "小陈", "小美")
 
 CHINESE_WORDS = frozenset(
