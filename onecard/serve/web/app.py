@@ -1,7 +1,7 @@
 """The pages in the browser: the components there are, and the server that hands them out.
 
 The only file that knows gradio. What stands behind a button is in events.py, chat.py and ask.py, the
-words in i18n.py, the looks in style.py; who may come in, in security.py and browsers.py.
+words, style and scripts in static/; who may come in, in security.py and browsers.py.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from onecard.serve.web.sanitize import FORMULAS
 from onecard.serve.web.script import head, script_terms
 from onecard.serve.web.server import MountHooks, serve_page
 from onecard.serve.web.settings import NAMES, SettingsReader
-from onecard.serve.web.style import CODE_FONTS, FONTS
 
+FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "PingFang SC", "Noto Sans SC", "sans-serif")
+CODE_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 MAX_GRADIO_QUEUE = 1000  # steps of all pages together; the answers have the engine's own queue
 
 

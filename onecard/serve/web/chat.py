@@ -18,7 +18,7 @@ from onecard.inference.chat_file import SavedChat, now, read_chat, to_json
 from onecard.inference.engine import GenerationRequest, InferenceEngine, QueueFull
 from onecard.inference.history import ChatHistory, fit_history, prompt_budget
 from onecard.serve.web.answer import AnswerStep, RunningAnswers, answer_steps, failure_words
-from onecard.serve.web.i18n import WORDS, language_of, word
+from onecard.serve.web.i18n import LANGUAGES, language_of, word
 from onecard.serve.web.sanitize import original, plain_markdown
 from onecard.serve.web.script import TOO_LARGE
 from onecard.serve.web.settings import PageSettings, SettingsReader, moved_words, stored_object
@@ -318,7 +318,7 @@ def messages_of(session: ChatHistory, partial: str | None = None) -> list[dict[s
 def remembered_language(stored: str, browser_language: str, wanted: str = "auto") -> str:
     """The language that was chosen in this browser before, else the one that the owner or the browser wants."""
     language = stored_object(stored).get("language")
-    return language if isinstance(language, str) and language in WORDS else language_of(browser_language, wanted)
+    return language if isinstance(language, str) and language in LANGUAGES else language_of(browser_language, wanted)
 
 
 def _cleared(chat: SavedChat, asked: ChatInputs) -> ChatView:

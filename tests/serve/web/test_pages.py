@@ -24,7 +24,7 @@ from onecard.serve.web.ask import AskInputs, AskPage
 from onecard.serve.web.chat import ChatInputs, ChatPage, ChatView
 from onecard.serve.web.events import repeating
 from onecard.serve.web.examples import examples_in, first_messages, questions
-from onecard.serve.web.i18n import CHINESE, ENGLISH, language_of, word
+from onecard.serve.web.i18n import LANGUAGES, all_words, language_of, word
 from onecard.serve.web.sanitize import INVISIBLE, original, plain_markdown
 from onecard.serve.web.script import TOO_LARGE, head
 from onecard.serve.web.settings import NAMES, NUMBERS, template_name
@@ -346,11 +346,13 @@ def test_what_the_owner_starts_with_is_never_out_of_bounds(engine: FakeEngine) -
 
 
 def test_both_languages_say_everything() -> None:
-    assert ENGLISH.keys() == CHINESE.keys()
-    for key, text in ENGLISH.items():
-        places = [sorted(part.split("}")[0] for part in words.split("{")[1:]) for words in (text, CHINESE[key])]
+    english, chinese = all_words()["en"], all_words()["zh"]
+    assert all_words().keys() == LANGUAGES.keys()
+    assert english.keys() == chinese.keys()
+    for key, text in english.items():
+        places = [sorted(part.split("}")[0] for part in words.split("{")[1:]) for words in (text, chinese[key])]
         assert places[0] == places[1], key
-    assert len(ENGLISH) > 60
+    assert len(english) > 60
 
 
 SIGNS = st.text("<>!&[](){}`~ \n\\abz/?#;'\"=-*0$%", max_size=60)
