@@ -77,7 +77,7 @@ def test_help_says_what_the_flags_mean(plan, capsys) -> None:
 
 
 def test_not_fitting_is_an_answer_and_no_error(plan) -> None:
-    code, out, err = plan("--model_path", "Qwen2.5-32B", "--vram", "8")
+    code, out, err = plan("--model_path", "Qwen2.5-32B", "--vram", "8", "--stream_layers", "off")
     assert code == 0 and err == "" and "It does not fit: the card's 8.00 GiB are" in out
     assert "Not even one token fits" in out and "Largest known model that fits a card of 8 GiB" in out
 
@@ -114,11 +114,12 @@ def test_more_memory_is_never_worse(plan) -> None:
 
 
 def test_the_largest_known_model_fits_and_the_next_larger_one_does_not(plan) -> None:
-    largest = plan_json(plan, "--vram", "11")["largest_known_model"]["a card of 11 GiB"]
+    words = ("--vram", "11", "--stream_layers", "off")
+    largest = plan_json(plan, *words)["largest_known_model"]["a card of 11 GiB"]
     names = list(known_models())
     next_one = names[names.index(largest) + 1]
-    assert plan_json(plan, "--vram", "11", "--model_path", largest)["plans"][0]["fits"]
-    assert not plan_json(plan, "--vram", "11", "--model_path", next_one)["plans"][0]["fits"]
+    assert plan_json(plan, *words, "--model_path", largest)["plans"][0]["fits"]
+    assert not plan_json(plan, *words, "--model_path", next_one)["plans"][0]["fits"]
 
 
 # --- training options count

@@ -127,7 +127,7 @@ def test_every_reason_why_a_record_is_not_learned_is_in_chinese(place: str) -> N
         "基座 模型, 0.13 B weights, on a card of 11 GiB",
         "Largest known model that fits a card of 11 GiB at 4,096 tokens: Qwen2.5-14B.",
         "Longest context that fits with these options: 412,672 tokens in one row, more than the 8,192 positions of the "
-        "model (layer inputs may wait in 23.54 GiB of RAM).",
+        "model (layer inputs and layers may wait in 23.54 GiB of RAM).",
     ],
 )
 def test_what_a_newcomer_meets_after_training_is_in_chinese(said: str) -> None:

@@ -68,6 +68,8 @@ class ModelOptions:
     """Recompute each layer in the backward pass (on, off): several times less memory, slower. auto: on where needed."""
     max_memory: str | None = None
     """Spread the model over several GPUs, so much of each: 0:10GiB,1:10GiB. cpu:30GiB: the rest in RAM, to answer."""
+    stream_layers: Literal["auto", "on", "off"] = "auto"
+    """Keep frozen layers in RAM; they pass through the card, one layer ahead. auto: where nothing else fits."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: only architectures of transformers itself are loaded."""
 
@@ -81,6 +83,8 @@ class ModelOptions:
             found.append(("--max_memory", f"{self.max_memory!r} is not of the form 0:10GiB,1:10GiB,cpu:30GiB"))
         if self.bits == 16 and self.dtype == "fp32":
             found.append(("--bits", "16 contradicts --dtype fp32; use --bits 32 or another --dtype"))
+        if self.stream_layers == "on" and self.max_memory is not None:
+            found.append(("--stream_layers", "on does not go with --max_memory: layers pass through one card"))
         return found
 
 
@@ -420,9 +424,15 @@ class FinetuneConfig:
             memory = self.memory
             asked = {"--offload_activations": memory.offload_activations == "on", "--deepspeed": self.train.deepspeed,
                      "--offload_embeddings": memory.offload_embeddings == "on",
-                     "--head_bits": memory.head_bits in ("4", "8")}  # fmt: skip
+                     "--head_bits": memory.head_bits in ("4", "8"),
+                     "--stream_layers": self.model.stream_layers == "on"}  # fmt: skip
             text = "does not go with --max_memory over several GPUs, where accelerate places the layers; leave one out"
             found += [(flag, text) for flag, is_on in asked.items() if is_on]
+        if self.model.stream_layers == "on" and not self.model.gradient_checkpointing:
+            text = "on needs --gradient_checkpointing on: a layer's weights are gone when its gradients are due"
+            found.append(("--stream_layers", text))
+        if self.model.stream_layers == "on" and self.train.deepspeed:
+            found.append(("--stream_layers", "on does not go with --deepspeed, which places the weights itself"))
         flag = self.lora.trains_vocabulary
         if flag and self.memory.offload_embeddings == "on":
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))

@@ -7,17 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from onecard.config.training import DEFAULT_BASE, ModelOptions
-from onecard.console import warn
+from onecard.console import say, warn
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
 from onecard.errors import ConfigError
 from onecard.inference.generate import ModelBundle
 from onecard.inference.run_files import has_tokenizer, run_directory, stored_template, trained_bits, trained_objective
-from onecard.model.answer_bits import with_answer_bits
+from onecard.model.answer_bits import with_answer_bits, with_streaming
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
 from onecard.model.lora.adapter import load_adapter, trained_part
 from onecard.model.lora.formats import base_of_adapter
+from onecard.model.memory_saving.streamed_layers import stream_layers
 
 
 def load_bundle(
@@ -31,7 +32,7 @@ def load_bundle(
     options = replace(options, model_path=base_path(options.model_path, lora_path), gradient_checkpointing=False)
     tokenizer, template = load_words(options, lora_path, prompt_type, thinking)
     hardware = detect(options.device)
-    options = with_answer_bits(options, hardware, trained_bits(lora_path))
+    options = with_streaming(with_answer_bits(options, hardware, trained_bits(lora_path)), hardware)
     loaded = load_base(options, hardware, gptq=True)
     model: Any = loaded.model
     if lora_path is not None:
@@ -39,6 +40,8 @@ def load_bundle(
         model = adapter.model
         for note in adapter.notes:
             warn(note)
+    if options.stream_layers == "on":
+        say(stream_layers(model, hardware.device).summary)
     model.eval()
     depends_on = {
         "base": loaded.fingerprint,

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
+
+from onecard.model.model_layers import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,3 @@ def leaving_early(model: Any, stream_state: StreamState) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers of a causal language model, in order; none where they cannot be told."""
-    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    return list(stacks[0]) if stacks else []

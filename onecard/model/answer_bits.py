@@ -17,8 +17,8 @@ from onecard.config.training import ModelOptions
 from onecard.console import warn
 from onecard.installation import command
 from onecard.model.files import check_weights, locate, read_json, safetensors_header
-from onecard.model.gptq import stored_quantization
-from onecard.model.hardware import FP32_FAMILIES, Hardware
+from onecard.model.gptq import is_gptq, stored_quantization
+from onecard.model.hardware import FP32_FAMILIES, Hardware, free_and_total_bytes
 
 ON_A_CARD = 4
 BYTES = {32: 4.0, 16: 2.0, 8: 1.1, 4: 0.6}  # of a weight, with scales
@@ -44,6 +44,31 @@ def with_answer_bits(options: ModelOptions, hardware: Hardware, trained_bits: in
             f"(--bits sets others). llama.cpp is made for CPUs: {command('gguf')} --gguf_type q4_0 writes its file"
         )
     return replace(options, bits=bits)
+
+
+def with_streaming(options: ModelOptions, hardware: Hardware) -> ModelOptions:
+    """The options with --stream_layers auto filled in: on where the weights are larger than what is free on the card.
+
+    Raises ModelError for a base that is not there.
+    """
+    if options.stream_layers != "auto":
+        return options
+    off = replace(options, stream_layers="off")
+    if not hardware.is_gpu or options.max_memory is not None:
+        return off
+    directory = locate(options.model_path, with_code=options.trust_remote_code)
+    file = directory / "config.json"
+    if is_gptq(stored_quantization(directory, read_json(file)) if file.is_file() else {}):
+        return off
+    needed = count_weights(directory) * BYTES[options.bits]
+    free, _ = free_and_total_bytes(hardware.device)
+    if needed <= free:
+        return off
+    warn(
+        f"the weights need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free on {hardware.name}: the layers "
+        "stay in RAM and pass through it, which is slow token by token (--stream_layers off refuses instead)"
+    )
+    return replace(options, stream_layers="on")
 
 
 def fastest_on_cpu(options: ModelOptions, n_weights: int, free_bytes: int) -> int:

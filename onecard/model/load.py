@@ -30,6 +30,7 @@ from onecard.model.gptq import (
     stored_quantization,
 )
 from onecard.model.hardware import Hardware, choose_dtype, count_gpus
+from onecard.model.memory_saving.streamed_layers import place_beside_layers
 from onecard.model.model_config import ignored_keys, read_model_config, without_chance
 from onecard.model.model_layers import UNQUANTISED_SHARE
 from onecard.model.quantization import keep_one_arithmetic_on_cpu, loading_config, quantization_config, unquantised
@@ -83,7 +84,8 @@ def load_base(
 
     Norms stay in the model's dtype: every family computes them in fp32 inside and they are not trained. The base's own
     dropout is off: frozen weights need none, and its masks would depend on how a step is cut into micro-batches. The
-    model keeps its key-value cache on for generation; `loss.summed_loss` turns it off per call.
+    model keeps its key-value cache on for generation; `loss.summed_loss` turns it off per call. With --stream_layers on
+    the layers and the embeddings are in RAM; `stream_layers` connects them with the device after adapters.
 
     Raises ModelError (files missing, damaged, unknown or unsafe) and ConfigError (bits, dtype, attention kernel).
     """
@@ -112,7 +114,7 @@ def load_base(
         elif is_saved:
             quantization = quantization_config(bits, dtype)  # what transformers alone can load again
         else:
-            quantization = loading_config(bits, dtype)
+            quantization = loading_config(bits, dtype, hardware.device if options.stream_layers == "on" else None)
         kept = _bitsandbytes_in(stored, dtype) if quantization is None else {}
         model = _load(options, directory, dtype, hardware.device, quantization=quantization, stored=kept)
     choose_kernel(model, hardware, dtype)
@@ -122,6 +124,8 @@ def load_base(
         _tell_unquantised(model, bits, dtype)
     if bits < 16 and not in_gptq and not hardware.is_gpu:
         keep_one_arithmetic_on_cpu(model)
+    if options.stream_layers == "on":
+        place_beside_layers(model, hardware.device)
     if options.gradient_checkpointing:
         checkpoint_layers(model, reentrant=options.bits == 8)
     return LoadedBase(model, dtype, reason, base_fingerprint(options.model_path))
@@ -230,7 +234,9 @@ def _load(
 
 
 def _placement(options: ModelOptions, device: torch.device) -> dict[str, Any]:
-    """Where the layers go: all on one device, or over several as far as each one's share reaches."""
+    """Where the layers go: all on one device or into RAM, or over several as far as each one's share reaches."""
+    if options.stream_layers == "on":
+        return {"device_map": {"": "cpu"}}
     if options.max_memory is None:
         return {"device_map": {"": device}}
     shares = memory_map(options.max_memory) or {}

@@ -43,7 +43,7 @@ def quantised_layers(model: Any) -> dict[str, Any]:
     GPT-2's Conv1D is among them. Not: the head, and `kept_layers`.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    kept, adapters = kept_layers(model), _inside_adapters(model)
+    kept, adapters = kept_layers(model), inside_adapters(model)
     found = {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -52,7 +52,7 @@ def quantised_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in found.items() if name not in kept}
 
 
-def _inside_adapters(model: nn.Module) -> set[nn.Module]:
+def inside_adapters(model: nn.Module) -> set[nn.Module]:
     """What PEFT has put beside the layers that it wraps: all that is in a wrapper and not in its base_layer."""
     children = [dict(module.named_children()) for module in model.modules()]
     beside = [each for own in children if "base_layer" in own for name, each in own.items() if name != "base_layer"]
@@ -84,6 +84,13 @@ def expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, weight in _own_weights(module)
         if weight.dim() > 1 and "bias" not in name
     }
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers of a causal language model, in order; none where they cannot be told."""
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    return list(stacks[0]) if stacks else []
 
 
 def text_part(model: Any) -> str:

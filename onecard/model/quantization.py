@@ -37,19 +37,21 @@ def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | N
     return BitsAndBytesConfig(**_settings(bits, dtype)) if bits in (4, 8) else None
 
 
-def loading_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def loading_config(bits: int, dtype: torch.dtype, through: torch.device | None = None) -> BitsAndBytesConfig | None:
     """Return `quantization_config` for a model that stays in memory: more of it is quantised while it is loaded.
 
     Transformers leaves alone what is not exactly an nn.Linear. Here, too, are quantised: subclasses that compute the
     same (Falcon), layers that share their weights (Zamba) and, in 4 bits, the experts of a layer that lie in one
     tensor. Left in `dtype` are routers and what is read past `forward` (see `model_layers.py`). Saved, such a model
-    could not be loaded by transformers alone.
+    could not be loaded by transformers alone. through: the device that quantises, wherever a weight is loaded to.
     """
     if bits not in (4, 8):
         return None
     quiet_libraries()  # for those who train without one of the programs, which do this first
     _register_quantizers()
-    return _LoadingConfig(**_settings(bits, dtype))
+    config = _LoadingConfig(**_settings(bits, dtype))
+    config.through = str(through) if through is not None else None
+    return config
 
 
 def _settings(bits: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -61,6 +63,8 @@ def _settings(bits: int, dtype: torch.dtype) -> dict[str, Any]:
 
 class _LoadingConfig(BitsAndBytesConfig):
     """By its name the registry of transformers finds the quantizers below."""
+
+    through: str | None = None
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -99,6 +103,29 @@ class _MoreLayers:
         return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
 
 
+class _Through:
+    """Quantises on the device that the config names, weight by weight, and puts the result where the weight came from.
+
+    For models that do not fit there: a CPU's numbers may differ in the last digit, and it takes longer.
+    """
+
+    hf_quantizer: Any
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        through = self.hf_quantizer.quantization_config.through
+        if through is None:
+            return self.quantise(input_dict, **kwargs)
+        found = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            small = self.quantise({name: [weight.to(through)]}, **kwargs)
+            found |= {key: each.to(weight.device) for key, each in small.items()}
+        return found
+
+    def quantise(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return super().convert(input_dict, **kwargs)  # type: ignore[misc]
+
+
 @cache
 def _register_quantizers() -> None:
     """Tell transformers of the quantizers behind `loading_config`, through its own registry; once per process.
@@ -106,27 +133,31 @@ def _register_quantizers() -> None:
     https://huggingface.co/docs/transformers/quantization/contribute
     """
     import bitsandbytes
-    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
     from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
     class Int8(_MoreLayers, Bnb8BitHfQuantizer):  # type: ignore[misc]
-        pass
+        def get_quantize_ops(self) -> Any:
+            return QuantizeInt8(self)
 
     class NF4(_MoreLayers, Bnb4BitHfQuantizer):  # type: ignore[misc]
         def get_quantize_ops(self) -> Any:
-            return Quantize(self)
+            return QuantizeNF4(self)
 
-    class Quantize(Bnb4bitQuantize):
+    class QuantizeInt8(_Through, Bnb8bitQuantize):  # type: ignore[misc]
+        pass
+
+    class QuantizeNF4(_Through, Bnb4bitQuantize):  # type: ignore[misc]
         """One layer's experts at a time, so that never more than these lie on the card in 16 bits."""
 
-        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        def quantise(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
             experts = self.hf_quantizer.experts
             found: dict[str, Any] = {}
             for name, value in input_dict.items():
                 if name not in experts:
-                    found |= super().convert({name: value}, **kwargs)
+                    found |= super().quantise({name: value}, **kwargs)
                     continue
                 weight = value[0] if isinstance(value, list) else value
                 small: Any = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **NF4_SETTINGS)

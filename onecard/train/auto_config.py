@@ -246,7 +246,8 @@ def _filled(config: FinetuneConfig, plan: Plan) -> FinetuneConfig:
         mlp_tile=setup.mlp_tile or -1,
     )
     train = replace(config.train, optimizer=setup.optimizer, micro_tokens=budget)  # type: ignore[arg-type]
-    model = replace(config.model, gradient_checkpointing=setup.gradient_checkpointing)
+    streams: Any = "on" if setup.stream_layers else "off"
+    model = replace(config.model, gradient_checkpointing=setup.gradient_checkpointing, stream_layers=streams)
     return replace(config, model=model, memory=memory, train=train)
 
 

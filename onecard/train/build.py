@@ -29,6 +29,7 @@ from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tok
 from onecard.model.lora.adapter import add_lora, load_adapter
 from onecard.model.memory_saving.activation_offload import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
+from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.objectives.base import Objective, SampleView
 from onecard.objectives.registry import objective_named
 from onecard.train.auto_config import choices_of, limits_of, resolve_test_size
@@ -179,12 +180,17 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     prepare_base(config, hardware, base)
     torch.manual_seed(options.seed)  # the adapter's first values
     plain = _adapter(config, base.model, point)
+    streams = config.model.stream_layers == "on"
+    if streams:
+        stay = config.memory.offload_embeddings == "on"
+        streamed = stream_layers(plain, accelerator.device, embeddings_stay=stay)
+        say(streamed.summary)
     optimizer = build_optimizer(plain, options)
     if options.deepspeed:
         model, stepper = prepare(plain, optimizer, deepspeed_config(options), base.dtype, accelerator.device)
     else:
         # evaluation_mode: not inside DistributedDataParallel; see `engine.Engine`.
-        model, stepper = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
+        model, stepper = _prepared(accelerator, plain, streams), accelerator.prepare(optimizer)
         if point is None:
             # Only now: accelerate puts what it finds onto the card, and paged state would no longer be paged.
             allocate_state(optimizer)
@@ -201,6 +207,11 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
         restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)
     return run
+
+
+def _prepared(accelerator: Accelerator, plain: Any, streams: bool) -> Any:
+    """The model as accelerate wraps it; one whose layers are streamed is in its place, and embeddings may be in RAM."""
+    return accelerator.prepare_model(plain, device_placement=False if streams else None, evaluation_mode=True)
 
 
 def prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -> None:

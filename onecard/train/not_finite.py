@@ -14,6 +14,7 @@ import torch
 from onecard.console import few
 from onecard.installation import command
 from onecard.model.lora.methods import is_adapter_weight
+from onecard.model.memory_saving.streamed_layers import tensors_in_turn
 from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.run import Run
 
@@ -75,6 +76,6 @@ def _is_finite(run: Run, number: int) -> bool:
 
 def _broken_tensors(run: Run) -> Iterator[str]:
     """The unquantised tensors that hold NaN or Inf, by the names that they have in files."""
-    for name, tensor in (*run.plain_model.named_parameters(), *run.plain_model.named_buffers()):
+    for name, tensor in tensors_in_turn(run.plain_model):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             yield name.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -24,7 +24,7 @@ from onecard.inference.engine import (
     open_engine,
 )
 from onecard.inference.generate import Chunk, stream
-from onecard.inference.streamer import decoder_layers
+from onecard.model.model_layers import decoder_layers
 
 ASK = (Turn("user", "What is the capital of France?"),)
 BRIEF = SamplingOptions(max_new_tokens=8)

@@ -42,6 +42,17 @@ def test_adapters_over_every_number_of_bits(lively_base: Path, adapters_folder: 
     assert answer(alone, greedy).text == first[0]
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_layers_that_come_from_ram_answer_the_same(lively_base: Path, adapters_folder: Path, bits: int) -> None:
+    greedy, beams = SamplingOptions(max_new_tokens=8), SamplingOptions(max_new_tokens=8, num_beams=2)
+
+    def answers(**options: str) -> list[Chunk]:
+        engine = opened(lively_base, folder=adapters_folder, bits=bits, **options)
+        return [answer(engine, how, name) for how in (greedy, beams) for name in ("first", "second", engine.names[-1])]
+
+    assert answers(stream_layers="on") == answers(stream_layers="off")
+
+
 def test_a_merged_model_answers_as_base_and_adapter_do(
     lively_base: Path, adapters_folder: Path, tmp_path: Path
 ) -> None:

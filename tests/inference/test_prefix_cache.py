@@ -15,7 +15,7 @@ from onecard.data.messages import Turn
 from onecard.inference.engine import GenerationRequest, InferenceEngine, OutOfMemory, open_engine
 from onecard.inference.generate import Chunk
 from onecard.inference.prefix_cache import MOST_KEPT, PrefixCache, can_be_kept, new_cache
-from onecard.inference.streamer import decoder_layers
+from onecard.model.model_layers import decoder_layers
 
 MODES = {
     "greedy": SamplingOptions(max_new_tokens=8),

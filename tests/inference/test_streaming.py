@@ -16,7 +16,8 @@ from onecard.errors import ConfigError
 from onecard.inference.call import GenerateCall
 from onecard.inference.generate import PromptRow, StreamingOptions, prepare, stream, stream_rows
 from onecard.inference.sampling import generation_config, logits_processors, mode_of, seeded
-from onecard.inference.streamer import StreamState, decoder_layers
+from onecard.inference.streamer import StreamState
+from onecard.model.model_layers import decoder_layers
 
 MODES = {
     "greedy": {},

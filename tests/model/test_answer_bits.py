@@ -13,7 +13,7 @@ from onecard.config.training import ModelOptions
 from onecard.inference.load import load_bundle
 from onecard.inference.run_files import stored_options, trained_bits
 from onecard.model import answer_bits
-from onecard.model.answer_bits import count_weights, fastest_on_cpu, with_answer_bits
+from onecard.model.answer_bits import count_weights, fastest_on_cpu, with_answer_bits, with_streaming
 from onecard.model.hardware import Hardware, detect
 from onecard.model.load import load_base
 
@@ -31,6 +31,20 @@ def auto(tiny_base: Path) -> AnsweringModelOptions:
 )
 def test_the_default_is_the_runs_own_on_a_card_and_the_fastest_without(auto, hardware, trained, expected) -> None:
     assert with_answer_bits(auto, hardware, trained).bits == expected
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10**9, "off"), (1000, "on")])
+def test_layers_are_streamed_where_the_weights_are_larger_than_the_card(
+    free: int, expected: str, auto, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(answer_bits, "free_and_total_bytes", lambda device: (free, 10**9))
+    options = with_answer_bits(auto, CARD, None)
+    assert with_streaming(options, CARD).stream_layers == expected
+    assert ("pass through it" in capsys.readouterr().err) is (expected == "on")
+    assert with_streaming(options, CPU).stream_layers == "off"
+    for typed in ("on", "off"):
+        assert with_streaming(replace(options, stream_layers=typed), CARD).stream_layers == typed
+    assert with_streaming(replace(options, max_memory="0:1GiB"), CARD).stream_layers == "off"
 
 
 @pytest.mark.parametrize("config", [GenerateConfig, ChatConfig, ServeConfig])

@@ -93,6 +93,7 @@ TABLE = {
     "attn_implementation": same("eager", lambda s: s.run.plain_model.config._attn_implementation == "eager"),
     "gradient_checkpointing": same(True, lambda s: s.run.plan.setup.gradient_checkpointing),
     "max_memory": Row("0:1GiB"),  # there is no card 0
+    "stream_layers": same("on", lambda s: s.run.plan.setup.stream_layers),
     "trust_remote_code": same(True),
     "columns": same("instruction:instruction"), "txt_split": same("line"),  # the data are no txt
     "data_path": Row("OTHER_DATA"), "data": Row("OTHER_DATA"),

@@ -19,6 +19,7 @@ from onecard.model.memory.families import ALWAYS_EAGER, CHANGED_EMBEDDINGS, STYL
 from onecard.model.memory.layer_memory import FP32, LinearShape, Shape, layer_peak, loss_peak, stack_peak
 from onecard.model.memory.simulate import LOSS
 from onecard.model.memory_saving.activation_offload import CHUNK_BYTES, MIN_BYTES
+from onecard.model.memory_saving.streamed_layers import N_SLOTS
 from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK
 
 GIB = 2**30
@@ -70,6 +71,8 @@ class MemoryConfig:
     """4 or 8: the output head is quantised, too."""
     mlp_tile: int = 0
     """Tokens that pass through an MLP at once; 0: all."""
+    stream_layers: bool = False
+    """The frozen layers lie in RAM and pass through a few slots on the card."""
     eager_attention: bool = False
     """Scores of all pairs of tokens exist at once."""
     repeats_kv: bool = False
@@ -154,6 +157,7 @@ def _possible(model: Architecture, setup: MemoryConfig) -> MemoryConfig:
         gradient_checkpointing=setup.gradient_checkpointing and model.checkpoints,
         mlp_tile=setup.mlp_tile if model.tiles else 0,
         head_bits=setup.head_bits if model.small_head else 16,
+        stream_layers=setup.stream_layers and model.checkpoints,
     )
 
 
@@ -213,32 +217,42 @@ def optimizer_bytes(model: Architecture, setup: MemoryConfig) -> int:
 def _weights(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     mlp_kinds = split_linears(model)[1]
     attention, mlp, experts = (
-        sum(
-            linear.count * (linear_bytes(linear.n_in, linear.n_out, kept_bits, setup.element_bytes)
-                            + linear.bias * linear.n_out * setup.element_bytes)
-            for linear in linears
-        )
-        for linears, kept_bits in (
+        sum(linear.count * _layer_bytes(linear, bits, setup) for linear in linears)
+        for linears, bits in (
             ([linear for linear in model.linears if linear not in mlp_kinds], setup.bits),
             (mlp_kinds, setup.bits),
             (model.experts, expert_bits(setup)),
         )
-    )  # fmt: skip
+    )
     head = model.hidden_size * model.vocab_size if setup.head_bits < 16 or not model.tied else 0
     head_bits = setup.head_bits if setup.head_bits < 16 else 16
     embeddings = model.n_embedding * setup.element_bytes
     # A head tied to the embeddings keeps them on the card, unless it has a quantised copy of its own.
     in_ram = setup.offload_embeddings and (not model.tied or setup.head_bits < 16)
     bits = f"{setup.bits} bits"
+    place, n_slots = ("RAM", min(N_SLOTS, model.n_layers)) if setup.stream_layers else ("card", 0)
     return [
-        MemoryComponent(f"base: attention, {bits}", attention),
-        MemoryComponent(f"base: MLP, {bits}", mlp),
-        MemoryComponent(f"base: experts, {expert_bits(setup)} bits", experts),
+        MemoryComponent(f"base: attention, {bits}", attention, place),
+        MemoryComponent(f"base: MLP, {bits}", mlp, place),
+        MemoryComponent(f"base: experts, {expert_bits(setup)} bits", experts, place),
+        MemoryComponent(f"base: {n_slots} layers on their way", n_slots * streamed_layer_bytes(model, setup)),
         MemoryComponent(_embedding_name(model, setup), embeddings, "RAM" if in_ram else "card"),
         MemoryComponent(f"output head{f', {head_bits} bits' if head_bits < 16 else ''}", head and linear_bytes(
             model.hidden_size, model.vocab_size, head_bits, setup.element_bytes)),
         MemoryComponent("norms and the rest", model.n_other * setup.element_bytes),
     ]  # fmt: skip
+
+
+def _layer_bytes(linear: Linear, bits: int, setup: MemoryConfig) -> int:
+    """One linear layer or one tensor of experts, bias included."""
+    weights = linear_bytes(linear.n_in, linear.n_out, bits, setup.element_bytes)
+    return weights + linear.bias * linear.n_out * setup.element_bytes
+
+
+def streamed_layer_bytes(model: Architecture, setup: MemoryConfig) -> int:
+    """The weights of one decoder layer; where layers differ, of one that has everything."""
+    kinds = [(linear, setup.bits) for linear in model.linears] + [(each, expert_bits(setup)) for each in model.experts]
+    return sum(-(-linear.count // model.n_layers) * _layer_bytes(linear, bits, setup) for linear, bits in kinds)
 
 
 def _embedding_name(model: Architecture, setup: MemoryConfig) -> str:

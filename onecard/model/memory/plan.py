@@ -2,9 +2,9 @@
 
 Layers are recomputed (gradient checkpointing) unless everything fits without it, with room. Then settings are given up
 in the order of what they cost: first the token budget (nothing but time), then the loss in smaller pieces, activations
-in RAM, the 8-bit optimizer, embeddings in RAM, a quantised head, tiled MLPs. A setting that was given by hand is not
-touched. It knows options and cards as numbers; the arithmetic is `estimate.py`'s, the words
-`report.py`'s, and nothing here touches a device.
+in RAM, the 8-bit optimizer, embeddings in RAM, a quantised head, tiled MLPs. Where all that is not enough, the layers
+pass through the card and the rest is chosen anew. A setting that was given by hand is not touched. It knows options and
+cards as numbers; the arithmetic is `estimate.py`'s, the words `report.py`'s, and nothing here touches a device.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ LOSS_CHUNKS = (1024, 512, 256, 128)
 MLP_TILES = (8192, 4096, 2048)
 LONGEST_TRIED = 2**21  # tokens
 ROOM = 0.8  # of the card may be used without recomputed layers: the plan is not exact, and others use the card too
+FROM_RAM = "the layers come from RAM, one after the other"
 RECOMPUTE = "--gradient_checkpointing"
 EMBEDDINGS = "--offload_embeddings"
+STREAM = "--stream_layers"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,27 @@ def make_plan(
     model does not have, and for --train_new_tokens of a base without a list of them.
     """
     _check_targets(model, config)
+    make = partial(_make_plan, model, card=card, element_bytes=element_bytes, longest_row=longest_row)
+    plan = make(config)
+    if plan.fits or not _may_stream(model, config, card):
+        return plan
+    streamed = make(replace(config, model=replace(config.model, stream_layers="on")))
+    if not streamed.fits:
+        return plan
+    reason = f"{_gib(plan.account.card_bytes)} would be needed, {_gib(card.total_bytes)} are there; {FROM_RAM}"
+    on = PlannedSetting(STREAM, "on", reason)
+    return replace(streamed, choices=tuple(on if choice.flag == STREAM else choice for choice in streamed.choices))
+
+
+def _may_stream(model: Architecture, config: FinetuneConfig, card: CardSpec) -> bool:
+    options = config.model
+    free = options.stream_layers == "auto" and not options.max_memory and not config.train.deepspeed
+    return free and card.is_gpu and model.checkpoints and bool(options.gradient_checkpointing)
+
+
+def _make_plan(
+    model: Architecture, config: FinetuneConfig, card: CardSpec, element_bytes: int, longest_row: int
+) -> Plan:
     longest = min(longest_row or config.data.cutoff_len, config.data.cutoff_len)
     setup = _first_setup(model, config, card, element_bytes, longest)
     choices = _typed(config)
@@ -133,7 +156,7 @@ def _recomputed(
     if not model.checkpoints:
         return without, PlannedSetting(RECOMPUTE, "off", f"{model.model_type} layers cannot be computed again")
     needs_it = {"--offload_activations": setup.offload_activations, "--deepspeed": config.train.deepspeed,
-                "--max_memory": config.model.max_memory}  # fmt: skip
+                "--max_memory": config.model.max_memory, STREAM: setup.stream_layers}  # fmt: skip
     for flag, wanted in needs_it.items():
         if wanted:
             return setup, PlannedSetting(RECOMPUTE, "on", f"goes with {flag}")
@@ -216,6 +239,7 @@ def _first_setup(
         offload_embeddings=memory.offload_embeddings == "on",
         head_bits=16 if memory.head_bits == "auto" else int(memory.head_bits),
         mlp_tile=max(0, memory.mlp_tile),
+        stream_layers=config.model.stream_layers == "on",
         eager_attention=config.model.attn_implementation == "eager",
         repeats_kv=card.is_gpu and (card.repeats_kv or element_bytes == FP32),
         on_gpu=card.is_gpu,
@@ -298,6 +322,7 @@ def _typed(config: FinetuneConfig) -> list[PlannedSetting]:
     ]
     found += [("--micro_tokens", config.train.micro_tokens, 0), ("--micro_batch", config.train.micro_batch, 0)]
     found += [("--optimizer", config.train.optimizer, "auto")]
+    found += [(STREAM, config.model.stream_layers, "auto")]
     if config.model.gradient_checkpointing != "auto":
         found.append((RECOMPUTE, "on" if config.model.gradient_checkpointing else "off", "auto"))
     return [
@@ -320,6 +345,7 @@ def _defaults(config: FinetuneConfig, setup: MemoryConfig, choices: list[Planned
         PlannedSetting("--offload_embeddings", "on" if setup.offload_embeddings else "off", fits),
         PlannedSetting("--head_bits", str(setup.head_bits), fits),
         PlannedSetting("--mlp_tile", str(setup.mlp_tile or "off"), fits),
+        PlannedSetting(STREAM, "on" if setup.stream_layers else "off", fits),
     ]
     order = [choice.flag for choice in plain]
     every = choices + [choice for choice in plain if choice.flag not in named]

@@ -17,13 +17,14 @@ from onecard.config.training import FinetuneConfig
 from onecard.model.memory.architecture import Architecture, KnownModel
 from onecard.model.memory.estimate import GIB, MemoryConfig, account
 from onecard.model.memory.plan import LOSS_CHUNKS, MLP_TILES, CardSpec, Plan, make_plan
+from onecard.model.memory.streaming_speed import COPY_BYTES_PER_S, OPERATIONS_PER_S, streaming_speed
 from onecard.translation import language, translated
 
 WIDTH = 80
 NAME_WIDTH, GIB_WIDTH, SHARE_WIDTH = 46, 9, 7
 SETTING_WIDTH = 34
 CELL_WIDTH, LENGTH_WIDTH = 10, 10
-MISFIT = "!"
+MISFIT, STREAMED = "!", "~"
 UNTOUCHED = "fits"  # the reason that `plan.py` gives for what it did not have to give up
 SHORTEST_DRAWN, LONGEST_DRAWN, POINTS_DRAWN = 256, 131072, 48
 COLOURS = ("#1f4e8c", "#c8561b", "#3a8f5c", "#8a4fa3", "#b58900", "#5b6770", "#c2407a", "#2aa1b3")
@@ -43,6 +44,7 @@ def plan_lines(plan: Plan, longest: int | None = None) -> list[str]:
         *verdict_lines(plan, longest),
         "",
         *setting_lines(plan),
+        *streaming_lines(plan),
         *([] if longest is None else ["", *longest_lines(plan, longest)]),
     ]
 
@@ -92,13 +94,28 @@ def setting_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def streaming_lines(plan: Plan) -> list[str]:
+    """How fast layers from RAM can be, and by which rates; nothing where they lie on the card."""
+    if not plan.setup.stream_layers:
+        return []
+    speed = streaming_speed(plan.model, plan.setup)
+    rates = f"{COPY_BYTES_PER_S / 1e9:g} GB/s and {OPERATIONS_PER_S / 1e12:g} TFLOP/s"
+    return ["", *_wrap(
+        f"Streamed layers: each takes {1e3 * speed.copy_s:.1f} ms to come and {1e3 * speed.forward_s:.1f} ms to "
+        f"compute {plan.setup.tokens:,} tokens forward; copies hide from {speed.hidden_tokens:,} tokens on. At most "
+        f"{speed.tokens_per_s:,.0f} tokens/s, at {rates} (assumed, not measured)."
+    )]  # fmt: skip
+
+
 def longest_lines(plan: Plan, longest: int) -> list[str]:
     """The longest context that would fit this card, one row at a time."""
     if not longest:
         return _wrap(f"Not even one token fits {_card(plan.card)} with these options.")
     positions = plan.model.max_positions
     beyond = f", more than the {positions:,} positions of the model" if 0 < positions < longest else ""
-    ram = f" (layer inputs may wait in {plan.card.ram_bytes / GIB:.4g} GiB of RAM)" if plan.card.is_gpu else ""
+    ram = (
+        f" (layer inputs and layers may wait in {plan.card.ram_bytes / GIB:.4g} GiB of RAM)" if plan.card.is_gpu else ""
+    )
     return _wrap(f"Longest context that fits with these options: {longest:,} tokens in one row{beyond}{ram}.")
 
 
@@ -123,6 +140,8 @@ def matrix_lines(plans: Sequence[Plan], longest: Sequence[int] = ()) -> list[str
                 lines.append(_matrix_row(f"{length:,}", cells))
             if contexts:
                 lines.append(_matrix_row("longest", [f"{contexts[model, card]:,}" for card in block]))
+    if any(plan.setup.stream_layers for plan in plans):
+        lines += _wrap(f"{STREAMED} --stream_layers: its layers lie in RAM and pass through the card.")
     legend = f"{MISFIT} does not fit. A bigger card gives up less for it, so its peak may be higher."
     if contexts:
         legend += f" longest: tokens of one row that fits, with {cards[0].ram_bytes / GIB:.4g} GiB of RAM."
@@ -309,12 +328,15 @@ def _row(name: str, n_bytes: int, whole: int = 0) -> str:
 
 
 def _matrix_row(name: str, cells: Sequence[str]) -> str:
-    aligned = [cell.rjust(CELL_WIDTH) if cell.endswith(MISFIT) else cell.rjust(CELL_WIDTH - 1) + " " for cell in cells]
+    aligned = [
+        cell.rjust(CELL_WIDTH) if cell.endswith((MISFIT, STREAMED)) else cell.rjust(CELL_WIDTH - 1) + " "
+        for cell in cells
+    ]
     return (name.rjust(LENGTH_WIDTH) + "".join(aligned)).rstrip()
 
 
 def _cell(plan: Plan) -> str:
-    return gib(plan.account.card_bytes) + ("" if plan.fits else MISFIT)
+    return gib(plan.account.card_bytes) + (MISFIT if not plan.fits else STREAMED if plan.setup.stream_layers else "")
 
 
 def _card(card: CardSpec) -> str:

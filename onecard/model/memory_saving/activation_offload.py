@@ -64,7 +64,7 @@ class ActivationOffload:
         self.device = torch.empty(0, device=device).device
         self.n_packed, self._outbound = 0, True
         self._pool = Pool(chunk_bytes, pinned=self.device.type == "cuda")
-        self._side = _SideStream(self.device)
+        self._side = SideStream(self.device)
         self._hooks: saved_tensors_hooks | None = None
         self._weights: set[int] = set()
         self._alive: weakref.WeakValueDictionary[int, _Packed] = weakref.WeakValueDictionary()
@@ -202,7 +202,7 @@ class ActivationOffload:
             and tensor.layout is torch.strided
             and tensor.nbytes >= max(self.min_bytes, 1)
             and _memory(tensor) not in self._weights
-            and _is_dense(tensor)
+            and is_dense(tensor)
         )
 
     def _withdraw(self, packed: _Packed) -> None:
@@ -249,8 +249,8 @@ class Pool:
     than one chunk; torch's own pinned cache rounds each tensor up to a power of two, up to twice the RAM.
     """
 
-    def __init__(self, chunk_bytes: int, *, pinned: bool) -> None:
-        self.chunk_bytes, self.pinned = chunk_bytes, pinned
+    def __init__(self, chunk_bytes: int, *, pinned: bool, what: str = "offloaded activations") -> None:
+        self.chunk_bytes, self.pinned, self.what = chunk_bytes, pinned, what
         self.all: list[Tensor] = []
         self.free: list[Tensor] = []
         self.peak_bytes = 0
@@ -286,13 +286,13 @@ class Pool:
                 held = f"{self.n_bytes / 2**30:.1f} GiB"
                 words = str(reason).strip().splitlines()[:1]
                 warn(
-                    f"no more RAM could be pinned for offloaded activations (after {held}: {''.join(words)}); ordinary "
+                    f"no more RAM could be pinned for {self.what} (after {held}: {''.join(words)}); ordinary "
                     "RAM is used for the rest, which is slower. Free RAM or raise `ulimit -l` to mend it"
                 )
         return torch.empty(self.chunk_bytes, dtype=torch.uint8)
 
 
-class _SideStream:
+class SideStream:
     """The stream that copies, beside the one that computes; on a CPU there is neither, and everything is in order."""
 
     def __init__(self, device: torch.device) -> None:
@@ -311,6 +311,11 @@ class _SideStream:
     def mark(self) -> Any:
         return self.stream.record_event() if self.stream is not None else None
 
+    def may_write(self, tensor: Tensor) -> None:
+        """Let its memory be used again only after the copies that this stream was given before it was freed."""
+        if self.stream is not None:
+            tensor.record_stream(self.stream)
+
     def let_compute_wait(self, event: Any) -> None:
         if self.stream is None:
             return
@@ -326,7 +331,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if is_fake(tensor) else tensor.untyped_storage().data_ptr()
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in whatever order: no gaps, no overlaps."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -17,7 +17,7 @@ from tests.tiny import with_options
 
 NAMES = ("Llama-3.1-8B", "Qwen2.5-0.5B", "Llama-3.2-1B")  # the two small ones have tied embeddings
 ORDER = ["--gradient_checkpointing", "--micro_tokens", "--loss_chunk", "--offload_activations", "--optimizer",
-         "--offload_embeddings", "--head_bits", "--mlp_tile"]  # fmt: skip
+         "--offload_embeddings", "--head_bits", "--mlp_tile", "--stream_layers"]  # fmt: skip
 
 
 def card(gib: float, ram_gib: float = 256.0, *, is_gpu: bool = True) -> CardSpec:
