@@ -155,8 +155,9 @@ def accumulate(run: Run, micros: Sequence[np.ndarray | None], n_units: float) ->
     Returns the loss of each source (n_sources,), and whether memory ran out on the way.
     """
     parts = run.train_samples.parts
-    losses = torch.zeros(max(1, len(run.train_samples.dataset.names)), device=run.accelerator.device)
+    losses = torch.zeros(max(1, len(run.train_samples.dataset.names)))
     try:
+        losses = losses.to(run.accelerator.device)
         for position, micro in enumerate(micros):
             is_last = position == len(micros) - 1
             if micro is None and not run.engine.needs_every_turn:
@@ -169,7 +170,7 @@ def accumulate(run: Run, micros: Sequence[np.ndarray | None], n_units: float) ->
             raise
         if not run.engine.can_repeat:
             raise ModelError(f"out of memory, and DeepSpeed cannot repeat a step; {SMALLER_HINT}") from reason
-        return torch.zeros_like(losses), True
+        return torch.zeros(len(losses)), True  # where there is room
     return losses, False
 
 
@@ -228,8 +229,9 @@ def _agree(
     """The step's losses over all processes, what any of them requests, and whether memory ran out: all do alike."""
     if accelerator.num_processes == 1:
         return losses.tolist(), requests, failed
-    flags = torch.tensor([float(flag) for flag in (*requests, failed)], device=losses.device)
-    every = accelerator.reduce(torch.cat([losses.float(), flags]), reduction="sum").tolist()
+    flags = [float(flag) for flag in (*requests, failed)]
+    told = torch.tensor([*losses.tolist(), *flags], device=accelerator.device)
+    every = accelerator.reduce(told, reduction="sum").tolist()
     n = len(losses)
     return every[:n], StepRequests(*(count > 0 for count in every[n:-1])), every[-1] > 0
 
