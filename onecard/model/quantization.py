@@ -115,7 +115,7 @@ class _Through:
         through = self.hf_quantizer.quantization_config.through
         if through is None:
             return self.quantise(input_dict, **kwargs)
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             small = self.quantise({name: [weight.to(through)]}, **kwargs)
