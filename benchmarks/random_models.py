@@ -57,6 +57,7 @@ def random_base(config: dict[str, Any], options: ModelOptions, hardware: Hardwar
     """A frozen base of this config in `options.bits` on `hardware.device`, as `load_base` gives, of random weights.
 
     One linear layer at a time exists in 16 or 32 bits; embeddings, norms and head stay in the dtype of the arithmetic.
+    With --stream_layers on the layers lie in RAM, for `stream_layers`.
     """
     device = hardware.device
     dtype, reason = choose_dtype(options.dtype, options.bits, hardware, str(config["model_type"]))
@@ -68,7 +69,8 @@ def random_base(config: dict[str, Any], options: ModelOptions, hardware: Hardwar
     _fill_the_rest(model, linears, device)
     while linears:  # which lets go of each layer once it is quantised
         name, module = linears.popitem()
-        model.set_submodule(name, _quantised(_random_layer(module, dtype, device), options.bits, dtype))
+        layer = _quantised(_random_layer(module, dtype, device), options.bits, dtype)
+        model.set_submodule(name, layer.to("cpu") if options.stream_layers == "on" else layer)
     model.tie_weights()
     choose_kernel(model, hardware, dtype)
     model.requires_grad_(False)

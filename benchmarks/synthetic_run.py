@@ -26,8 +26,9 @@ from onecard.model.memory.architecture import Architecture
 from onecard.model.memory.estimate import CONTEXT, MemoryEstimate
 from onecard.model.memory.plan import Plan, make_plan
 from onecard.model.memory_saving.activation_offload import embeddings_to_ram
+from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.train.auto_config import card_of, limits_of
-from onecard.train.build import build_accelerator, prepare_base
+from onecard.train.build import build_accelerator, prepare_base, prepared
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.optim import allocate_state, build_optimizer
 from onecard.train.run import Run
@@ -100,9 +101,12 @@ def build_run(config: FinetuneConfig, hardware: Hardware, base: LoadedBase, samp
     prepare_base(config, hardware, base)
     torch.manual_seed(options.seed)
     plain = add_lora(base.model, config.lora)
+    streams = config.model.stream_layers == "on"
+    if streams:
+        stream_layers(plain, accelerator.device, embeddings_stay=config.memory.offload_embeddings == "on")
     optimizer = build_optimizer(plain, options)
     allocate_state(optimizer)
-    model, stepper = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
+    model, stepper = prepared(accelerator, plain, streams), accelerator.prepare(optimizer)
     state = TrainerState(total_steps=options.max_steps)
     store = CheckpointStore(Path("unused"))
     run = Run(options, model, plain, stepper, accelerator, samples, [], store, state)

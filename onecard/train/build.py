@@ -190,7 +190,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
         model, stepper = prepare(plain, optimizer, deepspeed_config(options), base.dtype, accelerator.device)
     else:
         # evaluation_mode: not inside DistributedDataParallel; see `engine.Engine`.
-        model, stepper = _prepared(accelerator, plain, streams), accelerator.prepare(optimizer)
+        model, stepper = prepared(accelerator, plain, streams), accelerator.prepare(optimizer)
         if point is None:
             # Only now: accelerate puts what it finds onto the card, and paged state would no longer be paged.
             allocate_state(optimizer)
@@ -209,7 +209,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     return run
 
 
-def _prepared(accelerator: Accelerator, plain: Any, streams: bool) -> Any:
+def prepared(accelerator: Accelerator, plain: Any, streams: bool) -> Any:
     """The model as accelerate wraps it; one whose layers are streamed is in its place, and embeddings may be in RAM."""
     return accelerator.prepare_model(plain, device_placement=False if streams else None, evaluation_mode=True)
 

@@ -1,0 +1,83 @@
+"""Models larger than the card, as shapes of their real sizes: what the allocator counts beside the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.random_models import config_of, random_base
+from benchmarks.synthetic_run import build_run, planned_peak, random_samples, run_peak
+from onecard.config.training import DataOptions, FinetuneConfig, MemoryOptions, ModelOptions, TrainOptions
+from onecard.model.hardware import detect
+from onecard.model.memory.architecture import architecture_of
+from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
+from onecard.model.memory.plan import CardSpec, make_plan
+from onecard.model.memory_saving import streamed_layers
+from onecard.train.auto_config import _filled
+from onecard.train.oom import give_back_memory
+from onecard.train.step import take_step
+from tests.simcard.card import Card
+
+pytestmark = pytest.mark.simcard
+
+LLAMA_70B = config_of("Llama-3.1-8B") | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+MIDDLE = config_of("Llama-3.1-8B") | {"num_hidden_layers": 6, "vocab_size": 32000}
+
+
+@pytest.mark.shapes_only
+@pytest.mark.parametrize(("config", "gib", "length", "limit"), [
+    pytest.param(MIDDLE, 1.2, 512, 1.5, id="6 layers"),
+    pytest.param(config_of("Llama-3.1-8B"), 2.0, 512, 2.2, id="8B", marks=pytest.mark.slow),
+    pytest.param(LLAMA_70B, 5.5, 512, 6.0, id="70B", marks=pytest.mark.slow),
+    pytest.param(LLAMA_70B, 10.0, 4096, 11.0, id="70B long", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_step_stays_within_the_card_that_the_plan_chose_streaming_for(
+    config: dict[str, Any], gib: float, length: int, limit: float, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(streamed_layers, "_write", lambda *_: None)  # no page of so much RAM is touched
+    give_back_memory()
+    options = FinetuneConfig(
+        ModelOptions("a model", bits=4), DataOptions(cutoff_len=length), train=TrainOptions(total_batch=4, max_steps=9),
+        memory=MemoryOptions(pretend_turing=True),
+    )  # fmt: skip
+    plan = make_plan(architecture_of(config), options, CardSpec("a card", int(gib * GIB), 64 * GIB))
+    assert plan.fits and plan.setup.stream_layers
+    filled, turing = _filled(options, plan), detect("cuda", pretend_turing=True)
+    samples = random_samples([length] * 4, config["vocab_size"])
+    run = build_run(filled, turing, random_base(config, filled.model, turing), samples)
+    in_ram = filled.memory.offload_embeddings == "on"
+    peak, planned = run_peak(run, lambda: take_step(run), embeddings_in_ram=in_ram), planned_peak(plan.account)
+    reserved, measured = (peak.reserved_bytes or 0) + CUDA_CONTEXT_BYTES, peak.tensor_bytes
+    with capsys.disabled():
+        print(
+            f"\n{length} tokens: tensors {measured / GIB:.3f} GiB, {planned.tensor_bytes / GIB:.3f} planned; reserved"
+        )
+        print(f"with the context {reserved / GIB:.3f}, {plan.account.card_bytes / GIB:.3f} planned, {gib} there")
+    assert 0.97 * planned.tensor_bytes <= measured <= 1.03 * planned.tensor_bytes
+    assert reserved <= limit * GIB  # the allocator keeps more than the tensors
+
+
+def test_a_step_goes_on_wherever_memory_runs_out(card: Card) -> None:
+    little = MIDDLE | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 2048}
+    options = ModelOptions("a model", bits=4, gradient_checkpointing=True, stream_layers="on")
+    config = FinetuneConfig(
+        options, train=TrainOptions(total_batch=4, max_steps=9, optimizer="adamw"),
+        memory=MemoryOptions(pretend_turing=True, loss_chunk=512, head_bits="16", mlp_tile=-1),
+    )  # fmt: skip
+    turing = detect("cuda", pretend_turing=True)
+
+    def losses(failing: list[int]) -> list[float]:
+        run = build_run(config, turing, random_base(little, options, turing), random_samples([128] * 4, 2048))
+        found = []
+        for count in failing:
+            if count:
+                card.native.fail_after(count, 1)
+            found.append(take_step(run).loss)
+        assert len(run.events) == sum(count > 0 for count in failing)
+        return found
+
+    assert losses([3, 40, 111]) == pytest.approx(losses([0, 0, 0]), rel=1e-3)
