@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,62 @@ def test_what_cannot_be_streamed_is_refused_by_name(load: Load, monkeypatch: pyt
     monkeypatch.setattr(module, "new_slot", full)
     with pytest.raises(ModelError, match=r"the slots of streamed layers \(2 x 0 MiB\) do not fit on cpu"):
         stream_layers(model, "cpu")
+
+
+class Clock:
+    """Two streams by their order of events: when the one that computes and the one that copies are through.
+
+    A simulation with given times per layer, in the real order of copies and waits; no card has been measured.
+    """
+
+    def __init__(self, copy_s: float, forward_s: float) -> None:
+        self.copy_s, self.forward_s = copy_s, forward_s
+        self.computed = self.copied = self.busy_copying = self.busy_computing = 0.0
+
+    def __call__(self, _device: torch.device) -> Clock:
+        return self
+
+    def may_write(self, _slot: torch.Tensor) -> None:
+        pass
+
+    @contextmanager
+    def after_compute(self) -> Iterator[None]:
+        self.copied = max(self.copied, self.computed)
+        yield
+
+    def mark(self) -> float:
+        self.copied += self.copy_s
+        self.busy_copying += self.copy_s
+        return self.copied
+
+    def let_compute_wait(self, event: float) -> None:
+        self.computed = max(self.computed, event)
+
+    def compute(self, seconds: float) -> None:
+        self.computed += seconds
+        self.busy_computing += seconds
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096, 16_384])
+def test_a_step_takes_as_long_as_the_longer_of_copies_and_arithmetic(
+    tokens: int, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama-3.1-8B's layers in 4 bits: 112 MiB at 12 GB/s, 2 x weights x tokens operations at 40 TFLOP/s."""
+    clock = Clock(0.516 * 218e6 / 12e9, 2 * 218e6 * tokens / 40e12)
+    monkeypatch.setattr(module, "SideStream", clock)
+    model = load("llama", 32, 12)
+    stream_layers(model, "cpu")
+    is_backward = False
+    for layer in decoder_layers(model):  # called once forward, and once where the layer is computed again
+        layer.input_layernorm.register_forward_pre_hook(  # type: ignore[union-attr, operator]
+            lambda *_: clock.compute(clock.forward_s * (2 if is_backward else 1))
+        )
+    for _ in range(3):
+        started, copying, computing = clock.computed, clock.busy_copying, clock.busy_computing
+        is_backward = False
+        loss, _ = summed_loss(model, batch(0))
+        is_backward = True
+        loss.backward()
+    step_s = clock.computed - started
+    longer = max(clock.busy_copying - copying, clock.busy_computing - computing)
+    assert longer <= step_s * 1.0001 and step_s <= 1.1 * longer
