@@ -98,25 +98,10 @@ def ended_answer(
 
 
 def answer_so_far(
-    new_ids: Sequence[int],
-    tokenizer: Any,
-    *,
-    stop_ids: Sequence[int],
-    stop_texts: Sequence[str],
-    max_new_tokens: int,
-    before: Sequence[int] = (),
-    lead: str = "",
+    new_ids: Sequence[int], tokenizer: Any, *, stop_texts: Sequence[str], max_new_tokens: int, **ends: Any
 ) -> FinishedAnswer:
     """`ended_answer` while more tokens may come: `reason` None, and nothing in the text that they can still change."""
-    ended = ended_answer(
-        new_ids,
-        tokenizer,
-        stop_ids=stop_ids,
-        stop_texts=stop_texts,
-        max_new_tokens=max_new_tokens,
-        before=before,
-        lead=lead,
-    )
+    ended = ended_answer(new_ids, tokenizer, stop_texts=stop_texts, max_new_tokens=max_new_tokens, **ends)
     if ended.reason == "stop" or len(new_ids) >= max_new_tokens:
         return ended
     return FinishedAnswer(without_open_end(ended.text, stop_texts), None, ended.n_tokens)
