@@ -25,28 +25,10 @@ class SentSoFar:
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class ResponseEnvelope:
-    """What stands at the top of every body of one answer."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-
-    def body(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.system_fingerprint,
-        }
-
-
-def new_head(prefix: str, model: str, fingerprint: str) -> ResponseEnvelope:
-    """A head with a fresh id: prefix-0123456789abcdef01234567."""
-    return ResponseEnvelope(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model, fingerprint)
+def new_head(prefix: str, model: str, fingerprint: str) -> dict[str, Any]:
+    """What stands at the top of every body of one answer, under a fresh id: prefix-0123456789abcdef01234567."""
+    answer_id = f"{prefix}-{secrets.token_hex(12)}"
+    return {"id": answer_id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 
 
 class ChatResponseBuilder:
@@ -54,7 +36,7 @@ class ChatResponseBuilder:
 
     kind, kind_of_pieces = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, ask: GenerationParams, head: ResponseEnvelope, texts: TokenTexts) -> None:
+    def __init__(self, ask: GenerationParams, head: dict[str, Any], texts: TokenTexts) -> None:
         self.ask, self.head, self._texts = ask, head, texts
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -85,7 +67,7 @@ class ChatResponseBuilder:
     def whole(self, progress: Progress) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         choices = [self._choice(index, chunk) for index, chunk in enumerate(progress.chunks)]
-        return self.head.body(self.kind) | {"choices": choices, "usage": progress.usage(self.ask.n)}
+        return self.head | {"object": self.kind, "choices": choices, "usage": progress.usage(self.ask.n)}
 
     def _choice(self, index: int, chunk: Chunk) -> dict[str, Any]:
         wanted = self.ask.top_logprobs is not None
@@ -105,7 +87,7 @@ class CompletionResponseBuilder:
 
     kind = kind_of_pieces = "text_completion"
 
-    def __init__(self, ask: GenerationParams, head: ResponseEnvelope, texts: TokenTexts) -> None:
+    def __init__(self, ask: GenerationParams, head: dict[str, Any], texts: TokenTexts) -> None:
         self.ask, self.head, self._texts = ask, head, texts
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -139,7 +121,7 @@ class CompletionResponseBuilder:
             | {"finish_reason": chunk.finish_reason}
             for index, chunk in enumerate(progress.chunks)
         ]
-        return self.head.body(self.kind) | {"choices": choices, "usage": progress.usage(self.ask.n)}
+        return self.head | {"object": self.kind, "choices": choices, "usage": progress.usage(self.ask.n)}
 
     def _echo(self, progress: Progress, index: int) -> Echo | None:
         k = index // self.ask.n

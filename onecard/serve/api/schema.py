@@ -212,25 +212,35 @@ class ChatAnswer(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
-    """One of `n` answers."""
+class Choice(BaseModel):
+    """What every choice has."""
 
     index: int
-    message: ChatAnswer
-    logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"]
 
 
-class ChatCompletion(BaseModel):
-    """The answer of /v1/chat/completions."""
+class WrittenAnswer(BaseModel):
+    """What stands at the top of every answer that was generated, and what it took."""
 
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[ChatChoice]
-    usage: UsageBody
     system_fingerprint: str
+    usage: UsageBody
+
+
+class ChatChoice(Choice):
+    """One of `n` answers."""
+
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(WrittenAnswer):
+    """The answer of /v1/chat/completions."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
 
 
 class CompletionLogprobs(BaseModel):
@@ -242,25 +252,18 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None]
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(Choice):
     """One of `n` continuations of one prompt."""
 
-    index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
 
 
-class Completion(BaseModel):
+class Completion(WrittenAnswer):
     """The answer of /v1/completions."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: UsageBody
-    system_fingerprint: str
 
 
 class Embedding(BaseModel):

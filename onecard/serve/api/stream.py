@@ -131,7 +131,7 @@ class StreamEventBuilder:
             found.append(self._event(self._form.end(index, progress.chunks[index].finish_reason or "stop")))
         if self._form.ask.include_usage:
             usage = progress.usage(self._form.ask.n)
-            found.append(event(self._form.head.body(self._form.kind_of_pieces) | {"choices": [], "usage": usage}))
+            found.append(event(self._form.head | {"object": self._form.kind_of_pieces, "choices": [], "usage": usage}))
         return found
 
     def _new(self, progress: Progress, index: int, sent: SentSoFar) -> list[bytes]:
@@ -143,7 +143,7 @@ class StreamEventBuilder:
         return [] if piece is None else [self._event(piece)]
 
     def _event(self, choice: dict[str, Any], more: dict[str, Any] | None = None) -> bytes:
-        body = self._form.head.body(self._form.kind_of_pieces) | {"choices": [choice]} | (more or {})
+        body = self._form.head | {"object": self._form.kind_of_pieces, "choices": [choice]} | (more or {})
         return event(body | {"usage": None} if self._form.ask.include_usage else body)
 
 
