@@ -34,4 +34,8 @@ def texts_of(sample: Conversation | Document) -> list[tuple[str, str]]:
     """(role, text) of each turn, the input of a question with it; of a document the one text, with an empty role."""
     if isinstance(sample, Document):
         return [("", sample.text)]
-    return [(turn.role, f"{turn.content}\n{turn.input}" if turn.input else turn.content) for turn in sample.turns]
+    return [
+        (turn.role, "\n".join([turn.content, *([turn.input] if turn.input else []), *map(str, turn.tool_calls)]))
+        for turn in sample.turns
+        if turn.role != "tool_list"  # the same one for many conversations
+    ]

@@ -30,8 +30,17 @@ class ThinkSettings:
     language: str = "en"
 
 
+def _thinks(row: RecordRow) -> bool:
+    """Whether the last answer has a thought."""
+    last = row.sample.turns[-1] if isinstance(row.sample, Conversation) else None
+    return last is not None and (bool(last.thought) or has_thought(last.content))
+
+
 def _lacks_thought(row: RecordRow) -> bool:
-    return isinstance(row.sample, Conversation) and not has_thought(row.sample.turns[-1].content)
+    """Whether the row is to be asked: a conversation without a thought, and without tools, which stays as it is."""
+    if not isinstance(row.sample, Conversation) or _thinks(row):
+        return False
+    return not any(turn.role in ("tool", "tool_list") or turn.tool_calls for turn in row.sample.turns)
 
 
 def think_tasks(settings: ThinkSettings, journal: Journal) -> Iterator[MakingTask]:
@@ -69,7 +78,10 @@ class _Unthought:
 
 def _messages(turns: list[Any]) -> list[dict[str, str]]:
     return [
-        {"role": turn.role, "content": f"{turn.content}\n\n{turn.input}" if turn.input else turn.content}
+        {
+            "role": turn.role,
+            "content": with_thought(turn.thought, f"{turn.content}\n\n{turn.input}" if turn.input else turn.content),
+        }
         for turn in turns
     ]
 
@@ -81,4 +93,4 @@ def thought_lines(settings: ThinkSettings, journal: Journal) -> Iterator[tuple[b
         if row.sample is None:
             continue
         new = made.get(str(row.place))
-        yield (True, json.dumps(new, ensure_ascii=False)) if new else (not _lacks_thought(row), row.line())
+        yield (True, json.dumps(new, ensure_ascii=False)) if new else (_thinks(row), row.line())
