@@ -98,7 +98,8 @@ TABLE = {
     "columns": same("instruction:instruction"), "txt_split": same("line"),  # the data are no txt
     "data_path": Row("OTHER_DATA"), "data": Row("OTHER_DATA"),
     "prompt_type": Row("chatml"), "dialogue": Row(True), "cutoff_len": Row(40),
-    "train_on": Row("everything"), "test_size": Row(5), "strict": same(True),
+    "train_on": Row("everything"), "thinking": same("drop"),  # no answer of the data thinks
+    "test_size": Row(5), "strict": same(True),
     "cache_path": same("CACHE", lambda s: bool(list((s.output.parent / "other-cache").glob("*.arrow")))),
     "peft_method": Row("ia3"),
     "lora_r": Row(4), "lora_alpha": Row(8), "lora_dropout": Row(0.5), "lora_target_modules": Row("q_proj"),
