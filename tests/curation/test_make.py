@@ -14,8 +14,11 @@ from onecard.curation.make.endpoint import EndpointError
 from onecard.curation.make.journal import JOURNAL_FILE, Journal, JournalEntry
 from onecard.curation.make.novelty import Novelty, rouge_l
 from onecard.curation.make.qa_from_documents import passages
-from onecard.curation.words import words_of
-from onecard.data.sources import ReadReport, read
+from onecard.curation.make.self_instruct import seed_tasks
+from onecard.curation.make.think import _lacks_thought, _thinks
+from onecard.curation.rows import read_rows
+from onecard.curation.words import texts_of, words_of
+from onecard.data.sources import ReadReport, Source, read
 from onecard.errors import ConfigError, DataError
 from onecard.programs._data_make import QaFromDocumentsOptions, SelfInstructOptions, ThinkOptions, make_data
 from tests.curation.scripted_endpoint import Reply, ScriptedEndpoint, completion, scripted
@@ -393,3 +396,20 @@ def test_prompts_are_there_in_both_languages() -> None:
         assert "{passage}" in found["qa"]
         assert "{question}" in found["think"]
     assert sum("一" <= word <= "龥" for word in words_of(texts["zh"]["qa"])) > 50
+
+
+def test_rows_with_tools_are_left_as_they_are(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    user, result = {"role": "user", "content": "q"}, {"role": "tool", "content": "3"}
+    records = [
+        {"messages": [user, call, result, {"role": "assistant", "content": "three"}], "tools": [{"name": "add"}]},
+        {"messages": [user, {"role": "assistant", "content": "four", "reasoning_content": "Hm."}]},
+        {"messages": [user, {"role": "assistant", "content": "five"}]},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    rows = list(read_rows(Source((str(file),)), ReadReport()))
+    assert [(_thinks(row), _lacks_thought(row)) for row in rows] == [(False, False), (True, False), (False, True)]
+    assert [task["output"] for task in seed_tasks(Source((str(file),)))] == ["four", "five"]
+    assert [role for role, _ in texts_of(rows[0].sample)] == ["user", "assistant", "tool", "assistant"]
+    assert "add" in texts_of(rows[0].sample)[1][1]
