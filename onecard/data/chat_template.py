@@ -10,7 +10,6 @@ Does not know token ids (tokenization.py), masks and truncation (encode.py), or 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,15 @@ from typing import Any, NamedTuple
 
 from onecard.config.training import TEMPLATE_ALIASES
 from onecard.console import nearest
-from onecard.data.built_in_templates import BUILT_IN, FOLDER, built_in_name, without_bos
+from onecard.data.built_in_templates import (
+    BUILT_IN,
+    FLAG,
+    FOLDER,
+    METADATA,
+    built_in_name,
+    read_metadata,
+    without_bos,
+)
 from onecard.data.jinja_chat import compile_chat_template, reads_input, render_chat, variables_read
 from onecard.data.lost_turns import TurnKeeper
 from onecard.data.message_forms import messages_for, with_thoughts_for
@@ -29,13 +36,11 @@ from onecard.data.special_tokens import added_tokens, beginning_ids, single_toke
 from onecard.data.thoughts import completion, empty_thought, has_thought, opened_thought, split_thought, with_thought
 from onecard.errors import ConfigError, DataError
 
-FLAG = "--prompt_type"
 EOS = "eos"
 THOUGHT_SWITCHES = ("enable_thinking", "thinking")  # of Qwen3, GLM and SmolLM3; of DeepSeek V3.1 and Granite
 _PLACEHOLDER = re.compile("\x00([0-9]+)\x00")
 _MOST_SKELETONS = 4096
 _PROBE = "onecard probe answer"
-_METADATA = re.compile(r"\A\{#-?\s*onecard:(.*?)-?#\}", re.DOTALL)
 
 
 class Segment(NamedTuple):
@@ -377,27 +382,13 @@ def own_chat_template(tokenizer: Any) -> str | None:
 def _from_jinja(name: str, jinja: str, tokenizer: Any) -> Template:
     """A template out of its text: end and stops from the first line, or found out by rendering a probe."""
     compile_chat_template(jinja)
-    match = _METADATA.match(jinja)
+    match = METADATA.match(jinja)
     if match is None:
         template = Template(name=name, jinja=jinja, end=_find_end(jinja, tokenizer))
     else:
-        template = Template(name, jinja, *_read_metadata(name, match.group(1)))
+        template = Template(name, jinja, *read_metadata(name, match.group(1)))
     template.end_text(tokenizer)
     return template
-
-
-def _read_metadata(name: str, text: str) -> tuple[str, tuple[str, ...]]:
-    try:
-        metadata = json.loads(text)
-        end, stop = metadata["end"], metadata.get("stop", [])
-    except (ValueError, KeyError, TypeError, AttributeError) as reason:
-        raise ConfigError(
-            FLAG, f'template {name}: its first line is not {{"end": ..., "stop": [...]}}: {reason}'
-        ) from reason
-    good = isinstance(end, str) and end and isinstance(stop, list) and all(isinstance(s, str) and s for s in stop)
-    if not good:
-        raise ConfigError(FLAG, f"template {name}: on its first line `end` must be a text and `stop` a list of texts")
-    return end, tuple(stop)
 
 
 def _find_end(jinja: str, tokenizer: Any) -> str:
