@@ -89,7 +89,7 @@ def _read(settings: SplitSettings, partial: Path, sketches: Sketches) -> tuple[n
             if row.sample is None:
                 bad.append(f"{row.place}: {row.problem}")
                 continue
-            text = "\n".join(text for _, text in texts_of(row.sample))
+            text = "\n".join(text for _, text in texts_of(row.sample, with_frame=False))
             sketches.add(text)
             digest = hashlib.blake2b(f"{settings.seed} {text}".encode(), digest_size=8).digest()
             marks.append(np.frombuffer(digest, dtype="<u8")[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from onecard.data.messages import Conversation, Document
+from onecard.data.messages import Conversation, Document, Turn
 
 # Chinese and Japanese are not written with blanks, so a character is a word; "2+2" and "2-2" are different texts,
 # "Hello!" and "hello" are not.
@@ -16,6 +16,8 @@ _WORD = re.compile(
     "|[^\\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
     "|[-+*/=<>^%$#@&|~_\\\\]"
 )
+
+_FRAME = ("system", "tool_list")
 
 
 def words_of(text: str) -> list[str]:
@@ -30,12 +32,18 @@ def runs_of(words: list[str], length: int) -> list[str]:
     return [" ".join(words[start : start + length]) for start in range(len(words) - length + 1)]
 
 
-def texts_of(sample: Conversation | Document) -> list[tuple[str, str]]:
-    """(role, text) of each turn, the input of a question with it; of a document the one text, with an empty role."""
+def texts_of(sample: Conversation | Document, *, with_frame: bool = True) -> list[tuple[str, str]]:
+    """(role, text) of each turn with its thought, input and calls; of a document the one text, with an empty role.
+
+    The worse answer of a preference pair comes last. with_frame: system texts and lists of tools, too, which many
+    records share.
+    """
     if isinstance(sample, Document):
         return [("", sample.text)]
-    return [
-        (turn.role, "\n".join([turn.content, *([turn.input] if turn.input else []), *map(str, turn.tool_calls)]))
-        for turn in sample.turns
-        if turn.role != "tool_list"  # the same one for many conversations
-    ]
+    turns = (*sample.turns, *sample.rejected)
+    return [(turn.role, _text_of(turn)) for turn in turns if with_frame or turn.role not in _FRAME]
+
+
+def _text_of(turn: Turn) -> str:
+    calls = (f"{call.name} {call.arguments}" for call in turn.tool_calls)
+    return "\n".join(filter(None, (turn.thought, turn.content, turn.input, *calls)))

@@ -195,6 +195,25 @@ def test_what_makes_a_duplicate_can_be_the_question_alone(tmp_path: Path) -> Non
     assert cleaned(tmp_path / "again", rows, compare="question")[0] == [rows[0], rows[2]]
 
 
+def test_records_that_differ_in_calls_thoughts_or_the_worse_answer_are_no_duplicates(tmp_path: Path) -> None:
+    def called(arguments: str, system: str = "You may call tools.") -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return {"messages": [{"role": "system", "content": system}, {"role": "user", "content": "How is the weather?"},
+                             {"role": "assistant", "content": "", "tool_calls": [call]}]}  # fmt: skip
+
+    def thinking(thought: str) -> dict[str, Any]:
+        return pair("What is a lake?", f"<think>\n{thought}\n</think>\n\nWater.")
+
+    def preferred(rejected: str) -> dict[str, Any]:
+        return {"prompt": "Say hello", "chosen": "Hello to you", "rejected": rejected}
+
+    rows = [called('{"city": "Rome"}'), called('{"city": "Oslo"}'), thinking("One."), thinking("Two."),
+            preferred("No"), preferred("Never"), called('{"city": "Rome"}', system="Other words.")]  # fmt: skip
+    kept, removed = cleaned(tmp_path, rows)
+    assert kept == rows[:6]
+    assert [(entry["line"], entry["reason"]) for entry in removed] == [(7, "exact duplicate")]
+
+
 @needs_ftfy
 def test_wrong_encoding_is_repaired_and_nothing_else_is_touched(tmp_path: Path) -> None:
     right = ["café au lait", "你好，世界！（全角）“引号”", "if a &lt; b: ﬁnd(“x”)\r\n\tnext", "⑥ ½ Å ｈａｌｆ"]

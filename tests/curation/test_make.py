@@ -284,6 +284,9 @@ def test_thoughts_stay_where_the_answer_agrees(tmp_path: Path) -> None:
         {"instruction": "Name a colour.", "output": "Red"},
         {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "What is 1 + 1?"},
                       {"role": "assistant", "content": "2"}]},
+        {"prompt": "Say hello", "chosen": "Hello", "rejected": "No"},
+        {"messages": [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": "{}"}}]}]},
     ]  # fmt: skip
     source = write(tmp_path / "rows.jsonl", rows)
     script = [
@@ -306,7 +309,7 @@ def test_thoughts_stay_where_the_answer_agrees(tmp_path: Path) -> None:
     assert made[2] == rows[2]
     assert made[3]["messages"][:2] == rows[4]["messages"][:2]
     assert made[1]["provenance"] == {"made_by": "think", "model": "m", "task": "rows.jsonl:2"}
-    assert rows_of(tmp_path / "out" / "without_thought.jsonl") == [rows[3]]
+    assert rows_of(tmp_path / "out" / "without_thought.jsonl") == [rows[3], *rows[5:]]
     assert server.requests[5]["messages"][0] == {"role": "system", "content": "S"}
     entries = rows_of(tmp_path / "out" / JOURNAL_FILE)[1:]
     assert [(entry["n_requests"], entry["problem"]) for entry in entries] == [

@@ -71,7 +71,7 @@ def length_check(min_chars: int, max_chars: int) -> Check:
     """Objects to records with fewer or more characters in all their texts; 0: no limit."""
 
     def check(sample: Conversation | Document) -> Objection | None:
-        n_chars = sum(len(text.strip()) for _, text in texts_of(sample))
+        n_chars = sum(len(text.strip()) for _, text in texts_of(sample, with_frame=False))
         if n_chars < min_chars:
             return Objection("too short", f"{n_chars} characters")
         if max_chars and n_chars > max_chars:
@@ -96,7 +96,7 @@ def language_check(languages: list[str], flag: str = "--languages") -> Check:
         raise ConfigError(flag, f"{wrong[0]!r} is no code of a language; write them like zh,en")
 
     def check(sample: Conversation | Document) -> Objection | None:
-        text = "\n".join(text for _, text in texts_of(sample))[:_JUDGED_CHARS]
+        text = "\n".join(text for _, text in texts_of(sample, with_frame=False))[:_JUDGED_CHARS]
         if len(text.encode("utf-8")) < _JUDGED_BYTES:
             return None
         best = detector.detect(text, k=1)[0]
@@ -122,7 +122,7 @@ class EvaluationOverlap:
         self._short: dict[str, str] = {}
         for question in read_questions(source, report=ReadReport()):
             self.n_questions += 1
-            self._take(question.record, [text for role, text in texts_of(question) if role != "system"], times)
+            self._take(question.record, [text for _, text in texts_of(question, with_frame=False)], times)
         for key, count in times.items():
             if count > _SHARED_BY:
                 del self._first[key]

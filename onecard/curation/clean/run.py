@@ -208,8 +208,8 @@ def _objection(row: RecordRow, checks: list[Check]) -> Objection | None:
 
 
 def _compared(sample: Conversation | Document, compare: str) -> str:
-    """The text by which duplicates are found."""
-    texts = texts_of(sample)
+    """The text by which duplicates are found; shared system texts and lists of tools make no records alike."""
+    texts = texts_of(sample, with_frame=False)
     if compare == "question" and texts[0][0]:
         texts = [(role, text) for role, text in texts if role == "user"]
     return "\n".join(text for _, text in texts)

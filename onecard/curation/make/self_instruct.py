@@ -45,10 +45,8 @@ def seed_tasks(source: Source) -> list[dict[str, str]]:
     """The first question and answer of each conversation. Raises DataError where there is none."""
     found = []
     for sample in read(source, report=ReadReport()):
-        if isinstance(sample, Conversation):
-            turns = [turn for turn in sample.turns if turn.role not in ("system", "tool_list")]
-            if turns[1].tool_calls:
-                continue
+        turns = [turn for turn in sample.turns if turn.role != "system"] if isinstance(sample, Conversation) else []
+        if [turn.role for turn in turns[:2]] == ["user", "assistant"] and turns[1].content:
             found.append({"instruction": turns[0].content, "input": turns[0].input, "output": turns[1].content})
     if not found:
         raise DataError("no seed task: questions with answers are needed, and only texts are there", source.name)

@@ -31,22 +31,28 @@ class ThinkSettings:
 
 
 def _thinks(row: RecordRow) -> bool:
-    """Whether the last answer has a thought."""
-    last = row.sample.turns[-1] if isinstance(row.sample, Conversation) else None
-    return last is not None and (bool(last.thought) or has_thought(last.content))
+    """Whether the last answer has a thought; a document is nothing to think about."""
+    if not isinstance(row.sample, Conversation):
+        return True
+    last = row.sample.turns[-1]
+    return bool(last.thought) or has_thought(last.content)
 
 
-def _lacks_thought(row: RecordRow) -> bool:
-    """Whether the row is to be asked: a conversation without a thought, and without tools, which stays as it is."""
-    if not isinstance(row.sample, Conversation) or _thinks(row):
-        return False
-    return not any(turn.role in ("tool", "tool_list") or turn.tool_calls for turn in row.sample.turns)
+def _can_be_asked(row: RecordRow) -> bool:
+    """Whether it is questions and answers alone: calls of tools and preference pairs stay as they are."""
+    sample = row.sample
+    return (
+        isinstance(sample, Conversation)
+        and not sample.rejected
+        and sample.turns[-1].role == "assistant"
+        and all(turn.role in ("system", "user", "assistant") and not turn.tool_calls for turn in sample.turns)
+    )
 
 
 def think_tasks(settings: ThinkSettings, journal: Journal) -> Iterator[MakingTask]:
     """A task for each row without a thought that is not done. Raises DataError."""
     for row in read_rows(settings.source, ReadReport()):
-        if _lacks_thought(row) and str(row.place) not in journal.done:
+        if not _thinks(row) and _can_be_asked(row) and str(row.place) not in journal.done:
             assert isinstance(row.sample, Conversation)
             yield MakingTask(str(row.place), _Unthought(settings, row.sample).ask)
 
@@ -78,10 +84,7 @@ class _Unthought:
 
 def _messages(turns: list[Any]) -> list[dict[str, str]]:
     return [
-        {
-            "role": turn.role,
-            "content": with_thought(turn.thought, f"{turn.content}\n\n{turn.input}" if turn.input else turn.content),
-        }
+        {"role": turn.role, "content": f"{turn.content}\n\n{turn.input}" if turn.input else turn.content}
         for turn in turns
     ]
 
