@@ -248,11 +248,11 @@ def test_a_missing_path_is_named_before_any_network(path: str, monkeypatch: pyte
 
 
 def test_a_folder_without_data_and_a_file_of_another_kind(tmp_path: Path) -> None:
-    (tmp_path / "notes.docx").write_bytes(b"PK")
+    (tmp_path / "notes.xlsx").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"no usable record; it has no file of \.json"):
         read_all(tmp_path)
-    with pytest.raises(DataError, match=r"\.docx is no known format; known: \.json"):
-        read_all(tmp_path / "notes.docx")
+    with pytest.raises(DataError, match=r"\.xlsx is no known format; known: \.json"):
+        read_all(tmp_path / "notes.xlsx")
 
 
 def test_a_hub_data_set_streams_with_row_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
