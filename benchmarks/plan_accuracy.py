@@ -150,6 +150,7 @@ def attempt(
     name: str, config: dict[str, Any], rows: int, length: int, rest: dict[str, Any], hardware: Any
 ) -> dict[str, Any]:
     """The row; on a card, where it does not fit or fails, what there is to say instead: others are still measured."""
+    from onecard.model.allocator import has_expandable_segments
     from onecard.model.hardware import choose_dtype
     from onecard.model.memory.architecture import architecture_of
     from onecard.model.memory.estimate import MemoryConfig, account
@@ -158,7 +159,8 @@ def attempt(
 
     dtype, _ = choose_dtype("auto", rest["bits"], hardware, config["model_type"])
     setup = MemoryConfig(**{"element_bytes": dtype.itemsize, "rows": rows, "length": length, "on_gpu": hardware.is_gpu,
-                            "repeats_kv": not hardware.has_flash_attention_in(dtype.itemsize), **rest})  # fmt: skip
+                            "repeats_kv": not hardware.has_flash_attention_in(dtype.itemsize),
+                            "expandable_segments": has_expandable_segments(), **rest})  # fmt: skip
     planned = account(architecture_of(config, name=name), setup)
     if not hardware.is_gpu:
         return measure(name, config, setup, planned, hardware)

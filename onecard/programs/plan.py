@@ -146,15 +146,18 @@ def find_cards(options: PlanOptions) -> list[tuple[Any, Any]]:
     import psutil
     import torch
 
+    from onecard.model.allocator import has_expandable_segments, prefer_expandable_segments
     from onecard.model.hardware import Hardware, detect
     from onecard.model.memory.plan import CardSpec
 
+    prefer_expandable_segments()  # as the run will
     old, ram = options.memory.pretend_turing, psutil.virtual_memory().total
     sizes = {f"a card of {gib:g} GiB": int(gib * 2**30) for gib in numbers(options.memory.sizes, float)}
     if sizes:
-        device = torch.device("cuda")
+        device, expandable = torch.device("cuda"), has_expandable_segments()
         return [
-            (CardSpec(name, size, ram), Hardware(device, name, size, not old, None)) for name, size in sizes.items()
+            (CardSpec(name, size, ram, expandable_segments=expandable), Hardware(device, name, size, not old, None))
+            for name, size in sizes.items()
         ]
     from onecard.train.auto_config import card_of
 

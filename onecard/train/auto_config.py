@@ -21,6 +21,7 @@ from onecard.console import say, warn
 from onecard.data.batches import auto_test_size
 from onecard.errors import ConfigError
 from onecard.installation import command
+from onecard.model.allocator import has_expandable_segments
 from onecard.model.hardware import (
     Hardware,
     choose_dtype,
@@ -54,7 +55,13 @@ def card_of(hardware: Hardware, vram_gib: float = 0.0, max_memory: str | None = 
     room = min(free_and_total_bytes(device)[0] + reserved_bytes(device) for device in _devices(hardware, max_memory))
     # Of the context that the plan counts about half is there already, so it is not among what is free.
     total = int(vram_gib * GIB) or room + CUDA_CONTEXT_BYTES // 2
-    return CardSpec(hardware.name, min(total, hardware.total_bytes), ram, repeats_kv=not hardware.has_flash_attention)
+    return CardSpec(
+        hardware.name,
+        min(total, hardware.total_bytes),
+        ram,
+        repeats_kv=not hardware.has_flash_attention,
+        expandable_segments=has_expandable_segments(),
+    )
 
 
 def _devices(hardware: Hardware, max_memory: str | None) -> list[torch.device]:

@@ -36,6 +36,7 @@ from onecard.train.auto_config import choices_of, limits_of, resolve_test_size
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
 from onecard.train.loop import total_steps
+from onecard.train.oom import give_back_memory
 from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
 from onecard.train.resume import ResumePoint, continued
 from onecard.train.run import HeldOutSources, Run
@@ -203,6 +204,8 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
         embedding.neftune_noise_alpha = options.neftune_alpha
         embedding.register_forward_hook(neftune_post_forward_hook)
     use_limits(run, limits_of(config))
+    if hardware.is_gpu:
+        give_back_memory()  # blocks of whole weights, quantised since, whose sizes no step asks for
     if point is not None:
         restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)

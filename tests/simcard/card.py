@@ -63,6 +63,18 @@ def parse(text: str) -> Spec:
     return Spec(tuple(devices), **dict.fromkeys(words, True))
 
 
+@contextmanager
+def shapes_only(computed_bytes: int = 1 << 20) -> Iterator[None]:
+    """Compute only what works on at most this many bytes; larger tensors have shapes and memory, no values."""
+    native = sys.modules[MODULE]
+    before = native.computed_bytes()
+    native.compute_up_to(computed_bytes)
+    try:
+        yield
+    finally:
+        native.compute_up_to(before)
+
+
 class Card:
     """The installed card: `native` is its library."""
 
@@ -70,15 +82,7 @@ class Card:
         self.native = native
         self.spec = spec
 
-    @contextmanager
-    def shapes_only(self, computed_bytes: int = 1 << 20) -> Iterator[None]:
-        """Compute only what works on at most this many bytes; larger tensors have shapes and memory, no values."""
-        before = self.native.computed_bytes()
-        self.native.compute_up_to(computed_bytes)
-        try:
-            yield
-        finally:
-            self.native.compute_up_to(before)
+    shapes_only = staticmethod(shapes_only)
 
     @contextmanager
     def behaving(self, *, late: bool = False, garbage: bool = False, expandable: bool = False) -> Iterator[None]:

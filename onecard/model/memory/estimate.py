@@ -26,10 +26,12 @@ GIB = 2**30
 RNG_BYTES = 5056  # each checkpoint keeps the state of the CPU's generator; it lies in RAM
 IDS_BYTES = 8  # token ids, labels and masks are int64
 
-# Assumed, not measured: what a process holds before its first tensor (context, kernels, cuBLAS workspaces), and what
-# the caching allocator keeps beyond the tensors, as a share of what comes and goes.
+# Assumed, not measured: what a process holds before its first tensor (context, kernels, cuBLAS workspaces).
 CUDA_CONTEXT_BYTES = GIB // 2
-SLACK_SHARE = 0.05
+# What torch's caching allocator needs beyond the tensors: a share of what comes and goes, and some bytes. Source: the
+# smallest limits under which a step ran with the arithmetic of that allocator (benchmarks/reserved_memory.py), with
+# segments that grow and without; no card has confirmed them yet.
+GROWING_SLACK, FIXED_SLACK = (0.08, 40 * 2**20), (0.3, 50 * 2**20)
 
 # NF4 with double quantisation (arXiv:2305.14314): an 8-bit scale for each 64 weights, an fp32 one for each 256 scales,
 # one offset, and two tables of 16 and 256 numbers for each layer.
@@ -78,6 +80,8 @@ class MemoryConfig:
     repeats_kv: bool = False
     """Keys and values are copied for every query head, as the kernel of older cards needs them."""
     on_gpu: bool = True
+    expandable_segments: bool = True
+    """Segments of torch's allocator grow, so that what is freed is room for anything."""
     n_cards: int = 1
     """Cards that the layers are spread over; the account is for the fullest one."""
 
@@ -136,7 +140,8 @@ def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
         parts = [_on_fullest(part, model, setup) for part in parts]
     if setup.on_gpu:
         moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
-        parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, int(moving * SLACK_SHARE))]
+        share, least = GROWING_SLACK if setup.expandable_segments else FIXED_SLACK
+        parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, least + int(moving * share))]
     return MemoryEstimate(tuple(part for part in parts if part.n_bytes))
 
 

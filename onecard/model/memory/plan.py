@@ -46,6 +46,8 @@ class CardSpec:
     """Its attention kernel copies keys and values for each query head: cards before Ampere, and unknown ones.
 
     In fp32 all do."""
+    expandable_segments: bool = True
+    """torch's allocator leaves no gaps between what is freed; see `model/allocator.py`."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def _first_setup(
         eager_attention=config.model.attn_implementation == "eager",
         repeats_kv=card.is_gpu and (card.repeats_kv or element_bytes == FP32),
         on_gpu=card.is_gpu,
+        expandable_segments=card.expandable_segments,
         n_cards=n_gpus_of(config.model.max_memory) if card.is_gpu else 1,
     )
 

@@ -254,6 +254,11 @@ def _head_lines(plan: Plan) -> list[str]:
     if model.stored_bits:
         lines += _wrap(f"note: its files are quantised already, to {model.stored_bits} bits")
     lines += [line for note in model.notes for line in _wrap(f"note: {note}")]
+    if plan.card.is_gpu and not plan.card.expandable_segments:
+        lines += _wrap(
+            "note: without expandable segments, which Windows and WSL do not have, torch leaves gaps in the card's "
+            "memory; more is counted for them"
+        )
     if 0 < model.max_positions < plan.longest_row:
         lines += _wrap(f"note: {plan.longest_row:,} tokens are more than the model's {model.max_positions:,} positions")
     return lines

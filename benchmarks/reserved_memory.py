@@ -1,0 +1,177 @@
+#!/usr/bin/env python
+"""What the plan says beside the smallest memory in which a step runs, on a simulated card (tests/simcard/README.md).
+
+    python benchmarks/reserved_memory.py [--rows 0,3] [--split held_out]
+
+Each row loads a model of random weights as shapes, without and with expandable segments, in a process of its own, and
+halves the allocator's limit between what the tensors took and what was reserved until it knows the smallest one within
+0.8 %. A row is the largest micro-batch, forward and backward, over gradients that are there. The allocator's arithmetic
+is torch's; no figure is a measurement of a card. The two constants of the slack in onecard/model/memory/estimate.py
+were chosen by the rows "fit". Writes benchmarks/results/reserved_memory.json.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # Started as a script, Python sees only the script's own folder.
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.console import run_main, say  # noqa: E402
+from onecard.errors import ModelError  # noqa: E402
+
+CARD = "sm75:80GiB"
+MODES = ("fixed", "expandable")
+PRECISION = 0.008  # of the tensors
+# split, model, rows, length, and the rest of a `MemoryConfig`. "fit": looked at when the constants were chosen.
+ROWS: list[tuple[str, str, int, int, dict[str, Any]]] = [
+    ("fit", "Llama-3.2-1B", 4, 1000, {"bits": 16}),
+    ("fit", "Qwen2.5-0.5B", 8, 512, {"bits": 4, "loss_chunk": 256}),
+    ("fit", "Qwen2.5-1.5B", 1, 4096, {"bits": 4}),
+    ("fit", "Qwen2.5-7B", 1, 1024, {"bits": 8}),
+    ("fit", "Llama-3.2-3B", 2, 3072, {"bits": 8}),
+    ("fit", "Qwen2.5-7B", 1, 1024, {"bits": 4}),
+    ("fit", "Qwen2.5-7B", 1, 4096, {"bits": 4, "offload_activations": True}),
+    ("held_out", "Llama-3.1-8B", 2, 2048, {"bits": 4}),
+    ("held_out", "Qwen2.5-3B", 2, 777, {"bits": 4, "rank": 64, "optimizer": "paged_adamw_8bit"}),
+    ("held_out", "Qwen3-8B", 3, 1500, {"bits": 4}),
+    ("held_out", "Mistral-7B", 1, 8192, {"bits": 4, "mlp_tile": 2048}),
+    ("held_out", "Llama-3.1-8B", 1, 16384, {"bits": 4, "offload_activations": True, "mlp_tile": 4096}),
+]
+
+
+@dataclass
+class ReservedMemoryOptions:
+    """What is tried."""
+
+    rows: str = ""
+    """Numbers of rows, counted from 0; empty: all of the split."""
+    split: str = "all"
+    """fit, held_out or all."""
+    row: int = -1
+    """Inside the process of one row: its number."""
+    mode: str = "fixed"
+    """Inside the process of one row: fixed or expandable."""
+    output: str = str(RESULTS / "reserved_memory.json")
+    """Where the result goes."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table, write the file."""
+    options = parse(ReservedMemoryOptions, argv, description=__doc__)
+    if options.row >= 0:
+        _, name, rows, length, rest = ROWS[options.row]
+        say(json.dumps(in_this_process(name, rows, length, rest, expandable=options.mode == MODES[1])))
+        return
+    asked = [int(number) for number in options.rows.split(",") if number.strip()] or range(len(ROWS))
+    found = []
+    for number in asked:
+        for mode in MODES:
+            if options.split in (ROWS[number][0], "all"):
+                found.append({"split": ROWS[number][0], "mode": mode, **in_a_process(number, mode)})
+                write_result(options.output, {"rows": found, "summary": summary(found), "machine": machine("cpu")})
+    tell(found)
+
+
+def in_a_process(number: int, mode: str) -> dict[str, Any]:
+    """One row, on a card that nothing else was on. Raises ModelError with what it said last."""
+    card = CARD + (",expandable" if mode == MODES[1] else "")
+    words = [sys.executable, "-m", "tests.simcard", card, __file__, "--row", str(number), "--mode", mode]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
+    rows = [line for line in done.stdout.splitlines() if line.startswith('{"model"')]
+    if done.returncode or not rows:
+        raise ModelError(f"row {number} failed: {' '.join(done.stderr.splitlines()[-3:])}")
+    return dict(json.loads(rows[-1]))
+
+
+def in_this_process(
+    model: str | dict[str, Any], rows: int, length: int, rest: dict[str, Any], *, expandable: bool
+) -> dict[str, Any]:
+    """Plan and measure one setup on the simulated card of this process, in bytes without the context."""
+    import torch
+
+    from benchmarks.plan_accuracy import real_run
+    from benchmarks.random_models import config_of
+    from onecard.model.hardware import detect
+    from onecard.model.memory.architecture import architecture_of
+    from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, MemoryConfig, account
+    from onecard.train.oom import give_back_memory
+    from tests.simcard.card import shapes_only
+
+    config = config_of(model) if isinstance(model, str) else model
+    setup = MemoryConfig(element_bytes=2, rows=rows, length=length, repeats_kv=True, expandable_segments=expandable,
+                         **rest)  # fmt: skip
+    planned = account(architecture_of(config), setup)
+    with shapes_only():
+        run = real_run(config, setup, detect("cuda", pretend_turing=True))
+        give_back_memory()
+        try:
+            found = smallest_limit(run, rows)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    bytes_planned = planned.card_bytes - CUDA_CONTEXT_BYTES
+    name = model if isinstance(model, str) else str(model["model_type"])
+    return {"model": name, "rows": rows, "length": length, **rest, "planned_tensor_bytes": planned.tensor_bytes,
+            "planned_bytes": bytes_planned, **found, "ratio": bytes_planned / found["limit_bytes"]}  # fmt: skip
+
+
+def smallest_limit(run: Any, rows: int) -> dict[str, int]:
+    """Bytes of tensors at the peak, bytes reserved without a limit, and the smallest limit that the step runs under."""
+    import numpy as np
+    import torch
+
+    from onecard.train.oom import give_back_memory
+    from onecard.train.step import accumulate
+
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def runs() -> bool:
+        _, failed = accumulate(run, [np.arange(rows)], 1000.0)
+        give_back_memory()
+        return not failed
+
+    if not runs():  # from here on there are gradients
+        raise ModelError("the step does not run on the whole card")
+    torch.cuda.reset_peak_memory_stats()
+    runs()
+    tensors, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    too_few, enough = tensors, reserved
+    while enough - too_few > PRECISION * tensors:
+        middle = (too_few + enough) // 2
+        torch.cuda.set_per_process_memory_fraction(middle / total)
+        too_few, enough = (too_few, middle) if runs() else (middle, enough)
+    return {"tensor_bytes": tensors, "reserved_bytes": reserved, "limit_bytes": enough}
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The lowest and the highest ratio of plan and limit, by mode and split."""
+    groups: dict[str, list[float]] = {}
+    for row in found:
+        groups.setdefault(f"{row['mode']}, {row['split']}", []).append(row["ratio"])
+    return {name: {"rows": len(ratios), "lowest": round(min(ratios), 4), "highest": round(max(ratios), 4)}
+            for name, ratios in groups.items()}  # fmt: skip
+
+
+def tell(found: list[dict[str, Any]]) -> None:
+    """The table, in GiB."""
+    sizes = ("planned_bytes", "tensor_bytes", "reserved_bytes", "limit_bytes")
+    say_table(
+        ["split", "segments", "model", "bits", "rows x length", "planned", "tensors", "reserved", "limit", "ratio"],
+        [[row["split"], row["mode"], row["model"], row["bits"], f"{row['rows']} x {row['length']:,}",
+          *(f"{row[size] / 2**30:.2f}" for size in sizes), f"{row['ratio']:.3f}"] for row in found],
+    )  # fmt: skip
+    for name, one in summary(found).items():
+        say(f"{name}: plan / limit from {one['lowest']:.3f} to {one['highest']:.3f} over {one['rows']} rows")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
