@@ -15,7 +15,7 @@ from onecard.curation.make.journal import JOURNAL_FILE, Journal, JournalEntry
 from onecard.curation.make.novelty import Novelty, rouge_l
 from onecard.curation.make.qa_from_documents import passages
 from onecard.curation.make.self_instruct import seed_tasks
-from onecard.curation.make.think import _lacks_thought, _thinks
+from onecard.curation.make.think import _can_be_asked, _thinks
 from onecard.curation.rows import read_rows
 from onecard.curation.words import texts_of, words_of
 from onecard.data.sources import ReadReport, Source, read
@@ -412,7 +412,7 @@ def test_rows_with_tools_are_left_as_they_are(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     rows = list(read_rows(Source((str(file),)), ReadReport()))
-    assert [(_thinks(row), _lacks_thought(row)) for row in rows] == [(False, False), (True, False), (False, True)]
+    assert [(_thinks(row), _can_be_asked(row)) for row in rows] == [(False, False), (True, True), (False, True)]
     assert [task["output"] for task in seed_tasks(Source((str(file),)))] == ["four", "five"]
-    assert [role for role, _ in texts_of(rows[0].sample)] == ["user", "assistant", "tool", "assistant"]
-    assert "add" in texts_of(rows[0].sample)[1][1]
+    assert [role for role, _ in texts_of(rows[0].sample, with_frame=False)] == ["user", "assistant", "tool", "assistant"]
+    assert "add" in texts_of(rows[0].sample, with_frame=False)[1][1]
