@@ -414,5 +414,10 @@ def test_rows_with_tools_are_left_as_they_are(tmp_path: Path) -> None:
     rows = list(read_rows(Source((str(file),)), ReadReport()))
     assert [(_thinks(row), _can_be_asked(row)) for row in rows] == [(False, False), (True, True), (False, True)]
     assert [task["output"] for task in seed_tasks(Source((str(file),)))] == ["four", "five"]
-    assert [role for role, _ in texts_of(rows[0].sample, with_frame=False)] == ["user", "assistant", "tool", "assistant"]
+    assert [role for role, _ in texts_of(rows[0].sample, with_frame=False)] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert "add" in texts_of(rows[0].sample, with_frame=False)[1][1]
