@@ -29,7 +29,7 @@ from onecard.train.state import STATE_NAME, TrainerState
 OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
 ADAPTER_PREFIX = "adapter_"
 # Options that may name a file or a directory, and their values that never do.
-PATHS = ("model_path", "data_path", "data", "prompt_type", "cache_path", "output_path", "resume_from_checkpoint",
+PATHS = ("model_path", "data_path", "prompt_type", "cache_path", "output_path", "resume_from_checkpoint",
          "init_adapter", "lora_remote_checkpoint", "deepspeed")  # fmt: skip
 WORDS = ("auto", "none", *BUILT_IN)
 
@@ -43,15 +43,15 @@ def portable(config: FinetuneConfig) -> FinetuneConfig:
     def moved(group: Any) -> Any:
         values = {f.name: getattr(group, f.name) for f in fields(group) if f.name in PATHS}
         found = {name: _absolute(value) for name, value in values.items() if value is not None}
-        if values.get("data"):
-            folder = Path(str(values["data_path"])).expanduser()
-            found["data"] = [
-                f"{portion.name if _is_in(folder, portion.name) else _absolute(portion.name)}{portion.suffix}"
-                for portion in data_portions(values["data"])
-            ]
         return replace(group, **found)
 
-    return replace(config, model=moved(config.model), data=moved(config.data), train=moved(config.train))
+    folder = Path(str(config.data.data_path)).expanduser()
+    named = [
+        f"{portion.name if _is_in(folder, portion.name) else _absolute(portion.name)}{portion.suffix}"
+        for portion in data_portions(config.data.data)
+    ]
+    data = replace(moved(config.data), data=named or config.data.data)
+    return replace(config, model=moved(config.model), data=data, train=moved(config.train))
 
 
 def _is_in(folder: Path, name: str) -> bool:

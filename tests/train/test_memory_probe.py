@@ -205,6 +205,7 @@ def test_evaluation_that_needs_more_room(
 
 class EqualRows:
     lengths = np.full(24, 100)
+    n_per_epoch = 24
 
     def __len__(self) -> int:
         return len(self.lengths)
