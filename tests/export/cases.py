@@ -146,6 +146,19 @@ CASES = [
         ],
         takes_long=True,
     ),
+    Case(
+        "data_clean",
+        "data",
+        lambda i, t: [
+            "clean", "--data_path", str(i.corpus), "--near_duplicates", "0", "--fix_encoding", "false",
+            "--output_path", str(t),
+        ],
+    ),
+    Case(
+        "data_split",
+        "data",
+        lambda i, t: ["split", "--data_path", str(i.corpus), "--near_duplicates", "0", "--output_path", str(t)],
+    ),
     Case("vocab_train", "expand_vocab", lambda i, t: ["train", *train_words(i), "--output_path", str(t)]),
     Case(
         "vocab_merge",
@@ -329,6 +342,18 @@ BAD_INPUTS = [
         lambda i, s, t: ["apply", "--model_path", truncated(i.base, s), "--tokenizer_path", str(i.tokenizer),
                          *output(t)],
         "damaged",
+    ),
+    BadInput(
+        "data-empty", "data",
+        lambda i, s, t: ["clean", "--data_path", emptied(s), "--near_duplicates", "0", "--fix_encoding", "false",
+                         *output(t)],
+        "holds no record",
+    ),
+    BadInput(
+        "data-inside", "data",
+        lambda i, s, t: ["split", "--data_path", str(i.corpus), "--near_duplicates", "0", "--output_path",
+                         str(i.corpus)],
+        "is or holds what is read here",
     ),
     BadInput(
         "expand_vocab-no-corpus", "expand_vocab",

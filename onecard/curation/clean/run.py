@@ -31,6 +31,7 @@ from onecard.curation.rows import RecordPlace, RecordRow, read_rows
 from onecard.curation.sketches import SKETCH_FILES, Sketches, require_rensa
 from onecard.curation.words import texts_of
 from onecard.data.messages import Conversation, Document
+from onecard.data.readers import SUFFIXES
 from onecard.data.sources import ReadReport, Source
 from onecard.errors import DataError
 from onecard.export.io.output import new_directory
@@ -150,6 +151,8 @@ def clean(settings: CleanSettings, target: Path, *, overwrite: bool = False) -> 
         for name in _ONLY_FOR_WORK:
             (partial / name).unlink(missing_ok=True)
         summary.skipped_files = report.skipped_files
+        if not summary.n_read:
+            raise DataError(f"it holds no record in files of {' '.join(SUFFIXES)}", settings.source.name)
         if not summary.n_kept:
             raise DataError("no record is left:\n" + "\n".join(summary.lines()), settings.source.name)
         _write_summary(folder, settings, summary)
