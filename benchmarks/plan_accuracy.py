@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,7 +295,21 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     return run
 
 
-class Samples(list[Any]):
+class OneSource:
+    """What a step asks samples about their sources, for samples that have one."""
+
+    parts = None
+    dataset = SimpleNamespace(names=())
+
+    @property
+    def order(self) -> int:
+        """Their number, by which a step's samples are found."""
+        return len(self)  # type: ignore[arg-type]
+
+    n_per_epoch = order
+
+
+class Samples(OneSource, list[Any]):
     """Encoded rows in memory, with the two arrays that a step asks for."""
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.plan_accuracy import OneSource
 from onecard.config.training import FinetuneConfig
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import encode_dataset
@@ -39,7 +40,7 @@ from tests.live_memory import held_bytes, peak_bytes
 SPECIAL_IDS = 3  # the first ids of a vocabulary are control tokens
 
 
-class Samples(Sequence[LabelledSample]):
+class Samples(OneSource, Sequence[LabelledSample]):
     """Encoded samples as a run takes them: with `lengths` and `units` in the same order."""
 
     def __init__(self, samples: Sequence[LabelledSample]) -> None:
