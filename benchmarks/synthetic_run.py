@@ -48,7 +48,6 @@ class Samples(OneSource, Sequence[LabelledSample]):
         self.lengths = np.array([len(sample.input_ids) for sample in samples])
         # The first token of a row is predicted by nothing.
         self.units = np.array([sum(n != IGNORE_INDEX for n in sample.labels[1:]) for sample in samples])
-        self.order = len(self.samples)
 
     def __len__(self) -> int:
         return len(self.samples)
