@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,11 +41,14 @@ NEVER = {
     ("onecard.inference.run_files", "adapters_path"): "generate has no folder of adapters",
     ("onecard.data.jinja_chat", "prompt_type"): "merging takes the template that the run was trained with",
     ("onecard.data.lost_turns", "prompt_type"): "merging takes the template that the run was trained with",
-    ("onecard.data.chat_template", "prompt_type"): "merging takes the template that the run was trained with",
+    ("onecard.data.lost_turns", "thinking"): "what exports write of a conversation has no thoughts and no calls",
+    ("onecard.data.encode", "thinking"): "exports keep no thoughts only",
+    ("onecard.data.built_in_templates", "prompt_type"): "merging takes the template that the run was trained with",
+    ("onecard.data.chat_template", "thinking"): "exports ask for no thoughts",
     ("onecard.data.sources", "strict"): "only where it was typed",
     ("onecard.export.hub.download", "repo_id"): "data get never fetches into the Hub's cache",
     ("onecard.export.hub.files", "repo_id"): "data get says the same of the collection, without the option",
-    ("onecard.programs._data_catalogue", "data_path"): "of the command that it shows, which is that of training",
+    ("onecard.programs._data_make", "model_path"): "of the command that it shows, which is that of serving",
 }
 
 
@@ -55,9 +59,11 @@ def loaded(program: Path) -> ModuleType:
 @lru_cache
 def classes_of(program: Path) -> list[type]:
     """The dataclasses that make a program's options, with those of their groups."""
-    module = loaded(program)
-    named = {node.id for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
-    wholes = [kind for name in sorted(named) if is_dataclass(kind := getattr(module, name, None))]
+    module, wholes = loaded(program), []
+    for part in (module, *(value for name, value in vars(module).items() if re.match(r"_[a-z]", name))):
+        if isinstance(part, ModuleType):  # the program, or the module of a verb that has verbs of its own
+            named = {node.id for node in ast.walk(ast.parse(inspect.getsource(part))) if isinstance(node, ast.Name)}
+            wholes += [kind for name in sorted(named) if is_dataclass(kind := getattr(part, name, None))]
     return wholes + [type(group) for kind in wholes for group in vars(kind()).values() if is_dataclass(group)]
 
 

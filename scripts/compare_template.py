@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare what is written here with `tokenizer.apply_chat_template`, for the chat template of a model on this disk.
 
-    python tools/compare_template.py PATH/TO/MODEL
+    python scripts/compare_template.py PATH/TO/MODEL
 
 Conversations with system texts, thoughts, tool calls and their results are asked and learned: prompts must be the text
 and the ids that transformers gives, samples must begin with them, and no result or empty thought may be learned.
