@@ -274,6 +274,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     lora = LoraOptions(
         lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,
         train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,
+        peft_method=setup.peft_method, peft_option=setup.peft_option,
     )  # fmt: skip
     n_all = int(config["vocab_size"])
     plain = add_lora(base.model, lora, new_ids=list(range(n_all - setup.n_new_tokens, n_all)))

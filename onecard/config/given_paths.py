@@ -26,8 +26,8 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safe
 # PEFT's names of the kinds of adapters, and which of them are no change of weights.
 OTHER_KINDS = {
     "PREFIX_TUNING": "a prefix-tuning", "P_TUNING": "a p-tuning", "PROMPT_TUNING": "a prompt-tuning",
-    "MULTITASK_PROMPT_TUNING": "a prompt-tuning", "ADAPTION_PROMPT": "an adaption-prompt", "IA3": "an IA3",
-    "ADALORA": "an AdaLoRA", "LOHA": "a LoHa", "LOKR": "a LoKr", "OFT": "an OFT", "BOTTLENECK": "a bottleneck",
+    "MULTITASK_PROMPT_TUNING": "a prompt-tuning", "ADAPTION_PROMPT": "an adaption-prompt",
+    "ADALORA": "an AdaLoRA", "BOTTLENECK": "a bottleneck",
 }  # fmt: skip
 NOT_MERGEABLE = (
     "PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "BOTTLENECK"
@@ -108,7 +108,7 @@ def other_kind(adapter_config: Mapping[str, Any]) -> str:
     kind = str(adapter_config.get("peft_type") or "LORA")
     if kind.lower() in get_args(PeftMethodName):
         return ""
-    message = f"is {OTHER_KINDS.get(kind, kind)} adapter, and only LoRA adapters can be loaded here"
+    message = f"is {OTHER_KINDS.get(kind, kind)} adapter, which cannot be loaded here"
     if kind in NOT_MERGEABLE:
         return f"{message}; it cannot be merged either: train a LoRA adapter on the same data"
     return f"{message}; merge it into its base with peft (merge_and_unload), and give the result as the base model"

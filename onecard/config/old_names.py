@@ -101,7 +101,7 @@ OLD_NAMES = (
     OldName("additional_target", "F", ("--train_embeddings",)),
     OldName("pissa_init", "F", ("--lora_init pissa",)),
     OldName("loraplus_lr_ratio", "F", ("--loraplus_ratio",)),
-    OldName("peft_type", "A", note="adapters are LoRA here"),
+    OldName("peft_type", "A", ("--peft_method",)),
     OldName("finetuning_type", "F", note="adapters are LoRA here"),
     # the run
     OldName("output_dir", "CAKF", ("--output_path",)),

@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -397,7 +397,9 @@ def _nearest_flag(name: str, options: Mapping[str, Option]) -> str:
 
 def _build(config_class: type[Config], options: Mapping[str, Option], values: Mapping[str, Any]) -> Config:
     config = config_class()
+    given: dict[str, dict[str, Any]] = {}
     for name, option in options.items():
-        holder = getattr(config, option.group) if option.group else config
-        setattr(holder, name, values[name])
-    return config
+        given.setdefault(option.group, {})[name] = values[name]
+    own = given.pop("", {})
+    groups = {group: replace(getattr(config, group), **held) for group, held in given.items()}
+    return replace(config, **own, **groups)  # type: ignore[type-var]

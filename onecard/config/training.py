@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field, fields
 from datetime import datetime, time, timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from onecard.errors import ConfigError
 from onecard.installation import SHIPPED, command
@@ -46,7 +46,22 @@ SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
     "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
 }
 
-PeftMethodName = Literal["lora"]  # PEFT's own names, in small letters; model/lora/methods.py
+# PEFT's own names, in small letters (model/lora/methods.py), and LoRA's forms by the names they are known under.
+PeftMethodName = Literal[
+    "lora", "rslora", "dora", "pissa", "loftq", "olora", "ia3", "vera", "oft", "miss", "shira", "randlora", "loha",
+    "lokr",
+]  # fmt: skip
+LORA_FORMS: dict[str, tuple[str, Any]] = {
+    "rslora": ("use_rslora", True), "dora": ("use_dora", True), "pissa": ("lora_init", "pissa"),
+    "loftq": ("lora_init", "loftq"), "olora": ("lora_init", "olora"),
+}  # fmt: skip
+# Which of LoRA's settings another method has, too; the others are its own, by --peft_option.
+METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
+    "ia3": (), "vera": ("lora_dropout",), "oft": (), "miss": ("lora_dropout",), "shira": ("lora_r",),
+    "randlora": ("lora_dropout",), "loha": ("lora_r", "lora_alpha"), "lokr": ("lora_r", "lora_alpha"),
+}  # fmt: skip
+# Their products have the shape of the stored weights, which 4 bits pack otherwise.
+NOT_IN_4_BITS = ("loha", "lokr")
 Problem = tuple[str, str]  # (flag, what is wrong with it)
 
 
@@ -149,7 +164,10 @@ class LoraOptions:
     """The adapter that is trained while the base stays frozen."""
 
     peft_method: PeftMethodName = "lora"
-    """Kind of adapter, by PEFT's name."""
+    """Kind of adapter: lora; rslora, dora, pissa, loftq and olora, which are --use_rslora, --use_dora and --lora_init;
+    ia3, vera, oft, miss, shira, randlora, loha, lokr. What each is for: docs/en/training.md."""
+    peft_option: str = field(default="", metadata={"several": True})
+    """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), oft_block_size=64 (oft)."""
     lora_r: int = 8
     """Rank of the adapter matrices."""
     lora_alpha: int = 16
@@ -164,12 +182,26 @@ class LoraOptions:
     """Scale by alpha / sqrt(r): keeps high ranks trainable (arXiv:2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed adapters: better at low rank, slower (arXiv:2402.09353)."""
-    lora_init: Literal["default", "pissa", "loftq"] = "default"
-    """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948) or loftq (arXiv:2310.08659)."""
+    lora_init: Literal["default", "pissa", "loftq", "olora"] = "default"
+    """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948), loftq (arXiv:2310.08659) or olora
+    (arXiv:2406.01775)."""
     train_new_tokens: bool = False
     """Train the rows of new tokens as well, in embeddings and head (a base made by `onecard expand-vocab apply`)."""
     train_embeddings: bool = False
     """Train embeddings and head in full, in fp32: 16 bytes more for each of their weights, 10 with 8-bit Adam."""
+
+    def __post_init__(self) -> None:
+        """A form of LoRA becomes LoRA with the option that it is, so that both spellings are one run."""
+        name, value = LORA_FORMS.get(self.peft_method, ("", None))
+        if name and getattr(self, name) in (getattr(type(self), name), value):
+            setattr(self, name, value)
+            self.peft_method = "lora"
+
+    @property
+    def peft_options(self) -> dict[str, str]:
+        """--peft_option by name. Raises ValueError where it is not of the form name=value."""
+        pairs = [part.split("=", 1) for part in self.peft_option.replace(" ", "").split(",") if part]
+        return {name: value.strip() for name, value in pairs}
 
     @property
     def trains_vocabulary(self) -> str:
@@ -195,7 +227,24 @@ class LoraOptions:
             found += [(flag, "does not go with --lora_target_parameters") for flag, is_on in asked.items() if is_on]
         if self.train_new_tokens and self.train_embeddings:
             found.append(("--train_new_tokens", "is contained in --train_embeddings; give only one of them"))
-        return found
+        try:
+            self.peft_options  # noqa: B018
+        except ValueError:
+            found.append(("--peft_option", f"{self.peft_option!r} is not of the form name=value,name=value"))
+        return [*found, *self._method_problems()]
+
+    def _method_problems(self) -> list[Problem]:
+        """What of LoRA's settings was given for a method that has no such thing."""
+        method = self.peft_method
+        if method in LORA_FORMS:
+            name, value = LORA_FORMS[method]
+            return [("--peft_method", f"{method} is --{name} {value}, and contradicts --{name} {getattr(self, name)}")]
+        if method == "lora":
+            return []
+        kept = ("peft_method", "peft_option", "lora_target_modules", *METHOD_SETTINGS[method])
+        given = [f.name for f in fields(self) if f.name not in kept and getattr(self, f.name) != f.default]
+        hint = "; its own settings are given by --peft_option"
+        return [(f"--{name}", f"does not go with --peft_method {method}{hint}") for name in given]
 
 
 @dataclass
@@ -433,6 +482,11 @@ class FinetuneConfig:
             found.append(("--stream_layers", text))
         if self.model.stream_layers == "on" and self.train.deepspeed:
             found.append(("--stream_layers", "on does not go with --deepspeed, which places the weights itself"))
+        method = self.lora.peft_method
+        if method in NOT_IN_4_BITS and self.model.bits == 4:
+            found.append(("--bits", f"4 does not work with --peft_method {method}; use --bits 8, 16 or 32"))
+        if method != "lora" and self.train.loraplus_ratio:
+            found.append(("--loraplus_ratio", f"does not go with --peft_method {method}: LoRA+ is LoRA's"))
         flag = self.lora.trains_vocabulary
         if flag and self.memory.offload_embeddings == "on":
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))

@@ -46,7 +46,7 @@ from onecard.train.step import use_limits
 from onecard.train.trackers import Reporter, open_trackers
 
 # They stand in a run's identity only when used: runs from before them go on.
-LATER_OPTIONS = ("peft_method", "train_new_tokens", "train_embeddings", "lora_target_parameters")
+LATER_OPTIONS = ("peft_method", "peft_option", "train_new_tokens", "train_embeddings", "lora_target_parameters")
 MIXED_PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
 
 

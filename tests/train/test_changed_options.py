@@ -101,7 +101,7 @@ TABLE = {
     "train_on": Row("everything"), "thinking": same("drop"),  # no answer of the data thinks
     "test_size": Row(5), "strict": same(True),
     "cache_path": same("CACHE", lambda s: bool(list((s.output.parent / "other-cache").glob("*.arrow")))),
-    "peft_method": Row("ia3"),
+    "peft_method": Row("ia3"), "peft_option": Row("lora_bias=true"),
     "lora_r": Row(4), "lora_alpha": Row(8), "lora_dropout": Row(0.5), "lora_target_modules": Row("q_proj"),
     "lora_target_parameters": Row("experts"),  # there are none
     "use_rslora": Row(True), "use_dora": Row(True), "lora_init": Row("pissa"), "train_new_tokens": Row(True),

@@ -23,6 +23,7 @@ from onecard.export.merge.rounding import is_finite
 from onecard.installation import command
 from onecard.model.lora.adapter import ADAPTER, add_product, attach_files
 from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config
+from onecard.model.lora.methods import is_mergeable
 from onecard.model.lora.vocabulary import rows_in
 
 PREFIX = "base_model.model."  # of a layer's name in an adapter's files
@@ -159,6 +160,12 @@ def adapt(base: LazyCheckpoint, adapters: Sequence[str]) -> LoraStack:
 
 def _stage(base: LazyCheckpoint, source: str, rows_before: int) -> LoadedLora:
     files = read_adapter(source)
+    kind = str((read_config(files.config_directory) if files.config_directory else {}).get("peft_type") or "LORA")
+    if not is_mergeable(kind):
+        raise ModelError(
+            f"{files.directory} is an adapter of the method {kind.lower()}, which is not merged here: leave it beside "
+            "its base, or merge it with peft (merge_and_unload)"
+        )
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in files.tensors.items()}
     tensors, replaced = _without_saved_base(base, files, tensors)
     tensors = _with_tied_head(base, files, tensors)

@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config.training import LoraOptions
-from onecard.console import say
+from onecard.console import first_line, say
 from onecard.errors import ConfigError, ModelError
 from onecard.model.lora import init as adapter_starts
 from onecard.model.lora import vocabulary as adapter_tokens
@@ -57,16 +57,19 @@ from onecard.model.lora.formats import (
 )
 from onecard.model.lora.methods import (
     METHODS,
+    MOVING_STARTS,
     AdaptedLayers,
     is_adapter_weight,
     layer_of,
     peft_settings,
 )
+from onecard.model.lora.peft_options import typed_options
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
 
 ADAPTER = "default"
+SETS = ("target_modules", "modules_to_save", "feedforward_modules")
 LISTED = 10  # differences shown to a person
 
 
@@ -85,7 +88,8 @@ _pissa_starts: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref
 def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | None = None) -> PeftModel:
     """Attach fresh fp32 adapters; everything else stays frozen, but for what `vocabulary.py` knows of.
 
-    pissa: https://arxiv.org/abs/2404.02948 (16 and 32 bits) loftq: https://arxiv.org/abs/2310.08659 (4 bits)
+    pissa: https://arxiv.org/abs/2404.02948 olora: https://arxiv.org/abs/2406.01775 (16 and 32 bits)
+    loftq: https://arxiv.org/abs/2310.08659 (4 bits)
     rslora: https://arxiv.org/abs/2312.03732 dora: https://arxiv.org/abs/2402.09353
     new_ids: for --train_new_tokens; None: those that the base's directory lists.
     Raises ModelError for layers that do not exist (with the nearest names), ConfigError for contradicting options.
@@ -99,12 +103,12 @@ def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | Non
         transposed=any(isinstance(layer, Conv1D) for layer in linear.values()),
     )
     vocabulary = adapter_tokens.config_settings(model, options, new_ids)
-    config = _config_class(options)(task_type="CAUSAL_LM", **peft_settings(options, layers), **vocabulary)
-    with _repeatable(model, options.lora_init == "pissa"):
-        peft_model = _attach(model, config)
+    moves_weights = options.lora_init in MOVING_STARTS
+    with _repeatable(model, moves_weights), _as_config_error(options):
+        peft_model = _attach(model, _new_config(options, layers, vocabulary))
     if options.lora_init == "loftq":
         adapter_starts.start_loftq(peft_model, ADAPTER)
-    if options.lora_init == "pissa":
+    if moves_weights:
         live = _live_tensors(peft_model)
         _pissa_starts[peft_model] = {name: tensor.clone() for name, tensor in live.items() if is_adapter_weight(name)}
     adapter_tokens.train_in_fp32(peft_model)
@@ -186,9 +190,7 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
     config.save_pretrained(str(directory))
     # peft writes sets in the order of their hashes; sorted, the same adapter gives the same file.
     written = read_config(directory)
-    written |= {
-        key: sorted(written[key]) for key in ("target_modules", "modules_to_save") if isinstance(written.get(key), list)
-    }
+    written |= {key: sorted(written[key]) for key in SETS if isinstance(written.get(key), list)}
     (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
     if read_config(directory).get("r") != getattr(config, "r", None):
@@ -225,7 +227,7 @@ def describe_trainable(model: nn.Module) -> str:
     layers = [name.replace(".base_layer", "") for name in found if name is not None]
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
     config: Any = peft_model.peft_config[ADAPTER]
-    kind = f"rank {config.r}" if hasattr(config, "r") else config.peft_type.value
+    kind = f"rank {config.r}" if config.peft_type == PeftType.LORA else config.peft_type.value
     return (
         f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): {kind} on "
         f"{len(layers)} layers ({kinds}){adapter_tokens.describe(peft_model)}"
@@ -297,6 +299,56 @@ def _config_class(options: LoraOptions) -> Any:
     if options.train_new_tokens and "trainable_token_indices" not in found.__dataclass_fields__:
         raise ConfigError("--train_new_tokens", f"does not go with --peft_method {options.peft_method}")
     return found
+
+
+def _new_config(options: LoraOptions, layers: AdaptedLayers, vocabulary: dict[str, Any]) -> Any:
+    config_class, settings = _config_class(options), {**peft_settings(options, layers), **vocabulary}
+    settings |= typed_options(config_class, options, settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not save basis_A.*")  # see `methods.py`
+        return config_class(task_type="CAUSAL_LM", **settings)
+
+
+@contextmanager
+def _as_config_error(options: LoraOptions) -> Iterator[None]:
+    """What peft says of settings that do not go together, or not with this base, as an error of the option."""
+    try:
+        yield
+    except (ValueError, TypeError) as reason:
+        if options.peft_method == "lora" and not options.peft_option:
+            raise
+        flag = "--peft_option" if options.peft_option else "--peft_method"
+        raise ConfigError(flag, f"{options.peft_option or options.peft_method}: {first_line(reason)}") from reason
+
+
+def method_tensors(
+    options: LoraOptions, linears: Sequence[tuple[str, int, int]]
+) -> tuple[list[list[int]], list[int], int]:
+    """Numbers of weights that a method trains in each tensor, for each of these linear layers (name, n_in, n_out).
+
+    Then bytes that lie beside them in each, and bytes that all layers share. Made by peft on the meta
+    device. Raises ConfigError, as `add_lora` does.
+    """
+    names = [f"{number}_{name}" for number, (name, _, _) in enumerate(linears)]
+    with torch.device("meta"), _as_config_error(options):
+        model: Any = nn.Module()
+        for name, (_, n_in, n_out) in zip(names, linears, strict=True):
+            model.register_module(name, nn.Linear(n_in, n_out, bias=False))
+        model.config = {"model_type": ""}
+        config = _new_config(options, AdaptedLayers(names, None, transposed=False), {})
+        if options.peft_method == "shira":  # its places are drawn from weights that have memory
+            sizes = [config.r * (n_in + n_out) for _, n_in, n_out in linears]
+            return [[size] for size in sizes], [2 * torch.int32.itemsize * size for size in sizes], 0
+        peft_model = get_peft_model(model, replace(config, task_type=None))
+    shared = METHODS[options.peft_method].shared
+    buffers = [(name, buffer.nbytes) for name, buffer in peft_model.named_buffers()]
+    of_all = sum(size for name, size in buffers if any(part in shared for part in name.split(".")))
+    trained = [
+        (name, parameter.numel()) for name, parameter in peft_model.named_parameters() if parameter.requires_grad
+    ]
+    kept = [(name, size) for name, size in buffers if not any(part in shared for part in name.split("."))]
+    of_layers = [[size for tensor, size in trained if f".{name}." in tensor] for name in names]
+    return of_layers, [sum(size for tensor, size in kept if f".{name}." in tensor) for name in names], of_all
 
 
 def _attach(model: Any, config: PeftConfig, *, has_no_memory: bool = False) -> PeftModel:
@@ -382,7 +434,9 @@ def _config_of(files: AdapterFiles, trainable: bool) -> PeftConfig:
             "Convert it with peft's path_initial_model_for_weight_conversion first"
         )
     try:
-        config: Any = PeftConfig.from_pretrained(str(files.config_directory))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not save basis_A.*")
+            config: Any = PeftConfig.from_pretrained(str(files.config_directory))
         # The base it is attached to now is named anew.
         return _trained_config(replace(config, base_model_name_or_path=None), inference_mode=not trainable)
     except (ValueError, TypeError, KeyError) as reason:

@@ -24,7 +24,7 @@ from onecard.config.given_paths import other_kind
 from onecard.console import warn
 from onecard.errors import ModelError
 from onecard.model.files import locate, safetensors_header
-from onecard.model.lora.methods import METHODS, is_adapter_weight, starts_at_zero
+from onecard.model.lora.methods import is_adapter_weight, starts_at_zero
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -82,8 +82,7 @@ def read_adapter(source: str | Path) -> AdapterFiles:
 def _kind_of_names(names: Collection[str]) -> str:
     """What files without a configuration hold in place of LoRA, by the names of their tensors."""
     kinds = {
-        "prompt_embeddings": "PROMPT_TUNING", "prompt_encoder": "P_TUNING", "ia3_": "IA3", "hada_": "LOHA",
-        "lokr_": "LOKR", "oft_": "OFT", "adapter_down": "BOTTLENECK",
+        "prompt_embeddings": "PROMPT_TUNING", "prompt_encoder": "P_TUNING", "adapter_down": "BOTTLENECK",
     }  # fmt: skip
     for words, kind in kinds.items():
         if any(words in name for name in names):
@@ -205,7 +204,7 @@ def refuse_useless(tensors: dict[str, Tensor]) -> None:
         )
     second = {name: tensor for name, tensor in tensors.items() if starts_at_zero(name)}
     if second and not any(tensor.any() for tensor in second.values()):
-        what = next(method.zero for method in METHODS.values() if any(method.zero in name for name in second))
+        what = next(part for part in next(iter(second)).split(".") if starts_at_zero(part))
         warn(f"the adapter is saved untrained: every {what} is zero, so the model answers like its base")
 
 

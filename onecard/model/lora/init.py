@@ -32,10 +32,10 @@ def check_start(options: LoraOptions, linear: dict[str, Any]) -> None:
             f"and --lora_init {options.lora_init} contradict each other: both decide what "
             "the first weights are; use one of them",
         )
-    if options.lora_init == "pissa" and bits < 16:
+    if options.lora_init in ("pissa", "olora") and bits < 16:
         raise ConfigError(
             "--lora_init",
-            f"pissa moves part of the base weights into the adapter, which {bits}-bit "
+            f"{options.lora_init} moves part of the base weights into the adapter, which {bits}-bit "
             "weights cannot follow; use --bits 16 or 32, or loftq with --bits 4",
         )
     if options.lora_init == "loftq" and bits != 4:

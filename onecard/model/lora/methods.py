@@ -8,13 +8,17 @@ under the method's name. What an adapter takes of the card is counted on the rea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from onecard.config.training import LoraOptions
 from onecard.errors import ConfigError
 
-PISSA = "pissa_niter_16"  # randomised SVD, 16 iterations: seconds per layer instead of minutes, as PEFT recommends
+# pissa: randomised SVD, 16 iterations: seconds per layer instead of minutes, as PEFT recommends. Both take a part of
+# the base's weights into the adapter.
+MOVING_STARTS = {"pissa": "pissa_niter_16", "olora": "olora"}
+# Of these layers (IA)3 scales what goes in, as its authors do; of all others what comes out.
+FEEDFORWARD = ("down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out")
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,16 @@ class PeftMethod:
     """What its configuration is made with, target_modules included."""
     prefix: str
     """What the names of its tensors begin with, as PEFT registers it."""
-    zero: str
-    """In the names of those that begin at zero, so that an untrained adapter changes nothing."""
-    stored: Mapping[str, Any]
+    zero: tuple[str, ...]
+    """Parts of the names of those that begin at zero, so that an untrained adapter changes nothing."""
+    stored: Mapping[str, Any] = field(default_factory=dict)
     """Settings of one that was trained: how it began no longer matters."""
+    transposed: bool = True
+    """Whether it goes over layers that store (in, out): Conv1D of GPT-2."""
+    shared: tuple[str, ...] = ()
+    """Parts of the names of tensors that are not trained and that all layers use."""
+    mergeable: bool = True
+    """Whether it is merged here, layer by layer: what its files hold is enough for that."""
 
 
 def _lora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
@@ -49,22 +59,75 @@ def _lora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
         "target_parameters": layers.parameters,
         "use_rslora": options.use_rslora,
         "use_dora": options.use_dora,
-        "init_lora_weights": PISSA if options.lora_init == "pissa" else True,
+        "init_lora_weights": MOVING_STARTS.get(options.lora_init, True),
         "fan_in_fan_out": layers.transposed,
     }
 
 
+def _ia3(_: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    inside = [name for name in layers.modules if name.rsplit(".", 1)[-1] in FEEDFORWARD]
+    return {
+        "target_modules": layers.modules, "feedforward_modules": inside, "fan_in_fan_out": layers.transposed
+    }  # fmt: skip
+
+
+def _vera(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    return {
+        "vera_dropout": options.lora_dropout, "target_modules": layers.modules, "save_projection": True,
+        "fan_in_fan_out": layers.transposed,
+    }  # fmt: skip
+
+
+def _randlora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    # PEFT would write the basis once for each layer; it makes the same one of its key again.
+    return {
+        "randlora_dropout": options.lora_dropout, "target_modules": layers.modules, "save_projection": False,
+        "fan_in_fan_out": layers.transposed,
+    }  # fmt: skip
+
+
+def _miss(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    return {"miss_dropout": options.lora_dropout, "target_modules": layers.modules}
+
+
+def _shira(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    return {"r": options.lora_r, "target_modules": layers.modules}
+
+
+def _lycoris(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    return {"r": options.lora_r, "alpha": options.lora_alpha, "target_modules": layers.modules}
+
+
 METHODS = {
-    "lora": PeftMethod(_lora, prefix="lora_", zero="lora_B", stored={"init_lora_weights": True}),
+    "lora": PeftMethod(_lora, "lora_", ("lora_B",), {"init_lora_weights": True}),
+    "ia3": PeftMethod(_ia3, "ia3_", ()),
+    "vera": PeftMethod(_vera, "vera_lambda_", ("vera_lambda_b",), shared=("vera_A", "vera_B")),
+    "oft": PeftMethod(lambda _, layers: {"target_modules": layers.modules}, "oft_", ("oft_R",), transposed=False),
+    "miss": PeftMethod(_miss, "miss_", ("miss_block",), transposed=False),
+    "shira": PeftMethod(_shira, "shira_", ("shira_weight",), transposed=False, mergeable=False),
+    "randlora": PeftMethod(
+        _randlora, "randlora_", ("randlora_lambda",), shared=("randlora_A", "randlora_B"), mergeable=False
+    ),
+    "loha": PeftMethod(_lycoris, "hada_", ("hada_w2_b",), transposed=False),
+    "lokr": PeftMethod(_lycoris, "lokr_", ("lokr_w1", "lokr_w1_a"), transposed=False),
 }
 
 
 def peft_settings(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
     """The settings of the chosen method. Raises ConfigError where it cannot do what is asked for."""
-    settings = METHODS[options.peft_method].settings(options, layers)
+    method = METHODS[options.peft_method]
+    settings = method.settings(options, layers)
     if layers.parameters and not settings.get("target_parameters"):
         raise ConfigError("--lora_target_parameters", f"does not go with --peft_method {options.peft_method}")
+    if layers.transposed and not method.transposed:
+        text = f"{options.peft_method} has no form for the Conv1D layers of this base; use lora, vera or ia3"
+        raise ConfigError("--peft_method", text)
     return settings
+
+
+def is_mergeable(peft_type: str) -> bool:
+    """Whether an adapter of this kind (peft_type of adapter_config.json) can be merged here."""
+    return METHODS[peft_type.lower()].mergeable
 
 
 def layer_of(name: str) -> str | None:
@@ -86,4 +149,4 @@ def is_adapter_weight(name: str) -> bool:
 
 def starts_at_zero(name: str) -> bool:
     """Whether this is the name of an adapter's tensor that begins at zero: B of LoRA."""
-    return any(method.zero in name for method in METHODS.values())
+    return any(part in method.zero for part in name.split(".") for method in METHODS.values())

@@ -11,7 +11,10 @@ It knows an `Architecture` and a `MemoryConfig`; it does not know cards, options
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
+from onecard.config.training import LoraOptions
 from onecard.model.lora.targets import EXPERTS
 from onecard.model.memory.activation_peak import find_peak
 from onecard.model.memory.architecture import Architecture, Linear
@@ -57,6 +60,8 @@ class MemoryConfig:
     expert_targets: str = ""
     """As --lora_target_parameters."""
     use_dora: bool = False
+    peft_method: str = "lora"
+    peft_option: str = ""
     train_embeddings: bool = False
     """Copies of embeddings and head are trained in full, in fp32, beside the frozen ones."""
     n_new_tokens: int = 0
@@ -189,11 +194,30 @@ def adapter_shapes(model: Architecture, setup: MemoryConfig) -> list[tuple[Linea
     experts = [name.strip() for name in setup.expert_targets.split(",") if name.strip()]
     chosen = [linear for linear in model.linears if linear.adapted and (everywhere or linear.name in wanted)]
     chosen += [each for each in model.experts if any(name == EXPERTS or each.name.endswith(name) for name in experts)]
+    if setup.peft_method != "lora":
+        return list(zip(chosen, _of_method(setup, chosen)[0], strict=True))
     found = []
     for linear in chosen:
         magnitude = (linear.n_out,) if setup.use_dora else ()
         found.append((linear, (setup.rank * linear.n_in, setup.rank * linear.n_out, *magnitude)))
     return found
+
+
+def _of_method(setup: MemoryConfig, chosen: list[Linear]) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Weights in each tensor of another method than LoRA, by layer, and bytes of what it keeps beside them."""
+    return _method_tensors(setup.peft_method, setup.peft_option, setup.rank, tuple(chosen))
+
+
+@lru_cache(maxsize=64)
+def _method_tensors(
+    method: Any, option: str, rank: int, chosen: tuple[Linear, ...]
+) -> tuple[tuple[tuple[int, ...], ...], int]:
+    from onecard.model.lora.adapter import method_tensors  # only here: peft takes seconds
+
+    options = LoraOptions(peft_method=method, peft_option=option, lora_r=rank)
+    shapes, kept, shared = method_tensors(options, [(linear.name, linear.n_in, linear.n_out) for linear in chosen])
+    beside = sum(linear.count * n_bytes for linear, n_bytes in zip(chosen, kept, strict=True))
+    return tuple(tuple(sizes) for sizes in shapes), beside + shared
 
 
 def vocabulary_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
@@ -269,8 +293,13 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
     # Beside rows that are trained, peft keeps what they were.
     kept = FP32 if setup.train_embeddings else 2 * FP32
     name = "embeddings and head" if setup.train_embeddings else "rows of new tokens"
+    kind = f"rank {setup.rank}" if setup.peft_method == "lora" else setup.peft_method
+    beside = 0
+    if setup.peft_method != "lora":
+        beside = _of_method(setup, [linear for linear, _ in adapter_shapes(model, setup)])[1]
     return [
-        MemoryComponent(f"adapter, rank {setup.rank}, fp32", (trained - whole) * FP32),
+        MemoryComponent(f"adapter, {kind}, fp32", (trained - whole) * FP32),
+        MemoryComponent("adapter, what is not trained", beside),
         MemoryComponent(f"{name}, trained, fp32", whole * kept),
         MemoryComponent("gradients, fp32" if whole else "its gradients, fp32", trained * FP32),
         MemoryComponent(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
@@ -279,7 +308,9 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
 
 def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     """What one micro-batch needs beside the weights, at its worst moment."""
-    if not _is_covered(model):
+    if setup.peft_method == "shira":  # it has no form on fake tensors; LoRA has as many weights
+        return _activations(model, replace(setup, peft_method="lora", peft_option=""))
+    if not _is_covered(model) or setup.peft_method != "lora":
         return _simulated(model, setup)
     shape = shape_of(model, setup)
     hidden = shape.hidden_bytes

@@ -65,6 +65,7 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
     if unpacked:
         skip_packing_mask(base)
     lora = LoraOptions(
+        peft_method=setup.peft_method, peft_option=setup.peft_option,
         lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,
         lora_target_modules=setup.targets, lora_target_parameters=setup.expert_targets,
         train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,

@@ -231,6 +231,8 @@ def _first_setup(
         targets=config.lora.lora_target_modules,
         expert_targets=config.lora.lora_target_parameters,
         use_dora=config.lora.use_dora,
+        peft_method=config.lora.peft_method,
+        peft_option=config.lora.peft_option,
         train_embeddings=config.lora.train_embeddings,
         n_new_tokens=len(read_new_tokens(config.model.model_path)) if config.lora.train_new_tokens else 0,
         lora_dropout=config.lora.lora_dropout,

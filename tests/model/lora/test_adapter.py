@@ -362,7 +362,7 @@ def test_other_kinds_of_adapter_are_refused(load_family, tmp_path) -> None:
     config = tmp_path / "adapter_config.json"
     good = json.loads(config.read_text(encoding="utf-8"))
     for change, word in (
-        ({"peft_type": "IA3"}, "IA3 adapter"),
+        ({"peft_type": "ADALORA"}, "AdaLoRA adapter"),
         ({"init_lora_weights": "pissa"}, "unconverted"),
         ({"r": -1}, "cannot be used|does not fit"),
     ):

@@ -11,7 +11,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from transformers import AutoModelForCausalLM
 
-from onecard.config.training import LoraOptions, PeftMethodName
+from onecard.config.training import LORA_FORMS, METHOD_SETTINGS, LoraOptions, PeftMethodName
 from onecard.errors import ConfigError
 from onecard.model.lora import methods
 from onecard.model.lora.adapter import add_lora, trained_part
@@ -28,7 +28,8 @@ PACKAGE = Path(methods.__file__).parents[2]
 
 
 def test_the_option_and_the_table_and_peft_agree() -> None:
-    assert set(METHODS) == set(get_args(PeftMethodName))
+    assert METHODS.keys() | LORA_FORMS.keys() == set(get_args(PeftMethodName))
+    assert METHOD_SETTINGS.keys() == METHODS.keys() - {"lora"}
     for name, method in METHODS.items():
         kind = PeftType[name.upper()]
         assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == method.prefix
