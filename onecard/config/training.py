@@ -485,6 +485,8 @@ class FinetuneConfig:
         method = self.lora.peft_method
         if method in NOT_IN_4_BITS and self.model.bits == 4:
             found.append(("--bits", f"4 does not work with --peft_method {method}; use --bits 8, 16 or 32"))
+        if self.model.bits < 16 and "init_weights=bat" in self.lora.peft_option:  # of MiSS: it mixes the weights
+            found.append(("--bits", f"{self.model.bits} does not work with --peft_option init_weights=bat; use 16"))
         if method != "lora" and self.train.loraplus_ratio:
             found.append(("--loraplus_ratio", f"does not go with --peft_method {method}: LoRA+ is LoRA's"))
         flag = self.lora.trains_vocabulary

@@ -138,6 +138,7 @@ def test_a_form_of_lora_is_the_same_run_as_its_option(name: str, field: str) -> 
      ("ia3 --lora_r 4", r"--lora_r: does not go with --peft_method ia3"),
      ("loha --bits 8 --use_dora true", r"--use_dora: does not go with --peft_method loha"),
      ("vera --loraplus_ratio 16", r"--loraplus_ratio: does not go with --peft_method vera"),
+     ("miss --peft_option init_weights=bat", r"--bits: 4 does not work with --peft_option init_weights=bat"),
      ("lokr", r"--bits: 4 does not work with --peft_method lokr"),
      ("vera --peft_option r", r"--peft_option: 'r' is not of the form name=value"),
      ("boft", r"--peft_method: 'boft' is not one of lora, ")],
@@ -145,3 +146,21 @@ def test_a_form_of_lora_is_the_same_run_as_its_option(name: str, field: str) -> 
 def test_settings_that_contradict_a_method_are_named(words: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse(FinetuneConfig, ["--peft_method", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "said"),
+    [("vera", "d_inital=0.2", r"d_inital is no setting of VeraConfig \(did you mean d_initial\?\)"),
+     ("vera", "r=many", r"r=many is not a whole number"), ("lora", "r=4", r"r is given by --lora_r"),
+     ("shira", "target_modules=q_proj", r"target_modules is given by --lora_target_modules"),
+     ("lora", "bias=all", r"bias cannot be set: it would train biases of the base"),
+     ("oft", "r=4", r"r=4: You can only specify"), ("oft", "coft=perhaps", r"coft=perhaps is not true or false"),
+     ("lora", "rank_pattern=4", r"rank_pattern=4 is not none or a list or table"),
+     ("shira", "mask_type=best", r"mask_type=best is not one of random")],
+)  # fmt: skip
+def test_a_wrong_peft_option_is_refused_before_the_base_is_loaded(
+    method, option, said, tiny_base, instructions, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("onecard.train.build.load_base", lambda *_: pytest.fail("the base was loaded"))
+    with pytest.raises(ConfigError, match=f"--peft_option: {said}"):
+        finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", peft_method=method, peft_option=option))

@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -321,34 +321,17 @@ def _as_config_error(options: LoraOptions) -> Iterator[None]:
         raise ConfigError(flag, f"{options.peft_option or options.peft_method}: {first_line(reason)}") from reason
 
 
-def method_tensors(
-    options: LoraOptions, linears: Sequence[tuple[str, int, int]]
-) -> tuple[list[list[int]], list[int], int]:
-    """Numbers of weights that a method trains in each tensor, for each of these linear layers (name, n_in, n_out).
+def check_peft_option(options: LoraOptions) -> None:
+    """Raise ConfigError for a --peft_option that the method does not take, before there is a base."""
+    with _as_config_error(options):
+        _new_config(options, AdaptedLayers([], None, transposed=False), {})
 
-    Then bytes that lie beside them in each, and bytes that all layers share. Made by peft on the meta
-    device. Raises ConfigError, as `add_lora` does.
-    """
-    names = [f"{number}_{name}" for number, (name, _, _) in enumerate(linears)]
-    with torch.device("meta"), _as_config_error(options):
-        model: Any = nn.Module()
-        for name, (_, n_in, n_out) in zip(names, linears, strict=True):
-            model.register_module(name, nn.Linear(n_in, n_out, bias=False))
-        model.config = {"model_type": ""}
+
+def attach_to_layers(layers: Any, names: list[str], options: LoraOptions) -> PeftModel:
+    """Attach a fresh adapter to linear layers that are no language model. Raises ConfigError, as `add_lora` does."""
+    with _as_config_error(options):
         config = _new_config(options, AdaptedLayers(names, None, transposed=False), {})
-        if options.peft_method == "shira":  # its places are drawn from weights that have memory
-            sizes = [config.r * (n_in + n_out) for _, n_in, n_out in linears]
-            return [[size] for size in sizes], [2 * torch.int32.itemsize * size for size in sizes], 0
-        peft_model = get_peft_model(model, replace(config, task_type=None))
-    shared = METHODS[options.peft_method].shared
-    buffers = [(name, buffer.nbytes) for name, buffer in peft_model.named_buffers()]
-    of_all = sum(size for name, size in buffers if any(part in shared for part in name.split(".")))
-    trained = [
-        (name, parameter.numel()) for name, parameter in peft_model.named_parameters() if parameter.requires_grad
-    ]
-    kept = [(name, size) for name, size in buffers if not any(part in shared for part in name.split("."))]
-    of_layers = [[size for tensor, size in trained if f".{name}." in tensor] for name in names]
-    return of_layers, [sum(size for tensor, size in kept if f".{name}." in tensor) for name in names], of_all
+        return get_peft_model(layers, replace(config, task_type=None))
 
 
 def _attach(model: Any, config: PeftConfig, *, has_no_memory: bool = False) -> PeftModel:

@@ -81,7 +81,7 @@ def _value(text: str, kind: Any) -> Any:
             raise ValueError("a whole number" if kind is int else "a number") from None
     if kind is str:
         return text
-    raise ValueError("something that can be given here: only numbers, words and true or false can")
+    raise ValueError("a list or table, which cannot be given here")
 
 
 _TRIED = [type(None), bool, int, float, str]

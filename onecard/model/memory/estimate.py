@@ -212,7 +212,7 @@ def _of_method(setup: MemoryConfig, chosen: list[Linear]) -> tuple[tuple[tuple[i
 def _method_tensors(
     method: Any, option: str, rank: int, chosen: tuple[Linear, ...]
 ) -> tuple[tuple[tuple[int, ...], ...], int]:
-    from onecard.model.lora.adapter import method_tensors  # only here: peft takes seconds
+    from onecard.model.lora.method_size import method_tensors  # only here: peft takes seconds
 
     options = LoraOptions(peft_method=method, peft_option=option, lora_r=rank)
     shapes, kept, shared = method_tensors(options, [(linear.name, linear.n_in, linear.n_out) for linear in chosen])

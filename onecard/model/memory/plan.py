@@ -192,6 +192,10 @@ def longest_context(model: Architecture, config: FinetuneConfig, card: CardSpec,
 
 
 def _check_targets(model: Architecture, config: FinetuneConfig) -> None:
+    if config.lora.peft_option:
+        from onecard.model.lora.adapter import check_peft_option  # only here: peft takes seconds
+
+        check_peft_option(config.lora)
     targets = config.lora.lora_target_modules
     if config.lora.lora_target_parameters and not model.experts:
         raise ConfigError("--lora_target_parameters", f"{model.name} has no experts; leave it out")

@@ -1,0 +1,45 @@
+"""How much a PEFT method adds to linear layers, as PEFT makes it on the meta device: for the plan of memory.
+
+Knows layers by name and size alone; it loads no model and takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from onecard.config.training import LoraOptions
+from onecard.model.lora.adapter import attach_to_layers
+from onecard.model.lora.methods import METHODS
+
+
+def method_tensors(
+    options: LoraOptions, linears: Sequence[tuple[str, int, int]]
+) -> tuple[list[list[int]], list[int], int]:
+    """Numbers of weights that a method trains in each tensor, for each of these linear layers (name, n_in, n_out).
+
+    Then bytes that lie beside them in each, and bytes that all layers share. Raises ConfigError, as `add_lora` does.
+    """
+    if options.peft_method == "shira":  # its places are drawn from weights that have memory
+        sizes = [options.lora_r * (n_in + n_out) for _, n_in, n_out in linears]
+        return [[size] for size in sizes], [2 * torch.int32.itemsize * size for size in sizes], 0
+    names = [f"{number}_{name}" for number, (name, _, _) in enumerate(linears)]
+    with torch.device("meta"):
+        layers: Any = nn.Module()
+        for name, (_, n_in, n_out) in zip(names, linears, strict=True):
+            layers.register_module(name, nn.Linear(n_in, n_out, bias=False))
+        layers.config = {"model_type": ""}
+        model = attach_to_layers(layers, names, options)
+    trained = [(name, tensor.numel()) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    beside = [(name, tensor.nbytes) for name, tensor in model.named_buffers()]
+    shared = set(METHODS[options.peft_method].shared)
+    of_all = [size for name, size in beside if shared & set(name.split("."))]
+    own = [(name, size) for name, size in beside if not shared & set(name.split("."))]
+
+    def in_layer(name: str, tensors: list[tuple[str, int]]) -> list[int]:
+        return [size for tensor, size in tensors if f".{name}." in tensor]
+
+    return [in_layer(name, trained) for name in names], [sum(in_layer(name, own)) for name in names], sum(of_all)
