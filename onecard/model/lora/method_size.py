@@ -26,11 +26,11 @@ def method_tensors(
     if options.peft_method == "shira":  # its places are drawn from weights that have memory
         sizes = [options.lora_r * (n_in + n_out) for _, n_in, n_out in linears]
         return [[size] for size in sizes], [2 * torch.int32.itemsize * size for size in sizes], 0
-    names = [f"{number}_{name}" for number, (name, _, _) in enumerate(linears)]
+    names = [f"{number}.{name}" for number, (name, _, _) in enumerate(linears)]
     with torch.device("meta"):
-        layers: Any = nn.Module()
-        for name, (_, n_in, n_out) in zip(names, linears, strict=True):
-            layers.register_module(name, nn.Linear(n_in, n_out, bias=False))
+        layers: Any = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(n_in, n_out, bias=False)}) for name, n_in, n_out in linears
+        )
         layers.config = {"model_type": ""}
         model = attach_to_layers(layers, names, options)
     trained = [(name, tensor.numel()) for name, tensor in model.named_parameters() if tensor.requires_grad]
