@@ -62,6 +62,13 @@ METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Their products have the shape of the stored weights, which 4 bits pack otherwise.
 NOT_IN_4_BITS = ("loha", "lokr")
+PREFERENCE_OBJECTIVES = ("dpo", "ipo", "simpo", "orpo")
+WITH_REFERENCE = ("dpo", "ipo")  # which compare with the base without adapter
+# The options of preference objectives, by those that take them.
+_TAKEN_BY = {
+    "pref_beta": PREFERENCE_OBJECTIVES, "label_smoothing": ("dpo", "simpo"), "sft_weight": ("dpo", "ipo", "simpo"),
+    "simpo_gamma": ("simpo",),
+}  # fmt: skip
 Problem = tuple[str, str]  # (flag, what is wrong with it)
 
 
@@ -253,8 +260,17 @@ class TrainOptions:
 
     output_path: str = "outputs/my-first-adapter"
     """Directory of the run: adapter, checkpoints, log and options."""
-    objective: Literal["sft"] = "sft"
-    """What is learned. sft: the answers of conversations (--train_on), every token of documents."""
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo"] = "sft"
+    """What is learned. sft: the answers of conversations (--train_on), every token of documents. Of pairs of a chosen
+    and a rejected answer: dpo and ipo, which compare with the base without adapter, simpo and orpo, which do not."""
+    pref_beta: float = 0.0
+    """How strongly pairs pull: beta of dpo, ipo (tau), simpo and orpo (lambda); 0: 0.1, for simpo 2."""
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be the wrong way round (dpo, simpo), below 0.5."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's own loss, per token, beside that of the pair (dpo, ipo, simpo; RPO)."""
+    simpo_gamma: float | Literal["auto"] = "auto"
+    """Margin by which simpo wants the chosen answer to be the better one; auto: 1."""
     num_epoch: float = 3
     """Passes over the training data."""
     max_steps: int = 0
@@ -367,7 +383,7 @@ class TrainOptions:
             found.append(("--lora_remote_checkpoint", "is another name of --init_adapter; give only one of them"))
         if self.deepspeed and "8bit" in self.optimizer:
             found.append(("--optimizer", f"{self.optimizer} does not work under DeepSpeed; use adamw"))
-        found += [*self._clock_problems(), *self._schedule_problems()]
+        found += [*self._clock_problems(), *self._schedule_problems(), *self._preference_problems()]
         found += [*self._final_weights_problems(), *self._change_problems()]
         return found
 
@@ -389,6 +405,27 @@ class TrainOptions:
             found.append(("--finish_by", f"{self.finish_by!r} is no time; use 07:00 or 2026-12-24T07:00"))
         if self.finish_by and self.max_hours:
             found.append(("--max_hours", "says the end, as --finish_by does; give only one of them"))
+        return found
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of tokens that one sample has: 2 where it is a pair."""
+        return 2 if self.objective in PREFERENCE_OBJECTIVES else 1
+
+    def _preference_problems(self) -> list[Problem]:
+        given = {name: getattr(self, name) for name in _TAKEN_BY}
+        found = [
+            (f"--{name}", f"is of --objective {', '.join(_TAKEN_BY[name])}, and this one is {self.objective}")
+            for name, value in given.items()
+            if value not in (0.0, "auto") and self.objective not in _TAKEN_BY[name]
+        ]
+        if self.simpo_gamma == 0 and self.objective != "simpo":
+            found.append(("--simpo_gamma", f"is of --objective simpo, and this one is {self.objective}"))
+        if not 0 <= self.label_smoothing < 0.5:
+            found.append(("--label_smoothing", f"{self.label_smoothing:g} is no share of pairs; use 0 up to below 0.5"))
+        for name in ("pref_beta", "sft_weight", "simpo_gamma"):
+            if given[name] != "auto" and not 0 <= given[name] < math.inf:
+                found.append((f"--{name}", f"{given[name]:g} is no weight; use a number above 0"))
         return found
 
     def _schedule_problems(self) -> list[Problem]:
@@ -497,6 +534,21 @@ class FinetuneConfig:
         if flag and self.train.start_adapter:
             text = f"contradicts --init_adapter: what that one trains, goes on; merge it first ({command('merge')})"
             found.append((flag, text))
+        return found + self._pair_problems()
+
+    def _pair_problems(self) -> list[Problem]:
+        """What does not go with an objective of pairs."""
+        objective = self.train.objective
+        if objective not in PREFERENCE_OBJECTIVES:
+            return []
+        found: list[Problem] = []
+        if self.data.train_on == "everything":
+            found.append(("--train_on", f"everything does not go with --objective {objective}: answers are compared"))
+        if self.train.deepspeed:
+            found.append(("--deepspeed", f"does not go with --objective {objective}; leave it out"))
+        if objective in WITH_REFERENCE and self.lora.lora_init != "default":
+            text = f"--objective {objective}, which compares with the base without adapter: there it is another model"
+            found.append(("--lora_init", f"{self.lora.lora_init} does not go with {text}"))
         return found
 
 

@@ -225,6 +225,8 @@ def _encoded(
             waiting = ahead
         if waiting is not None:
             yield _rows(waiting[0], encoder.assemble(waiting[1], waiting[2].result()), group, settings, report)
+    for note in encoder.untrue_notes:
+        report.read.notes.pop(note, None)
 
 
 @contextmanager

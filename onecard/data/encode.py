@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from onecard.data.chat_template import Segment, Template
 from onecard.data.messages import Conversation, Document, Turn
@@ -147,6 +147,9 @@ def to_encoded(coded: EncodedSample, record: str, group: int) -> LabelledSample:
 
 class Encoder:
     """Encodes many samples with one tokenizer call; bound to template, tokenizer and settings."""
+
+    untrue_notes: ClassVar[frozenset[str]] = frozenset()
+    """What readers note of records and does not hold for what this encoder learns of them."""
 
     def __init__(self, template: Template, tokenizer: Any, settings: EncodeSettings) -> None:
         self.tokens = segment_tokenizer(template, tokenizer)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +91,7 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: 
     positions = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
     if len(positions) == 0:
         positions = torch.zeros(1, dtype=torch.long, device=targets.device)
-    logits = _logits_at(model, inputs, positions)
+    logits = logits_at(model, inputs, positions)
     wanted = targets[:, positions]
     supervised = wanted != IGNORE_INDEX
     n_supervised = int(supervised.sum())
@@ -108,7 +108,7 @@ def _total(weights: Tensor) -> float:
     return float(weights.sum(dtype=torch.float64))
 
 
-def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
     """Return the logits (batch, len(positions), vocab) at `positions`, computing no others where the model can."""
     n_positions, n_seq = len(positions), inputs["input_ids"].shape[1]
     if not takes_positions(model):
@@ -158,7 +158,7 @@ class _Way:
 
 
 @dataclass(frozen=True)
-class _Head:
+class OutputHead:
     """The way from hidden states (tokens, hidden) to logits (tokens, vocab), under the autocast that the model uses."""
 
     module: nn.Module
@@ -200,6 +200,27 @@ def _chunked_loss(
     model: nn.Module, inputs: dict[str, Any], targets: Tensor, weights: Tensor | None, chunk_tokens: int
 ) -> tuple[Tensor, float] | None:
     """The loss of `targets` (batch, seq), chunk by chunk; None for a model whose logits cannot be computed here."""
+    found = states_and_head(model, inputs)
+    if found is None:
+        return None
+    hidden, head = found
+    flat = targets.flatten().to(hidden.device)
+    rows = (flat != IGNORE_INDEX).nonzero().squeeze(1)
+    of_tokens = None if weights is None else weights.flatten().to(hidden.device)[rows]
+    n_units = len(rows) if of_tokens is None else _total(of_tokens)
+    tokens, states = SupervisedTokens(rows, flat[rows], of_tokens, chunk_tokens), hidden.flatten(0, 1)
+    trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
+    if torch.is_grad_enabled() and (states.requires_grad or trained):
+        loss: Any = _ChunkedLoss.apply(head, tokens, states, *trained)
+        return loss, n_units
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for some, wanted, weight in tokens.chunks():
+        loss += _summed(losses_in_place(head.finish(head.output(states[some])), wanted), weight)
+    return loss, n_units
+
+
+def states_and_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, OutputHead] | None:
+    """What enters the head (batch, seq, hidden), and the head; None, of which is warned once, for an unknown one."""
     inner = _innermost(model)
     is_new = inner not in _ways
     found = _hidden_states(model, inner, inputs)
@@ -209,25 +230,10 @@ def _chunked_loss(
             f"computed for all tokens at once, which takes more memory (less "
             f"for a shorter {command('finetune')} --cutoff_len)"
         )
-    if found is None:
-        return None
-    hidden, head = found
-    flat = targets.flatten().to(hidden.device)
-    rows = (flat != IGNORE_INDEX).nonzero().squeeze(1)
-    of_tokens = None if weights is None else weights.flatten().to(hidden.device)[rows]
-    n_units = len(rows) if of_tokens is None else _total(of_tokens)
-    tokens, states = _Tokens(rows, flat[rows], of_tokens, chunk_tokens), hidden.flatten(0, 1)
-    trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
-    if torch.is_grad_enabled() and (states.requires_grad or trained):
-        loss: Any = _ChunkedLoss.apply(head, tokens, states, *trained)
-        return loss, n_units
-    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for some, wanted, weight in tokens.chunks():
-        loss += _softmax_in_place(head.finish(head.output(states[some])), wanted, weight)
-    return loss, n_units
+    return found
 
 
-def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tuple[Tensor, _Head] | None:
+def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tuple[Tensor, OutputHead] | None:
     """Run the model up to its head; return what enters the head (batch, seq, hidden), and the head.
 
     The model itself computes the logits of one token only. The first time, those are compared with ours, bit by bit.
@@ -276,13 +282,13 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tupl
     if way is None or len(entered) != 1:
         return None
     hidden, autocast, dtype = entered[0]
-    return hidden, _Head(head, autocast, dtype, way)
+    return hidden, OutputHead(head, autocast, dtype, way)
 
 
 def _way(config: Any, head: nn.Module, output: Tensor, logits: Tensor) -> _Way | None:
     """Which way leads from the head's `output` to the model's own `logits` of the same token, bit by bit."""
     for way in _possible_ways(config):
-        made = _Head(head, False, output.dtype, way).finish(output.clone())
+        made = OutputHead(head, False, output.dtype, way).finish(output.clone())
         if torch.equal(made.to(output.dtype), logits.to(output)):
             return way
     return None
@@ -322,7 +328,7 @@ def states_before_head(
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class SupervisedTokens:
     """The supervised tokens: their rows in the flat hidden states, what they should predict, how many at a time.
 
     weights: what the loss of each is multiplied by; None where all weigh 1.
@@ -343,40 +349,51 @@ class _ChunkedLoss(torch.autograd.Function):
     """The summed loss; the forward pass computes the gradients, too, and the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, head: _Head, tokens: _Tokens, hidden: Tensor, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, head: OutputHead, tokens: SupervisedTokens, hidden: Tensor, *trained: Tensor) -> Tensor:
         """hidden: (batch * seq, hidden). trained: the head's parameters that need gradients."""
-        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[2] else None
-        of_trained = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows, wanted, weights in tokens.chunks():
-            chunk = hidden.detach()[rows].requires_grad_(of_hidden is not None)
-            learned = [*([chunk] if of_hidden is not None else []), *trained]
-            part, gradients = _learn_chunk(head, chunk, wanted, weights, learned)
-            loss += part
-            if of_hidden is not None:
-                of_hidden[rows] = gradients.pop(0)  # type: ignore[assignment]
-            for whole in of_trained:
-                gradient = gradients.pop(0)
-                if gradient is not None:
-                    whole += gradient
-                del gradient  # as large as the head: not two of them while the next chunk makes its own
-        ctx.save_for_backward(of_hidden, *of_trained)
+        loss, gradients = loss_and_gradients(head, tokens, hidden, trained, of_hidden=ctx.needs_input_grad[2])
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Scale in place: a second backward pass through the same graph is an error that autograd reports."""
-        factor = grad_outputs[0] / SCALE
         gradients = ctx.saved_tensors
-        for gradient in gradients:
-            # In fp32, since the factor may be more than fp16 can hold; in pieces, since a long context is wide.
-            for rows in gradient.split(ROWS_AT_ONCE) if gradient is not None else ():
-                rows.copy_(rows.float().mul_(factor))
+        scale_in_place(gradients, grad_outputs[0] / SCALE)
         return (None, None, *gradients)
 
 
+def loss_and_gradients(
+    head: OutputHead, tokens: SupervisedTokens, hidden: Tensor, trained: Sequence[Tensor], *, of_hidden: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the summed loss and SCALE times its gradients for `hidden` (None without of_hidden) and for `trained`."""
+    of_states = torch.zeros_like(hidden) if of_hidden else None
+    of_trained = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for rows, wanted, weights in tokens.chunks():
+        chunk = hidden.detach()[rows].requires_grad_(of_hidden)
+        learned = [*([chunk] if of_hidden else []), *trained]
+        part, gradients = _learn_chunk(head, chunk, wanted, weights, learned)
+        loss += part
+        if of_states is not None:
+            of_states[rows] = gradients.pop(0)  # type: ignore[assignment]
+        for whole in of_trained:
+            gradient = gradients.pop(0)
+            if gradient is not None:
+                whole += gradient
+            del gradient  # as large as the head: not two of them while the next chunk makes its own
+    return loss, [of_states, *of_trained]
+
+
+def scale_in_place(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
+    """In fp32, since the factor may be more than fp16 can hold; in pieces, since a long context is wide."""
+    for gradient in gradients:
+        for rows in gradient.split(ROWS_AT_ONCE) if gradient is not None else ():
+            rows.copy_(rows.float().mul_(factor))
+
+
 def _learn_chunk(
-    head: _Head, hidden: Tensor, wanted: Tensor, weights: Tensor | None, learned: list[Tensor]
+    head: OutputHead, hidden: Tensor, wanted: Tensor, weights: Tensor | None, learned: list[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the summed loss of a chunk and SCALE times its gradients for `learned`; None for what is not used."""
     # What is saved here is needed at once; to offload it would send a trained head's 16-bit copy to RAM for each chunk.
@@ -384,7 +401,7 @@ def _learn_chunk(
         output = head.output(hidden)
     scores = output.detach()
     probabilities = head.finish(scores)
-    loss = _softmax_in_place(probabilities, wanted, weights)
+    loss = _summed(losses_in_place(probabilities, wanted), weights)
     probabilities[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
     if weights is not None:
         probabilities.mul_(weights[:, None])
@@ -398,11 +415,14 @@ def _as_it_is(saved: Tensor) -> Tensor:
     return saved
 
 
-def _softmax_in_place(logits: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
-    """Turn fp32 logits (tokens, vocab) into probabilities; return the summed, weighted loss of the `wanted` ids."""
+def losses_in_place(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Turn fp32 logits (tokens, vocab) into probabilities; return the losses (tokens,) of the `wanted` ids."""
     logits.sub_(logits.amax(dim=1, keepdim=True))
     of_wanted = logits.gather(1, wanted[:, None])
     total = logits.exp_().sum(dim=1, keepdim=True)
     logits.div_(total)
-    losses = total.log() - of_wanted
-    return losses.sum() if weights is None else (losses.squeeze(1) * weights).sum()
+    return (total.log() - of_wanted).squeeze(1)
+
+
+def _summed(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.sum() if weights is None else (losses * weights).sum()

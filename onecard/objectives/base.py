@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from onecard.config.training import TrainOptions
 from onecard.data.batches import SampleOrder
 from onecard.data.dataset import EncodedDataset
 from onecard.data.encode import Encoder
@@ -59,6 +60,15 @@ class Objective(ABC):
     """Makes the rows of an encoded dataset out of records."""
     samples: ClassVar[type[SampleView]] = SampleView
     """Makes samples out of these rows."""
+
+    def with_options(self, options: TrainOptions) -> Objective:
+        """The same objective with what the options say about it."""
+        return self
+
+    @property
+    def of_answers(self) -> Objective:
+        """The objective by which single answers are scored; this one, unless it takes something else."""
+        return self
 
     @abstractmethod
     def length(self, sample: Any) -> int:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from onecard.errors import ModelError
 from onecard.objectives.base import Objective
 from onecard.objectives.next_token import PlainDocuments, SupervisedFineTuning
+from onecard.objectives.preference import DirectPreference, IdentityPreference, OddsRatioPreference, SimplePreference
 
-OBJECTIVES: dict[str, Objective] = {each.name: each for each in (SupervisedFineTuning(), PlainDocuments())}
+OBJECTIVES: dict[str, Objective] = {
+    each.name: each
+    for each in (
+        SupervisedFineTuning(), PlainDocuments(), DirectPreference(), IdentityPreference(), SimplePreference(),
+        OddsRatioPreference(),
+    )
+}  # fmt: skip
 
 
 def objective_named(name: str) -> Objective:

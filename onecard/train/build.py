@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from onecard.config.training import FinetuneConfig, LoraOptions
+from onecard.config.training import WITH_REFERENCE, FinetuneConfig, LoraOptions
 from onecard.console import say, warn
 from onecard.data.batches import split, split_by_source
 from onecard.data.built_in_templates import first_version
@@ -22,6 +22,7 @@ from onecard.data.encode import EncodeSettings
 from onecard.data.joined import encode_parts
 from onecard.data.mixture import parts_of
 from onecard.errors import ConfigError, ModelError
+from onecard.installation import command
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
 from onecard.model.kernels import use_liger
@@ -91,7 +92,7 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
 
     Raises DataError for data that cannot be used, ConfigError for a split that leaves nothing to train on.
     """
-    options, objective = config.data, objective_named(config.train.objective)
+    options, objective = config.data, objective_named(config.train.objective).with_options(config.train)
     tokenizer = load_tokenizer(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
     template = load_template(options.prompt_type, tokenizer, dialogue=options.dialogue)
     settings = EncodeSettings(options.cutoff_len, options.train_on, options.strict, options.thinking)
@@ -267,4 +268,7 @@ def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None) -> An
     say(f"the adapter {start} is what this run starts from; its rank and layers stay")
     for note in loaded.notes:
         warn(note)
+    if config.train.objective in WITH_REFERENCE:
+        warn(f"--objective {config.train.objective} compares with the base without any adapter, not with this adapter; "
+             f"to compare with it, merge it first ({command('merge')}) and train on the result")  # fmt: skip
     return loaded.model

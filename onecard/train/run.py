@@ -76,7 +76,7 @@ class Run:
     @property
     def objective(self) -> Objective:
         """What is learned from the samples."""
-        return objective_named(self.options.objective)
+        return objective_named(self.options.objective).with_options(self.options)
 
     @cached_property
     def engine(self) -> TrainingEngine | DeepSpeedEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def test_two_processes_equal_one(one_process: Path, tiny_base: Path, instruction
     assert_same_run(one_process, tmp_path / "run")
     evaluated = [row["step"] for row in read_log(tmp_path / "run") if "eval_loss" in row]
     assert evaluated[0] == 1 and evaluated[-1] == 8
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_for_pairs(tiny_base: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"Count {i}", "chosen": "one " * (1 + i % 5), "rejected": "no " * (1 + i % 3)} for i in range(24)
+    ]
+    pairs.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    shared = {**SHARED, "objective": "dpo"}
+    one = finetune(tiny.config_for(tiny_base, pairs, tmp_path / "one" / "run", **shared))
+    finish(launch(torchrun(2), tiny.config_for(tiny_base, pairs, tmp_path / "two" / "run", **shared), tmp_path))
+    assert_same_run(one, tmp_path / "two" / "run")
 
 
 @pytest.mark.slow

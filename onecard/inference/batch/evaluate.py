@@ -59,7 +59,7 @@ def read_cases(source: str | Source, bundle: ModelBundle, *, limit: int = 0) -> 
     longest = longest_sequence(bundle.model) or UNLIMITED
     settings = EncodeSettings(cutoff_len=longest, train_on="last")
     cases: list[Case] = []
-    encoder = objective_named(bundle.objective).encoder
+    encoder = objective_named(bundle.objective).of_answers.encoder
     for sample in read(source, report=ReadReport()):
         if limit and len(cases) == limit:
             break
@@ -93,8 +93,8 @@ def score(bundle: ModelBundle, cases: Sequence[Case], *, batch_size: int) -> Sco
 
 
 def mean_loss(bundle: ModelBundle, samples: Sequence[LabelledSample]) -> float:
-    """The loss that the model was trained to lower, per unit (nats per supervised token) over all samples together."""
-    objective = objective_named(bundle.objective)
+    """The loss of answers by the model's objective, per unit (nats per supervised token) over all samples together."""
+    objective = objective_named(bundle.objective).of_answers
     lengths = np.array([objective.length(sample) for sample in samples])
     total, n_units = 0.0, 0.0
     with torch.inference_mode():

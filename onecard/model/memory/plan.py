@@ -71,6 +71,8 @@ class Plan:
     choices: tuple[PlannedSetting, ...]
     longest_row: int
     """Tokens of the longest sample that the plan is for."""
+    rows_per_sample: int = 1
+    """2 where a sample is a pair of answers."""
 
     @property
     def fits(self) -> bool:
@@ -119,7 +121,8 @@ def _may_stream(model: Architecture, config: FinetuneConfig, card: CardSpec) -> 
 def _make_plan(
     model: Architecture, config: FinetuneConfig, card: CardSpec, element_bytes: int, longest_row: int
 ) -> Plan:
-    longest = min(longest_row or config.data.cutoff_len, config.data.cutoff_len)
+    limit = config.data.cutoff_len * config.train.rows_per_sample
+    longest = min(longest_row or limit, limit)
     setup = _first_setup(model, config, card, element_bytes, longest)
     choices = _typed(config)
     if config.model.gradient_checkpointing == "auto":
@@ -147,7 +150,7 @@ def _make_plan(
             if here.card_bytes <= card.total_bytes:
                 break
     choices = _defaults(config, setup, choices)
-    return Plan(model, card, setup, here, tuple(choices), longest)
+    return Plan(model, card, setup, here, tuple(choices), longest, config.train.rows_per_sample)
 
 
 def _recomputed(

@@ -259,8 +259,9 @@ def _head_lines(plan: Plan) -> list[str]:
             "note: without expandable segments, which Windows and WSL do not have, torch leaves gaps in the card's "
             "memory; more is counted for them"
         )
-    if 0 < model.max_positions < plan.longest_row:
-        lines += _wrap(f"note: {plan.longest_row:,} tokens are more than the model's {model.max_positions:,} positions")
+    longest = plan.longest_row // plan.rows_per_sample
+    if 0 < model.max_positions < longest:
+        lines += _wrap(f"note: {longest:,} tokens are more than the model's {model.max_positions:,} positions")
     return lines
 
 
