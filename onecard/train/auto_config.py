@@ -131,7 +131,9 @@ def resolve_learning_rate(config: FinetuneConfig, model: Architecture, point: Re
     if config.train.learning_rate:
         return config
     began = point.options.get("learning_rate") if point is not None and point.same_run else None
-    rate, reason = (began, "as the run began") if began else default_learning_rate(model.model_type, model.hidden_size)
+    rate, reason = default_learning_rate(model.model_type, model.hidden_size, config.train.objective)
+    if began:
+        rate, reason = began, "as the run began"
     say(f"learning rate {rate:.1e}, {reason}; --learning_rate sets another one")
     return replace(config, train=replace(config.train, learning_rate=rate))
 

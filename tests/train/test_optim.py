@@ -98,6 +98,7 @@ def test_what_a_schedule_cannot_take_is_refused(schedule: str, typed: str, said:
 def test_the_learning_rate_of_a_base(model_type: str, width: int, expected: float) -> None:
     """The first two are the published ones, https://thinkingmachines.ai/blog/lora/."""
     assert default_learning_rate(model_type, width)[0] == expected
+    assert default_learning_rate(model_type, width, "dpo") == (5e-6, "usual for preference pairs")
 
 
 def test_warmup_steps_take_the_place_of_the_ratio() -> None:
