@@ -278,7 +278,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     )  # fmt: skip
     n_all = int(config["vocab_size"])
     plain = add_lora(base.model, lora, new_ids=list(range(n_all - setup.n_new_tokens, n_all)))
-    train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer)
+    train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer, learning_rate=2e-4)
     optimizer = build_optimizer(plain, train)
     allocate_state(optimizer)
     AcceleratorState._reset_state(True)

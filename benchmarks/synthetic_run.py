@@ -31,7 +31,7 @@ from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.train.auto_config import card_of, limits_of
 from onecard.train.build import build_accelerator, prepare_base, prepared
 from onecard.train.checkpoint import CheckpointStore
-from onecard.train.optim import allocate_state, build_optimizer
+from onecard.train.optim import USUAL_LORA_RATE, allocate_state, build_optimizer
 from onecard.train.run import Run
 from onecard.train.state import TrainerState
 from onecard.train.step import use_limits
@@ -96,7 +96,7 @@ def plan_for(config: FinetuneConfig, model: Architecture, hardware: Hardware, lo
 
 def build_run(config: FinetuneConfig, hardware: Hardware, base: LoadedBase, samples: Samples) -> Run:
     """A run that is ready for `step.take_step`, as `setup.build_run` makes one. `config` has every choice filled in."""
-    options = config.train
+    options = replace(config.train, learning_rate=config.train.learning_rate or USUAL_LORA_RATE)
     # One of its own: an accelerator keeps every optimizer that it ever prepared, and so their models.
     accelerator = build_accelerator(config, hardware, str(base.model.config.model_type))
     prepare_base(config, hardware, base)

@@ -430,7 +430,8 @@ def write(file: Path, content: bytes | str) -> Path:
         ("a few words only\n\nand a few more\n\n" * 3, "small.txt", "--vocab_size: 500 is more than"),
         ("".join(chr(i) for i in range(0x4E00, 0x5200)), "wide.txt", "--vocab_size: 500 is less than"),
         ('{"foo": 5}', "number.jsonl", "no usable record"),
-        ("x", "odd.docx", "no known format"),
+        ("x", "odd.xlsx", "no known format"),
+        ("x", "odd.docx", "no usable record"),
     ],
 )
 def test_bad_corpora(content, name, words, capsys, tmp_path):

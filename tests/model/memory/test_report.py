@@ -126,7 +126,7 @@ def test_advice_is_about_what_stands_in_the_way() -> None:
     for advice in ("--micro_batch, given as 4", "--gradient_checkpointing, given as off", "--cutoff_len 300",
                    "--bits 4", "--lora_r 8", "a smaller model"):  # fmt: skip
         assert advice in text, advice
-    plain = joined(plan_text.verdict_lines(plan_of(3), 0))
+    plain = joined(plan_text.verdict_lines(plan_of(1), 0))
     assert "It does not fit" in plain and plain.endswith("What would help: - a smaller model")
 
 
@@ -144,7 +144,7 @@ def test_every_setting_has_its_value_and_reason() -> None:
 
 
 def test_nothing_fits_in_a_plan_that_does_not() -> None:
-    plan = plan_of(3)
+    plan = plan_of(3, stream_layers="off")
     assert not plan.fits and any(choice.reason == plan_text.UNTOUCHED for choice in plan.choices)
     assert "fits" not in joined(plan_text.setting_lines(plan)) and "of no use here" in joined(
         plan_text.setting_lines(plan)
@@ -224,11 +224,12 @@ def test_the_matrix_has_every_peak_and_marks_what_does_not_fit() -> None:
         assert rows["tokens"] == ["3", "GiB", "6", "GiB", "24", "GiB"] and block.startswith(name)
         for (column, gib), length in product(enumerate(sizes), lengths):
             plan = next(p for p in plans if (p.model.name, p.longest_row, p.card) == (name, length, card_of(gib)))
-            mark = "" if plan.fits else "!"
+            mark = ("~" if plan.setup.stream_layers else "") + ("" if plan.fits else "!")
             assert rows[f"{length:,}"][column] == plan_text.gib(plan.account.card_bytes) + mark
             seen += 1
         assert len(rows["longest"]) == 3
     assert seen == 12 and any("!" in line for line in lines[:-2]) and not all(plan.fits for plan in plans)
+    assert any(plan.setup.stream_layers for plan in plans)
 
 
 def test_a_wide_matrix_goes_on_below() -> None:
@@ -316,7 +317,9 @@ def test_one_curve_per_model_with_everything_given_up() -> None:
     # Where the curve of a model passes a card is, nearly, the longest context that the plan finds there.
     for model in models:
         crossing = plan_text._crossing(curves[model.name], 11)
-        assert crossing == pytest.approx(longest_context(model, config_of(), card_of(11, 2**20)), rel=0.05)
+        assert crossing == pytest.approx(
+            longest_context(model, config_of(stream_layers="off"), card_of(11, 2**20)), rel=0.05
+        )
 
 
 def test_a_crossing_is_between_its_points() -> None:

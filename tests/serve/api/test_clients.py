@@ -87,7 +87,9 @@ def test_openai(client: openai.OpenAI, expected: str) -> None:
 def test_no_limit_is_the_servers_own(client: openai.OpenAI) -> None:
     """As llama.cpp's and LM Studio's clients ask for it; this server was started with 16."""
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=-1, temperature=0)
-    text = client.completions.create(model="tiny", prompt="Hi", max_tokens=-1, extra_body={"n_predict": -1})
+    text = client.completions.create(
+        model="tiny", prompt="Hi", max_tokens=-1, temperature=0, extra_body={"n_predict": -1}
+    )
     assert answer.usage is not None and text.usage is not None
     assert answer.usage.completion_tokens == text.usage.completion_tokens == 16
 
