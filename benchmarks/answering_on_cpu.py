@@ -24,8 +24,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
+from onecard.config.base_model import ModelOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import ModelOptions  # noqa: E402
 from onecard.console import run_main  # noqa: E402
 
 SHAPE: dict[str, Any] = {

@@ -22,14 +22,10 @@ if str(ROOT) not in sys.path:
     # Started as `python benchmarks/batch_size.py`, Python sees only this folder.
     sys.path.insert(0, str(ROOT))
 
+from onecard.config.base_model import ModelOptions  # noqa: E402
+from onecard.config.data import DataOptions  # noqa: E402
 from onecard.config.parsing import comma_list, parse  # noqa: E402
-from onecard.config.training import (  # noqa: E402
-    DataOptions,
-    FinetuneConfig,
-    MemoryOptions,
-    ModelOptions,
-    TrainOptions,
-)
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 

@@ -22,8 +22,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS, machine, now, write_result  # noqa: E402
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 BITS, GROUP, SAMPLES, LENGTH = 4, 128, 16, 256

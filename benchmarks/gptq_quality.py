@@ -26,8 +26,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
+from onecard.config.base_model import DEFAULT_BASE  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import DEFAULT_BASE, Problem  # noqa: E402
+from onecard.config.problems import Problem  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 from onecard.objectives.registry import objective_named  # noqa: E402
 
@@ -124,7 +125,7 @@ def loaded(directory: str) -> Any:
     """A model in fp32 on the CPU, which holds 16-bit weights exactly."""
     import torch
 
-    from onecard.config.training import ModelOptions
+    from onecard.config.base_model import ModelOptions
     from onecard.model.hardware import detect
     from onecard.model.load import load_base
 

@@ -25,8 +25,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS, machine, write_result  # noqa: E402
+from onecard.config.base_model import DEFAULT_BASE  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import DEFAULT_BASE  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 from onecard.errors import ModelError  # noqa: E402
 

@@ -24,9 +24,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.streaming import machine  # noqa: E402
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 QUESTION = "Tell me about the capital of a country, its rivers, its trains and what people eat there. "

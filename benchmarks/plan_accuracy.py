@@ -255,7 +255,9 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from accelerate.utils import AutocastKwargs
 
     from benchmarks.random_models import random_base
-    from onecard.config.training import LoraOptions, ModelOptions, TrainOptions
+    from onecard.config.base_model import ModelOptions
+    from onecard.config.lora import LoraOptions
+    from onecard.config.training import TrainOptions
     from onecard.data.encode import LabelledSample
     from onecard.model.lora.adapter import add_lora
     from onecard.model.memory_saving.activation_offload import embeddings_to_ram

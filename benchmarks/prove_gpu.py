@@ -31,7 +31,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.proof_steps import MACHINE, STEPS, NotHere, Setting, Step  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import Problem  # noqa: E402
+from onecard.config.problems import Problem  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 from onecard.errors import ModelError  # noqa: E402
 

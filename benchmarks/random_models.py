@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.errors import ModelError
 from onecard.model.attention import choose_kernel
 from onecard.model.files import read_json

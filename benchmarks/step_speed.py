@@ -27,16 +27,11 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
+from onecard.config.data import DataOptions  # noqa: E402
+from onecard.config.lora import LoraOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import (  # noqa: E402
-    DEFAULT_BASE,
-    DataOptions,
-    FinetuneConfig,
-    LoraOptions,
-    MemoryOptions,
-    ModelOptions,
-    TrainOptions,
-)
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 from onecard.errors import ModelError  # noqa: E402
 

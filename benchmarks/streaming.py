@@ -27,9 +27,9 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.config.inference import SamplingOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 MODES: dict[str, dict[str, Any]] = {

@@ -11,8 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from onecard.config import parsing as cli
+from onecard.config.data import toy_base_problem
 from onecard.config.inference import ChatConfig, GenerateConfig, PageOptions, ServeConfig
-from onecard.config.training import FinetuneConfig, problems_of, refuse, toy_base_problem
+from onecard.config.problems import problems_of, refuse
+from onecard.config.training import FinetuneConfig
 from onecard.console import say, warn
 
 

@@ -14,7 +14,10 @@ from benchmarks import answering_on_cpu, context_per_vram, memory_ladder, step_s
 from benchmarks.plain import upcast_like_peft
 from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, random_samples
-from onecard.config.training import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import DataOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.errors import ModelError
 from onecard.model.hardware import detect
 from onecard.model.load import load_base

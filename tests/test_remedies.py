@@ -24,7 +24,7 @@ FOREIGN = {"gpus", "query", "format", "nproc_per_node", "use_deepspeed"}
 # Code that serves every program through tables of options, and says only what is in the program's own.
 BY_TABLE = ("onecard.config.old_names", "onecard.config.given_paths")
 # Their `problems` are asked of the classes that make a program's own options: a test below.
-OF_OPTIONS = ("onecard.config.training", "onecard.config.inference")
+OF_OPTIONS = tuple(f"onecard.config.{name}" for name in ("base_model", "data", "lora", "training", "inference"))
 # (module, option): why the programs that do not have the option never come to its message.
 NEVER = {
     ("onecard.export.merge.merge", "dtype"): "only for a name that was typed",

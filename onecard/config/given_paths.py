@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from onecard.config.training import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES, PeftMethodName, Problem
+from onecard.config.data import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES
+from onecard.config.lora import PeftMethodName
+from onecard.config.problems import Problem
 from onecard.console import nearest
 from onecard.installation import SHIPPED
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from onecard.config.training import ModelOptions, Problem, ReadingOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import ReadingOptions
+from onecard.config.problems import Problem
 
 API_KEY_VARIABLE = "ONECARD_API_KEY"
 

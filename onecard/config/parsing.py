@@ -25,7 +25,8 @@ import yaml
 
 from onecard.config import old_names
 from onecard.config.given_paths import path_problems, shipped_file, with_shipped_files
-from onecard.config.training import FinetuneConfig, Problem, problems_of, refuse
+from onecard.config.problems import Problem, problems_of, refuse
+from onecard.config.training import FinetuneConfig
 from onecard.console import nearest, say
 from onecard.errors import ConfigError
 from onecard.installation import program_name, with_commands

@@ -1,38 +1,25 @@
-"""Every option of training, and of the base model, declared once; those of inference are in `inference.py`.
+"""Options of a training run, declared once; those of base, data and adapter stand beside it, of inference, too.
 
 A field's docstring is its help text; flags, YAML keys and documentation derive from these classes (see `parsing.py`).
-This module knows types, defaults and which settings contradict one another. It does not know the disk, the card or
-the model, and it imports nothing heavy.
+They know types, defaults and which settings contradict one another. They do not know the disk, the card or the model,
+and import nothing heavy.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime, time, timedelta
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-from onecard.errors import ConfigError
-from onecard.installation import SHIPPED, command
+from onecard.config.base_model import ModelOptions, n_gpus_of
+from onecard.config.data import DataOptions
+from onecard.config.lora import NOT_IN_4_BITS, LoraOptions
+from onecard.config.problems import Problem
+from onecard.installation import command
 
-DEFAULT_BASE = str(SHIPPED / "sample" / "tiny-llama")
-TOY_DATA = SHIPPED / "sample"  # what DEFAULT_BASE is good for
-# The names of fields that --columns can give; data/formats.py says what they mean.
-COLUMN_NAMES = (
-    "answer", "ask", "completion", "content", "context", "conversation", "conversations", "from", "functions",
-    "history", "input", "inputs", "instruction", "messages", "output", "prompt", "query", "question", "response",
-    "role", "system", "target", "targets", "text", "thought", "tools", "value",
-)  # fmt: skip
-LARGEST_AMOUNT = 10_000
-_PORTION = re.compile(r"(.+?)(?:#(\d+))?(?::(\d+(?:\.\d*)?|\.\d+))?")  # NAME#LIMIT:AMOUNT
 LARGEST_TOTAL_BATCH = 32  # of those that are chosen
-
-# Files of onecard/data/templates, and what Chinese-Vicuna called two of them.
-BUILT_IN_TEMPLATES = ("alpaca", "vicuna-chat", "chatml", "llama-2", "llama-3", "mistral", "none")
-TEMPLATE_ALIASES = {"instruct": "alpaca", "chat": "vicuna-chat"}
-
 ScheduleName = Literal[
     "linear", "cosine", "constant", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "inverse_sqrt",
     "warmup_stable_decay",
@@ -45,23 +32,6 @@ SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
     "inverse_sqrt": ("timescale",),
     "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
 }
-
-# PEFT's own names, in small letters (model/lora/methods.py), and LoRA's forms by the names they are known under.
-PeftMethodName = Literal[
-    "lora", "rslora", "dora", "pissa", "loftq", "olora", "ia3", "vera", "oft", "miss", "shira", "randlora", "loha",
-    "lokr",
-]  # fmt: skip
-LORA_FORMS: dict[str, tuple[str, Any]] = {
-    "rslora": ("use_rslora", True), "dora": ("use_dora", True), "pissa": ("lora_init", "pissa"),
-    "loftq": ("lora_init", "loftq"), "olora": ("lora_init", "olora"),
-}  # fmt: skip
-# Which of LoRA's settings another method has, too; the others are its own, by --peft_option.
-METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
-    "ia3": (), "vera": ("lora_dropout",), "oft": (), "miss": ("lora_dropout",), "shira": ("lora_r",),
-    "randlora": ("lora_dropout",), "loha": ("lora_r", "lora_alpha"), "lokr": ("lora_r", "lora_alpha"),
-}  # fmt: skip
-# Their products have the shape of the stored weights, which 4 bits pack otherwise.
-NOT_IN_4_BITS = ("loha", "lokr")
 PREFERENCE_OBJECTIVES = ("dpo", "ipo", "simpo", "orpo")
 WITH_REFERENCE = ("dpo", "ipo")  # which compare with the base without adapter
 # The options of preference objectives, by those that take them.
@@ -69,189 +39,6 @@ _TAKEN_BY = {
     "pref_beta": PREFERENCE_OBJECTIVES, "label_smoothing": ("dpo", "simpo"), "sft_weight": ("dpo", "ipo", "simpo"),
     "simpo_gamma": ("simpo",),
 }  # fmt: skip
-Problem = tuple[str, str]  # (flag, what is wrong with it)
-
-
-@dataclass
-class ModelOptions:
-    """The base model and how it lies in memory."""
-
-    model_path: str = DEFAULT_BASE
-    """Base model: a directory in Hugging Face form or a Hub id; auto (to generate): the one the adapter names."""
-    bits: Literal[4, 8, 16, 32] = 4
-    """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8), 16 or 32."""
-    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """Number format of the arithmetic. auto: bf16 where the card has it natively, fp16 on older cards, fp32 on CPU."""
-    device: str = "auto"
-    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel. auto lets transformers choose; sdpa works on every card."""
-    gradient_checkpointing: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
-    """Recompute each layer in the backward pass (on, off): several times less memory, slower. auto: on where needed."""
-    max_memory: str | None = None
-    """Spread the model over several GPUs, so much of each: 0:10GiB,1:10GiB. cpu:30GiB: the rest in RAM, to answer."""
-    stream_layers: Literal["auto", "on", "off"] = "auto"
-    """Keep frozen layers in RAM; they pass through the card, one layer ahead. auto: where nothing else fits."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: only architectures of transformers itself are loaded."""
-
-    def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        if not self.model_path:
-            found.append(("--model_path", "is empty; give a directory or a Hub id"))
-        if self.bits == 32 and self.dtype in ("fp16", "bf16"):
-            found.append(("--bits", f"32 contradicts --dtype {self.dtype}; use --bits 16 or --dtype fp32"))
-        if self.max_memory is not None and memory_map(self.max_memory) is None:
-            found.append(("--max_memory", f"{self.max_memory!r} is not of the form 0:10GiB,1:10GiB,cpu:30GiB"))
-        if self.bits == 16 and self.dtype == "fp32":
-            found.append(("--bits", "16 contradicts --dtype fp32; use --bits 32 or another --dtype"))
-        if self.stream_layers == "on" and self.max_memory is not None:
-            found.append(("--stream_layers", "on does not go with --max_memory: layers pass through one card"))
-        return found
-
-
-@dataclass
-class ReadingOptions:
-    """How the files of --data_path are read."""
-
-    columns: str = ""
-    """Other names of fields, theirs:ours with commas between: ask:instruction,answer:output,cot:thought."""
-    txt_split: Literal["auto", "line", "paragraph", "file", "uncut"] = "auto"
-    """What cuts a txt into texts. auto: blank lines (paragraph) if it has any, else line; uncut: as in old runs."""
-
-    def problems(self) -> list[Problem]:
-        if column_names(self.columns) is None:
-            text = f"{self.columns!r} is not of the form ask:instruction,answer:output; "
-            return [("--columns", f"{text}ours are {', '.join(COLUMN_NAMES)}")]
-        return []
-
-
-@dataclass
-class DataOptions(ReadingOptions):
-    """What is learned from, and how it is put into words."""
-
-    data_path: str | list[str] = str(SHIPPED / "sample" / "merge_sample.json")
-    """Training data: json, jsonl, csv, parquet or txt files, folders of these, Hub dataset ids; one or several."""
-    data: str | list[str] = ""
-    """Several sources by name: NAME, NAME:0.2 (a fifth of its rows in each epoch), NAME:3 (each row three times) or
-    NAME#500 (at most 500 records), with commas between them. A name is one of dataset_info.json in the folder
-    --data_path, a file or folder, one of `onecard data list`, or a Hub dataset id."""
-    prompt_type: str = "auto"
-    """Prompt template: auto, alpaca, vicuna-chat, chatml, llama-2, llama-3, mistral, none, or a .jinja file."""
-    dialogue: bool = False
-    """The data are conversations: where --prompt_type auto finds no template in the tokenizer, it takes vicuna-chat."""
-    cutoff_len: int = 1024
-    """Longest sample in tokens. Longer ones lose whole oldest turns, then the end of the answer."""
-    train_on: Literal["all", "last", "everything"] = "all"
-    """Which tokens are learned: all answers, the last answer only, or every token, prompts too."""
-    thinking: Literal["auto", "keep", "drop"] = "auto"
-    """Thoughts of answers. auto: learned where there are any; keep: only answers with one are learned; drop: none."""
-    test_size: float | Literal["auto"] = "auto"
-    """Rows kept for evaluation: a count (200), a fraction (0.05) or 0, which turns it off. auto: 5 %, at most 1,000."""
-    strict: bool = False
-    """End at the first bad record instead of skipping and counting it."""
-    cache_path: str | None = None
-    """Folder for encoded data; the default is a folder `onecard` in the user's cache directory."""
-
-    def problems(self) -> list[Problem]:
-        found = super().problems()
-        if not self.data_path:
-            found.append(("--data_path", "is empty; give a file, a folder or a Hub dataset id"))
-        found.extend(("--data", text) for text in map(portion_problem, data_portions(self.data)) if text)
-        if self.cutoff_len < 8:
-            found.append(("--cutoff_len", f"{self.cutoff_len} tokens leave no room for an answer; use 8 or more"))
-        size = 0 if self.test_size == "auto" else self.test_size
-        if not 0 <= size < math.inf or (size > 1 and size != int(size)):
-            found.append(("--test_size", f"{size} is neither a fraction (0.05), a count (200), 0 nor auto"))
-        return found
-
-
-@dataclass
-class LoraOptions:
-    """The adapter that is trained while the base stays frozen."""
-
-    peft_method: PeftMethodName = "lora"
-    """Kind of adapter: lora; rslora, dora, pissa, loftq and olora, which are --use_rslora, --use_dora and --lora_init;
-    ia3, vera, oft, miss, shira, randlora, loha, lokr. What each is for: docs/en/training.md."""
-    peft_option: str = field(default="", metadata={"several": True})
-    """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), oft_block_size=64 (oft)."""
-    lora_r: int = 8
-    """Rank of the adapter matrices."""
-    lora_alpha: int = 16
-    """Scale of the adapter: its output is multiplied by alpha / r (rsLoRA: alpha / sqrt(r))."""
-    lora_dropout: float = 0.0
-    """Dropout in front of the adapter. Above 0 the random masks depend on how a step is cut into micro-batches."""
-    lora_target_modules: str = field(default="all-linear", metadata={"several": True})
-    """Layers that get an adapter: all-linear, or names with commas or spaces between them (q_proj,v_proj)."""
-    lora_target_parameters: str = field(default="", metadata={"several": True})
-    """Experts of a mixture that get adapters, too: experts, or names (experts.gate_up_proj,experts.down_proj)."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(r): keeps high ranks trainable (arXiv:2312.03732)."""
-    use_dora: bool = False
-    """Weight-decomposed adapters: better at low rank, slower (arXiv:2402.09353)."""
-    lora_init: Literal["default", "pissa", "loftq", "olora"] = "default"
-    """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948), loftq (arXiv:2310.08659) or olora
-    (arXiv:2406.01775)."""
-    train_new_tokens: bool = False
-    """Train the rows of new tokens as well, in embeddings and head (a base made by `onecard expand-vocab apply`)."""
-    train_embeddings: bool = False
-    """Train embeddings and head in full, in fp32: 16 bytes more for each of their weights, 10 with 8-bit Adam."""
-
-    def __post_init__(self) -> None:
-        """A form of LoRA becomes LoRA with the option that it is, so that both spellings are one run."""
-        name, value = LORA_FORMS.get(self.peft_method, ("", None))
-        if name and getattr(self, name) in (getattr(type(self), name), value):
-            setattr(self, name, value)
-            self.peft_method = "lora"
-
-    @property
-    def peft_options(self) -> dict[str, str]:
-        """--peft_option by name. Raises ValueError where it is not of the form name=value."""
-        pairs = [part.split("=", 1) for part in self.peft_option.replace(" ", "").split(",") if part]
-        return {name: value.strip() for name, value in pairs}
-
-    @property
-    def trains_vocabulary(self) -> str:
-        """The flag of what is trained beside the adapter, or an empty text."""
-        return "--train_new_tokens" if self.train_new_tokens else "--train_embeddings" if self.train_embeddings else ""
-
-    def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        if self.lora_r < 1:
-            found.append(("--lora_r", f"{self.lora_r} would train nothing; use 1 or more"))
-        if self.lora_alpha < 1:
-            found.append(("--lora_alpha", f"{self.lora_alpha} would switch the adapter off; use 1 or more"))
-        if not 0 <= self.lora_dropout < 1:
-            found.append(("--lora_dropout", f"{self.lora_dropout} is not a probability below 1"))
-        if not self.lora_target_modules.strip(", "):
-            found.append(("--lora_target_modules", "is empty; use all-linear or names such as q_proj,v_proj"))
-        if self.lora_target_parameters:
-            # peft computes W + BA for all experts at once: nothing stands between A and its input.
-            asked = {
-                "--lora_dropout": self.lora_dropout > 0, "--use_dora": self.use_dora,
-                "--lora_init": self.lora_init != "default",
-            }  # fmt: skip
-            found += [(flag, "does not go with --lora_target_parameters") for flag, is_on in asked.items() if is_on]
-        if self.train_new_tokens and self.train_embeddings:
-            found.append(("--train_new_tokens", "is contained in --train_embeddings; give only one of them"))
-        try:
-            self.peft_options  # noqa: B018
-        except ValueError:
-            found.append(("--peft_option", f"{self.peft_option!r} is not of the form name=value,name=value"))
-        return [*found, *self._method_problems()]
-
-    def _method_problems(self) -> list[Problem]:
-        """What of LoRA's settings was given for a method that has no such thing."""
-        method = self.peft_method
-        if method in LORA_FORMS:
-            name, value = LORA_FORMS[method]
-            return [("--peft_method", f"{method} is --{name} {value}, and contradicts --{name} {getattr(self, name)}")]
-        if method == "lora":
-            return []
-        kept = ("peft_method", "peft_option", "lora_target_modules", *METHOD_SETTINGS[method])
-        given = [f.name for f in fields(self) if f.name not in kept and getattr(self, f.name) != f.default]
-        hint = "; its own settings are given by --peft_option"
-        return [(f"--{name}", f"does not go with --peft_method {method}{hint}") for name in given]
 
 
 @dataclass
@@ -561,99 +348,3 @@ def moment(text: str, now: datetime) -> datetime | None:
         return datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
     except ValueError:
         return None
-
-
-def column_names(text: str) -> tuple[tuple[str, str], ...] | None:
-    """--columns as pairs: "ask:instruction,answer:output" -> (("ask", "instruction"), ...); None if it is wrong."""
-    parts = [part.strip().rpartition(":") for part in text.split(",") if part.strip()]
-    pairs = tuple((theirs.strip(), ours.strip()) for theirs, _, ours in parts)
-    unclear = len(dict(pairs)) < len(pairs) or len({ours for _, ours in pairs}) < len(pairs)
-    return None if unclear or any(not theirs or ours not in COLUMN_NAMES for theirs, ours in pairs) else pairs
-
-
-class DataPortion(NamedTuple):
-    """One part of --data: a name, at most how many of its records (0: all), and how often each is in an epoch."""
-
-    name: str
-    limit: int = 0
-    amount: float = 1.0
-
-    @property
-    def suffix(self) -> str:
-        """What stands behind the name."""
-        return (f"#{self.limit}" if self.limit else "") + (f":{self.amount:g}" if self.amount != 1 else "")
-
-
-def data_portions(data: str | list[str]) -> list[DataPortion]:
-    """--data as its parts: "belle#500:0.2,my.jsonl:3" -> ("belle", 500, 0.2), ("my.jsonl", 0, 3.0)."""
-    texts = [data] if isinstance(data, str) else data
-    words = [word.strip() for text in texts for word in ([text] if _is_there(text) else text.split(","))]
-    found = []
-    for word in filter(None, words):
-        match = None if _is_there(word) else _PORTION.fullmatch(word)
-        name, limit, amount = match.groups() if match else (word, None, None)
-        found.append(DataPortion(name, int(limit or 0), float(amount or 1)))
-    return found
-
-
-def _is_there(text: str) -> bool:
-    """Whether a file or folder has this name; one that no file can have is not there."""
-    try:
-        return Path(text).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
-
-
-def portion_problem(portion: DataPortion) -> str:
-    """What is wrong with one part of --data, or an empty text."""
-    if not 0 < portion.amount <= LARGEST_AMOUNT:
-        return f"{portion.name}:{portion.amount:g} is not between 0 and {LARGEST_AMOUNT:,}: 0.2 is a fifth, 3 is thrice"
-    return ""
-
-
-def toy_base_problem(model_path: str, data_path: str | list[str]) -> str:
-    """What is wrong with learning one's own data on the toy base, or an empty text."""
-    paths = [Path(path).resolve() for path in ([data_path] if isinstance(data_path, str) else data_path)]
-    if Path(model_path).resolve() != Path(DEFAULT_BASE) or all(TOY_DATA in path.parents for path in paths):
-        return ""
-    return (
-        "the base is sample/tiny-llama, a toy of 4 million weights: it shows that all works and learns nothing of use "
-        "from data of your own; give --model_path, a directory or a Hub id (settings by card: config-sample/)"
-    )
-
-
-def memory_map(text: str) -> dict[int | str, str] | None:
-    """--max_memory as accelerate takes it: "0:10GiB,cpu:30GiB" -> {0: "10GiB", "cpu": "30GiB"}; None if it is wrong."""
-    found: dict[int | str, str] = {}
-    for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+|cpu):(\d+(?:\.\d+)?[KMG]i?B)", part)
-        if match is None:
-            return None
-        place, amount = match.groups()
-        found[place if place == "cpu" else int(place)] = amount
-    return found
-
-
-def n_gpus_of(max_memory: str | None) -> int:
-    """GPUs that one process uses under this --max_memory: those that it names, else one."""
-    named = memory_map(max_memory or "") or {}
-    return max(1, sum(isinstance(place, int) for place in named))
-
-
-def problems_of(config: object) -> list[Problem]:
-    """All contradictions in a config and in its groups, in the order of their declaration."""
-    found: list[Problem] = []
-    for group in fields(config):  # type: ignore[arg-type]
-        value = getattr(config, group.name)
-        if hasattr(value, "problems"):
-            found.extend(value.problems())
-    return found
-
-
-def refuse(problems: list[Problem]) -> None:
-    """Raise one ConfigError that lists all `problems`; does nothing when there are none."""
-    if len(problems) == 1:
-        raise ConfigError(*problems[0])
-    if problems:
-        listed = "\n".join(f"  {flag}: {message}" for flag, message in problems)
-        raise ConfigError("", f"{len(problems)} settings cannot work:\n{listed}")

@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from onecard.config.training import BUILT_IN_TEMPLATES
+from onecard.config.data import BUILT_IN_TEMPLATES
 from onecard.errors import ConfigError
 
 BUILT_IN = BUILT_IN_TEMPLATES

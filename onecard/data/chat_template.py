@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from onecard.config.training import TEMPLATE_ALIASES
+from onecard.config.data import TEMPLATE_ALIASES
 from onecard.console import nearest
 from onecard.data.built_in_templates import (
     BUILT_IN,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from onecard.config.data import TOY_DATA, DataPortion, column_names, data_portions
 from onecard.config.given_paths import shipped_file
-from onecard.config.training import TOY_DATA, DataPortion, column_names, data_portions
 from onecard.console import nearest
 from onecard.data.catalogue.entries import entries
 from onecard.data.catalogue.place import downloaded

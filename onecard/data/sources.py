@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from onecard.config.training import column_names
+from onecard.config.data import column_names
 from onecard.data.columns import Columns, thought_hints
 from onecard.data.description import DatasetDescription, as_described
 from onecard.data.documents import DOCUMENT_SUFFIXES

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions
-from onecard.config.training import ModelOptions
 from onecard.console import nearest, warn
 from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.chat_template import Template, load_template

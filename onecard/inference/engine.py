@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
-from onecard.config.training import ModelOptions
 from onecard.data.chat_template import Template
 from onecard.data.encode import Prompt, encode_prompt, prompt_for
 from onecard.data.messages import Turn

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
-from onecard.config.training import DEFAULT_BASE, ModelOptions
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions
 from onecard.console import say, warn
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.console import warn
 from onecard.installation import command
 from onecard.model.files import check_weights, locate, read_json, safetensors_header

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from onecard.config.training import ModelOptions, memory_map
+from onecard.config.base_model import ModelOptions, memory_map
 from onecard.console import say, warn
 from onecard.errors import ConfigError, ModelError
 from onecard.model.attention import choose_kernel

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onecard.config.parsing import comma_list, missing
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.console import say, warn
 from onecard.errors import ConfigError, DataError
 from onecard.installation import command

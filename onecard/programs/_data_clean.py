@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from onecard.config.data import ReadingOptions, column_names
 from onecard.config.parsing import comma_list, missing
-from onecard.config.training import Problem, ReadingOptions, column_names
+from onecard.config.problems import Problem
 
 
 @dataclass

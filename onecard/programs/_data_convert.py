@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onecard.config.parsing import comma_list, missing
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 
 
 @dataclass

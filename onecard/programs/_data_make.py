@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from onecard.config.data import ReadingOptions
 from onecard.config.parsing import missing, parse_verb
-from onecard.config.training import Problem, ReadingOptions
+from onecard.config.problems import Problem
 
 if TYPE_CHECKING:
     from onecard.curation.make.journal import Journal

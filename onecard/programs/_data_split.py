@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from onecard.config.data import ReadingOptions
 from onecard.config.parsing import missing
-from onecard.config.training import Problem, ReadingOptions
+from onecard.config.problems import Problem
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.parsing import parse_verb
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.console import say, warn
 from onecard.errors import ModelError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onecard.config.parsing import missing, parse_verb
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.export.io.output import OutputOptions, ShardedOutputOptions, new_directory, parse_size
 

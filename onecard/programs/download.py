@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onecard.config.parsing import comma_list, parse
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.console import escaped, say, warn
 
 N_LISTED = 40

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from onecard.config.data import ReadingOptions
 from onecard.config.parsing import missing, parse_verb
-from onecard.config.training import Problem, ReadingOptions
+from onecard.config.problems import Problem
 from onecard.export.io.output import OutputOptions, ShardedOutputOptions, parse_size
 
 

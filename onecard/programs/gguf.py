@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onecard.config.parsing import comma_list, parse
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.export.io.output import OutputOptions
 from onecard.inference.run_files import stored_options
 

@@ -10,8 +10,10 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from onecard.config.base_model import DEFAULT_BASE
+from onecard.config.data import DataOptions, toy_base_problem
 from onecard.config.parsing import parse
-from onecard.config.training import DEFAULT_BASE, DataOptions, Problem, toy_base_problem
+from onecard.config.problems import Problem
 from onecard.console import escaped, say, warn
 
 BAR_WIDTH = 40

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from onecard.config.parsing import comma_list, parse
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.console import say, warn
 from onecard.export.io.output import ShardedOutputOptions, parse_size
 

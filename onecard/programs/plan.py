@@ -13,16 +13,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import DataOptions
+from onecard.config.lora import LoraOptions
 from onecard.config.parsing import comma_list, parse
-from onecard.config.training import (
-    DataOptions,
-    FinetuneConfig,
-    LoraOptions,
-    MemoryOptions,
-    ModelOptions,
-    Problem,
-    TrainOptions,
-)
+from onecard.config.problems import Problem
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.console import say
 from onecard.errors import ConfigError
 

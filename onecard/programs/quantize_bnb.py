@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Literal
 
+from onecard.config.data import ReadingOptions
 from onecard.config.parsing import parse
-from onecard.config.training import Problem, ReadingOptions
+from onecard.config.problems import Problem
 from onecard.export.quantize.options import SourceOptions
 from onecard.installation import SHIPPED
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from onecard.config.parsing import parse
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.export.quantize.options import GROUP_SIZES, CalibrationTextOptions, SourceOptions
 
 

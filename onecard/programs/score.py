@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import ReadingOptions
 from onecard.config.inference import AnsweringModelOptions
 from onecard.config.parsing import parse
-from onecard.config.training import ModelOptions, Problem, ReadingOptions
+from onecard.config.problems import Problem
 from onecard.console import escaped, say
 from onecard.inference.run_files import stored_options
 from onecard.installation import SHIPPED

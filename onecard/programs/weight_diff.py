@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from onecard.config.parsing import missing, parse_verb
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.export.io.output import ShardedOutputOptions, new_directory, parse_size
 

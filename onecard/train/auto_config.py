@@ -16,7 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, Problem, TrainOptions, memory_map
+from onecard.config.base_model import memory_map
+from onecard.config.problems import Problem
+from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, TrainOptions
 from onecard.console import say, warn
 from onecard.data.batches import auto_test_size
 from onecard.errors import ConfigError

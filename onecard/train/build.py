@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from onecard.config.training import WITH_REFERENCE, FinetuneConfig, LoraOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import WITH_REFERENCE, FinetuneConfig
 from onecard.console import say, warn
 from onecard.data.batches import split, split_by_source
 from onecard.data.built_in_templates import first_version

@@ -18,7 +18,8 @@ from accelerate.utils import gather_object
 
 from onecard.config import parsing as cli
 from onecard.config.given_paths import foreign_advice
-from onecard.config.training import FinetuneConfig, LoraOptions, TrainOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.console import quiet_rank, say, warn
 from onecard.errors import CheckpointError, ConfigError
 from onecard.model.files import base_fingerprint

@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from onecard.config.training import FinetuneConfig, TrainOptions, data_portions
+from onecard.config.data import data_portions
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.console import quiet_rank, say, warn
 from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.dataset_info import names_in

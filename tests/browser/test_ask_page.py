@@ -19,8 +19,8 @@ PICTURES_OF = os.environ.get("ONECARD_SCREENSHOTS") or None  # a run directory, 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
+    from onecard.config.base_model import ModelOptions
     from onecard.config.inference import InferenceOptions, LimitOptions
-    from onecard.config.training import ModelOptions
     from onecard.inference.engine import open_engine
 
     model = ModelOptions(

@@ -12,6 +12,8 @@ import pytest
 from onecard.config import inference as config_talk
 from onecard.config import parsing as cli
 from onecard.config import training as config
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import DataOptions
 from onecard.config.inference import (
     AnsweringModelOptions,
     AskOptions,
@@ -25,16 +27,9 @@ from onecard.config.inference import (
     ServeConfig,
     ServeOptions,
 )
-from onecard.config.training import (
-    DataOptions,
-    FinetuneConfig,
-    LoraOptions,
-    MemoryOptions,
-    ModelOptions,
-    TrainOptions,
-    problems_of,
-    refuse,
-)
+from onecard.config.lora import LoraOptions
+from onecard.config.problems import problems_of, refuse
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.errors import ConfigError
 
 TRAINING = [ModelOptions, DataOptions, LoraOptions, TrainOptions, MemoryOptions]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from onecard.config import parsing as cli
+from onecard.config.data import BUILT_IN_TEMPLATES
 from onecard.config.given_paths import DATA_SUFFIXES, path_problems
 from onecard.config.inference import ChatConfig, GenerateConfig, ServeConfig
 from onecard.config.old_names import BY_NAME, KITS, OLD_NAMES, flags_in, hint
-from onecard.config.training import BUILT_IN_TEMPLATES, FinetuneConfig
+from onecard.config.training import FinetuneConfig
 from onecard.data.chat_template import load_template
 from onecard.data.readers import SUFFIXES
 from onecard.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from onecard.config.training import DataOptions
+from onecard.config.data import DataOptions
 from onecard.data.catalogue import entries as catalogue
 from onecard.data.catalogue.entries import entry_named, read_entries, shipped
 from onecard.data.catalogue.place import describe

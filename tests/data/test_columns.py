@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from onecard.config import training as config
-from onecard.config.training import DEFAULT_BASE, column_names, toy_base_problem
+from onecard.config.base_model import DEFAULT_BASE
+from onecard.config.data import column_names, toy_base_problem
 from onecard.data.columns import renamed
 from onecard.data.formats import _SHAPES, to_sample
 from onecard.data.messages import Turn

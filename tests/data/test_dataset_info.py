@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from onecard.config.training import DataOptions
+from onecard.config.data import DataOptions
 from onecard.data.catalogue import entries as catalogue
 from onecard.data.description import DatasetDescription, as_described, described
 from onecard.data.messages import Conversation, Document

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from onecard.config.training import DEFAULT_BASE
+from onecard.config.base_model import DEFAULT_BASE
 from onecard.data.batches import collate, micro_batches
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import EncodedDataset, encode_dataset

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onecard.config.data import DataOptions, DataPortion, data_portions
 from onecard.config.parsing import parse
-from onecard.config.training import DataOptions, DataPortion, FinetuneConfig, data_portions
+from onecard.config.training import FinetuneConfig
 from onecard.data.batches import SampleOrder, by_source, epoch_order, split, split_by_source, step_samples
 from onecard.data.catalogue import entries as catalogue
 from onecard.data.catalogue.place import describe

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard.config.training import DEFAULT_BASE, ModelOptions
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.io.weights import open_weights
 from onecard.export.quantize.bnb import check_same_weights, stored_dtype

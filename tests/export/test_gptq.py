@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions
 from onecard.config.inference import SamplingOptions
-from onecard.config.training import DEFAULT_BASE, ModelOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError, OneCardError
 from onecard.export.quantize.evaluate import round_to_nearest

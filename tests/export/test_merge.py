@@ -16,8 +16,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import SamplingOptions
-from onecard.config.training import ModelOptions
 from onecard.console import run_main
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError

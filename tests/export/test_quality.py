@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.data.chat_template import load_template
 from onecard.errors import ConfigError, ModelError
 from onecard.export.quantize.calibration import CalibrationOptions, calibration_of, data_rows, text_rows, texts_of

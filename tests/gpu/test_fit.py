@@ -11,7 +11,10 @@ import torch
 from benchmarks import context_per_vram, memory_ladder, step_speed
 from benchmarks.random_models import random_base
 from benchmarks.synthetic_run import build_run, plan_for, planned_peak, random_samples, run_peak
-from onecard.config.training import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import DataOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB

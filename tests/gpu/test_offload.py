@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.config.training import LoraOptions, ModelOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import detect
 from onecard.model.load import load_base

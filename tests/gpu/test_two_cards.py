@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
-from onecard.config.training import FinetuneConfig, MemoryOptions, ModelOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError
 from onecard.inference.engine import GenerationRequest, open_engine

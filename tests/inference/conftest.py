@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 import yaml
 
-from onecard.config.training import LoraOptions, ModelOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
 from onecard.data.built_in_templates import FOLDER
 from onecard.data.chat_template import load_template
 from onecard.data.messages import Turn

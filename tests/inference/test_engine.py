@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
-from onecard.config.training import ModelOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.inference.engine import (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
-from onecard.config.training import DEFAULT_BASE, ModelOptions
 from onecard.data.built_in_templates import FOLDER
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError

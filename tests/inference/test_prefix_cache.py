@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
-from onecard.config.training import ModelOptions
 from onecard.data.messages import Turn
 from onecard.inference.engine import GenerationRequest, InferenceEngine, OutOfMemory, open_engine
 from onecard.inference.generate import Chunk

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.model.hardware import Hardware, detect
 from onecard.model.load import LoadedBase, load_base
 from tests.model.model_families import save_family

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import AnsweringModelOptions, ChatConfig, GenerateConfig, ServeConfig
-from onecard.config.training import ModelOptions
 from onecard.inference.load import load_bundle
 from onecard.inference.run_files import stored_options, trained_bits
 from onecard.model import answer_bits

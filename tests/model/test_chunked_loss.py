@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 
 import onecard.model.chunked_loss
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
 from onecard.model.chunked_loss import CAPPED_BYTES_PER_LOGIT, CHUNK_BYTES_PER_LOGIT, summed_loss, takes_positions
 from onecard.model.lora.adapter import add_lora
@@ -334,7 +334,8 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tests.model.model_families import small_batch
-from onecard.config.training import LoraOptions, ModelOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
 from onecard.model.lora.adapter import add_lora
 from onecard.model.hardware import detect
 from onecard.model.load import load_base

@@ -13,8 +13,10 @@ import pytest
 import torch
 import transformers as tf
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import SamplingOptions
-from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, OneCardError
 from onecard.inference.call import pad_left
 from onecard.inference.embeddings import embed, score

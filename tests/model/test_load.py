@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.load import base_fingerprint, load_base, load_tokenizer
 from onecard.model.quantization import quantization_config
@@ -261,7 +261,8 @@ def test_fingerprint_tells_bases_apart(llama, family_directory, tmp_path) -> Non
 
 OFFLINE = """
 import sys, time
-from onecard.config.training import LoraOptions, ModelOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
 from onecard.console import run_main
 from onecard.model.lora.adapter import add_lora
 from onecard.model.hardware import detect

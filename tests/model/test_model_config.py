@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
 from onecard.model.lora.adapter import add_lora
 from onecard.model.memory.architecture import architecture_of

@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers as tf
 
-from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
 from onecard.model.lora.adapter import adaptable_layers, add_lora, describe_trainable, load_adapter, save_adapter
 from onecard.model.memory.architecture import architecture_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.console import _is_worth_saying, quiet_libraries, run_main
 from onecard.errors import ConfigError
 from onecard.model.chunked_loss import summed_loss

@@ -14,7 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from benchmarks.plan_accuracy import element_bytes, peaks, real_run, toy_config
-from onecard.config.training import FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import detect

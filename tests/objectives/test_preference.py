@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from onecard.config.training import FinetuneConfig, LoraOptions, TrainOptions, problems_of
+from onecard.config.lora import LoraOptions
+from onecard.config.problems import problems_of
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import EncodedDataset, encode_dataset
 from onecard.data.encode import EncodeSettings, LabelledSample

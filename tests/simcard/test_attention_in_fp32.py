@@ -9,7 +9,10 @@ import pytest
 
 from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, plan_for, planned_peak, random_samples, run_peak
-from onecard.config.training import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import DataOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.model.hardware import Hardware, detect
 from onecard.model.memory.architecture import architecture_of
 from onecard.train.oom import give_back_memory

@@ -11,7 +11,10 @@ import torch
 
 from benchmarks.random_models import random_base
 from benchmarks.synthetic_run import build_run, random_samples
-from onecard.config.training import DataOptions, FinetuneConfig, LoraOptions, MemoryOptions, ModelOptions, TrainOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import DataOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.errors import ModelError
 from onecard.model.hardware import detect
 from onecard.train.oom import give_back_memory

@@ -21,7 +21,7 @@ from benchmarks.plan_accuracy import real_run
 from benchmarks.proof_steps import TOY, Setting
 from benchmarks.prove_gpu import Ended, ProofOptions, prove
 from benchmarks.random_models import random_base
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.errors import OneCardError
 from onecard.model.hardware import detect
 from onecard.model.lora.adapter import linear_layers

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.config.training import FinetuneConfig, TrainOptions, refuse
+from onecard.config.problems import refuse
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.errors import ConfigError, OneCardError
 from onecard.recipes import finetune
 from onecard.train.checkpoint import verify

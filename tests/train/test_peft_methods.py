@@ -12,8 +12,10 @@ import transformers
 from accelerate.state import AcceleratorState
 
 from benchmarks.plan_accuracy import real_run, toy_config
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LORA_FORMS, NOT_IN_4_BITS
 from onecard.config.parsing import parse
-from onecard.config.training import LORA_FORMS, NOT_IN_4_BITS, FinetuneConfig, ModelOptions
+from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
 from onecard.export.merge.merge import MergeSettings, merge_into
 from onecard.inference.load import load_bundle

@@ -13,8 +13,10 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import SamplingOptions
-from onecard.config.training import FinetuneConfig, LoraOptions, ModelOptions, TrainOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.data.messages import Turn
 from onecard.errors import CheckpointError, ConfigError
 from onecard.inference.generate import generate_batch

@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from onecard.config.training import Problem
+from onecard.config.problems import Problem
 from onecard.console import first_line, say
 from onecard.errors import ConfigError, ModelError
 from onecard.manifest import content_files

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.errors import ModelError
 from onecard.export.io.base import read_config, refuse_quantized
 from onecard.export.io.weights import ShardWriter, Weights, copy_small_files, open_weights

@@ -12,7 +12,7 @@ from importlib import import_module
 from itertools import islice
 from typing import Any
 
-from onecard.config.training import ReadingOptions, column_names
+from onecard.config.data import ReadingOptions, column_names
 from onecard.data.chat_template import Template
 from onecard.data.encode import DroppedSample, EncodeSettings
 from onecard.data.messages import Conversation, Document

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from onecard.config.training import Problem, ReadingOptions
+from onecard.config.data import ReadingOptions
+from onecard.config.problems import Problem
 from onecard.export.io.output import ShardedOutputOptions
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # weights of a row that share a scale; -1: the whole row

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import torch
 
+from onecard.config.base_model import ModelOptions
+from onecard.config.data import ReadingOptions
 from onecard.config.parsing import comma_list
-from onecard.config.training import ModelOptions, ReadingOptions
 from onecard.console import say, warn
 from onecard.data.chat_template import load_template
 from onecard.errors import ConfigError

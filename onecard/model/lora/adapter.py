@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.console import first_line, say
 from onecard.errors import ConfigError, ModelError
 from onecard.model.lora import init as adapter_starts

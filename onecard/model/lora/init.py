@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.files import locate, weight_files
 from onecard.model.lora.formats import PREFIX

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.model.lora.adapter import attach_to_layers
 from onecard.model.lora.methods import METHODS
 

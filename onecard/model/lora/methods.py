@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError
 
 # pissa: randomised SVD, 16 iterations: seconds per layer instead of minutes, as PEFT recommends. Both take a part of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.console import nearest
 from onecard.errors import ConfigError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.model.lora.targets import EXPERTS
 from onecard.model.memory.activation_peak import find_peak
 from onecard.model.memory.architecture import Architecture, Linear

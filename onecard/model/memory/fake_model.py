@@ -42,7 +42,7 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
 
     unpacked: without masks that only several texts in a row need; see `attention.skip_packing_mask`.
     """
-    from onecard.config.training import LoraOptions
+    from onecard.config.lora import LoraOptions
     from onecard.model.attention import avoid_flash, skip_packing_mask
     from onecard.model.chunked_loss import assume_way
     from onecard.model.load import checkpoint_layers

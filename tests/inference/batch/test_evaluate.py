@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.errors import DataError
 from onecard.inference.batch import evaluate as scoring
 from onecard.inference.batch.evaluate import mean_loss, read_cases, score

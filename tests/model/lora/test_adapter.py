@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora import adapter as adapters

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from onecard.config.given_paths import path_problems
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
 from onecard.model.lora.adapter import add_lora, load_adapter, restore_adapter, save_adapter
 from onecard.model.lora.formats import base_of_adapter, read_adapter

@@ -11,7 +11,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from transformers import AutoModelForCausalLM
 
-from onecard.config.training import LORA_FORMS, METHOD_SETTINGS, LoraOptions, PeftMethodName
+from onecard.config.lora import LORA_FORMS, METHOD_SETTINGS, LoraOptions, PeftMethodName
 from onecard.errors import ConfigError
 from onecard.model.lora import methods
 from onecard.model.lora.adapter import add_lora, trained_part

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora.adapter import add_lora, describe_trainable, linear_layers, save_adapter
 from onecard.model.quantization import (

@@ -15,7 +15,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from benchmarks.plan_accuracy import element_bytes, peaks, toy_config
-from onecard.config.training import FinetuneConfig, LoraOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.training import FinetuneConfig
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import detect
 from onecard.model.load import checkpoint_layers

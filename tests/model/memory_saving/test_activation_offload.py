@@ -11,7 +11,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from onecard.config.training import LoraOptions, ModelOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import Hardware

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.config.training import LoraOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora.adapter import add_lora, load_adapter, save_adapter

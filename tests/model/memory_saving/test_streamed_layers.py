@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from onecard.config.training import LoraOptions, ModelOptions
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import Hardware

@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions, ServeOptions
-from onecard.config.training import ModelOptions
 from onecard.inference.engine import InferenceEngine, open_engine
 from onecard.serve.api.app import Api, build_app
 from onecard.serve.listen import Server, open_socket

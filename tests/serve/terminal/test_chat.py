@@ -541,7 +541,7 @@ class TestTerminal:
 
 REAL = """
 import sys
-from onecard.config.training import ModelOptions
+from onecard.config.base_model import ModelOptions
 from onecard.config.inference import LimitOptions, SamplingOptions, InferenceOptions
 from onecard.inference.engine import open_engine
 from onecard.inference.history import ChatHistory

@@ -1,0 +1,113 @@
+"""Options of adapters: LoRA's own, and the other methods of PEFT. A field's docstring is its help text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from onecard.config.problems import Problem
+
+# PEFT's own names, in small letters (model/lora/methods.py), and LoRA's forms by the names they are known under.
+PeftMethodName = Literal[
+    "lora", "rslora", "dora", "pissa", "loftq", "olora", "ia3", "vera", "oft", "miss", "shira", "randlora", "loha",
+    "lokr",
+]  # fmt: skip
+LORA_FORMS: dict[str, tuple[str, Any]] = {
+    "rslora": ("use_rslora", True), "dora": ("use_dora", True), "pissa": ("lora_init", "pissa"),
+    "loftq": ("lora_init", "loftq"), "olora": ("lora_init", "olora"),
+}  # fmt: skip
+# Which of LoRA's settings another method has, too; the others are its own, by --peft_option.
+METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
+    "ia3": (), "vera": ("lora_dropout",), "oft": (), "miss": ("lora_dropout",), "shira": ("lora_r",),
+    "randlora": ("lora_dropout",), "loha": ("lora_r", "lora_alpha"), "lokr": ("lora_r", "lora_alpha"),
+}  # fmt: skip
+# Their products have the shape of the stored weights, which 4 bits pack otherwise.
+NOT_IN_4_BITS = ("loha", "lokr")
+
+
+@dataclass
+class LoraOptions:
+    """The adapter that is trained while the base stays frozen."""
+
+    peft_method: PeftMethodName = "lora"
+    """Kind of adapter: lora; rslora, dora, pissa, loftq and olora, which are --use_rslora, --use_dora and --lora_init;
+    ia3, vera, oft, miss, shira, randlora, loha, lokr. What each is for: docs/en/training.md."""
+    peft_option: str = field(default="", metadata={"several": True})
+    """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), oft_block_size=64 (oft)."""
+    lora_r: int = 8
+    """Rank of the adapter matrices."""
+    lora_alpha: int = 16
+    """Scale of the adapter: its output is multiplied by alpha / r (rsLoRA: alpha / sqrt(r))."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapter. Above 0 the random masks depend on how a step is cut into micro-batches."""
+    lora_target_modules: str = field(default="all-linear", metadata={"several": True})
+    """Layers that get an adapter: all-linear, or names with commas or spaces between them (q_proj,v_proj)."""
+    lora_target_parameters: str = field(default="", metadata={"several": True})
+    """Experts of a mixture that get adapters, too: experts, or names (experts.gate_up_proj,experts.down_proj)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r): keeps high ranks trainable (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters: better at low rank, slower (arXiv:2402.09353)."""
+    lora_init: Literal["default", "pissa", "loftq", "olora"] = "default"
+    """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948), loftq (arXiv:2310.08659) or olora
+    (arXiv:2406.01775)."""
+    train_new_tokens: bool = False
+    """Train the rows of new tokens as well, in embeddings and head (a base made by `onecard expand-vocab apply`)."""
+    train_embeddings: bool = False
+    """Train embeddings and head in full, in fp32: 16 bytes more for each of their weights, 10 with 8-bit Adam."""
+
+    def __post_init__(self) -> None:
+        """A form of LoRA becomes LoRA with the option that it is, so that both spellings are one run."""
+        name, value = LORA_FORMS.get(self.peft_method, ("", None))
+        if name and getattr(self, name) in (getattr(type(self), name), value):
+            setattr(self, name, value)
+            self.peft_method = "lora"
+
+    @property
+    def peft_options(self) -> dict[str, str]:
+        """--peft_option by name. Raises ValueError where it is not of the form name=value."""
+        pairs = [part.split("=", 1) for part in self.peft_option.replace(" ", "").split(",") if part]
+        return {name: value.strip() for name, value in pairs}
+
+    @property
+    def trains_vocabulary(self) -> str:
+        """The flag of what is trained beside the adapter, or an empty text."""
+        return "--train_new_tokens" if self.train_new_tokens else "--train_embeddings" if self.train_embeddings else ""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.lora_r < 1:
+            found.append(("--lora_r", f"{self.lora_r} would train nothing; use 1 or more"))
+        if self.lora_alpha < 1:
+            found.append(("--lora_alpha", f"{self.lora_alpha} would switch the adapter off; use 1 or more"))
+        if not 0 <= self.lora_dropout < 1:
+            found.append(("--lora_dropout", f"{self.lora_dropout} is not a probability below 1"))
+        if not self.lora_target_modules.strip(", "):
+            found.append(("--lora_target_modules", "is empty; use all-linear or names such as q_proj,v_proj"))
+        if self.lora_target_parameters:
+            # peft computes W + BA for all experts at once: nothing stands between A and its input.
+            asked = {
+                "--lora_dropout": self.lora_dropout > 0, "--use_dora": self.use_dora,
+                "--lora_init": self.lora_init != "default",
+            }  # fmt: skip
+            found += [(flag, "does not go with --lora_target_parameters") for flag, is_on in asked.items() if is_on]
+        if self.train_new_tokens and self.train_embeddings:
+            found.append(("--train_new_tokens", "is contained in --train_embeddings; give only one of them"))
+        try:
+            self.peft_options  # noqa: B018
+        except ValueError:
+            found.append(("--peft_option", f"{self.peft_option!r} is not of the form name=value,name=value"))
+        return [*found, *self._method_problems()]
+
+    def _method_problems(self) -> list[Problem]:
+        """What of LoRA's settings was given for a method that has no such thing."""
+        method = self.peft_method
+        if method in LORA_FORMS:
+            name, value = LORA_FORMS[method]
+            return [("--peft_method", f"{method} is --{name} {value}, and contradicts --{name} {getattr(self, name)}")]
+        if method == "lora":
+            return []
+        kept = ("peft_method", "peft_option", "lora_target_modules", *METHOD_SETTINGS[method])
+        given = [f.name for f in fields(self) if f.name not in kept and getattr(self, f.name) != f.default]
+        hint = "; its own settings are given by --peft_option"
+        return [(f"--{name}", f"does not go with --peft_method {method}{hint}") for name in given]

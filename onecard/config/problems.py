@@ -1,0 +1,28 @@
+"""What is wrong with options: how it is said, collected and refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from onecard.errors import ConfigError
+
+Problem = tuple[str, str]  # (flag, what is wrong with it)
+
+
+def problems_of(config: object) -> list[Problem]:
+    """All contradictions in a config and in its groups, in the order of their declaration."""
+    found: list[Problem] = []
+    for group in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, group.name)
+        if hasattr(value, "problems"):
+            found.extend(value.problems())
+    return found
+
+
+def refuse(problems: list[Problem]) -> None:
+    """Raise one ConfigError that lists all `problems`; does nothing when there are none."""
+    if len(problems) == 1:
+        raise ConfigError(*problems[0])
+    if problems:
+        listed = "\n".join(f"  {flag}: {message}" for flag, message in problems)
+        raise ConfigError("", f"{len(problems)} settings cannot work:\n{listed}")
