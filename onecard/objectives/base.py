@@ -56,6 +56,8 @@ class Objective(ABC):
     """One way to learn from data. Stateless: the same call gives the same result at any step of any run."""
 
     name: ClassVar[str]
+    unit: ClassVar[str] = "supervised token"
+    """What its loss is divided by, in words."""
     encoder: ClassVar[type[Encoder]] = Encoder
     """Makes the rows of an encoded dataset out of records."""
     samples: ClassVar[type[SampleView]] = SampleView

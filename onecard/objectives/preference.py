@@ -64,6 +64,7 @@ class PreferenceObjective(Objective):
 
     encoder = PairEncoder
     samples = PairView
+    unit: ClassVar[str] = "pair"
     uses_reference: ClassVar[bool] = False
 
     def with_options(self, options: TrainOptions) -> Objective:

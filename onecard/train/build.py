@@ -250,7 +250,9 @@ def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
 def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> Reporter:
     """The run's reporter, with the trackers that were asked for."""
     options = config.train
-    reporter = Reporter(directory.path, run.state.total_steps, run.state.step, enabled=run.accelerator.is_main_process)
+    reporter = Reporter(
+        directory.path, run.state.total_steps, run.state.step, run.accelerator.is_main_process, run.objective.unit
+    )
     if reporter.enabled:
         reporter.trackers = open_trackers(
             directory.path, asdict(config), tensorboard=options.tensorboard,

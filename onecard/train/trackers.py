@@ -48,10 +48,13 @@ class Reporter:
         total_steps: optimizer steps of the whole run.
         first_step: steps already done. Rows of log.jsonl beyond it belong to work that was lost, and are dropped.
         enabled: False on every process but the first, which makes all methods do nothing.
+        unit: what the loss is divided by, in words.
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, first_step: int, enabled: bool = True) -> None:
-        self.run_dir, self.total_steps, self.enabled = run_dir, total_steps, enabled
+    def __init__(
+        self, run_dir: Path, total_steps: int, first_step: int, enabled: bool = True, unit: str = "supervised token"
+    ) -> None:
+        self.run_dir, self.total_steps, self.enabled, self.unit = run_dir, total_steps, enabled, unit
         self.trackers: list[Any] = []
         self._tokens, self._seconds, self._warned = 0, 0.0, False  # since the last logged row
         if not enabled:
@@ -126,7 +129,7 @@ class Reporter:
         for tracker in self.trackers:
             tracker.finish()
         try:
-            draw_loss(self.run_dir)
+            draw_loss(self.run_dir, self.unit)
         except OSError as reason:
             warn(f"loss.png was not written: {reason}")
 
@@ -150,8 +153,11 @@ class Reporter:
             tracker.log(numbers, step=row["step"])
 
 
-def draw_loss(run_dir: Path) -> Path | None:
-    """Draw training and evaluation loss over the steps into loss.png; None when there is nothing to draw."""
+def draw_loss(run_dir: Path, unit: str = "supervised token") -> Path | None:
+    """Draw training and evaluation loss over the steps into loss.png; None when there is nothing to draw.
+
+    unit: what the loss is divided by.
+    """
     from matplotlib.figure import Figure
 
     rows = read_log(run_dir)
@@ -164,7 +170,8 @@ def draw_loss(run_dir: Path) -> Path | None:
     axes = figure.add_subplot()
     if train:
         steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each logged step")
+        marker = "o" if len(steps) == 1 else None  # a line through one point is nothing
+        axes.plot(steps, losses, marker=marker, color="#9db8d9", linewidth=1, label="training, each logged step")
         axes.plot(steps, _smooth(losses), color="#1f4e8c", linewidth=2, label="training, running mean")
     for name in sources:
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -175,7 +182,7 @@ def draw_loss(run_dir: Path) -> Path | None:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#c8561b", linewidth=2, label="evaluation")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per supervised token (nats)")
+    axes.set_ylabel(f"loss per {unit} (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     path = run_dir / "loss.png"

@@ -188,7 +188,7 @@ def bench(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporting, "draw_loss", lambda run_dir: None)
+    monkeypatch.setattr(reporting, "draw_loss", lambda run_dir, unit: None)
     monkeypatch.setattr(intervals, "WAIT_PER_TIME_TAKEN", 0)
     monkeypatch.setitem(sys.modules, "wandb", None)
 

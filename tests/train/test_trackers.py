@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.image
 import pytest
 
 from onecard.errors import ConfigError
+from onecard.objectives.registry import objective_named
 from onecard.recipes import finetune
 from onecard.train import loop
 from onecard.train import memory_probe as rehearsal
@@ -147,6 +149,18 @@ def test_the_curve_is_a_picture_with_both_losses(tmp_path: Path) -> None:
     assert picture is not None
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert picture.stat().st_size > 10_000
+    per_token = picture.read_bytes()
+    draw_loss(tmp_path, "pair")
+    assert picture.read_bytes() != per_token
+    assert [objective_named(name).unit for name in ("sft", "dpo")] == ["supervised token", "pair"]
+
+
+def test_a_single_logged_step_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps(row(4)) + "\n")
+    picture = draw_loss(tmp_path)
+    assert picture is not None
+    image = matplotlib.image.imread(picture)
+    assert (abs(image[..., :3] - [0x9D / 255, 0xB8 / 255, 0xD9 / 255]).max(axis=2) < 0.02).sum() > 30
 
 
 def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
