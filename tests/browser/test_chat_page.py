@@ -407,7 +407,7 @@ def test_what_a_model_says_is_never_run_or_fetched(open_page: Any, url: str) -> 
     page = open_page(url)
     shown = ask(page, "Something hostile <img src=http://evil.example/x.png onerror='window.hacked=5'>")
     assert "<" in shown and "script>window.hacked = 1" in shown
-    assert "entity" in shown
+    wait_until(lambda: "entity" in bubbles(page)[-1], 15, "the end of the answer is drawn")
     page.wait_for_timeout(300)
     assert page.evaluate("window.hacked") is None
     for tag in ("img", "script", "iframe", "b", "svg.mermaid"):

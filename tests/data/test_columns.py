@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onecard.config import training as config
+from onecard.config import data as config
 from onecard.config.base_model import DEFAULT_BASE
 from onecard.config.data import column_names, toy_base_problem
 from onecard.data.columns import renamed
