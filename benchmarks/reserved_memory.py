@@ -47,6 +47,7 @@ ROWS: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("held_out", "Mistral-7B", 1, 8192, {"bits": 4, "mlp_tile": 2048}),
     ("held_out", "Llama-3.1-8B", 1, 16384, {"bits": 4, "offload_activations": True, "mlp_tile": 4096}),
 ]
+FOUR_LAYERS = ("test", "Llama-3.2-3B/4", 2, 2048, {"bits": 4, "loss_chunk": 512})  # the first so many of a model
 
 
 @dataclass
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the file."""
     options = parse(ReservedMemoryOptions, argv, description=__doc__)
     if options.row >= 0:
-        _, name, rows, length, rest = ROWS[options.row]
+        _, name, rows, length, rest = [*ROWS, FOUR_LAYERS][options.row]
         say(json.dumps(in_this_process(name, rows, length, rest, expandable=options.mode == MODES[1])))
         return
     asked = [int(number) for number in options.rows.split(",") if number.strip()] or range(len(ROWS))
@@ -93,9 +94,7 @@ def in_a_process(number: int, mode: str) -> dict[str, Any]:
     return dict(json.loads(rows[-1]))
 
 
-def in_this_process(
-    model: str | dict[str, Any], rows: int, length: int, rest: dict[str, Any], *, expandable: bool
-) -> dict[str, Any]:
+def in_this_process(model: str, rows: int, length: int, rest: dict[str, Any], *, expandable: bool) -> dict[str, Any]:
     """Plan and measure one setup on the simulated card of this process, in bytes without the context."""
     import torch
 
@@ -107,7 +106,8 @@ def in_this_process(
     from onecard.train.oom import give_back_memory
     from tests.simcard.card import shapes_only
 
-    config = config_of(model) if isinstance(model, str) else model
+    name, _, n_layers = model.partition("/")
+    config = config_of(name) | ({"num_hidden_layers": int(n_layers)} if n_layers else {})
     setup = MemoryConfig(element_bytes=2, rows=rows, length=length, repeats_kv=True, expandable_segments=expandable,
                          **rest)  # fmt: skip
     planned = account(architecture_of(config), setup)
@@ -119,8 +119,7 @@ def in_this_process(
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
     bytes_planned = planned.card_bytes - CUDA_CONTEXT_BYTES
-    name = model if isinstance(model, str) else str(model["model_type"])
-    return {"model": name, "rows": rows, "length": length, **rest, "planned_tensor_bytes": planned.tensor_bytes,
+    return {"model": model, "rows": rows, "length": length, **rest, "planned_tensor_bytes": planned.tensor_bytes,
             "planned_bytes": bytes_planned, **found, "ratio": bytes_planned / found["limit_bytes"]}  # fmt: skip
 
 
