@@ -73,9 +73,10 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise NotFinite(_overflowing(state.step))
+            _keep_to_the_clock(run, seconds, evaluation_s=evaluation.took_s, saving_s=saving.took_s)
+            reporter.plan_for(state.total_steps)
             report_events(run, reporter)
             _report(run, reporter, result, seconds, sources)
-            _keep_to_the_clock(run, seconds, evaluation_s=evaluation.took_s, saving_s=saving.took_s)
             last, improved = state.step == state.total_steps, False
             if last or result.requests.evaluate or state.step % options.eval_steps == 0:
                 improved = evaluation.timed(_evaluate, run, reporter)

@@ -67,6 +67,12 @@ class Reporter:
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not self.is_terminal
         )
 
+    def plan_for(self, total_steps: int) -> None:
+        """Show so many steps as the whole run from now on: the clock may have cut it."""
+        if self.enabled and total_steps != self.total_steps:
+            self.total_steps = self._bar.total = total_steps
+            self._bar.refresh()
+
     def step(self, row: dict[str, Any], *, to_file: bool, tokens: int, seconds: float) -> None:
         """Show one optimizer step; with `to_file` also log it. `row` needs step, epoch, loss and learning_rate.
 

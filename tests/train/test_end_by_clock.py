@@ -140,12 +140,16 @@ def test_a_run_ends_by_its_time_and_not_again(
     state = read_state(run)
     assert (state.step, state.total_steps, state.clock) == (11, 11, "--max_hours 0.333333")
     rows = [row for row in read_log(run) if "loss" in row]
+    assert "step 6/11" in (printed := capsys.readouterr().out) and "step 5/11" in printed
     rates = [row["learning_rate"] / 1e-2 for row in rows]
     assert rates[5:] == pytest.approx([1 - (step - 2) / 9 for step in range(5, 11)])
     assert [row["total_steps"] for row in read_log(run) if row.get("event") == "schedule"] == [11]
-    assert "ended after step 11 by --max_hours" in capsys.readouterr().out
+    assert "ended after step 11 by --max_hours" in printed
     assert read_state(finetune(config("run"))).step == 11
     assert read_state(finetune(config("run", max_hours=0.0, max_steps=13))).step == 13
+
+    seldom = finetune(config("seldom", log_steps=100))
+    assert [row["step"] for row in read_log(seldom) if "loss" in row] == [11], "the last step is always logged"
 
     run_and_stop(config("cut"), monkeypatch, after_steps=8)
     slow_steps.s += 9000  # the machine was off
