@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from onecard import manifest, storage
@@ -108,8 +109,9 @@ class CheckpointStore:
 
     def newest_steps(self, number: int) -> list[int]:
         """The steps of the newest so many checkpoints that are whole, in order; fewer where there are not so many."""
-        whole = [step for step, path in sorted(self._checkpoints().items()) if not manifest.problems(path)]
-        return whole[-number:] if number else []
+        newest = sorted(self._checkpoints().items(), reverse=True)
+        whole = (step for step, path in newest if not manifest.problems(path))
+        return sorted(islice(whole, number))  # no further one is read
 
     def verify(self, path: Path, *, require_manifest: bool = True) -> list[str]:
         """What is wrong with the checkpoint at `path`; an empty list means that it can be used. See :func:`verify`."""

@@ -23,8 +23,8 @@ from onecard.model.quantization import allocate_bitsandbytes_state, optimizer_cl
 
 FEWEST_WARMUP_STEPS = 5
 DECAY_SHARE = 0.2  # of warmup_stable_decay: 10 to 20 % of the steps serve best (arXiv:2405.18392)
-# The published rule: 5e-5, ten times that for LoRA, by (2000 / width) to a power of the family's own. It was fitted to
-# models of 2,048 to 8,192; narrower ones get what 2,000 gets. https://thinkingmachines.ai/blog/lora/
+# The published rule: 5e-5, ten times that for LoRA, by (2000 / width) to a power of the family's own. A base narrower
+# than 2,000 gets what 2,000 gets, so that a toy is not trained ever faster. https://thinkingmachines.ai/blog/lora/
 LORA_RATE, RULE_WIDTH = 5e-4, 2000
 POWER_OF_FAMILY = {"llama": 0.781, "qwen": 0.0775}
 USUAL_LORA_RATE = 2e-4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from onecard.config.problems import refuse
 from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.errors import ConfigError, OneCardError
 from onecard.recipes import finetune
-from onecard.train.checkpoint import verify
+from onecard.train import checkpoint
+from onecard.train.checkpoint import CheckpointStore, verify
 from onecard.train.loop import total_steps
 from onecard.train.state import read_state
 from onecard.train.trackers import read_log
@@ -72,7 +74,11 @@ def test_a_run_ends_early_where_the_evaluation_loss_no_longer_falls(
 
 
 def test_final_weights_are_the_mean_of_the_newest_checkpoints(
-    tiny_base: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Path,
+    instructions: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They stay although two would be enough, and PEFT reads the mean like any adapter."""
     from safetensors.torch import load_file
@@ -87,6 +93,13 @@ def test_final_weights_are_the_mean_of_the_newest_checkpoints(
         torch.testing.assert_close(tensor, sum(one[name] for one in each) / 3, rtol=1e-6, atol=1e-8)
         assert tensor.dtype == each[0][name].dtype
     assert not verify(run)
+    store, seen = CheckpointStore(run), list[str]()
+    read = checkpoint.manifest.problems
+    spy = SimpleNamespace(problems=lambda path: (seen.append(path.name), read(path))[1])
+    monkeypatch.setattr(checkpoint, "manifest", spy)
+    (run / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    assert store.newest_steps(2) == [4, 5] and seen == ["checkpoint-6", "checkpoint-5", "checkpoint-4"]
+    assert store.newest_steps(0) == [] and len(seen) == 3, "whoever wants none reads none"
     with pytest.raises(ConfigError, match="none of last, best and average:N of 2 or more"):
         refuse(TrainOptions(final_weights="average:1").problems())
 
