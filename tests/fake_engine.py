@@ -75,7 +75,9 @@ class FakeEngine:
         return adapter == "" or adapter in self.names
 
     def template(self, adapter: str = "", prompt_type: str = "") -> SimpleNamespace:
-        return SimpleNamespace(name=prompt_type or ("vicuna-chat" if adapter == "pirate" else "alpaca"), jinja="")
+        own = ("vicuna-chat", "{{ enable_thinking }}") if adapter == "pirate" else ("alpaca", "")
+        name, jinja = (prompt_type, "") if prompt_type else own
+        return SimpleNamespace(name=name, jinja=jinja)
 
     def count_tokens(self, turns: Sequence[Turn], adapter: str = "", prompt_type: str = "") -> int:
         return sum(4 + len(turn.content.split()) for turn in turns)

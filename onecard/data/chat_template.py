@@ -117,7 +117,7 @@ class Template:
         """
         if wanted == "auto":
             return self
-        switch = next((name for name in THOUGHT_SWITCHES if name in variables_read(self.jinja)), None)
+        switch = thought_switch(self.jinja)
         if switch is None:
             text = f"{wanted}, but the prompt template {self.name} has no switch for thoughts"
             raise ConfigError("--thinking", f"{text} ({' or '.join(THOUGHT_SWITCHES)}); use auto")
@@ -149,6 +149,11 @@ class Template:
 
 
 _Skeleton = tuple[list[str | int], bool, str]
+
+
+def thought_switch(jinja: str) -> str | None:
+    """The variable by which a template turns thoughts on and off; None where it has none."""
+    return next((name for name in THOUGHT_SWITCHES if name in variables_read(jinja)), None)
 
 
 class PromptRenderer:

@@ -549,13 +549,23 @@ def test_settings_reach_the_engine_and_can_be_reset(open_page: Any, url: str, en
     assert (engine.asked[-1].prompt_type, engine.asked[-1].sampling.stop) == ("", [])
 
 
-def test_adapters_are_switched_while_running(open_page: Any, url: str) -> None:
+def test_adapters_are_switched_while_running(open_page: Any, url: str, engine: FakeEngine) -> None:
     page = open_page(url)
+    assert not page.is_visible("#oc-thinking")
     assert ask(page, "who are you").startswith("I am tiny-llama")
     choose(page, "adapter", "pirate")
     wait_until(lambda: "vicuna-chat" in page.input_value("#oc-prompt_type input"))
     assert ask(page, "who are you").startswith("I am pirate")
+    assert engine.asked[-1].template_variables == {}
+    page.click("#oc-thinking label:has-text('off')")
+    ask(page, "who are you")
+    assert engine.asked[-1].template_variables == {"enable_thinking": False}
+    choose(page, "prompt_type", "chatml")  # which has no switch for thoughts
+    page.wait_for_selector("#oc-thinking", state="hidden")
+    ask(page, "who are you")
+    assert engine.asked[-1].template_variables == {}
     other = open_page(url)
+    assert not other.is_visible("#oc-thinking")
     assert other.input_value("#oc-adapter input") == "tiny-llama"
 
 

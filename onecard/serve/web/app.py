@@ -31,6 +31,7 @@ from onecard.serve.web.events import (
     GradioHooks,
     TranslatedComponents,
     Words,
+    has_thought_switch,
     prompt_choices,
     repeating,
 )
@@ -39,7 +40,7 @@ from onecard.serve.web.i18n import LANGUAGES, word
 from onecard.serve.web.sanitize import FORMULAS
 from onecard.serve.web.script import head, script_terms
 from onecard.serve.web.server import MountHooks, serve_page
-from onecard.serve.web.settings import NAMES, SettingsReader
+from onecard.serve.web.settings import NAMES, THINKING, SettingsReader
 
 FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "PingFang SC", "Noto Sans SC", "sans-serif")
 CODE_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
@@ -254,8 +255,8 @@ def _flag(labels: TranslatedComponents) -> dict[str, Any]:
 def _settings(labels: TranslatedComponents, reader: SettingsReader, engine: InferenceEngine) -> dict[str, Any]:
     start = dict(zip(NAMES, reader.start.values(), strict=True))
 
-    def setting(kind: Any, name: str, **arguments: Any) -> Any:
-        words = {"label": name, "info": f"{name}.help"}
+    def setting(kind: Any, name: str, more: dict[str, Words] | None = None, **arguments: Any) -> Any:
+        words: dict[str, str | Words] = {"label": name, "info": f"{name}.help", **(more or {})}
         return labels(kind, words, value=start[name], interactive=True, elem_id=f"oc-{name}", **arguments)
 
     def numbers(*names: str) -> dict[str, Any]:
@@ -273,6 +274,9 @@ def _settings(labels: TranslatedComponents, reader: SettingsReader, engine: Infe
         choices = prompt_choices(engine, reader.start.adapter, labels.language)
         parts["prompt_type"] = setting(gr.Dropdown, "prompt_type", choices=choices, **listed)
         parts["system"] = setting(gr.Textbox, "system", lines=2, max_lines=8)
+        choices_of_thinking = {"choices": lambda language: [(word(language, f"thinking.{v}"), v) for v in THINKING]}
+        shown = has_thought_switch(engine, reader.start.adapter, reader.start.prompt_type) or HIDDEN
+        parts["thinking"] = setting(gr.Radio, "thinking", choices_of_thinking, visible=shown)
     with labels(gr.Accordion, {"label": "part.sampling"}, open=True):
         parts |= numbers("temperature", "top_p", "top_k", "num_beams")
         parts["show_beams"] = setting(gr.Checkbox, "show_beams")

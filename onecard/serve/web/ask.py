@@ -19,7 +19,14 @@ from onecard.inference.chat_file import now
 from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.serve.web.answer import RunningAnswers, answer_steps, failure_words
 from onecard.serve.web.i18n import word
-from onecard.serve.web.settings import MAX_TEXT_CHARS, PageSettings, SettingsReader, moved_words, stored_object
+from onecard.serve.web.settings import (
+    MAX_TEXT_CHARS,
+    PageSettings,
+    SettingsReader,
+    moved_words,
+    stored_object,
+    template_variables,
+)
 from onecard.translation import translated
 
 FLAG_FILE = "flagged.jsonl"
@@ -84,7 +91,7 @@ class AskPage:
                 turns = (Turn("system", settings.system), *turns)
             request = GenerationRequest(
                 turns, sampling=settings.sampling, adapter=settings.adapter, prompt_type=settings.prompt_type,
-                show_beams=settings.show_beams,
+                show_beams=settings.show_beams, template_variables=template_variables(self.engine, settings),
             )  # fmt: skip
             note = moved_words(moved, language)
             yield AnswerView("", (), "", note, running=True)

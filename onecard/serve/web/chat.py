@@ -21,7 +21,7 @@ from onecard.serve.web.answer import AnswerStep, RunningAnswers, answer_steps, f
 from onecard.serve.web.i18n import LANGUAGES, language_of, word
 from onecard.serve.web.sanitize import original, plain_markdown
 from onecard.serve.web.script import TOO_LARGE
-from onecard.serve.web.settings import PageSettings, SettingsReader, moved_words, stored_object
+from onecard.serve.web.settings import PageSettings, SettingsReader, moved_words, stored_object, template_variables
 from onecard.serve.web.undo import kept, taken
 from onecard.translation import translated
 
@@ -246,7 +246,7 @@ class _Answering:
         request = GenerationRequest(
             fitted.turns, sampling=self.settings.sampling, adapter=self.settings.adapter,
             prompt_type=self.settings.prompt_type, number=self.asked.number,
-            show_beams=self.settings.show_beams,
+            show_beams=self.settings.show_beams, template_variables=template_variables(self.engine, self.settings),
         )  # fmt: skip
         begun = replace(self.before, session=session)
         # Until the first words come, a regenerated or edited answer still stands in the browser's memory.

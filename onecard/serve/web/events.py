@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from onecard.data.built_in_templates import BUILT_IN
+from onecard.data.chat_template import thought_switch
 from onecard.errors import OneCardError
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.answer import as_html
@@ -89,7 +90,9 @@ class Wiring:
         texts = [*self.labels.components, p["prompt_type"]]
         asking = asking_first(2, self.typed_start)
         self.on(p["reset"].click, self.reset, [p["stored"], *self.typed, p["language"]], self.settings, js=asking)
-        self.on(p["adapter"].input, self.prompt_types, [p["adapter"], p["language"]], [p["prompt_type"]])
+        chosen = [p["adapter"], p["language"]]
+        self.on(p["adapter"].input, self.prompt_types, chosen, [p["prompt_type"], p["thinking"]])
+        self.on(p["prompt_type"].input, self.thinking, [p["adapter"], p["prompt_type"]], [p["thinking"]])
         # However it changes: by hand, with a loaded chat, or with the page that was loaded anew.
         self.on(p["adapter"].change, self.name, [p["adapter"]], [p["model"]])
         self.on(p["language"].change, self.speak, [p["language"], p["adapter"]], texts)
@@ -107,7 +110,11 @@ class Wiring:
         return [{"value": as_html(adapter or self.page.start.adapter, "oc-model")}]
 
     def prompt_types(self, browser: str, adapter: str, language: str) -> Changes:
-        return [{"choices": prompt_choices(self.page.engine, adapter, language), "value": OWN_PROMPT_TYPE}]
+        choices = prompt_choices(self.page.engine, adapter, language)
+        return [{"choices": choices, "value": OWN_PROMPT_TYPE}, *self.thinking(browser, adapter, OWN_PROMPT_TYPE)]
+
+    def thinking(self, browser: str, adapter: str, prompt_type: str) -> Changes:
+        return [{"visible": has_thought_switch(self.page.engine, adapter, prompt_type) or HIDDEN}]
 
     def speak(self, browser: str, language: str, adapter: str) -> Changes:
         choices = {"choices": prompt_choices(self.page.engine, adapter, language)}
@@ -124,6 +131,8 @@ class Wiring:
         updates: Changes = [{"value": value} for value in settings.values()]
         choices = prompt_choices(self.page.engine, settings.adapter, language)
         updates[NAMES.index("prompt_type")] = {"choices": choices, "value": settings.prompt_type}
+        shown = has_thought_switch(self.page.engine, settings.adapter, settings.prompt_type) or HIDDEN
+        updates[NAMES.index("thinking")] = {"value": settings.thinking, "visible": shown}
         return updates
 
     def line_updates(self, status: str | None, note: str | None) -> Changes:
@@ -311,6 +320,14 @@ def prompt_choices(engine: InferenceEngine, adapter: str, language: str) -> list
         name = "?"  # an adapter that cannot be read says so when it is asked; the page opens all the same
     own = word(language, "prompt_type.own", name=name)
     return [(own, OWN_PROMPT_TYPE), *[(name, name) for name in BUILT_IN]]
+
+
+def has_thought_switch(engine: InferenceEngine, adapter: str, prompt_type: str) -> bool:
+    """Whether the template that writes the prompts can turn thoughts on and off."""
+    try:
+        return thought_switch(engine.template(adapter, prompt_type).jinja) is not None
+    except OneCardError:  # an adapter that cannot be read, or a template of another server: said when it is asked
+        return False
 
 
 def _switch_updates(running: bool | None, names: Sequence[str]) -> Changes:

@@ -13,13 +13,14 @@ from typing import Any
 
 from onecard.config.inference import SamplingOptions
 from onecard.data.built_in_templates import BUILT_IN, built_in_name
-from onecard.data.chat_template import Template
+from onecard.data.chat_template import Template, thought_switch
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.i18n import word
 
 OWN_PROMPT_TYPE = ""  # the adapter's own template
 MAX_SEED = 2**32 - 1
 MAX_STOP_TEXTS, MAX_TEXT_CHARS = 16, 100_000
+THINKING = ("auto", "on", "off")  # auto: as the server was started
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class PageSettings:
     system: str
     sampling: SamplingOptions
     show_beams: bool = False
+    thinking: str = "auto"
 
     def values(self) -> list[Any]:
         """As the page's components hold them; `from_values` reads them back."""
         sampling = self.sampling
         stop = "\n".join(text.replace("\n", "\\n") for text in sampling.stop)
         numbers = [getattr(sampling, name) for name in NUMBERS]
-        return [self.adapter, self.prompt_type, self.system, *numbers, stop, self.show_beams]
+        return [self.adapter, self.prompt_type, self.system, *numbers, stop, self.show_beams, self.thinking]
 
 
 NUMBERS = (
@@ -70,7 +72,7 @@ NUMBERS = (
     "no_repeat_ngram_size",
     "seed",
 )
-NAMES = ("adapter", "prompt_type", "system", *NUMBERS, "stop_texts", "show_beams")
+NAMES = ("adapter", "prompt_type", "system", *NUMBERS, "stop_texts", "show_beams", "thinking")
 FRACTIONS = ("temperature", "top_p", "repetition_penalty")
 
 
@@ -118,7 +120,7 @@ class SettingsReader:
         sampling = SamplingOptions(**{name: self._number(name, given[name]) for name in NUMBERS}, stop=stop)
         settings = PageSettings(
             _text(given["adapter"]), _text(given["prompt_type"]), _text(given["system"]), sampling,
-            given["show_beams"] is True,
+            given["show_beams"] is True, _text(given["thinking"]),
         )  # fmt: skip
         settings = self._within(settings)
         return settings, self._moves(given, settings)
@@ -126,7 +128,11 @@ class SettingsReader:
     def stored(self, memory: Mapping[str, Any]) -> PageSettings:
         """The settings in what a browser has stored of a page; those of the start where there are none."""
         values = memory.get("settings")
-        return self.read(values)[0] if isinstance(values, list) and len(values) == len(NAMES) else self.start
+        if not isinstance(values, list):
+            return self.start
+        if len(values) == len(NAMES) - 1:  # stored before there was a switch for thoughts
+            values = [*values, self.start.thinking]
+        return self.read(values)[0]
 
     def with_sampling(
         self, settings: PageSettings, sampling: SamplingOptions | None
@@ -140,7 +146,7 @@ class SettingsReader:
 
     def _moves(self, given: Mapping[str, Any], settings: PageSettings) -> tuple[AdjustedValue, ...]:
         used = dict(zip(NAMES, settings.values(), strict=True))
-        choices = {"adapter": self.engine.names, "prompt_type": BUILT_IN}
+        choices = {"adapter": self.engine.names, "prompt_type": BUILT_IN, "thinking": THINKING}
         allowed: dict[str, Bounds | Sequence[str]] = {**self.bounds, **choices}
         allowed["min_new_tokens"] = replace(self.bounds["min_new_tokens"], most=settings.sampling.max_new_tokens)
         names = [name for name in allowed if given[name] != used[name]]
@@ -153,7 +159,8 @@ class SettingsReader:
         adapter = settings.adapter if settings.adapter in self.engine.names else self.engine.names[0]
         stop = [text[:MAX_TEXT_CHARS] for text in sampling.stop if text][:MAX_STOP_TEXTS]
         prompt_type = settings.prompt_type if settings.prompt_type in BUILT_IN else OWN_PROMPT_TYPE
-        inside = replace(settings, adapter=adapter, prompt_type=prompt_type)
+        thinking = settings.thinking if settings.thinking in THINKING else THINKING[0]
+        inside = replace(settings, adapter=adapter, prompt_type=prompt_type, thinking=thinking)
         return replace(inside, sampling=replace(sampling, **values, stop=stop))
 
     def _number(self, name: str, value: Any) -> Any:
@@ -162,6 +169,17 @@ class SettingsReader:
         number = value if usable else getattr(self.start.sampling, name)
         number = min(max(number, bounds.least), bounds.most)
         return float(number) if name in FRACTIONS else round(number)
+
+
+def template_variables(engine: InferenceEngine, settings: PageSettings) -> dict[str, bool]:
+    """What the page sets of the template's own variables: its switch for thoughts, where one was chosen.
+
+    A template without such a switch gets nothing: the page does not show the setting for it.
+    """
+    if settings.thinking == "auto":
+        return {}
+    switch = thought_switch(engine.template(settings.adapter, settings.prompt_type).jinja)
+    return {switch: settings.thinking == "on"} if switch else {}
 
 
 def moved_words(moves: Sequence[AdjustedValue], language: str) -> str:

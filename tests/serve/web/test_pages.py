@@ -295,6 +295,24 @@ def test_save_and_load_bring_everything_back(page: ChatPage, engine: FakeEngine)
     assert page.load(asked(page), "")[0] == ChatView()
 
 
+def test_the_switch_for_thoughts_goes_to_a_template_that_has_one(page: ChatPage, engine: FakeEngine) -> None:
+    for adapter, prompt_type, thinking, variables in (
+        ("pirate", "", "on", {"enable_thinking": True}), ("pirate", "", "off", {"enable_thinking": False}),
+        ("pirate", "", "auto", {}), ("pirate", "chatml", "off", {}), ("tiny-llama", "", "on", {}),
+        ("pirate", "", "maybe", {}),
+    ):  # fmt: skip
+        settings = replace(page.start, adapter=adapter, prompt_type=prompt_type, thinking=thinking)
+        last = shown(page.submit(asked(page, settings=settings.values()), "Hello"))
+        assert engine.asked[-1].template_variables == variables
+        assert ("Thinking: maybe is not allowed here" in (last.note or "")) == (thinking == "maybe")
+
+
+def test_settings_stored_before_there_was_a_switch_for_thoughts_are_kept(page: ChatPage) -> None:
+    values = replace(page.start, system="Be brief").values()
+    restored = page.restore(json.dumps({"settings": values[:-1]}), "en-US")
+    assert (restored.settings.system, restored.settings.thinking) == ("Be brief", "auto")
+
+
 @given(st.one_of(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps)))
 @example("[" * 100_000)
 @example('{"chat": "{", "partial": 3, "settings": [1], "language": ["zh"]}')
@@ -331,7 +349,7 @@ def test_forged_settings_stay_within_bounds(values: list[Any]) -> None:
 def test_every_sampling_option_has_a_slider_with_a_sentence() -> None:
     names = {field.name for field in fields(SamplingOptions)} - {"stop"} | {"stop_texts"}
     assert names <= set(NAMES) and set(NUMBERS) <= names
-    assert len(NAMES) == 14
+    assert len(NAMES) == 15
     for name in NAMES:
         for language in ("en", "zh"):
             assert word(language, f"{name}.help")[-1] in ".。", name
