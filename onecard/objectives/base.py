@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from onecard.config.training import TrainOptions
@@ -52,6 +53,14 @@ class SampleView:
         return self.order if isinstance(self.order, int) else len(self.order)
 
 
+class LossSums(NamedTuple):
+    """What a batch adds to a step: its loss and units, and (n_metrics, 2) of each metric a sum and what divides it."""
+
+    loss: Tensor
+    n_units: float
+    metrics: Tensor
+
+
 class Objective(ABC):
     """One way to learn from data. Stateless: the same call gives the same result at any step of any run."""
 
@@ -62,6 +71,8 @@ class Objective(ABC):
     """Makes the rows of an encoded dataset out of records."""
     samples: ClassVar[type[SampleView]] = SampleView
     """Makes samples out of these rows."""
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """What a step and an evaluation tell beside the loss, by TRL's names; `sums` has them in this order."""
 
     def with_options(self, options: TrainOptions) -> Objective:
         """The same objective with what the options say about it."""
@@ -89,10 +100,23 @@ class Objective(ABC):
         0: all.
         """
 
+    def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
+        """`loss` with the sums of the metrics; an objective that has some computes both here."""
+        return LossSums(*self.loss(model, batch, chunk_tokens=chunk_tokens), torch.zeros(len(self.metrics), 2))
+
+    def sums_of(self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0) -> LossSums:
+        """`sums` of samples, moved to the device, where they lie too: the head may lie on another one."""
+        batch = {name: tensor.to(device) for name, tensor in self.collate(samples).items()}
+        loss, n_units, metrics = self.sums(model, batch, chunk_tokens=chunk_tokens)
+        return LossSums(loss.to(device), n_units, metrics.to(device))
+
     def loss_of(
         self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0
     ) -> tuple[Tensor, float]:
-        """`loss` of samples, moved to the device, where the loss lies too: the head may lie on another one."""
-        batch = {name: tensor.to(device) for name, tensor in self.collate(samples).items()}
-        loss, n_units = self.loss(model, batch, chunk_tokens=chunk_tokens)
-        return loss.to(device), n_units
+        """`sums_of` without the metrics."""
+        return self.sums_of(model, samples, device, chunk_tokens=chunk_tokens)[:2]
+
+    def means(self, metrics: Sequence[float]) -> dict[str, float]:
+        """The metrics by name, out of their sums over a step or an evaluation, flat; none where nothing was counted."""
+        counted = zip(self.metrics, metrics[::2], metrics[1::2], strict=True)
+        return {name: total / count for name, total, count in counted if count}

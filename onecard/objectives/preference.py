@@ -24,7 +24,7 @@ from onecard.data.encode import LabelledSample
 from onecard.data.pairs import PairEncoder
 from onecard.model.answer_log_probs import answer_log_probs
 from onecard.model.lora.adapter import unwrap
-from onecard.objectives.base import Objective, SampleView
+from onecard.objectives.base import LossSums, Objective, SampleView
 from onecard.objectives.next_token import SupervisedFineTuning
 
 
@@ -65,7 +65,12 @@ class PreferenceObjective(Objective):
     encoder = PairEncoder
     samples = PairView
     unit: ClassVar[str] = "pair"
+    metrics: ClassVar[tuple[str, ...]] = (
+        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    )  # fmt: skip
     uses_reference: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
+    """Whether the score of an answer is divided by its tokens."""
 
     def with_options(self, options: TrainOptions) -> Objective:
         beta = options.pref_beta or self.beta
@@ -82,6 +87,9 @@ class PreferenceObjective(Objective):
         return collate([row for pair in samples for row in (pair.chosen, pair.rejected)], pad_id=0)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
+        return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
         reference = None
         if self.uses_reference:
             with adapter_off(model):  # first, so that no gradients wait meanwhile
@@ -89,16 +97,26 @@ class PreferenceObjective(Objective):
         summed, n_tokens = answer_log_probs(model, batch, chunk_tokens=chunk_tokens)
         policy, sizes = summed.view(-1, 2), n_tokens.view(-1, 2)
         scores = policy if reference is None else policy - reference
-        losses = self.of_pairs(scores, sizes)
+        if self.per_token:
+            scores = scores / sizes
+        losses = self.of_pairs(scores)
         if self.sft_weight:
             losses = losses - self.sft_weight * policy[:, 0] / sizes[:, 0]
-        return losses.sum(), len(losses)
+        return LossSums(losses.sum(), len(losses), self._metric_sums(scores.detach(), policy.detach()))
+
+    def _metric_sums(self, scores: Tensor, policy: Tensor) -> Tensor:
+        """(n_metrics, 2); a reward is beta times the score, by which TRL, too, says which answer is the better one."""
+        rewards = self.beta * scores
+        margins = rewards[:, 0] - rewards[:, 1]
+        each = torch.stack([*rewards.unbind(1), (margins > 0).float(), margins, *policy.unbind(1)])
+        return torch.stack([each.sum(dim=1), torch.full_like(each[:, 0], len(scores))], dim=1)
 
     @abstractmethod
-    def of_pairs(self, scores: Tensor, sizes: Tensor) -> Tensor:
-        """The loss of each pair (n,) by the scores (n, 2) of chosen and rejected answers and their tokens (n, 2).
+    def of_pairs(self, scores: Tensor) -> Tensor:
+        """The loss of each pair (n,) by the scores (n, 2) of chosen and rejected answers.
 
-        A score is the log-probability of the answer; where there is a reference, that under it is subtracted.
+        A score is the log-probability of the answer; where there is a reference, that under it is subtracted. With
+        `per_token` it is divided by the tokens of the answer.
         """
 
     def _smoothed(self, logits: Tensor) -> Tensor:
@@ -115,7 +133,7 @@ class DirectPreference(PreferenceObjective):
     beta: float = 0.1
     uses_reference = True
 
-    def of_pairs(self, scores: Tensor, sizes: Tensor) -> Tensor:
+    def of_pairs(self, scores: Tensor) -> Tensor:
         return self._smoothed(self.beta * (scores[:, 0] - scores[:, 1]))
 
 
@@ -126,10 +144,10 @@ class IdentityPreference(PreferenceObjective):
     name = "ipo"
     beta: float = 0.1
     uses_reference = True
+    per_token = True
 
-    def of_pairs(self, scores: Tensor, sizes: Tensor) -> Tensor:
-        each = scores / sizes
-        return (each[:, 0] - each[:, 1] - 1 / (2 * self.beta)).square()
+    def of_pairs(self, scores: Tensor) -> Tensor:
+        return (scores[:, 0] - scores[:, 1] - 1 / (2 * self.beta)).square()
 
 
 @dataclass(frozen=True)
@@ -139,14 +157,14 @@ class SimplePreference(PreferenceObjective):
     name = "simpo"
     beta: float = 2.0
     gamma: float = 1.0
+    per_token = True
 
     def with_options(self, options: TrainOptions) -> Objective:
         found = super().with_options(options)
         return found if options.simpo_gamma == "auto" else replace(found, gamma=options.simpo_gamma)  # type: ignore[type-var]
 
-    def of_pairs(self, scores: Tensor, sizes: Tensor) -> Tensor:
-        each = scores / sizes
-        return self._smoothed(self.beta * (each[:, 0] - each[:, 1]) - self.gamma)
+    def of_pairs(self, scores: Tensor) -> Tensor:
+        return self._smoothed(self.beta * (scores[:, 0] - scores[:, 1]) - self.gamma)
 
 
 @dataclass(frozen=True)
@@ -155,11 +173,11 @@ class OddsRatioPreference(PreferenceObjective):
 
     name = "orpo"
     beta: float = 0.1
+    per_token = True
 
-    def of_pairs(self, scores: Tensor, sizes: Tensor) -> Tensor:
-        each = scores / sizes
-        log_odds = each - _log1mexp(each)
-        return -each[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+    def of_pairs(self, scores: Tensor) -> Tensor:
+        log_odds = scores - _log1mexp(scores)
+        return -scores[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
 
 
 def _log1mexp(logs: Tensor) -> Tensor:

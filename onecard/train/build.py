@@ -109,7 +109,7 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     for line in _shares(train):
         say(line)
     held_out = [test[number] for number in range(len(test))]
-    sources = None if test.parts is None else HeldOutSources(dataset.names, test.parts, test.units)
+    sources = None if test.parts is None else HeldOutSources(dataset.names, test.parts)
     return TrainingData(tokenizer, template, train, held_out, dataset.fingerprint, test_size, objective, sources)
 
 

@@ -29,7 +29,7 @@ class EvaluationLimits:
     """Supervised tokens whose logits did fit; 0: as in training."""
 
 
-def evaluation_loss(
+def evaluation_sums(
     model: torch.nn.Module,
     samples: Sequence[Any],
     accelerator: Any,
@@ -39,8 +39,8 @@ def evaluation_loss(
     evaluation_limits: EvaluationLimits | None = None,
     on_change: Callable[[str], None] = lambda change: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
-    """The objective's loss over `samples` per unit (supervised token); the same number on every process.
+) -> torch.Tensor:
+    """The objective's sums over `samples`: loss, units, metrics flat, float64 (2 + 2 n_metrics,), on every process.
 
     Args:
         model: any causal LM, wrapped or not; it is put back into training mode if it was in it.
@@ -57,7 +57,7 @@ def evaluation_loss(
     micros = micro_batches(np.arange(len(samples)), lengths, **limits.cut)
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, lengths)
     waiting = [micro for micro in mine if micro is not None]
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2 + 2 * len(objective.metrics), dtype=torch.float64)
     own, n_failures, n_done, n_mine = evaluation_limits or EvaluationLimits(), 0, 0, sum(map(len, waiting))
     loss_chunk = min(own.loss_chunk or limits.loss_chunk, limits.loss_chunk or own.loss_chunk)
     while waiting:
@@ -66,7 +66,7 @@ def evaluation_loss(
         if half and padded_tokens(micro, lengths) >= own.too_many_tokens:
             waiting[:0] = [micro[:half], micro[half:]]
             continue
-        found = _loss_of(objective, [samples[i] for i in micro], model, accelerator.device, loss_chunk)
+        found = _sums_of(objective, [samples[i] for i in micro], model, accelerator.device, loss_chunk)
         if found is not None:
             total, n_failures, n_done = total + found, 0, n_done + len(micro)
             progress(n_done, n_mine)
@@ -89,17 +89,17 @@ def evaluation_loss(
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
     model.train(was_training)
-    return float(total[0] / total[1])
+    return total.cpu()
 
 
-def _loss_of(
+def _sums_of(
     objective: Objective, samples: Sequence[Any], model: torch.nn.Module, device: Any, loss_chunk: int
 ) -> torch.Tensor | None:
-    """The summed loss and its units, float64 (2,); None when memory ran out."""
+    """As `evaluation_sums`, of one micro-batch; None when memory ran out."""
     try:
         with torch.no_grad():
-            loss_sum, n_units = objective.loss_of(model, samples, device, chunk_tokens=loss_chunk)
-            return torch.tensor([float(loss_sum), n_units], dtype=torch.float64)
+            loss, n_units, metrics = objective.sums_of(model, samples, device, chunk_tokens=loss_chunk)
+            return torch.tensor([float(loss), n_units, *metrics.flatten().tolist()], dtype=torch.float64)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
 
 from onecard.config.training import TrainOptions
@@ -21,14 +22,14 @@ from onecard.console import say, warn
 from onecard.data.batches import step_samples, steps_per_epoch
 from onecard.errors import CheckpointError, Stopped
 from onecard.model.hardware import peak_reserved_bytes
-from onecard.train.evaluate import evaluation_loss
+from onecard.train.evaluate import evaluation_sums
 from onecard.train.intervals import Timer
 from onecard.train.run import Run, RunEvent
 from onecard.train.signals import Interrupts
 from onecard.train.source_losses import SourceLosses
 from onecard.train.state import TrainerState, write_state
 from onecard.train.step import NotFinite, StepRequests, StepResult, take_step
-from onecard.train.trackers import Reporter
+from onecard.train.trackers import ACCURACY, Reporter
 
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
 MAX_SKIPPED_IN_A_ROW = 50
@@ -183,6 +184,7 @@ def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float, so
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "skipped_steps": state.skipped_steps,
+        **_rounded(result.metrics),
     }
     peak = peak_reserved_bytes()
     if peak is not None:
@@ -203,7 +205,7 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
         return False
     started_s = time.monotonic()
     with reporter.evaluation(state.step) as progress:
-        loss, of_sources = _held_out_losses(run, progress)
+        loss, more = _held_out_losses(run, progress)
     seconds = time.monotonic() - started_s
     if not math.isfinite(loss):
         warn(f"step {state.step}: the evaluation loss is {loss}, so this step is not taken for the best; the base "
@@ -218,38 +220,47 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
         state.evaluations_since_best = 0
     elif state.step % run.options.eval_steps == 0:
         state.evaluations_since_best += 1
-    row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step, **of_sources}
+    row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step, **more}
+    accuracy = f", accuracy {more[f'eval_{ACCURACY}']:.1%}" if f"eval_{ACCURACY}" in more else ""
     best_so_far = " (best so far)" if improved else ""
     took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"
-    reporter.event(row, f"step {state.step}: evaluation loss {loss:.4f}{best_so_far}, {took}")
+    reporter.event(row, f"step {state.step}: evaluation loss {loss:.4f}{accuracy}{best_so_far}, {took}")
     return improved
 
 
 def _held_out_losses(run: Run, progress: Callable[[int, int], None]) -> tuple[float, dict[str, float]]:
-    """The loss of all held-out samples per unit, and that of each source as eval_loss/NAME where there are several."""
+    """The loss of all held-out samples per unit; each metric as eval_NAME and, where there are several sources, their
+    losses as eval_loss/NAME."""
     sources = run.test_sources
     if sources is None:
-        return evaluate(run, run.test_samples, progress), {}
-    losses, units = {}, {}
-    for number, name in enumerate(sources.names):
-        chosen = np.flatnonzero(sources.parts == number)
-        if len(chosen):
-            losses[name] = evaluate(run, [run.test_samples[int(i)] for i in chosen], progress)
-            units[name] = float(sources.units[chosen].sum())
-    whole = sum(losses[name] * units[name] for name in losses) / sum(units.values())
-    return whole, {f"eval_loss/{name}": loss for name, loss in losses.items()}
+        whole, of_sources = evaluate(run, run.test_samples, progress), {}
+    else:
+        members = [np.flatnonzero(sources.parts == number) for number in range(len(sources.names))]
+        of_sources = {
+            name: evaluate(run, [run.test_samples[int(i)] for i in chosen], progress)
+            for name, chosen in zip(sources.names, members, strict=True)
+            if len(chosen)
+        }
+        whole = sum(of_sources.values(), torch.zeros(()))
+    loss, n_units, *metrics = whole.tolist()
+    means = {f"eval_{name}": mean for name, mean in _rounded(run.objective.means(metrics)).items()}
+    return loss / n_units, means | {f"eval_loss/{name}": float(sums[0] / sums[1]) for name, sums in of_sources.items()}
+
+
+def _rounded(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in metrics.items()}
 
 
 def evaluate(
     run: Run, samples: Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None
-) -> float:
-    """The loss of held-out samples per unit, under the run's limits."""
+) -> torch.Tensor:
+    """The sums of held-out samples (`evaluation_sums`), under the run's limits."""
 
     def on_change(change: str) -> None:
         message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
         run.events.append(RunEvent({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
 
-    return evaluation_loss(run.model, samples, run.accelerator, objective=run.objective, limits=run.limits,
+    return evaluation_sums(run.model, samples, run.accelerator, objective=run.objective, limits=run.limits,
                            evaluation_limits=run.evaluation_limits, on_change=on_change, progress=progress)  # fmt: skip
 
 

@@ -33,11 +33,10 @@ class RunEvent:
 
 @dataclass(frozen=True)
 class HeldOutSources:
-    """The sources of held-out samples: parts int (n,) into `names`; units (n,): what each loss is divided by."""
+    """The sources of held-out samples: parts int (n,) into `names`."""
 
     names: Sequence[str]
     parts: np.ndarray
-    units: np.ndarray
 
 
 @dataclass

@@ -55,6 +55,8 @@ class GradientAttempt:
 
     losses: list[float]
     """Of each source, divided by the units of the whole step: their sum is the step's loss."""
+    metrics: list[float]
+    """The sums of the objective's metrics, flat."""
     grad_norm: float
     requests: StepRequests
     out_of_memory: bool
@@ -73,6 +75,8 @@ class StepResult:
     """Those of all processes."""
     by_source: np.ndarray
     """(n_sources, 3): the summed loss, the units and the tokens of each source."""
+    metrics: dict[str, float]
+    """The objective's, over the whole step."""
 
 
 def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) -> StepResult:
@@ -101,7 +105,8 @@ def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) ->
     set_learning_rate(run.optimizer, options, run.state.step + 1, run.state.total_steps)
     tokens = int(data.lengths[chosen.indices].sum())
     by_source = _of_sources(data, chosen.indices, attempt.losses)
-    return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.requests, by_source)
+    metrics = run.objective.means(attempt.metrics)
+    return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.requests, by_source, metrics)
 
 
 def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], StepRequests]) -> GradientAttempt:
@@ -116,19 +121,21 @@ def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], Ste
         micros = by_source(micros, data.parts)
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, data.lengths)
     seed_step(run.options.seed, run.state.step, accelerator.process_index)
-    own_losses, failure = accumulate(run, mine, n_units)
-    losses, requests, out_of_memory = _agree(accelerator, own_losses, requested(), failure)
+    own_sums, failure = accumulate(run, mine, n_units)
+    sums, requests, out_of_memory = _agree(accelerator, own_sums, requested(), failure)
+    n_sources = len(sums) - 2 * len(run.objective.metrics)
+    losses, metrics = sums[:n_sources], sums[n_sources:]
     if out_of_memory or not math.isfinite(sum(losses)):
-        return GradientAttempt(losses, math.nan, requests, out_of_memory)
+        return GradientAttempt(losses, metrics, math.nan, requests, out_of_memory)
     try:
-        return GradientAttempt(losses, run.engine.clip(), requests, False)
+        return GradientAttempt(losses, metrics, run.engine.clip(), requests, False)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise
         if accelerator.num_processes > 1 or not run.engine.can_repeat:
             place = f"out of memory at step {run.state.step + 1} while the gradients were put together"
             raise ModelError(f"{place}, which several processes cannot repeat; {SMALLER_HINT}") from reason
-    return GradientAttempt(losses, math.nan, requests, True)
+    return GradientAttempt(losses, metrics, math.nan, requests, True)
 
 
 def _of_sources(data: Any, indices: np.ndarray, losses: Sequence[float]) -> np.ndarray:
@@ -152,26 +159,29 @@ def _apply(run: Run) -> bool:
 def accumulate(run: Run, micros: Sequence[np.ndarray | None], n_units: float) -> tuple[torch.Tensor, bool]:
     """Add the gradients of micro-batches to those that are there.
 
-    Returns the loss of each source (n_sources,), and whether memory ran out on the way.
+    Returns the loss of each source and the sums of the metrics (n_sources + 2 n_metrics,), and whether memory ran out
+    on the way.
     """
-    parts = run.train_samples.parts
-    losses = torch.zeros(max(1, len(run.train_samples.dataset.names)))
+    parts, n_sources = run.train_samples.parts, max(1, len(run.train_samples.dataset.names))
+    sums = torch.zeros(n_sources + 2 * len(run.objective.metrics))
     try:
-        losses = losses.to(run.accelerator.device)
+        sums = sums.to(run.accelerator.device)
         for position, micro in enumerate(micros):
             is_last = position == len(micros) - 1
             if micro is None and not run.engine.needs_every_turn:
                 continue
             with run.engine.gathering(is_last), run.offload or nullcontext():
                 source = 0 if micro is None or parts is None else int(parts[micro[0]])
-                losses[source] += _backward(run, micro, n_units, is_last)
+                loss, metrics = _backward(run, micro, n_units, is_last)
+                sums[source] += loss
+                sums[n_sources:] += metrics.flatten()
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise
         if not run.engine.can_repeat:
             raise ModelError(f"out of memory, and DeepSpeed cannot repeat a step; {SMALLER_HINT}") from reason
-        return torch.zeros(len(losses)), True  # where there is room
-    return losses, False
+        return torch.zeros(len(sums)), True  # where there is room
+    return sums, False
 
 
 def make_room(run: Run, lengths: np.ndarray) -> None:
@@ -206,8 +216,8 @@ def use_limits(run: Run, limits: MicroBatchLimits) -> None:
     run.limits = limits
 
 
-def _backward(run: Run, micro: np.ndarray | None, n_units: float, is_last: bool) -> torch.Tensor:
-    """Forward and backward of one micro-batch; returns its share of the step's loss, detached.
+def _backward(run: Run, micro: np.ndarray | None, n_units: float, is_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward of one micro-batch; its share of the step's loss, detached, and its sums of the metrics.
 
     `None` stands for a process that got fewer micro-batches than the others under DeepSpeed: it computes one with
     weight 0, because there every process has to take part in each exchange of gradients.
@@ -215,24 +225,24 @@ def _backward(run: Run, micro: np.ndarray | None, n_units: float, is_last: bool)
     accelerator = run.accelerator
     samples = [run.train_samples[int(i)] for i in (micro if micro is not None else [0])]
     with accelerator.autocast():
-        loss_sum, _ = run.objective.loss_of(run.model, samples, accelerator.device, chunk_tokens=run.limits.loss_chunk)
+        sums = run.objective.sums_of(run.model, samples, accelerator.device, chunk_tokens=run.limits.loss_chunk)
     if run.offload is not None:
         run.offload.turn_back()
-    loss = loss_sum / (n_units or 1) * (micro is not None)
+    loss = sums.loss / (n_units or 1) * (micro is not None)
     run.engine.backward(loss, is_last)
-    return loss.detach()
+    return loss.detach(), sums.metrics * (micro is not None)
 
 
 def _agree(
-    accelerator: Any, losses: torch.Tensor, requests: StepRequests, failed: bool
+    accelerator: Any, sums: torch.Tensor, requests: StepRequests, failed: bool
 ) -> tuple[list[float], StepRequests, bool]:
-    """The step's losses over all processes, what any of them requests, and whether memory ran out: all do alike."""
+    """The step's sums over all processes, what any of them requests, and whether memory ran out: all do alike."""
     if accelerator.num_processes == 1:
-        return losses.tolist(), requests, failed
+        return sums.tolist(), requests, failed
     flags = [float(flag) for flag in (*requests, failed)]
-    told = torch.tensor([*losses.tolist(), *flags], device=accelerator.device)
+    told = torch.tensor([*sums.tolist(), *flags], device=accelerator.device)
     every = accelerator.reduce(told, reduction="sum").tolist()
-    n = len(losses)
+    n = len(sums)
     return every[:n], StepRequests(*(count > 0 for count in every[n:-1])), every[-1] > 0
 
 

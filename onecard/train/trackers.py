@@ -24,6 +24,7 @@ from onecard.translation import translated
 LOG_NAME = "log.jsonl"
 SECONDS_PER_LINE = 30
 OF_SOURCE = "loss/"  # names the loss of one source of a mixture in a row
+REWARDS, ACCURACY = "rewards/", "rewards/accuracies"  # names of metrics in a row, behind eval_ those of an evaluation
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
@@ -86,7 +87,8 @@ class Reporter:
         row = {**row, "tokens_per_s": round(speed, 1)}
         peak_gib = row.get("peak_bytes", 0) / 2**30
         memory = f" {peak_gib:.2f}GiB" if peak_gib else ""
-        self._bar.set_postfix_str(f"loss {row['loss']:.4f} {speed:,.0f}tok/s{memory}", refresh=False)
+        accuracy = f"accuracy {row[ACCURACY]:.2f}  " if ACCURACY in row else ""
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f} {accuracy}{speed:,.0f}tok/s{memory}", refresh=False)
         self._bar.update(1)
         if not to_file:
             return
@@ -95,7 +97,7 @@ class Reporter:
         if not self.is_terminal:
             say(
                 f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
-                f"lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
+                f"{accuracy}lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
             )
 
     def event(self, row: dict[str, Any], message: str | None = None) -> None:
@@ -160,7 +162,8 @@ class Reporter:
 
 
 def draw_loss(run_dir: Path, unit: str = "supervised token") -> Path | None:
-    """Draw training and evaluation loss over the steps into loss.png; None when there is nothing to draw.
+    """Draw training and evaluation loss over the steps into loss.png, below them the accuracies and the rewards of
+    preference steps; None when there is nothing to draw.
 
     unit: what the loss is divided by.
     """
@@ -172,28 +175,41 @@ def draw_loss(run_dir: Path, unit: str = "supervised token") -> Path | None:
     sources = dict.fromkeys(name for row in rows for name in row if name.startswith(OF_SOURCE))
     if not train and not held_out:
         return None
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    rewards = dict.fromkeys(name for row in rows for name in row if name.startswith(REWARDS))
+    below = {"accuracy": [name for name in rewards if name == ACCURACY],
+             "reward": [name for name in rewards if name != ACCURACY]}  # fmt: skip
+    panels = {label: names for label, names in below.items() if names}
+    figure = Figure(figsize=(8, 4.5 + 3 * len(panels)), dpi=120, layout="constrained")
+    axes, *others = figure.subplots(1 + len(panels), height_ratios=[4.5] + [3] * len(panels), squeeze=False)[:, 0]
     if train:
         steps, losses = zip(*train, strict=True)
         marker = "o" if len(steps) == 1 else None  # a line through one point is nothing
         axes.plot(steps, losses, marker=marker, color="#9db8d9", linewidth=1, label="training, each logged step")
         axes.plot(steps, _smooth(losses), color="#1f4e8c", linewidth=2, label="training, running mean")
     for name in sources:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        steps, losses = zip(*points, strict=True)
-        (line,) = axes.plot(steps, _smooth(losses), linewidth=1.2, linestyle="--", label=name.removeprefix(OF_SOURCE))
-        evaluated = [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
-        axes.plot([step for step, _ in evaluated], [loss for _, loss in evaluated], "o", color=line.get_color())
+        _draw_series(axes, rows, name, linestyle="--", label=name.removeprefix(OF_SOURCE))
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#c8561b", linewidth=2, label="evaluation")
-    axes.set_xlabel("optimizer step")
     axes.set_ylabel(f"loss per {unit} (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for panel, (label, names) in zip(others, panels.items(), strict=True):
+        panel.set_ylabel(label)
+        for name in names:
+            _draw_series(panel, rows, name, label=name.removeprefix(REWARDS))
+    for panel in (axes, *others):
+        panel.set_xlabel("optimizer step")
+        panel.grid(alpha=0.3)
+        panel.legend()
     path = run_dir / "loss.png"
     figure.savefig(path)
     return path
+
+
+def _draw_series(axes: Any, rows: list[dict[str, Any]], name: str, **style: Any) -> None:
+    """The running mean of what the steps logged under a name, and a dot for each evaluation."""
+    steps, values = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)
+    (line,) = axes.plot(steps, _smooth(values), linewidth=1.2, **style)
+    evaluated = [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
+    axes.plot([step for step, _ in evaluated], [value for _, value in evaluated], "o", color=line.get_color())
 
 
 def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from onecard.objectives.registry import objective_named
 from onecard.recipes import finetune
 from onecard.train.trackers import read_log
 from tests import tiny
@@ -57,6 +58,9 @@ def test_two_processes_equal_one_for_pairs(tiny_base: Path, tmp_path: Path) -> N
     one = finetune(tiny.config_for(tiny_base, pairs, tmp_path / "one" / "run", **shared))
     finish(launch(torchrun(2), tiny.config_for(tiny_base, pairs, tmp_path / "two" / "run", **shared), tmp_path))
     assert_same_run(one, tmp_path / "two" / "run")
+    metrics = [[row[name] for row in read_log(run) for name in objective_named("dpo").metrics if name in row]
+               for run in (one, tmp_path / "two" / "run")]  # fmt: skip
+    assert len(metrics[0]) == 6 * 8 and metrics[1] == pytest.approx(metrics[0], abs=2e-5)
 
 
 @pytest.mark.slow

@@ -127,6 +127,28 @@ def test_losses_and_gradients_are_those_of_the_formulas(
     compare(load(tiny_base), name, options, formula, chunk_tokens)
 
 
+def test_metrics_are_those_of_trl_whatever_the_cut(tiny_base: Path) -> None:
+    """By formulas of its own: a reward is beta times the log-ratio, per token where the loss is."""
+    model, samples = load(tiny_base), [pair(4, 3, 6), pair(2, 8, 1), pair(7, 2, 2)]
+    with torch.no_grad():
+        policy = by_full_logits(model, samples)
+        with model.disable_adapter():
+            reference = by_full_logits(model, samples)
+    sizes = torch.tensor([[3, 6], [8, 1], [2, 2]])
+    wanted = {"dpo": 0.1 * (policy - reference), "simpo": 2.0 * policy / sizes}
+    for name, rewards in wanted.items():
+        objective = objective_named(name)
+        sums = sum(objective.sums_of(model, [each], "cpu").metrics.detach() for each in samples)
+        chosen, rejected = rewards.unbind(1)
+        expected = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+                    "rewards/accuracies": (chosen > rejected).float(), "logps/chosen": policy[:, 0],
+                    "logps/rejected": policy[:, 1]}  # fmt: skip
+        got = objective.means(sums.flatten().tolist())
+        assert got == pytest.approx({key: float(each.mean()) for key, each in expected.items()}, abs=1e-5)
+        torch.testing.assert_close(objective.sums_of(model, samples, "cpu").metrics, sums, atol=1e-4, rtol=1e-5)
+        assert 0 < got["rewards/accuracies"] < 1 or name == "simpo"
+
+
 def test_a_trained_head_and_a_soft_cap_have_the_same_gradients(tiny_base: Path, tmp_path: Path) -> None:
     compare(load(tiny_base, train_embeddings=True), "dpo", {}, dpo, 5)
     compare(load(save_family("gemma2", tmp_path)), "dpo", {}, dpo, 5)
@@ -180,11 +202,14 @@ def test_a_step_does_not_depend_on_how_it_is_cut(name: str, tiny_base: Path, tmp
         output = tmp_path / str(cut["micro_batch"]) / "run"
         options = {**OPTIONS, "objective": name, "test_size": 4, "max_steps": 3, "eval_steps": 3, **cut}
         rows = read_log(finetune(tiny.config_for(tiny_base, data, output, **options)))
-        found.append({key: [row[key] for row in rows if key in row] for key in ("loss", "grad_norm", "eval_loss")})
-    assert len(found[0]["loss"]) == 3 and found[0]["eval_loss"]
+        metrics = [f"{of}{key}" for of in ("", "eval_") for key in objective_named(name).metrics]
+        keys = ["loss", "grad_norm", "eval_loss", *metrics]
+        found.append({key: [row[key] for row in rows if key in row] for key in keys})
+        assert (output / "loss.png").is_file()
+    assert len(found[0]) == 15 and {len(values) for values in found[0].values()} == {3, 1}
     for other in found[1:]:
         for key, values in found[0].items():
-            assert other[key] == pytest.approx(values, rel=2e-6 if key == "loss" else 1e-5), key
+            assert other[key] == pytest.approx(values, rel=2e-6 if key == "loss" else 1e-5, abs=2e-6), key
     if name == "dpo":
         assert found[0]["loss"][0] == pytest.approx(0.693147, abs=1e-6)  # log 2: the adapter begins as nothing
 

@@ -113,7 +113,7 @@ def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Pat
     from onecard.data.encode import IGNORE_INDEX, EncodeSettings
     from onecard.model.load import load_tokenizer
     from onecard.objectives.registry import objective_named
-    from onecard.train.evaluate import evaluation_loss
+    from onecard.train.evaluate import evaluation_sums
     from onecard.train.oom import MicroBatchLimits
 
     tokenizer = load_tokenizer(str(tiny_base))
@@ -128,8 +128,8 @@ def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Pat
         loss_sum += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
         n_tokens += int((labels != IGNORE_INDEX).sum())
     sft, limits = objective_named("sft"), MicroBatchLimits(micro_batch=3)
-    got = evaluation_loss(model, samples, Accelerator(cpu=True), objective=sft, limits=limits)
-    assert got == pytest.approx(loss_sum / n_tokens, abs=1e-5)
+    got = evaluation_sums(model, samples, Accelerator(cpu=True), objective=sft, limits=limits)
+    assert got.tolist() == pytest.approx([loss_sum, n_tokens], rel=1e-5)
     assert model.training
 
 
