@@ -107,6 +107,9 @@ class TrainOptions:
     more than a tenth of the time. --test_size 0 turns evaluation off."""
     early_stopping_patience: int = 0
     """End after so many evaluations by --eval_steps in a row that found no lower loss; 0: never."""
+    measure_forgetting: bool = True
+    """At each evaluation, measure how far the model has moved from its base on general texts (KL divergence, nats per
+    token), as far as that takes at most 3 % of the run; nothing that is learned changes."""
     save_steps: int = 0
     """Save a checkpoint every so many steps (and at the end); 0: an eighth of the run, at most an epoch or 200."""
     eval_minutes: float = 10

@@ -29,6 +29,7 @@ from onecard.model.input_limits import embedding_rows, head_rows, no_row, positi
 from onecard.model.kernels import use_liger
 from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tokenizer
 from onecard.model.lora.adapter import add_lora, load_adapter
+from onecard.model.lora.methods import MOVING_STARTS
 from onecard.model.memory_saving.activation_offload import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.streamed_layers import stream_layers
@@ -37,6 +38,7 @@ from onecard.objectives.registry import objective_named
 from onecard.train.auto_config import choices_of, limits_of, resolve_test_size
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
+from onecard.train.forgetting import LARGEST_SHARE, affordable_rows
 from onecard.train.loop import total_steps
 from onecard.train.oom import give_back_memory
 from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
@@ -199,6 +201,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
             allocate_state(optimizer)
     run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state,
               test_sources=data.test_sources)  # fmt: skip
+    run.forgetting_rows = _forgetting_rows(config, data)
     if config.memory.offload_embeddings == "on":
         embeddings_to_ram(plain, accelerator.device)
     if options.neftune_alpha:  # after the move: the noise is made where the rows arrive
@@ -212,6 +215,23 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
         restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)
     return run
+
+
+def _forgetting_rows(config: FinetuneConfig, data: TrainingData) -> list[list[int]]:
+    """The texts on which forgetting is measured; why it is not, is said."""
+    options = config.train
+    if not options.measure_forgetting or not data.test:
+        return []
+    if config.lora.lora_init in MOVING_STARTS:
+        say(f"forgetting is not measured: {config.lora.lora_init} moves a part of the base into the adapter, so that "
+            "the base is not what is left without it")  # fmt: skip
+        return []
+    steps = total_steps(options, data.train.n_per_epoch)
+    tokens = int(data.train.lengths.mean() * options.total_batch * steps)
+    rows = affordable_rows(data.tokenizer, tokens, -(-steps // options.eval_steps))
+    if not rows:
+        say(f"forgetting is not measured: it would take more than {LARGEST_SHARE:.0%} of so short a run")
+    return rows
 
 
 def prepared(accelerator: Accelerator, plain: Any, streams: bool) -> Any:

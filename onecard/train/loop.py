@@ -22,17 +22,20 @@ from onecard.console import say, warn
 from onecard.data.batches import step_samples, steps_per_epoch
 from onecard.errors import CheckpointError, Stopped
 from onecard.model.hardware import peak_reserved_bytes
+from onecard.objectives.preference import adapter_off
 from onecard.train.evaluate import evaluation_sums
+from onecard.train.forgetting import measure_forgetting, noise_floor
 from onecard.train.intervals import Timer
 from onecard.train.run import Run, RunEvent
 from onecard.train.signals import Interrupts
 from onecard.train.source_losses import SourceLosses
 from onecard.train.state import TrainerState, write_state
 from onecard.train.step import NotFinite, StepRequests, StepResult, take_step
-from onecard.train.trackers import ACCURACY, Reporter
+from onecard.train.trackers import ACCURACY, FORGETTING, Reporter
 
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
 MAX_SKIPPED_IN_A_ROW = 50
+NOT_MEASURED = "out of memory: forgetting is not measured in this start of the run"
 
 
 def total_steps(options: TrainOptions, n_samples: int) -> int:
@@ -220,12 +223,35 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
         state.evaluations_since_best = 0
     elif state.step % run.options.eval_steps == 0:
         state.evaluations_since_best += 1
-    row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step, **more}
+    forgetting = _forgetting(run)
+    report_events(run, reporter)
+    row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step, **more, **forgetting}
     accuracy = f", accuracy {more[f'eval_{ACCURACY}']:.1%}" if f"eval_{ACCURACY}" in more else ""
     best_so_far = " (best so far)" if improved else ""
     took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"
-    reporter.event(row, f"step {state.step}: evaluation loss {loss:.4f}{accuracy}{best_so_far}, {took}")
+    forgot = "".join(f"\nstep {state.step}: forgetting {kl:.2g} nats per token" for kl in forgetting.values())
+    reporter.event(row, f"step {state.step}: evaluation loss {loss:.4f}{accuracy}{best_so_far}, {took}{forgot}")
     return improved
+
+
+def _forgetting(run: Run) -> dict[str, float]:
+    """How far the model has moved from its base, for the log; the first time, what rounding alone gives is said."""
+    rows = run.forgetting_rows
+    if not rows:
+        return {}
+    device = run.accelerator.device
+    if not run.knows_noise:
+        run.knows_noise = True
+        noise = noise_floor(run.model, rows, device, adapter_off)
+        if noise is not None:
+            floor = {"step": run.state.step, "event": "forgetting", "texts": len(rows), "noise": noise}
+            message = f"forgetting is measured on {len(rows)} texts; rounding alone gives {noise:.1g}"
+            run.events.append(RunEvent(floor, message))
+    found = measure_forgetting(run.model, rows, device, adapter_off)
+    if found is None:
+        run.events.append(RunEvent({"step": run.state.step, "event": "forgetting", "kl": None}, NOT_MEASURED))
+        run.forgetting_rows = ()
+    return {} if found is None else {FORGETTING: found.kl}
 
 
 def _held_out_losses(run: Run, progress: Callable[[int, int], None]) -> tuple[float, dict[str, float]]:

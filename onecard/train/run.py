@@ -69,6 +69,10 @@ class Run:
     """What happened and has not been reported yet."""
     test_sources: HeldOutSources | None = None
     """Where the held-out samples are from, if there are several sources."""
+    forgetting_rows: Sequence[Sequence[int]] = ()
+    """Token ids of the texts on which forgetting is measured at each evaluation; none: it is not."""
+    knows_noise: bool = False
+    """Whether what rounding gives of that was said in this start."""
     n_failures: int = 0
     """Times that memory ran out in the present step, at limits that could not be made smaller."""
 

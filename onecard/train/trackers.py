@@ -25,6 +25,7 @@ LOG_NAME = "log.jsonl"
 SECONDS_PER_LINE = 30
 OF_SOURCE = "loss/"  # names the loss of one source of a mixture in a row
 REWARDS, ACCURACY = "rewards/", "rewards/accuracies"  # names of metrics in a row, behind eval_ those of an evaluation
+FORGETTING = "forgetting"  # KL(base || tuned) per token
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
@@ -163,7 +164,7 @@ class Reporter:
 
 def draw_loss(run_dir: Path, unit: str = "supervised token") -> Path | None:
     """Draw training and evaluation loss over the steps into loss.png, below them the accuracies and the rewards of
-    preference steps; None when there is nothing to draw.
+    preference steps, and forgetting; None when there is nothing to draw.
 
     unit: what the loss is divided by.
     """
@@ -178,9 +179,11 @@ def draw_loss(run_dir: Path, unit: str = "supervised token") -> Path | None:
     rewards = dict.fromkeys(name for row in rows for name in row if name.startswith(REWARDS))
     below = {"accuracy": [name for name in rewards if name == ACCURACY],
              "reward": [name for name in rewards if name != ACCURACY]}  # fmt: skip
-    panels = {label: names for label, names in below.items() if names}
+    forgetting = [(row["step"], row[FORGETTING]) for row in rows if FORGETTING in row]
+    panels = {label: names for label, names in below.items() if names} | ({FORGETTING: []} if forgetting else {})
     figure = Figure(figsize=(8, 4.5 + 3 * len(panels)), dpi=120, layout="constrained")
-    axes, *others = figure.subplots(1 + len(panels), height_ratios=[4.5] + [3] * len(panels), squeeze=False)[:, 0]
+    heights = [4.5] + [3] * len(panels)
+    axes, *others = figure.subplots(len(heights), height_ratios=heights, sharex=True, squeeze=False)[:, 0]
     if train:
         steps, losses = zip(*train, strict=True)
         marker = "o" if len(steps) == 1 else None  # a line through one point is nothing
@@ -195,10 +198,13 @@ def draw_loss(run_dir: Path, unit: str = "supervised token") -> Path | None:
         panel.set_ylabel(label)
         for name in names:
             _draw_series(panel, rows, name, label=name.removeprefix(REWARDS))
+    if forgetting:
+        others[-1].plot(*zip(*forgetting, strict=True), "o-", color="#7a4fa3", label="KL from the base, nats per token")
+        others[-1].set_ylim(0, 1.1 * max(kl for _, kl in forgetting) or 1)
     for panel in (axes, *others):
-        panel.set_xlabel("optimizer step")
         panel.grid(alpha=0.3)
         panel.legend()
+    panel.set_xlabel("optimizer step")
     path = run_dir / "loss.png"
     figure.savefig(path)
     return path

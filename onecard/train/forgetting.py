@@ -1,0 +1,106 @@
+"""What a run forgets: how far the tuned model has moved from its base on general texts that are nobody's task.
+
+The texts are in forgetting_texts.yaml, in English and Chinese, of several kinds. The figure is KL(base || tuned) per
+token in nats: 0 for an untrained adapter. It is measured with the adapter on and off, so no second model is in memory,
+and draws no random numbers, so a run with it is bitwise the run without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import chain, zip_longest
+from typing import Any
+
+import yaml
+from torch import nn
+
+from onecard.model.divergence import AdapterOff, kl_from_base, kl_of_rounding
+from onecard.train.oom import give_back_memory, is_out_of_memory
+
+LARGEST_SHARE = 0.03  # of a run's tokens that may pass through the model for this
+FEWEST_TEXTS = 16  # below which the figure would mean little
+MOST_TOKENS = 96  # of a text; what a tokenizer without Chinese makes of a line is cut
+ROWS_AT_ONCE = 8
+# Passes of a token: two forward here; in training one forward and one backward, which is two more.
+PASSES, PASSES_IN_TRAINING = 2, 3
+
+
+def forgetting_texts() -> list[str]:
+    """All texts, so ordered that any first part has both languages and all kinds."""
+    text = files("onecard.train").joinpath("forgetting_texts.yaml").read_text(encoding="utf-8")
+    kinds = [lines for language in yaml.safe_load(text).values() for lines in language.values()]
+    return [line for line in chain.from_iterable(zip_longest(*kinds)) if line is not None]
+
+
+def affordable_rows(tokenizer: Any, training_tokens: int, n_evaluations: int) -> list[list[int]]:
+    """The token ids of as many texts as may be asked at each of `n_evaluations`, at LARGEST_SHARE of the run's time.
+
+    training_tokens: that pass through the model in the whole run. Empty where fewer than FEWEST_TEXTS are affordable.
+    """
+    most = LARGEST_SHARE * training_tokens * PASSES_IN_TRAINING / PASSES / max(1, n_evaluations)
+    rows: list[list[int]] = []
+    n_tokens = 0
+    for text in forgetting_texts():
+        row = tokenizer(text)["input_ids"][:MOST_TOKENS]
+        n_tokens += len(row)
+        if n_tokens > most:
+            break
+        if len(row) > 1:
+            rows.append(row)
+    return rows if len(rows) >= FEWEST_TEXTS else []
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """KL(base || tuned) per token in nats, over so many tokens."""
+
+    kl: float
+    n_tokens: int
+
+
+def measure_forgetting(
+    model: nn.Module, rows: Sequence[Sequence[int]], device: Any, base: AdapterOff, *, rows_at_once: int = ROWS_AT_ONCE
+) -> Forgetting | None:
+    """The forgetting of the model on the texts of token ids `rows`; None where memory does not even take one of them.
+
+    The model is put back into training mode if it was in it.
+    """
+    was_training, total, n_tokens = model.training, 0.0, 0
+    model.eval()
+    waiting = [rows[start : start + rows_at_once] for start in range(0, len(rows), rows_at_once)]
+    while waiting:
+        some = waiting.pop(0)
+        found = _within_memory(kl_from_base, model, some, device, base)
+        if found is not None:
+            total, n_tokens = total + found[0], n_tokens + found[1]
+        elif len(some) > 1:
+            waiting[:0] = [some[: len(some) // 2], some[len(some) // 2 :]]
+        else:
+            n_tokens, waiting = 0, []
+    model.train(was_training)
+    return Forgetting(total / n_tokens, n_tokens) if n_tokens else None
+
+
+def noise_floor(model: nn.Module, rows: Sequence[Sequence[int]], device: Any, base: AdapterOff) -> float | None:
+    """KL per token of the base from itself by rounding alone, on the first texts; None where memory does not take them.
+
+    Forgetting below it means nothing.
+    """
+    was_training = model.training
+    model.eval()
+    found = _within_memory(kl_of_rounding, model, rows[:ROWS_AT_ONCE], device, base)
+    model.train(was_training)
+    return None if found is None else found[0] / found[1]
+
+
+def _within_memory(work: Callable[..., tuple[float, int]], *arguments: Any) -> tuple[float, int] | None:
+    """What the work finds; None when memory ran out, of which the rest is then given back."""
+    try:
+        return work(*arguments)
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
+    give_back_memory()
+    return None
