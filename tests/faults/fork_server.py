@@ -15,9 +15,11 @@ The second starts `onecard TOOL WORDS`, counts its disk operations under the fol
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import onecard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHILD_LIMIT_S = 120
@@ -140,20 +144,18 @@ def serve() -> None:
 
 
 def import_everything() -> None:
-    """Import what a run imports, but not run anything, which would start threads."""
-    names = [
-        "onecard.train.build",
-        "transformers.models.llama.modeling_llama",
-        "transformers.integrations.sdpa_attention",
-    ]
-    names += [
-        "transformers.models.llama.tokenization_llama",
-        "sentencepiece.sentencepiece_model_pb2",
-        "PIL.JpegImagePlugin",
-    ]
-    names += ["tests.tiny", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo", "pyarrow.dataset"]
-    for name in ["onecard.recipes", "onecard.train.loop", "onecard.train.rundir", *names]:
+    """Import what the programs import, but not run anything, which would start threads."""
+    names = ["transformers.models.llama." + name for name in ("modeling_llama", "tokenization_llama")]
+    names += ["transformers.integrations.sdpa_attention", "sentencepiece.sentencepiece_model_pb2", "gguf"]
+    names += ["PIL.JpegImagePlugin", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo"]
+    names += ["pyarrow.dataset", "jsonargparse", "typeshed_client", "tests.tiny"]
+    for found in pkgutil.walk_packages(onecard.__path__, "onecard."):
+        if not found.name.startswith(("onecard.serve.", "onecard.__main__")):
+            names.append(found.name)
+    for name in names:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a child's collector would write into every page that it shares with this process
 
 
 def fork(order: dict[str, Any]) -> int:
