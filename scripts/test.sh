@@ -55,17 +55,19 @@ if [ -z "$gptq_only" ]; then
     "$(dirname "$python")/lint-imports" --no-logo --no-cache
     say "pytest"
     run_tests "$python" "$slow and not gptq and not real" "${processes[@]}"
-    # In a process of its own, which has a simulated card from its start (tests/simcard/README.md).
+    # In processes of their own, which have a simulated card from their start (tests/simcard/README.md).
     if [ ${#words[@]} -eq 0 ] || [[ " ${words[*]}" =~ \ tests/(gpu|simcard) ]]; then
         say "pytest, simulated card"
         [ ${#words[@]} -gt 0 ] || places=(tests/gpu tests/simcard)
-        run_tests "$python" "$slow and (gpu or simcard)" --simcard sm75:11GiB,sm75:11GiB,late,garbage \
+        run_tests "$python" "$slow and (gpu or simcard)" "${processes[@]}" --simcard sm75:11GiB,sm75:11GiB,late,garbage \
             ${places[@]+"${places[@]}"}
     fi
 fi
 if [ -n "$gptq_only" ] || [ ${#words[@]} -eq 0 ]; then
     prepare_gptq_venv
     say "pytest, GPTQ"
-    run_tests "$(VENV="$VENV-gptq" venv_python)" "$slow and gptq"
+    # Collecting all the others takes longer than these tests do.
+    [ ${#words[@]} -gt 0 ] || places=($(grep -rl --include="test_*.py" "mark\.gptq" tests))
+    run_tests "$(VENV="$VENV-gptq" venv_python)" "$slow and gptq" ${places[@]+"${places[@]}"}
 fi
 say "all checks passed"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import pytest
 
 from tests.browser.conftest import serving, wait_until
 from tests.browser.test_chat_page import ask, at_rest, bubbles, choose, send
+from tests.covering import every_pair_fast
 from tests.fake_engine import FakeEngine
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
@@ -61,20 +61,14 @@ def faults(page: Any) -> list[str]:
     return [f"{fault['id']}: {node['html'][:160]} {node['any']}" for fault in serious for node in fault["nodes"]]
 
 
-def axe_cases() -> Iterator[Any]:
-    """Every two of locale, scheme and device meet in the fast half; the other half is slow."""
-    for locale, scheme, device in product(("en-US", "zh-CN"), ("light", "dark"), ("desktop", "phone")):
-        in_slow_half = ((locale == "en-US") + (scheme == "light") + (device == "desktop")) % 2 == 0
-        marks = [pytest.mark.slow] if in_slow_half else []
-        view = DESKTOP if device == "desktop" else PHONE
-        yield pytest.param(view, locale, scheme, marks=marks, id=f"{locale}-{scheme}-{device}")
-
-
-@pytest.mark.parametrize(("device", "locale", "scheme"), list(axe_cases()))
+@pytest.mark.parametrize(
+    ("device", "locale", "scheme"), every_pair_fast(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])
+)
 def test_axe_finds_no_serious_fault(
-    open_page: Any, chat_url: str, ask_url: str, device: dict[str, Any], locale: str, scheme: str
+    open_page: Any, chat_url: str, ask_url: str, device: str, locale: str, scheme: str
 ) -> None:
-    page = open_page(chat_url, **device, locale=locale, color_scheme=scheme)
+    view = DESKTOP if device == "desktop" else PHONE
+    page = open_page(chat_url, **view, locale=locale, color_scheme=scheme)
     assert faults(page) == []
     for text in ("A wide table", "A formula", "Show me code"):
         ask(page, text)
@@ -87,7 +81,7 @@ def test_axe_finds_no_serious_fault(
     page.click("#oc-adapter input")
     assert faults(page) == []
 
-    page = open_page(ask_url, **device, locale=locale, color_scheme=scheme)
+    page = open_page(ask_url, **view, locale=locale, color_scheme=scheme)
     page.fill("#oc-num_beams input[type=number]", "4")
     page.fill("#oc-seed input", "-5")
     page.check("#oc-show_beams input")

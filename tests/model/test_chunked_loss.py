@@ -19,6 +19,7 @@ from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
 from onecard.model.chunked_loss import CAPPED_BYTES_PER_LOGIT, CHUNK_BYTES_PER_LOGIT, summed_loss, takes_positions
 from onecard.model.lora.adapter import add_lora
+from tests.covering import every_pair_fast
 from tests.live_memory import peak_bytes
 from tests.model.model_families import FAMILIES, save_family, small_batch
 
@@ -256,9 +257,10 @@ def test_unknown_tail_is_not_chunked_and_said_once(load_family, capsys, monkeypa
     assert said.count("CohereForCausalLM") == said.count("_Full") == 1
 
 
-@pytest.mark.parametrize("learn", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "learn"),
+    every_pair_fast(["llama", "gemma2", "cohere"], [torch.float32, torch.bfloat16], [True, False]),
+)
 def test_bytes_per_logit(family, dtype, learn, load_family, tmp_path) -> None:
     vocab, bits = 20_000, 32 if dtype == torch.float32 else 16
     directory = save_family(family, tmp_path, vocab_size=vocab)

@@ -35,6 +35,7 @@ from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.memory_saving.activation_offload import ActivationOffload, embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config
+from tests.covering import every_pair_fast
 from tests.live_memory import held_bytes
 from tests.model.model_families import VOCAB, save_family
 
@@ -388,8 +389,10 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("vocabulary", [{"n_new_tokens": 20}, {"train_embeddings": True}])
-@pytest.mark.parametrize(("number", "tied"), [(0, False), (0, True), (1, True), (2, False), (2, True), (3, True)])
+@pytest.mark.parametrize(
+    ("vocabulary", "tied", "number"),
+    every_pair_fast([{"n_new_tokens": 20}, {"train_embeddings": True}], [False, True], range(len(MORE))),
+)
 def test_planned_bytes_are_those_of_a_real_step(vocabulary, tied, number) -> None:
     bits = (4, 16, 8, 32)[(number + tied) % 4]
     width = element_bytes(bits, detect("cpu"))
