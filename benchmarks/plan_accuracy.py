@@ -260,6 +260,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from onecard.config.training import TrainOptions
     from onecard.data.encode import LabelledSample
     from onecard.model.lora.adapter import add_lora
+    from onecard.model.lora.vocabulary import freeze_adapter
     from onecard.model.memory_saving.activation_offload import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
     from onecard.train.oom import MicroBatchLimits
@@ -280,6 +281,8 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     )  # fmt: skip
     n_all = int(config["vocab_size"])
     plain = add_lora(base.model, lora, new_ids=list(range(n_all - setup.n_new_tokens, n_all)))
+    if setup.only_vocabulary:
+        freeze_adapter(plain)
     train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer, learning_rate=2e-4)
     optimizer = build_optimizer(plain, train)
     allocate_state(optimizer)

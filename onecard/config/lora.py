@@ -51,10 +51,12 @@ class LoraOptions:
     lora_init: Literal["default", "pissa", "loftq", "olora"] = "default"
     """Start of the adapter: default (B is zero), pissa (arXiv:2404.02948), loftq (arXiv:2310.08659) or olora
     (arXiv:2406.01775)."""
-    train_new_tokens: bool = False
-    """Train the rows of new tokens as well, in embeddings and head (a base made by `onecard expand-vocab apply`)."""
-    train_embeddings: bool = False
-    """Train embeddings and head in full, in fp32: 16 bytes more for each of their weights, 10 with 8-bit Adam."""
+    train_new_tokens: Literal[True, False, "only"] = field(default=False, metadata={"bare": "true"})
+    """Train the rows of new tokens as well, in embeddings and head (a base made by `onecard expand-vocab apply`); only:
+    these rows alone, while the adapter waits for a later run (--stages, --init_adapter)."""
+    train_embeddings: Literal[True, False, "only"] = field(default=False, metadata={"bare": "true"})
+    """Train embeddings and head in full, in fp32: 16 bytes more for each of their weights, 10 with 8-bit Adam; only:
+    these alone."""
 
     def __post_init__(self) -> None:
         """A form of LoRA becomes LoRA with the option that it is, so that both spellings are one run."""
@@ -73,6 +75,11 @@ class LoraOptions:
     def trains_vocabulary(self) -> str:
         """The flag of what is trained beside the adapter, or an empty text."""
         return "--train_new_tokens" if self.train_new_tokens else "--train_embeddings" if self.train_embeddings else ""
+
+    @property
+    def only_vocabulary(self) -> bool:
+        """Whether the adapter itself stays as it is."""
+        return "only" in (self.train_new_tokens, self.train_embeddings)
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []

@@ -17,7 +17,6 @@ from onecard.config.base_model import ModelOptions, n_gpus_of
 from onecard.config.data import DataOptions
 from onecard.config.lora import NOT_IN_4_BITS, LoraOptions
 from onecard.config.problems import Problem
-from onecard.installation import command
 
 LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 ScheduleName = Literal[
@@ -321,9 +320,6 @@ class FinetuneConfig:
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
         if flag and self.memory.head_bits in ("4", "8"):
             found.append(("--head_bits", f"{self.memory.head_bits} contradicts {flag}: a quantised head cannot learn"))
-        if flag and self.train.start_adapter:
-            text = f"contradicts --init_adapter: what that one trains, goes on; merge it first ({command('merge')})"
-            found.append((flag, text))
         return found + self._pair_problems()
 
     def _pair_problems(self) -> list[Problem]:

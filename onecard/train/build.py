@@ -30,6 +30,7 @@ from onecard.model.kernels import use_liger
 from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tokenizer
 from onecard.model.lora.adapter import add_lora, load_adapter
 from onecard.model.lora.methods import MOVING_STARTS
+from onecard.model.lora.vocabulary import freeze_adapter
 from onecard.model.memory_saving.activation_offload import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.streamed_layers import stream_layers
@@ -284,8 +285,13 @@ def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> 
 def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None) -> Any:
     """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow."""
     start = config.train.start_adapter
-    if start is None:
-        return add_lora(base, config.lora)
+    model = add_lora(base, config.lora) if start is None else _further_trained(config, base, start, point)
+    if config.lora.only_vocabulary:
+        freeze_adapter(model)
+    return model
+
+
+def _further_trained(config: FinetuneConfig, base: Any, start: str, point: ResumePoint | None) -> Any:
     # The rank and the layers are those of the adapter that the run began with, not of the flags.
     loaded = load_adapter(base, point.path if point is not None else start, trainable=True)
     say(f"the adapter {start} is what this run starts from; its rank and layers stay")

@@ -22,8 +22,9 @@ from onecard.config.lora import LoraOptions
 from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.console import quiet_rank, say, warn
 from onecard.errors import CheckpointError, ConfigError
+from onecard.installation import command
 from onecard.model.files import base_fingerprint
-from onecard.model.lora.formats import kept_fingerprint, other_base
+from onecard.model.lora.formats import find_config, kept_fingerprint, other_base, read_config
 from onecard.train.checkpoint import FoundCheckpoint, verify
 from onecard.train.end_by_clock import clock_option
 from onecard.train.rundir import OPTIONS_NAME, RunDirectory
@@ -126,6 +127,7 @@ def resolve_start_adapter(config: FinetuneConfig, point: ResumePoint | None) -> 
     """
     if point is None and config.train.start_adapter is not None:
         _check_base_of(config, config.train.start_adapter)
+        _check_vocabulary_of(config, config.train.start_adapter)
     if point is None or not point.same_run or not point.options:
         return config
     stored = point.options.get("init_adapter") or point.options.get("lora_remote_checkpoint")
@@ -153,6 +155,18 @@ def _check_base_of(config: FinetuneConfig, start: str) -> None:
             f"{other}. Give that base as --model_path, or --accept_changes base if you mean it or this one is the same "
             "in another form (other shards, another dtype)",
         )
+
+
+def _check_vocabulary_of(config: FinetuneConfig, start: str) -> None:
+    """Refuse to train embeddings or new tokens from an adapter without any: only what it trained goes on."""
+    flag = config.lora.trains_vocabulary
+    if not flag:
+        return
+    place = find_config(start)
+    kept = read_config(place) if place is not None else {}
+    if not kept.get("trainable_token_indices" if flag == "--train_new_tokens" else "modules_to_save"):
+        raise ConfigError(flag, f"does not go with {_start_flag(config)} {start}, which has not trained that: what an "
+                          f"adapter trains, goes on. Merge it first ({command('merge')})")  # fmt: skip
 
 
 def _start_flag(config: FinetuneConfig) -> str:

@@ -407,7 +407,9 @@ def test_a_vocabulary_larger_than_the_rest_is_planned(vocabulary, tied) -> None:
     assert 0.99 <= planned_over_measured(setup, tied, vocab_size=20_000) <= 1.03
 
 
-@pytest.mark.parametrize("vocabulary", [{"n_new_tokens": 33}, {"train_embeddings": True}])
+@pytest.mark.parametrize(
+    "vocabulary", [{"n_new_tokens": 33}, {"train_embeddings": True}, {"n_new_tokens": 33, "only_vocabulary": True}]
+)
 @pytest.mark.parametrize(("tied", "optimizer"), [(False, "adamw"), (True, "adamw_8bit")])
 def test_what_lies_still_is_right_to_the_byte(vocabulary, tied, optimizer) -> None:
     setup = MemoryConfig(16, 2, 1, 8, rank=48, optimizer=optimizer, on_gpu=False, **vocabulary)

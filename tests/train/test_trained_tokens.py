@@ -98,6 +98,7 @@ def test_the_trained_model_says_new_words(tied, options, data, tmp_path) -> None
 VARIANTS = {
     "rows-4bit-8bit-adam": {"train_new_tokens": True, "bits": 4, "optimizer": "adamw_8bit", "lora_r": 64},
     "all-16bit": {"train_embeddings": True, "bits": 16},
+    "only-rows": {"train_new_tokens": "only"},
 }
 
 
@@ -132,6 +133,29 @@ def test_any_cut_gives_the_same_weights(options, base, data, tmp_path) -> None:
         assert tiny.largest_difference(weights[0], weights[other]) < 1e-4
         pairs = zip(tiny.losses_of(runs[0]), tiny.losses_of(runs[other]), strict=True)
         assert max(abs(a - b) for (_, a), (_, b) in pairs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["train_new_tokens", "train_embeddings"])
+def test_the_vocabulary_alone_and_then_the_adapter_with_it(name, base, data, tmp_path) -> None:
+    first = finetune(tiny.config_for(base, data, tmp_path / "first", **{name: "only"}))
+    further = tiny.config_for(base, data, tmp_path / "further", init_adapter=str(first), **{name: True})
+    alone, both = (tiny.tensors_of(run / "adapter_model.safetensors") for run in (first, finetune(further)))
+    assert all(not alone[key].any() for key in alone if "lora_B" in key)
+    assert all(both[key].any() for key in both if "lora_B" in key)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.detach()
+    (rows,) = (alone[key] for key in alone if "embed_tokens" in key)
+    start = plain if name == "train_embeddings" else plain[new_ids(base)]
+    moved = (rows - start).abs()[-len(WORDS) :]
+    assert 1e-4 < moved[7].max() < 0.1, "the word that was said"
+    assert alone.keys() == both.keys()
+
+
+def test_what_the_first_adapter_did_not_train_is_refused(base, data, tmp_path, monkeypatch) -> None:
+    first = finetune(tiny.config_for(base, data, tmp_path / "first", max_steps=1, train_new_tokens=True))
+    monkeypatch.setattr("onecard.train.build.load_base", lambda *_: pytest.fail("the base was loaded"))
+    further = tiny.config_for(base, data, tmp_path / "further", init_adapter=str(first), train_embeddings=True)
+    with pytest.raises(ConfigError, match=r"--train_embeddings: does not go with --init_adapter .*has not trained"):
+        finetune(further)
 
 
 def test_runs_from_before_these_options_go_on(base, data, tmp_path, monkeypatch) -> None:

@@ -228,6 +228,8 @@ def describe_trainable(model: nn.Module) -> str:
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
     config: Any = peft_model.peft_config[ADAPTER]
     kind = f"rank {config.r}" if config.peft_type == PeftType.LORA else config.peft_type.value
+    if not any(p.requires_grad and is_adapter_weight(name) for name, p in peft_model.named_parameters()):
+        kind = f"nothing of {kind}"
     return (
         f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): {kind} on "
         f"{len(layers)} layers ({kinds}){adapter_tokens.describe(peft_model)}"

@@ -203,7 +203,8 @@ def refuse_useless(tensors: dict[str, Tensor]) -> None:
             f"{broken[0]}; it was not written"
         )
     second = {name: tensor for name, tensor in tensors.items() if starts_at_zero(name)}
-    if second and not any(tensor.any() for tensor in second.values()):
+    only_adapter = all(is_adapter_weight(name) for name in tensors)
+    if second and only_adapter and not any(tensor.any() for tensor in second.values()):
         what = next(part for part in next(iter(second)).split(".") if starts_at_zero(part))
         warn(f"the adapter is saved untrained: every {what} is zero, so the model answers like its base")
 

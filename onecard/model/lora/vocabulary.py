@@ -102,6 +102,13 @@ def train_in_fp32(peft_model: nn.Module) -> None:
             copy.register_forward_hook(partial(_in_dtype, dtype))
 
 
+def freeze_adapter(peft_model: nn.Module) -> None:
+    """Leave training to the vocabulary alone: the adapter's own weights stay as they are."""
+    for name, parameter in peft_model.named_parameters():
+        if is_adapter_weight(name):
+            parameter.requires_grad_(False)
+
+
 def check_both_ends(base: Any, options: LoraOptions) -> None:
     """Raise ConfigError unless what is read and what is said are trained alike: a tied matrix must not fall apart."""
     flag = options.trains_vocabulary

@@ -66,6 +66,8 @@ class MemoryConfig:
     """Copies of embeddings and head are trained in full, in fp32, beside the frozen ones."""
     n_new_tokens: int = 0
     """Rows of embeddings and head that are trained, in fp32."""
+    only_vocabulary: bool = False
+    """The adapter beside them is there, and not trained."""
     lora_dropout: float = 0.0
     """Above 0, its masks are kept for the backward pass."""
     optimizer: str = "adamw"
@@ -227,14 +229,18 @@ def vocabulary_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
 
 
 def n_trained(model: Architecture, setup: MemoryConfig) -> int:
-    """Weights of the adapter, and those of embeddings and head that are trained."""
-    of_adapter = sum(linear.count * sum(sizes) for linear, sizes in adapter_shapes(model, setup))
-    return of_adapter + sum(vocabulary_shapes(model, setup))
+    """Weights of the adapter, unless it waits, and those of embeddings and head that are trained."""
+    return (not setup.only_vocabulary) * _n_adapter(model, setup) + sum(vocabulary_shapes(model, setup))
+
+
+def _n_adapter(model: Architecture, setup: MemoryConfig) -> int:
+    return sum(linear.count * sum(sizes) for linear, sizes in adapter_shapes(model, setup))
 
 
 def optimizer_bytes(model: Architecture, setup: MemoryConfig) -> int:
     """The state of the optimizer: two numbers per trained weight."""
-    every = [(size, linear.count) for linear, sizes in adapter_shapes(model, setup) for size in sizes]
+    adapter = [] if setup.only_vocabulary else adapter_shapes(model, setup)
+    every = [(size, linear.count) for linear, sizes in adapter for size in sizes]
     every += [(size, 1) for size in vocabulary_shapes(model, setup)]
     total = 0
     for size, count in every:
@@ -289,7 +295,7 @@ def _embedding_name(model: Architecture, setup: MemoryConfig) -> str:
 
 
 def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
-    whole, trained = sum(vocabulary_shapes(model, setup)), n_trained(model, setup)
+    whole = sum(vocabulary_shapes(model, setup))
     # Beside rows that are trained, peft keeps what they were.
     kept = FP32 if setup.train_embeddings else 2 * FP32
     name = "embeddings and head" if setup.train_embeddings else "rows of new tokens"
@@ -298,10 +304,10 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
     if setup.peft_method != "lora":
         beside = _of_method(setup, [linear for linear, _ in adapter_shapes(model, setup)])[1]
     return [
-        MemoryComponent(f"adapter, {kind}, fp32", (trained - whole) * FP32),
+        MemoryComponent(f"adapter, {kind}, fp32", _n_adapter(model, setup) * FP32),
         MemoryComponent("adapter, what is not trained", beside),
         MemoryComponent(f"{name}, trained, fp32", whole * kept),
-        MemoryComponent("gradients, fp32" if whole else "its gradients, fp32", trained * FP32),
+        MemoryComponent("gradients, fp32" if whole else "its gradients, fp32", n_trained(model, setup) * FP32),
         MemoryComponent(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
     ]
 
