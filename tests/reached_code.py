@@ -16,7 +16,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_0-9]*[a-z0-9])(?![\w-])")
 Node = tuple[str, str]  # (module, name or Class.method)
-ASIDE = {("onecard.config.parsing", "_nearest_flag")}  # it knows the options of all programs, and says only one's own
+ASIDE = {("onecard.config.parsing", "unknown_option")}  # it knows the options of all programs, and says only one's own
 
 
 @dataclass

@@ -291,7 +291,7 @@ def _read_words(
         elif name == LANGUAGE_FLAG and name not in options:
             continue
         elif name != CONFIG_FLAG and name not in options:
-            problems.append((f"--{name}", f"no such option{_nearest_flag(name, options)}"))
+            problems.append((f"--{name}", unknown_option(name, options)))
         elif not has_value and (name == CONFIG_FLAG or options[name].bare is None):
             problems.append((f"--{name}", "needs a value"))
         elif name == CONFIG_FLAG:
@@ -339,7 +339,7 @@ def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem
         raise ConfigError(f"--{CONFIG_FLAG}", f"{path} must hold `option: value` lines, not a {type(content).__name__}")
     unknown = [str(key) for key in content if key not in options]
     for key in unknown:
-        problems.append((f"{path}: {key}", f"no such option{_nearest_flag(key, options)}"))
+        problems.append((f"{path}: {key}", unknown_option(key, options)))
     return {key: value for key, value in content.items() if key in options}
 
 
@@ -386,14 +386,15 @@ def _expected(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(plain, str(plain))
 
 
-def _nearest_flag(name: str, options: Mapping[str, Option]) -> str:
+def unknown_option(name: str, options: Mapping[str, Option]) -> str:
+    """What is said of a name that is no option: the one that is meant, where that can be told."""
     from onecard.config.inference import GenerateConfig
 
     name = name.replace("-", "_")
     others = {**options_of(FinetuneConfig), **options_of(GenerateConfig)}
     # Farther words are other words: batch_size is not test_size.
     meant = nearest(name, list(options), cutoff=0.75).replace("did you mean ", "did you mean --")
-    return with_commands(old_names.hint(name, options, others)) or meant
+    return "no such option" + (with_commands(old_names.hint(name, options, others)) or meant)
 
 
 def _build(config_class: type[Config], options: Mapping[str, Option], values: Mapping[str, Any]) -> Config:

@@ -282,16 +282,21 @@ class MemoryOptions:
 
 @dataclass
 class FinetuneConfig:
-    """Everything one training run needs; see the classes of its fields."""
+    """Everything one training run needs, or several in a row."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
+    stages: str = ""
+    """Several runs in a row, each from the result of the one before: a YAML file with the list of stages, their names
+    and any of these options; see docs/en/training.md."""
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
+        if self.stages:
+            found.append(("--stages", "is for the command line, not for a --config file"))
         if self.memory.offload_activations == "on" and not self.model.gradient_checkpointing:
             text = "on needs --gradient_checkpointing on: it keeps the inputs of layers"
             found.append(("--offload_activations", text))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from onecard.config.parsing import parse
-from onecard.config.training import FinetuneConfig
 from onecard.installation import SHIPPED
+from onecard.programs.finetune import start
 
 DEFAULTS = {
     "dialogue": True,
@@ -15,9 +14,4 @@ DEFAULTS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
-    config = parse(FinetuneConfig, argv, description=__doc__, defaults=DEFAULTS)
-
-    # Imported after the options are known to be good: torch takes seconds to load.
-    from onecard.recipes import finetune
-
-    finetune(config)
+    start(argv, __doc__ or "", DEFAULTS)

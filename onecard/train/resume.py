@@ -60,12 +60,17 @@ class ResumePoint:
 
     def changed(self, config: FinetuneConfig, names: tuple[str, ...] = ()) -> list[str]:
         """`--flag then -> now` of each option that differs, of those in `names` or of all."""
-        now = yaml.safe_load(cli.to_yaml(config))
-        return [
-            f"--{name} {_shown(self.options[name])} -> {_shown(now[name])}"
-            for name in names or tuple(name for name in now if name not in NOT_OF_THE_RUN)
-            if name in self.options and not _same(self.options[name], now[name])
-        ]
+        return changed_options(self.options, config, names)
+
+
+def changed_options(then: dict[str, Any], config: FinetuneConfig, names: tuple[str, ...] = ()) -> list[str]:
+    """`--flag then -> now` of each option that differs from a stored one, of those in `names` or of all."""
+    now = yaml.safe_load(cli.to_yaml(config))
+    return [
+        f"--{name} {_shown(then[name])} -> {_shown(now[name])}"
+        for name in names or tuple(name for name in now if name not in NOT_OF_THE_RUN)
+        if name in then and name in now and not _same(then[name], now[name])
+    ]
 
 
 def start_position(config: FinetuneConfig, directory: RunDirectory, accelerator: Accelerator) -> ResumePoint | None:
