@@ -36,7 +36,7 @@ WITH_REFERENCE = ("dpo", "ipo")  # which compare with the base without adapter
 # The options of preference objectives, by those that take them.
 _TAKEN_BY = {
     "pref_beta": PREFERENCE_OBJECTIVES, "label_smoothing": ("dpo", "simpo"), "sft_weight": ("dpo", "ipo", "simpo"),
-    "simpo_gamma": ("simpo",),
+    "simpo_gamma": ("simpo",), "cache_reference": WITH_REFERENCE,
 }  # fmt: skip
 
 
@@ -48,7 +48,8 @@ class TrainOptions:
     """Directory of the run: adapter, checkpoints, log and options."""
     objective: Literal["sft", "dpo", "ipo", "simpo", "orpo"] = "sft"
     """What is learned. sft: the answers of conversations (--train_on), every token of documents. Of pairs of a chosen
-    and a rejected answer: dpo and ipo, which compare with the base without adapter, simpo and orpo, which do not."""
+    and a rejected answer: dpo and ipo, which compare with a reference (the base, or --init_adapter), simpo and orpo,
+    which do not."""
     pref_beta: float = 0.0
     """How strongly pairs pull: beta of dpo, ipo (tau), simpo and orpo (lambda); 0: 0.1, for simpo 2."""
     label_smoothing: float = 0.0
@@ -57,6 +58,9 @@ class TrainOptions:
     """Weight of the chosen answer's own loss, per token, beside that of the pair (dpo, ipo, simpo; RPO)."""
     simpo_gamma: float | Literal["auto"] = "auto"
     """Margin by which simpo wants the chosen answer to be the better one; auto: 1."""
+    cache_reference: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
+    """Compute the log-probabilities of the reference (dpo, ipo) once, before training, and keep them with the encoded
+    data (on, off). auto: with --init_adapter, whose adapter is then the reference; off: that is always the base."""
     num_epoch: float = 3
     """Passes over the training data."""
     max_steps: int = 0
@@ -129,8 +133,8 @@ class TrainOptions:
     from_data_beginning: bool = False
     """With a resumed run: keep weights and optimizer, but start at the first step of this (perhaps new) data."""
     accept_changes: str = field(default="", metadata={"several": True})
-    """Go on although some of these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed,objective.
-    base also accepts an --init_adapter that was trained on another base."""
+    """Go on although some of these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed,objective,
+    reference. base also accepts an --init_adapter that was trained on another base."""
     wandb: bool = False
     """Send the log to Weights & Biases as well (pip install wandb)."""
     wandb_project: str = "onecard"
@@ -236,7 +240,7 @@ class TrainOptions:
         return [("--final_weights", f"{self.final_weights!r} is none of last, best and average:N of 2 or more")]
 
     def _change_problems(self) -> list[Problem]:
-        known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective"}
+        known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective", "reference"}
         unknown = sorted(set(filter(None, self.accept_changes.replace(" ", "").split(","))) - known)
         if not unknown:
             return []

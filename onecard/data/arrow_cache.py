@@ -161,6 +161,14 @@ def _count(batch: pa.RecordBatch, report: DatasetReport) -> None:
     report.n_supervised += int(batch.column("n_supervised").to_numpy().sum())
 
 
+def content_fingerprint(batches: Iterable[pa.RecordBatch]) -> str:
+    """The hash that `write_cache` gives, over samples that are there already; of dated templates the ids themselves."""
+    content = _Content()
+    for batch in batches:
+        content.add(batch)
+    return content.fingerprint()
+
+
 class _Content:
     """A hash over samples, not over files: the same whatever the batches, the code or the version of Arrow."""
 

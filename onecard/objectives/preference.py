@@ -1,7 +1,8 @@
 """The objectives of preference pairs: the chosen answer to a prompt is to be likelier than the rejected one.
 
-dpo and ipo compare with a reference, which is the same base with its adapter off, asked in the same micro-batch. The
-unit is the pair. Knows log-probabilities of answers; does not know how they are computed (model/answer_log_probs.py).
+dpo and ipo compare with a reference: the same base with its adapter off, asked in the same micro-batch, or what
+train/reference.py computed before training. The unit is the pair. Knows log-probabilities of answers; does not know how
+they are computed (model/answer_log_probs.py).
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class AnswerPair:
 
     chosen: LabelledSample
     rejected: LabelledSample
+    row: int = 0
+    """Of the chosen answer in the data set; the rejected one's follows."""
+    reference: np.ndarray | None = None
+    """float32 (2,), the log-probabilities of both under the reference, where they were computed before."""
 
     @property
     def record(self) -> str:
@@ -48,10 +53,13 @@ class PairView(SampleView):
         self.pairs = rows.reshape(-1, 2)
         self.lengths = 2 * dataset.lengths[self.pairs].max(axis=1)
         self.units = np.ones(len(self.pairs), dtype=np.int64)
+        self.reference: np.ndarray | None = None
+        """float32 (n_rows of the data set,), the log-probability of each answer under the reference, where cached."""
 
     def __getitem__(self, position: int) -> AnswerPair:
-        chosen, rejected = (self.dataset[int(row)] for row in self.pairs[position])
-        return AnswerPair(chosen, rejected)
+        row, other = map(int, self.pairs[position])
+        reference = None if self.reference is None else self.reference[[row, other]]
+        return AnswerPair(self.dataset[row], self.dataset[other], row, reference)
 
 
 @dataclass(frozen=True)
@@ -84,19 +92,20 @@ class PreferenceObjective(Objective):
         return 2 * max(len(sample.chosen.input_ids), len(sample.rejected.input_ids))
 
     def collate(self, samples: Sequence[AnswerPair]) -> dict[str, Tensor]:
-        return collate([row for pair in samples for row in (pair.chosen, pair.rejected)], pad_id=0)
+        batch = collate([row for pair in samples for row in (pair.chosen, pair.rejected)], pad_id=0)
+        known = [pair.reference for pair in samples if pair.reference is not None]
+        return {**batch, "reference": torch.from_numpy(np.stack(known))} if len(known) == len(samples) else batch
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
         return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
 
     def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
-        reference = None
-        if self.uses_reference:
+        reference = batch.get("reference") if self.uses_reference else None
+        if self.uses_reference and reference is None:
             with adapter_off(model):  # first, so that no gradients wait meanwhile
-                reference = answer_log_probs(model, batch, chunk_tokens=chunk_tokens)[0].view(-1, 2)
-        summed, n_tokens = answer_log_probs(model, batch, chunk_tokens=chunk_tokens)
-        policy, sizes = summed.view(-1, 2), n_tokens.view(-1, 2)
-        scores = policy if reference is None else policy - reference
+                reference = pair_log_probs(model, batch, chunk_tokens=chunk_tokens)[0]
+        policy, sizes = pair_log_probs(model, batch, chunk_tokens=chunk_tokens)
+        scores = policy if reference is None else policy - reference.to(policy.device)
         if self.per_token:
             scores = scores / sizes
         losses = self.of_pairs(scores)
@@ -178,6 +187,12 @@ class OddsRatioPreference(PreferenceObjective):
     def of_pairs(self, scores: Tensor) -> Tensor:
         log_odds = scores - _log1mexp(scores)
         return -scores[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+
+
+def pair_log_probs(model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """The log-probabilities (n, 2) of the chosen and the rejected answers of a batch of pairs, and their tokens."""
+    summed, n_tokens = answer_log_probs(model, batch, chunk_tokens=chunk_tokens)
+    return summed.view(-1, 2), n_tokens.view(-1, 2)
 
 
 def _log1mexp(logs: Tensor) -> Tensor:

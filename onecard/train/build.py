@@ -23,7 +23,6 @@ from onecard.data.encode import EncodeSettings
 from onecard.data.joined import encode_parts
 from onecard.data.mixture import parts_of
 from onecard.errors import ConfigError, ModelError
-from onecard.installation import command
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
 from onecard.model.kernels import use_liger
@@ -43,6 +42,7 @@ from onecard.train.forgetting import LARGEST_SHARE, affordable_rows
 from onecard.train.loop import total_steps
 from onecard.train.oom import give_back_memory
 from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
+from onecard.train.reference import CachedReference, cached_reference, check_start, fill_reference, reference_of
 from onecard.train.resume import ResumePoint, continued
 from onecard.train.run import HeldOutSources, Run
 from onecard.train.rundir import RunDirectory
@@ -167,7 +167,7 @@ def check_on_cards(model: Any) -> None:
 def training_state(config: FinetuneConfig, data: TrainingData, point: ResumePoint | None) -> TrainerState:
     """The position to train from. Raises CheckpointError and ConfigError where the checkpoint is not of this run."""
     planned = total_steps(config.train, data.train.n_per_epoch)
-    fresh = TrainerState(total_steps=planned, identity=run_identity(config, data))
+    fresh = TrainerState(total_steps=planned, identity=run_identity(config, data, reference_of(config, point)))
     return fresh if point is None else continued(config, point, fresh)
 
 
@@ -185,7 +185,8 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     check_inputs(base.model, data)
     prepare_base(config, hardware, base)
     torch.manual_seed(options.seed)  # the adapter's first values
-    plain = _adapter(config, base.model, point)
+    cached = cached_reference(config, data.train.dataset, base.dtype, state.identity.get("reference"))
+    plain = _adapter(config, base.model, point, cached)
     streams = config.model.stream_layers == "on"
     if streams:
         stay = config.memory.offload_embeddings == "on"
@@ -212,6 +213,8 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     use_limits(run, limits_of(config))
     if hardware.is_gpu:
         give_back_memory()  # blocks of whole weights, quantised since, whose sizes no step asks for
+    if cached is not None:
+        fill_reference(run, cached)
     if point is not None:
         restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)
@@ -250,7 +253,7 @@ def prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -
         use_liger(base.model, hardware)
 
 
-def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
+def run_identity(config: FinetuneConfig, data: TrainingData, reference: str | None) -> dict[str, Any]:
     """What makes two starts parts of one run. Card, micro-batch and number of processes are no part of it."""
     return {
         "base": base_fingerprint(config.model.model_path),
@@ -265,6 +268,7 @@ def run_identity(config: FinetuneConfig, data: TrainingData) -> dict[str, Any]:
         "batch": {"total_batch": config.train.total_batch, "test_size": data.test_size},
         "seed": config.train.seed,
         "objective": config.train.objective,
+        **({"reference": reference} if reference else {}),
     }
 
 
@@ -282,8 +286,11 @@ def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> 
     return reporter
 
 
-def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None) -> Any:
-    """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow."""
+def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None, cached: CachedReference | None) -> Any:
+    """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow.
+
+    Where the one that the run began from is the reference, and not all of it is `cached`, that one.
+    """
     start = config.train.start_adapter
     model = add_lora(base, config.lora) if start is None else _further_trained(config, base, start, point)
     if config.lora.only_vocabulary:
@@ -293,11 +300,15 @@ def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None) -> An
 
 def _further_trained(config: FinetuneConfig, base: Any, start: str, point: ResumePoint | None) -> Any:
     # The rank and the layers are those of the adapter that the run began with, not of the flags.
-    loaded = load_adapter(base, point.path if point is not None else start, trainable=True)
+    source = point.path if point is not None else start
+    if cached is not None and cached.adapter is not None and not cached.is_whole:
+        check_start(config, cached.adapter)
+        source = start
+    loaded = load_adapter(base, source, trainable=True)
     say(f"the adapter {start} is what this run starts from; its rank and layers stay")
     for note in loaded.notes:
         warn(note)
-    if config.train.objective in WITH_REFERENCE:
+    if config.train.objective in WITH_REFERENCE and (cached is None or cached.adapter is None):
         warn(f"--objective {config.train.objective} compares with the base without any adapter, not with this adapter; "
-             f"to compare with it, merge it first ({command('merge')}) and train on the result")  # fmt: skip
+             "to compare with it, begin a run with --cache_reference auto")  # fmt: skip
     return loaded.model

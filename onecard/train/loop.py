@@ -22,6 +22,7 @@ from onecard.console import say, warn
 from onecard.data.batches import step_samples, steps_per_epoch
 from onecard.errors import CheckpointError, Stopped
 from onecard.model.hardware import peak_reserved_bytes
+from onecard.objectives.base import Objective
 from onecard.objectives.preference import adapter_off
 from onecard.train.evaluate import evaluation_sums
 from onecard.train.forgetting import measure_forgetting, noise_floor
@@ -278,15 +279,16 @@ def _rounded(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def evaluate(
-    run: Run, samples: Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None
-) -> torch.Tensor:
-    """The sums of held-out samples (`evaluation_sums`), under the run's limits."""
+    run: Run, samples: Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None,
+    objective: Objective | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The sums of held-out samples (`evaluation_sums`) by the run's objective, or this one, under the run's limits."""
 
     def on_change(change: str) -> None:
         message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
         run.events.append(RunEvent({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
 
-    return evaluation_sums(run.model, samples, run.accelerator, objective=run.objective, limits=run.limits,
+    return evaluation_sums(run.model, samples, run.accelerator, objective=objective or run.objective, limits=run.limits,
                            evaluation_limits=run.evaluation_limits, on_change=on_change, progress=progress)  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_two_processes_equal_one_for_pairs(tiny_base: Path, tmp_path: Path) -> N
         {"prompt": f"Count {i}", "chosen": "one " * (1 + i % 5), "rejected": "no " * (1 + i % 3)} for i in range(24)
     ]
     pairs.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    shared = {**SHARED, "objective": "dpo"}
+    shared = {**SHARED, "objective": "dpo", "cache_reference": True}
     one = finetune(tiny.config_for(tiny_base, pairs, tmp_path / "one" / "run", **shared))
     finish(launch(torchrun(2), tiny.config_for(tiny_base, pairs, tmp_path / "two" / "run", **shared), tmp_path))
     assert_same_run(one, tmp_path / "two" / "run")

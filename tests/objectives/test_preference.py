@@ -23,7 +23,7 @@ from onecard.data.dataset import EncodedDataset, encode_dataset
 from onecard.data.encode import EncodeSettings, LabelledSample
 from onecard.data.pairs import EQUAL_ANSWERS, NO_PAIR, OTHER_PROMPT, TOO_LONG
 from onecard.data.preference import CHOSEN_LEARNED
-from onecard.errors import DataError
+from onecard.errors import CheckpointError, DataError
 from onecard.inference.batch.evaluate import mean_loss, read_cases
 from onecard.inference.load import load_bundle
 from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
@@ -361,9 +361,23 @@ def test_a_start_from_an_adapter_says_what_the_reference_is(
     data = pair_file(tmp_path / "pairs.jsonl", 8)
     first = finetune(tiny.config_for(tiny_base, data, tmp_path / "first", **OPTIONS, max_steps=2))
     again = {**OPTIONS, "max_steps": 1, "init_adapter": str(first)}
-    run = finetune(tiny.config_for(tiny_base, data, tmp_path / "second", **again))
+    of_base = finetune(tiny.config_for(tiny_base, data, tmp_path / "base", **again, cache_reference=False))
     assert "compares with the base without any adapter" in "".join(capsys.readouterr())
-    assert tiny.losses_of(run)[0][1] < 0.6  # not log 2: the start differs from the reference
+    assert tiny.losses_of(of_base)[0][1] < 0.6  # not log 2: the start differs from the reference
+    of_start = finetune(tiny.config_for(tiny_base, data, tmp_path / "start", **again))
+    assert f"the reference is the adapter {first}: log-probabilities of 8 pairs" in capsys.readouterr().out
+    assert tiny.losses_of(of_start)[0][1] == pytest.approx(0.693147, abs=1e-6)
+    longer = {**again, "max_steps": 2}
+    with pytest.raises(CheckpointError, match="reference: --cache_reference auto -> false"):
+        finetune(tiny.config_for(tiny_base, data, of_start, **longer, cache_reference=False))
+    # A run of a version that knew no other reference than the base goes on with it.
+    for directory in (of_base, of_base / "checkpoint-1"):
+        state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
+        assert state["identity"].pop("reference") == "base"
+        (directory / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+        (directory / "manifest.json").unlink()
+    finetune(tiny.config_for(tiny_base, data, of_base, **longer))
+    assert "compares with the base without any adapter" in "".join(capsys.readouterr())
 
 
 def test_logits_of_a_chunk_are_all_that_a_chunk_adds(tmp_path: Path) -> None:
