@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from onecard.config import parsing as cli
 from onecard.config.data import toy_base_problem
@@ -16,6 +17,11 @@ from onecard.config.inference import ChatConfig, GenerateConfig, PageOptions, Se
 from onecard.config.problems import problems_of, refuse
 from onecard.config.training import FinetuneConfig
 from onecard.console import say, warn
+
+if TYPE_CHECKING:
+    from onecard.data.chat_template import Template
+    from onecard.train.rollouts import Rollouts
+    from onecard.train.run import Run
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -67,6 +73,7 @@ def finetune(config: FinetuneConfig) -> Path:
         fitted = resolve_lengths(fitted, data.train.n_per_epoch, len(data.test))
         run = build_run(fitted, hardware, accelerator, data, state, point, directory)
         run.plan, run.clock = plan, clock
+        run.rollouts = open_rollouts(run, data.tokenizer, data.template, directory.path)
         if clock is not None:
             clock.resume(run.state.seconds)
         say(describe_trainable(run.plain_model))
@@ -81,8 +88,28 @@ def finetune(config: FinetuneConfig) -> Path:
         finally:
             report_events(run, reporter)
             reporter.close()
+            if run.rollouts is not None:
+                run.rollouts.close()
         directory.publish(settings, state, config.train)
     return directory.path
+
+
+def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -> Rollouts | None:
+    """What samples answers for the steps of a run; None where its objective learns recorded ones."""
+    if run.options.objective != "grpo":
+        return None
+    from onecard.inference.call import ModelBundle
+    from onecard.inference.rollouts import RolloutSampler
+    from onecard.objectives.rewards import Rewards
+    from onecard.train.rollouts import Rollouts
+
+    options = run.options
+    sampler = RolloutSampler(
+        ModelBundle(run.plain_model, tokenizer, template), options.rollout_max_tokens, options.seed
+    )
+    rollouts = Rollouts(sampler, Rewards(options), run_dir, options.rollout_batch)
+    rollouts.keep_up_to(run.state.step)
+    return rollouts
 
 
 def generate(config: GenerateConfig) -> None:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from onecard.config.data import BUILT_IN_TEMPLATES, TEMPLATE_ALIASES
 from onecard.config.lora import PeftMethodName
 from onecard.config.problems import Problem
+from onecard.config.rollouts import reward_file_parts
 from onecard.console import nearest
 from onecard.installation import SHIPPED
 
@@ -183,4 +184,5 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "model_path": _directory, "data_path": _data, "calibration_path": _data, "prompt_type": _template,
     "lora_path": _adapter, "init_adapter": _adapter, "lora_remote_checkpoint": _adapter, "adapters_path": _must_exist,
     "resume_from_checkpoint": _checkpoint, "deepspeed": _must_exist, "load_chat": _must_exist,
+    "reward_file": lambda text: _must_exist(reward_file_parts(text)[0]),
 }  # fmt: skip

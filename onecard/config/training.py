@@ -17,6 +17,7 @@ from onecard.config.base_model import ModelOptions, n_gpus_of
 from onecard.config.data import DataOptions
 from onecard.config.lora import NOT_IN_4_BITS, LoraOptions
 from onecard.config.problems import Problem
+from onecard.config.rollouts import RolloutOptions
 
 LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 ScheduleName = Literal[
@@ -41,15 +42,15 @@ _TAKEN_BY = {
 
 
 @dataclass
-class TrainOptions:
+class TrainOptions(RolloutOptions):
     """One run: how long, in which steps, what is saved and what is told."""
 
     output_path: str = "outputs/my-first-adapter"
     """Directory of the run: adapter, checkpoints, log and options."""
-    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo"] = "sft"
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "grpo"] = "sft"
     """What is learned. sft: the answers of conversations (--train_on), every token of documents. Of pairs of a chosen
     and a rejected answer: dpo and ipo, which compare with a reference (the base, or --init_adapter), simpo and orpo,
-    which do not."""
+    which do not. grpo: answers that are sampled while training, by their --reward."""
     pref_beta: float = 0.0
     """How strongly pairs pull: beta of dpo, ipo (tau), simpo and orpo (lambda); 0: 0.1, for simpo 2."""
     label_smoothing: float = 0.0
@@ -177,7 +178,7 @@ class TrainOptions:
         if self.deepspeed and "8bit" in self.optimizer:
             found.append(("--optimizer", f"{self.optimizer} does not work under DeepSpeed; use adamw"))
         found += [*self._clock_problems(), *self._schedule_problems(), *self._preference_problems()]
-        found += [*self._final_weights_problems(), *self._change_problems()]
+        found += [*self._final_weights_problems(), *self._change_problems(), *self.rollout_problems(self.objective)]
         return found
 
     @property
@@ -204,6 +205,20 @@ class TrainOptions:
     def rows_per_sample(self) -> int:
         """Rows of tokens that one sample has: 2 where it is a pair."""
         return 2 if self.objective in PREFERENCE_OBJECTIVES else 1
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of --cutoff_len, the tokens that are kept for an answer which is sampled while training."""
+        return self.rollout_max_tokens if self.objective == "grpo" else 0
+
+    @property
+    def answers_per_prompt(self) -> int:
+        """Rows that one sample is in a step."""
+        return self.rollouts if self.objective == "grpo" else 1
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.grpo_updates if self.objective == "grpo" else 1
 
     def _preference_problems(self) -> list[Problem]:
         given = {name: getattr(self, name) for name in _TAKEN_BY}
@@ -329,7 +344,26 @@ class FinetuneConfig:
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
         if flag and self.memory.head_bits in ("4", "8"):
             found.append(("--head_bits", f"{self.memory.head_bits} contradicts {flag}: a quantised head cannot learn"))
-        return found + self._pair_problems()
+        return found + self._pair_problems() + self._grpo_problems()
+
+    def _grpo_problems(self) -> list[Problem]:
+        """What does not go with answers that are sampled while training."""
+        train = self.train
+        if train.objective != "grpo":
+            return []
+        found: list[Problem] = []
+        if train.rollout_max_tokens >= self.data.cutoff_len:
+            text = f"{train.rollout_max_tokens} leaves no room for prompts in --cutoff_len {self.data.cutoff_len}"
+            found.append(("--rollout_max_tokens", text))
+        if train.deepspeed:
+            found.append(("--deepspeed", "does not go with --objective grpo; leave it out"))
+        if self.model.stream_layers == "on":
+            text = "on does not go with --objective grpo: all layers would be read again for each token that is sampled"
+            found.append(("--stream_layers", text))
+        if train.kl_beta and self.lora.lora_init != "default":
+            text = f"{self.lora.lora_init} does not go with --kl_beta: without adapter its base is another model"
+            found.append(("--lora_init", text))
+        return found
 
     def _pair_problems(self) -> list[Problem]:
         """What does not go with an objective of pairs."""

@@ -45,6 +45,7 @@ _SCHEMA = pa.schema(
         ("record", pa.string()),
         ("group", pa.int64()),
         ("cut", pa.bool_()),
+        ("fields", pa.string()),
     ]
 )
 
@@ -150,6 +151,7 @@ def _record_batch(rows: list[Row]) -> pa.RecordBatch:
         pa.array([record for _, record, _ in rows], pa.string()),
         pa.array([group for _, _, group in rows], pa.int64()),
         pa.array([coded.cut for coded, _, _ in rows], pa.bool_()),
+        pa.array([coded.fields for coded, _, _ in rows], pa.string()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 
@@ -174,7 +176,9 @@ class _Content:
 
     def __init__(self) -> None:
         self._streams = {name: hashlib.sha256() for name in ("input_ids", "spans", "n_ids", "n_spans")}
-        self._weights: Any = None  # only of data that have some: all other data keep the hash that they had
+        # Only of data that have some: all other data keep the hash that they had.
+        self._weights: Any = None
+        self._fields: Any = None
         self._n_samples = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
@@ -188,10 +192,13 @@ class _Content:
             self._weights = self._weights or hashlib.sha256()
             self._weights.update(f"{self._n_samples + row} ".encode())
             self._weights.update(weights[int(row)].values.to_numpy().astype("<f4").data)
+        for text in filter(None, batch.column("fields").to_pylist()):
+            self._fields = self._fields or hashlib.sha256()
+            self._fields.update(f"{len(text)} {text}".encode())
         self._n_samples += batch.num_rows
 
     def fingerprint(self) -> str:
-        streams = [*self._streams.values(), *([self._weights] if self._weights else [])]
+        streams = [*self._streams.values(), *filter(None, (self._weights, self._fields))]
         return hashlib.sha256("".join(stream.hexdigest() for stream in streams).encode()).hexdigest()
 
 

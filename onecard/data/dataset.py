@@ -87,7 +87,8 @@ class EncodedDataset:
         ids = batch.column("input_ids")[row].values.to_numpy().tolist()
         spans = batch.column("spans")[row].values.to_numpy().tolist()
         weights = batch.column("weights")[row].values.to_numpy().tolist()
-        coded = EncodedSample(ids, spans, batch.column("cut")[row].as_py(), weights)
+        cut, fields = batch.column("cut")[row].as_py(), batch.column("fields")[row].as_py()
+        coded = EncodedSample(ids, spans, cut, weights, fields)
         return to_encoded(coded, batch.column("record")[row].as_py(), int(self.groups[index]))
 
     def first_beyond(self, limit: int) -> tuple[int, int] | None:
@@ -216,7 +217,8 @@ def _encoded(
     group = 0
     waiting: tuple[list[Conversation | Document], Any, Future[list[list[list[int]]]]] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:
-        for batch in _in_batches(read(source, report=report.read, strict=settings.strict)):
+        samples = read(source, report=report.read, strict=settings.strict, shape=encoder.reads)
+        for batch in _in_batches(samples):
             plans = [encoder.plan(sample) for sample in batch]
             ahead = (batch, plans, pool.submit(encoder.tokens.ids, segments_of(plans)))
             if waiting is not None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from onecard.data.chat_template import Segment, Template
+from onecard.data.columns import Columns
+from onecard.data.formats import ParsedRecord, to_sample
 from onecard.data.messages import Conversation, Document, Turn
 from onecard.data.thoughts import empty_thought, split_thought
 from onecard.data.tokenization import any_of, control_tokens, segment_tokenizer
@@ -33,6 +35,7 @@ class LabelledSample:
     group: the number of the conversation it came from; samples of a group go to the same side of a split.
     cut: whether turns or the end of an answer were cut off to fit.
     weights: (seq,), what the loss of each token is multiplied by; empty where all weigh 1.
+    fields: JSON of what else an encoder keeps of the record (prompts.py).
     """
 
     input_ids: list[int]
@@ -41,6 +44,7 @@ class LabelledSample:
     group: int
     cut: bool = False
     weights: list[float] = field(default_factory=list)
+    fields: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class EncodedSample(NamedTuple):
     spans: list[int]
     cut: bool = False
     weights: Sequence[float] = ()
+    fields: str = ""
 
 
 class SamplePlan(NamedTuple):
@@ -79,6 +84,7 @@ class SamplePlan(NamedTuple):
     turns: tuple[Turn, ...]
     segments: list[Segment]
     learn_last: bool
+    fields: str = ""
 
 
 class Prompt(NamedTuple):
@@ -100,8 +106,12 @@ def encode_prompt(turns: Sequence[Turn], template: Template, tokenizer: Any) -> 
 
 def prompt_for(turns: Sequence[Turn], template: Template, tokenizer: Any) -> Prompt:
     """`encode_prompt`, with what reading the answer takes."""
+    return read_prompt(encode_prompt(turns, template, tokenizer), template, tokenizer)
+
+
+def read_prompt(ids: list[int], template: Template, tokenizer: Any) -> Prompt:
+    """A prompt of these ids, with what reading the answer takes."""
     tokens = segment_tokenizer(template, tokenizer)
-    ids = tokens.prompt_ids(tuple(turns))
     lead = tokens.writer.lead
     lead = lead.removeprefix(empty_thought(lead))  # the model may well have a thought where the template has none
     control = any_of(control_tokens(template, tokenizer)) if lead else None
@@ -142,7 +152,7 @@ def to_encoded(coded: EncodedSample, record: str, group: int) -> LabelledSample:
     weights = [1.0] * len(coded.ids) if coded.weights else []
     for (start, end), weight in zip(spans, coded.weights, strict=bool(coded.weights)):
         weights[start:end] = [weight] * (end - start)
-    return LabelledSample(coded.ids, labels, record, group, coded.cut, weights)
+    return LabelledSample(coded.ids, labels, record, group, coded.cut, weights, coded.fields)
 
 
 class Encoder:
@@ -158,6 +168,11 @@ class Encoder:
         self._control = any_of(control_tokens(template, tokenizer))
         self._stops = any_of(template.stop_strings(tokenizer))
 
+    @staticmethod
+    def reads(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
+        """What a record means. Raises UnusableRecord."""
+        return to_sample(value, record, columns)
+
     def encode_many(self, samples: Sequence[Sample]) -> list[list[EncodedSample] | DroppedSample]:
         """One result per sample, in order: a list of coded samples, or why there is none."""
         return self.code([self.plan(sample) for sample in samples])
@@ -168,12 +183,8 @@ class Encoder:
             bad = self._fault(sample.text, self._control)
             text = Segment(sample.text, is_answer=True)
             return DroppedSample(bad, bad=True) if bad else [SamplePlan((), [text], learn_last=False)]
-        for turn in sample.turns:
-            bad = next((bad for text in _texts(turn) if text and (bad := self._fault(text, self._control))), "")
-            if not bad and turn.role == "assistant":
-                bad = self._fault(turn.content, self._stops)
-            if bad:
-                return DroppedSample(bad, bad=True)
+        if bad := self._fault_of(sample.turns):
+            return DroppedSample(bad, bad=True)
         if not sample.turns or sample.turns[-1].role != "assistant":
             return DroppedSample("the conversation does not end with an answer", bad=True)
         all_turns = turns = self._with_thinking(sample.turns)
@@ -316,6 +327,16 @@ class Encoder:
         begun = [[*self.tokens.beginning, *piece] for piece in pieces]
         coded = [EncodedSample(piece, _learnable([0, len(piece)])) for piece in begun]
         return [piece for piece in coded if piece.spans] or DroppedSample("nothing to learn")
+
+    def _fault_of(self, turns: Sequence[Turn]) -> str:
+        """What in the turns would end or steer an answer; empty where nothing does."""
+        for turn in turns:
+            bad = next((bad for text in _texts(turn) if text and (bad := self._fault(text, self._control))), "")
+            if not bad and turn.role == "assistant":
+                bad = self._fault(turn.content, self._stops)
+            if bad:
+                return bad
+        return ""
 
     def _fault(self, text: str, pattern: Any) -> str:
         found = pattern.search(text) if pattern is not None else None

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 _CHUNK_BYTES = 2**20
@@ -41,6 +42,21 @@ def as_json(value: Any) -> str:
         return "[" + ", ".join(map(as_json, value)) + "]"
     text = json.dumps(value, ensure_ascii=False)
     return text if text.isascii() or not _HALF.search(text) else json.dumps(value)
+
+
+def plain_value(value: Any) -> Any:
+    """Values of a record as JSON has them: numbers that were kept as text become numbers again, NaN becomes null."""
+    if isinstance(value, NumberText):
+        return plain_value(json.loads(value))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_value(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        return [plain_value(item) for item in value]
+    return str(value)
 
 
 class RecordDecoder:

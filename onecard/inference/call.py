@@ -164,6 +164,11 @@ class GenerateCall:
         new_ids: list[list[int]] = sequences[:, self.n_prompt :].tolist()
         return new_ids
 
+    def new_ids(self) -> list[list[int]]:
+        """As `run`, without `torch.inference_mode`: what a module keeps of it could not be trained with afterwards."""
+        new_ids: list[list[int]] = self._generate(None, None)[:, self.n_prompt :].tolist()
+        return new_ids
+
     def _generate(self, past: Cache | None, stream_state: StreamState | None) -> torch.Tensor:
         """Prompts and answers (batch, longest); `past` holds the beginning of the prompt that all rows share."""
         bundle, numbers = self.bundle, [row.number for row in self.rows]

@@ -31,18 +31,31 @@ from onecard.model.chunked_loss import (
 def answer_log_probs(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities of the learned tokens summed by row, fp32 (batch,), and their numbers (batch,).
 
-    batch, chunk_tokens and what is raised: as for `chunked_loss.summed_loss`; weights of tokens are not looked at.
-
         labels  -100 -100  7  9      -> [log p(7|..) + log p(9|..), log p(4|..)], [2, 1]
                 -100 -100  4 -100
+
+    The rest as for `token_log_probs`.
+    """
+    each, n_tokens = token_log_probs(model, batch, chunk_tokens=chunk_tokens)
+    return each.sum(dim=1), n_tokens
+
+
+def token_log_probs(
+    model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int = 0, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each learned token, fp32 (batch, seq), and their numbers by row (batch,).
+
+    They stand at the place before the token, where it is predicted; elsewhere is 0. The logits are divided by the
+    temperature. batch, chunk_tokens and what is raised: as for `chunked_loss.summed_loss`; weights of tokens are not
+    looked at.
     """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
     targets = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     n_tokens = (targets != IGNORE_INDEX).sum(dim=1)
     found = states_and_head(model, inputs) if chunk_tokens > 0 else None
     if found is None:
-        return _all_at_once(model, inputs, targets), n_tokens
-    hidden, head = found
+        return _all_at_once(model, inputs, targets, temperature), n_tokens
+    hidden, head = found[0], replace(found[1], temperature=temperature)
     flat, states = targets.flatten().to(hidden.device), hidden.flatten(0, 1)
     rows = (flat != IGNORE_INDEX).nonzero().squeeze(1)
     tokens = SupervisedTokens(rows, flat[rows], None, chunk_tokens)
@@ -51,18 +64,20 @@ def answer_log_probs(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tok
         each: Any = _TokenLogProbs.apply(head, tokens, states, *trained)
     else:
         each = _log_probs(head, tokens, states)
-    return each.view(targets.shape).sum(dim=1), n_tokens.to(hidden.device)
+    return each.view(targets.shape), n_tokens.to(hidden.device)
 
 
-def _all_at_once(model: nn.Module, inputs: dict[str, Any], targets: Tensor) -> Tensor:
+def _all_at_once(model: nn.Module, inputs: dict[str, Any], targets: Tensor, temperature: float) -> Tensor:
     positions = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
     if len(positions) == 0:
         positions = torch.zeros(1, dtype=torch.long, device=targets.device)
     logits = logits_at(model, inputs, positions)
-    wanted = targets[:, positions].to(logits.device)
+    targets = targets.to(logits.device)
+    wanted = targets[:, positions]
     learned = wanted != IGNORE_INDEX
-    losses = cross_entropy(logits[learned].float(), wanted[learned], reduction="none")
-    return -torch.zeros(wanted.shape, device=losses.device).masked_scatter(learned, losses).sum(dim=1)
+    scores = logits[learned].float()
+    losses = cross_entropy(scores if temperature == 1 else scores / temperature, wanted[learned], reduction="none")
+    return -torch.zeros(targets.shape, device=losses.device).masked_scatter(targets != IGNORE_INDEX, losses)
 
 
 def _log_probs(head: OutputHead, tokens: SupervisedTokens, states: Tensor) -> Tensor:

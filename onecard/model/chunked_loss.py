@@ -165,6 +165,7 @@ class OutputHead:
     autocast: bool
     autocast_dtype: torch.dtype
     way: _Way = field(default_factory=_Way)
+    temperature: float = 1.0  # the logits are divided by it
 
     def output(self, hidden: Tensor) -> Tensor:
         """Return what the head alone makes of one chunk, differentiable where gradients are enabled."""
@@ -181,12 +182,14 @@ class OutputHead:
             output.mul_(self.way.factor)
         if self.way.divisor is not None:
             output.div_(self.way.divisor)
-        if self.way.cap is None:
-            return output.float()
-        return output.div_(self.way.cap).tanh_().to(torch.float32, copy=True).mul_(self.way.cap)
+        cap = self.way.cap
+        logits = output.float() if cap is None else output.div_(cap).tanh_().to(torch.float32, copy=True).mul_(cap)
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
 
     def unfinish(self, gradient: Tensor, output: Tensor) -> None:
         """Turn the gradient of the logits into that of the head's output, in place; `output` is as `finish` left it."""
+        if self.temperature != 1:
+            gradient.div_(self.temperature)
         if self.way.cap is not None:
             for rows, tanh in zip(gradient.split(CAPPED_ROWS), output.split(CAPPED_ROWS), strict=True):
                 rows.mul_(1 - tanh.float().square())

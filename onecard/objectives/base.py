@@ -83,6 +83,10 @@ class Objective(ABC):
         """The objective by which single answers are scored; this one, unless it takes something else."""
         return self
 
+    def view(self, dataset: EncodedDataset, rows: np.ndarray) -> SampleView:
+        """The samples that these rows of a data set make."""
+        return self.samples(dataset, rows)
+
     @abstractmethod
     def length(self, sample: Any) -> int:
         """What `samples` has for this sample under `lengths`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onecard.errors import ModelError
 from onecard.objectives.base import Objective
+from onecard.objectives.grpo import GroupRelative
 from onecard.objectives.next_token import PlainDocuments, SupervisedFineTuning
 from onecard.objectives.preference import DirectPreference, IdentityPreference, OddsRatioPreference, SimplePreference
 
@@ -11,7 +12,7 @@ OBJECTIVES: dict[str, Objective] = {
     each.name: each
     for each in (
         SupervisedFineTuning(), PlainDocuments(), DirectPreference(), IdentityPreference(), SimplePreference(),
-        OddsRatioPreference(),
+        OddsRatioPreference(), GroupRelative(),
     )
 }  # fmt: skip
 

@@ -99,7 +99,8 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     options, objective = config.data, objective_named(config.train.objective).with_options(config.train)
     tokenizer = load_tokenizer(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
     template = load_template(options.prompt_type, tokenizer, dialogue=options.dialogue)
-    settings = EncodeSettings(options.cutoff_len, options.train_on, options.strict, options.thinking)
+    longest = options.cutoff_len - config.train.answer_tokens
+    settings = EncodeSettings(longest, options.train_on, options.strict, options.thinking)
     with accelerator.main_process_first():  # the others find the first one's cache
         cache = cache_directory(options.cache_path)
         dataset = encode_parts(parts_of(options), template, tokenizer, settings, cache, encoder=objective.encoder)
@@ -107,7 +108,7 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
         say(line)
     test_size = resolve_test_size(options.test_size, point, len(np.unique(dataset.groups)))
     train_rows, test_rows = _split(dataset, test_size, config.train.seed)
-    train, test = objective.samples(dataset, train_rows), objective.samples(dataset, test_rows)
+    train, test = objective.view(dataset, train_rows), objective.view(dataset, test_rows)
     say(f"template {template.name}; {len(train):,} samples to train on, {len(test):,} to evaluate on")
     for line in _shares(train):
         say(line)

@@ -228,10 +228,11 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     report_events(run, reporter)
     row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step, **more, **forgetting}
     accuracy = f", accuracy {more[f'eval_{ACCURACY}']:.1%}" if f"eval_{ACCURACY}" in more else ""
+    said = f"evaluation loss {loss:.4f}" if run.rollouts is None else f"mean reward of held-out prompts {-loss:.4f}"
     best_so_far = " (best so far)" if improved else ""
     took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"
     forgot = "".join(f"\nstep {state.step}: forgetting {kl:.2g} nats per token" for kl in forgetting.values())
-    reporter.event(row, f"step {state.step}: evaluation loss {loss:.4f}{accuracy}{best_so_far}, {took}{forgot}")
+    reporter.event(row, f"step {state.step}: {said}{accuracy}{best_so_far}, {took}{forgot}")
     return improved
 
 
@@ -282,7 +283,11 @@ def evaluate(
     run: Run, samples: Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None,
     objective: Objective | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The sums of held-out samples (`evaluation_sums`) by the run's objective, or this one, under the run's limits."""
+    """The sums of held-out samples (`evaluation_sums`) by the run's objective, or this one, under the run's limits; of
+    sampled answers the loss is the reward, negated."""
+    if run.rollouts is not None:
+        found: torch.Tensor = run.rollouts.evaluate(run, samples)
+        return found
 
     def on_change(change: str) -> None:
         message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."

@@ -79,8 +79,8 @@ def rehearse_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
 
 def _share_of_run(run: Run) -> float:
     """The tokens of a rehearsal as a share of those that are left to train on, padding aside."""
-    lengths = run.train_samples.lengths
-    worst = worst_micro_batch(lengths, run.limits, run.options.total_batch)
+    lengths = _lengths(run)
+    worst = worst_micro_batch(lengths, run.limits, _rows_per_step(run))
     tried = 2 * worst.tokens + (2 * int(lengths.max()) if worst.length < int(lengths.max()) else 0)
     return tried / max(1.0, _tokens_left(run))
 
@@ -95,9 +95,9 @@ def rehearse(run: Run) -> None:
         return
     reset_peak()
     run.model.train()  # layers are computed again in this mode only
-    lengths = run.train_samples.lengths
+    lengths = _lengths(run)
     started = time.monotonic()
-    worst = _fitting(run, lambda: worst_micro_batch(lengths, run.limits, run.options.total_batch))
+    worst = _fitting(run, lambda: worst_micro_batch(lengths, run.limits, _rows_per_step(run)))
     seconds = (time.monotonic() - started) / 2
     if worst.length < int(lengths.max()):
         _fitting(run, lambda: LargestMicroBatch(1, int(lengths.max())))
@@ -124,9 +124,9 @@ def _fitting(run: Run, worst_now: Callable[[], LargestMicroBatch]) -> LargestMic
     """Forward and backward of the worst micro-batch, under smaller limits until it passes; returns the one that did."""
     while True:
         worst = worst_now()
-        rows = _rows(run.train_samples.lengths, worst)
+        rows = _rows(_lengths(run), worst) // run.options.answers_per_prompt
         # Twice, so that the second meets the gradients of the first, as in a step.
-        failed = [any(accumulate(run, [rows], worst.tokens)[1] for _ in range(2))]
+        failed = [any(accumulate(run, run.train_samples, [rows], worst.tokens)[1] for _ in range(2))]
         if not any(gather_object(failed)):
             run.n_failures = 0
             return worst
@@ -158,7 +158,16 @@ def _tokens_left(run: Run) -> float:
     data = run.train_samples
     per_epoch = float(data.lengths.mean()) * data.n_per_epoch
     per_step = per_epoch / steps_per_epoch(data.n_per_epoch, run.options.total_batch)
-    return (run.state.total_steps - run.state.step) * per_step
+    return (run.state.total_steps - run.state.step) * per_step * run.options.answers_per_prompt
+
+
+def _lengths(run: Run) -> np.ndarray:
+    """Of the rows that steps are made of: each prompt is in a step with several answers."""
+    return np.repeat(run.train_samples.lengths, run.options.answers_per_prompt)
+
+
+def _rows_per_step(run: Run) -> int:
+    return run.options.total_batch * run.options.answers_per_prompt
 
 
 def _rows(lengths: np.ndarray, worst: LargestMicroBatch) -> np.ndarray:

@@ -67,6 +67,8 @@ class Run:
     """Ends the run by a time."""
     events: list[RunEvent] = field(default_factory=list)
     """What happened and has not been reported yet."""
+    rollouts: Any = None
+    """A `rollouts.Rollouts` where the samples of a step are answers that are sampled for it."""
     test_sources: HeldOutSources | None = None
     """Where the held-out samples are from, if there are several sources."""
     forgetting_rows: Sequence[Sequence[int]] = ()
@@ -105,6 +107,13 @@ class Run:
     def planned_bytes(self) -> int:
         """What the plan said the card would hold at most."""
         return self.plan.account.card_bytes if self.plan is not None else 0
+
+    def samples_of_step(self, indices: np.ndarray) -> tuple[Any, np.ndarray]:
+        """What is learned in a step with these samples, and the numbers of its samples in that."""
+        if self.rollouts is None:
+            return self.train_samples, indices
+        sampled = self.rollouts.of_step(self, indices)
+        return sampled, np.arange(len(sampled))
 
     def records(self, indices: np.ndarray) -> list[str]:
         """The names of samples, as a person finds them in the data."""

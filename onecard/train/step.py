@@ -86,42 +86,46 @@ def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) ->
     divided by the units of the whole step, which the objective counts: supervised tokens, for most.
     For samples with 3 and 5 answer tokens it is (sum of 8 losses) / 8, whether they pass together or one by one.
     """
-    options, data = run.options, run.train_samples
-    chosen = step_samples(run.state.step, data.order, options.total_batch, options.seed)
+    options = run.options
+    chosen = step_samples(run.state.step, run.train_samples.order, options.total_batch, options.seed)
+    data, indices = run.samples_of_step(chosen.indices)
     # Before the clipping, with which DeepSpeed takes the step.
     learning_rate = set_learning_rate(run.optimizer, options, run.state.step, run.state.total_steps)
-    attempt = _gather_gradients(run, chosen.indices, requested)
-    while attempt.out_of_memory:
-        make_room(run, data.lengths[chosen.indices])
-        attempt = _gather_gradients(run, chosen.indices, requested)
-    run.n_failures = 0
-    loss, norm = sum(attempt.losses), attempt.grad_norm
-    if not math.isfinite(loss):
-        raise NotFinite(explain(run, chosen.indices, f"the loss is {loss}"))
-    if not math.isfinite(norm) and not run.engine.has_scaler:
-        raise NotFinite(explain(run, chosen.indices, f"the gradient norm is {norm}"))
-    skipped = _apply(run)
+    for _ in range(run.options.updates_per_step):
+        attempt = _gather_gradients(run, data, indices, requested)
+        while attempt.out_of_memory:
+            make_room(run, data.lengths[indices])
+            attempt = _gather_gradients(run, data, indices, requested)
+        run.n_failures = 0
+        loss, norm = sum(attempt.losses), attempt.grad_norm
+        if not math.isfinite(loss):
+            raise NotFinite(explain(run, chosen.indices, f"the loss is {loss}"))
+        if not math.isfinite(norm) and not run.engine.has_scaler:
+            raise NotFinite(explain(run, chosen.indices, f"the gradient norm is {norm}"))
+        skipped = _apply(run)
     # A checkpoint holds the rate of the step that follows, whether that one was tried before it was written or not.
     set_learning_rate(run.optimizer, options, run.state.step + 1, run.state.total_steps)
-    tokens = int(data.lengths[chosen.indices].sum())
-    by_source = _of_sources(data, chosen.indices, attempt.losses)
+    tokens = int(data.lengths[indices].sum())
+    by_source = _of_sources(data, indices, attempt.losses)
     metrics = run.objective.means(attempt.metrics)
     return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.requests, by_source, metrics)
 
 
-def _gather_gradients(run: Run, indices: np.ndarray, requested: Callable[[], StepRequests]) -> GradientAttempt:
+def _gather_gradients(
+    run: Run, data: Any, indices: np.ndarray, requested: Callable[[], StepRequests]
+) -> GradientAttempt:
     """Forward and backward of a step's samples in micro-batches, and the clipping; the same however they are cut.
 
     Done again after a failure it draws the same random numbers, so it is the same step.
     """
-    accelerator, data = run.accelerator, run.train_samples
+    accelerator = run.accelerator
     n_units = data.units[indices].sum().item()
     micros = micro_batches(indices, data.lengths, **run.limits.cut)
     if data.parts is not None:
         micros = by_source(micros, data.parts)
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, data.lengths)
     seed_step(run.options.seed, run.state.step, accelerator.process_index)
-    own_sums, failure = accumulate(run, mine, n_units)
+    own_sums, failure = accumulate(run, data, mine, n_units)
     sums, requests, out_of_memory = _agree(accelerator, own_sums, requested(), failure)
     n_sources = len(sums) - 2 * len(run.objective.metrics)
     losses, metrics = sums[:n_sources], sums[n_sources:]
@@ -156,13 +160,13 @@ def _apply(run: Run) -> bool:
         raise ModelError(f"{place}: {_in_use(run)}; {SMALLER_HINT}, and the same command goes on from it") from reason
 
 
-def accumulate(run: Run, micros: Sequence[np.ndarray | None], n_units: float) -> tuple[torch.Tensor, bool]:
-    """Add the gradients of micro-batches to those that are there.
+def accumulate(run: Run, data: Any, micros: Sequence[np.ndarray | None], n_units: float) -> tuple[torch.Tensor, bool]:
+    """Add the gradients of micro-batches of these samples to those that are there.
 
     Returns the loss of each source and the sums of the metrics (n_sources + 2 n_metrics,), and whether memory ran out
     on the way.
     """
-    parts, n_sources = run.train_samples.parts, max(1, len(run.train_samples.dataset.names))
+    parts, n_sources = data.parts, max(1, len(run.train_samples.dataset.names))
     sums = torch.zeros(n_sources + 2 * len(run.objective.metrics))
     try:
         sums = sums.to(run.accelerator.device)
@@ -172,7 +176,7 @@ def accumulate(run: Run, micros: Sequence[np.ndarray | None], n_units: float) ->
                 continue
             with run.engine.gathering(is_last), run.offload or nullcontext():
                 source = 0 if micro is None or parts is None else int(parts[micro[0]])
-                loss, metrics = _backward(run, micro, n_units, is_last)
+                loss, metrics = _backward(run, data, micro, n_units, is_last)
                 sums[source] += loss
                 sums[n_sources:] += metrics.flatten()
     except (RuntimeError, MemoryError) as reason:
@@ -216,14 +220,16 @@ def use_limits(run: Run, limits: MicroBatchLimits) -> None:
     run.limits = limits
 
 
-def _backward(run: Run, micro: np.ndarray | None, n_units: float, is_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward(
+    run: Run, data: Any, micro: np.ndarray | None, n_units: float, is_last: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward and backward of one micro-batch; its share of the step's loss, detached, and its sums of the metrics.
 
     `None` stands for a process that got fewer micro-batches than the others under DeepSpeed: it computes one with
     weight 0, because there every process has to take part in each exchange of gradients.
     """
     accelerator = run.accelerator
-    samples = [run.train_samples[int(i)] for i in (micro if micro is not None else [0])]
+    samples = [data[int(i)] for i in (micro if micro is not None else [0])]
     with accelerator.autocast():
         sums = run.objective.sums_of(run.model, samples, accelerator.device, chunk_tokens=run.limits.loss_chunk)
     if run.offload is not None:

@@ -142,10 +142,10 @@ def test_the_longest_row_is_tried_too(
     seen: list[tuple[int, ...]] = []
     real = rehearsal.accumulate
 
-    def watched(run: Any, micros: Any, supervised: int) -> Any:
+    def watched(run: Any, data: Any, micros: Any, supervised: int) -> Any:
         seen.append(tuple(int(n) for n in run.train_samples.lengths[micros[0]]))
         assert all(module.training for module in run.model.modules()), "layers would not be computed again"
-        return real(run, micros, supervised)
+        return real(run, data, micros, supervised)
 
     monkeypatch.setattr(rehearsal, "accumulate", watched)
     options = {**LONG, "total_batch": 32, "micro_tokens": 2100, "gradient_checkpointing": True, "test_size": 0}

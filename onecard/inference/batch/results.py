@@ -10,15 +10,14 @@ know models or how an answer is made.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from onecard.data.json_records import NumberText
+from onecard.data.json_records import plain_value
 from onecard.errors import CheckpointError, ConfigError
 from onecard.storage import write_whole
 
@@ -124,7 +123,7 @@ def answer_row(fields: Mapping[str, Any], output: str | None, finish_reason: str
 
 def as_line(row: Mapping[str, Any]) -> bytes:
     """One line of JSON in UTF-8; characters as they are, numbers as numbers."""
-    plain = _plain(row)
+    plain = plain_value(row)
     try:
         return (json.dumps(plain, ensure_ascii=False) + "\n").encode("utf-8")
     except UnicodeEncodeError:  # half a character in a field that nobody asked about
@@ -143,18 +142,3 @@ def whole_lines(path: Path) -> tuple[int, int]:
             n_bytes = position + last + 1 if last >= 0 else n_bytes
             position += len(block)
     return n_lines, n_bytes
-
-
-def _plain(value: Any) -> Any:
-    """Values of a record as JSON has them: numbers that were kept as text become numbers again, NaN becomes null."""
-    if isinstance(value, NumberText):
-        return _plain(json.loads(value))
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, bytes):
-        return [_plain(item) for item in value]
-    return str(value)

@@ -1,0 +1,169 @@
+"""Answers to the prompts of a step, sampled by the weights as they are, with their rewards and the log of both.
+
+What is drawn is a function of (seed, step, prompt, number of the answer), so a run that goes on draws the same. Knows
+a `Run`; the sampler is handed in (inference/rollouts.py), since packages of one layer do not know each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from onecard.data.batches import micro_batches
+from onecard.errors import ModelError
+from onecard.objectives.grpo import GroupRelative, Rollout, RolloutView, rollout_of
+from onecard.objectives.rewards import Answer, Rewards
+from onecard.storage import write_whole
+from onecard.train.oom import give_back_memory, is_out_of_memory
+from onecard.train.run import Run, RunEvent
+
+LOG_NAME = "rollouts.jsonl"
+AT_ONCE = 64  # answers sampled together, where memory allows; more make a step of a small card no faster
+Sampler = Callable[[Sequence[list[int]], Sequence[int], float], Sequence[Any]]
+
+
+class Rollouts:
+    """Samples and rewards answers for one run."""
+
+    def __init__(self, sample: Sampler, rewards: Rewards, run_dir: Path, at_once: int = 0) -> None:
+        """sample: prompts of ids, numbers of answers and a temperature to answers with ids, text and ended."""
+        self._sample, self._rewards = sample, rewards
+        self._log, self._at_once = run_dir / LOG_NAME, at_once or AT_ONCE
+
+    def of_step(self, run: Run, indices: np.ndarray) -> RolloutView:
+        """The rollouts of the prompts of the present step, those of a prompt side by side; alike on every process."""
+        objective, n = _objective(run), run.options.rollouts
+        wanted = [(int(index), k) for index in indices for k in range(n)]
+        # step, prompt and k in a number of its own each; the seed is the sampler's.
+        numbers = [(run.state.step * len(run.train_samples) + index) * n + k for index, k in wanted]
+        samples = [run.train_samples[index] for index, _ in wanted]
+        every = self._sampled(run, samples, numbers, run.options.rollout_temperature)
+        if run.options.log_rollouts and run.accelerator.is_main_process:
+            self._write(run.state.step + 1, every)
+        groups = [every[start : start + n] for start in range(0, len(every), n)]
+        parts = run.train_samples.parts
+        view = objective.rollout_view(groups, None if parts is None else parts[indices])
+        if run.options.grpo_updates > 1:
+            self._keep_log_probs(run, objective, view)
+        return view
+
+    def evaluate(self, run: Run, samples: Sequence[Rollout]) -> torch.Tensor:
+        """The sums of the likeliest answers to held-out prompts, as of `evaluate.evaluation_sums`."""
+        return _objective(run).evaluation_sums(self._sampled(run, samples, range(len(samples)), 0.0))
+
+    def keep_up_to(self, step: int) -> None:
+        """Drop from the log what was sampled after this step: it belongs to work that was lost."""
+        if self._log.is_file():
+            lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_whole(self._log, "".join(line for line in lines if _is_up_to(line, step)))
+
+    def close(self) -> None:
+        self._rewards.close()
+
+    def _sampled(
+        self, run: Run, samples: Sequence[Rollout], numbers: Sequence[int], temperature: float
+    ) -> list[Rollout]:
+        """An answer to each sample's prompt with its reward; each process makes its share."""
+        rank, n_processes = run.accelerator.process_index, run.accelerator.num_processes
+        own = range(rank, len(samples), n_processes)
+        with _answering(run):
+            answers = self._answers(run, [samples[i] for i in own], [numbers[i] for i in own], temperature)
+        found = []
+        for place, answer in zip(own, answers, strict=True):
+            row = samples[place]
+            fullness = len(answer.ids) / run.options.rollout_max_tokens
+            reward, parts = self._rewards.of(Answer(answer.text, json.loads(row.fields), row.record, fullness))
+            found.append((place, answer, reward, parts))
+        every = gather_object(found) if n_processes > 1 else found
+        return [
+            rollout_of(samples[place], answer.ids, text=answer.text, ended=answer.ended, rewards=parts, reward=reward)
+            for place, answer, reward, parts in sorted(every, key=lambda each: each[0])
+        ]
+
+    def _answers(self, run: Run, samples: Sequence[Rollout], numbers: Sequence[int], temperature: float) -> list[Any]:
+        """In the order of the samples; those of about one length are asked together, fewer where memory runs out."""
+        lengths = np.array([sample.n_prompt for sample in samples], dtype=np.int64)
+        found: list[Any] = [None] * len(samples)
+        waiting = [np.arange(len(samples))]
+        while waiting:
+            batch = waiting.pop()
+            if len(batch) > self._at_once:
+                waiting += micro_batches(batch, lengths, micro_batch=self._at_once)
+                continue
+            try:
+                places = batch.tolist()
+                answers = self._sample([samples[i].prompt for i in places], [numbers[i] for i in places], temperature)
+            except (RuntimeError, MemoryError) as reason:
+                if not is_out_of_memory(reason):
+                    raise
+                answers = None
+            if answers is None:
+                waiting.append(batch)
+                self._make_room(run, len(batch))
+                continue
+            for place, answer in zip(batch, answers, strict=True):
+                found[place] = answer
+        return found
+
+    def _keep_log_probs(self, run: Run, objective: GroupRelative, view: RolloutView) -> None:
+        """Those of the answers under the weights that sampled them, against which several updates are measured."""
+        for micro in micro_batches(np.arange(len(view)), view.lengths, **run.limits.cut):
+            rollouts = [view[int(i)] for i in micro]
+            batch = {name: tensor.to(run.accelerator.device) for name, tensor in objective.collate(rollouts).items()}
+            with _answering(run):
+                found = objective.log_probs(run.plain_model, batch, run.limits.loss_chunk)
+            for each, row in zip(rollouts, found.tolist(), strict=True):
+                each.old = row[each.n_prompt - 1 : len(each.input_ids) - 1]
+
+    def _make_room(self, run: Run, n_rows: int) -> None:
+        """Raises ModelError where a single answer does not fit."""
+        give_back_memory()
+        if n_rows == 1:
+            raise ModelError(f"out of memory at step {run.state.step + 1} while one answer was sampled; use a smaller "
+                             "--rollout_max_tokens, or fewer --bits")  # fmt: skip
+        self._at_once = n_rows // 2
+        change = f"{self._at_once} answers are sampled at once instead of {n_rows}"
+        message = f"step {run.state.step + 1}: out of memory; {change}. What is drawn does not change."
+        run.events.append(RunEvent({"step": run.state.step + 1, "event": "out_of_memory", "change": change}, message))
+
+    def _write(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        with self._log.open("a", encoding="utf-8") as file:
+            for each in rollouts:
+                fields = json.loads(each.fields)
+                row = {"step": step, "record": each.record, "prompt": fields["prompt"], "answer": each.text,
+                       "reference": fields["reference"], "reward": each.reward, "rewards": each.rewards,
+                       "n_tokens": len(each.input_ids) - each.n_prompt, "ended": each.ended}  # fmt: skip
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _objective(run: Run) -> GroupRelative:
+    found = run.objective
+    assert isinstance(found, GroupRelative)
+    return found
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError):
+        return False  # a last line that a kill left half-written
+
+
+@contextmanager
+def _answering(run: Run) -> Iterator[None]:
+    """The model as it answers: without dropout, noise and recomputed layers, in the arithmetic of training."""
+    model = run.plain_model
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), run.accelerator.autocast():
+            yield
+    finally:
+        model.train(was_training)
