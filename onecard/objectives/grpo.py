@@ -143,7 +143,7 @@ class GroupRelative(Objective):
         return self.mask_overlong and not rollout.ended
 
     def evaluation_sums(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """What `Objective.sums` gives of answers that are only judged, flat: the reward, negated, stands for the loss."""
+        """What `sums` gives of answers that are only judged, flat: the reward, negated, stands for the loss."""
         told = torch.tensor([_told(each) for each in rollouts], dtype=torch.float64)
         counts = torch.full((4,), float(len(told)), dtype=torch.float64)
         counts[1] = 0  # one answer has no deviation

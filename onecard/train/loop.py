@@ -226,13 +226,13 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
         state.evaluations_since_best += 1
     forgetting = _forgetting(run)
     report_events(run, reporter)
-    row = {"step": state.step, "eval_loss": loss, "best_step": state.best_step, **more, **forgetting}
+    row = {"step": state.step, **({"eval_loss": loss} if run.rollouts is None else {}), "best_step": state.best_step}
     accuracy = f", accuracy {more[f'eval_{ACCURACY}']:.1%}" if f"eval_{ACCURACY}" in more else ""
     said = f"evaluation loss {loss:.4f}" if run.rollouts is None else f"mean reward of held-out prompts {-loss:.4f}"
     best_so_far = " (best so far)" if improved else ""
     took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"
     forgot = "".join(f"\nstep {state.step}: forgetting {kl:.2g} nats per token" for kl in forgetting.values())
-    reporter.event(row, f"step {state.step}: {said}{accuracy}{best_so_far}, {took}{forgot}")
+    reporter.event(row | more | forgetting, f"step {state.step}: {said}{accuracy}{best_so_far}, {took}{forgot}")
     return improved
 
 

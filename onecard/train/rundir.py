@@ -135,5 +135,7 @@ class RunDirectory:
         which = f"the mean of steps {', '.join(map(str, averaged))}" if averaged else f"step {step}"
         say(f"adapter of {which} saved in {self.path}")
         if state.best_step is not None and state.best_step != step:
-            best = f"{state.best_loss:.4f} at step {state.best_step}"
-            say(f"the lowest evaluation loss was {best}: checkpoint-{state.best_step}")
+            best = f"the lowest evaluation loss was {state.best_loss:.4f}"
+            if options.objective == "grpo":  # by the reward, negated
+                best = f"the highest mean reward of held-out prompts was {-(state.best_loss or 0):.4f}"
+            say(f"{best} at step {state.best_step}: checkpoint-{state.best_step}")

@@ -24,7 +24,7 @@ from onecard.translation import translated
 LOG_NAME = "log.jsonl"
 SECONDS_PER_LINE = 30
 OF_SOURCE = "loss/"  # names the loss of one source of a mixture in a row
-REWARDS, ACCURACY = "rewards/", "rewards/accuracies"  # names of metrics in a row, behind eval_ those of an evaluation
+REWARD, REWARDS, ACCURACY = "reward", "rewards/", "rewards/accuracies"  # metrics in a row; of evaluations behind eval_
 FORGETTING = "forgetting"  # KL(base || tuned) per token
 
 
@@ -88,8 +88,9 @@ class Reporter:
         row = {**row, "tokens_per_s": round(speed, 1)}
         peak_gib = row.get("peak_bytes", 0) / 2**30
         memory = f" {peak_gib:.2f}GiB" if peak_gib else ""
-        accuracy = f"accuracy {row[ACCURACY]:.2f}  " if ACCURACY in row else ""
-        self._bar.set_postfix_str(f"loss {row['loss']:.4f} {accuracy}{speed:,.0f}tok/s{memory}", refresh=False)
+        metrics = {"accuracy": ACCURACY, "reward": REWARD}
+        told = "".join(f"{label} {row[name]:.2f}  " for label, name in metrics.items() if name in row)
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f} {told}{speed:,.0f}tok/s{memory}", refresh=False)
         self._bar.update(1)
         if not to_file:
             return
@@ -98,7 +99,7 @@ class Reporter:
         if not self.is_terminal:
             say(
                 f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
-                f"{accuracy}lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
+                f"{told}lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
             )
 
     def event(self, row: dict[str, Any], message: str | None = None) -> None:
@@ -176,7 +177,7 @@ def draw_loss(run_dir: Path, unit: str = "supervised token") -> Path | None:
     sources = dict.fromkeys(name for row in rows for name in row if name.startswith(OF_SOURCE))
     if not train and not held_out:
         return None
-    rewards = dict.fromkeys(name for row in rows for name in row if name.startswith(REWARDS))
+    rewards = dict.fromkeys(name for row in rows for name in row if name.startswith(REWARDS) or name == REWARD)
     below = {"accuracy": [name for name in rewards if name == ACCURACY],
              "reward": [name for name in rewards if name != ACCURACY]}  # fmt: skip
     forgetting = [(row["step"], row[FORGETTING]) for row in rows if FORGETTING in row]
