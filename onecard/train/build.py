@@ -288,18 +288,19 @@ def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> 
 
 
 def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None, cached: CachedReference | None) -> Any:
-    """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow.
-
-    Where the one that the run began from is the reference, and not all of it is `cached`, that one.
-    """
+    """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow."""
     start = config.train.start_adapter
-    model = add_lora(base, config.lora) if start is None else _further_trained(config, base, start, point)
+    model = add_lora(base, config.lora) if start is None else _further_trained(config, base, start, point, cached)
     if config.lora.only_vocabulary:
         freeze_adapter(model)
     return model
 
 
-def _further_trained(config: FinetuneConfig, base: Any, start: str, point: ResumePoint | None) -> Any:
+def _further_trained(
+    config: FinetuneConfig, base: Any, start: str, point: ResumePoint | None, cached: CachedReference | None
+) -> Any:
+    """The adapter `start`, or its checkpoint's form; where `start` is the reference and not all of it is `cached`, it.
+    """
     # The rank and the layers are those of the adapter that the run began with, not of the flags.
     source = point.path if point is not None else start
     if cached is not None and cached.adapter is not None and not cached.is_whole:

@@ -20,10 +20,11 @@ from accelerate.utils import broadcast_object_list
 from onecard.config.training import TrainOptions
 from onecard.console import say, warn
 from onecard.data.batches import step_samples, steps_per_epoch
-from onecard.errors import CheckpointError, Stopped
+from onecard.errors import CheckpointError, DataError, Stopped
 from onecard.model.hardware import peak_reserved_bytes
 from onecard.objectives.base import Objective
 from onecard.objectives.preference import adapter_off
+from onecard.objectives.reward_file import RewardError
 from onecard.train.evaluate import evaluation_sums
 from onecard.train.forgetting import measure_forgetting, noise_floor
 from onecard.train.intervals import Timer
@@ -127,10 +128,10 @@ def _keep_to_the_clock(run: Run, seconds: float, *, evaluation_s: float, saving_
 
 
 def _step_or_keep(run: Run, saved_step: int, requested: Callable[[], StepRequests]) -> StepResult:
-    """One step; when it is not finite, the weights are still those of the step before: they are kept first."""
+    """One step; where it is not taken (not finite, no reward), the weights of the step before are kept first."""
     try:
         return take_step(run, requested)
-    except NotFinite:
+    except (NotFinite, RewardError, DataError):
         if saved_step != run.state.step:
             save(run, final=False)
         raise

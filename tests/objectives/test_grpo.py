@@ -21,6 +21,7 @@ from onecard.data.encode import EncodeSettings, LabelledSample
 from onecard.inference.rollouts import RolloutSampler
 from onecard.model.lora.adapter import add_lora
 from onecard.objectives.grpo import GroupRelative, Rollout, group_advantages, rollout_of
+from onecard.objectives.reward_file import RewardError
 from onecard.recipes import finetune
 from onecard.train.trackers import read_log
 from tests import tiny
@@ -268,3 +269,57 @@ def test_a_memory_plan_is_for_the_longest_answers(tiny_base: Path, instructions:
     lengths = np.repeat([20, 30], 4)
     assert worst_micro_batch(lengths, MicroBatchLimits(3, 0), 8).rows == 3
     assert replace(TrainOptions(), objective="grpo", rollouts=4).answers_per_prompt == 4
+
+
+def test_a_step_tells_what_was_sampled(tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_steps": 2, "kl_beta": 0.1, "grpo_updates": 2, "micro_batch": 3, "micro_tokens": 0}
+    run = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", **options))
+    for row in (row for row in read_log(run) if "loss" in row):
+        sampled = [each for each in rows_of(run) if each["step"] == row["step"]]
+        rewards = torch.tensor([each["reward"] for each in sampled]).view(4, 4)
+        assert row["reward"] == pytest.approx(float(rewards.mean()), abs=1e-5)
+        assert row["reward_std"] == pytest.approx(float(rewards.std(dim=1).mean()), abs=1e-5) and row["reward_std"] > 0
+        assert row["completions/mean_length"] == sum(each["n_tokens"] for each in sampled) / 16
+        assert row["completions/clipped_ratio"] == sum(not each["ended"] for each in sampled) / 16
+        assert row["kl"] > 0 and 0 <= row["clip_ratio"] < 1
+    assert (run / "loss.png").stat().st_size > 10_000
+
+
+def test_divergence_and_clipped_share_are_counted_by_token(tiny_base: Path) -> None:
+    model, objective = adapted(tiny_base), GroupRelative(kl_beta=0.1, clip=0.2, clip_high=0.3)
+    groups = [[rollout(5, 4, reward=1.0), rollout(5, 2)]]
+    with torch.no_grad():
+        policies = [by_full_logits(model, each, 1.0) for each in groups[0]]
+        with model.disable_adapter():
+            differences = torch.cat([by_full_logits(model, each, 1.0) for each in groups[0]]) - torch.cat(policies)
+    # Ratios of 1.4, 1.4, 1 and 0.5 under a positive advantage, 0.7 and 1.4 under a negative one.
+    ratios = torch.tensor([1.4, 1.4, 1.0, 0.5]), torch.tensor([0.7, 1.4])
+    for each, policy, ratio in zip(groups[0], policies, ratios, strict=True):
+        each.old = (policy - ratio.log()).tolist()
+    view = objective.rollout_view(groups, None)
+    found = objective.means(objective.sums(model, objective.collate(list(view))).metrics.flatten().tolist())
+    assert found["kl"] == pytest.approx(float((differences.exp() - differences - 1).mean()), rel=1e-4)
+    assert found["clip_ratio"] == pytest.approx(3 / 6)
+    for each in groups[0]:
+        each.old = []
+    assert "clip_ratio" not in objective.means(
+        objective.sums(model, objective.collate(list(view))).metrics.flatten().tolist()
+    )
+
+
+def test_a_reward_that_fails_ends_the_run_with_all_steps_before_it_saved(
+    tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "rewards.py"
+    options = {**OPTIONS, "reward": "", "reward_file": str(file), "max_steps": 3, "save_steps": 100}
+    whole_text = "def reward(answer, row):\n    return len(set(answer)) + len(row['instruction'])\n"
+    file.write_text(whole_text, encoding="utf-8")
+    whole = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "whole", **options))
+    fails = "calls = []\ndef reward(answer, row):\n    calls.append(1)\n    if len(calls) > 40: raise KeyError('x')\n"
+    file.write_text(fails + "    return len(set(answer)) + len(row['instruction'])\n", encoding="utf-8")
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "cut", **options)
+    with pytest.raises(RewardError, match=r"raised KeyError in line 4: 'x'"):
+        finetune(config)
+    assert (tmp_path / "cut" / "checkpoint-2").is_dir()
+    file.write_text(whole_text, encoding="utf-8")
+    assert_same_end(whole, finetune(tiny.config_for(tiny_base, instructions, tmp_path / "cut", **options)))
