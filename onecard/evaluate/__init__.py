@@ -1,0 +1,3 @@
+"""Did it help? Benchmarks in local folders, open answers, extraction and perplexity, measured and reported."""
+
+from __future__ import annotations
