@@ -158,7 +158,7 @@ def test_tries_are_bounded_and_what_was_made_is_kept(tmp_path: Path) -> None:
     [
         (401, r"HTTP 401: bad key \*\*\*; the key in the environment variable MY_KEY is not the right one"),
         (403, "MY_KEY is not the right one"),
-        (404, r"check --base_url .* and --model"),
+        (404, r"check --base_url .* and the model's name"),
         (400, r"HTTP 400: bad key \*\*\*"),
         (307, "the server leads elsewhere"),
     ],

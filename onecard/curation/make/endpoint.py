@@ -143,7 +143,7 @@ class Endpoint:
             state = "is not the right one" if self._key else "is empty"
             return f"{said}; the key in the environment variable {variable} {state} ({KEY_FLAG} names another)"
         if status == 404:
-            return f"{said}; check {URL_FLAG} (it ends before /chat/completions, mostly with /v1) and --model"
+            return f"{said}; check {URL_FLAG} (it ends before /chat/completions, mostly with /v1) and the model's name"
         if 300 <= status < 400:
             return f"{said}; the server leads elsewhere: give that address as {URL_FLAG}"
         return said
