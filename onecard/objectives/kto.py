@@ -88,7 +88,10 @@ class KahnemanTversky(LogRatio):
 
     def collate(self, samples: Sequence[LabelledSample]) -> dict[str, Tensor]:
         # The encoder gives the tokens of bad answers the weight -1.
-        return {**super().collate(samples), "good": torch.tensor([min(each.weights, default=1) > 0 for each in samples])}
+        return {
+            **super().collate(samples),
+            "good": torch.tensor([min(each.weights, default=1) > 0 for each in samples]),
+        }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
         return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
@@ -125,9 +128,7 @@ def mismatched(samples: Sequence[LabelledSample]) -> list[LabelledSample]:
     return found
 
 
-def log_probs_and_reference(
-    model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
+def log_probs_and_reference(model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int) -> tuple[Tensor, Tensor]:
     """The log-probabilities of the answers (n,), with the adapter and by the base alone."""
     with adapter_off(model):  # first, so that no gradients wait meanwhile
         reference = answer_log_probs(model, batch, chunk_tokens=chunk_tokens)[0]

@@ -299,8 +299,7 @@ def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None, cache
 def _further_trained(
     config: FinetuneConfig, base: Any, start: str, point: ResumePoint | None, cached: CachedReference | None
 ) -> Any:
-    """The adapter `start`, or its checkpoint's form; where `start` is the reference and not all of it is `cached`, it.
-    """
+    """The adapter `start`, or its checkpoint's form; where `start` is the reference and not all of it is `cached`, it."""
     # The rank and the layers are those of the adapter that the run began with, not of the flags.
     source = point.path if point is not None else start
     if cached is not None and cached.adapter is not None and not cached.is_whole:

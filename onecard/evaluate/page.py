@@ -1,0 +1,120 @@
+"""The report as one HTML file that asks no server for anything: plots are SVG in it, both languages are in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from onecard.evaluate.report import by_group, columns_of, markdown, shown, word
+from onecard.storage import write_whole
+
+_STYLE = """
+:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:.5rem 1rem 3rem}
+body{overflow-wrap:anywhere}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem}td,th{border:1px solid #8886;padding:.2rem .5rem;text-align:right}
+td:first-child,th:first-child{text-align:left}
+dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem 1rem;font-size:.9rem}dt{opacity:.7}dd{margin:0}
+svg{width:100%;height:auto;max-width:44rem}svg text{fill:currentColor;font-size:12px}
+details{border:1px solid #8886;border-radius:.3rem;padding:.4rem .6rem;margin:.4rem 0}
+pre{white-space:pre-wrap;margin:.2rem 0}
+#zh:checked~main .en,#en:checked~main .zh{display:none}
+nav,input[name=language]{display:inline}
+"""
+_BAR, _LABEL, _PLOT = 20, 190, 360  # pixels: height of a bar, width of its label, width for 0 to the largest value
+_IN_PLOTS = ("accuracy", "f1", "grade", "perplexity_per_character")
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> list[Path]:
+    """Write report.json, report.md and report.html; each is there whole or not at all."""
+    texts = {
+        "report.json": json.dumps(report, ensure_ascii=False, indent=1) + "\n",
+        "report.md": markdown(report),
+        "report.html": page(report),
+    }
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def page(report: dict[str, Any]) -> str:
+    """The whole page as text. Everything foreign in it is escaped."""
+    body = [f"<h1>{_both('title')}</h1>", _settings(report["settings"])]
+    body += [f"<details><summary>{_both('versions')}</summary>{_settings(report['versions'])}</details>"]
+    for suite in report["suites"]:
+        body.append(f"<h2>{escape(suite['name'])}</h2>{_settings(suite['settings'])}")
+        if suite["notes"]:
+            body.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in suite["notes"]) + "</ul>")
+        for group, measures in by_group(suite["measures"]).items():
+            body.append(f"<h3>{_both(group)}</h3>{_table(measures)}{_plot(measures) if group != 'total' else ''}")
+        if suite["worst"]:
+            counts = f"{len(suite['worst'])} / {suite['n_worse']}"
+            body.append(f"<h3>{_both('worst')} ({counts})</h3>{''.join(map(_record, suite['worst']))}")
+    choice = "".join(
+        f'<input type="radio" name="language" id="{code}"{" checked" if code == "en" else ""}>'
+        f'<label for="{code}">{name}</label> '
+        for code, name in (("en", "English"), ("zh", "中文"))
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(word('title'))}</title><style>{_STYLE}</style></head>\n"
+        f"<body>{choice}<main>" + "\n".join(body) + "</main></body></html>\n"
+    )
+
+
+def _both(name: str) -> str:
+    english, chinese = word(name), word(name, 1)
+    if english == chinese:
+        return escape(english)
+    return f'<span class="en">{escape(english)}</span><span class="zh" lang="zh">{escape(chinese)}</span>'
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{_both(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in values.items()) + "</dl>"
+
+
+def _table(measures: Sequence[dict[str, Any]]) -> str:
+    columns = columns_of(measures)
+    head = "".join(f"<th>{_both(name)}</th>" for name in columns)
+    rows = []
+    for measure in measures:
+        cells = "".join(f"<td>{escape(shown(measure['values'].get(name, '')))}</td>" for name in columns)
+        rows.append(f"<tr><td>{escape(measure['name'])}</td><td>{measure['n']}</td>{cells}</tr>")
+    return f'<div class="wide"><table><tr><th></th><th>n</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _plot(measures: Sequence[dict[str, Any]]) -> str:
+    """A bar for each measure, with its interval where it has one; '' where there is nothing to draw."""
+    name = next((name for name in _IN_PLOTS if any(name in measure["values"] for measure in measures)), "")
+    values = [(measure["name"], measure["values"][name]) for measure in measures if name in measure["values"]]
+    spans = [(label, *(value if isinstance(value, list) else [value, value, value])) for label, value in values]
+    largest = max((high for *_, high in spans), default=0.0)
+    if not largest > 0:
+        return ""
+    largest = 1.0 if name in ("accuracy", "f1") else largest
+    bars = []
+    for k, (label, value, low, high) in enumerate(spans):
+        middle = k * _BAR + _BAR / 2
+        x = [_LABEL + _PLOT * min(part, largest) / largest for part in (value, low, high)]
+        short = label if len(label) <= 26 else label[:25] + "…"
+        bars.append(
+            f'<text x="{_LABEL - 6}" y="{middle + 4:.0f}" text-anchor="end">{escape(short)}</text>'
+            f'<rect x="{_LABEL}" y="{middle - 6:.0f}" width="{x[0] - _LABEL:.1f}" height="12" fill="#4a7fb5"/>'
+            f'<path d="M{x[1]:.1f} {middle:.0f}H{x[2]:.1f}" stroke="currentColor" stroke-width="2"/>'
+            f'<text x="{_LABEL + _PLOT + 6}" y="{middle + 4:.0f}">{shown(float(value))}</text>'
+        )
+    size = f"0 0 {_LABEL + _PLOT + 60} {len(spans) * _BAR}"
+    return f'<svg viewBox="{size}" role="img"><title>{escape(word(name))}</title>{"".join(bars)}</svg>'
+
+
+def _record(record: dict[str, Any]) -> str:
+    parts = "".join(
+        f"<div><b>{_both(name)}</b><pre>{escape(str(record[name]))}</pre></div>"
+        for name in ("question", "expected", "got")
+    )
+    return f"<details><summary>{escape(record['key'])}</summary>{parts}</details>"

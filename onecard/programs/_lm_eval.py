@@ -1,0 +1,108 @@
+"""`onecard evaluate lm-eval`: lm-evaluation-harness on a base, a run directory or a server, as a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+from onecard.config.base_model import ModelOptions
+from onecard.config.inference import AnsweringModelOptions
+from onecard.config.parsing import missing, parse
+from onecard.config.problems import Problem
+from onecard.console import say
+from onecard.errors import ConfigError, ModelError
+from onecard.inference.run_files import stored_options
+
+
+@dataclass
+class LmEvalOptions:
+    """Which tasks, and on what."""
+
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness, with commas between them; it loads their data from the Hub."""
+    lora_path: str | None = None
+    """Adapter: a run directory, or one of its checkpoints. Without it the base model is measured."""
+    base_url: str = ""
+    """Measure a server instead, such as onecard serve: its address, which ends with /v1."""
+    num_fewshot: int = -1
+    """Examples in front of each question; -1: as the task has it."""
+    limit: int = 0
+    """Only so many questions of each task; 0: all."""
+    batch_size: str = "8"
+    """Questions at once, or auto."""
+    output_path: str = ""
+    """Folder for the harness's own results; empty: they are only printed."""
+    apply_chat_template: bool = False
+    """Ask in the tokenizer's chat template."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def problems(self) -> list[Problem]:
+        found = missing(self, "tasks")
+        if self.base_url and self.lora_path:
+            found.append(("--lora_path", "and --base_url contradict each other; the server has its adapter"))
+        return found
+
+
+@dataclass
+class LmEvalConfig:
+    """Everything this verb needs; see the classes of its fields."""
+
+    lm_eval: LmEvalOptions = field(default_factory=LmEvalOptions)
+    model: ModelOptions = field(default_factory=AnsweringModelOptions)
+
+
+def main(words: list[str]) -> None:
+    """Run the verb with these words."""
+    about = "Start lm-evaluation-harness (requirements-eval.txt) with what it has to know of a base, a run or a server."
+    config = parse(
+        LmEvalConfig, words, description=about, verb="lm-eval",
+        stored=lambda typed: stored_options(typed.get("lora_path")),
+    )  # fmt: skip
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("", "lm-evaluation-harness is not installed: pip install -r requirements-eval.txt")
+    started = command_of(config)
+    say("starting: " + " ".join(started[1:]))
+    done = subprocess.run(started, check=False)
+    if done.returncode:
+        raise ModelError(f"lm-evaluation-harness ended with status {done.returncode}; what it said stands above")
+
+
+def command_of(config: LmEvalConfig) -> list[str]:
+    """The harness's command line. Its model reads the same bits, and begins a text as the tokenizer does."""
+    from onecard.data.special_tokens import beginning_ids
+    from onecard.inference.load import base_path, load_words
+    from onecard.inference.run_files import has_tokenizer, run_directory
+
+    options = config.lm_eval
+    base = base_path(config.model.model_path, options.lora_path)
+    if options.base_url:
+        model = "local-completions"
+        arguments = {"base_url": f"{options.base_url.rstrip('/')}/completions", "tokenizer": base, "model": "default"}
+        arguments["tokenizer_backend"] = "huggingface"
+    else:
+        model = "hf"
+        arguments = {"pretrained": base}
+        run = run_directory(options.lora_path)
+        if options.lora_path:
+            arguments["peft"] = options.lora_path
+        if run is not None and has_tokenizer(run):
+            arguments["tokenizer"] = str(run)
+        tokenizer, _ = load_words(config.model, options.lora_path, "auto")
+        # The harness leaves it out by default, and many models are far worse without.
+        arguments["add_bos_token"] = str(bool(beginning_ids(tokenizer)))
+        if config.model.bits in (4, 8):
+            arguments[f"load_in_{config.model.bits}bit"] = "True"
+        else:
+            arguments["dtype"] = "float32" if config.model.bits == 32 else "auto"
+    words = [sys.executable, "-m", "lm_eval", "--model", model, "--tasks", options.tasks]
+    words += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
+    words += ["--batch_size", options.batch_size]
+    if config.model.device != "auto" and not options.base_url:
+        words += ["--device", config.model.device]
+    for flag, value in (("--num_fewshot", options.num_fewshot), ("--limit", options.limit or -1)):
+        words += [flag, str(value)] if value >= 0 else []
+    words += ["--output_path", options.output_path] if options.output_path else []
+    return words + (["--apply_chat_template"] if options.apply_chat_template else [])

@@ -1,0 +1,240 @@
+"""Measure a model: multiple choice, open answers, extraction and perplexity, from local files, with a report.
+
+onecard evaluate --suite ceval:ceval-exam --suite mmlu:data --lora_path outputs/mine --output_path measured
+onecard evaluate lm-eval --tasks arc_easy --lora_path outputs/mine
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from onecard.config.base_model import ModelOptions
+from onecard.config.inference import AnsweringModelOptions
+from onecard.config.parsing import comma_list, missing, parse
+from onecard.config.problems import Problem
+from onecard.console import say
+from onecard.inference.run_files import stored_options
+from onecard.programs import _lm_eval
+
+if TYPE_CHECKING:
+    from onecard.curation.make.journal import Journal
+    from onecard.evaluate.run import EvaluationTask
+    from onecard.inference.call import ModelBundle
+
+
+@dataclass
+class EvaluateOptions:
+    """What is measured, and how it is asked."""
+
+    suite: str | list[str] = ""
+    """What to measure on, KIND:PATH, may be repeated. KIND: ceval, cmmlu, mmlu, mmcu, gaokao (folders as their authors
+    publish them), open, extraction or perplexity (files); without a kind it is told by the layout."""
+    output_path: str = ""
+    """Folder for the report, answers.jsonl, and journal.jsonl, by which the same command goes on where it was cut."""
+    lora_path: str | None = None
+    """Adapter: a run directory, one of its checkpoints, or a Hub id. Without it the base model is measured."""
+    prompt_type: str = "auto"
+    """Prompt template. auto takes the one stored with the adapter."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether the model thinks before it answers, where its prompt template has a switch for that."""
+    prompt: Literal["auto", "base", "chat"] = "auto"
+    """Multiple choice as plain text (base) or in the prompt template (chat). auto: chat with an adapter, or where the
+    tokenizer has a template of its own."""
+    method: Literal["likelihood", "choice", "free"] = "likelihood"
+    """Multiple choice by the likelihood of the options' letters, by decoding that may only write one of them (choice),
+    or by an answer that is written freely, whose letter is then looked for."""
+    shots: int = 0
+    """Examples in front of each question: of the split dev, or drawn by --seed where there is none."""
+    cot: bool = False
+    """With --method free: the model reasons before it answers."""
+    split: Literal["auto", "dev", "val", "test"] = "auto"
+    """Which questions of a benchmark. auto: val for C-Eval, whose test has no answers; test for the others."""
+    subjects: str = ""
+    """Only these subjects of the benchmarks, with commas between them."""
+    limit: int = 0
+    """Only so many records of each suite from the top; 0: all."""
+    batch_size: int = 8
+    """Questions that are answered at once."""
+    max_new_tokens: int = 0
+    """Longest answer in tokens. 0: 16 for a letter, 512 otherwise."""
+    window: int = 0
+    """Perplexity: tokens that are read at once. 0: what the model can read, at most 2,048."""
+    stride: int = 0
+    """Perplexity: tokens between the beginnings of two windows. 0: half a window."""
+    seed: int = 42
+    """Seed of the intervals by resampling, and of drawn examples."""
+    base_url: str = ""
+    """Address of an OpenAI-compatible endpoint that grades open answers, such as that of onecard serve; empty: none."""
+    judge_model: str = ""
+    """Name of the model there."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; without one in it none is sent."""
+    timeout_s: float = 300.0
+    """Seconds until a grading must be whole."""
+    max_attempts: int = 6
+    """Times that the endpoint is asked before the evaluation ends; what was graded is kept."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def problems(self) -> list[Problem]:
+        found = missing(self, "suite", "output_path")
+        if self.cot and self.method != "free":
+            found.append(("--cot", f"needs --method free: {self.method} leaves no room to reason"))
+        if bool(self.base_url) != bool(self.judge_model):
+            found.append(("--judge_model", "and --base_url go together: which model grades, and where it is"))
+        least = {"batch_size": 1, "shots": 0, "limit": 0, "max_new_tokens": 0, "window": 0, "stride": 0, "seed": 0,
+                 "max_attempts": 1}  # fmt: skip
+        for name, least_value in least.items():
+            if getattr(self, name) < least_value:
+                found.append((f"--{name}", f"{getattr(self, name)} is less than {least_value}"))
+        if self.window == 1:
+            found.append(("--window", "1 token tells nothing of the next; use 2 or more"))
+        return found
+
+    @property
+    def suites(self) -> list[str]:
+        """The suites, one or several."""
+        return [self.suite] if isinstance(self.suite, str) else list(self.suite)
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything this program needs; see the classes of its fields."""
+
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    model: ModelOptions = field(default_factory=AnsweringModelOptions)
+
+
+# Options that change how an evaluation is carried out, and none of its figures.
+_MAY_CHANGE = (
+    "suite", "output_path", "lora_path", "batch_size", "base_url", "judge_model", "api_key_env", "timeout_s",
+    "max_attempts", "debug",
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program with these words, or those of the command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["lm-eval"]:
+        _lm_eval.main(words[1:])
+        return
+    config = parse(
+        EvaluateConfig, words, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path"))
+    )
+    evaluate(config)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure as the options say; the report, which is written, too."""
+    from onecard.curation.make.journal import Journal
+    from onecard.evaluate.page import write_report
+    from onecard.evaluate.report import build_report
+    from onecard.evaluate.run import answer, rows_of, summary_lines, write_answers
+    from onecard.inference.load import load_bundle
+
+    options = config.evaluate
+    is_chat = options.prompt == "chat" or (options.prompt == "auto" and options.lora_path is not None)
+    tasks = _tasks(options, is_chat)
+    bundle, depends_on = load_bundle(config.model, options.lora_path, options.prompt_type, options.thinking)
+    if options.prompt == "auto" and not is_chat and bundle.template.name == "auto":
+        is_chat = True  # the tokenizer's own template
+        tasks = _tasks(options, is_chat)
+    folder = Path(options.output_path)
+    # Only what differs from its default: options that later versions add leave a journal as it is.
+    defaults = vars(EvaluateOptions())
+    chosen = {
+        name: value for name, value in vars(options).items() if value != defaults[name] and name not in _MAY_CHANGE
+    }
+    suites = {task.name: task.depends_on() for task in tasks}
+    with Journal(folder, {"options": chosen, "model": depends_on, "suites": suites}) as journal:
+        answer(tasks, bundle, journal, options.batch_size)
+        write_answers(folder, tasks, journal)
+        settings = _settings(config, bundle, depends_on)
+        parts = [{"name": task.name, "kind": task.kind, **task.report(rows_of(task, journal))} for task in tasks]
+        report = build_report(settings, parts)
+        write_report(folder, report)
+        if options.base_url:
+            _judge(options, tasks, journal, parts)
+            report = build_report(settings, parts)
+            write_report(folder, report)
+    for line in summary_lines(report):
+        say(line)
+    say(f"the report: {folder / 'report.html'}")
+    return report
+
+
+def _tasks(options: EvaluateOptions, is_chat: bool) -> list[EvaluationTask]:
+    """Everything is read before the model is loaded. Raises ConfigError and DataError."""
+    from onecard.evaluate.choice import ChoiceSettings, ChoiceTask
+    from onecard.evaluate.extraction import ExtractionTask
+    from onecard.evaluate.open_answers import OpenTask
+    from onecard.evaluate.perplexity import PerplexityTask
+    from onecard.evaluate.run import named_suite, with_own_names
+    from onecard.evaluate.suites import load_choice_suite
+
+    tasks: list[EvaluationTask] = []
+    for text in options.suites:
+        kind, path = named_suite(text)
+        longest = options.max_new_tokens or 512
+        if kind == "open":
+            tasks.append(OpenTask(path, max_new_tokens=longest, seed=options.seed, limit=options.limit))
+        elif kind == "extraction":
+            tasks.append(ExtractionTask(path, max_new_tokens=longest, limit=options.limit))
+        elif kind == "perplexity":
+            tasks.append(PerplexityTask(path, window=options.window, stride=options.stride, limit=options.limit))
+        else:
+            suite = load_choice_suite(kind, path, split=options.split, subjects=comma_list(options.subjects))
+            settings = ChoiceSettings(
+                options.method, is_chat, options.shots, options.cot, options.max_new_tokens, options.seed
+            )
+            task = ChoiceTask(suite, settings)
+            task.items = task.items[: options.limit or None]
+            tasks.append(task)
+    with_own_names(tasks)
+    return tasks
+
+
+def _settings(config: EvaluateConfig, bundle: ModelBundle, depends_on: dict[str, Any]) -> dict[str, Any]:
+    """How the answers came about, for the report."""
+    from onecard.inference.load import base_path
+
+    options = config.evaluate
+    told = {
+        "model": base_path(config.model.model_path, options.lora_path),
+        "adapter": options.lora_path or "-",
+        "bits": depends_on["bits"],
+    }
+    told |= {"dtype": depends_on["dtype"], "template": bundle.template.name, "base": str(depends_on["base"])[:16]}
+    return told | {"thinking": options.thinking, "seed": options.seed, "interval": "95 %"}
+
+
+def _judge(
+    options: EvaluateOptions, tasks: list[EvaluationTask], journal: Journal, parts: list[dict[str, Any]]
+) -> None:
+    """Have open answers graded, and put the grades into the parts of the report."""
+    from onecard.curation.make.endpoint import Endpoint, EndpointSettings
+    from onecard.curation.make.journal import Journal as GradeJournal
+    from onecard.curation.make.run import TokenPrices, make
+    from onecard.evaluate.judge import JUDGE_FOLDER, judge_tasks, judged_measures
+    from onecard.evaluate.open_answers import OpenTask
+    from onecard.evaluate.run import rows_of
+
+    judged = [task for task in tasks if isinstance(task, OpenTask)]
+    rows = {task.name: {row["key"]: row["answer"] for row in rows_of(task, journal)} for task in judged}
+    settings = EndpointSettings(
+        options.base_url, options.judge_model, options.api_key_env, temperature=0.0, timeout_s=options.timeout_s,
+        max_attempts=options.max_attempts,
+    )  # fmt: skip
+    folder = Path(options.output_path) / JUDGE_FOLDER
+    with Endpoint(settings) as endpoint, GradeJournal(folder, {"judge": options.judge_model}) as grades:
+        make(endpoint, options.judge_model, grades, judge_tasks(judged, rows, grades), TokenPrices())
+        for task, part in zip(tasks, parts, strict=True):
+            if not isinstance(task, OpenTask):
+                continue
+            part["settings"]["judge"] = options.judge_model
+            found = {measure.name: measure for measure in judged_measures(task, grades, options.seed)}
+            for measure in part["measures"]:
+                measure["values"] |= found[measure["name"]].plain()["values"]
