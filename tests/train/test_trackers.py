@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from accelerate import PartialState
 
 from onecard.errors import ConfigError
 from onecard.objectives.registry import objective_named
@@ -195,6 +196,7 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 
 
 def test_wandb_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState(cpu=True)  # a run's accelerator makes it; accelerate's trackers ask it who writes
     begun: list[dict] = []
     logged: list[tuple[dict, int]] = []
     finished: list[bool] = []
