@@ -86,7 +86,7 @@ def test_api_and_page_on_one_port_with_a_key_and_adapters(adapters_folder: Path)
         assert ask(address + "/", {}, Origin="https://evil.example", **with_key)[0] == 403
 
 
-@pytest.mark.parametrize("words", [["chat.py"], ["generate.py", "--web"]])
+@pytest.mark.parametrize("words", [pytest.param(["chat.py"], marks=pytest.mark.slow), ["generate.py", "--web"]])
 def test_a_page_by_itself(lively_base: Path, words: list[str]) -> None:
     with started(*words, "--model_path", str(lively_base)) as address:
         status, page = ask(address + "/")
@@ -99,6 +99,10 @@ def test_a_page_by_itself(lively_base: Path, words: list[str]) -> None:
 def test_a_page_with_a_password(lively_base: Path) -> None:
     with started("chat.py", "--model_path", str(lively_base), "--auth", "me:secret") as address:
         assert ask(address + "/config")[0] == 401
+        status, page = ask(address + "/")
+        assert status == 200
+        assert "gradio" in page, "it asks for the password"
+        assert ask(address + "/", Host="evil.example")[0] == 403
 
 
 @pytest.mark.parametrize("program", ["chat.py", "generate.py", "tools/serve.py"])

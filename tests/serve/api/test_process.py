@@ -51,7 +51,8 @@ def process(base: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         child.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# test_programs.py ends every program by SIGTERM.
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_it_and_the_client_is_told(api_base: Path, number: signal.Signals) -> None:
     with process(api_base) as (child, url), httpx.Client(base_url=url, timeout=30) as client:
         assert client.get("/health").status_code == 200
