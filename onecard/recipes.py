@@ -100,6 +100,7 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
         return None
     from onecard.inference.call import ModelBundle
     from onecard.inference.rollouts import RolloutSampler
+    from onecard.model.memory.rollouts import answers_at_once
     from onecard.objectives.rewards import Rewards
     from onecard.train.rollouts import Rollouts
 
@@ -107,7 +108,9 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     sampler = RolloutSampler(
         ModelBundle(run.plain_model, tokenizer, template), options.rollout_max_tokens, options.seed
     )
-    rollouts = Rollouts(sampler, Rewards(options), run_dir, options.rollout_batch)
+    at_once = options.rollout_batch or (answers_at_once(run.plan) if run.plan is not None else 1)
+    say(f"{options.rollouts} answers to each prompt, at most {at_once} sampled at once (--rollout_batch)")
+    rollouts = Rollouts(sampler, Rewards(options), run_dir, at_once)
     rollouts.keep_up_to(run.state.step)
     return rollouts
 

@@ -29,12 +29,15 @@ LORA_RATE, RULE_WIDTH = 5e-4, 2000
 POWER_OF_FAMILY = {"llama": 0.781, "qwen": 0.0775}
 USUAL_LORA_RATE = 2e-4
 USUAL_PAIR_RATE = 5e-6  # TRL's example of DPO with LoRA
+USUAL_REWARD_RATE = 1e-5  # ten times TRL's for GRPO of whole weights, by the rule for LoRA
 
 
 def default_learning_rate(model_type: str, hidden_size: int, objective: str = "sft") -> tuple[float, str]:
     """The rate for LoRA on this base, to two digits, and why: 2.9e-4 for Llama-3.1-8B, 4.7e-4 for Qwen3-8B."""
     if objective in PREFERENCE_OBJECTIVES:
         return USUAL_PAIR_RATE, "usual for preference pairs"
+    if objective == "grpo":
+        return USUAL_REWARD_RATE, "usual for learning from rewards"
     family = next((name for name in POWER_OF_FAMILY if model_type.startswith(name)), None)
     if family is None:
         return USUAL_LORA_RATE, f"usual for LoRA: no rule is known for {model_type}"

@@ -25,17 +25,19 @@ from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.run import Run, RunEvent
 
 LOG_NAME = "rollouts.jsonl"
-AT_ONCE = 64  # answers sampled together, where memory allows; more make a step of a small card no faster
 Sampler = Callable[[Sequence[list[int]], Sequence[int], float], Sequence[Any]]
 
 
 class Rollouts:
     """Samples and rewards answers for one run."""
 
-    def __init__(self, sample: Sampler, rewards: Rewards, run_dir: Path, at_once: int = 0) -> None:
-        """sample: prompts of ids, numbers of answers and a temperature to answers with ids, text and ended."""
+    def __init__(self, sample: Sampler, rewards: Rewards, run_dir: Path, at_once: int) -> None:
+        """sample: prompts of ids, numbers of answers and a temperature to answers with ids, text and ended.
+
+        at_once: answers that are sampled together.
+        """
         self._sample, self._rewards = sample, rewards
-        self._log, self._at_once = run_dir / LOG_NAME, at_once or AT_ONCE
+        self._log, self._at_once = run_dir / LOG_NAME, at_once
 
     def of_step(self, run: Run, indices: np.ndarray) -> RolloutView:
         """The rollouts of the prompts of the present step, those of a prompt side by side; alike on every process."""

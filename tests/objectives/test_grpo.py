@@ -20,6 +20,7 @@ from onecard.data.dataset import EncodedDataset, encode_dataset
 from onecard.data.encode import EncodeSettings, LabelledSample
 from onecard.inference.rollouts import RolloutSampler
 from onecard.model.lora.adapter import add_lora
+from onecard.model.memory.architecture import architecture_of
 from onecard.objectives.grpo import GroupRelative, Rollout, group_advantages, rollout_of
 from onecard.objectives.reward_file import RewardError
 from onecard.recipes import finetune
@@ -323,3 +324,19 @@ def test_a_reward_that_fails_ends_the_run_with_all_steps_before_it_saved(
     assert (tmp_path / "cut" / "checkpoint-2").is_dir()
     file.write_text(whole_text, encoding="utf-8")
     assert_same_end(whole, finetune(tiny.config_for(tiny_base, instructions, tmp_path / "cut", **options)))
+
+
+def test_as_many_answers_are_sampled_at_once_as_training_leaves_room_for() -> None:
+    from onecard.model.memory.plan import CardSpec, make_plan
+    from onecard.model.memory.rollouts import MOST_AT_ONCE, answers_at_once, row_bytes
+
+    model = architecture_of("Qwen2.5-7B")
+    # Keys and values of Qwen2.5-7B, 28 layers of 4 heads of 128: 56 KiB a token in 16 bits.
+    assert row_bytes(model, 2, 2) - row_bytes(model, 1, 2) == 2 * 28 * 4 * 128 * 2 + 2 * (4 * 3584 + 3 * 18944)
+    config = tiny.with_options(FinetuneConfig(), {"model_path": "Qwen2.5-7B", "objective": "grpo", "cutoff_len": 2048})
+    found = [
+        answers_at_once(make_plan(model, config, CardSpec("card", gib * 2**30, 64 * 2**30))) for gib in (8, 11, 24)
+    ]
+    assert 1 <= found[0] < found[1] < found[2] <= MOST_AT_ONCE
+    tiny_model = architecture_of("sample/tiny-llama")
+    assert answers_at_once(make_plan(tiny_model, config, CardSpec("card", 2**32, 2**33))) == MOST_AT_ONCE
