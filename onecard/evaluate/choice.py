@@ -188,25 +188,18 @@ class ChoiceTask:
         return {
             "path": self.suite.path.name,
             "split": self.suite.split,
-            "method": self.settings.method + (" + chain of thought" if self.settings.cot else ""),
-            "prompt": "chat template" if self.settings.is_chat else "plain text (base prompt)",
+            "method": "free_cot" if self.settings.cot else self.settings.method,
+            "prompt": "chat_template" if self.settings.is_chat else "base_prompt",
             "shots": ", ".join(map(str, shots)),
             "digest": self.suite.digest[:16],
         }
 
-    def _notes(self, rows: Sequence[dict[str, Any]]) -> list[str]:
-        notes = []
-        if untold := sum(row["score"] is None for row in rows):
-            notes.append(
-                f"{untold} questions have no answer in the file: they are in submission_{self.suite.kind}.json"
-            )
-        if fewer := sum(row["shots"] < self.settings.shots for row in rows):
-            notes.append(
-                f"{fewer} questions had fewer examples in front than asked: the rest did not fit, or is not there"
-            )
-        if too_long := sum("problem" in row for row in rows):
-            notes.append(f"{too_long} questions are longer than the model can read; they count as wrong")
-        return notes
+    def _notes(self, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+        return {
+            "untold": sum(row["score"] is None for row in rows),
+            "fewer_shots": sum(row["shots"] < self.settings.shots for row in rows),
+            "too_long": sum("problem" in row for row in rows),
+        }
 
     def _shown(self, row: dict[str, Any]) -> dict[str, Any]:
         question = self.questions[row["key"]]

@@ -117,7 +117,6 @@ class OpenTask:
             measures.append(self._measure("class", kind, [row for row in rows if items[row["key"]].kind == kind]))
         worst = sorted((row for row in rows if row.get("f1", 1) < 1), key=lambda row: (row["f1"], row["chrf"]))
         without = sum(not item.reference for item in self.items)
-        notes = [f"{without} questions have no reference: their answers are in answers.jsonl"] if without else []
         return {
             "settings": {"path": self._path.name, "form": self.form, "max_new_tokens": self._max_new_tokens},
             "measures": [measure.plain() for measure in measures],
@@ -126,7 +125,7 @@ class OpenTask:
                  "got": row["answer"] or row.get("problem", "")}
                 for row in worst
             ],
-            "notes": notes + notes_on(rows),
+            "notes": {"no_reference": without, **notes_on(rows)},
         }  # fmt: skip
 
     def _measure(self, group: str, name: str, rows: Sequence[dict[str, Any]]) -> Measure:
@@ -156,11 +155,9 @@ def greedy(bundle: ModelBundle, asked: Sequence[tuple[Turn, ...]], max_new_token
     return found
 
 
-def notes_on(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader should know of the answers: those that were cut, and questions that could not be asked."""
-    notes = []
-    if cut := sum(row["finish_reason"] == "length" for row in rows):
-        notes.append(f"{cut} answers were cut at --max_new_tokens or at what the model can read")
-    if failed := [row for row in rows if "problem" in row]:
-        notes.append(f"{len(failed)} questions could not be asked and count as empty answers: {failed[0]['problem']}")
-    return notes
+def notes_on(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What a reader should know of the answers: how many were cut, and how many questions could not be asked."""
+    return {
+        "cut": sum(row["finish_reason"] == "length" for row in rows),
+        "not_asked": sum("problem" in row for row in rows),
+    }

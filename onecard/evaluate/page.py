@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from onecard.evaluate.report import by_group, columns_of, markdown, shown, word
+from onecard.evaluate.report import NAMED, by_group, columns_of, markdown, note_text, shown, word
 from onecard.storage import write_whole
 
 _STYLE = """
@@ -17,7 +17,7 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:.5
 body{overflow-wrap:anywhere}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem}td,th{border:1px solid #8886;padding:.2rem .5rem;text-align:right}
-td:first-child,th:first-child{text-align:left}
+td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem 1rem;font-size:.9rem}dt{opacity:.7}dd{margin:0}
 svg{width:100%;height:auto;max-width:44rem}svg text{fill:currentColor;font-size:12px}
 details{border:1px solid #8886;border-radius:.3rem;padding:.4rem .6rem;margin:.4rem 0}
@@ -47,8 +47,8 @@ def page(report: dict[str, Any]) -> str:
     body += [f"<details><summary>{_both('versions')}</summary>{_settings(report['versions'])}</details>"]
     for suite in report["suites"]:
         body.append(f"<h2>{escape(suite['name'])}</h2>{_settings(suite['settings'])}")
-        if suite["notes"]:
-            body.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in suite["notes"]) + "</ul>")
+        notes = [(note_text(name, n), note_text(name, n, 1)) for name, n in suite["notes"].items() if n]
+        body.append("<ul>" + "".join(f"<li>{_spans(*note)}</li>" for note in notes) + "</ul>" if notes else "")
         for group, measures in by_group(suite["measures"]).items():
             body.append(f"<h3>{_both(group)}</h3>{_table(measures)}{_plot(measures) if group != 'total' else ''}")
         if suite["worst"]:
@@ -68,14 +68,18 @@ def page(report: dict[str, Any]) -> str:
 
 
 def _both(name: str) -> str:
-    english, chinese = word(name), word(name, 1)
+    return _spans(word(name), word(name, 1))
+
+
+def _spans(english: str, chinese: str) -> str:
     if english == chinese:
         return escape(english)
     return f'<span class="en">{escape(english)}</span><span class="zh" lang="zh">{escape(chinese)}</span>'
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return "<dl>" + "".join(f"<dt>{_both(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in values.items()) + "</dl>"
+    shown_values = {name: _both(str(v)) if name in NAMED else escape(str(v)) for name, v in values.items()}
+    return "<dl>" + "".join(f"<dt>{_both(k)}</dt><dd>{v}</dd>" for k, v in shown_values.items()) + "</dl>"
 
 
 def _table(measures: Sequence[dict[str, Any]]) -> str:

@@ -100,7 +100,7 @@ class PerplexityTask:
                  "got": f"perplexity per character {_exp(-row['log_prob'] / max(row['characters'], 1)):.4f}"}
                 for row in worst
             ],
-            "notes": [],
+            "notes": {},
         }  # fmt: skip
 
     def _measure(self, group: str, name: str, rows: Sequence[dict[str, Any]]) -> Measure:

@@ -13,6 +13,7 @@ import yaml
 from onecard import __version__
 
 WORST = 20
+NAMED = ("method", "prompt")  # settings whose values are names in words.yaml
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu", "rouge-score")
 
 
@@ -48,6 +49,11 @@ def word(name: str, language: int = 0) -> str:
     return words().get(name, [name.replace("_", " ")] * 2)[language]
 
 
+def note_text(name: str, n: int, language: int = 0) -> str:
+    """A note of a report in words, such as how many answers were cut."""
+    return word(f"note_{name}", language).format(n=n)
+
+
 def shown(value: Any) -> str:
     """A value as it is read: shares and scores with 4 digits, an estimate with its interval."""
     if isinstance(value, list):
@@ -73,7 +79,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"# {_both('title')}", "", *_settings(report["settings"]), *_settings(report["versions"])]
     for suite in report["suites"]:
         lines += ["", f"## {_cell(suite['name'])}", "", *_settings(suite["settings"])]
-        lines += [f"- {_cell(note)}" for note in suite["notes"]]
+        lines += [f"- {_cell(note_text(name, n))}" for name, n in suite["notes"].items() if n]
         for group, measures in by_group(suite["measures"]).items():
             columns = columns_of(measures)
             lines += ["", f"### {_both(group)}", ""]
@@ -92,7 +98,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> list[str]:
-    return [f"- {_both(name)}: {_cell(str(value))}" for name, value in values.items()]
+    told = {name: _both(str(value)) if name in NAMED else _cell(str(value)) for name, value in values.items()}
+    return [f"- {_both(name)}: {value}" for name, value in told.items()]
 
 
 def _both(name: str) -> str:

@@ -26,6 +26,8 @@ class LmEvalOptions:
     """Adapter: a run directory, or one of its checkpoints. Without it the base model is measured."""
     base_url: str = ""
     """Measure a server instead, such as onecard serve: its address, which ends with /v1."""
+    include_path: str = ""
+    """Folder of tasks of your own, as YAML."""
     num_fewshot: int = -1
     """Examples in front of each question; -1: as the task has it."""
     limit: int = 0
@@ -104,5 +106,6 @@ def command_of(config: LmEvalConfig) -> list[str]:
         words += ["--device", config.model.device]
     for flag, value in (("--num_fewshot", options.num_fewshot), ("--limit", options.limit or -1)):
         words += [flag, str(value)] if value >= 0 else []
-    words += ["--output_path", options.output_path] if options.output_path else []
+    for flag, text in (("--include_path", options.include_path), ("--output_path", options.output_path)):
+        words += [flag, text] if text else []
     return words + (["--apply_chat_template"] if options.apply_chat_template else [])

@@ -47,7 +47,7 @@ def test_a_report_says_what_was_asked_and_a_kill_changes_nothing(
     assert [suite["name"] for suite in report["suites"]] == ["cmmlu/test", "perplexity/texts.txt", "open/open.jsonl"]
     assert [suite["measures"][0]["n"] for suite in report["suites"]] == [12, 2, 3]
     assert report["settings"]["bits"] == 32 and report["settings"]["template"] == "alpaca"
-    assert report["suites"][0]["settings"]["prompt"] == "plain text (base prompt)"
+    assert report["suites"][0]["settings"]["prompt"] == "base_prompt"
     assert report["versions"]["transformers"] and "accuracy" in capsys.readouterr().out
     lines = (tmp_path / "whole" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 17
@@ -138,8 +138,8 @@ def test_the_page_asks_nobody_and_what_is_foreign_stays_text() -> None:
     worst = [{"key": bad, "question": bad, "expected": "`A` | B", "got": bad}] * 25
     measures = [{"group": group, "name": bad, "n": 4, "values": {"accuracy": [0.5, 0.2, 0.8], "unparsed": 1}}
                 for group in ("total", "subject", "subject")]  # fmt: skip
-    report = build_report({"model": bad}, [{"name": bad, "kind": "choice", "settings": {"path": bad}, "notes": [bad],
-                                            "measures": measures, "worst": worst}])  # fmt: skip
+    suite = {"name": bad, "kind": "choice", "settings": {"path": bad}, "notes": {bad: 1, "cut": 2}}
+    report = build_report({"model": bad}, [{**suite, "measures": measures, "worst": worst}])
     assert len(report["suites"][0]["worst"]) == 20 and report["suites"][0]["n_worse"] == 25
     text = page(report)
     tags = Tags()
@@ -149,6 +149,7 @@ def test_the_page_asks_nobody_and_what_is_foreign_stays_text() -> None:
     assert not [attrs for _, attrs in tags.seen if {"src", "href"} & set(attrs)] and "url(" not in text
     assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in tags.seen
     assert 'class="zh" lang="zh">按学科<' in text and 'class="en">By subject<' in text
+    assert 'class="en">2 answers were cut at' in text and 'class="zh" lang="zh">2 个回答在' in text
     assert "<script" not in re.sub(r"\\<", "", markdown(report))
 
 
