@@ -298,10 +298,8 @@ def test_script_says_what_it_is_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_tool_starts(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, f"tools/{name}", "--help"], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False
-    )
+def test_tool_starts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = start_here(REPOSITORY, f"python tools/{name} --help", monkeypatch)
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout
 
