@@ -93,24 +93,27 @@ def answer(tasks: Sequence[EvaluationTask], bundle: ModelBundle, journal: Journa
     console = Console(stderr=True)
     progress = Progress(console=console, disable=not console.is_terminal, transient=True)
     bar = progress.add_task("evaluating", total=n_all, completed=n_done)
-    batches = [
-        (f"{task.name} {start}", task, start) for task in tasks for start in range(0, len(task.items), batch_size)
-    ]
     try:
         with progress:
-            for key, task, start in [batch for batch in batches if batch[0] not in journal.done]:
-                rows = task.work(bundle, task.items[start : start + batch_size])
-                journal.add(JournalEntry(key, rows))
-                progress.update(bar, advance=len(rows))
+            for task, batch in [(one, batch) for one in tasks for batch in _left(one, journal, batch_size)]:
+                journal.add(JournalEntry(f"{task.name}\n{batch[0].key}", task.work(bundle, batch)))
+                progress.update(bar, advance=len(batch))
     except KeyboardInterrupt:
         raise Stopped("stopped; what was answered is kept: run the same command again to go on", 130) from None
 
 
+def _left(task: EvaluationTask, journal: Journal, batch_size: int) -> list[Sequence[Any]]:
+    """The items that have no row yet, in batches; the batch size may be another one than before."""
+    done = {row["key"] for row in rows_of(task, journal)}
+    left = [item for item in task.items if item.key not in done]
+    return [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
+
+
 def rows_of(task: EvaluationTask, journal: Journal) -> list[dict[str, Any]]:
     """The task's rows in the order of its items."""
-    start = f"{task.name} "
-    entries = [entry for entry in journal.entries if entry.key.startswith(start) and entry.key[len(start) :].isdigit()]
-    return [row for entry in sorted(entries, key=lambda entry: int(entry.key[len(start) :])) for row in entry.rows]
+    entries = [entry for entry in journal.entries if entry.key.partition("\n")[0] == task.name]
+    rows = {row["key"]: row for entry in entries for row in entry.rows}
+    return [rows[item.key] for item in task.items if item.key in rows]
 
 
 def write_answers(folder: Path, tasks: Sequence[EvaluationTask], journal: Journal) -> None:

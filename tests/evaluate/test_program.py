@@ -17,6 +17,7 @@ from onecard.evaluate.page import page
 from onecard.evaluate.report import build_report, markdown
 from onecard.evaluate.run import named_suite
 from onecard.programs import _lm_eval, evaluate
+from tests.curation.scripted_endpoint import completion, scripted
 from tests.evaluate import layouts
 from tests.tiny import save_tiny_llama
 
@@ -75,6 +76,42 @@ def test_a_report_says_what_was_asked_and_a_kill_changes_nothing(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     with pytest.raises(ConfigError, match="begun with other settings"):
         evaluate.main([*again, "--shots", "1"])
+
+
+def test_another_batch_size_goes_on_too_and_answers_nothing_twice(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, seen = ChoiceTask.work, []
+
+    def counted(self: ChoiceTask, bundle: Any, questions: Any) -> Any:
+        if len(seen) == 5:
+            raise SystemExit("killed")
+        seen.extend(question.key for question in questions)
+        return work(self, bundle, questions)
+
+    monkeypatch.setattr(ChoiceTask, "work", counted)
+    typed = [*words[:2], *words[6:], "--output_path", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="killed"):
+        evaluate.main(typed)
+    seen.append("")  # no longer five
+    evaluate.main([*typed, "--batch_size", "2"])
+    keys = [key for key in seen if key]
+    assert len(keys) == len(set(keys)) == 12
+    lines = (tmp_path / "out" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["key"] for line in lines] == keys
+
+
+def test_the_grades_of_a_judge_are_in_the_report(words: list[str], tmp_path: Path) -> None:
+    typed = [*words[4:], "--output_path", str(tmp_path / "out"), "--judge_model", "judge"]
+    with scripted(lambda _, __: completion('{"1": 6.5}')) as endpoint:
+        evaluate.main([*typed, "--base_url", endpoint.url])
+        evaluate.main([*typed, "--base_url", endpoint.url])
+        assert len(endpoint.requests) == 3
+    suite = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["suites"][0]
+    assert (suite["settings"]["judge"], suite["measures"][0]["values"]) == (
+        "judge",
+        {"ungraded": 0, "grade": [6.5] * 3},
+    )
 
 
 @pytest.mark.parametrize(
