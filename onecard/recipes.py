@@ -102,6 +102,7 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     from onecard.inference.rollouts import RolloutSampler
     from onecard.model.memory.rollouts import answers_at_once
     from onecard.objectives.rewards import Rewards
+    from onecard.train.rollout_log import RolloutLog
     from onecard.train.rollouts import Rollouts
 
     options = run.options
@@ -110,9 +111,10 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     )
     at_once = options.rollout_batch or (answers_at_once(run.plan) if run.plan is not None else 1)
     say(f"{options.rollouts} answers to each prompt, at most {at_once} sampled at once (--rollout_batch)")
-    rollouts = Rollouts(sampler, Rewards(options), run_dir, at_once)
-    rollouts.keep_up_to(run.state.step)
-    return rollouts
+    log = RolloutLog(run_dir)
+    if run.accelerator.is_main_process:
+        log.keep_up_to(run.state.step)
+    return Rollouts(sampler, Rewards(options), log, at_once)
 
 
 def generate(config: GenerateConfig) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,24 +19,23 @@ from onecard.data.batches import micro_batches
 from onecard.errors import ModelError
 from onecard.objectives.grpo import GroupRelative, Rollout, RolloutView, rollout_of
 from onecard.objectives.rewards import Answer, Rewards
-from onecard.storage import write_whole
 from onecard.train.oom import give_back_memory, is_out_of_memory
+from onecard.train.rollout_log import RolloutLog
 from onecard.train.run import Run, RunEvent
 
-LOG_NAME = "rollouts.jsonl"
 Sampler = Callable[[Sequence[list[int]], Sequence[int], float], Sequence[Any]]
 
 
 class Rollouts:
     """Samples and rewards answers for one run."""
 
-    def __init__(self, sample: Sampler, rewards: Rewards, run_dir: Path, at_once: int) -> None:
+    def __init__(self, sample: Sampler, rewards: Rewards, log: RolloutLog, at_once: int) -> None:
         """sample: prompts of ids, numbers of answers and a temperature to answers with ids, text and ended.
 
         at_once: answers that are sampled together.
         """
         self._sample, self._rewards = sample, rewards
-        self._log, self._at_once = run_dir / LOG_NAME, at_once
+        self._log, self._at_once = log, at_once
 
     def of_step(self, run: Run, indices: np.ndarray) -> RolloutView:
         """The rollouts of the prompts of the present step, those of a prompt side by side; alike on every process."""
@@ -48,7 +46,7 @@ class Rollouts:
         samples = [run.train_samples[index] for index, _ in wanted]
         every = self._sampled(run, samples, numbers, run.options.rollout_temperature)
         if run.options.log_rollouts and run.accelerator.is_main_process:
-            self._write(run.state.step + 1, every)
+            self._log.write(run.state.step + 1, map(_row, every))
         groups = [every[start : start + n] for start in range(0, len(every), n)]
         parts = run.train_samples.parts
         view = objective.rollout_view(groups, None if parts is None else parts[indices])
@@ -59,12 +57,6 @@ class Rollouts:
     def evaluate(self, run: Run, samples: Sequence[Rollout]) -> torch.Tensor:
         """The sums of the likeliest answers to held-out prompts, as of `evaluate.evaluation_sums`."""
         return _objective(run).evaluation_sums(self._sampled(run, samples, range(len(samples)), 0.0))
-
-    def keep_up_to(self, step: int) -> None:
-        """Drop from the log what was sampled after this step: it belongs to work that was lost."""
-        if self._log.is_file():
-            lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_whole(self._log, "".join(line for line in lines if _is_up_to(line, step)))
 
     def close(self) -> None:
         self._rewards.close()
@@ -135,27 +127,19 @@ class Rollouts:
         message = f"step {run.state.step + 1}: out of memory; {change}. What is drawn does not change."
         run.events.append(RunEvent({"step": run.state.step + 1, "event": "out_of_memory", "change": change}, message))
 
-    def _write(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        with self._log.open("a", encoding="utf-8") as file:
-            for each in rollouts:
-                fields = json.loads(each.fields)
-                row = {"step": step, "record": each.record, "prompt": fields["prompt"], "answer": each.text,
-                       "reference": fields["reference"], "reward": each.reward, "rewards": each.rewards,
-                       "n_tokens": len(each.input_ids) - each.n_prompt, "ended": each.ended}  # fmt: skip
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+def _row(rollout: Rollout) -> dict[str, Any]:
+    """What the log keeps of an answer."""
+    fields = json.loads(rollout.fields)
+    return {"record": rollout.record, "prompt": fields["prompt"], "answer": rollout.text,
+            "reference": fields["reference"], "reward": rollout.reward, "rewards": rollout.rewards,
+            "n_tokens": len(rollout.input_ids) - rollout.n_prompt, "ended": rollout.ended}  # fmt: skip
 
 
 def _objective(run: Run) -> GroupRelative:
     found = run.objective
     assert isinstance(found, GroupRelative)
     return found
-
-
-def _is_up_to(line: str, step: int) -> bool:
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError):
-        return False  # a last line that a kill left half-written
 
 
 @contextmanager

@@ -18,12 +18,15 @@ from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import EncodedDataset, encode_dataset
 from onecard.data.encode import EncodeSettings, LabelledSample
+from onecard.errors import ConfigError
 from onecard.inference.rollouts import RolloutSampler
 from onecard.model.lora.adapter import add_lora
 from onecard.model.memory.architecture import architecture_of
 from onecard.objectives.grpo import GroupRelative, Rollout, group_advantages, rollout_of
 from onecard.objectives.reward_file import RewardError
+from onecard.programs import inspect_run
 from onecard.recipes import finetune
+from onecard.train.rollout_log import RolloutLog
 from onecard.train.trackers import read_log
 from tests import tiny
 from tests.runs import assert_same_end, run_and_stop
@@ -340,3 +343,24 @@ def test_as_many_answers_are_sampled_at_once_as_training_leaves_room_for() -> No
     assert 1 <= found[0] < found[1] < found[2] <= MOST_AT_ONCE
     tiny_model = architecture_of("sample/tiny-llama")
     assert answers_at_once(make_plan(tiny_model, config, CardSpec("card", 2**32, 2**33))) == MOST_AT_ONCE
+
+
+def test_what_was_sampled_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RolloutLog(tmp_path)
+    row = {"record": "a:1", "prompt": "Two\nlines", "reference": "5", "rewards": {"exact": 1.0}, "n_tokens": 4}
+    worse = {**row, "answer": "6\x1b[2J", "reward": 0.25, "ended": False, "rewards": {"exact": 0.0}}
+    for step in (1, 2, 3):
+        log.write(step, [worse, {**row, "answer": "5", "reward": 1.0, "ended": True}])
+    log.keep_up_to(2)
+    inspect_run.main(["--run_path", str(tmp_path), "--step", "1"])
+    shown = capsys.readouterr().out
+    assert "     1        2       0.6250     4.0    50.0%" in shown and "     3 " not in shown
+    assert 'step 1, a:1: "Two\\nlines"; recorded answer: "5"' in shown
+    assert shown.index('1.0000  "5"  (exact 1)') < shown.index('0.2500  "6\\u001b[2J" [cut off]  (exact 0)')
+    inspect_run.main(["--run_path", str(tmp_path), "--json"])
+    last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["step"] for each in last] == [2, 2] and last[0] == {"step": 2, **worse}
+    with pytest.raises(ConfigError, match=r"--step: there are no answers of step 3, but those of 1 to 2"):
+        inspect_run.main(["--run_path", str(tmp_path), "--step", "3"])
+    with pytest.raises(ConfigError, match=r"--run_path: there is no rollouts.jsonl"):
+        inspect_run.main(["--run_path", str(tmp_path / "none")])
