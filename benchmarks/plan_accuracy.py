@@ -259,10 +259,10 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from onecard.config.lora import LoraOptions
     from onecard.config.training import TrainOptions
     from onecard.data.encode import LabelledSample
-    from onecard.model.lora.adapter import add_lora
     from onecard.model.lora.vocabulary import freeze_adapter
     from onecard.model.memory_saving.activation_offload import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
+    from onecard.model.trained import make_trainable
     from onecard.train.oom import MicroBatchLimits
     from onecard.train.optim import allocate_state, build_optimizer
     from onecard.train.run import Run
@@ -280,7 +280,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
         peft_method=setup.peft_method, peft_option=setup.peft_option,
     )  # fmt: skip
     n_all = int(config["vocab_size"])
-    plain = add_lora(base.model, lora, new_ids=list(range(n_all - setup.n_new_tokens, n_all)))
+    plain = make_trainable(base.model, lora, new_ids=list(range(n_all - setup.n_new_tokens, n_all)))
     if setup.only_vocabulary:
         freeze_adapter(plain)
     train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer, learning_rate=2e-4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def finetune(config: FinetuneConfig) -> Path:
     Raises OneCardError (see `console.py`) with what to do next; a run that was asked to stop raises `Stopped`.
     """
     from onecard.model.hardware import detect
-    from onecard.model.lora.adapter import describe_trainable
+    from onecard.model.trained import describe_trained, write_result
     from onecard.train.auto_config import (
         cap_memory,
         first_plan,
@@ -76,7 +77,7 @@ def finetune(config: FinetuneConfig) -> Path:
         run.rollouts = open_rollouts(run, data.tokenizer, data.template, directory.path)
         if clock is not None:
             clock.resume(run.state.seconds)
-        say(describe_trainable(run.plain_model))
+        say(describe_trained(run.plain_model))
         settings = RunSettings(cli.to_yaml(portable(config)), data.tokenizer, data.template.jinja)
         directory.write_settings(settings)
         if point is not None:
@@ -90,7 +91,7 @@ def finetune(config: FinetuneConfig) -> Path:
             reporter.close()
             if run.rollouts is not None:
                 run.rollouts.close()
-        directory.publish(settings, state, config.train)
+        directory.publish(settings, state, config.train, partial(write_result, run.plain_model))
     return directory.path
 
 

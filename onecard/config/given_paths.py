@@ -25,6 +25,8 @@ WRITTEN = ("output_path", "cache_path")
 OWN_FOLDERS = ("outputs", "sample")  # of this kit: no owner on the Hub is meant
 # Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
+# Of a run that trains weights of the base itself: in its checkpoints. It ends as a whole model beside its options.
+TRAINED_WEIGHTS = "trained_weights.safetensors"
 
 # PEFT's names of the kinds of adapters, and which of them are no change of weights.
 OTHER_KINDS = {
@@ -99,7 +101,7 @@ def _adapter(text: str) -> str:
     if not path.is_dir():
         return _directory(text)
     places = [path, *path.glob("checkpoint-*")]
-    if any((place / name).is_file() for place in places for name in ADAPTER_WEIGHTS):
+    if any((place / name).is_file() for place in places for name in (*ADAPTER_WEIGHTS, TRAINED_WEIGHTS)):
         kind = other_kind(_read_config(path))
         return f"{text} {kind}" if kind else ""
     held = ", ".join(sorted(inner.name for inner in path.iterdir())[:6]) or "nothing"
@@ -115,6 +117,18 @@ def other_kind(adapter_config: Mapping[str, Any]) -> str:
     if kind in NOT_MERGEABLE:
         return f"{message}; it cannot be merged either: train a LoRA adapter on the same data"
     return f"{message}; merge it into its base with peft (merge_and_unload), and give the result as the base model"
+
+
+def is_tuned_model(path: Path) -> bool:
+    """Whether this is the directory of a finished run that trained weights of its base: a whole model."""
+    path = path.expanduser()
+    return all((path / name).is_file() for name in ("config.json", "onecard.yaml"))
+
+
+def trained_weights_in(path: Path) -> Path | None:
+    """The trained weights of a base in a checkpoint, or in the newest one of a run; None: there are none."""
+    places = [place / TRAINED_WEIGHTS for place in (path.expanduser(), *_newest_first(path.expanduser()))]
+    return next((file for file in places if file.is_file()), None)
 
 
 def foreign_advice(path: Path) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from onecard.config.problems import Problem
+from onecard.console import nearest
 
 # PEFT's own names, in small letters (model/lora/methods.py), and LoRA's forms by the names they are known under.
 PeftMethodName = Literal[
@@ -16,6 +17,8 @@ LORA_FORMS: dict[str, tuple[str, Any]] = {
     "rslora": ("use_rslora", True), "dora": ("use_dora", True), "pissa": ("lora_init", "pissa"),
     "loftq": ("lora_init", "loftq"), "olora": ("lora_init", "olora"),
 }  # fmt: skip
+# Without an adapter: all weights of the base, or those of its last N layers.
+FULL, FREEZE = "full", "freeze:"
 # Which of LoRA's settings another method has, too; the others are its own, by --peft_option.
 METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "ia3": (), "vera": ("lora_dropout",), "oft": (), "miss": ("lora_dropout",), "shira": ("lora_r",),
@@ -27,11 +30,12 @@ NOT_IN_4_BITS = ("loha", "lokr")
 
 @dataclass
 class LoraOptions:
-    """The adapter that is trained while the base stays frozen."""
+    """The adapter that is trained while the base stays frozen, or which weights of the base are trained instead."""
 
-    peft_method: PeftMethodName = "lora"
+    peft_method: str = "lora"
     """Kind of adapter: lora; rslora, dora, pissa, loftq and olora, which are --use_rslora, --use_dora and --lora_init;
-    ia3, vera, oft, miss, shira, randlora, loha, lokr. What each is for: docs/en/training.md."""
+    ia3, vera, oft, miss, shira, randlora, loha, lokr. No adapter, in 16 or 32 bits: full trains all weights, freeze:2
+    those of the last 2 layers. What each is for: docs/en/training.md."""
     peft_option: str = field(default="", metadata={"several": True})
     """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), oft_block_size=64 (oft)."""
     lora_r: int = 8
@@ -72,8 +76,21 @@ class LoraOptions:
         return {name: value.strip() for name, value in pairs}
 
     @property
+    def tunes_base(self) -> bool:
+        """Whether weights of the base itself are trained, and there is no adapter."""
+        return self.peft_method == FULL or self.n_last_layers > 0
+
+    @property
+    def n_last_layers(self) -> int:
+        """N of freeze:N; 0 for every other method."""
+        number = self.peft_method.removeprefix(FREEZE)
+        return int(number) if self.peft_method.startswith(FREEZE) and number.isdecimal() else 0
+
+    @property
     def trains_vocabulary(self) -> str:
-        """The flag of what is trained beside the adapter, or an empty text."""
+        """The flag of what trains embeddings and head, or an empty text."""
+        if self.peft_method == FULL:
+            return "--peft_method full"
         return "--train_new_tokens" if self.train_new_tokens else "--train_embeddings" if self.train_embeddings else ""
 
     @property
@@ -114,7 +131,13 @@ class LoraOptions:
             return [("--peft_method", f"{method} is --{name} {value}, and contradicts --{name} {getattr(self, name)}")]
         if method == "lora":
             return []
-        kept = ("peft_method", "peft_option", "lora_target_modules", *METHOD_SETTINGS[method])
+        if method not in METHOD_SETTINGS and not self.tunes_base:
+            known = (*get_args(PeftMethodName), FULL, f"{FREEZE}N (N of 1 and more)")
+            return [("--peft_method", f"{method!r} is not one of {', '.join(known)}{nearest(method, known)}")]
+        kept: tuple[str, ...] = ("peft_method",)
+        hint = "; it has no adapter"
+        if not self.tunes_base:
+            kept = ("peft_method", "peft_option", "lora_target_modules", *METHOD_SETTINGS[method])
+            hint = "; its own settings are given by --peft_option"
         given = [f.name for f in fields(self) if f.name not in kept and getattr(self, f.name) != f.default]
-        hint = "; its own settings are given by --peft_option"
         return [(f"--{name}", f"does not go with --peft_method {method}{hint}") for name in given]

@@ -18,6 +18,7 @@ from onecard.config.data import DataOptions
 from onecard.config.lora import NOT_IN_4_BITS, LoraOptions
 from onecard.config.problems import Problem
 from onecard.config.rollouts import RolloutOptions
+from onecard.installation import command
 
 LARGEST_TOTAL_BATCH = 32  # of those that are chosen
 ScheduleName = Literal[
@@ -339,6 +340,7 @@ class FinetuneConfig:
             found.append(("--bits", f"{self.model.bits} does not work with --peft_option init_weights=bat; use 16"))
         if method != "lora" and self.train.loraplus_ratio:
             found.append(("--loraplus_ratio", f"does not go with --peft_method {method}: LoRA+ is LoRA's"))
+        found += self._base_problems()
         flag = self.lora.trains_vocabulary
         if flag and self.memory.offload_embeddings == "on":
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
@@ -363,6 +365,29 @@ class FinetuneConfig:
         if train.kl_beta and self.lora.lora_init != "default":
             text = f"{self.lora.lora_init} does not go with --kl_beta: without adapter its base is another model"
             found.append(("--lora_init", text))
+        if train.kl_beta and self.lora.tunes_base:
+            text = f"{self.lora.peft_method} does not go with --kl_beta: there is no adapter to be switched off"
+            found.append(("--peft_method", text))
+        return found
+
+    def _base_problems(self) -> list[Problem]:
+        """What does not go with weights of the base that are trained themselves."""
+        if not self.lora.tunes_base:
+            return []
+        method, train, found = f"--peft_method {self.lora.peft_method}", self.train, []
+        if self.model.bits < 16:
+            text = f"{self.model.bits} does not work with {method}: quantised weights cannot be trained; use 16 or 32"
+            found.append(("--bits", text))
+        if self.model.stream_layers == "on":
+            found.append(("--stream_layers", f"on does not go with {method}: only frozen layers can lie in RAM"))
+        if train.deepspeed:
+            found.append(("--deepspeed", f"does not go with {method}: its checkpoints hold adapters; leave it out"))
+        if train.start_adapter:
+            text = f"does not go with {method}; merge that adapter ({command('merge')}), and give the result as "
+            found.append(("--init_adapter", f"{text}--model_path"))
+        if train.objective in WITH_REFERENCE:
+            text = f"{train.objective} does not go with {method}: it compares with the base, which is then another one"
+            found.append(("--objective", f"{text}; use simpo or orpo, or an adapter"))
         return found
 
     def _pair_problems(self) -> list[Problem]:

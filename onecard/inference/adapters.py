@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.base_model import ModelOptions
+from onecard.config.given_paths import is_tuned_model, trained_weights_in
 from onecard.config.inference import InferenceOptions
 from onecard.console import nearest, warn
 from onecard.data.built_in_templates import BUILT_IN
@@ -23,7 +24,8 @@ from onecard.inference.generate import ModelBundle
 from onecard.inference.load import base_path, load_bundle, load_words
 from onecard.inference.run_files import adapters_in
 from onecard.inference.sampling import CacheOptions
-from onecard.model.lora.adapter import load_adapter, remove_adapter
+from onecard.model.lora.adapter import remove_adapter
+from onecard.model.trained import load_trained
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class AdapterManager:
 
     def _put_on(self, name: str, lora_path: str | None) -> None:
         if lora_path is not None:
-            adapter = load_adapter(self.model, lora_path, trainable=False, fingerprint=self._fingerprint)
+            adapter = load_trained(self.model, lora_path, self._fingerprint)
             for note in adapter.notes:
                 warn(f"{name}: {note}")
             self.model = adapter.model
@@ -134,6 +136,9 @@ def open_voices(
     found = adapters_in(adapters_path) if adapters_path else {}
     if first is None and found:
         first = next(iter(found.values()))
+    if found and first is not None and (is_tuned_model(Path(first)) or trained_weights_in(Path(first))):
+        raise ConfigError("--adapters_path", f"does not go with {first}, whose own weights were trained: the adapters "
+                          "of the folder belong to another base")  # fmt: skip
     base = base_path(options.model_path, first)
     typed = {model_name or name_of(first or base): first}
     known = {str(Path(path).expanduser().resolve()) for path in typed.values() if path}

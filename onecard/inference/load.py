@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from onecard.config.base_model import DEFAULT_BASE, ModelOptions
+from onecard.config.given_paths import is_tuned_model, trained_weights_in
 from onecard.console import say, warn
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
@@ -16,9 +18,11 @@ from onecard.inference.run_files import has_tokenizer, run_directory, stored_tem
 from onecard.model.answer_bits import with_answer_bits, with_streaming
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
-from onecard.model.lora.adapter import load_adapter, trained_part
+from onecard.model.lora.adapter import trained_part
 from onecard.model.lora.formats import base_of_adapter
 from onecard.model.memory_saving.streamed_layers import stream_layers
+from onecard.model.trained import load_trained
+from onecard.storage import sha256_of
 
 
 def load_bundle(
@@ -36,7 +40,7 @@ def load_bundle(
     loaded = load_base(options, hardware, gptq=True)
     model: Any = loaded.model
     if lora_path is not None:
-        adapter = load_adapter(model, lora_path, trainable=False, fingerprint=loaded.fingerprint)
+        adapter = load_trained(model, lora_path, loaded.fingerprint)
         model = adapter.model
         for note in adapter.notes:
             warn(note)
@@ -45,7 +49,7 @@ def load_bundle(
     model.eval()
     depends_on = {
         "base": loaded.fingerprint,
-        "adapter": adapter_fingerprint(model),
+        "adapter": adapter_fingerprint(model) or _tuned_fingerprint(lora_path),
         "bits": options.bits,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "template": hashlib.sha256(first_version(template.jinja).encode("utf-8")).hexdigest(),
@@ -86,3 +90,9 @@ def adapter_fingerprint(model: Any) -> str | None:
         digest.update(name.encode())
         digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest() if n_tensors else None
+
+
+def _tuned_fingerprint(lora_path: str | None) -> str | None:
+    """SHA-256 of the trained weights of a checkpoint; None for a whole model, whose own fingerprint is the base's."""
+    file = trained_weights_in(Path(lora_path)) if lora_path and not is_tuned_model(Path(lora_path)) else None
+    return None if file is None else sha256_of(file)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from onecard.config.given_paths import is_tuned_model
 from onecard.errors import ConfigError
 
 OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
@@ -64,6 +65,8 @@ def _stored(lora_path: str | None, names: Sequence[str] = STORED_NAMES) -> dict[
         return {}
     if not isinstance(stored, Mapping):
         return {}
+    if is_tuned_model(run):  # a whole model, which is its own base
+        stored = {**stored, "model_path": str(run)}
     kinds = {"bits": int}
     return {name: stored[name] for name in names if isinstance(stored.get(name), kinds.get(name, str))}
 

@@ -6,7 +6,6 @@ onecard score --data_path sample/held_out.json --lora_path outputs/my-first-adap
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -79,14 +78,18 @@ def scored(config: ScoreConfig) -> str:
     from onecard.data.sources import source_of
     from onecard.inference.batch.evaluate import read_cases, score
     from onecard.inference.load import load_bundle
+    from onecard.model.trained import has_adapter, without_adapter
 
     options = config.score
     bundle, _ = load_bundle(config.model, options.lora_path, options.prompt_type)
+    with_base = options.with_base and has_adapter(bundle.model)
+    if options.lora_path and options.with_base and not with_base:
+        say(f"{options.lora_path} is no adapter but a model of its own: score its base by itself, with --model_path")
     cases = read_cases(source_of(options), bundle, limit=options.limit)
     scores: dict[str, Score] = {}
-    if options.with_base or not options.lora_path:
+    if with_base or not options.lora_path:
         # One model serves both: the adapter is switched off for the first round.
-        with bundle.model.disable_adapter() if options.lora_path else nullcontext():
+        with without_adapter(bundle.model):
             scores["before" if options.lora_path else "base"] = score(bundle, cases, batch_size=options.batch_size)
     if options.lora_path:
         scores["after"] = score(bundle, cases, batch_size=options.batch_size)

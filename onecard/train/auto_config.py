@@ -133,7 +133,9 @@ def resolve_learning_rate(config: FinetuneConfig, model: Architecture, point: Re
     if config.train.learning_rate:
         return config
     began = point.options.get("learning_rate") if point is not None and point.same_run else None
-    rate, reason = default_learning_rate(model.model_type, model.hidden_size, config.train.objective)
+    rate, reason = default_learning_rate(
+        model.model_type, model.hidden_size, config.train.objective, config.lora.peft_method
+    )
     if began:
         rate, reason = began, "as the run began"
     say(f"learning rate {rate:.1e}, {reason}; --learning_rate sets another one")

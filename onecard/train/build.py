@@ -27,12 +27,13 @@ from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
 from onecard.model.kernels import use_liger
 from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tokenizer
-from onecard.model.lora.adapter import add_lora, load_adapter
+from onecard.model.lora.adapter import load_adapter
 from onecard.model.lora.methods import MOVING_STARTS
 from onecard.model.lora.vocabulary import freeze_adapter
 from onecard.model.memory_saving.activation_offload import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.streamed_layers import stream_layers
+from onecard.model.trained import make_trainable
 from onecard.objectives.base import Objective, SampleView
 from onecard.objectives.registry import objective_named
 from onecard.train.auto_config import choices_of, limits_of, resolve_test_size
@@ -231,6 +232,9 @@ def _forgetting_rows(config: FinetuneConfig, data: TrainingData) -> list[list[in
         say(f"forgetting is not measured: {config.lora.lora_init} moves a part of the base into the adapter, so that "
             "the base is not what is left without it")  # fmt: skip
         return []
+    if config.lora.tunes_base:
+        say(f"forgetting is not measured: --peft_method {config.lora.peft_method} changes the base itself")
+        return []
     steps = total_steps(options, data.train.n_per_epoch)
     tokens = int(data.train.lengths.mean() * options.total_batch * steps)
     rows = affordable_rows(data.tokenizer, tokens, -(-steps // options.eval_steps))
@@ -290,7 +294,7 @@ def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> 
 def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None, cached: CachedReference | None) -> Any:
     """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow."""
     start = config.train.start_adapter
-    model = add_lora(base, config.lora) if start is None else _further_trained(config, base, start, point, cached)
+    model = make_trainable(base, config.lora) if start is None else _further_trained(config, base, start, point, cached)
     if config.lora.only_vocabulary:
         freeze_adapter(model)
     return model
@@ -299,7 +303,7 @@ def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None, cache
 def _further_trained(
     config: FinetuneConfig, base: Any, start: str, point: ResumePoint | None, cached: CachedReference | None
 ) -> Any:
-    """The adapter `start`, or its checkpoint's form; where `start` is the reference and not all of it is `cached`, it."""
+    """The adapter `start` in its checkpoint's form, or itself where it is the reference and that is not all cached."""
     # The rank and the layers are those of the adapter that the run began with, not of the flags.
     source = point.path if point is not None else start
     if cached is not None and cached.adapter is not None and not cached.is_whole:

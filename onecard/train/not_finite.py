@@ -15,6 +15,7 @@ from onecard.console import few
 from onecard.installation import command
 from onecard.model.lora.methods import is_adapter_weight
 from onecard.model.memory_saving.streamed_layers import tensors_in_turn
+from onecard.model.trained import has_adapter, without_adapter
 from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.run import Run
 
@@ -37,6 +38,12 @@ def explain(run: Run, indices: np.ndarray, what: str) -> str:
 def _cause(run: Run, indices: np.ndarray) -> str:
     others = np.setdiff1d(np.arange(min(len(run.train_samples), len(indices) + N_OTHERS)), indices)[:N_OTHERS]
     failing = [number for number in indices if not _is_finite(run, int(number))]
+    if not has_adapter(run.plain_model):
+        tensors = [*_broken_tensors(run)]
+        if tensors:
+            return f"The weights themselves are not finite ({few(tensors)}): they began so, or diverged."
+        of_which = f"no finite loss for {len(failing)} of" if failing else "a finite loss for each of"
+        return f"The weights are finite, and give {of_which} its {len(indices)} records: " + _unknown(run, indices)
     if not failing:
         broken = [name for name in _broken_tensors(run) if is_adapter_weight(name)]
         if broken:
@@ -66,8 +73,8 @@ def _unknown(run: Run, indices: np.ndarray) -> str:
 
 
 def _is_finite(run: Run, number: int) -> bool:
-    """Whether the base without the adapter has a finite loss for one record."""
-    with torch.no_grad(), run.plain_model.disable_adapter(), run.accelerator.autocast():
+    """Whether the base without an adapter has a finite loss for one record."""
+    with torch.no_grad(), without_adapter(run.plain_model), run.accelerator.autocast():
         loss, _ = run.objective.loss_of(
             run.plain_model, [run.train_samples[number]], run.accelerator.device, chunk_tokens=run.limits.loss_chunk
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
+from onecard.config.lora import LoraOptions
 from onecard.config.training import PREFERENCE_OBJECTIVES, TrainOptions
 from onecard.errors import ConfigError
 from onecard.model.hardware import synchronize
@@ -25,15 +26,23 @@ FEWEST_WARMUP_STEPS = 5
 DECAY_SHARE = 0.2  # of warmup_stable_decay: 10 to 20 % of the steps serve best (arXiv:2405.18392)
 # The published rule: 5e-5, ten times that for LoRA, by (2000 / width) to a power of the family's own. A base narrower
 # than 2,000 gets what 2,000 gets, so that a toy is not trained ever faster. https://thinkingmachines.ai/blog/lora/
-LORA_RATE, RULE_WIDTH = 5e-4, 2000
+LORA_RATE, RULE_WIDTH, LORA_OVER_FULL = 5e-4, 2000, 10
 POWER_OF_FAMILY = {"llama": 0.781, "qwen": 0.0775}
 USUAL_LORA_RATE = 2e-4
 USUAL_PAIR_RATE = 5e-6  # TRL's example of DPO with LoRA
 USUAL_REWARD_RATE = 1e-5  # ten times TRL's for GRPO of whole weights, by the rule for LoRA
 
 
-def default_learning_rate(model_type: str, hidden_size: int, objective: str = "sft") -> tuple[float, str]:
-    """The rate for LoRA on this base, to two digits, and why: 2.9e-4 for Llama-3.1-8B, 4.7e-4 for Qwen3-8B."""
+def default_learning_rate(
+    model_type: str, hidden_size: int, objective: str = "sft", method: str = "lora"
+) -> tuple[float, str]:
+    """The rate on this base, to two digits, and why: for LoRA 2.9e-4 for Llama-3.1-8B, 4.7e-4 for Qwen3-8B.
+
+    A tenth of it for weights of the base themselves, by the same rule.
+    """
+    if LoraOptions(method).tunes_base:
+        rate, reason = default_learning_rate(model_type, hidden_size, objective)
+        return float(f"{rate / LORA_OVER_FULL:.1e}"), f"a tenth of what LoRA gets, {reason}"
     if objective in PREFERENCE_OBJECTIVES:
         return USUAL_PAIR_RATE, "usual for preference pairs"
     if objective == "grpo":
@@ -54,8 +63,10 @@ def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.opti
     """
     named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
     fast = [p for name, p in named if options.loraplus_ratio and starts_at_zero(name)]
-    # Decay draws the matrices of LoRA back to the base, but rows and whole weights away from it: to zero.
-    whole = [p for name, p in named if not is_adapter_weight(name)]
+    # Decay draws the matrices of LoRA back to the base, but rows and whole weights beside it away from the base: to
+    # zero. Where there is no adapter, all but norms and biases decay, as in transformers' Trainer.
+    tunes_base = not any(is_adapter_weight(name) for name, _ in named)
+    whole = [p for name, p in named if not is_adapter_weight(name) and (p.dim() < 2 or not tunes_base)]
     others = {id(p) for p in [*fast, *whole]}
     plain = [p for _, p in named if id(p) not in others]
     rate = options.learning_rate

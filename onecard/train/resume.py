@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from onecard.config import parsing as cli
-from onecard.config.given_paths import foreign_advice
+from onecard.config.given_paths import foreign_advice, is_tuned_model
 from onecard.config.lora import LoraOptions
 from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.console import quiet_rank, say, warn
@@ -298,8 +298,8 @@ def _tell_unfinished(directory: RunDirectory) -> None:
     if not (directory.path / OPTIONS_NAME).is_file():
         return
     steps = max((row.get("step", 0) for row in read_log(directory.path)), default=0)
-    if (directory.path / "adapter_model.safetensors").is_file():
-        warn(f"{directory.path} holds the adapter of a finished run but no checkpoint to go on from: the run begins "
+    if (directory.path / "adapter_model.safetensors").is_file() or is_tuned_model(directory.path):
+        warn(f"{directory.path} holds the result of a finished run but no checkpoint to go on from: the run begins "
              "anew, and will replace it")  # fmt: skip
     else:
         reached = f"at step {steps} or later" if steps else "before its first step was logged"

@@ -1,6 +1,7 @@
 """The directory of one run: what is in it, and how it is kept complete enough to resume, chat and export from.
 
 adapter_model.safetensors adapter_config.json   the trained adapter, plain PEFT files (when the run has ended)
+model.safetensors config.json                   in its place the whole model, of --peft_method full and freeze:N
 tokenizer files, chat_template.jinja            how text becomes ids; the prompt of training, chat and export
 onecard.yaml                                    the resolved options
 trainer_state.json manifest.json                where the run ended and what it was a run of; sizes and hashes
@@ -11,24 +12,24 @@ checkpoint-N/                                   see checkpoint.py
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from onecard.config.data import data_portions
+from onecard.config.given_paths import is_tuned_model
 from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.console import quiet_rank, say, warn
 from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.dataset_info import names_in
-from onecard.model.lora.formats import average_adapters
 from onecard.storage import move
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.run_lock import RunLock
 from onecard.train.state import STATE_NAME, TrainerState
 
 OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
-ADAPTER_PREFIX = "adapter_"
 # Options that may name a file or a directory, and their values that never do.
 PATHS = ("model_path", "data_path", "prompt_type", "cache_path", "output_path", "resume_from_checkpoint",
          "init_adapter", "lora_remote_checkpoint", "deepspeed")  # fmt: skip
@@ -110,32 +111,33 @@ class RunDirectory:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def publish(self, settings: RunSettings, state: TrainerState, options: TrainOptions) -> None:
-        """Put the adapter of --final_weights and all else that the directory promises in place.
+    def publish(
+        self, settings: RunSettings, state: TrainerState, options: TrainOptions,
+        write_result: Callable[[Sequence[Path], Path], None],
+    ) -> None:  # fmt: skip
+        """Put the weights of --final_weights and all else that the directory promises in place.
 
+        write_result: writes those of a checkpoint, or the mean of several, into a directory.
         The manifest with the hashes comes last. Raises CheckpointError when that cannot be written: then the run has
         not succeeded.
         """
         if quiet_rank():
             return
-        wants_best = options.final_weights == "best" and state.best_step is not None
-        step = state.best_step if wants_best else state.step
-        checkpoint = self.path / f"checkpoint-{step}"
+        best = state.best_step if options.final_weights == "best" else None
+        step = state.step if best is None else best
         averaged = self.store.newest_steps(options.n_averaged)
+        taken = [self.path / f"checkpoint-{number}" for number in averaged or [step]]
 
         def write(directory: Path) -> None:
+            write_result(taken, directory)
             settings.write(directory)
-            for file in checkpoint.iterdir():
-                if file.name.startswith(ADAPTER_PREFIX) or file.name == STATE_NAME:
-                    shutil.copyfile(file, directory / file.name)
-            if averaged:
-                average_adapters([self.path / f"checkpoint-{step}" for step in averaged], directory)
+            shutil.copyfile(self.path / f"checkpoint-{step}" / STATE_NAME, directory / STATE_NAME)
 
         self.store.publish(write)
         which = f"the mean of steps {', '.join(map(str, averaged))}" if averaged else f"step {step}"
-        say(f"adapter of {which} saved in {self.path}")
+        say(f"{'model' if is_tuned_model(self.path) else 'adapter'} of {which} saved in {self.path}")
         if state.best_step is not None and state.best_step != step:
-            best = f"the lowest evaluation loss was {state.best_loss:.4f}"
+            lowest = f"the lowest evaluation loss was {state.best_loss:.4f}"
             if options.objective == "grpo":  # by the reward, negated
-                best = f"the highest mean reward of held-out prompts was {-(state.best_loss or 0):.4f}"
-            say(f"{best} at step {state.best_step}: checkpoint-{state.best_step}")
+                lowest = f"the highest mean reward of held-out prompts was {-(state.best_loss or 0):.4f}"
+            say(f"{lowest} at step {state.best_step}: checkpoint-{state.best_step}")

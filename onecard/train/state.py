@@ -19,7 +19,7 @@ import torch
 from onecard.config.training import TrainOptions
 from onecard.console import warn
 from onecard.errors import CheckpointError, ConfigError
-from onecard.model.lora.adapter import restore_adapter, save_adapter
+from onecard.model.trained import restore_trained, save_trained
 from onecard.train.optim import with_present_options
 
 STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"
@@ -68,7 +68,7 @@ def write_state(directory: Path, model: Any, training: dict[str, Any], state: Tr
     Args:
         training: stored states, such as ``{"optimizer.pt": optimizer.state_dict()}``.
     """
-    save_adapter(model, directory)
+    save_trained(model, directory)
     for name, stored in training.items():
         torch.save(stored, directory / name)
     write_position(directory, state)
@@ -99,7 +99,7 @@ def restore_state(directory: Path, model: Any, training: dict[str, Any], options
     The optimizer keeps the hyper-parameters that the present options gave it. A missing or unreadable optimizer file is
     an error: going on with an empty one would silently be another run.
     """
-    restore_adapter(model, directory)
+    restore_trained(model, directory)
     for name, holder in training.items():
         path = directory / name
         try:

@@ -21,9 +21,9 @@ from onecard.errors import ModelError, OneCardError
 from onecard.installation import command
 from onecard.model.hardware import free_and_total_bytes, peak_reserved_bytes
 from onecard.model.load import checkpoint_layers
-from onecard.model.lora.adapter import unwrap
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.model.memory_saving.tiled_mlp import tile_mlps
+from onecard.model.trained import base_of
 from onecard.train.not_finite import explain
 from onecard.train.oom import MicroBatchLimits, give_back_memory, is_out_of_memory, smaller
 from onecard.train.optim import set_learning_rate
@@ -212,7 +212,7 @@ def make_room(run: Run, lengths: np.ndarray) -> None:
 def use_limits(run: Run, limits: MicroBatchLimits) -> None:
     """Let what the limits say take effect: recomputed layers, offload and tiles included."""
     if limits.recompute_layers and run.plan is not None and not _is_checkpointed(run):
-        checkpoint_layers(_base_of(run), reentrant=run.plan.setup.bits == 8)
+        checkpoint_layers(base_of(run.plain_model), reentrant=run.plan.setup.bits == 8)
     if limits.offload_activations and run.offload is None:
         run.offload = ActivationOffload(run.plain_model, run.accelerator.device)
     if limits.mlp_tile != run.limits.mlp_tile:
@@ -254,14 +254,10 @@ def _agree(
 
 def _is_checkpointed(run: Run) -> bool:
     """Whether the layers are computed again in the backward pass."""
-    base = _base_of(run)
+    base = base_of(run.plain_model)
     # transformers 5.23 renamed it and warns of the old name; 5.20 has only the old one.
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     return bool(getattr(base, next((name for name in names if hasattr(type(base), name)), ""), False))
-
-
-def _base_of(run: Run) -> Any:
-    return unwrap(run.plain_model).get_base_model()
 
 
 def _in_use(run: Run) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard.config.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
-from onecard.config.given_paths import other_kind
+from onecard.config.given_paths import is_tuned_model, other_kind, trained_weights_in
 from onecard.console import warn
 from onecard.errors import ModelError
 from onecard.model.files import locate, safetensors_header
@@ -29,6 +29,7 @@ from onecard.model.lora.methods import is_adapter_weight, starts_at_zero
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+ADAPTER_PREFIX = "adapter_"  # of the names of its files
 STATE = "trainer_state.json"
 LORA_KEY = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
@@ -53,6 +54,7 @@ def read_adapter(source: str | Path) -> AdapterFiles:
     Raises ModelError: not found, damaged, code in a pickle, no LoRA tensors, NaN or Inf in them.
     """
     notes: list[str] = []
+    _refuse_tuned(source)
     directory = _directory_of(str(source), notes)
     weights = next(directory / name for name in WEIGHT_NAMES if (directory / name).is_file())
     config_directory = _config_directory(directory, notes)
@@ -77,6 +79,17 @@ def read_adapter(source: str | Path) -> AdapterFiles:
     if weights.name != WEIGHTS:
         notes.append(f"older layout: read {weights.name}")
     return AdapterFiles(directory, weights, tensors, config_directory, notes)
+
+
+def _refuse_tuned(source: str | Path) -> None:
+    """Raise ModelError for what a run left that trained weights of its base."""
+    if is_tuned_model(Path(source)):
+        raise ModelError(f"{source} is a whole model, whose own weights were trained (--peft_method full or freeze:N): "
+                         "there is no adapter in it, and nothing to merge; give it as --model_path")  # fmt: skip
+    if trained_weights_in(Path(source)) is not None:
+        raise ModelError(f"{source} holds trained weights of its base (--peft_method full or freeze:N), no adapter. "
+                         "They can be chatted with and resumed; where the run ends, its directory is a whole model, "
+                         "which goes into --model_path")  # fmt: skip
 
 
 def _kind_of_names(names: Collection[str]) -> str:
@@ -270,7 +283,15 @@ def _todays_name(key: str) -> str:
 
 
 def base_of_adapter(source: str | Path) -> str | None:
-    """Return the base model that an adapter's files name (a directory or a Hub id), or None where they do not."""
+    """Return the base model that an adapter's files name (a directory or a Hub id), or None where they do not.
+
+    A whole model is its own.
+    """
+    if is_tuned_model(Path(source)):
+        return str(source)
+    file = trained_weights_in(Path(source))
+    if file is not None:
+        return safetensors_header(file).get("__metadata__", {}).get("base")
     directory = find_config(source)
     return read_config(directory).get("base_model_name_or_path") or None if directory else None
 
@@ -281,9 +302,16 @@ def average_adapters(checkpoints: Sequence[Path], target: Path) -> None:
     Of A and of B by themselves, as checkpoints of whole models are averaged (arXiv:1803.05407): the mean of their
     products would have a higher rank. Added up in fp64, rounded once to the format that they are stored in.
     """
-    stored = [load_file(checkpoint / WEIGHTS) for checkpoint in checkpoints]
-    mean = {
+    mean = mean_of_files([checkpoint / WEIGHTS for checkpoint in checkpoints])
+    save_file(mean, target / WEIGHTS, metadata={"format": "pt"})
+
+
+def mean_of_files(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean of the tensors of several files, by name: added up in fp64, rounded once to the stored format."""
+    stored = [load_file(file) for file in files]
+    if len(stored) == 1:
+        return stored[0]
+    return {
         name: torch.stack([tensors[name].double() for tensors in stored]).mean(0).to(tensor.dtype)
         for name, tensor in stored[-1].items()
     }
-    save_file(mean, target / WEIGHTS, metadata={"format": "pt"})

@@ -94,12 +94,17 @@ def train_in_fp32(peft_model: nn.Module) -> None:
         dtype = next(copy.parameters()).dtype
         if dtype == torch.float32 or not dtype.is_floating_point:
             continue
-        with torch.no_grad():
-            for constant in copy.buffers():  # such as the scale of Gemma 3's embeddings, which is rounded, too
-                constant.copy_(constant.to(dtype))
         copy.float()
         if not isinstance(copy, nn.Linear):  # autocast sees to those
-            copy.register_forward_hook(partial(_in_dtype, dtype))
+            keep_output_dtype(copy, dtype)
+
+
+def keep_output_dtype(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Let a layer whose weights became fp32 give out this dtype all the same."""
+    with torch.no_grad():
+        for constant in layer.buffers():  # such as the scale of Gemma 3's embeddings, which is rounded, too
+            constant.copy_(constant.to(dtype))
+    layer.register_forward_hook(partial(_in_dtype, dtype))
 
 
 def freeze_adapter(peft_model: nn.Module) -> None:
@@ -190,8 +195,8 @@ def _trained_copies(model: nn.Module) -> Iterable[nn.Module]:
         yield from (_copies(module) or {}).values()
 
 
-def _in_dtype(dtype: torch.dtype, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    return output.to(dtype)
+def _in_dtype(dtype: torch.dtype, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) else output
 
 
 def _short_name(model: nn.Module, layer: nn.Module) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from onecard.config.lora import LoraOptions
 from onecard.console import warn
 from onecard.errors import ModelError
 from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
@@ -93,7 +94,7 @@ def _cannot_be_planned(model: Any, reason: Exception) -> str:
 def _simulated_peak(model: Any, setup: Any) -> ActivationPeak:
     found = _at_size(model, _without_optimizer(setup))
     lines, live = found.trace, found.live
-    before, whole = found.kept_before()
+    before, whole = found.kept_before(LoraOptions(setup.peft_method).n_last_layers)
     traced = np.concatenate([[0.0], np.cumsum(found.kept)])
     extra, inputs = np.zeros(len(live)), np.zeros(len(live))
     phase, layer = np.array(lines.phase), np.array(lines.layer)
@@ -137,9 +138,14 @@ class _Sample:
     kinds: list[int]
     """For each layer of the whole model the position of the traced one that stands for it."""
 
-    def kept_before(self) -> tuple[list[float], float]:
-        """What all layers before the last of each traced kind keep, and what all do."""
-        sums = np.concatenate([[0.0], np.cumsum([self.kept[kind] for kind in self.kinds])])
+    def kept_before(self, n_trained: int) -> tuple[list[float], float]:
+        """What all layers before the last of each traced kind keep, and what all do.
+
+        n_trained: how many of the last layers have something that is trained in them or before them; 0: all.
+        """
+        first = len(self.kinds) - n_trained if n_trained else 0
+        kept = [self.kept[kind] * (number >= first) for number, kind in enumerate(self.kinds)]
+        sums = np.concatenate([[0.0], np.cumsum(kept)])
         last = {kind: number for number, kind in enumerate(self.kinds)}
         return [float(sums[last[position]]) for position in range(len(self.kept))], float(sums[-1])
 

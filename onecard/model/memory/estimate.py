@@ -191,6 +191,8 @@ def expert_bits(setup: MemoryConfig) -> int:
 
 def adapter_shapes(model: Architecture, setup: MemoryConfig) -> list[tuple[Linear, tuple[int, ...]]]:
     """The linear layers that get an adapter, and how many weights each tensor of one such adapter has."""
+    if LoraOptions(setup.peft_method).tunes_base:
+        return []
     wanted = [name.strip().rsplit(".", 1)[-1] for name in setup.targets.split(",")]
     everywhere = setup.targets.strip() == "all-linear"
     experts = [name.strip() for name in setup.expert_targets.split(",") if name.strip()]
@@ -222,6 +224,17 @@ def _method_tensors(
     return tuple(tuple(sizes) for sizes in shapes), beside + shared
 
 
+@lru_cache(maxsize=64)
+def tuned_shapes(model: Architecture, method: str) -> tuple[int, ...]:
+    """How many weights of the base each tensor has that is trained itself; none where there is an adapter."""
+    if not LoraOptions(method).tunes_base:
+        return ()
+    from onecard.model.full_tuning import trained_sizes  # only here: it takes seconds
+
+    config, own_code = model.source.read()
+    return trained_sizes(config, LoraOptions(method), **own_code)
+
+
 def vocabulary_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
     """How many weights of embeddings and head are trained, in each tensor; tied, they are one."""
     n_rows = model.vocab_size if setup.train_embeddings else setup.n_new_tokens
@@ -229,8 +242,9 @@ def vocabulary_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
 
 
 def n_trained(model: Architecture, setup: MemoryConfig) -> int:
-    """Weights of the adapter, unless it waits, and those of embeddings and head that are trained."""
-    return (not setup.only_vocabulary) * _n_adapter(model, setup) + sum(vocabulary_shapes(model, setup))
+    """Weights of the adapter, unless it waits, and those of the base that are trained."""
+    of_base = sum(vocabulary_shapes(model, setup)) + sum(tuned_shapes(model, setup.peft_method))
+    return (not setup.only_vocabulary) * _n_adapter(model, setup) + of_base
 
 
 def _n_adapter(model: Architecture, setup: MemoryConfig) -> int:
@@ -241,7 +255,7 @@ def optimizer_bytes(model: Architecture, setup: MemoryConfig) -> int:
     """The state of the optimizer: two numbers per trained weight."""
     adapter = [] if setup.only_vocabulary else adapter_shapes(model, setup)
     every = [(size, linear.count) for linear, sizes in adapter for size in sizes]
-    every += [(size, 1) for size in vocabulary_shapes(model, setup)]
+    every += [(size, 1) for size in (*vocabulary_shapes(model, setup), *tuned_shapes(model, setup.peft_method))]
     total = 0
     for size, count in every:
         small = "8bit" not in setup.optimizer or size < ADAM8_SMALLEST
@@ -295,19 +309,20 @@ def _embedding_name(model: Architecture, setup: MemoryConfig) -> str:
 
 
 def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
-    whole = sum(vocabulary_shapes(model, setup))
+    whole, tuned = sum(vocabulary_shapes(model, setup)), sum(tuned_shapes(model, setup.peft_method))
     # Beside rows that are trained, peft keeps what they were.
     kept = FP32 if setup.train_embeddings else 2 * FP32
     name = "embeddings and head" if setup.train_embeddings else "rows of new tokens"
     kind = f"rank {setup.rank}" if setup.peft_method == "lora" else setup.peft_method
     beside = 0
-    if setup.peft_method != "lora":
+    if setup.peft_method != "lora" and not tuned:
         beside = _of_method(setup, [linear for linear, _ in adapter_shapes(model, setup)])[1]
     return [
         MemoryComponent(f"adapter, {kind}, fp32", _n_adapter(model, setup) * FP32),
+        MemoryComponent("base: what is trained, fp32 in place of 16 bits", tuned * (FP32 - setup.element_bytes)),
         MemoryComponent("adapter, what is not trained", beside),
         MemoryComponent(f"{name}, trained, fp32", whole * kept),
-        MemoryComponent("gradients, fp32" if whole else "its gradients, fp32", n_trained(model, setup) * FP32),
+        MemoryComponent("gradients, fp32" if whole or tuned else "its gradients, fp32", n_trained(model, setup) * FP32),
         MemoryComponent(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
     ]
 
@@ -390,7 +405,8 @@ def _stepping(model: Architecture, setup: MemoryConfig) -> int:
     if setup.on_gpu or "8bit" in setup.optimizer:
         return 0
     every = [size for linear, sizes in adapter_shapes(model, setup) for size in sizes * min(2, linear.count)]
-    largest = sorted([*every, *vocabulary_shapes(model, setup)], reverse=True)
+    every += [*vocabulary_shapes(model, setup), *tuned_shapes(model, setup.peft_method)]
+    largest = sorted(every, reverse=True)
     return FP32 * (2 * sum(largest[:1]) + sum(largest[1:2]))
 
 

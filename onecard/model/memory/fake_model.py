@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,13 +42,13 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
 
     unpacked: without masks that only several texts in a row need; see `attention.skip_packing_mask`.
     """
-    from onecard.config.lora import LoraOptions
+    from onecard.config.lora import FREEZE, LoraOptions
     from onecard.model.attention import avoid_flash, skip_packing_mask
     from onecard.model.chunked_loss import assume_way
     from onecard.model.load import checkpoint_layers
-    from onecard.model.lora.adapter import add_lora
     from onecard.model.memory_saving.lm_head import quantize_head
     from onecard.model.quantization import compute_as_on_a_card, quantize_on_meta
+    from onecard.model.trained import make_trainable
 
     dtype = torch.float32 if setup.element_bytes == 4 else torch.float16 if setup.repeats_kv else torch.bfloat16
     kernel = {"attn_implementation": "eager"} if setup.eager_attention else {}
@@ -70,9 +70,11 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
         lora_target_modules=setup.targets, lora_target_parameters=setup.expert_targets,
         train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,
     )  # fmt: skip
+    if lora.n_last_layers and not whole:  # each kind of layer as one that is trained; `ActivationPeak` counts how many
+        lora = replace(lora, peft_method=f"{FREEZE}{len(layers)}")
     n_rows = base.get_input_embeddings().weight.shape[0]
     with torch.device("meta"):
-        peft = add_lora(base, lora, new_ids=list(range(n_rows - setup.n_new_tokens, n_rows)))
+        peft = make_trainable(base, lora, new_ids=list(range(n_rows - setup.n_new_tokens, n_rows)))
     if setup.gradient_checkpointing:
         checkpoint_layers(base, reentrant=setup.bits == 8)
     if setup.on_gpu and setup.bits == 8:

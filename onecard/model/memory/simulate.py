@@ -274,7 +274,9 @@ def _persistent_tensors(model: nn.Module) -> list[Tensor]:
 
 def _n_experts(model: Any) -> int:
     """Experts of a layer, from whatever its configuration calls them; 1 without any."""
-    waiting, found = [model.get_base_model().config.get_text_config().to_dict()], [1]
+    from onecard.model.trained import base_of
+
+    waiting, found = [base_of(model).config.get_text_config().to_dict()], [1]
     while waiting:
         for name, value in waiting.pop().items():
             if isinstance(value, dict):
