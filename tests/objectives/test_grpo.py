@@ -364,3 +364,21 @@ def test_what_was_sampled_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture
         inspect_run.main(["--run_path", str(tmp_path), "--step", "3"])
     with pytest.raises(ConfigError, match=r"--run_path: there is no rollouts.jsonl"):
         inspect_run.main(["--run_path", str(tmp_path / "none")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_example_learns_to_answer_and_to_stop(seed: int, tmp_path: Path) -> None:
+    """The settings of scripts/finetune_rewards.sh."""
+    root = Path(__file__).resolve().parents[2]
+    options = {
+        "objective": "grpo", "reward_file": str(root / "sample" / "rewards.py"), "prompt_type": "auto", "seed": seed,
+        "learning_rate": 2e-3, "max_steps": 50, "num_epoch": 9, "cutoff_len": 128, "rollout_max_tokens": 10,
+        "micro_batch": 0, "micro_tokens": 4096, "test_size": 16, "save_steps": 50,
+    }  # fmt: skip
+    data = root / "sample" / "reward_prompts.json"
+    run = finetune(tiny.config_for(root / "sample" / "tiny-llama", data, tmp_path / "run", **options))
+    rewards = [row["reward"] for row in read_log(run) if "loss" in row]
+    assert len(rewards) == 50
+    assert np.mean(rewards[:3]) < 0.2 and np.mean(rewards[-5:]) > 0.6, rewards
+    assert [row["eval_reward"] for row in read_log(run) if "eval_reward" in row][-1] > 0.6
