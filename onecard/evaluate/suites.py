@@ -18,7 +18,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ def load_choice_suite(kind: str, path: Path, *, split: str = "auto", subjects: S
             known = few(sorted({question.subject for question in suite.questions}), 8)
             raise ConfigError("--subjects", f"{unknown[0]!r} is no subject in {path}; there are {known}")
         kept = tuple(question for question in suite.questions if question.subject in subjects)
-        suite = ChoiceSuite(**{**vars(suite), "questions": kept})
+        suite = replace(suite, questions=kept)
     if not suite.questions:
         raise DataError("holds no question", str(path))
     return suite
@@ -137,7 +137,8 @@ def layout_of(path: Path) -> str:
             return "cmmlu"
         if re.search("[\u4e00-\u9fff]", first):
             return "mmcu"
-        if len(next(csv.reader([first]), [])) == 6 and re.search(r",\s*[A-D]$|\"$", _peek(files[0]).strip()):
+        cells = next(csv.reader(io.StringIO(_peek(files[0]))), [])
+        if len(cells) == 6 and cells[-1].strip() in tuple("ABCD"):
             return "mmlu"
     raise ConfigError(
         SUITE_FLAG,
@@ -207,9 +208,9 @@ def _with_header(file: Path) -> Iterator[_Row]:
     for line, cells in lines:
         if len(cells) != len(header):
             raise DataError(f"{len(cells)} fields, {len(header)} are expected", str(file), line)
-        told = [cells[columns[name]] for name in ("answer", "explanation") if name in columns]
-        options = tuple(cells[columns[name]] for name in "abcd")
-        yield _Row(line, cells[columns["question"]], options, *(told or [""]))
+        told = {name: cells[number] for name, number in columns.items()}
+        options = tuple(told[name] for name in "abcd")
+        yield _Row(line, told["question"], options, told.get("answer", ""), told.get("explanation", ""))
 
 
 def _without_header(file: Path) -> Iterator[_Row]:
@@ -372,7 +373,7 @@ def _gaokao(path: Path) -> ChoiceSuite:
             part for number, item in enumerate(told["example"]) for part in _gaokao_parts(file, subject, number, item)
         ]
         is_multiple = any(len(question.answer) > 1 for question in found)
-        questions += [ChoiceQuestion(**{**vars(question), "is_multiple": is_multiple}) for question in found]
+        questions += [replace(question, is_multiple=is_multiple) for question in found]
     return ChoiceSuite("gaokao", path, "all", tuple(questions), {}, categories, {}, _digest(files))
 
 

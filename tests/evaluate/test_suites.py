@@ -26,6 +26,18 @@ def test_each_layout_is_known_by_itself_and_read(kind: str, tmp_path: Path) -> N
     assert len({question.key for question in suite.questions}) == len(suite.questions)
 
 
+def test_a_long_file_of_mmlu_whose_questions_have_several_lines_is_known(tmp_path: Path) -> None:
+    path = layouts.mmlu(tmp_path, subjects=("professional_law",))
+    file = path / "data" / "test" / "professional_law_test.csv"
+    file.write_text('"A case, in\nseveral lines?",a,b,c,d,B\n' * 3000, encoding="utf-8")
+    suite = load_choice_suite("auto", path)
+    assert (suite.kind, len(suite.questions), suite.questions[0].text[:27]) == (
+        "mmlu",
+        3000,
+        "A case, in\nseveral lines?\nA",
+    )
+
+
 def test_text_options_and_categories_of_a_question(tmp_path: Path) -> None:
     suite = load_choice_suite("cmmlu", layouts.cmmlu(tmp_path))
     first = suite.questions[0]
