@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,8 @@ def test_planted_answers_get_the_known_score_by_class(tmp_path: Path) -> None:
 
 
 def test_what_is_not_installed_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone() -> None:
-        raise ConfigError("--suite", "open answers need sacrebleu: pip install -r requirements-eval.txt")
-
-    monkeypatch.setattr("onecard.evaluate.open_answers.check_metrics", gone)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # an import then fails
+    text_metrics._libraries.cache_clear()
     with pytest.raises(ConfigError, match=r"need sacrebleu: pip install -r requirements-eval\.txt"):
         OpenTask(written(tmp_path / "a.jsonl", [{"instruction": "a", "reference": "b"}]))
     assert OpenTask(written(tmp_path / "b.jsonl", [{"instruction": "a"}])).items, "without references nothing is needed"
