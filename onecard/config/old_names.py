@@ -30,7 +30,7 @@ class OldName(NamedTuple):
 
 
 STEP = "samples per optimizer step; --micro_batch only decides memory"
-TEXT_FORMS = "the data say it: a txt is text, records are instructions or conversations"
+STAGES = "for dpo and kto; pt and sft need none: a txt is text, records are conversations"
 AT_ONCE = "rows are packed by length; nothing to give"
 
 OLD_NAMES = (
@@ -82,7 +82,14 @@ OLD_NAMES = (
     OldName("mask_history", "F", ("--train_on last",)),
     OldName("group_by_length", "K", note=AT_ONCE),
     OldName("packing", "F", note=AT_ONCE),
-    OldName("stage", "F", note=TEXT_FORMS),
+    OldName("stage", "F", ("--objective",), STAGES),
+    OldName("pref_loss", "F", ("--objective",), "sigmoid is dpo"),
+    OldName("pref_ftx", "F", ("--sft_weight",)),
+    OldName("dpo_label_smoothing", "F", ("--label_smoothing",)),
+    OldName("kto_chosen_weight", "F", ("--desirable_weight",)),
+    OldName("kto_rejected_weight", "F", ("--undesirable_weight",)),
+    OldName("ref_model", "F", note="the reference is the base without the adapter, or the adapter of --init_adapter"),
+    OldName("ref_model_adapters", "F", ("--init_adapter",)),
     OldName("do_train", "CF", note="finetune trains; leave it out"),
     OldName("do_eval", "C", ("--test_size",), "0 turns evaluation off"),
     OldName("overwrite_cache", "CF", note="encoded data are made anew whenever anything in them changed"),

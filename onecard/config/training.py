@@ -33,12 +33,15 @@ SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
     "inverse_sqrt": ("timescale",),
     "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
 }
-PREFERENCE_OBJECTIVES = ("dpo", "ipo", "simpo", "orpo")
-WITH_REFERENCE = ("dpo", "ipo")  # which compare with the base without adapter
+OF_PAIRS = ("dpo", "ipo", "simpo", "orpo")
+PREFERENCE_OBJECTIVES = (*OF_PAIRS, "kto")
+WITH_REFERENCE = ("dpo", "ipo", "kto")  # which compare with the base without adapter
+CACHES_REFERENCE = ("dpo", "ipo")
 # The options of preference objectives, by those that take them.
 _TAKEN_BY = {
     "pref_beta": PREFERENCE_OBJECTIVES, "label_smoothing": ("dpo", "simpo"), "sft_weight": ("dpo", "ipo", "simpo"),
-    "simpo_gamma": ("simpo",), "cache_reference": WITH_REFERENCE,
+    "simpo_gamma": ("simpo",), "cache_reference": CACHES_REFERENCE, "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
 }  # fmt: skip
 
 
@@ -48,18 +51,23 @@ class TrainOptions(RolloutOptions):
 
     output_path: str = "outputs/my-first-adapter"
     """Directory of the run: adapter, checkpoints, log and options."""
-    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "grpo"] = "sft"
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "grpo"] = "sft"
     """What is learned. sft: the answers of conversations (--train_on), every token of documents. Of pairs of a chosen
     and a rejected answer: dpo and ipo, which compare with a reference (the base, or --init_adapter), simpo and orpo,
-    which do not. grpo: answers that are sampled while training, by their --reward."""
+    which do not. Of single answers that are marked good or bad (label, kto_tag): kto, which compares with the base.
+    grpo: answers that are sampled while training, by their --reward."""
     pref_beta: float = 0.0
-    """How strongly pairs pull: beta of dpo, ipo (tau), simpo and orpo (lambda); 0: 0.1, for simpo 2."""
+    """How strongly pairs pull: beta of dpo, ipo (tau), kto, simpo and orpo (lambda); 0: 0.1, for simpo 2."""
     label_smoothing: float = 0.0
     """Share of pairs taken to be the wrong way round (dpo, simpo), below 0.5."""
     sft_weight: float = 0.0
     """Weight of the chosen answer's own loss, per token, beside that of the pair (dpo, ipo, simpo; RPO)."""
     simpo_gamma: float | Literal["auto"] = "auto"
     """Margin by which simpo wants the chosen answer to be the better one; auto: 1."""
+    desirable_weight: float = 1.0
+    """Weight of the loss of good answers (kto); with few of them more than 1: both kinds should weigh about alike."""
+    undesirable_weight: float = 1.0
+    """Weight of the loss of bad answers (kto)."""
     cache_reference: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
     """Compute the log-probabilities of the reference (dpo, ipo) once, before training, and keep them with the encoded
     data (on, off). auto: with --init_adapter, whose adapter is then the reference; off: that is always the base."""
@@ -205,7 +213,7 @@ class TrainOptions(RolloutOptions):
     @property
     def rows_per_sample(self) -> int:
         """Rows of tokens that one sample has: 2 where it is a pair."""
-        return 2 if self.objective in PREFERENCE_OBJECTIVES else 1
+        return 2 if self.objective in OF_PAIRS else 1
 
     @property
     def answer_tokens(self) -> int:
@@ -226,13 +234,11 @@ class TrainOptions(RolloutOptions):
         found = [
             (f"--{name}", f"is of --objective {', '.join(_TAKEN_BY[name])}, and this one is {self.objective}")
             for name, value in given.items()
-            if value not in (0.0, "auto") and self.objective not in _TAKEN_BY[name]
+            if value != getattr(TrainOptions, name) and self.objective not in _TAKEN_BY[name]
         ]
-        if self.simpo_gamma == 0 and self.objective != "simpo":
-            found.append(("--simpo_gamma", f"is of --objective simpo, and this one is {self.objective}"))
         if not 0 <= self.label_smoothing < 0.5:
             found.append(("--label_smoothing", f"{self.label_smoothing:g} is no share of pairs; use 0 up to below 0.5"))
-        for name in ("pref_beta", "sft_weight", "simpo_gamma"):
+        for name in ("pref_beta", "sft_weight", "simpo_gamma", "desirable_weight", "undesirable_weight"):
             if given[name] != "auto" and not 0 <= given[name] < math.inf:
                 found.append((f"--{name}", f"{given[name]:g} is no weight; use a number above 0"))
         return found
@@ -391,7 +397,7 @@ class FinetuneConfig:
         return found
 
     def _pair_problems(self) -> list[Problem]:
-        """What does not go with an objective of pairs."""
+        """What does not go with an objective of preferences."""
         objective = self.train.objective
         if objective not in PREFERENCE_OBJECTIVES:
             return []
@@ -400,6 +406,8 @@ class FinetuneConfig:
             found.append(("--train_on", f"everything does not go with --objective {objective}: answers are compared"))
         if self.train.deepspeed:
             found.append(("--deepspeed", f"does not go with --objective {objective}; leave it out"))
+        if objective == "kto" and self.train.total_batch == 1:
+            found.append(("--total_batch", "1 is too few for --objective kto, which mixes the answers of a step"))
         if objective in WITH_REFERENCE and self.lora.lora_init != "default":
             text = f"--objective {objective}, which compares with the base without adapter: there it is another model"
             found.append(("--lora_init", f"{self.lora.lora_init} does not go with {text}"))

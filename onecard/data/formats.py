@@ -8,7 +8,7 @@ The known shapes and the keys they go by:
     prompt/response             also prompt/completion, question/answer, query/response, ask/answer, input/output,
                                 input/target, inputs/targets
     ShareGPT conversations      {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}
-    OpenAI messages             {"messages": [{"role": "user", "content": ...}, ...]}
+    OpenAI messages             {"messages": [{"role": "user", "content": ...}, ...]}; TRL: "prompt" and "completion"
     conversation                {"conversation": [{"human": ..., "assistant": ...}, ...]}
     text                        {"text": ...}
 Any of them but `text` may have a `system` text. An answer, or a record, that is marked as not to be learned (see
@@ -78,6 +78,7 @@ def to_sample(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
         raise UnusableRecord(f"the record is {kind_of(value)}, an object with keys is expected")
     if columns:
         value = renamed(value, columns)
+    value = _whole_conversation(value)
     # A column that is there for other rows only is null in this one.
     shape = next((shape for shape in _SHAPES if all(value.get(key) is not None for key in shape.required)), None)
     if has_pair(value) and (shape is None or (shape.convert is _from_turns and not _ends_with_answer(value, shape))):
@@ -109,6 +110,15 @@ def to_sample(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
         ignored += unused_keys(value[shape.required[0]], shape.required[0])
     label = next((mark for key, mark in marks.items() if key in LABELS and mark is not None), None)
     return ParsedRecord(Conversation(ordered, record, label=label), name, notes, ignored)
+
+
+def _whole_conversation(record: dict[str, Any]) -> dict[str, Any]:
+    """TRL's prompt and completion as messages are one conversation; any other record stays as it is."""
+    sides = [record.get(key) for key in ("prompt", "completion")]
+    if not all(isinstance(side, (list, tuple)) and side and isinstance(side[0], dict) for side in sides):
+        return record
+    rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
+    return {**rest, "messages": [turn for side in sides for turn in side or ()]}
 
 
 def _preference(value: dict[str, Any], record: str) -> ParsedRecord:

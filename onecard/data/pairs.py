@@ -1,6 +1,7 @@
-"""Preference pairs to token ids: two rows for a record, the prompt with the chosen and with the rejected answer.
+"""Preferences to token ids: two rows for a pair, the prompt with the chosen and with the rejected answer; for an answer
+that is marked good or bad, one.
 
-Knows which pairs teach a preference. Does not know how records are read (preference.py) nor losses.
+Knows which records teach a preference. Does not know how records are read (preference.py) nor losses.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from onecard.data.encode import (
     Sample,
     SamplePlan,
 )
+from onecard.data.learn_marks import NOT_A_GOOD_ANSWER
 from onecard.data.messages import Conversation, Turn
 from onecard.data.preference import CHOSEN_LEARNED
 
@@ -26,6 +28,9 @@ NO_PAIR = "the record is no preference pair (chosen, rejected)"
 OTHER_PROMPT = "the two answers of the pair answer different prompts"
 EQUAL_ANSWERS = "the two answers of the pair are equal"
 TOO_LONG = "an answer of the pair with its prompt is longer than {} tokens (finetune --cutoff_len)"
+
+NO_LABEL = "the record says neither that its answer is good nor that it is bad (label: true, label: false)"
+TOO_LONG_ANSWER = "the answer with its prompt is longer than {} tokens (finetune --cutoff_len)"
 
 
 class PairEncoder(Encoder):
@@ -42,9 +47,13 @@ class PairEncoder(Encoder):
             return DroppedSample(NO_PAIR)
         if sample.turns[:-1] != sample.rejected[:-1]:
             return DroppedSample(OTHER_PROMPT)
+        return self._plans(sample, [_weighted(sample.turns), _weighted(sample.rejected)])
+
+    def _plans(self, sample: Conversation, answers: list[tuple[Turn, ...]]) -> list[SamplePlan] | DroppedSample:
+        """A plan for each of these answers, which each end their turns."""
         plans: list[SamplePlan] = []
-        for turns in (sample.turns, sample.rejected):
-            made = super().plan(replace(sample, turns=_unweighted(turns)))
+        for turns in answers:
+            made = super().plan(replace(sample, turns=turns))
             if isinstance(made, DroppedSample):
                 return made
             if len(made[0].turns) < len(turns):
@@ -63,6 +72,28 @@ class PairEncoder(Encoder):
         return [chosen, rejected]
 
 
-def _unweighted(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """A weight scales the loss of tokens; here an answer counts as a whole."""
-    return tuple(replace(turn, weight=1.0) for turn in turns)
+class GoodOrBadEncoder(PairEncoder):
+    """A row for each answer that is marked good or bad; the tokens of a bad one weigh -1. Of a pair each answer is one.
+    Nothing is cut here either."""
+
+    untrue_notes = frozenset({CHOSEN_LEARNED, NOT_A_GOOD_ANSWER})
+
+    def plan(self, sample: Sample) -> list[SamplePlan] | DroppedSample:
+        if not isinstance(sample, Conversation) or (sample.label is None and not sample.rejected):
+            return DroppedSample(NO_LABEL)
+        if sample.label is None:
+            return self._plans(sample, [_weighted(sample.turns), _weighted(sample.rejected, -1.0)])
+        # A record of a bad answer is marked as not to be learned, too.
+        turns = sample.turns if sample.label else tuple(replace(turn, learn=True) for turn in sample.turns)
+        return self._plans(sample, [_weighted(turns, 1.0 if sample.label else -1.0)])
+
+    def _assemble(self, plan: list[SamplePlan], ids: Iterator[list[list[int]]]) -> list[EncodedSample] | DroppedSample:
+        coded = [self._join(draft, next(ids)) for draft in plan]
+        if max(len(each.ids) for each in coded) > self.settings.cutoff_len:
+            return DroppedSample(TOO_LONG_ANSWER.format(self.settings.cutoff_len))
+        return coded if all(each.spans for each in coded) else DroppedSample("nothing to learn")
+
+
+def _weighted(turns: tuple[Turn, ...], weight: float = 1.0) -> tuple[Turn, ...]:
+    """Weights of the data scale the loss of tokens; here an answer counts as a whole."""
+    return tuple(replace(turn, weight=weight) for turn in turns)

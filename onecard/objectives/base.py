@@ -87,6 +87,18 @@ class Objective(ABC):
         """The samples that these rows of a data set make."""
         return self.samples(dataset, rows)
 
+    looks_ahead: ClassVar[bool] = False
+    """Whether the loss of a sample depends on the whole step: its `estimator` is then asked before the gradients."""
+
+    def estimator(self, samples: Sequence[Any]) -> tuple[Objective, Sequence[Any]] | None:
+        """What is to be known of all samples of a step or an evaluation before their loss is computed: the mean loss of
+        another objective over samples made of them. None where there is nothing to know."""
+        return None
+
+    def with_estimate(self, estimate: float) -> Objective:
+        """The same objective for the step of which this was found."""
+        return self
+
     @abstractmethod
     def length(self, sample: Any) -> int:
         """What `samples` has for this sample under `lengths`."""

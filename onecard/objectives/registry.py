@@ -5,6 +5,7 @@ from __future__ import annotations
 from onecard.errors import ModelError
 from onecard.objectives.base import Objective
 from onecard.objectives.grpo import GroupRelative
+from onecard.objectives.kto import KahnemanTversky
 from onecard.objectives.next_token import PlainDocuments, SupervisedFineTuning
 from onecard.objectives.preference import DirectPreference, IdentityPreference, OddsRatioPreference, SimplePreference
 
@@ -12,7 +13,7 @@ OBJECTIVES: dict[str, Objective] = {
     each.name: each
     for each in (
         SupervisedFineTuning(), PlainDocuments(), DirectPreference(), IdentityPreference(), SimplePreference(),
-        OddsRatioPreference(), GroupRelative(),
+        OddsRatioPreference(), KahnemanTversky(), GroupRelative(),
     )
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from accelerate.utils import AutocastKwargs
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from onecard.config.lora import LoraOptions
-from onecard.config.training import WITH_REFERENCE, FinetuneConfig
+from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig
 from onecard.console import say, warn
 from onecard.data.batches import split, split_by_source
 from onecard.data.built_in_templates import first_version
@@ -23,6 +23,7 @@ from onecard.data.encode import EncodeSettings
 from onecard.data.joined import encode_parts
 from onecard.data.mixture import parts_of
 from onecard.errors import ConfigError, ModelError
+from onecard.installation import command
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
 from onecard.model.kernels import use_liger
@@ -315,5 +316,6 @@ def _further_trained(
         warn(note)
     if config.train.objective in WITH_REFERENCE and (cached is None or cached.adapter is None):
         warn(f"--objective {config.train.objective} compares with the base without any adapter, not with this adapter; "
-             "to compare with it, begin a run with --cache_reference auto")  # fmt: skip
+             f"to compare with it, merge it first ({command('merge')}) and train on the result"
+             f"{', or begin with --cache_reference auto' * (config.train.objective in CACHES_REFERENCE)}")  # fmt: skip
     return loaded.model

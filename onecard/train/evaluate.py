@@ -51,6 +51,8 @@ def evaluation_sums(
 
     Raises ModelError when a single row does not fit.
     """
+    objective = with_estimate(objective, model, samples, accelerator, limits=limits,
+                              evaluation_limits=evaluation_limits, on_change=on_change)  # fmt: skip
     was_training, limits = model.training, limits or MicroBatchLimits()
     model.eval()
     lengths = np.array([objective.length(sample) for sample in samples])
@@ -90,6 +92,17 @@ def evaluation_sums(
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
     model.train(was_training)
     return total.cpu()
+
+
+def with_estimate(
+    objective: Objective, model: torch.nn.Module, samples: Sequence[Any], accelerator: Any, **how: Any
+) -> Objective:
+    """The objective with what it has to know of all these samples; how: as for `evaluation_sums`."""
+    asked = objective.estimator(samples)
+    if asked is None:
+        return objective
+    loss, n_units = evaluation_sums(model, asked[1], accelerator, objective=asked[0], **how)[:2].tolist()
+    return objective.with_estimate(loss / n_units)
 
 
 def _sums_of(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from onecard.config.training import WITH_REFERENCE, FinetuneConfig
+from onecard.config.training import CACHES_REFERENCE, FinetuneConfig
 from onecard.console import say, warn
 from onecard.data.arrow_cache import content_fingerprint
 from onecard.data.dataset import EncodedDataset
@@ -45,7 +45,7 @@ def reference_of(config: FinetuneConfig, point: ResumePoint | None) -> str | Non
     Runs of versions that knew no other reference go on with the base.
     """
     train = config.train
-    if train.objective not in WITH_REFERENCE:
+    if train.objective not in CACHES_REFERENCE:
         return None
     if train.start_adapter is None or train.cache_reference is False:
         return BASE

@@ -24,6 +24,8 @@ from onecard.model.load import checkpoint_layers
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.model.memory_saving.tiled_mlp import tile_mlps
 from onecard.model.trained import base_of
+from onecard.objectives.base import Objective
+from onecard.train.evaluate import with_estimate
 from onecard.train.not_finite import explain
 from onecard.train.oom import MicroBatchLimits, give_back_memory, is_out_of_memory, smaller
 from onecard.train.optim import set_learning_rate
@@ -124,8 +126,9 @@ def _gather_gradients(
     if data.parts is not None:
         micros = by_source(micros, data.parts)
     mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, data.lengths)
+    objective = _estimated(run, indices) if run.objective.looks_ahead else run.objective
     seed_step(run.options.seed, run.state.step, accelerator.process_index)
-    own_sums, failure = accumulate(run, data, mine, n_units)
+    own_sums, failure = accumulate(run, data, mine, n_units, objective)
     sums, requests, out_of_memory = _agree(accelerator, own_sums, requested(), failure)
     n_sources = len(sums) - 2 * len(run.objective.metrics)
     losses, metrics = sums[:n_sources], sums[n_sources:]
@@ -140,6 +143,17 @@ def _gather_gradients(
             place = f"out of memory at step {run.state.step + 1} while the gradients were put together"
             raise ModelError(f"{place}, which several processes cannot repeat; {SMALLER_HINT}") from reason
     return GradientAttempt(losses, metrics, math.nan, requests, True)
+
+
+def _estimated(run: Run, indices: np.ndarray) -> Objective:
+    """The objective with what it has to know of the whole step, which is found without gradients."""
+
+    def on_change(change: str) -> None:
+        message = f"step {run.state.step + 1}: out of memory; {change}. The result does not change."
+        run.events.append(RunEvent({"step": run.state.step + 1, "event": "out_of_memory", "change": change}, message))
+
+    return with_estimate(run.objective, run.model, [run.train_samples[int(i)] for i in indices], run.accelerator,
+                         limits=run.limits, evaluation_limits=run.evaluation_limits, on_change=on_change)  # fmt: skip
 
 
 def _of_sources(data: Any, indices: np.ndarray, losses: Sequence[float]) -> np.ndarray:
@@ -160,8 +174,10 @@ def _apply(run: Run) -> bool:
         raise ModelError(f"{place}: {_in_use(run)}; {SMALLER_HINT}, and the same command goes on from it") from reason
 
 
-def accumulate(run: Run, data: Any, micros: Sequence[np.ndarray | None], n_units: float) -> tuple[torch.Tensor, bool]:
-    """Add the gradients of micro-batches of these samples to those that are there.
+def accumulate(
+    run: Run, data: Any, micros: Sequence[np.ndarray | None], n_units: float, objective: Objective | None = None
+) -> tuple[torch.Tensor, bool]:
+    """Add the gradients of micro-batches of these samples to those there are; objective: the run's, unless given.
 
     Returns the loss of each source and the sums of the metrics (n_sources + 2 n_metrics,), and whether memory ran out
     on the way.
@@ -176,7 +192,7 @@ def accumulate(run: Run, data: Any, micros: Sequence[np.ndarray | None], n_units
                 continue
             with run.engine.gathering(is_last), run.offload or nullcontext():
                 source = 0 if micro is None or parts is None else int(parts[micro[0]])
-                loss, metrics = _backward(run, data, micro, n_units, is_last)
+                loss, metrics = _backward(run, data, micro, n_units, is_last, objective or run.objective)
                 sums[source] += loss
                 sums[n_sources:] += metrics.flatten()
     except (RuntimeError, MemoryError) as reason:
@@ -221,7 +237,7 @@ def use_limits(run: Run, limits: MicroBatchLimits) -> None:
 
 
 def _backward(
-    run: Run, data: Any, micro: np.ndarray | None, n_units: float, is_last: bool
+    run: Run, data: Any, micro: np.ndarray | None, n_units: float, is_last: bool, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward and backward of one micro-batch; its share of the step's loss, detached, and its sums of the metrics.
 
@@ -231,7 +247,7 @@ def _backward(
     accelerator = run.accelerator
     samples = [data[int(i)] for i in (micro if micro is not None else [0])]
     with accelerator.autocast():
-        sums = run.objective.sums_of(run.model, samples, accelerator.device, chunk_tokens=run.limits.loss_chunk)
+        sums = objective.sums_of(run.model, samples, accelerator.device, chunk_tokens=run.limits.loss_chunk)
     if run.offload is not None:
         run.offload.turn_back()
     loss = sums.loss / (n_units or 1) * (micro is not None)
