@@ -94,7 +94,7 @@ def _check_ahead(stages: Sequence[Stage]) -> None:
     for stage, before in zip(stages, [None, *stages], strict=False):
         try:
             parts_of(stage.config.data)
-            if before is not None and why_merged(before.config, stage.config):
+            if before and not before.config.lora.tunes_base and why_merged(before.config, stage.config):
                 _check_mergeable(before.config)
         except (ConfigError, DataError) as reason:
             raise ConfigError("", f"stage {stage.name}: {reason}") from reason
@@ -124,8 +124,10 @@ def _check_unchanged(stage: Stage, done_with: dict[str, Any]) -> None:
 
 def why_merged(before: FinetuneConfig, now: FinetuneConfig) -> str:
     """Why a stage cannot go on with the adapter of the one before: that is then merged into its base. Else empty."""
-    if now.train.objective in WITH_REFERENCE:
-        return f"--objective {now.train.objective} compares with the base without an adapter"
+    train = now.train
+    cached = train.objective in WITH_REFERENCE and train.cache_reference is not False  # then --init_adapter is compared
+    if not cached and (train.objective in WITH_REFERENCE or (train.objective == "grpo" and train.kl_beta)):
+        return f"--objective {train.objective} compares with the base without an adapter"
     if now.lora.lora_init in MOVING_STARTS:
         return f"--lora_init {now.lora.lora_init} starts from the weights of the base"
     then, later = ({name: value == "only" or value for name, value in asdict(each.lora).items()}
@@ -139,15 +141,16 @@ def _beginning(stage: Stage, before: Stage | None, base: str) -> tuple[FinetuneC
     config = replace(stage.config, train=replace(stage.config.train, output_path=str(stage.directory)))
     if before is None:
         return config, base
-    reason = why_merged(before.config, stage.config)
-    if reason:
+    start: str | None = str(before.directory)
+    if before.config.lora.tunes_base:  # what it wrote is a model
+        base, start = str(before.directory), None
+    elif reason := why_merged(before.config, stage.config):
         merged = before.directory / MERGED
         if not quiet_rank() and not (merged / "config.json").is_file():
             say(f"stage {stage.name}: {reason}, so the result of {before.name} is merged into the base first")
             _merge(before, base, merged)
         _together(config)
-        base = str(merged)
-    start = None if reason else str(before.directory)
+        base, start = str(merged), None
     train = replace(config.train, init_adapter=start, lora_remote_checkpoint=None)
     return replace(config, model=replace(config.model, model_path=base), train=train), base
 

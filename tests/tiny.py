@@ -83,7 +83,7 @@ def config_for(base: Path, data: Path, output: Path, /, **changes: Any) -> Finet
 
 def with_options(config: Any, values: dict[str, Any]) -> Any:
     """Set options by name in whichever group has them; an unknown name is an error."""
-    groups = [getattr(config, group.name) for group in fields(config)]
+    groups = [*(getattr(config, group.name) for group in fields(config)), config]
     for name, value in values.items():
         holders = [group for group in groups if hasattr(group, name)]
         assert holders, f"no option {name}"

@@ -6,6 +6,9 @@ import json
 import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
+from onecard.installation import SHIPPED as REPOSITORY
 from onecard.train.checkpoint import verify
 from tests import tiny
 from tests.faults.conftest import newest
 from tests.faults.fork_server import ForkServer, Start
+from tests.launching import finish, torchrun
 from tests.train.test_trained_tokens import WORDS, enlarged
 
 SEED = int(os.environ.get("ONECARD_KILL_SEED", "20261129"))
@@ -77,12 +82,12 @@ def straight(chain: Chain) -> tuple[Path, int]:
 
 
 def weights_of(output: Path) -> dict[str, bytes]:
-    """The bytes of all that was learned, by place."""
+    """The bytes of all that was learned, by place; the name of a merged base counts from the directory."""
     runs = [output, *(output / f"{number}-{stage['name']}" for number, stage in enumerate(STAGES, 1))]
     files = [run / "adapter_model.safetensors" for run in runs]
-    files += [file for run in runs[1:] for file in newest(run).iterdir()]
+    files += [file for run in runs[1:] for file in newest(run).iterdir() if file.name != "manifest.json"]
     files.append(runs[2] / "merged" / "model.safetensors")
-    return {file.relative_to(output).as_posix(): file.read_bytes() for file in files}
+    return {file.relative_to(output).as_posix(): file.read_bytes().replace(str(output).encode(), b"") for file in files}
 
 
 @pytest.mark.parametrize("n_kills", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -125,6 +130,15 @@ def test_each_stage_begins_from_the_one_before(chain, straight) -> None:
     assert losses[0][0][1] > losses[1][0][1] > losses[2][0][1], "a stage began anew"
 
 
+def test_a_stage_that_trained_all_weights_is_the_next_ones_base(chain, tmp_path) -> None:
+    stages = [{"name": "whole", "peft_method": "full", "lora_dropout": 0}, {"name": "answers", "max_steps": 1}]
+    chain.run(chain.write("whole", stages, learning_rate=1e-3), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert Path(config["base_model_name_or_path"]) == tmp_path / "run" / "1-whole"
+    whole, answers = (tiny.losses_of(tmp_path / "run" / name) for name in ("1-whole", "2-answers"))
+    assert answers[0][1] < whole[0][1], "a stage began anew"
+
+
 def test_a_finished_chain_given_again_trains_nothing(chain, straight) -> None:
     output, _ = straight
     before = weights_of(output)
@@ -151,8 +165,6 @@ def test_what_was_edited_of_a_finished_stage_is_refused(chain, straight, edit) -
 
 
 def test_a_stage_run_again_is_not_mixed_with_those_after_it(chain, straight, tmp_path) -> None:
-    import shutil
-
     output = Path(shutil.copytree(straight[0], tmp_path / "again"))
     shutil.rmtree(output / "2-both")
     stages = [STAGES[0], {**STAGES[1], "learning_rate": 0.02}, STAGES[2]]
@@ -169,6 +181,20 @@ def test_a_directory_with_a_run_of_its_own_is_left_alone(chain, tmp_path) -> Non
 
 
 def test_a_later_stage_is_checked_before_the_first_trains(chain, tmp_path) -> None:
-    stages = [*STAGES[:2], {"name": "answers", "lora_r": 4, "data": "no-such-name"}]
+    stages = [*STAGES[:2], {"name": "answers", "data": "no-such-name", "data_path": str(chain.folder)}]
     printed = chain.run(chain.write("later", stages), tmp_path / "run", expect=2)
     assert "stage answers: " in printed and "no-such-name" in printed and not (tmp_path / "run" / "1-rows").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_chain(chain, tmp_path) -> None:
+    file = chain.write("two", lora_dropout=0)
+    words = [str(REPOSITORY / "finetune.py"), "--stages", str(file), "--output_path", str(tmp_path / "run")]
+    started = subprocess.Popen(
+        [sys.executable, "-m", *torchrun(2), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, text=True, start_new_session=True,
+    )  # fmt: skip
+    finish(started)
+    chain.run(file, tmp_path / "one")
+    one, two = (tiny.tensors_of(tmp_path / name / "adapter_model.safetensors") for name in ("one", "run"))
+    assert tiny.largest_difference(one, two) < 1e-4

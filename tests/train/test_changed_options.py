@@ -89,6 +89,7 @@ def same(value: Any, seen: Callable[[Second], bool] = lambda second: True) -> Ro
 
 
 TABLE = {
+    "stages": Row("stages.yaml"),
     "model_path": Row("OTHER_BASE"), "bits": Row(4), "dtype": Row("bf16"), "device": same("auto"),
     "attn_implementation": same("eager", lambda s: s.run.plain_model.config._attn_implementation == "eager"),
     "gradient_checkpointing": same(True, lambda s: s.run.plan.setup.gradient_checkpointing),
