@@ -219,7 +219,7 @@ def test_a_readme_stays_short_and_has_a_picture(page: str) -> None:
 
 @needs_bash
 @pytest.mark.parametrize(
-    "name", [name for name in RECIPES if name not in (*TALKING, "finetune_continue.sh", "export.sh")]
+    "name", [name for name in RECIPES if name not in (*TALKING, "finetune_continue.sh", "export.sh", "pretrain_zh.sh")]
 )
 def test_training_recipe_starts(stage: Path, name: str) -> None:
     # From another folder: the sample's files are found, results land where one stands. Words are handed on.
@@ -468,6 +468,27 @@ def test_quickstart_teaches_the_sample_and_is_reused(tmp_path: Path) -> None:
     log = (tmp_path / "run" / "log.jsonl").read_bytes()
     assert "already done" in quickstart()
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+@pytest.mark.slow
+@needs_bash
+def test_the_chinese_recipe_runs_from_a_corpus_to_gguf(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "VOCAB_SIZE": "700", "OUTPUT_PATH": str(tmp_path / "zh")}
+
+    def recipe() -> str:
+        done = subprocess.run(
+            ["bash", str(REPOSITORY / "scripts" / "pretrain_zh.sh"), "--max_steps", "12", "--total_batch", "8"],
+            env={**environment, "PYTHONUTF8": "1"}, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    found = re.findall(r"perplexity_per_character ([\d.]+), bits_per_byte [\d.]+, tokens (\d+)", recipe())
+    (_, old), (untrained, new), (rows, _), (both, _) = [tuple(map(float, pair)) for pair in found]
+    assert new < old and both < rows < untrained
+    (file,) = (tmp_path / "zh" / "export" / "gguf").glob("*.gguf")
+    written = file.stat().st_mtime_ns
+    assert recipe().count("is done: ") == 3 and file.stat().st_mtime_ns == written
 
 
 @pytest.mark.slow
