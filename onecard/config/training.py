@@ -153,6 +153,8 @@ class TrainOptions(RolloutOptions):
     """Write the log for TensorBoard as well, into OUTPUT_PATH/tensorboard."""
     deepspeed: str | None = None
     """DeepSpeed configuration (json) for several GPUs; start with `accelerate launch` or `torchrun`."""
+    shard: bool = False
+    """Lay the frozen layers of the base (not in 8 bits) over the GPUs of all processes (FSDP2), with torchrun."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -339,6 +341,8 @@ class FinetuneConfig:
             found.append(("--stream_layers", text))
         if self.model.stream_layers == "on" and self.train.deepspeed:
             found.append(("--stream_layers", "on does not go with --deepspeed, which places the weights itself"))
+        if self.train.shard:
+            found += self._shard_problems()
         method = self.lora.peft_method
         if method in NOT_IN_4_BITS and self.model.bits == 4:
             found.append(("--bits", f"4 does not work with --peft_method {method}; use --bits 8, 16 or 32"))
@@ -394,6 +398,31 @@ class FinetuneConfig:
         if train.objective in WITH_REFERENCE:
             text = f"{train.objective} does not go with {method}: it compares with the base, which is then another one"
             found.append(("--objective", f"{text}; use simpo or orpo, or an adapter"))
+        return found
+
+    def _shard_problems(self) -> list[Problem]:
+        """What does not go with weights that lie over several processes."""
+        found: list[Problem] = []
+        if self.model.bits == 8:
+            text = "8 does not go with --shard: bitsandbytes loses the scales of weights that are divided"
+            found.append(("--bits", f"{text}; use --bits 4 or 16, or --max_memory"))
+        others = {
+            "--deepspeed": self.train.deepspeed, "--max_memory": self.model.max_memory,
+            "--stream_layers": self.model.stream_layers == "on",
+        }  # fmt: skip
+        found += [
+            ("--shard", f"does not go with {flag}, which places the weights, too") for flag in others if others[flag]
+        ]
+        if self.train.objective == "grpo" or self.train.objective in WITH_REFERENCE:
+            found.append(("--shard", f"does not go with --objective {self.train.objective}, where processes differ in "
+                          "what they ask the model"))  # fmt: skip
+        if self.lora.tunes_base:
+            text = f"{self.lora.peft_method} does not go with --shard, which divides what is frozen"
+            found.append(("--peft_method", text))
+        if self.lora.lora_init in ("pissa", "olora"):
+            found.append(
+                ("--lora_init", f"{self.lora.lora_init} does not go with --shard: it changes the base's weights")
+            )
         return found
 
     def _pair_problems(self) -> list[Problem]:

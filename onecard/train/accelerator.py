@@ -78,6 +78,13 @@ class TrainingEngine:
         self.scaler.load_state_dict(before)
 
 
+class ShardedEngine(TrainingEngine):
+    """The same where a base lies over the processes: each pass through a layer is an exchange between all of them."""
+
+    can_repeat = False
+    needs_every_turn = True
+
+
 def _add_up(trained: list[torch.nn.Parameter]) -> None:
     """Sum the gradients over all processes, in place; a process that had nothing to compute adds zeros."""
     for parameter in trained:

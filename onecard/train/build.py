@@ -33,6 +33,7 @@ from onecard.model.lora.methods import MOVING_STARTS
 from onecard.model.lora.vocabulary import freeze_adapter
 from onecard.model.memory_saving.activation_offload import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
+from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.model.trained import make_trainable
 from onecard.objectives.base import Objective, SampleView
@@ -40,6 +41,7 @@ from onecard.objectives.registry import objective_named
 from onecard.train.auto_config import choices_of, limits_of, resolve_test_size
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
+from onecard.train.evaluate import EvaluationLimits
 from onecard.train.forgetting import LARGEST_SHARE, affordable_rows
 from onecard.train.loop import total_steps
 from onecard.train.oom import give_back_memory
@@ -90,7 +92,11 @@ def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: st
     mixed_precision = "no" if config.train.deepspeed else MIXED_PRECISION[dtype]
     # Autocast would keep a 16-bit copy of every adapter from its first use to the end of the forward pass.
     no_copies = AutocastKwargs(cache_enabled=False)
-    return Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed_precision, kwargs_handlers=[no_copies])
+    accelerator = Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed_precision, kwargs_handlers=[no_copies])
+    if config.train.shard and accelerator.num_processes == 1:
+        text = "needs several processes, one per GPU: start with `torchrun --standalone --nproc_per_node 2`"
+        raise ConfigError("--shard", f"{text}. On one card a run goes on without it")
+    return accelerator
 
 
 def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: ResumePoint | None = None) -> TrainingData:
@@ -182,7 +188,8 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     """
     options = config.train
     state = replace(state, choices=choices_of(config))
-    base = load_base(config.model, hardware)
+    in_ram = replace(config.model, stream_layers="on") if options.shard else config.model
+    base = load_base(in_ram, hardware)
     if hardware.is_gpu:
         check_on_cards(base.model)
     check_inputs(base.model, data)
@@ -190,6 +197,8 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     torch.manual_seed(options.seed)  # the adapter's first values
     cached = cached_reference(config, data.train.dataset, base.dtype, state.identity.get("reference"))
     plain = _adapter(config, base.model, point, cached)
+    if options.shard:
+        say(shard_layers(plain, accelerator.device, accelerator.num_processes))
     streams = config.model.stream_layers == "on"
     if streams:
         stay = config.memory.offload_embeddings == "on"
@@ -205,6 +214,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
             # Only now: accelerate puts what it finds onto the card, and paged state would no longer be paged.
             allocate_state(optimizer)
     run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state,
+              evaluation_limits=EvaluationLimits(every_turn=options.shard),
               test_sources=data.test_sources)  # fmt: skip
     run.forgetting_rows = _forgetting_rows(config, data)
     if config.memory.offload_embeddings == "on":

@@ -27,6 +27,8 @@ class EvaluationLimits:
     """Of a micro-batch, padding included."""
     loss_chunk: int = 0
     """Supervised tokens whose logits did fit; 0: as in training."""
+    every_turn: bool = False
+    """Each process has to run as many micro-batches as the others, so nothing can be tried twice."""
 
 
 def evaluation_sums(
@@ -61,6 +63,7 @@ def evaluation_sums(
     waiting = [micro for micro in mine if micro is not None]
     total = torch.zeros(2 + 2 * len(objective.metrics), dtype=torch.float64)
     own, n_failures, n_done, n_mine = evaluation_limits or EvaluationLimits(), 0, 0, sum(map(len, waiting))
+    n_more = (len(mine) - len(waiting)) * own.every_turn
     loss_chunk = min(own.loss_chunk or limits.loss_chunk, limits.loss_chunk or own.loss_chunk)
     while waiting:
         micro = waiting.pop(0)
@@ -73,6 +76,8 @@ def evaluation_sums(
             total, n_failures, n_done = total + found, 0, n_done + len(micro)
             progress(n_done, n_mine)
             continue
+        if own.every_turn:
+            raise ModelError(TOO_LONG)
         give_back_memory()
         waiting.insert(0, micro)
         if half:
@@ -88,6 +93,8 @@ def evaluation_sums(
             continue
         loss_chunk = own.loss_chunk = most // 2
         on_change(f"logits of {loss_chunk} tokens at once")
+    for _ in range(n_more):  # of no weight
+        _sums_of(objective, samples[:1], model, accelerator.device, loss_chunk)
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
     model.train(was_training)

@@ -14,7 +14,7 @@ from onecard.model.memory.plan import RECOMPUTE, Plan
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.objectives.base import Objective
 from onecard.objectives.registry import objective_named
-from onecard.train.accelerator import TrainingEngine
+from onecard.train.accelerator import ShardedEngine, TrainingEngine
 from onecard.train.checkpoint import CheckpointStore
 from onecard.train.deepspeed_engine import DeepSpeedEngine
 from onecard.train.end_by_clock import EndByClock
@@ -88,7 +88,8 @@ class Run:
         """Backward and step, plain or through DeepSpeed."""
         if self.options.deepspeed:
             return DeepSpeedEngine(self.accelerator, self.model, self.optimizer)
-        return TrainingEngine(self.accelerator, self.model, self.optimizer, self.options.max_grad_norm)
+        engine = ShardedEngine if self.options.shard else TrainingEngine
+        return engine(self.accelerator, self.model, self.optimizer, self.options.max_grad_norm)
 
     @property
     def training(self) -> dict[str, Any]:

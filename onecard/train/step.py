@@ -199,7 +199,9 @@ def accumulate(
         if not is_out_of_memory(reason):
             raise
         if not run.engine.can_repeat:
-            raise ModelError(f"out of memory, and DeepSpeed cannot repeat a step; {SMALLER_HINT}") from reason
+            raise ModelError(
+                f"out of memory, and processes that share weights cannot repeat a step; {SMALLER_HINT}"
+            ) from reason
         return torch.zeros(len(sums)), True  # where there is room
     return sums, False
 

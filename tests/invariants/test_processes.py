@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
+from onecard.errors import ConfigError
 from onecard.objectives.registry import objective_named
 from onecard.recipes import finetune
 from onecard.train.trackers import read_log
@@ -89,6 +91,43 @@ def test_accelerate_launch_equals_one(one_process: Path, tiny_base: Path, instru
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     finish(launch(launcher, config, tmp_path))
     assert_same_run(one_process, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 16}, {"bits": 4}, {"gradient_checkpointing": True, "use_dora": True}], ids=str
+)
+def test_a_base_over_two_processes_equals_one(options, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    """--shard, with the rehearsal and 4 held-out rows, which are no whole number of turns for 2 processes."""
+    AcceleratorState._reset_state(True)
+    shared = {**SHARED, "rehearsal": True, "micro_batch": 3, **options}
+    one = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "one" / "run", **shared))
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "two" / "run", **shared, shard=True)
+    started = launch(torchrun(2), config, tmp_path)
+    output, _ = started.communicate(timeout=300)
+    assert started.returncode == 0, output[-4000:]
+    assert "2 layers lie over 2 processes" in output
+    assert_same_run(one, tmp_path / "two" / "run")
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.slow
+def test_a_base_over_two_processes_is_killed_and_goes_on_with_one_and_with_two(
+    one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **STOPPED, shard=True)
+    output = fail(launch(torchrun(2), config, tmp_path, trouble="SIGTERM-to-torchrun", at_step=3))
+    assert "after step 4 of 8; checkpoint-4 is saved" in output, output[-4000:]
+    again = Path(shutil.copytree(tmp_path / "run", tmp_path / "again" / "run"))
+    finetune(tiny.config_for(tiny_base, instructions, again, **STOPPED))
+    assert_same_run(one_process, again)
+    finish(launch(torchrun(2), config, tmp_path))
+    assert_same_run(one_process, tmp_path / "run")
+
+
+def test_one_process_has_nothing_to_share_the_base_with(tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--shard: needs several processes.*torchrun"):
+        finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", shard=True))
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ TABLE = {
     "from_data_beginning": Row(True), "accept_changes": same("data"),
     "wandb": Row(True), "wandb_project": same("mine"),
     "tensorboard": same(True, lambda s: (s.output / "tensorboard").is_dir()),
-    "deepspeed": Row("zero.json"), "debug": same(True),
+    "deepspeed": Row("zero.json"), "shard": Row(True), "debug": same(True),
     "vram": same(1.0, lambda s: s.run.plan.card.total_bytes == GIB),
     "loss_chunk": same(16, lambda s: s.run.limits.loss_chunk == 16),
     "offload_activations": same("on", lambda s: s.run.offload is not None),

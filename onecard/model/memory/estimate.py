@@ -89,6 +89,8 @@ class MemoryConfig:
     on_gpu: bool = True
     expandable_segments: bool = True
     """Segments of torch's allocator grow, so that what is freed is room for anything."""
+    n_shards: int = 1
+    """Cards that each frozen layer is divided over; two at a time are put together."""
     n_cards: int = 1
     """Cards that the layers are spread over; the account is for the fullest one."""
 
@@ -280,6 +282,9 @@ def _weights(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     in_ram = setup.offload_embeddings and (not model.tied or setup.head_bits < 16)
     bits = f"{setup.bits} bits"
     place, n_slots = ("RAM", min(N_SLOTS, model.n_layers)) if setup.stream_layers else ("card", 0)
+    if setup.n_shards > 1:
+        attention, mlp, experts = (-(-n_bytes // setup.n_shards) for n_bytes in (attention, mlp, experts))
+        n_slots = min(N_SLOTS, model.n_layers)
     return [
         MemoryComponent(f"base: attention, {bits}", attention, place),
         MemoryComponent(f"base: MLP, {bits}", mlp, place),

@@ -9,6 +9,7 @@ cards as numbers; the arithmetic is `estimate.py`'s, the words `report.py`'s, an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,6 +117,7 @@ def make_plan(
 def _may_stream(model: Architecture, config: FinetuneConfig, card: CardSpec) -> bool:
     options = config.model
     free = options.stream_layers == "auto" and not options.max_memory and not config.train.deepspeed
+    free = free and not config.train.shard
     return free and card.is_gpu and model.checkpoints and bool(options.gradient_checkpointing)
 
 
@@ -257,6 +259,7 @@ def _first_setup(
         repeats_kv=card.is_gpu and (card.repeats_kv or element_bytes == FP32),
         on_gpu=card.is_gpu,
         expandable_segments=card.expandable_segments,
+        n_shards=int(os.environ.get("WORLD_SIZE", "1")) if train.shard else 1,
         n_cards=n_gpus_of(config.model.max_memory) if card.is_gpu else 1,
     )
 
