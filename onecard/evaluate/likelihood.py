@@ -14,8 +14,8 @@ from torch import Tensor
 
 from onecard.errors import ModelError
 from onecard.inference.model_limits import go_together
-from onecard.model.chunked_loss import states_before_head
 from onecard.model.hardware import empty_cache
+from onecard.model.output_head import states_before_head
 
 MICRO_TOKENS = 4096  # of a batch with its padding
 LOGITS_AT_ONCE = 256  # positions whose logits exist at once

@@ -16,7 +16,7 @@ from torch import Tensor
 from onecard.errors import ModelError
 from onecard.inference.model_limits import go_together, reads_in_pieces
 from onecard.inference.streamer import TokenLogprob, token_logprobs
-from onecard.model.chunked_loss import states_before_head
+from onecard.model.output_head import states_before_head
 
 Check = Callable[[], None]  # called between pieces; raises when nobody waits any more
 PIECE_TOKENS = 256  # logits of so many positions exist at once: 128 MB for a vocabulary of 128k

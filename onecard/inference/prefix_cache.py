@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from onecard.inference.model_limits import reads_in_pieces
-from onecard.model.chunked_loss import takes_positions
+from onecard.model.output_head import takes_positions
 
 MOST_KEPT = 16  # conversations; a search looks at each
 LEAST_TOKENS = 8  # a shorter common beginning is read as fast as it is looked up

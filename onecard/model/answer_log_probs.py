@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from onecard.data.encode import IGNORE_INDEX
-from onecard.model.chunked_loss import (
-    SCALE,
-    OutputHead,
-    SupervisedTokens,
-    logits_at,
-    loss_and_gradients,
-    losses_in_place,
-    scale_in_place,
-    states_and_head,
-)
+from onecard.model.chunked_loss import SCALE, SupervisedTokens, loss_and_gradients, losses_in_place, scale_in_place
+from onecard.model.output_head import OutputHead, logits_at, states_and_head
 
 
 def answer_log_probs(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, Tensor]:

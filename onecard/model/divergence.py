@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from onecard.model.chunked_loss import logits_at, states_and_head
+from onecard.model.output_head import logits_at, states_and_head
 
 AdapterOff = Callable[[nn.Module], AbstractContextManager[None]]
 """Within it the model is its base."""

@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 import onecard.model.chunked_loss
 from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
-from onecard.model.chunked_loss import CAPPED_BYTES_PER_LOGIT, CHUNK_BYTES_PER_LOGIT, summed_loss, takes_positions
+from onecard.model.chunked_loss import CAPPED_BYTES_PER_LOGIT, CHUNK_BYTES_PER_LOGIT, summed_loss
 from onecard.model.lora.adapter import add_lora
+from onecard.model.output_head import takes_positions
 from tests.covering import every_pair_fast
 from tests.live_memory import peak_bytes
 from tests.model.model_families import FAMILIES, save_family, small_batch
@@ -341,7 +342,8 @@ from onecard.config.lora import LoraOptions
 from onecard.model.lora.adapter import add_lora
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
-from onecard.model.chunked_loss import summed_loss, takes_positions
+from onecard.model.chunked_loss import summed_loss
+from onecard.model.output_head import takes_positions
 import torch.distributed as dist
 torch.set_num_threads(1)
 rank = int(sys.argv[4])

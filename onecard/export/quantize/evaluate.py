@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div, nll_loss
 
 from onecard.data.encode import IGNORE_INDEX, LabelledSample
 from onecard.errors import ModelError
-from onecard.model.chunked_loss import states_before_head
+from onecard.model.output_head import states_before_head
 from onecard.objectives.base import Objective
 
 CHUNK_TOKENS = 128  # logits of a large vocabulary exist for so many tokens at a time, in a few copies

@@ -44,9 +44,9 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
     """
     from onecard.config.lora import FREEZE, LoraOptions
     from onecard.model.attention import avoid_flash, skip_packing_mask
-    from onecard.model.chunked_loss import assume_way
     from onecard.model.load import checkpoint_layers
     from onecard.model.memory_saving.lm_head import quantize_head
+    from onecard.model.output_head import assume_way
     from onecard.model.quantization import compute_as_on_a_card, quantize_on_meta
     from onecard.model.trained import make_trainable
 
