@@ -125,6 +125,7 @@ VARIANTS = {
     "4 bits": {"bits": 4, "gradient_checkpointing": True},
     "8 bits": {"bits": 8, "gradient_checkpointing": True, "mlp_tile": 64},
 }
+FAST = ("chosen", "chunks", "offload", "8 bits")  # the last with recomputed layers and tiles
 SHORT = {"micro_batch": 0, "micro_tokens": 600, "total_batch": 6, "max_steps": 3, "test_size": 4, "eval_steps": 2,
          "learning_rate": 1e-4}  # fmt: skip
 
@@ -137,7 +138,9 @@ def small_offload(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_offload")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in VARIANTS]
+)
 def test_however_it_is_computed(variant: str, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
     """Failures that make the pieces smaller: the same weights within 1e-6."""
     options = {**SHORT, **VARIANTS[variant]}
