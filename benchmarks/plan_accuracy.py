@@ -260,7 +260,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from onecard.config.training import TrainOptions
     from onecard.data.encode import LabelledSample
     from onecard.model.lora.vocabulary import freeze_adapter
-    from onecard.model.memory_saving.activation_offload import embeddings_to_ram
+    from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
     from onecard.model.trained import make_trainable
     from onecard.train.oom import MicroBatchLimits

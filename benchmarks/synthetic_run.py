@@ -26,7 +26,7 @@ from onecard.model.lora.adapter import add_lora
 from onecard.model.memory.architecture import Architecture
 from onecard.model.memory.estimate import CONTEXT, MemoryEstimate
 from onecard.model.memory.plan import Plan, make_plan
-from onecard.model.memory_saving.activation_offload import embeddings_to_ram
+from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.train.auto_config import card_of, limits_of
 from onecard.train.build import build_accelerator, prepare_base, prepared

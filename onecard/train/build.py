@@ -31,7 +31,7 @@ from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tok
 from onecard.model.lora.adapter import load_adapter
 from onecard.model.lora.methods import MOVING_STARTS
 from onecard.model.lora.vocabulary import freeze_adapter
-from onecard.model.memory_saving.activation_offload import embeddings_to_ram
+from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers

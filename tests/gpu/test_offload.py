@@ -13,7 +13,8 @@ from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.model.lora.adapter import add_lora
-from onecard.model.memory_saving.activation_offload import ActivationOffload, embeddings_to_ram
+from onecard.model.memory_saving.activation_offload import ActivationOffload
+from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.tiled_mlp import tile_mlps
 from tests.model.model_families import VOCAB, save_family
 from tests.simcard import is_simulated

@@ -19,7 +19,9 @@ from onecard.model.hardware import Hardware
 from onecard.model.load import LoadedBase, load_base
 from onecard.model.lora.adapter import add_lora, save_adapter
 from onecard.model.memory_saving import activation_offload as offload_module
-from onecard.model.memory_saving.activation_offload import ActivationOffload, embeddings_to_ram
+from onecard.model.memory_saving import embeddings_in_ram
+from onecard.model.memory_saving.activation_offload import ActivationOffload
+from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from tests import tiny
 from tests.model.live_tensors import LiveTensors
 from tests.model.model_families import save_family, small_batch
@@ -415,7 +417,7 @@ def test_ids_go_to_the_weight_and_rows_to_the_card() -> None:
     rows = embedding(torch.zeros(2, 5, dtype=torch.long))
     assert rows.device.type == "meta" and rows.shape == (2, 5, 16)
     assert len(embedding._forward_hooks) == len(embedding._forward_pre_hooks) == 1
-    moved = offload_module._ids_to_weight(nn.Embedding(4, 4, device="meta"), (torch.zeros(1, dtype=torch.long),))
+    moved = embeddings_in_ram._ids_to_weight(nn.Embedding(4, 4, device="meta"), (torch.zeros(1, dtype=torch.long),))
     assert moved[0].device.type == "meta"
 
 
