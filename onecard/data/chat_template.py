@@ -31,7 +31,7 @@ from onecard.data.built_in_templates import (
 from onecard.data.jinja_chat import compile_chat_template, reads_input, render_chat, variables_read
 from onecard.data.lost_turns import TurnKeeper
 from onecard.data.message_forms import messages_for, with_thoughts_for
-from onecard.data.messages import Conversation, Turn, tools_of
+from onecard.data.messages import Turn, tools_of
 from onecard.data.special_tokens import added_tokens, beginning_ids, single_token, special_tokens
 from onecard.data.thoughts import completion, empty_thought, has_thought, opened_thought, split_thought, with_thought
 from onecard.errors import ConfigError, DataError
@@ -96,19 +96,6 @@ class Template:
         if not reads_input(self.jinja):
             turns = [replace(t, content=f"{t.content}\n\n{t.input}", input="") if t.input else t for t in turns]
         return messages_for(self.jinja, with_thoughts_for(self.jinja, turns))
-
-    def segments(
-        self, conversation: Conversation | Sequence[Turn], tokenizer: Any, *, add_generation_prompt: bool = False
-    ) -> list[Segment]:
-        """The rendered text, cut at the borders of the answers; where it cannot be cut, one segment.
-
-        chatml, [user "Hi", assistant "Hello"] ->
-            Segment("<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", is_answer=False)
-            Segment("Hello", is_answer=True, end="<|im_end|>")
-            Segment("\\n", is_answer=False)        # with a next question: the beginning of the next prompt
-        """
-        turns = conversation.turns if isinstance(conversation, Conversation) else tuple(conversation)
-        return PromptRenderer(self, tokenizer).segments(turns, add_generation_prompt=add_generation_prompt)
 
     def with_thinking(self, wanted: str) -> Template:
         """The template with its own switch for thoughts turned on or off; auto: as it is.
@@ -181,7 +168,13 @@ class PromptRenderer:
         )
 
     def segments(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
-        """The rendered text cut at the answers' borders; one segment where the template is not append-only."""
+        """The rendered text cut at the answers' borders; one segment where the template is not append-only.
+
+        chatml, [user "Hi", assistant "Hello"] ->
+            Segment("<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", is_answer=False)
+            Segment("Hello", is_answer=True, end="<|im_end|>")
+            Segment("\\n", is_answer=False)        # with a next question: the beginning of the next prompt
+        """
         pieces = self.cut(turns, add_generation_prompt=add_generation_prompt)
         if pieces is None:
             return [Segment(self.render(turns, prompt=add_generation_prompt), is_answer=False)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecard.data.built_in_templates import BUILT_IN, FOLDER
-from onecard.data.chat_template import PromptRenderer, Segment, load_template
-from onecard.data.messages import Conversation, Turn
+from onecard.data.chat_template import PromptRenderer, Segment, Template, load_template
+from onecard.data.messages import Turn
 from onecard.data.special_tokens import special_tokens
 from onecard.errors import ConfigError, DataError
 from tests.data.conftest import APPEND_ONLY, CLOSES_AT_THE_END, REWRITES_HISTORY, SPACED
@@ -20,6 +23,10 @@ CONVERSATIONS = (
     (Turn("user", "Sum", "1 2"), Turn("assistant", "3"), Turn("user", "Again"), Turn("assistant", " 3 \n")),
 )
 text = st.text(st.one_of(st.sampled_from(" \n\t你好🙂é{}%<>'\"\\"), st.characters(codec="utf-8")), max_size=12)
+
+
+def segments_of(template: Template, turns: Sequence[Turn], tokenizer: Any) -> list[Segment]:
+    return PromptRenderer(template, tokenizer).segments(turns)
 
 
 @st.composite
@@ -76,7 +83,7 @@ def test_segments_are_the_rendered_text_cut_at_the_answers(request, which, name)
     template = load_template(name, tokenizer)
     n_answers = 0
     for conversation in CONVERSATIONS:
-        segments = template.segments(Conversation(conversation, "here:1"), tokenizer)
+        segments = segments_of(template, conversation, tokenizer)
         rendered = template.render(
             template.messages(conversation), special_tokens=special_tokens(tokenizer), add_generation_prompt=False
         )
@@ -90,7 +97,7 @@ def test_segments_are_the_rendered_text_cut_at_the_answers(request, which, name)
 
 def test_the_newline_after_an_end_token_belongs_to_the_next_prompt(bytelevel_tokenizer):
     template = load_template("chatml", bytelevel_tokenizer)
-    segments = template.segments(CONVERSATIONS[2], bytelevel_tokenizer, add_generation_prompt=False)
+    segments = segments_of(template, CONVERSATIONS[2], bytelevel_tokenizer)
     assert segments[1] == Segment("3", is_answer=True, end="<|im_end|>")
     assert segments[2].text.startswith("\n<|im_start|>user\nAgain")
 
@@ -104,7 +111,7 @@ def test_built_in_files_are_all_there_and_name_their_end():
 
 def test_alpaca_has_both_wordings(sp_tokenizer):
     template = load_template("alpaca", sp_tokenizer)
-    prompts = [template.segments(turns[:1], sp_tokenizer)[0].text for turns in (CONVERSATIONS[0], CONVERSATIONS[2])]
+    prompts = [segments_of(template, turns[:1], sp_tokenizer)[0].text for turns in (CONVERSATIONS[0], CONVERSATIONS[2])]
     assert prompts[0] == (
         "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nHi\n\n### Response:\n"
@@ -116,7 +123,7 @@ def test_alpaca_has_both_wordings(sp_tokenizer):
 def test_an_input_is_never_lost_where_the_template_does_not_know_inputs(bytelevel_tokenizer):
     n_visited = 0
     for name in BUILT_IN:
-        prompt = load_template(name, bytelevel_tokenizer).segments(CONVERSATIONS[2], bytelevel_tokenizer)[0].text
+        prompt = segments_of(load_template(name, bytelevel_tokenizer), CONVERSATIONS[2], bytelevel_tokenizer)[0].text
         assert "Sum" in prompt
         assert "1 2" in prompt
         n_visited += 1
@@ -166,14 +173,14 @@ def test_an_end_is_taught_even_where_the_template_has_none(bytelevel_bos_tokeniz
 
 def test_a_template_that_closes_only_at_the_end_is_still_cut(bytelevel_tokenizer, with_template):
     tokenizer = with_template(bytelevel_tokenizer, CLOSES_AT_THE_END)
-    segments = load_template("auto", tokenizer).segments(CONVERSATIONS[2], tokenizer)
+    segments = segments_of(load_template("auto", tokenizer), CONVERSATIONS[2], tokenizer)
     assert [segment.text for segment in segments if segment.is_answer] == ["3", " 3 \n"]
 
 
 def test_what_a_template_writes_around_an_answer_is_learned_with_it(sp_tokenizer, with_template):
     tokenizer = with_template(sp_tokenizer, SPACED)
     template = load_template("auto", tokenizer)
-    segments = template.segments((Turn("user", "Hi"), Turn("assistant", "Hello")), tokenizer)
+    segments = segments_of(template, (Turn("user", "Hi"), Turn("assistant", "Hello")), tokenizer)
     assert segments == [
         Segment("<s>[INST] Hi [/INST]", is_answer=False),
         Segment(" Hello ", is_answer=True, end="</s>"),
@@ -185,9 +192,9 @@ def test_a_template_that_rewrites_history_is_not_cut(bytelevel_tokenizer, with_t
     tokenizer = with_template(bytelevel_tokenizer, REWRITES_HISTORY)
     template = load_template("auto", tokenizer)
     thinking = (Turn("user", "a"), Turn("assistant", "<think>x</think>\nb"), Turn("user", "c"), Turn("assistant", "d"))
-    assert len(template.segments(thinking, tokenizer)) == 1
+    assert len(segments_of(template, thinking, tokenizer)) == 1
     plain = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
-    assert len(template.segments(plain, tokenizer)) == 5
+    assert len(segments_of(template, plain, tokenizer)) == 5
 
 
 def test_a_file_is_a_template(tmp_path, bytelevel_tokenizer):
@@ -195,7 +202,7 @@ def test_a_file_is_a_template(tmp_path, bytelevel_tokenizer):
     file.write_text('{#- onecard: {"end": "<|im_end|>", "stop": ["\\n\\nYou:"]} -#}\n' + APPEND_ONLY, encoding="utf-8")
     template = load_template(str(file), bytelevel_tokenizer)
     assert (template.name, template.end, template.stop) == ("mine", "<|im_end|>", ("\n\nYou:",))
-    assert template.segments(CONVERSATIONS[0], bytelevel_tokenizer)[0].text.startswith("<|im_start|>user\nHi")
+    assert segments_of(template, CONVERSATIONS[0], bytelevel_tokenizer)[0].text.startswith("<|im_start|>user\nHi")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +244,7 @@ def test_what_a_template_refuses_is_a_data_error(sp_tokenizer, with_template):
         sp_tokenizer, "{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}{{ messages }}"
     )
     with pytest.raises(DataError, match="too many"):
-        load_template("auto", tokenizer).segments(CONVERSATIONS[2], tokenizer)
+        segments_of(load_template("auto", tokenizer), CONVERSATIONS[2], tokenizer)
 
 
 def test_the_environment_has_what_hub_templates_use(sp_tokenizer):
