@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from onecard.config.parsing import CONFIG_FLAG, PRINT_FLAG, Option, options_of, parse, to_yaml, unknown_option
+from onecard.config.options import Option, options_of
+from onecard.config.parsing import CONFIG_FLAG, PRINT_FLAG, parse, to_yaml, unknown_option
 from onecard.config.training import FinetuneConfig
 from onecard.console import say
 from onecard.errors import ConfigError
