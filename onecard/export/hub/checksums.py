@@ -19,7 +19,6 @@ from onecard.manifest import MANIFEST, ManifestError, read_manifest
 from onecard.storage import sha256_of
 
 LIST = "SHA256SUMS"
-PIECE_BYTES = 1 << 22
 UNFINISHED = (".partial", ".incomplete", ".part", ".tmp", ".crdownload", ".aria2")
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 UNESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
