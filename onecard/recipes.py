@@ -34,15 +34,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     from onecard.model.hardware import detect
     from onecard.model.trained import describe_trained, write_result
-    from onecard.train.auto_config import (
-        cap_memory,
-        first_plan,
-        pin_choices,
-        resolve,
-        resolve_learning_rate,
-        resolve_lengths,
-        resolve_total_batch,
-    )
+    from onecard.train import auto_config
     from onecard.train.build import build_accelerator, build_run, open_reporter, prepare_data, training_state
     from onecard.train.end_by_clock import end_by_clock
     from onecard.train.loop import report_events, train
@@ -60,18 +52,19 @@ def finetune(config: FinetuneConfig) -> Path:
     directory = RunDirectory(Path(config.train.output_path))
     with directory.locked():
         hardware = detect(config.model.device, pretend_turing=config.memory.pretend_turing)
-        cap_memory(hardware, config.memory.vram, config.model.max_memory)
-        first = first_plan(config, hardware)
+        auto_config.cap_memory(hardware, config.memory.vram, config.model.max_memory)
+        first = auto_config.first_plan(config, hardware)
         accelerator = build_accelerator(config, hardware, first.model.model_type)
         point = start_position(config, directory, accelerator)
         config = resolve_txt_split(resolve_start_adapter(config, point), point)
         data = prepare_data(config, accelerator, point)
         config = replace(config, data=replace(config.data, test_size=data.test_size))
-        config = resolve_total_batch(config, point, data.train.n_per_epoch)
-        config = resolve_learning_rate(config, first.model, point)
-        fitted, plan = resolve(pin_choices(config, point), hardware, first, data.longest, accelerator)
+        config = auto_config.resolve_total_batch(config, point, data.train.n_per_epoch)
+        config = auto_config.resolve_learning_rate(config, first.model, point)
+        pinned = auto_config.pin_choices(config, point)
+        fitted, plan = auto_config.resolve(pinned, hardware, first, data.longest, accelerator)
         state = training_state(config, data, point)
-        fitted = resolve_lengths(fitted, data.train.n_per_epoch, len(data.test))
+        fitted = auto_config.resolve_lengths(fitted, data.train.n_per_epoch, len(data.test))
         run = build_run(fitted, hardware, accelerator, data, state, point, directory)
         run.plan, run.clock = plan, clock
         run.rollouts = open_rollouts(run, data.tokenizer, data.template, directory.path)
