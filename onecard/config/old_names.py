@@ -30,8 +30,8 @@ class OldName(NamedTuple):
 
 
 STEP = "samples per optimizer step; --micro_batch only decides memory"
-STAGES = "for dpo and kto; pt and sft need none: a txt is text, records are conversations"
-AT_ONCE = "rows are packed by length; nothing to give"
+TEXT_FORMS = "the data say it: a txt is text, records are instructions or conversations"
+AT_ONCE = "rows of like length go together; nothing to give"
 
 OLD_NAMES = (
     # the model
@@ -81,8 +81,8 @@ OLD_NAMES = (
     OldName("train_on_prompt", "F", ("--train_on everything",)),
     OldName("mask_history", "F", ("--train_on last",)),
     OldName("group_by_length", "K", note=AT_ONCE),
-    OldName("packing", "F", note=AT_ONCE),
-    OldName("stage", "F", ("--objective",), STAGES),
+    OldName("neat_packing", "F", ("--packing",), "each sample sees itself alone"),
+    OldName("stage", "F", note=TEXT_FORMS),
     OldName("pref_loss", "F", ("--objective",), "sigmoid is dpo"),
     OldName("pref_ftx", "F", ("--sft_weight",)),
     OldName("dpo_label_smoothing", "F", ("--label_smoothing",)),

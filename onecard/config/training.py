@@ -56,6 +56,9 @@ class TrainOptions(RolloutOptions):
     and a rejected answer: dpo and ipo, which compare with a reference (the base, or --init_adapter), simpo and orpo,
     which do not. Of single answers that are marked good or bad (label, kto_tag): kto, which compares with the base.
     grpo: answers that are sampled while training, by their --reward."""
+    packing: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
+    """Whole samples share rows of --cutoff_len tokens in the place of padding, each with attention of its own; the
+    result is the same (auto: off)."""
     pref_beta: float = 0.0
     """How strongly pairs pull: beta of dpo, ipo (tau), kto, simpo and orpo (lambda); 0: 0.1, for simpo 2."""
     label_smoothing: float = 0.0
@@ -189,6 +192,7 @@ class TrainOptions(RolloutOptions):
         if self.deepspeed and "8bit" in self.optimizer:
             found.append(("--optimizer", f"{self.optimizer} does not work under DeepSpeed; use adamw"))
         found += [*self._clock_problems(), *self._schedule_problems(), *self._preference_problems()]
+        found += self._packing_problems()
         found += [*self._final_weights_problems(), *self._change_problems(), *self.rollout_problems(self.objective)]
         return found
 
@@ -210,6 +214,23 @@ class TrainOptions(RolloutOptions):
             found.append(("--finish_by", f"{self.finish_by!r} is no time; use 07:00 or 2026-12-24T07:00"))
         if self.finish_by and self.max_hours:
             found.append(("--max_hours", "says the end, as --finish_by does; give only one of them"))
+        return found
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are filled up with further texts or samples."""
+        return self.packing is True
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether rows hold several texts that must not see one another."""
+        return self.packs
+
+    def _packing_problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.packing is True and self.objective != "sft":
+            text = f"does not go with --objective {self.objective}, which compares answers, each in a row; leave it out"
+            found.append(("--packing", text))
         return found
 
     @property
@@ -320,6 +341,11 @@ class FinetuneConfig:
     stages: str = ""
     """Several runs in a row, each from the result of the one before: a YAML file with the list of stages, their names
     and any of these options; see docs/en/training.md."""
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the rows that whole samples share; 0: each sample is a row."""
+        return self.data.cutoff_len if self.train.packs else 0
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from onecard.data.encode import IGNORE_INDEX, LabelledSample
+from onecard.data.packing import packed, padded_tokens
 from onecard.errors import ConfigError
 
 # Matrix products of fewer rows leave a card waiting; below this share of the longest row a row is mostly padding.
@@ -114,9 +116,11 @@ def step_samples(step: int, n: int | SampleOrder, total_batch: int, seed: int) -
 
 
 def micro_batches(
-    indices: np.ndarray, lengths: np.ndarray, *, micro_batch: int = 0, micro_tokens: int = 0
+    indices: np.ndarray, lengths: np.ndarray, *, micro_batch: int = 0, micro_tokens: int = 0, row_tokens: int = 0
 ) -> list[np.ndarray]:
     """The step's samples, longest first, cut into what is run at once.
+
+    row_tokens: samples share rows of so many tokens, as `packing.packed` puts them; 0: each is a row.
 
     micro_batch limits rows, micro_tokens limits rows x longest (padding counts); 0 is no limit. A row longer than the
     budget stands alone. The longest come first, so that a step that does not fit fails at once. With a token budget a
@@ -124,6 +128,11 @@ def micro_batches(
 
     lengths [9, 3, 5, 4], indices [0, 1, 2, 3], micro_tokens 10 -> [0], [2, 3], [1]    (9; 2 x 5; 3)
     """
+    if row_tokens:
+        rows = packed(indices, lengths, min(row_tokens, micro_tokens or row_tokens))
+        sums = np.array([lengths[row].sum() for row in rows])
+        cuts = micro_batches(np.arange(len(rows)), sums, micro_batch=micro_batch, micro_tokens=micro_tokens)
+        return [np.concatenate([rows[number] for number in np.sort(cut)]) for cut in cuts]
     order = indices[np.argsort(-lengths[indices].astype(np.int64), kind="stable")]
     micros: list[np.ndarray] = []
     start = 0
@@ -156,7 +165,7 @@ def by_source(micros: Sequence[np.ndarray], parts: np.ndarray) -> list[np.ndarra
 
 
 def share_for_rank(
-    micros: Sequence[np.ndarray], rank: int, world_size: int, lengths: np.ndarray | None = None
+    micros: Sequence[np.ndarray], rank: int, world_size: int, lengths: np.ndarray | None = None, row_tokens: int = 0
 ) -> list[np.ndarray | None]:
     """This rank's micro-batches; every rank gets the same number, filled up with None (a dummy of weight zero).
 
@@ -165,7 +174,7 @@ def share_for_rank(
 
     costs [9, 8, 7, 6, 5], 2 ranks -> rank 0: 9, 6, 5    rank 1: 8, 7, None
     """
-    costs = [len(micro) * (int(lengths[micro].max()) if lengths is not None else 1) for micro in micros]
+    costs = [len(micro) if lengths is None else padded_tokens(micro, lengths, row_tokens) for micro in micros]
     by_cost = sorted(range(len(micros)), key=lambda i: (-costs[i], i))
     mine: list[np.ndarray | None] = []
     for first in range(0, len(by_cost), world_size):
@@ -178,7 +187,8 @@ def share_for_rank(
 def collate(samples: Sequence[LabelledSample], pad_id: int) -> dict[str, torch.Tensor]:
     """Rows padded on the right to the longest: input_ids, attention_mask, labels, each LongTensor (batch, seq).
 
-    With them `loss_weights`, a FloatTensor (batch, seq), where a sample has weights.
+    With them `loss_weights`, a FloatTensor (batch, seq), where a sample has weights, and `position_ids`, which begin at
+    0 with each text, where a row holds several: transformers makes masks of them that keep attention within each.
 
     ids [5, 6, 2] and [7, 2], pad 0:
         input_ids [[5, 6, 2], [7, 2, 0]]  attention_mask [[1, 1, 1], [1, 1, 0]]  labels [[-100, 6, 2], [-100, 2, -100]]
@@ -199,7 +209,15 @@ def collate(samples: Sequence[LabelledSample], pad_id: int) -> dict[str, torch.T
         for row, sample in enumerate(samples):
             if sample.weights:
                 batch["loss_weights"][row, : len(sample.weights)] = torch.tensor(sample.weights)
+    if any(sample.starts for sample in samples):
+        batch["position_ids"] = torch.stack([_positions(sample, shape[1]) for sample in samples])
     return batch
+
+
+def _positions(sample: LabelledSample, n: int) -> torch.Tensor:
+    """Positions within each text of a row of n tokens, its padding being one more: starts [3] of 5, n 7 -> 0120101."""
+    borders = [0, *sample.starts, *[len(sample.input_ids)] * (len(sample.input_ids) < n), n]
+    return torch.cat([torch.arange(end - start) for start, end in pairwise(borders)])
 
 
 def auto_test_size(n_conversations: int) -> float:

@@ -34,6 +34,7 @@ class LabelledSample:
 
     group: the number of the conversation it came from; samples of a group go to the same side of a split.
     cut: whether turns or the end of an answer were cut off to fit.
+    starts: where further texts begin that must not see the ones before them; empty where there is one.
     weights: (seq,), what the loss of each token is multiplied by; empty where all weigh 1.
     fields: JSON of what else an encoder keeps of the record (prompts.py).
     """
@@ -45,6 +46,7 @@ class LabelledSample:
     cut: bool = False
     weights: list[float] = field(default_factory=list)
     fields: str = ""
+    starts: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class EncodeSettings:
 class EncodedSample(NamedTuple):
     """ids with the half-open ranges [start, end) that are learned, flat: [s0, e0, s1, e1, ...].
 
-    weights: one for each range; empty where all are 1.
+    weights: one for each range; empty where all are 1. n_characters: of a text that is learned whole, else 0.
     """
 
     ids: list[int]
@@ -76,6 +78,7 @@ class EncodedSample(NamedTuple):
     cut: bool = False
     weights: Sequence[float] = ()
     fields: str = ""
+    n_characters: int = 0
 
 
 class SamplePlan(NamedTuple):
@@ -160,6 +163,8 @@ class Encoder:
 
     untrue_notes: ClassVar[frozenset[str]] = frozenset()
     """What readers note of records and does not hold for what this encoder learns of them."""
+    cuts: ClassVar[bool] = True
+    """Whether rows are kept within cutoff_len."""
 
     def __init__(self, template: Template, tokenizer: Any, settings: EncodeSettings) -> None:
         self.tokens = segment_tokenizer(template, tokenizer)

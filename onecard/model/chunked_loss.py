@@ -45,7 +45,7 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: 
     """Return the cross-entropy summed over supervised tokens (a scalar, fp32) and the number of those tokens.
 
     With `loss_weights` (batch, seq) in the batch each token's cross-entropy is multiplied by its weight, and the number
-    is the sum of these weights.
+    is the sum of these weights. `position_ids` (batch, seq), where rows hold several texts, say where each begins.
 
     batch: `input_ids` and `labels`, each (batch, seq), padded on the right. A label of -100 is not learned; labels are
     shifted here, so position t predicts token t + 1. `model` may be wrapped (DDP, accelerate): its own forward is
@@ -65,6 +65,8 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: 
     Raises ModelError for a model whose `logits_to_keep` takes no list of positions.
     """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
+    if "position_ids" in batch:
+        inputs["position_ids"] = batch["position_ids"]
     # The last position predicts nothing that is known; a token alone therefore has nothing to learn.
     targets = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     weights = batch.get("loss_weights")

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onecard.config.training import TrainOptions
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.data.batches import SampleOrder
 from onecard.data.dataset import EncodedDataset
-from onecard.data.encode import Encoder
+from onecard.data.encode import Encoder, LabelledSample
+from onecard.data.packing import in_rows
 
 
 class SampleView:
@@ -40,6 +41,26 @@ class SampleView:
 
     def __getitem__(self, position: int) -> Any:
         return self.dataset[int(self.rows[position])]
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for all that is learned, held-out samples included."""
+        return self.dataset.fingerprint
+
+    @property
+    def longest_sample(self) -> LabelledSample:
+        """The longest one of the data set, or a sequence of it, held-out ones included."""
+        return self.dataset[int(np.argmax(self.dataset.lengths))]
+
+    @property
+    def summary(self) -> str:
+        """What the samples are, in words, where that is not told by the data."""
+        return ""
+
+    @property
+    def tokens_per_character(self) -> float | None:
+        """Of the texts that are learned; None where samples are no texts."""
+        return None
 
     @cached_property
     def order(self) -> int | SampleOrder:
@@ -78,14 +99,14 @@ class Objective(ABC):
         """The same objective with what the options say about it."""
         return self
 
+    def view(self, dataset: EncodedDataset, rows: np.ndarray, config: FinetuneConfig) -> SampleView:
+        """The samples that these rows make under these options."""
+        return self.samples(dataset, rows)
+
     @property
     def of_answers(self) -> Objective:
         """The objective by which single answers are scored; this one, unless it takes something else."""
         return self
-
-    def view(self, dataset: EncodedDataset, rows: np.ndarray) -> SampleView:
-        """The samples that these rows of a data set make."""
-        return self.samples(dataset, rows)
 
     looks_ahead: ClassVar[bool] = False
     """Whether the loss of a sample depends on the whole step: its `estimator` is then asked before the gradients."""
@@ -102,6 +123,11 @@ class Objective(ABC):
     @abstractmethod
     def length(self, sample: Any) -> int:
         """What `samples` has for this sample under `lengths`."""
+
+    def lengths(self, samples: Sequence[Any]) -> np.ndarray:
+        """`length` of each of these samples, (n,)."""
+        known = getattr(samples, "lengths", None)
+        return np.array([self.length(sample) for sample in samples]) if known is None else known
 
     @abstractmethod
     def collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:
@@ -120,17 +146,23 @@ class Objective(ABC):
         """`loss` with the sums of the metrics; an objective that has some computes both here."""
         return LossSums(*self.loss(model, batch, chunk_tokens=chunk_tokens), torch.zeros(len(self.metrics), 2))
 
-    def sums_of(self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0) -> LossSums:
-        """`sums` of samples, moved to the device, where they lie too: the head may lie on another one."""
+    def sums_of(
+        self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0, row_tokens: int = 0
+    ) -> LossSums:
+        """`sums` of samples, moved to the device, where they lie too: the head may lie on another one.
+
+        row_tokens: samples share rows of so many tokens (`packing.in_rows`), which changes nothing; 0: each is a row.
+        """
+        samples = in_rows(samples, row_tokens) if row_tokens else samples
         batch = {name: tensor.to(device) for name, tensor in self.collate(samples).items()}
         loss, n_units, metrics = self.sums(model, batch, chunk_tokens=chunk_tokens)
         return LossSums(loss.to(device), n_units, metrics.to(device))
 
     def loss_of(
-        self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0
+        self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0, row_tokens: int = 0
     ) -> tuple[Tensor, float]:
         """`sums_of` without the metrics."""
-        return self.sums_of(model, samples, device, chunk_tokens=chunk_tokens)[:2]
+        return self.sums_of(model, samples, device, chunk_tokens=chunk_tokens, row_tokens=row_tokens)[:2]
 
     def means(self, metrics: Sequence[float]) -> dict[str, float]:
         """The metrics by name, out of their sums over a step or an evaluation, flat; none where nothing was counted."""

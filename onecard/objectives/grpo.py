@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onecard.config.training import TrainOptions
+from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.data.batches import collate
 from onecard.data.dataset import EncodedDataset
 from onecard.data.encode import IGNORE_INDEX, LabelledSample
@@ -120,7 +120,7 @@ class GroupRelative(Objective):
     def of_answers(self) -> Objective:
         return SupervisedFineTuning()
 
-    def view(self, dataset: EncodedDataset, rows: np.ndarray) -> SampleView:
+    def view(self, dataset: EncodedDataset, rows: np.ndarray, config: FinetuneConfig) -> SampleView:
         return PromptView(dataset, rows, self.max_tokens)
 
     def rollout_view(self, groups: Sequence[Sequence[Rollout]], parts: np.ndarray | None) -> RolloutView:

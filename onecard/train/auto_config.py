@@ -236,7 +236,7 @@ def limits_of(config: FinetuneConfig) -> MicroBatchLimits:
     memory, train = config.memory, config.train
     return MicroBatchLimits(
         train.micro_batch, train.micro_tokens, max(0, memory.loss_chunk), memory.offload_activations == "on",
-        max(0, memory.mlp_tile),
+        max(0, memory.mlp_tile), row_tokens=config.row_tokens,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers
+from onecard.model.packed_rows import check_packing
 from onecard.model.trained import make_trainable
 from onecard.objectives.base import Objective, SampleView
 from onecard.objectives.registry import objective_named
@@ -66,16 +67,17 @@ class TrainingData:
     tokenizer: Any
     template: Template
     train: SampleView
-    test: list[Any]
+    test: SampleView
     fingerprint: str
     test_size: float
     objective: Objective
     test_sources: HeldOutSources | None = None
+    row_tokens: int = 0
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample, held-out ones included."""
-        return max(int(self.train.lengths.max()), *map(self.objective.length, self.test), 1)
+        """Tokens of the longest row, held-out ones included."""
+        return max(self.row_tokens, 1, *(int(view.lengths.max(initial=0)) for view in (self.train, self.test)))
 
 
 def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: str) -> Accelerator:
@@ -107,7 +109,7 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     options, objective = config.data, objective_named(config.train.objective).with_options(config.train)
     tokenizer = load_tokenizer(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
     template = load_template(options.prompt_type, tokenizer, dialogue=options.dialogue)
-    longest = options.cutoff_len - config.train.answer_tokens
+    longest = options.cutoff_len - config.train.answer_tokens if objective.encoder.cuts else 0
     settings = EncodeSettings(longest, options.train_on, options.strict, options.thinking)
     with accelerator.main_process_first():  # the others find the first one's cache
         cache = cache_directory(options.cache_path)
@@ -116,13 +118,13 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
         say(line)
     test_size = resolve_test_size(options.test_size, point, len(np.unique(dataset.groups)))
     train_rows, test_rows = _split(dataset, test_size, config.train.seed)
-    train, test = objective.view(dataset, train_rows), objective.view(dataset, test_rows)
+    train, test = (objective.view(dataset, rows, config) for rows in (train_rows, test_rows))
     say(f"template {template.name}; {len(train):,} samples to train on, {len(test):,} to evaluate on")
-    for line in _shares(train):
+    for line in [*filter(None, [train.summary]), *_shares(train)]:
         say(line)
-    held_out = [test[number] for number in range(len(test))]
     sources = None if test.parts is None else HeldOutSources(dataset.names, test.parts)
-    return TrainingData(tokenizer, template, train, held_out, dataset.fingerprint, test_size, objective, sources)
+    return TrainingData(tokenizer, template, train, test, train.fingerprint, test_size, objective, sources,
+                        config.row_tokens)  # fmt: skip
 
 
 def _split(dataset: EncodedDataset, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +153,7 @@ def check_inputs(model: Any, data: TrainingData) -> None:
     if beyond is not None:
         number, token_id = beyond
         raise ModelError(f"{dataset[number].record}: {no_row(data.tokenizer, token_id, n_rows)}")
-    longest = dataset[int(np.argmax(dataset.lengths))]
+    longest = data.train.longest_sample
     n_tokens, limit = len(longest.input_ids), position_limit(model)
     if limit is not None and n_tokens > limit:
         raise ModelError(f"{longest.record} has {n_tokens:,} tokens, but the base has {limit:,} positions; use "
@@ -224,6 +226,9 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
         embedding.neftune_noise_alpha = options.neftune_alpha
         embedding.register_forward_hook(neftune_post_forward_hook)
     use_limits(run, limits_of(config))
+    if options.masks_documents:
+        with accelerator.autocast():
+            check_packing(model, accelerator.device)
     if hardware.is_gpu:
         give_back_memory()  # blocks of whole weights, quantised since, whose sizes no step asks for
     if cached is not None:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from onecard.data.batches import micro_batches, share_for_rank
+from onecard.data.packing import padded_tokens
 from onecard.errors import ModelError
 from onecard.objectives.base import Objective
-from onecard.train.oom import SMALLEST_CHUNK, MicroBatchLimits, give_back_memory, is_out_of_memory, padded_tokens
+from onecard.train.oom import SMALLEST_CHUNK, MicroBatchLimits, give_back_memory, is_out_of_memory
 
 MAX_FAILURES = 3  # of one row, at a chunk of logits that cannot be made smaller
 TOO_LONG = "a single held-out row does not fit in memory; use a shorter --cutoff_len, or --test_size 0"
@@ -57,9 +58,10 @@ def evaluation_sums(
                               evaluation_limits=evaluation_limits, on_change=on_change)  # fmt: skip
     was_training, limits = model.training, limits or MicroBatchLimits()
     model.eval()
-    lengths = np.array([objective.length(sample) for sample in samples])
+    lengths = objective.lengths(samples)
     micros = micro_batches(np.arange(len(samples)), lengths, **limits.cut)
-    mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, lengths)
+    row_tokens = limits.row_tokens
+    mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, lengths, row_tokens)
     waiting = [micro for micro in mine if micro is not None]
     total = torch.zeros(2 + 2 * len(objective.metrics), dtype=torch.float64)
     own, n_failures, n_done, n_mine = evaluation_limits or EvaluationLimits(), 0, 0, sum(map(len, waiting))
@@ -68,10 +70,10 @@ def evaluation_sums(
     while waiting:
         micro = waiting.pop(0)
         half = len(micro) // 2
-        if half and padded_tokens(micro, lengths) >= own.too_many_tokens:
+        if half and padded_tokens(micro, lengths, row_tokens) >= own.too_many_tokens:
             waiting[:0] = [micro[:half], micro[half:]]
             continue
-        found = _sums_of(objective, [samples[i] for i in micro], model, accelerator.device, loss_chunk)
+        found = _sums_of(objective, [samples[i] for i in micro], model, accelerator.device, loss_chunk, row_tokens)
         if found is not None:
             total, n_failures, n_done = total + found, 0, n_done + len(micro)
             progress(n_done, n_mine)
@@ -81,7 +83,7 @@ def evaluation_sums(
         give_back_memory()
         waiting.insert(0, micro)
         if half:
-            own.too_many_tokens = padded_tokens(micro, lengths)
+            own.too_many_tokens = padded_tokens(micro, lengths, row_tokens)
             on_change(f"fewer than {own.too_many_tokens:,} tokens at once")
             continue
         most = min(loss_chunk or int(lengths[micro[0]]), int(lengths[micro[0]]))
@@ -113,12 +115,13 @@ def with_estimate(
 
 
 def _sums_of(
-    objective: Objective, samples: Sequence[Any], model: torch.nn.Module, device: Any, loss_chunk: int
+    objective: Objective, samples: Sequence[Any], model: torch.nn.Module, device: Any, loss_chunk: int, row_tokens: int
 ) -> torch.Tensor | None:
     """As `evaluation_sums`, of one micro-batch; None when memory ran out."""
     try:
         with torch.no_grad():
-            loss, n_units, metrics = objective.sums_of(model, samples, device, chunk_tokens=loss_chunk)
+            cut = {"chunk_tokens": loss_chunk, "row_tokens": row_tokens}
+            loss, n_units, metrics = objective.sums_of(model, samples, device, **cut)
             return torch.tensor([float(loss), n_units, *metrics.flatten().tolist()], dtype=torch.float64)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):

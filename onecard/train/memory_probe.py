@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 
 from onecard.console import say
 from onecard.data.batches import steps_per_epoch
+from onecard.data.packing import packed
 from onecard.model.hardware import peak_reserved_bytes, reset_peak
 from onecard.model.memory.estimate import GIB
 from onecard.train.intervals import WAIT_PER_TIME_TAKEN
@@ -29,6 +30,7 @@ from onecard.train.step import accumulate, make_room
 
 # On a CPU, by itself: a rehearsal of at most this share of the run's tokens, or where less room than this is left.
 LARGEST_SHARE, ENOUGH_ROOM = 0.03, 0.5
+MOST_TRIED = 4096  # samples in which rows to share are looked for
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def rehearse_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
 def _share_of_run(run: Run) -> float:
     """The tokens of a rehearsal as a share of those that are left to train on, padding aside."""
     lengths = _lengths(run)
-    worst = worst_micro_batch(lengths, run.limits, _rows_per_step(run))
-    tried = 2 * worst.tokens + (2 * int(lengths.max()) if worst.length < int(lengths.max()) else 0)
+    worst, _ = _largest(lengths, run.limits, _rows_per_step(run))
+    longest = int(lengths.max())
+    tried = 2 * worst.tokens + (2 * longest if worst.length < longest else 0)
     return tried / max(1.0, _tokens_left(run))
 
 
@@ -97,10 +100,11 @@ def rehearse(run: Run) -> None:
     run.model.train()  # layers are computed again in this mode only
     lengths = _lengths(run)
     started = time.monotonic()
-    worst = _fitting(run, lambda: worst_micro_batch(lengths, run.limits, _rows_per_step(run)))
+    worst = _fitting(run, lambda: _largest(lengths, run.limits, _rows_per_step(run)))
     seconds = (time.monotonic() - started) / 2
-    if worst.length < int(lengths.max()):
-        _fitting(run, lambda: LargestMicroBatch(1, int(lengths.max())))
+    longest = int(np.argmax(lengths))
+    if worst.length < lengths[longest]:
+        _fitting(run, lambda: (LargestMicroBatch(1, int(lengths[longest])), np.array([longest])))
     run.engine.forget()
     evaluation_s = _rehearse_evaluation(run) if run.test_samples else 0.0
     said = f"rehearsed {worst.rows} x {worst.length:,} tokens"
@@ -113,20 +117,20 @@ def rehearse(run: Run) -> None:
 
 def _rehearse_evaluation(run: Run) -> float:
     """Evaluate the largest micro-batch of held-out rows; returns the seconds that all would take at its speed."""
-    lengths = np.array([run.objective.length(sample) for sample in run.test_samples])
-    largest = worst_micro_batch(lengths, run.limits, len(lengths))
+    lengths = run.objective.lengths(run.test_samples)
+    largest, samples = _largest(lengths, run.limits, len(lengths))
     started = time.monotonic()
-    evaluate(run, [run.test_samples[int(i)] for i in _rows(lengths, largest)])
+    evaluate(run, [run.test_samples[int(i)] for i in samples])
     return (time.monotonic() - started) * float(lengths.sum()) / largest.tokens / run.accelerator.num_processes
 
 
-def _fitting(run: Run, worst_now: Callable[[], LargestMicroBatch]) -> LargestMicroBatch:
+def _fitting(run: Run, worst_now: Callable[[], tuple[LargestMicroBatch, np.ndarray]]) -> LargestMicroBatch:
     """Forward and backward of the worst micro-batch, under smaller limits until it passes; returns the one that did."""
     while True:
-        worst = worst_now()
-        rows = _rows(_lengths(run), worst) // run.options.answers_per_prompt
+        worst, rows = worst_now()
+        samples = rows // run.options.answers_per_prompt
         # Twice, so that the second meets the gradients of the first, as in a step.
-        failed = [any(accumulate(run, run.train_samples, [rows], worst.tokens)[1] for _ in range(2))]
+        failed = [any(accumulate(run, run.train_samples, [samples], worst.tokens)[1] for _ in range(2))]
         if not any(gather_object(failed)):
             run.n_failures = 0
             return worst
@@ -170,7 +174,24 @@ def _rows_per_step(run: Run) -> int:
     return run.options.total_batch * run.options.answers_per_prompt
 
 
-def _rows(lengths: np.ndarray, worst: LargestMicroBatch) -> np.ndarray:
-    """Samples that make a micro-batch of this size."""
+def _largest(lengths: np.ndarray, limits: MicroBatchLimits, total_batch: int) -> tuple[LargestMicroBatch, np.ndarray]:
+    """`worst_micro_batch`, and samples that make it; where they share rows, of rows that a step can have."""
+    rows = _fullest_rows(lengths, limits, total_batch) if limits.row_tokens else None
+    if rows is not None:
+        lengths = np.array([lengths[row].sum() for row in rows])
+    worst = worst_micro_batch(lengths, limits, total_batch)
     fitting = np.flatnonzero(lengths <= worst.length)
-    return fitting[np.argsort(-lengths[fitting].astype(np.int64), kind="stable")[: worst.rows]]
+    chosen = fitting[np.argsort(-lengths[fitting].astype(np.int64), kind="stable")[: worst.rows]]
+    return worst, chosen if rows is None else np.concatenate([rows[number] for number in np.sort(chosen)])
+
+
+def _fullest_rows(lengths: np.ndarray, limits: MicroBatchLimits, total_batch: int) -> list[np.ndarray]:
+    """Shared rows of one step's samples, the fullest that some thousand samples can make, in the order of packing."""
+    capacity = min(limits.row_tokens, limits.micro_tokens or limits.row_tokens)
+    longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
+    some = longest_first[:: -(-len(lengths) // MOST_TRIED)]
+    rows = [row for row in packed(some, lengths, capacity) if len(row) <= total_batch]
+    rows = rows or packed(longest_first[:total_batch], lengths, capacity)
+    by_tokens = sorted(range(len(rows)), key=lambda number: -int(lengths[rows[number]].sum()))
+    n_samples = np.cumsum([len(rows[number]) for number in by_tokens])
+    return [rows[number] for number in sorted(by_tokens[: max(1, int((n_samples <= total_batch).sum()))])]

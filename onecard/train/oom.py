@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from onecard.data.batches import micro_batches
+from onecard.data.packing import padded_tokens
 from onecard.model.hardware import empty_cache
 
 SMALLEST_CHUNK = 64  # supervised tokens
@@ -44,11 +45,13 @@ class MicroBatchLimits:
     """Tokens in an MLP."""
     recompute_layers: bool = False
     """Layers are computed again in the backward pass, although the plan had them keep what they computed."""
+    row_tokens: int = 0
+    """Of the rows that samples share; 0: each is a row. No limit: what is too large for it stands alone."""
 
     @property
     def cut(self) -> dict[str, int]:
         """The part that decides how a step is cut, as `batches.micro_batches` takes it."""
-        return {"micro_batch": self.micro_batch, "micro_tokens": self.micro_tokens}
+        return {"micro_batch": self.micro_batch, "micro_tokens": self.micro_tokens, "row_tokens": self.row_tokens}
 
 
 def is_out_of_memory(reason: BaseException) -> bool:
@@ -70,7 +73,8 @@ def smaller(
         return replace(limits, recompute_layers=True), "the layers are computed again in the backward pass from now on"
     longest = max(1, int(lengths.max()))
     at_once = max(
-        padded_tokens(micro, lengths) for micro in micro_batches(np.arange(len(lengths)), lengths, **limits.cut)
+        padded_tokens(micro, lengths, limits.row_tokens)
+        for micro in micro_batches(np.arange(len(lengths)), lengths, **limits.cut)
     )
     if at_once > longest:
         half = max(longest, at_once // 2)
@@ -84,11 +88,6 @@ def smaller(
     if tile >= SMALLEST_TILE:
         return replace(limits, mlp_tile=tile), f"MLPs take {tile} tokens at a time"
     return None
-
-
-def padded_tokens(micro: np.ndarray, lengths: np.ndarray) -> int:
-    """Tokens of one micro-batch, padding included; `micro` are positions in `lengths`."""
-    return len(micro) * max(1, int(lengths[micro].max()))
 
 
 def give_back_memory() -> None:

@@ -162,7 +162,9 @@ class ReferenceScores(Objective):
             scores = pair_log_probs(model, batch, chunk_tokens=chunk_tokens)[0]
         return scores, len(scores)
 
-    def sums_of(self, model: Any, samples: Sequence[AnswerPair], device: Any, *, chunk_tokens: int = 0) -> LossSums:
+    def sums_of(
+        self, model: Any, samples: Sequence[AnswerPair], device: Any, *, chunk_tokens: int = 0, row_tokens: int = 0
+    ) -> LossSums:
         batch = {name: tensor.to(device) for name, tensor in self.collate(samples).items()}
         scores, n = self.loss(model, batch, chunk_tokens=chunk_tokens)
         self.scores |= {pair.row: each for pair, each in zip(samples, scores.tolist(), strict=True)}

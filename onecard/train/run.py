@@ -52,7 +52,8 @@ class Run:
     accelerator: Any
     train_samples: Any
     """A sequence of the objective's samples, with `lengths` and `units` arrays of the same order."""
-    test_samples: list[Any]
+    test_samples: Any
+    """The same of held-out ones, with `lengths`, or a list of them."""
     store: CheckpointStore
     state: TrainerState = field(default_factory=TrainerState)
     limits: MicroBatchLimits = field(default_factory=MicroBatchLimits)

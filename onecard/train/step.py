@@ -125,7 +125,8 @@ def _gather_gradients(
     micros = micro_batches(indices, data.lengths, **run.limits.cut)
     if data.parts is not None:
         micros = by_source(micros, data.parts)
-    mine = share_for_rank(micros, accelerator.process_index, accelerator.num_processes, data.lengths)
+    ranks = accelerator.process_index, accelerator.num_processes
+    mine = share_for_rank(micros, *ranks, data.lengths, run.limits.row_tokens)
     objective = _estimated(run, indices) if run.objective.looks_ahead else run.objective
     seed_step(run.options.seed, run.state.step, accelerator.process_index)
     own_sums, failure = accumulate(run, data, mine, n_units, objective)
@@ -248,8 +249,9 @@ def _backward(
     """
     accelerator = run.accelerator
     samples = [data[int(i)] for i in (micro if micro is not None else [0])]
+    cut = {"chunk_tokens": run.limits.loss_chunk, "row_tokens": run.limits.row_tokens}
     with accelerator.autocast():
-        sums = objective.sums_of(run.model, samples, accelerator.device, chunk_tokens=run.limits.loss_chunk)
+        sums = objective.sums_of(run.model, samples, accelerator.device, **cut)
     if run.offload is not None:
         run.offload.turn_back()
     loss = sums.loss / (n_units or 1) * (micro is not None)

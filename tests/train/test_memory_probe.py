@@ -18,6 +18,7 @@ from torch import nn
 
 from onecard.config.training import TrainOptions
 from onecard.data.batches import micro_batches
+from onecard.data.packing import padded_tokens
 from onecard.errors import ModelError
 from onecard.model.memory.estimate import GIB
 from onecard.model.memory.plan import CardSpec
@@ -25,7 +26,7 @@ from onecard.objectives import next_token
 from onecard.recipes import finetune
 from onecard.train import memory_probe as rehearsal
 from onecard.train.memory_probe import LargestMicroBatch, worst_micro_batch
-from onecard.train.oom import MicroBatchLimits, padded_tokens
+from onecard.train.oom import MicroBatchLimits
 from onecard.train.state import TrainerState
 from onecard.train.trackers import read_log
 from tests import tiny

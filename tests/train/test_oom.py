@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onecard.data.batches import micro_batches
-from onecard.train.oom import SMALLEST_CHUNK, SMALLEST_TILE, MicroBatchLimits, is_out_of_memory, padded_tokens, smaller
+from onecard.data.packing import padded_tokens
+from onecard.train.oom import SMALLEST_CHUNK, SMALLEST_TILE, MicroBatchLimits, is_out_of_memory, smaller
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=12).map(np.array)
 LIMITS = st.builds(

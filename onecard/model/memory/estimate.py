@@ -84,6 +84,8 @@ class MemoryConfig:
     """The frozen layers lie in RAM and pass through a few slots on the card."""
     eager_attention: bool = False
     """Scores of all pairs of tokens exist at once."""
+    masks_documents: bool = False
+    """Rows hold several texts, which a mask keeps apart."""
     repeats_kv: bool = False
     """Keys and values are copied for every query head, as the kernel of older cards needs them."""
     on_gpu: bool = True
@@ -144,7 +146,7 @@ INPUTS = "inputs of all layers"
 def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
     """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment."""
     setup = _possible(model, setup)
-    parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup)]
+    parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup), _mask(model, setup)]
     if setup.n_cards > 1:
         parts = [_on_fullest(part, model, setup) for part in parts]
     if setup.on_gpu:
@@ -152,6 +154,13 @@ def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
         share, least = GROWING_SLACK if setup.expandable_segments else FIXED_SLACK
         parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, least + int(moving * share))]
     return MemoryEstimate(tuple(part for part in parts if part.n_bytes))
+
+
+def _mask(model: Architecture, setup: MemoryConfig) -> MemoryComponent:
+    """The mask of rows of several texts: bool, and as numbers for each layer that is not computed again."""
+    cells = setup.rows * setup.length**2 * setup.masks_documents * (not setup.eager_attention)  # eager has one anyway
+    n_layers = 1 if setup.gradient_checkpointing else model.n_layers
+    return MemoryComponent("mask of packed rows", cells * (1 + setup.element_bytes * n_layers), transient=True)
 
 
 def _on_fullest(part: MemoryComponent, model: Architecture, setup: MemoryConfig) -> MemoryComponent:
