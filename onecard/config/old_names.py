@@ -30,7 +30,7 @@ class OldName(NamedTuple):
 
 
 STEP = "samples per optimizer step; --micro_batch only decides memory"
-TEXT_FORMS = "the data say it: a txt is text, records are instructions or conversations"
+STAGE = "pt: --objective pretrain, sft: by itself, dpo, kto: --objective dpo, kto"
 AT_ONCE = "rows of like length go together; nothing to give"
 
 OLD_NAMES = (
@@ -82,7 +82,7 @@ OLD_NAMES = (
     OldName("mask_history", "F", ("--train_on last",)),
     OldName("group_by_length", "K", note=AT_ONCE),
     OldName("neat_packing", "F", ("--packing",), "each sample sees itself alone"),
-    OldName("stage", "F", note=TEXT_FORMS),
+    OldName("stage", "F", ("--objective",), STAGE),
     OldName("pref_loss", "F", ("--objective",), "sigmoid is dpo"),
     OldName("pref_ftx", "F", ("--sft_weight",)),
     OldName("dpo_label_smoothing", "F", ("--label_smoothing",)),

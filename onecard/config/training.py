@@ -51,14 +51,18 @@ class TrainOptions(RolloutOptions):
 
     output_path: str = "outputs/my-first-adapter"
     """Directory of the run: adapter, checkpoints, log and options."""
-    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "grpo"] = "sft"
-    """What is learned. sft: the answers of conversations (--train_on), every token of documents. Of pairs of a chosen
-    and a rejected answer: dpo and ipo, which compare with a reference (the base, or --init_adapter), simpo and orpo,
-    which do not. Of single answers that are marked good or bad (label, kto_tag): kto, which compares with the base.
-    grpo: answers that are sampled while training, by their --reward."""
+    objective: Literal["sft", "pretrain", "dpo", "ipo", "simpo", "orpo", "kto", "grpo"] = "sft"
+    """What is learned. sft: the answers of conversations (--train_on), every token of documents. pretrain: whole texts,
+    with the end token behind each (--packing). Of pairs of a chosen and a rejected answer: dpo and ipo, which compare
+    with a reference (the base, or --init_adapter), simpo and orpo, which do not. Of single answers that are marked good
+    or bad (label, kto_tag): kto, which compares with the base. grpo: answers that are sampled while training, by their
+    --reward."""
     packing: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
-    """Whole samples share rows of --cutoff_len tokens in the place of padding, each with attention of its own; the
-    result is the same (auto: off)."""
+    """Full rows in the place of padding. pretrain: texts flow through blocks of --cutoff_len tokens (auto: on). sft:
+    whole samples share rows of that length, each with attention of its own; the result is the same (auto: off)."""
+    pack_attention: Literal["auto", "block", "document"] = "auto"
+    """What a token of a packed row sees before it. block: all of the row (auto for pretrain); document: only its own
+    text, whose positions begin at 0 (always so for sft)."""
     pref_beta: float = 0.0
     """How strongly pairs pull: beta of dpo, ipo (tau), kto, simpo and orpo (lambda); 0: 0.1, for simpo 2."""
     label_smoothing: float = 0.0
@@ -219,18 +223,23 @@ class TrainOptions(RolloutOptions):
     @property
     def packs(self) -> bool:
         """Whether rows are filled up with further texts or samples."""
-        return self.packing is True
+        return self.packing is True or (self.packing == "auto" and self.objective == "pretrain")
 
     @property
     def masks_documents(self) -> bool:
         """Whether rows hold several texts that must not see one another."""
-        return self.packs
+        return self.packs and (self.objective != "pretrain" or self.pack_attention == "document")
 
     def _packing_problems(self) -> list[Problem]:
         found: list[Problem] = []
-        if self.packing is True and self.objective != "sft":
+        if self.packing is True and self.objective not in ("sft", "pretrain"):
             text = f"does not go with --objective {self.objective}, which compares answers, each in a row; leave it out"
             found.append(("--packing", text))
+        if self.pack_attention != "auto" and not self.packs:
+            found.append(("--pack_attention", f"{self.pack_attention} is of packed rows; give --packing with it"))
+        if self.pack_attention == "block" and self.packs and self.objective != "pretrain":
+            text = f"block would let a sample of --objective {self.objective} see the one before it; use document"
+            found.append(("--pack_attention", text))
         return found
 
     @property
@@ -345,7 +354,7 @@ class FinetuneConfig:
     @property
     def row_tokens(self) -> int:
         """Tokens of the rows that whole samples share; 0: each sample is a row."""
-        return self.data.cutoff_len if self.train.packs else 0
+        return self.data.cutoff_len if self.train.packs and self.train.objective != "pretrain" else 0
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
@@ -382,6 +391,9 @@ class FinetuneConfig:
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
         if flag and self.memory.head_bits in ("4", "8"):
             found.append(("--head_bits", f"{self.memory.head_bits} contradicts {flag}: a quantised head cannot learn"))
+        if self.train.objective == "pretrain" and self.data.train_on == "last":
+            text = "last does not go with --objective pretrain, which learns texts whole; use all or everything"
+            found.append(("--train_on", text))
         return found + self._pair_problems() + self._grpo_problems()
 
     def _grpo_problems(self) -> list[Problem]:

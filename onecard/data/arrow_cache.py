@@ -46,6 +46,7 @@ _SCHEMA = pa.schema(
         ("group", pa.int64()),
         ("cut", pa.bool_()),
         ("fields", pa.string()),
+        ("n_characters", pa.int32()),
     ]
 )
 
@@ -152,6 +153,7 @@ def _record_batch(rows: list[Row]) -> pa.RecordBatch:
         pa.array([group for _, _, group in rows], pa.int64()),
         pa.array([coded.cut for coded, _, _ in rows], pa.bool_()),
         pa.array([coded.fields for coded, _, _ in rows], pa.string()),
+        pa.array([coded.n_characters for coded, _, _ in rows], pa.int32()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,31 @@ class EncodedDataset:
     def __getitem__(self, index: int) -> LabelledSample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        batch, row = self._batches[which], int(index - self._starts[which])
-        ids = batch.column("input_ids")[row].values.to_numpy().tolist()
+        batch, row = self._place(index)
+        ids = self.ids(index).tolist()
         spans = batch.column("spans")[row].values.to_numpy().tolist()
         weights = batch.column("weights")[row].values.to_numpy().tolist()
         cut, fields = batch.column("cut")[row].as_py(), batch.column("fields")[row].as_py()
         coded = EncodedSample(ids, spans, cut, weights, fields)
         return to_encoded(coded, batch.column("record")[row].as_py(), int(self.groups[index]))
+
+    def ids(self, index: int) -> np.ndarray:
+        """The token ids of a sample, int32 (n_tokens,), as they lie in the file: no copy."""
+        batch, row = self._place(index)
+        column = batch.column("input_ids")
+        first, last = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
+        ids: np.ndarray = column.values.to_numpy()[first:last]
+        return ids
+
+    def record(self, index: int) -> str:
+        """Where the record of a sample is found."""
+        batch, row = self._place(index)
+        return str(batch.column("record")[row].as_py())
+
+    @cached_property
+    def characters(self) -> np.ndarray:
+        """Of each sample that is a text learned whole, int64 (n_samples,); of others 0."""
+        return self._column(lambda batch: batch.column("n_characters").to_numpy(), np.int64)
 
     def first_beyond(self, limit: int) -> tuple[int, int] | None:
         """The number of the first sample that holds an id of `limit` or more, and that id; None where none does."""
@@ -108,6 +126,10 @@ class EncodedDataset:
     def keep(self, thing: Any) -> None:
         """Hold something, such as a temporary folder, for as long as this data set lives."""
         self._keep = thing
+
+    def _place(self, index: int) -> tuple[Any, int]:
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._batches[which], int(index - self._starts[which])
 
     def _units(self) -> np.ndarray:
         if not any(len(batch.column("weights").values) for batch in self._batches):

@@ -47,8 +47,11 @@ class JoinedDataset(EncodedDataset):
         self.groups = np.concatenate([dataset.groups + start for dataset, start in zip(datasets, starts, strict=True)])
 
     def __getitem__(self, index: int) -> LabelledSample:
-        sample, number = super().__getitem__(index), int(np.searchsorted(self._ends, index, side="right"))
-        return replace(sample, record=_place(self.names[number], sample.record))
+        return replace(super().__getitem__(index), record=self.record(index))
+
+    def record(self, index: int) -> str:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return _place(self.names[number], super().record(index))
 
     def summary_lines(self, names_skipped: bool = True) -> list[str]:
         lines = []

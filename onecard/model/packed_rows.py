@@ -35,7 +35,7 @@ def check_packing(model: nn.Module, device: Any) -> None:
     if not is_apart:
         raise ModelError(
             f"{type(base).__name__} cannot keep the texts of a packed row apart: in its attention a text sees the ones "
-            "before it; leave --packing out"
+            "before it; leave --packing out (for --objective pretrain: --pack_attention document)"
         )
 
 

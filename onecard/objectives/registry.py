@@ -8,12 +8,13 @@ from onecard.objectives.grpo import GroupRelative
 from onecard.objectives.kto import KahnemanTversky
 from onecard.objectives.next_token import PlainDocuments, SupervisedFineTuning
 from onecard.objectives.preference import DirectPreference, IdentityPreference, OddsRatioPreference, SimplePreference
+from onecard.objectives.pretrain import Pretraining
 
 OBJECTIVES: dict[str, Objective] = {
     each.name: each
     for each in (
         SupervisedFineTuning(), PlainDocuments(), DirectPreference(), IdentityPreference(), SimplePreference(),
-        OddsRatioPreference(), KahnemanTversky(), GroupRelative(),
+        OddsRatioPreference(), KahnemanTversky(), GroupRelative(), Pretraining(),
     )
 }  # fmt: skip
 

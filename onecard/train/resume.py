@@ -36,7 +36,7 @@ GONE_BACK_NAME = "gone_back_to.txt"
 HASHED = {
     "base": ("model_path",),
     "data": ("data_path", "data", "columns", "txt_split", "cutoff_len", "train_on", "prompt_type", "dialogue",
-             "strict", "thinking"),
+             "strict", "thinking", "packing", "pack_attention"),
     "template": ("prompt_type", "dialogue"),
     "reference": ("cache_reference",),
 }  # fmt: skip

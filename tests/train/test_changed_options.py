@@ -110,6 +110,7 @@ TABLE = {
     "output_path": Row("OTHER_RUN", lambda s: read_log(s.output)[0]["step"] == 1),
     "objective": Row("documents"),
     "packing": same(True, lambda s: s.run.limits.row_tokens == 256),
+    "pack_attention": Row("block"),  # of packed rows
     "pref_beta": Row(0.5), "label_smoothing": Row(0.1), "sft_weight": Row(0.5), "simpo_gamma": Row(0.5),  # not of sft
     "cache_reference": Row(True), "desirable_weight": Row(2.0), "undesirable_weight": Row(2.0),
     "num_epoch": Row(3, lambda s: s.steps == [7, 8, 9, 10, 11, 12]),

@@ -172,6 +172,25 @@ def test_the_rehearsal_finds_rows_that_a_step_can_have() -> None:
     assert (worst.rows, worst.length) == (1, 60) and samples.tolist() == [0]
 
 
+def test_a_document_of_a_block_sees_itself_only(tmp_path: Path) -> None:
+    """Blocks cut documents, so each piece of one is a text of its own."""
+    model, objective = adapted("llama", tmp_path), objective_named("pretrain")
+    rng = np.random.RandomState(5)
+    pieces = [rng.randint(3, 60, n).tolist() for n in (7, 12, 9)]
+    alone = [LabelledSample(ids, [IGNORE_INDEX, *ids[1:]], "a", 0) for ids in pieces]
+    ids = [token for piece in pieces for token in piece]
+    labels = [label for sample in alone for label in sample.labels]
+    block = LabelledSample(ids, labels, "a", 0, starts=[7, 19])
+    losses = []
+    for samples in ([block], alone):
+        loss, units = objective.loss_of(model, samples, "cpu")
+        losses.append((loss.item(), units))
+    assert losses[0][1] == losses[1][1] == 25
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
+    seen, _ = objective.loss_of(model, [LabelledSample(ids, labels, "a", 0)], "cpu")
+    assert abs(seen.item() - losses[1][0]) > 1e-2, "without the mask it would be another loss"
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tiny_base: Path, tmp_path: Path) -> None:
     one = run_of(tiny_base, tmp_path / "one", packing=True)
