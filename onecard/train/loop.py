@@ -38,6 +38,7 @@ from onecard.train.trackers import ACCURACY, FORGETTING, Reporter
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
 MAX_SKIPPED_IN_A_ROW = 50
 NOT_MEASURED = "out of memory: forgetting is not measured in this start of the run"
+LARGEST_EXPONENT = 700.0  # exp of more is no float
 
 
 def total_steps(options: TrainOptions, n_samples: int) -> int:
@@ -232,8 +233,14 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     said = f"evaluation loss {loss:.4f}" if run.rollouts is None else f"mean reward of held-out prompts {-loss:.4f}"
     best_so_far = " (best so far)" if improved else ""
     took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"
+    perplexities = _perplexities(run, loss)
+    if perplexities:
+        both = " and ".join(f"{value:,.4g}" for value in perplexities.values())
+        took = f"perplexity per token and per character {both}, {took}"
     forgot = "".join(f"\nstep {state.step}: forgetting {kl:.2g} nats per token" for kl in forgetting.values())
-    reporter.event(row | more | forgetting, f"step {state.step}: {said}{accuracy}{best_so_far}, {took}{forgot}")
+    reporter.event(
+        row | more | perplexities | forgetting, f"step {state.step}: {said}{accuracy}{best_so_far}, {took}{forgot}"
+    )
     return improved
 
 
@@ -255,6 +262,15 @@ def _forgetting(run: Run) -> dict[str, float]:
         run.events.append(RunEvent({"step": run.state.step, "event": "forgetting", "kl": None}, NOT_MEASURED))
         run.forgetting_rows = ()
     return {} if found is None else {FORGETTING: found.kl}
+
+
+def _perplexities(run: Run, loss: float) -> dict[str, float]:
+    """Of texts: exp of the loss per token, and per character, which is the same unit for every tokenizer."""
+    per_character = getattr(run.test_samples, "tokens_per_character", None)
+    if per_character is None:
+        return {}
+    nats = {"perplexity": loss, "perplexity_per_character": loss * per_character}
+    return {name: math.exp(value) if value < LARGEST_EXPONENT else math.inf for name, value in nats.items()}
 
 
 def _held_out_losses(run: Run, progress: Callable[[int, int], None]) -> tuple[float, dict[str, float]]:

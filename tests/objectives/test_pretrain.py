@@ -1,16 +1,20 @@
-"""Continued pretraining: texts are learned whole, in blocks that lose and repeat no token."""
+"""Continued pretraining: texts are learned whole, in blocks that lose and repeat no token; perplexities are true."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard.config.parsing import problems_of
+from onecard.config.training import FinetuneConfig
 from onecard.data.arrow_cache import DatasetReport, write_cache
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import EncodedDataset, encode_dataset
@@ -21,6 +25,7 @@ from onecard.data.sources import Source
 from onecard.errors import DataError
 from onecard.objectives.pretrain import BlockView, WholeTextEncoder
 from onecard.recipes import finetune
+from onecard.train.trackers import read_log
 from tests import tiny
 
 TEXTS = [" ".join(tiny.CORPUS[: 1 + number % 7]) for number in range(40)]
@@ -138,7 +143,7 @@ def test_every_kind_of_file_is_read(sp_tokenizer: Any, tmp_path: Path) -> None:
     assert [*counts.values()] == [2, 3, 1, 2, 3, 1]
 
 
-def test_a_run_resumes_bitwise(
+def test_a_run_resumes_bitwise_and_tells_true_perplexities(
     tiny_base: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = finetune(tiny.config_for(tiny_base, corpus, tmp_path / "whole", **OPTIONS))
@@ -147,6 +152,37 @@ def test_a_run_resumes_bitwise(
     changes = {**OPTIONS, "resume_from_checkpoint": str(whole / "checkpoint-2")}
     again = finetune(tiny.config_for(tiny_base, corpus, tmp_path / "again", **changes))
     assert tiny.largest_difference(*(tiny.tensors_of(run / "adapter_model.safetensors") for run in (whole, again))) == 0
+    row = next(row for row in read_log(whole) if "perplexity" in row)
+    assert row["perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
+    shown = f"perplexity per token and per character {row['perplexity']:.4g} and {row['perplexity_per_character']:.4g}"
+    assert shown in printed
+
+
+def test_the_perplexity_per_character_is_that_of_the_text(tiny_base: Path, corpus: Path, tmp_path: Path) -> None:
+    """Of documents by themselves, so that transformers can say the same without blocks."""
+    options = {**OPTIONS, "packing": False, "cutoff_len": 512, "learning_rate": 1e-12}
+    run = finetune(tiny.config_for(tiny_base, corpus, tmp_path / "run", **options))
+    row = next(row for row in read_log(run) if "perplexity" in row)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
+    losses = {text: nats_of(model, [*tokenizer(text)["input_ids"], EOS]) for text in set(TEXTS)}
+    held_out = held_out_texts(run)
+    assert len(held_out) == 4
+    nats, n_tokens = np.array([losses[text] for text in held_out]).sum(axis=0)
+    assert row["perplexity"] == pytest.approx(math.exp(nats / n_tokens), rel=1e-5)
+    assert row["perplexity_per_character"] == pytest.approx(math.exp(nats / sum(map(len, held_out))), rel=1e-5)
+
+
+def nats_of(model: Any, ids: list[int]) -> tuple[float, int]:
+    with torch.no_grad():
+        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    return float(loss) * (len(ids) - 1), len(ids) - 1
+
+
+def held_out_texts(run: Path) -> list[str]:
+    from onecard.data.batches import split
+
+    options = FinetuneConfig()
+    return [TEXTS[row] for row in split(np.arange(len(TEXTS)), 4, options.train.seed)[1]]
 
 
 @pytest.mark.parametrize(("options", "flag", "words"), [
