@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from benchmarks import answering_on_cpu, context_per_vram, memory_ladder, step_speed
+from benchmarks import answering_on_cpu, context_per_vram, memory_ladder, packing, step_speed
 from benchmarks.plain import upcast_like_peft
 from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, random_samples
@@ -171,6 +171,18 @@ def test_step_speed(tmp_path: Path) -> None:
         n_linear, ceiling = result["facts"]["n_linear"], result["matrix_product_flops_per_s"]
         assert row["share"] == pytest.approx(6 * n_linear * row["tokens_per_s"] / ceiling, abs=2e-4)
         assert 0 < row["share"] < 1
+
+
+@pytest.mark.slow
+def test_packing(tmp_path: Path) -> None:
+    output = tmp_path / "packing.json"
+    packing.main(["--rows", "60", "--rounds", "2", "--steps", "1", "--total_batch", "8", "--cutoff_len", "256",
+                  "--output", str(output)])  # fmt: skip
+    result = json.loads(output.read_text(encoding="utf-8"))
+    packed, padded, fixed = result["rows"]
+    assert packed["packed_to_this"] == 1.0 and result["facts"]["samples"] == 60
+    assert fixed["computed_to_real_tokens"] > padded["computed_to_real_tokens"] >= 1
+    assert packed["computed_to_real_tokens"] >= 1 and result["facts"]["loss_difference"] <= packing.TOLERANCE
 
 
 SMALL = {

@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Samples in shared rows (--packing) against padding: tokens per second on instruction rows, same steps, same run.
+
+    python benchmarks/packing.py [--rows 1000] [--rounds 7]
+
+Three ways take the same steps in turns, and must find the same losses: `--packing`; rows padded to the longest of a
+micro-batch, as this project cuts a step (longest first, --micro_tokens); and 8 rows at a time in the order in which
+they were drawn, as the Trainer of transformers has them. Tokens are those of the samples, padding aside; seconds are
+those of the CPU in this process, so that others on the machine count little. The base is sample/tiny-llama in 32 bits,
+and the records are from the generator of sample/. Writes benchmarks/results/packing.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from copy import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # Started as a script, Python sees only the script's own folder.
+    sys.path.insert(0, str(ROOT))
+
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
+from onecard.config.data import DataOptions  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions  # noqa: E402
+from onecard.console import run_main, say  # noqa: E402
+from onecard.errors import ModelError  # noqa: E402
+
+PACKED, PADDED, FIXED = "packed rows", "padded, longest first", "padded, 8 rows as drawn"
+N_TASKS = 7  # kinds of records that the generator has
+FIXED_ROWS = 8  # the Trainer's own default
+TOLERANCE = 1e-4  # of the loss of a step
+
+
+@dataclass
+class PackingOptions:
+    """What is compared."""
+
+    rows: int = 1000
+    """Instruction records."""
+    cutoff_len: int = 512
+    """Tokens of a shared row."""
+    micro_tokens: int = 2048
+    """Tokens at once, padding included."""
+    total_batch: int = 32
+    """Samples of an optimizer step."""
+    steps: int = 3
+    """Steps of each way in a round."""
+    rounds: int = 7
+    """Rounds; medians are reported."""
+    output: str = str(ROOT / "benchmarks" / "results" / "packing.json")
+    """Where the result is written."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(PackingOptions, argv, description=__doc__ or "")
+
+    from benchmarks.machine import machine, say_table, write_result
+    from benchmarks.synthetic_run import samples_of
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        path.write_text(json.dumps(records(options.rows), ensure_ascii=False), encoding="utf-8")
+        samples = samples_of(str(path), Path(DEFAULT_BASE), options.cutoff_len)
+    ways, padded = build(options, samples)
+    speeds, losses = measure(ways, samples, options)
+    rows = []
+    for name in ways:
+        ratios = [packed / other for packed, other in zip(speeds[PACKED], speeds[name], strict=True)]
+        rows.append({"name": name, "tokens_per_cpu_s": round(statistics.median(speeds[name]), 1),
+                     "packed_to_this": round(statistics.median(ratios), 3),
+                     "computed_to_real_tokens": round(padded[name], 3)})  # fmt: skip
+    say_table(
+        ["", "tokens per CPU second", "packed / this", "computed / real tokens"], [[*row.values()] for row in rows]
+    )
+    say(f"largest difference of a step's loss: {losses:.1e}")
+    given = asdict(options) | {"output": Path(options.output).name}
+    facts = {"samples": len(samples), "median_length": float(statistics.median(samples.lengths)),
+             "longest": int(samples.lengths.max()), "loss_difference": losses}  # fmt: skip
+    write_result(options.output, {"options": given, "rows": rows, "facts": facts, "speeds": speeds,
+                                  "machine": machine("cpu")})  # fmt: skip
+
+
+def records(n_rows: int) -> list[dict[str, Any]]:
+    """Records of the kinds that sample/merge_sample.json has."""
+    from tools.tiny_corpus.build import merge_sample
+
+    return merge_sample(per_task=n_rows // N_TASKS + 1)[:n_rows]
+
+
+def build(options: PackingOptions, samples: Any) -> tuple[dict[str, Callable[[int], float]], dict[str, float]]:
+    """Each way to take step n, and how many tokens it computes for each real one."""
+    from benchmarks.random_models import base_model
+    from benchmarks.synthetic_run import build_run
+    from onecard.data.batches import micro_batches, step_samples
+    from onecard.data.packing import padded_tokens
+    from onecard.model.hardware import detect
+    from onecard.train.oom import MicroBatchLimits
+    from onecard.train.step import take_step
+
+    hardware = detect("cpu")
+    config = FinetuneConfig(
+        ModelOptions(bits=32, gradient_checkpointing=False), DataOptions(cutoff_len=options.cutoff_len),
+        train=TrainOptions(total_batch=options.total_batch, micro_tokens=options.micro_tokens, optimizer="adamw",
+                           schedule="constant", warmup_ratio=0.0, learning_rate=1e-6, max_steps=10**6),
+        memory=MemoryOptions(loss_chunk=-1),
+    )  # fmt: skip
+    limits = {
+        PACKED: MicroBatchLimits(0, options.micro_tokens, row_tokens=options.cutoff_len),
+        PADDED: MicroBatchLimits(0, options.micro_tokens),
+        FIXED: MicroBatchLimits(FIXED_ROWS),
+    }
+    ways, padded = {}, {}
+    for name, limit in limits.items():
+        held = as_drawn(samples) if name == FIXED else samples
+        run = build_run(config, hardware, base_model(config.model, hardware), held)
+        run.limits = limit
+
+        def step(number: int, run: Any = run) -> float:
+            run.state.step = number
+            return take_step(run).loss
+
+        ways[name] = step
+        chosen = [step_samples(n, len(samples), options.total_batch, config.train.seed).indices for n in range(20)]
+        cut = [micro for indices in chosen for micro in micro_batches(indices, held.lengths, **limit.cut)]
+        real = sum(int(samples.lengths[indices].sum()) for indices in chosen)
+        padded[name] = sum(padded_tokens(micro, samples.lengths, limit.row_tokens) for micro in cut) / real
+    return ways, padded
+
+
+def as_drawn(samples: Any) -> Any:
+    """The samples, all said to be equally long: micro-batches keep their order."""
+    held = copy(samples)
+    held.lengths = np.full_like(samples.lengths, samples.lengths.max())
+    return held
+
+
+def measure(
+    ways: dict[str, Callable[[int], float]], samples: Any, options: PackingOptions
+) -> tuple[dict[str, list[float]], float]:
+    """Tokens per CPU second of each way by round, and how far the losses of a step lie apart.
+
+    Raises ModelError where they do not compute the same.
+    """
+    from onecard.data.batches import step_samples
+
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    furthest = 0.0
+    for turn in range(options.rounds + 1):  # the first one warms up
+        numbers = range(turn * options.steps, (turn + 1) * options.steps)
+        seed = TrainOptions().seed
+        chosen = [step_samples(n, len(samples), options.total_batch, seed).indices for n in numbers]
+        n_tokens = sum(int(samples.lengths[indices].sum()) for indices in chosen)
+        losses = {}
+        for name in [*ways][:: 1 if turn % 2 else -1]:
+            begun = time.process_time()
+            losses[name] = [ways[name](number) for number in numbers]
+            if turn:
+                speeds[name].append(n_tokens / (time.process_time() - begun))
+        apart = [abs(a - b) for found in losses.values() for a, b in zip(found, losses[PADDED], strict=True)]
+        furthest = max(furthest, *apart)
+        if not furthest <= TOLERANCE:
+            raise ModelError(f"the losses of the same steps lie {furthest:.1e} apart, so speeds mean nothing")
+    return speeds, furthest
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
