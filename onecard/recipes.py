@@ -35,6 +35,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.model.hardware import detect
     from onecard.model.trained import describe_trained, write_result
     from onecard.train import auto_config
+    from onecard.train.base_comparison import BaseComparison
     from onecard.train.build import build_accelerator, build_run, open_reporter, prepare_data, training_state
     from onecard.train.end_by_clock import end_by_clock
     from onecard.train.loop import report_events, train
@@ -75,9 +76,10 @@ def finetune(config: FinetuneConfig) -> Path:
         directory.write_settings(settings)
         if point is not None:
             take_over(point, run.state, directory)
-        reporter = open_reporter(config, run, directory)
+        reporter, comparison = open_reporter(config, run, directory), BaseComparison(run, directory.path, config.lora)
         try:
             rehearse_if_wanted(run, config.memory.rehearsal)
+            comparison.before()
             state = train(run, reporter)
         finally:
             report_events(run, reporter)
@@ -85,6 +87,7 @@ def finetune(config: FinetuneConfig) -> Path:
             if run.rollouts is not None:
                 run.rollouts.close()
         directory.publish(settings, state, config.train, partial(write_result, run.plain_model))
+        comparison.after()
     return directory.path
 
 

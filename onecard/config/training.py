@@ -127,6 +127,9 @@ class TrainOptions(RolloutOptions):
     more than a tenth of the time. --test_size 0 turns evaluation off."""
     early_stopping_patience: int = 0
     """End after so many evaluations by --eval_steps in a row that found no lower loss; 0: never."""
+    compare_with_base: bool = True
+    """Score the held-out records with the base before the first step and with the result after the last one, and say
+    the difference with its interval."""
     measure_forgetting: bool = True
     """At each evaluation, measure how far the model has moved from its base on general texts (KL divergence, nats per
     token), as far as that takes at most 3 % of the run; nothing that is learned changes."""
@@ -371,11 +374,7 @@ class FinetuneConfig:
                      "--stream_layers": self.model.stream_layers == "on"}  # fmt: skip
             text = "does not go with --max_memory over several GPUs, where accelerate places the layers; leave one out"
             found += [(flag, text) for flag, is_on in asked.items() if is_on]
-        if self.model.stream_layers == "on" and not self.model.gradient_checkpointing:
-            text = "on needs --gradient_checkpointing on: a layer's weights are gone when its gradients are due"
-            found.append(("--stream_layers", text))
-        if self.model.stream_layers == "on" and self.train.deepspeed:
-            found.append(("--stream_layers", "on does not go with --deepspeed, which places the weights itself"))
+        found += self._stream_problems()
         if self.train.shard:
             found += self._shard_problems()
         method = self.lora.peft_method
@@ -395,6 +394,17 @@ class FinetuneConfig:
             text = "last does not go with --objective pretrain, which learns texts whole; use all or everything"
             found.append(("--train_on", text))
         return found + self._pair_problems() + self._grpo_problems()
+
+    def _stream_problems(self) -> list[Problem]:
+        if self.model.stream_layers != "on":
+            return []
+        found: list[Problem] = []
+        if not self.model.gradient_checkpointing:
+            text = "on needs --gradient_checkpointing on: a layer's weights are gone when its gradients are due"
+            found.append(("--stream_layers", text))
+        if self.train.deepspeed:
+            found.append(("--stream_layers", "on does not go with --deepspeed, which places the weights itself"))
+        return found
 
     def _grpo_problems(self) -> list[Problem]:
         """What does not go with answers that are sampled while training."""

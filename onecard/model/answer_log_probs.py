@@ -42,6 +42,8 @@ def token_log_probs(
     looked at.
     """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
+    if "position_ids" in batch:
+        inputs["position_ids"] = batch["position_ids"]
     targets = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     n_tokens = (targets != IGNORE_INDEX).sum(dim=1)
     found = states_and_head(model, inputs) if chunk_tokens > 0 else None

@@ -164,6 +164,18 @@ class Objective(ABC):
         """`sums_of` without the metrics."""
         return self.sums_of(model, samples, device, chunk_tokens=chunk_tokens, row_tokens=row_tokens)[:2]
 
+    def flat_sums(self, model: nn.Module, samples: Sequence[Any], device: Any, **cut: int) -> Tensor:
+        """`sums_of` in one tensor, float64 (2 + 2 n_metrics,)."""
+        loss, n_units, metrics = self.sums_of(model, samples, device, **cut)
+        return torch.tensor([float(loss), n_units, *metrics.flatten().tolist()], dtype=torch.float64)
+
+    def sample_sums(
+        self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0, row_tokens: int = 0
+    ) -> Tensor:
+        """The loss and the units of each sample alone, float64 (n, 2); here one after the other."""
+        each = [self.flat_sums(model, [sample], device, chunk_tokens=chunk_tokens)[:2] for sample in samples]
+        return torch.stack(each)
+
     def means(self, metrics: Sequence[float]) -> dict[str, float]:
         """The metrics by name, out of their sums over a step or an evaluation, flat; none where nothing was counted."""
         counted = zip(self.metrics, metrics[::2], metrics[1::2], strict=True)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from onecard.data.batches import collate
 from onecard.data.chat_template import Template
-from onecard.data.encode import Encoder, EncodeSettings, LabelledSample
+from onecard.data.encode import IGNORE_INDEX, Encoder, EncodeSettings, LabelledSample
+from onecard.model.answer_log_probs import token_log_probs
 from onecard.model.chunked_loss import summed_loss
 from onecard.objectives.base import Objective
 
@@ -28,6 +31,17 @@ class SupervisedFineTuning(Objective):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
         return summed_loss(model, batch, chunk_tokens=chunk_tokens)
+
+    def sample_sums(
+        self, model: nn.Module, samples: Sequence[Any], device: Any, *, chunk_tokens: int = 0, row_tokens: int = 0
+    ) -> Tensor:
+        batch = {name: tensor.to(device) for name, tensor in self.collate(samples).items()}
+        log_probs, units = token_log_probs(model, batch, chunk_tokens=chunk_tokens)
+        if "loss_weights" in batch:
+            learned = batch["labels"][:, 1:] != IGNORE_INDEX
+            weights = pad(batch["loss_weights"][:, 1:] * learned, (0, 1)).to(log_probs)
+            log_probs, units = log_probs * weights, weights.sum(dim=1)
+        return torch.stack([-log_probs.double().sum(dim=1), units.double()], dim=1).cpu()
 
 
 class EveryTokenEncoder(Encoder):

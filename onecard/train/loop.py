@@ -25,7 +25,7 @@ from onecard.model.hardware import peak_reserved_bytes
 from onecard.objectives.base import Objective
 from onecard.objectives.preference import adapter_off
 from onecard.objectives.reward_file import RewardError
-from onecard.train.evaluate import evaluation_sums
+from onecard.train.evaluate import Evaluator
 from onecard.train.forgetting import measure_forgetting, noise_floor
 from onecard.train.intervals import Timer
 from onecard.train.run import Run, RunEvent
@@ -300,18 +300,22 @@ def evaluate(
     run: Run, samples: Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None,
     objective: Objective | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The sums of held-out samples (`evaluation_sums`) by the run's objective, or this one, under the run's limits; of
+    """The sums of held-out samples (`Evaluator.sums`) by the run's objective, or this one, under the run's limits; of
     sampled answers the loss is the reward, negated."""
     if run.rollouts is not None:
         found: torch.Tensor = run.rollouts.evaluate(run, samples)
         return found
+    return evaluator_of(run, progress).sums(objective or run.objective, samples)
+
+
+def evaluator_of(run: Run, progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluator:
+    """What evaluates with the run's model under its limits; that memory ran out is reported as an event."""
 
     def on_change(change: str) -> None:
         message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
         run.events.append(RunEvent({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
 
-    return evaluation_sums(run.model, samples, run.accelerator, objective=objective or run.objective, limits=run.limits,
-                           evaluation_limits=run.evaluation_limits, on_change=on_change, progress=progress)  # fmt: skip
+    return Evaluator(run.model, run.accelerator, run.limits, run.evaluation_limits, on_change, progress)
 
 
 def _overflowing(step: int) -> str:

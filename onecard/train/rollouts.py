@@ -55,7 +55,7 @@ class Rollouts:
         return view
 
     def evaluate(self, run: Run, samples: Sequence[Rollout]) -> torch.Tensor:
-        """The sums of the likeliest answers to held-out prompts, as of `evaluate.evaluation_sums`."""
+        """The sums of the likeliest answers to held-out prompts, as of `evaluate.Evaluator.sums`."""
         return _objective(run).evaluation_sums(self._sampled(run, samples, range(len(samples)), 0.0))
 
     def close(self) -> None:

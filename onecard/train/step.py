@@ -25,7 +25,7 @@ from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.model.memory_saving.tiled_mlp import tile_mlps
 from onecard.model.trained import base_of
 from onecard.objectives.base import Objective
-from onecard.train.evaluate import with_estimate
+from onecard.train.evaluate import Evaluator
 from onecard.train.not_finite import explain
 from onecard.train.oom import MicroBatchLimits, give_back_memory, is_out_of_memory, smaller
 from onecard.train.optim import set_learning_rate
@@ -153,8 +153,8 @@ def _estimated(run: Run, indices: np.ndarray) -> Objective:
         message = f"step {run.state.step + 1}: out of memory; {change}. The result does not change."
         run.events.append(RunEvent({"step": run.state.step + 1, "event": "out_of_memory", "change": change}, message))
 
-    return with_estimate(run.objective, run.model, [run.train_samples[int(i)] for i in indices], run.accelerator,
-                         limits=run.limits, evaluation_limits=run.evaluation_limits, on_change=on_change)  # fmt: skip
+    evaluator = Evaluator(run.model, run.accelerator, run.limits, run.evaluation_limits, on_change)
+    return evaluator.estimated(run.objective, [run.train_samples[int(i)] for i in indices])
 
 
 def _of_sources(data: Any, indices: np.ndarray, losses: Sequence[float]) -> np.ndarray:

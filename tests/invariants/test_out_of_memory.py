@@ -29,7 +29,7 @@ from tests.launching import finish, launch, torchrun
 from tests.runs import assert_same_end, final_checkpoint
 
 # Memory may run out in each of these; the optimizer's own step is the exception, and has a test of its own.
-PLACES = [(step, "_backward"), (TrainingEngine, "clip"), (evaluate, "_sums_of")]
+PLACES = [(step, "_backward"), (TrainingEngine, "clip"), (evaluate.Evaluator, "_within_memory")]
 
 
 @pytest.fixture(autouse=True)

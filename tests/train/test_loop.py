@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,7 @@ def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Pat
     from onecard.data.encode import IGNORE_INDEX, EncodeSettings
     from onecard.model.load import load_tokenizer
     from onecard.objectives.registry import objective_named
-    from onecard.train.evaluate import evaluation_sums
+    from onecard.train.evaluate import Evaluator
     from onecard.train.oom import MicroBatchLimits
 
     tokenizer = load_tokenizer(str(tiny_base))
@@ -121,15 +122,22 @@ def test_evaluation_loss_is_per_token_and_leaves_training_mode_on(tiny_base: Pat
     data = encode_dataset(str(instructions), template, tokenizer, EncodeSettings(256), instructions.parent)
     samples = [data[i] for i in range(7)]
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).train()
-    loss_sum, n_tokens = 0.0, 0
+    losses, n_of_samples = [], []
     for sample in samples:
         logits = model(torch.tensor([sample.input_ids])).logits[0, :-1].detach()
         labels = torch.tensor(sample.labels[1:])
-        loss_sum += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
-        n_tokens += int((labels != IGNORE_INDEX).sum())
+        losses.append(
+            float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
+        )
+        n_of_samples.append(int((labels != IGNORE_INDEX).sum()))
+    loss_sum, n_tokens = sum(losses), sum(n_of_samples)
     sft, limits = objective_named("sft"), MicroBatchLimits(micro_batch=3)
-    got = evaluation_sums(model, samples, Accelerator(cpu=True), objective=sft, limits=limits)
-    assert got.tolist() == pytest.approx([loss_sum, n_tokens], rel=1e-5)
+    evaluator = Evaluator(model, Accelerator(cpu=True), limits)
+    assert evaluator.sums(sft, samples).tolist() == pytest.approx([loss_sum, n_tokens], rel=1e-5)
+    for chunk in (0, 3):
+        each = Evaluator(model, Accelerator(cpu=True), replace(limits, loss_chunk=chunk)).sample_sums(sft, samples)
+        assert each[:, 1].tolist() == n_of_samples
+        assert each[:, 0].tolist() == pytest.approx(losses, rel=1e-5)
     assert model.training
 
 

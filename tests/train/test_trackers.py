@@ -74,7 +74,7 @@ def test_the_speed_counts_training_alone(
 
         return slow
 
-    for module, name, seconds in ((loop, "take_step", 2.0), (loop, "evaluation_sums", 500.0), (loop, "save", 300.0),
+    for module, name, seconds in ((loop, "take_step", 2.0), (loop, "evaluate", 500.0), (loop, "save", 300.0),
                                   (rehearsal, "accumulate", 800.0)):  # fmt: skip
         monkeypatch.setattr(module, name, taking(seconds, getattr(module, name)))
     options = {"test_size": 4, "eval_steps": 1, "total_batch": 5, "log_steps": 2, "rehearsal": True, "num_epoch": 2}
