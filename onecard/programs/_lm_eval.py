@@ -26,6 +26,8 @@ class LmEvalOptions:
     """Adapter: a run directory, or one of its checkpoints. Without it the base model is measured."""
     base_url: str = ""
     """Measure a server instead, such as onecard serve: its address, which ends with /v1."""
+    served_model: str = ""
+    """Name of the model at --base_url. onecard serve: its --model_name, else the folder of the adapter or the base."""
     include_path: str = ""
     """Folder of tasks of your own, as YAML."""
     num_fewshot: int = -1
@@ -45,6 +47,8 @@ class LmEvalOptions:
         found = missing(self, "tasks")
         if self.base_url and self.lora_path:
             found.append(("--lora_path", "and --base_url contradict each other; the server has its adapter"))
+        if bool(self.base_url) != bool(self.served_model):
+            found.append(("--served_model", "and --base_url go together: which model, and where it is served"))
         return found
 
 
@@ -82,7 +86,8 @@ def command_of(config: LmEvalConfig) -> list[str]:
     base = base_path(config.model.model_path, options.lora_path)
     if options.base_url:
         model = "local-completions"
-        arguments = {"base_url": f"{options.base_url.rstrip('/')}/completions", "tokenizer": base, "model": "default"}
+        arguments = {"base_url": f"{options.base_url.rstrip('/')}/completions", "tokenizer": base}
+        arguments["model"] = options.served_model
         arguments["tokenizer_backend"] = "huggingface"
     else:
         model = "hf"

@@ -207,9 +207,13 @@ def test_the_harness_is_told_what_it_has_to_know(lm_eval_config: Any) -> None:
         f"pretrained={base},add_bos_token=True,load_in_4bit=True", "--batch_size", "8", "--device", "cpu",
         "--num_fewshot", "0", "--limit", "10",
     ]  # fmt: skip
-    config.lm_eval.base_url = "http://127.0.0.1:8000/v1"
+    config.lm_eval.base_url, config.lm_eval.served_model = "http://127.0.0.1:8000/v1", "mine"
     arguments = _lm_eval.command_of(config)[8]
-    assert arguments.startswith("base_url=http://127.0.0.1:8000/v1/completions,tokenizer=")
+    assert arguments == (
+        f"base_url=http://127.0.0.1:8000/v1/completions,tokenizer={base},model=mine,tokenizer_backend=huggingface"
+    )
+    with pytest.raises(ConfigError, match="--served_model: and --base_url go together"):
+        evaluate.main(["lm-eval", "--tasks", "boolq", "--base_url", "http://127.0.0.1:8000/v1"])
 
 
 def test_a_journal_of_another_program_is_left_alone(words: list[str], tmp_path: Path) -> None:
