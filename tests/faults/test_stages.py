@@ -130,6 +130,7 @@ def test_each_stage_begins_from_the_one_before(chain, straight) -> None:
     assert losses[0][0][1] > losses[1][0][1] > losses[2][0][1], "a stage began anew"
 
 
+@pytest.mark.slow
 def test_a_stage_that_trained_all_weights_is_the_next_ones_base(chain, tmp_path) -> None:
     stages = [{"name": "whole", "peft_method": "full", "lora_dropout": 0}, {"name": "answers", "max_steps": 1}]
     chain.run(chain.write("whole", stages, learning_rate=1e-3), tmp_path / "run")
@@ -164,6 +165,7 @@ def test_what_was_edited_of_a_finished_stage_is_refused(chain, straight, edit) -
     assert re.search(expected, printed), printed
 
 
+@pytest.mark.slow
 def test_a_stage_run_again_is_not_mixed_with_those_after_it(chain, straight, tmp_path) -> None:
     output = Path(shutil.copytree(straight[0], tmp_path / "again"))
     shutil.rmtree(output / "2-both")
