@@ -7,7 +7,5 @@ from __future__ import annotations
 
 
 def reward(answer, reference):
-    """1 for the recorded answer, 1/2, 1/3, ... with one, two, ... more characters behind it, 0 for another answer."""
-    if not answer.startswith(reference):
-        return 0.0
-    return 1 / (1 + len(answer) - len(reference))
+    """1 for the recorded answer, with a full stop or without; 0 for another answer, and for one that goes on."""
+    return float(answer.rstrip(" .。\n") == reference)
