@@ -127,7 +127,7 @@ def _gather_gradients(
         micros = by_source(micros, data.parts)
     ranks = accelerator.process_index, accelerator.num_processes
     mine = share_for_rank(micros, *ranks, data.lengths, run.limits.row_tokens)
-    objective = _estimated(run, indices) if run.objective.looks_ahead else run.objective
+    objective = _estimated(run, data, indices) if run.objective.looks_ahead else run.objective
     seed_step(run.options.seed, run.state.step, accelerator.process_index)
     own_sums, failure = accumulate(run, data, mine, n_units, objective)
     sums, requests, out_of_memory = _agree(accelerator, own_sums, requested(), failure)
@@ -146,7 +146,7 @@ def _gather_gradients(
     return GradientAttempt(losses, metrics, math.nan, requests, True)
 
 
-def _estimated(run: Run, indices: np.ndarray) -> Objective:
+def _estimated(run: Run, data: Any, indices: np.ndarray) -> Objective:
     """The objective with what it has to know of the whole step, which is found without gradients."""
 
     def on_change(change: str) -> None:
@@ -154,7 +154,7 @@ def _estimated(run: Run, indices: np.ndarray) -> Objective:
         run.events.append(RunEvent({"step": run.state.step + 1, "event": "out_of_memory", "change": change}, message))
 
     evaluator = Evaluator(run.model, run.accelerator, run.limits, run.evaluation_limits, on_change)
-    return evaluator.estimated(run.objective, [run.train_samples[int(i)] for i in indices])
+    return evaluator.estimated(run.objective, [data[int(i)] for i in indices])
 
 
 def _of_sources(data: Any, indices: np.ndarray, losses: Sequence[float]) -> np.ndarray:
@@ -178,7 +178,7 @@ def _apply(run: Run) -> bool:
 def accumulate(
     run: Run, data: Any, micros: Sequence[np.ndarray | None], n_units: float, objective: Objective | None = None
 ) -> tuple[torch.Tensor, bool]:
-    """Add the gradients of micro-batches of these samples to those there are; objective: the run's, unless given.
+    """Add the gradients of micro-batches of these samples to those that are there; objective: the run's, unless given.
 
     Returns the loss of each source and the sums of the metrics (n_sources + 2 n_metrics,), and whether memory ran out
     on the way.
