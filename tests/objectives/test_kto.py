@@ -29,11 +29,11 @@ KTO = {**OPTIONS, "objective": "kto"}
 
 
 def labelled_file(path: Path, n: int) -> Path:
-    """Friendly answers are marked good, others bad; two of three are bad."""
+    """Friendly answers are marked good, others bad; two of three are good."""
     draw = random.Random(0)
     rows = [
-        {"prompt": f"Question {i}", "label": i % 3 == 0,
-         "completion": " ".join(draw.choice(BAD if i % 3 else GOOD) for _ in range(draw.randint(1, 4)))}
+        {"prompt": f"Question {i}", "label": i % 3 > 0,
+         "completion": " ".join(draw.choice(GOOD if i % 3 else BAD) for _ in range(draw.randint(1, 4)))}
         for i in range(n)
     ]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -112,7 +112,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_and_a_run_goes_on_bit_by_bit(ti
         runs.append(finetune(tiny.config_for(tiny_base, data, output, **options, **cut)))
         keys = ["loss", "grad_norm", "eval_loss", *names, *(f"eval_{name}" for name in names)]
         found.append({key: [row[key] for row in read_log(runs[-1]) if key in row] for key in keys})
-    assert {len(values) for values in found[0].values()} <= {2, 3, 4}  # a step may have no good answer
+    assert {len(values) for values in found[0].values()} <= {2, 3, 4}  # a step may have no bad answer
     assert len(found[0]["loss"]) == 4 and found[0]["loss"][0] == pytest.approx(0.5, abs=1e-6)
     assert max(found[0]["kl"]) > 1e-3 and max(found[0]["eval_kl"]) > 1e-3  # it is not 0 throughout
     for other in found[1:]:
@@ -127,7 +127,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_and_a_run_goes_on_bit_by_bit(ti
 @pytest.mark.slow
 def test_good_answers_become_likelier_than_bad_ones(tiny_base: Path, tmp_path: Path) -> None:
     data = labelled_file(tmp_path / "labelled.jsonl", 90)
-    options = {**KTO, "test_size": 30, "max_steps": 40, "eval_steps": 40, "desirable_weight": 2.0}
+    options = {**KTO, "test_size": 30, "max_steps": 40, "eval_steps": 40, "undesirable_weight": 2.0}
     evaluated = [row for row in read_log(finetune(tiny.config_for(tiny_base, data, tmp_path / "run", **options)))
                  if "eval_loss" in row][-1]  # fmt: skip
     assert evaluated["eval_rewards/margins"] > 0.5 > 0 > evaluated["eval_rewards/rejected"]

@@ -371,12 +371,13 @@ def test_a_start_from_an_adapter_says_what_the_reference_is(
     with pytest.raises(CheckpointError, match="reference: --cache_reference auto -> false"):
         finetune(tiny.config_for(tiny_base, data, of_start, **longer, cache_reference=False))
     # A run of a version that knew no other reference than the base goes on with it.
-    for directory in (of_base, of_base / "checkpoint-1"):
-        state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
-        assert state["identity"].pop("reference") == "base"
-        (directory / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
-        (directory / "manifest.json").unlink()
-    finetune(tiny.config_for(tiny_base, data, of_base, **longer))
+    written = of_base / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(written.read_text(encoding="utf-8"))
+    assert state["identity"].pop("reference") == "base"
+    written.write_text(json.dumps(state), encoding="utf-8")
+    written.with_name("manifest.json").unlink()
+    longer["resume_from_checkpoint"] = str(written.parent)
+    finetune(tiny.config_for(tiny_base, data, tmp_path / "older", **longer))
     assert "compares with the base without any adapter" in "".join(capsys.readouterr())
 
 
