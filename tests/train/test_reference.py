@@ -75,6 +75,7 @@ def test_a_start_adapter_is_the_reference_of_a_run_that_goes_on(tiny_base: Path,
         finetune(tiny.config_for(tiny_base, data, tmp_path / "other", **again))
 
 
+@pytest.mark.slow
 def test_another_base_is_computed_anew_and_damage_is_said(
     tiny_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
