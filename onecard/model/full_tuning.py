@@ -6,7 +6,7 @@ checkpoints, too. The result is a whole model in the base's dtype. Knows modules
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from onecard.config.given_paths import TRAINED_WEIGHTS, trained_weights_in
 from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError, ModelError
-from onecard.model.files import locate, safetensors_header
+from onecard.model.files import locate, read_json, safetensors_header, write_json
 from onecard.model.lora.formats import compare, differences_of, mean_of_files
 from onecard.model.lora.vocabulary import keep_output_dtype
 from onecard.model.model_layers import decoder_layers, text_part
 
 LISTED = 3  # differences shown to a person
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def tune_base(model: Any, options: LoraOptions) -> Any:
@@ -107,12 +107,15 @@ def write_tuned_model(model: Any, checkpoints: Sequence[Path], directory: Path) 
     dtype = model.config.dtype
     for _, parameter in _trained(model):
         parameter.data = parameter.data.to(dtype)
+    model.generation_config = GenerationConfig()  # save_pretrained refuses those of some bases
     model.save_pretrained(directory)
-    # Training switches off dropout in the settings; the result has those of its base.
-    base = json.loads((locate(model.config._name_or_path) / CONFIG).read_text(encoding="utf-8"))
-    base.pop("torch_dtype", None)
-    content = json.dumps({**base, "dtype": str(dtype).removeprefix("torch.")}, indent=2, ensure_ascii=False)
-    (directory / CONFIG).write_text(content + "\n", encoding="utf-8")
+    (directory / GENERATION).unlink(missing_ok=True)
+    # All else is the base's: training switches off dropout in the live settings, for one.
+    base = locate(model.config._name_or_path)
+    for file in (*base.glob(GENERATION), *base.glob("*.py")):
+        shutil.copyfile(file, directory / file.name)
+    settings = {key: value for key, value in read_json(base / CONFIG).items() if key != "torch_dtype"}
+    write_json(directory / CONFIG, {**settings, "dtype": str(dtype).removeprefix("torch.")})
 
 
 def _trained(model: Any) -> Iterator[tuple[str, nn.Parameter]]:

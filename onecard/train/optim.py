@@ -29,6 +29,9 @@ DECAY_SHARE = 0.2  # of warmup_stable_decay: 10 to 20 % of the steps serve best 
 LORA_RATE, RULE_WIDTH, LORA_OVER_FULL = 5e-4, 2000, 10
 POWER_OF_FAMILY = {"llama": 0.781, "qwen": 0.0775}
 USUAL_LORA_RATE = 2e-4
+# What a method's authors took where LoRA's rate would barely move it: (IA)3 has one number per output, no products.
+# T-Few, https://arxiv.org/abs/2205.05638, section 3: 3e-3.
+PUBLISHED_RATES = {"ia3": (3e-3, "as (IA)3 was published with")}
 USUAL_PAIR_RATE = 5e-6  # TRL's example of DPO with LoRA
 USUAL_REWARD_RATE = 1e-5  # ten times TRL's for GRPO of whole weights, by the rule for LoRA
 
@@ -38,7 +41,7 @@ def default_learning_rate(
 ) -> tuple[float, str]:
     """The rate on this base, to two digits, and why: for LoRA 2.9e-4 for Llama-3.1-8B, 4.7e-4 for Qwen3-8B.
 
-    A tenth of it for weights of the base themselves, by the same rule.
+    A tenth of it for weights of the base themselves, by the same rule; what was published for a method of its own kind.
     """
     if LoraOptions(method).tunes_base:
         rate, reason = default_learning_rate(model_type, hidden_size, objective)
@@ -47,6 +50,8 @@ def default_learning_rate(
         return USUAL_PAIR_RATE, "usual for preference pairs"
     if objective == "grpo":
         return USUAL_REWARD_RATE, "usual for learning from rewards"
+    if method in PUBLISHED_RATES:
+        return PUBLISHED_RATES[method]
     family = next((name for name in POWER_OF_FAMILY if model_type.startswith(name)), None)
     if family is None:
         return USUAL_LORA_RATE, f"usual for LoRA: no rule is known for {model_type}"

@@ -34,7 +34,7 @@ from tests import tiny
 from tests.runs import final_checkpoint, run_and_stop
 
 IDS = torch.tensor([[1, 5, 9, 33, 7, 120, 64, 3]])
-TRAINED = "trained_weights.safetensors"
+TRAINED, GENERATION = "trained_weights.safetensors", "generation_config.json"
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +92,16 @@ def test_it_learns_goes_on_bitwise_and_is_a_model(method, bits, tiny_base, instr
 
 def test_what_asks_for_an_adapter_is_told_and_gguf_takes_the_model(tiny_base, instructions, tmp_path, capsys) -> None:
     settings = {"final_weights": "average:2", "save_steps": 2, "keep_checkpoints": 2}
-    run = finetune(config(tiny_base, instructions, tmp_path / "run", "freeze:2", 32, **settings))
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    # Sampling that is off with a temperature: transformers reads such files and refuses to write them.
+    (base / GENERATION).write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 2}', encoding="utf-8")
+    run = finetune(config(base, instructions, tmp_path / "run", "freeze:2", 32, **settings))
     means = [tiny.tensors_of(run / f"checkpoint-{step}" / TRAINED) for step in (4, 6)]
     name = "model.layers.0.mlp.up_proj.weight"
     mean = ((means[0][name].double() + means[1][name].double()) / 2).float()
     assert torch.equal(tiny.tensors_of(run / "model.safetensors")[name], mean)
     assert "model of the mean of steps 4, 6 saved in" in capsys.readouterr().out
+    assert (run / GENERATION).read_bytes() == (base / GENERATION).read_bytes()
     assert json.loads((run / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
     (tmp_path / "merged").mkdir()
     for source, said in (
