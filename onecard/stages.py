@@ -21,7 +21,7 @@ import yaml
 from onecard.config.given_paths import NOT_MERGEABLE
 from onecard.config.parsing import to_yaml
 from onecard.config.stages import Stage
-from onecard.config.training import WITH_REFERENCE, FinetuneConfig, MemoryOptions
+from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig, MemoryOptions
 from onecard.console import quiet_rank, say, warn
 from onecard.data.mixture import parts_of
 from onecard.errors import CheckpointError, ConfigError, DataError
@@ -125,7 +125,8 @@ def _check_unchanged(stage: Stage, done_with: dict[str, Any]) -> None:
 def why_merged(before: FinetuneConfig, now: FinetuneConfig) -> str:
     """Why a stage cannot go on with the adapter of the one before: that is then merged into its base. Else empty."""
     train = now.train
-    cached = train.objective in WITH_REFERENCE and train.cache_reference is not False  # then --init_adapter is compared
+    # Then --init_adapter itself is what is compared with.
+    cached = train.objective in CACHES_REFERENCE and train.cache_reference is not False
     if not cached and (train.objective in WITH_REFERENCE or (train.objective == "grpo" and train.kl_beta)):
         return f"--objective {train.objective} compares with the base without an adapter"
     if now.lora.lora_init in MOVING_STARTS:
