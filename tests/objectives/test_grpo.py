@@ -380,5 +380,5 @@ def test_the_example_learns_to_answer_and_to_stop(seed: int, tmp_path: Path) -> 
     run = finetune(tiny.config_for(root / "sample" / "tiny-llama", data, tmp_path / "run", **options))
     rewards = [row["reward"] for row in read_log(run) if "loss" in row]
     assert len(rewards) == 30
-    assert np.mean(rewards[:3]) < 0.2 and np.mean(rewards[-5:]) > 0.6, rewards
+    assert np.mean(rewards[:3]) < 0.4 and np.mean(rewards[-5:]) > 0.8, rewards
     assert [row["eval_reward"] for row in read_log(run) if "eval_reward" in row][-1] > 0.6
