@@ -104,7 +104,7 @@ class Evaluator:
             n_done, self._n_failures = n_done + len(micro), 0
             self.progress(n_done, n_mine)
         for _ in range(n_more):  # of no weight
-            self._within_memory(sums_of, samples[:1])
+            self._within_memory(sums_of, [samples[0]])
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
         self.model.train(was_training)
