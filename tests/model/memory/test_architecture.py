@@ -155,9 +155,9 @@ def test_eighty_layers_take_under_a_second() -> None:
         "num_key_value_heads": 8, "vocab_size": 128256,
     }  # fmt: skip
     architecture_of(LLAMA)
-    start = time.perf_counter()
+    start = time.process_time()
     assert architecture_of(wide).n_weights == 70_553_706_496  # Llama-3.1-70B, as published
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # --- more than plain text models

@@ -27,7 +27,7 @@ from tests.live_memory import held_bytes, peak_bytes
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 N_SETUPS = 40
-N_FAST = 16  # the others are slow
+N_FAST = 18  # the others are slow
 
 
 def setups() -> list[tuple[str, int, MemoryConfig]]:
