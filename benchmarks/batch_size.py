@@ -95,7 +95,7 @@ def evaluated(run: Path) -> float:
     from onecard.model.load import load_base, load_tokenizer
     from onecard.model.lora.adapter import load_adapter
     from onecard.objectives.registry import objective_named
-    from onecard.train.evaluate import evaluation_sums
+    from onecard.train.evaluate import Evaluator
     from onecard.train.oom import MicroBatchLimits
 
     options = replace(ModelOptions(bits=32, device="cpu"), gradient_checkpointing=False)
@@ -105,7 +105,7 @@ def evaluated(run: Path) -> float:
     model = load_adapter(load_base(options, detect("cpu")).model, run, trainable=False).model
     samples = [data[number] for number in range(len(data))]
     sft, limits = objective_named("sft"), MicroBatchLimits(micro_tokens=4096)
-    loss, n_units = evaluation_sums(model, samples, Accelerator(cpu=True), objective=sft, limits=limits)[:2].tolist()
+    loss, n_units = Evaluator(model, Accelerator(cpu=True), limits).sums(sft, samples)[:2].tolist()
     return loss / n_units
 
 

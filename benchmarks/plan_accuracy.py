@@ -212,7 +212,7 @@ def element_bytes(bits: int, hardware: Any) -> int:
 
 def peaks(config: dict[str, Any], setup: Any, hardware: Any) -> dict[str, int]:
     """The most bytes of tensors in one training step and in one evaluation of as many rows, at the same limits."""
-    from onecard.train.evaluate import evaluation_sums
+    from onecard.train.evaluate import Evaluator
     from onecard.train.step import take_step
 
     run = real_run(config, setup, hardware)
@@ -220,7 +220,7 @@ def peaks(config: dict[str, Any], setup: Any, hardware: Any) -> dict[str, int]:
 
     def evaluate() -> None:
         samples = list(run.train_samples)[: setup.rows]
-        evaluation_sums(run.model, samples, run.accelerator, objective=run.objective, limits=run.limits)
+        Evaluator(run.model, run.accelerator, run.limits).sums(run.objective, samples)
 
     if hardware.is_gpu:
         training, reserved = _peak_on_card(lambda: take_step(run))

@@ -83,7 +83,7 @@ def parse(
     values |= _checked(from_files, options, parser, problems)
     values = with_shipped_files(values | flags)
     config = _build(config_class, options, values)
-    problems += _config_problems(config)
+    problems += problems_of(config)
     only_print = any(word == f"--{PRINT_FLAG}" for word in words)
     refuse(problems if only_print or not opens_files else problems + path_problems(values))
     if only_print:
@@ -137,11 +137,6 @@ def to_yaml(config: object) -> str:
         holder = getattr(config, option.group) if option.group else config
         values[name] = getattr(holder, name)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _config_problems(config: object) -> list[Problem]:
-    own = config.problems() if hasattr(config, "problems") else []
-    return own + problems_of(config)
 
 
 def _parser(

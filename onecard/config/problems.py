@@ -10,8 +10,8 @@ Problem = tuple[str, str]  # (flag, what is wrong with it)
 
 
 def problems_of(config: object) -> list[Problem]:
-    """All contradictions in a config and in its groups, in the order of their declaration."""
-    found: list[Problem] = []
+    """All contradictions between the groups of a config and within them, in the order of their declaration."""
+    found: list[Problem] = list(config.problems()) if hasattr(config, "problems") else []
     for group in fields(config):  # type: ignore[arg-type]
         value = getattr(config, group.name)
         if hasattr(value, "problems"):

@@ -26,7 +26,7 @@ from onecard.objectives.next_token import SupervisedFineTuning
 from onecard.objectives.preference import adapter_off
 
 
-class AnswerView(SampleView):
+class MarkedAnswerView(SampleView):
     """Each row is a sample, which counts once."""
 
     def __init__(self, dataset: EncodedDataset, rows: np.ndarray) -> None:
@@ -66,7 +66,7 @@ class KahnemanTversky(LogRatio):
     kl: float = 0.0
 
     encoder = GoodOrBadEncoder
-    samples = AnswerView
+    samples = MarkedAnswerView
     metrics: ClassVar[tuple[str, ...]] = (
         "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl",
     )  # fmt: skip

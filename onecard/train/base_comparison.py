@@ -70,10 +70,14 @@ class BaseComparison:
             warn("the result cannot be compared with the base: the loss of a held-out record is no number")
             return
         say(f"held-out records: mean loss {_mean(self.base):.4f} with the base, {_mean(tuned):.4f} with the result")
-        n = len(tuned)
-        interval = f"95 % interval {difference.low:+.4f} to {difference.high:+.4f}, better in {n_better} of {n} records"
-        word = "better" if difference.high < 0 else "worse" if difference.low > 0 else "no difference beyond noise"
-        say(f"difference {difference.value:+.4f} ({interval}): {word}")
+        change, low, high = (f"{number:+.4f}" for number in difference)
+        say(f"difference {change}, 95 % interval {low} to {high}; better in {n_better} of {len(tuned)} records")
+        if difference.high < 0:
+            say("on such records the result is better than the base")
+        elif difference.low > 0:
+            say("on such records the result is worse than the base")
+        else:
+            say("on such records no difference from the base beyond noise is seen")
 
     def _scores(self) -> list[float]:
         """The loss of each held-out record per unit, in order."""

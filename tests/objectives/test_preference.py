@@ -316,7 +316,7 @@ def test_options_that_do_not_apply_are_refused_by_flag(options: dict[str, Any], 
 
 def every_problem(options: dict[str, Any]) -> list[tuple[str, str]]:
     config = tiny.with_options(FinetuneConfig(), options)
-    return [*problems_of(config), *config.problems()]
+    return problems_of(config)
 
 
 def test_options_that_apply_are_taken() -> None:

@@ -87,7 +87,7 @@ def test_noise_is_called_noise_and_nothing_is_said_unasked(
     tiny_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finetune(tiny.config_for(tiny_base, data, tmp_path / "run", **{**OPTIONS, "num_epoch": 1, "learning_rate": 1e-9}))
-    assert "no difference beyond noise" in capsys.readouterr().out
+    assert "no difference from the base beyond noise" in capsys.readouterr().out
     off = {**OPTIONS, "num_epoch": 1, "compare_with_base": False}
     finetune(tiny.config_for(tiny_base, data, tmp_path / "off", **off))
     assert "held-out records" not in capsys.readouterr().out

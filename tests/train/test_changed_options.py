@@ -107,6 +107,12 @@ TABLE = {
     "lora_target_parameters": Row("experts"),  # there are none
     "use_rslora": Row(True), "use_dora": Row(True), "lora_init": Row("pissa"), "train_new_tokens": Row(True),
     "train_embeddings": Row(True),
+    # What samples answers is of grpo.
+    "reward": Row("exact"), "reward_file": Row("rewards.py"), "reward_seconds": Row(3.0), "rollouts": Row(4),
+    "rollout_temperature": Row(0.5), "rollout_max_tokens": Row(32), "rollout_batch": Row(2),
+    "grpo_loss": Row("dr_grpo"),
+    "grpo_updates": Row(2), "grpo_clip": Row(0.1), "grpo_clip_high": Row(0.3), "kl_beta": Row(0.1),
+    "mask_overlong": Row(True), "log_rollouts": Row(True),
     "output_path": Row("OTHER_RUN", lambda s: read_log(s.output)[0]["step"] == 1),
     "objective": Row("documents"),
     "packing": same(True, lambda s: s.run.limits.row_tokens == 256),
@@ -134,6 +140,8 @@ TABLE = {
     "log_samples": same(True, lambda s: len(s.rows[0]["samples"]) == 5),
     "eval_steps": same(1, lambda s: [row["step"] for row in s.rows if "eval_loss" in row] == [7, 8]),
     "early_stopping_patience": same(9, lambda s: s.run.state.evaluations_since_best == 0),
+    "compare_with_base": same(False, lambda s: "held-out records" not in s.printed),
+    "measure_forgetting": same(False, lambda s: "forgetting is" not in s.printed),
     "save_steps": same(100, lambda s: s.checkpoints == [6, 8]),
     "eval_minutes": same(1e-9, lambda s: [row["step"] for row in s.rows if "eval_loss" in row] == [7, 8]),
     "save_minutes": same(1e-9, lambda s: s.checkpoints == [7, 8]),
