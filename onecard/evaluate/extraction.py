@@ -77,10 +77,15 @@ class ExtractionTask:
         return {"digest": sha256_of(self._path), "max_new_tokens": self._max_new_tokens}
 
     def work(self, bundle: ModelBundle, items: Sequence[ExtractionItem]) -> list[dict[str, Any]]:
-        """The greedy answer to each row."""
+        """The greedy answer to each row, with its strict F1, by which evaluations are compared."""
         asked = [(Turn("user", item.instruction),) for item in items]
-        answers = greedy(bundle, asked, self._max_new_tokens)
-        return [{"key": item.key, **one} for item, one in zip(items, answers, strict=True)]
+        rows = []
+        for item, one in zip(items, greedy(bundle, asked, self._max_new_tokens), strict=True):
+            counts = _Counts()
+            found = parsed_answer(item.row.schema, one["answer"])
+            counts.add(items_of(item.row.found), items_of(found or {}))
+            rows.append({"key": item.key, **one, "f1": counts.f1("strict")})
+        return rows
 
     def report(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Strict and relaxed figures in total and by type, the rows that could not be read; the worst rows first."""

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from onecard.evaluate.report import NAMED, by_group, columns_of, markdown, note_text, shown, word
+from onecard.evaluate.report import NAMED, REPORT_FILE, by_group, columns_of, markdown, note_text, shown, word
 from onecard.storage import write_whole
 
 _STYLE = """
@@ -32,7 +32,7 @@ _IN_PLOTS = ("accuracy", "f1", "grade", "perplexity_per_character")
 def write_report(folder: Path, report: dict[str, Any]) -> list[Path]:
     """Write report.json, report.md and report.html; each is there whole or not at all."""
     texts = {
-        "report.json": json.dumps(report, ensure_ascii=False, indent=1) + "\n",
+        REPORT_FILE: json.dumps(report, ensure_ascii=False, indent=1) + "\n",
         "report.md": markdown(report),
         "report.html": page(report),
     }

@@ -2,6 +2,7 @@
 
 onecard evaluate --suite ceval:ceval-exam --suite mmlu:data --lora_path outputs/mine --output_path measured
 onecard evaluate lm-eval --tasks arc_easy --lora_path outputs/mine
+onecard evaluate ship --run outputs/mine
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from onecard.config.parsing import comma_list, missing, parse
 from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.inference.run_files import stored_options
-from onecard.programs import _lm_eval
+from onecard.programs import _lm_eval, _ship
 
 if TYPE_CHECKING:
     from onecard.curation.make.journal import Journal
@@ -118,8 +119,9 @@ _MAY_CHANGE = (
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["lm-eval"]:
-        _lm_eval.main(words[1:])
+    verbs = {"lm-eval": _lm_eval.main, "ship": _ship.main}
+    if words and words[0] in verbs:
+        verbs[words[0]](words[1:])
         return
     config = parse(
         EvaluateConfig, words, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path"))

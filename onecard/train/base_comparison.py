@@ -18,13 +18,12 @@ from onecard.config.lora import LoraOptions
 from onecard.console import say, warn
 from onecard.model.lora.methods import MOVING_STARTS
 from onecard.objectives.preference import adapter_off
-from onecard.statistics import paired_difference
+from onecard.statistics import paired_test
 from onecard.storage import write_whole
+from onecard.train.findings import COMPARISON_NAME as FILE_NAME
 from onecard.train.loop import evaluator_of
 from onecard.train.run import Run
 from onecard.train.state import restore_state
-
-FILE_NAME = "base_comparison.json"
 
 
 class BaseComparison:
@@ -62,8 +61,8 @@ class BaseComparison:
         if self.run.options.final_weights != "last":
             restore_state(self.directory, self.run.plain_model, {}, self.run.options)
         tuned = self._scores()
-        difference = paired_difference(self.base, tuned, seed=self.run.options.seed)
-        n_better = sum(now < then for then, now in zip(self.base, tuned, strict=True))
+        test = paired_test(self.base, tuned, seed=self.run.options.seed)
+        difference, n_better = test.difference, test.n_down
         found = {"mean_base": _mean(self.base), "mean_tuned": _mean(tuned), "difference": difference._asdict()}
         self._write({**found, "n_better": n_better, "records": self.records, "base": self.base, "tuned": tuned})
         if not math.isfinite(difference.value):
@@ -72,9 +71,9 @@ class BaseComparison:
         say(f"held-out records: mean loss {_mean(self.base):.4f} with the base, {_mean(tuned):.4f} with the result")
         change, low, high = (f"{number:+.4f}" for number in difference)
         say(f"difference {change}, 95 % interval {low} to {high}; better in {n_better} of {len(tuned)} records")
-        if difference.high < 0:
+        if test.direction < 0:
             say("on such records the result is better than the base")
-        elif difference.low > 0:
+        elif test.direction > 0:
             say("on such records the result is worse than the base")
         else:
             say("on such records no difference from the base beyond noise is seen")
