@@ -6,11 +6,12 @@ Reads the folders that `onecard evaluate` wrote; no model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onecard.console import warn
 from onecard.curation.make.journal import JOURNAL_FILE
 from onecard.errors import ConfigError, DataError
 from onecard.evaluate.report import ANSWERS_FILE, REPORT_FILE
@@ -74,10 +75,14 @@ def compare_reports(a: Path, b: Path, *, level: float = 0.95, seed: int = 0) -> 
     names = [name for name in first if name in second]
     if not names:
         raise ConfigError("", f"{a} and {b} have no suite in common: {', '.join(first)} and {', '.join(second)}")
-    return [_compared(name, first[name], second[name], level, seed) for name in names]
+    found = [_compared(name, first[name], second[name], level, seed) for name in names]
+    suites = [suite for suite in found if suite is not None]
+    if not suites:
+        raise DataError(f"no record of {', '.join(names)} has a score in both {a} and {b}")
+    return suites
 
 
-def _compared(name: str, a: dict[str, Any], b: dict[str, Any], level: float, seed: int) -> ComparedSuite:
+def _compared(name: str, a: dict[str, Any], b: dict[str, Any], level: float, seed: int) -> ComparedSuite | None:
     digests = {side["digest"] for side in (a, b)} - {None}
     if a["kind"] != b["kind"] or len(digests) > 1:
         raise ConfigError("", f"{name}: the two evaluations read other data; measure both on the same files")
@@ -86,8 +91,9 @@ def _compared(name: str, a: dict[str, Any], b: dict[str, Any], level: float, see
                    for side in (a, b))  # fmt: skip
     keys = [key for key in left if key in right]
     if not keys:
-        raise DataError(f"{name}: no record has a score ({score.name}) in both evaluations; without references there "
-                        "is none, nor in extraction that an earlier version measured")  # fmt: skip
+        warn(f"{name} is left out: no record has a score ({score.name}) in both evaluations; answers without a "
+             "reference have none, nor has extraction that an earlier version measured")  # fmt: skip
+        return None
     before, after = [left[key] for key in keys], [right[key] for key in keys]
     test = paired_test(before, after, level=level, seed=seed)
     settings = {
@@ -125,3 +131,18 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise DataError(f"is no whole evaluation ({type(reason).__name__}: {reason})", str(folder)) from None
     return found
+
+
+def comparison_lines(suites: Sequence[ComparedSuite], level: float) -> list[str]:
+    """What is said on the screen: a line for each suite, and what was asked in another way."""
+    lines = []
+    for suite in suites:
+        value, low, high = suite.test.difference
+        lines.append(
+            f"{suite.name}: {suite.score} {suite.mean_a:.4f} in A, {suite.mean_b:.4f} in B, difference {value:+.4f} "
+            f"({100 * level:g} % interval {low:+.4f} to {high:+.4f}, {suite.test.n} records): {suite.result}"
+        )
+        lines += [f"  {name} is {a} in A and {b} in B" for name, (a, b) in suite.settings.items()]
+        if suite.n_apart:
+            lines.append(f"  {suite.n_apart} records have a score in one of the two only, and are left out")
+    return lines

@@ -98,9 +98,30 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def comparison_markdown(comparison: Mapping[str, Any]) -> str:
+    """Two evaluations side by side as Markdown, headings in both languages."""
+    lines = [f"# {_both('comparison')}", "", *_settings({name: comparison[name] for name in ("a", "b", "level")}), ""]
+    columns = ("n", "a", "b", "difference", "n_up", "n_down", "result")
+    lines += [f"| | | {' | '.join(map(_both, columns))} |", f"|---|---|{'---:|' * len(columns)}"]
+    for suite in comparison["suites"]:
+        means = {"a": shown(suite["mean_a"]), "b": shown(suite["mean_b"])}
+        cells = {**suite, **means, "difference": shown(suite["difference"]), "result": _both(suite["result"])}
+        told = " | ".join(str(cells[name]) for name in columns)
+        lines.append(f"| {_cell(suite['name'])} | {_both(suite['score'])} | {told} |")
+    notes = [(suite["name"], name, two) for suite in comparison["suites"] for name, two in suite["settings"].items()]
+    notes += [(suite["name"], "n_apart", [suite["n_apart"]]) for suite in comparison["suites"] if suite["n_apart"]]
+    for suite_name, name, values in notes:
+        told = " / ".join(_value(name, value) for value in values)
+        lines += ["", f"- {_cell(suite_name)}: {_both(name)}: {told}"]
+    return "\n".join(lines) + "\n"
+
+
 def _settings(values: Mapping[str, Any]) -> list[str]:
-    told = {name: _both(str(value)) if name in NAMED else _cell(str(value)) for name, value in values.items()}
-    return [f"- {_both(name)}: {value}" for name, value in told.items()]
+    return [f"- {_both(name)}: {_value(name, value)}" for name, value in values.items()]
+
+
+def _value(name: str, value: Any) -> str:
+    return _both(str(value)) if name in NAMED else _cell(str(value))
 
 
 def _both(name: str) -> str:

@@ -1,12 +1,14 @@
 """Measure a model: multiple choice, open answers, extraction and perplexity, from local files, with a report.
 
 onecard evaluate --suite ceval:ceval-exam --suite mmlu:data --lora_path outputs/mine --output_path measured
+onecard evaluate --compare measured_base measured --output_path compared
 onecard evaluate lm-eval --tasks arc_easy --lora_path outputs/mine
 onecard evaluate ship --run outputs/mine
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from onecard.config.inference import AnsweringModelOptions
 from onecard.config.parsing import comma_list, missing, parse
 from onecard.config.problems import Problem
 from onecard.console import say
+from onecard.errors import ConfigError
 from onecard.inference.run_files import stored_options
 from onecard.programs import _lm_eval, _ship
 
@@ -77,10 +80,19 @@ class EvaluateOptions:
     """Seconds until a grading must be whole."""
     max_attempts: int = 6
     """Times that the endpoint is asked before the evaluation ends; what was graded is kept."""
+    compare: str | list[str] = ""
+    """Measure nothing; compare two folders that this program wrote, A B, over the records that both answered, with the
+    interval of the difference. --output_path is then the folder for comparison.json and comparison.md; empty: none."""
     debug: bool = False
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
+        if self.compare:
+            found = [("--suite", "and --compare contradict each other: one measures, the other reads")] * bool(
+                self.suite
+            )
+            is_pair = isinstance(self.compare, list) and len(self.compare) == 2
+            return found if is_pair else [*found, ("--compare", "takes two folders: A B")]
         found = missing(self, "suite", "output_path")
         if self.cot and self.method != "free":
             found.append(("--cot", f"needs --method free: {self.method} leaves no room to reason"))
@@ -109,6 +121,7 @@ class EvaluateConfig:
     model: ModelOptions = field(default_factory=AnsweringModelOptions)
 
 
+LEVEL = 0.95  # of the intervals of a comparison, as of those of a report
 # Options that change how an evaluation is carried out, and none of its figures.
 _MAY_CHANGE = (
     "suite", "output_path", "lora_path", "batch_size", "base_url", "judge_model", "api_key_env", "timeout_s",
@@ -126,7 +139,33 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(
         EvaluateConfig, words, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path"))
     )
-    evaluate(config)
+    if config.evaluate.compare:
+        compare(config.evaluate)
+    else:
+        evaluate(config)
+
+
+def compare(options: EvaluateOptions) -> dict[str, Any]:
+    """Put two evaluations side by side; the comparison, which is written where a folder is named."""
+    from onecard.evaluate.compare import compare_reports, comparison_lines
+    from onecard.evaluate.report import comparison_markdown
+    from onecard.storage import write_whole
+
+    a, b = (Path(folder).expanduser() for folder in options.compare)
+    suites = compare_reports(a, b, level=LEVEL, seed=options.seed)
+    found = {"a": str(a), "b": str(b), "level": LEVEL, "suites": [suite.plain() for suite in suites]}
+    for line in comparison_lines(suites, LEVEL):
+        say(line)
+    if options.output_path:
+        folder = Path(options.output_path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "comparison.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+            write_whole(folder / "comparison.md", comparison_markdown(found))
+        except OSError as reason:
+            raise ConfigError("--output_path", f"cannot be written: {reason}") from None
+        say(f"the comparison: {folder / 'comparison.md'}")
+    return found
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -74,6 +74,9 @@ def test_a_report_says_what_was_asked_and_a_kill_changes_nothing(
     assert "going on behind 5 of 17 records" in capsys.readouterr().out
     for name in WRITTEN:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    evaluate.main(["--compare", str(tmp_path / "whole"), str(tmp_path / "again")])
+    out, err = capsys.readouterr()
+    assert out.count("no difference beyond noise") == 2 and "open/open.jsonl is left out" in err
     with pytest.raises(ConfigError, match="begun with other settings"):
         evaluate.main([*again, "--shots", "1"])
 
