@@ -97,7 +97,7 @@ class PromptRow:
     """One prompt: ids (n_prompt,), the most new tokens it may get, and its number, which chooses its random numbers.
 
     continues: the answer goes on in the prompt's text, and is no text of its own. lead: what is not shown at its
-    beginning; see `encode.Prompt` for both.
+    beginning; see `encode.Prompt` for both. hidden: control tokens that are not shown, None for all of them.
     """
 
     ids: list[int]
@@ -105,6 +105,7 @@ class PromptRow:
     number: int = 0
     continues: bool = False
     lead: str = ""
+    hidden: frozenset[int] | None = None
 
     @property
     def before(self) -> list[int]:
@@ -243,6 +244,7 @@ class GenerateCall:
             "max_new_tokens": row.max_new_tokens,
             "before": row.before,
             "lead": row.lead,
+            "hidden": row.hidden,
         }
 
     def _beam_texts(self, row: PromptRow, beams: Sequence[Sequence[int]], *, finished: bool) -> tuple[str, ...]:
@@ -258,7 +260,8 @@ class GenerateCall:
         n_shown = min(len(ids), len(self.logprobs.rows[k]))
         n_shown = next((n for n in range(n_shown) if ids[n] in self.stop_ids), n_shown)
         row = self.rows[k]
-        while n_shown and len(answer_text(ids[:n_shown], self.bundle.tokenizer, row.before, row.lead)) > len(text):
+        ends = (self.bundle.tokenizer, row.before, row.lead, row.hidden)
+        while n_shown and len(answer_text(ids[:n_shown], *ends)) > len(text):
             n_shown -= 1
         return tuple(self.logprobs.rows[k][:n_shown])
 

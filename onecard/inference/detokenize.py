@@ -7,8 +7,10 @@ Knows the tokenizer's decode and how tokenizers spell single bytes. It does not 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
+
+from onecard.data.special_tokens import added_tokens
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no whole character
 LONGEST_CUT_CHARACTER = 3  # bytes of a UTF-8 character that can stand there without the last one
@@ -16,8 +18,8 @@ LONGEST_CUT_CHARACTER = 3  # bytes of a UTF-8 character that can stand there wit
 _byte_tokens: weakref.WeakKeyDictionary[Any, Mapping[int, int]] = weakref.WeakKeyDictionary()
 
 
-def decode(ids: Sequence[int], tokenizer: Any) -> str:
-    """The exact text of these ids, without control tokens.
+def decode(ids: Sequence[int], tokenizer: Any, hidden: Set[int] | None = None) -> str:
+    """The exact text of these ids, without control tokens: all of the tokenizer's, or only those that are `hidden`.
 
     The text of a beginning, its replacement characters at the end aside, is a beginning of the text. SentencePiece's
     byte tokens need help there: its decoder gives up a whole run of bytes when one of them fits nowhere.
@@ -26,19 +28,28 @@ def decode(ids: Sequence[int], tokenizer: Any) -> str:
     """
     values = _byte_values(tokenizer)
     repaired = ids if values.keys().isdisjoint(ids) else _repaired(ids, values)
-    return str(tokenizer.decode(list(repaired), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    shown = list(repaired) if hidden is None else [token_id for token_id in repaired if token_id not in hidden]
+    return str(tokenizer.decode(shown, skip_special_tokens=hidden is None, clean_up_tokenization_spaces=False))
 
 
-def decode_after(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str:
+def hidden_ids(tokenizer: Any, kept: Sequence[str]) -> frozenset[int] | None:
+    """The ids of all control tokens but the `kept` ones; None where none of these is a control token."""
+    control = {token_id for token_id, token in added_tokens(tokenizer).items() if token.special}
+    control.update(tokenizer.all_special_ids)
+    kept_ids = control & {tokenizer.convert_tokens_to_ids(text) for text in kept}
+    return frozenset(control - kept_ids) if kept_ids - {tokenizer.unk_token_id} else None
+
+
+def decode_after(before: Sequence[int], ids: Sequence[int], tokenizer: Any, hidden: Set[int] | None = None) -> str:
     """The text that `ids` add behind `before`: SentencePiece drops the space in front of the first word it decodes.
 
     before "What", ids "▁is ▁it"  ->  " is it"; without before "is it"
     """
     if not before:
-        return decode(ids, tokenizer)
-    beginning = decode(before, tokenizer).rstrip(REPLACEMENT)
-    both = decode([*before, *ids], tokenizer)
-    return both[len(beginning) :] if both.startswith(beginning) else decode(ids, tokenizer)
+        return decode(ids, tokenizer, hidden)
+    beginning = decode(before, tokenizer, hidden).rstrip(REPLACEMENT)
+    both = decode([*before, *ids], tokenizer, hidden)
+    return both[len(beginning) :] if both.startswith(beginning) else decode(ids, tokenizer, hidden)
 
 
 def without_cut_character(text: str) -> str:

@@ -25,6 +25,7 @@ from onecard.data.encode import Prompt, encode_prompt, prompt_for
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.inference.adapters import AdapterManager, ServedAdapter, open_voices
+from onecard.inference.detokenize import hidden_ids
 from onecard.inference.embeddings import Check, embed, score
 from onecard.inference.generate import (
     Chunk,
@@ -66,6 +67,7 @@ class GenerationRequest:
     n: independent answers at once. number: which stream of random numbers the first of them draws from, the next
         answer from the next one; another number gives another answer to the same seed.
     top_logprobs: None for no log-probabilities, else how many alternatives to tell.
+    kept_tokens: control tokens that stay in the text of the answer, such as the marks of tool calls.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -78,6 +80,7 @@ class GenerationRequest:
     number: int = 0
     show_beams: bool = False
     top_logprobs: int | None = None
+    kept_tokens: tuple[str, ...] = ()
 
 
 class InferenceEngine:
@@ -272,8 +275,9 @@ class InferenceEngine:
                 raise LimitExceeded("--num_beams", "with several beams there are no log-probabilities of tokens")
         prompt = self._prompt(request, served)
         max_new_tokens = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
+        hidden = hidden_ids(served.tokenizer, request.kept_tokens)
         return [
-            PromptRow(prompt.ids, max_new_tokens, request.number + k, prompt.continues, prompt.lead)
+            PromptRow(prompt.ids, max_new_tokens, request.number + k, prompt.continues, prompt.lead, hidden)
             for k in range(request.n)
         ]
 

@@ -7,7 +7,7 @@ their text (`detokenize.py`). It does not know models or templates. Nothing is s
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,10 +69,11 @@ def ended_answer(
     max_new_tokens: int,
     before: Sequence[int] = (),
     lead: str = "",
+    hidden: Set[int] | None = None,
 ) -> FinishedAnswer:
     """What is shown of a row's new ids, padding behind its end included.
 
-    `before`: ids whose text the answer continues. `lead`: what is not shown at its beginning.
+    `before`: ids whose text the answer continues. `lead`: what is not shown at its beginning. `hidden`: see `decode`.
 
     stop id 2, ids  7 8 9 2 0 0        -> text of 7 8 9, "stop", 4 tokens
     stop text "\\nUser:", text "Yes.\\nUser: and"  -> "Yes.", "stop"
@@ -81,7 +82,7 @@ def ended_answer(
     ids = list(new_ids[:max_new_tokens])
     end = next((place for place, token_id in enumerate(ids) if token_id in stop_ids), None)
     answer = ids if end is None else ids[:end]
-    text = answer_text(answer, tokenizer, before, lead)
+    text = answer_text(answer, tokenizer, before, lead, hidden)
     cut = _first_stop(text, stop_texts)
     if cut is not None:
         # The shortest beginning that holds a stop text; more tokens never make it go away.
@@ -89,7 +90,7 @@ def ended_answer(
         n_tokens = 1 + bisect_left(
             lengths,
             True,
-            key=lambda n: _first_stop(answer_text(answer[:n], tokenizer, before, lead), stop_texts) is not None,
+            key=lambda n: _first_stop(answer_text(answer[:n], tokenizer, before, lead, hidden), stop_texts) is not None,
         )
         return FinishedAnswer(text[:cut], "stop", n_tokens)
     if end is not None:
@@ -107,9 +108,11 @@ def answer_so_far(
     return FinishedAnswer(without_open_end(ended.text, stop_texts), None, ended.n_tokens)
 
 
-def answer_text(ids: Sequence[int], tokenizer: Any, before: Sequence[int] = (), lead: str = "") -> str:
+def answer_text(
+    ids: Sequence[int], tokenizer: Any, before: Sequence[int] = (), lead: str = "", hidden: Set[int] | None = None
+) -> str:
     """The text of an answer's ids behind `before`, without the `lead` or the part of it that is there so far."""
-    text = decode_after(before, ids, tokenizer)
+    text = decode_after(before, ids, tokenizer, hidden)
     return "" if lead.startswith(text) else text.removeprefix(lead)
 
 

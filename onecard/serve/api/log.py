@@ -1,7 +1,7 @@
 """One printed line per request: when, who, what, status, reason, duration, tokens. Texts only where they are wanted.
 
 2026-11-29T09:00:01+01:00 127.0.0.1 POST /v1/chat/completions 200 stop 1234 ms 12+80 tokens
-2026-11-29T09:00:02+01:00 127.0.0.1 POST /v1/chat/completions 400 unsupported_parameter:tools 1 ms
+2026-11-29T09:00:02+01:00 127.0.0.1 POST /v1/chat/completions 400 unsupported_parameter:min_p 1 ms
 
 Also the last net: what nobody foresaw is answered with 500, and printed by its place: its text may hold a prompt.
 Knows ASGI. It does not know what requests mean.

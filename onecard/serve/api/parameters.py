@@ -122,12 +122,12 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "reasoning": (None, ""),
     "reasoning_content": (None, ""),
     "refusal": (None, ""),
-    "tool_call_id": (None,),
-    "tool_calls": (None, []),
 }
 # Marks for the caches of other servers; they stand beside the text of a part, and some at a message.
 CACHE_MARKS = ("cache_control", "prompt_cache_breakpoint")
 OTHER_NAMES = {
+    "function_call": "tool_choice",
+    "functions": "tools",
     "max_length": "max_tokens",
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",

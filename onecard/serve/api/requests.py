@@ -18,11 +18,14 @@ from fastapi.routing import APIRoute
 
 from onecard.config.inference import LimitOptions, SamplingOptions
 from onecard.data.jinja_chat import is_own_variable
-from onecard.data.messages import Turn
+from onecard.data.messages import Role, Turn
+from onecard.data.tool_calls import calls_of
+from onecard.data.values import UnusableRecord
 from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names
 from onecard.serve.api.schema import (
     LONGEST_STOP,
     MOST_STOPS,
+    TOOL_CHOICES,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -53,7 +56,7 @@ class GenerationParams:
     """A request in the engine's words: a conversation, or prompts to go on from, each answered `n` times.
 
     max_new_tokens 0 asks for no answer at all, only for an echo; the client calls it `tokens_field`. top_logprobs: None
-    for no log-probabilities.
+    for no log-probabilities. has_tools: the answer may call the tools among the turns, at most `most_calls` times.
     """
 
     model: str
@@ -66,6 +69,8 @@ class GenerationParams:
     tokens_field: str = "max_tokens"
     echo: bool = False
     top_logprobs: int | None = None
+    has_tools: bool = False
+    most_calls: int | None = None
     stream: bool = False
     include_usage: bool = False
 
@@ -113,6 +118,10 @@ def chat_ask(body: ChatRequest, defaults: ServerDefaults) -> GenerationParams:
     turns = tuple(turn_of(message, f"messages[{k}]") for k, message in enumerate(body.messages))
     if defaults.system and not any(turn.role == "system" for turn in turns):
         turns = (Turn("system", defaults.system), *turns)
+    tools = tools_of(body)
+    if tools:
+        n_head = int(turns[0].role == "system")
+        turns = (*turns[:n_head], Turn("tool_list", json.dumps(tools, ensure_ascii=False)), *turns[n_head:])
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs goes with logprobs: true", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
@@ -121,7 +130,24 @@ def chat_ask(body: ChatRequest, defaults: ServerDefaults) -> GenerationParams:
     ask = common_ask(body, defaults, getattr(body, tokens_field))
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     variables = template_variables(body.chat_template_kwargs or {})
-    return replace(ask, turns=turns, template_variables=variables, tokens_field=tokens_field, top_logprobs=top_logprobs)
+    return replace(
+        ask,
+        turns=turns,
+        template_variables=variables,
+        tokens_field=tokens_field,
+        top_logprobs=top_logprobs,
+        has_tools=bool(tools),
+        most_calls=1 if body.parallel_tool_calls is False else None,
+    )
+
+
+def tools_of(body: ChatRequest) -> list[dict[str, Any]]:
+    """The tools that the model may call. Raises ApiError for a choice that nothing can make it keep to."""
+    if body.tool_choice not in (None, *TOOL_CHOICES):
+        message = '\'tool_choice\' can be "auto" or "none"; nothing here makes a model call a tool'
+        raise bad_request(message, "tool_choice", "unsupported_parameter")
+    wanted = body.tools if body.tools and body.tool_choice != "none" else []
+    return [tool.model_dump(exclude_unset=True, exclude_none=True) for tool in wanted]
 
 
 def template_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,10 +211,17 @@ def common_ask(body: SamplingParameters, defaults: ServerDefaults, max_new_token
 def turn_of(message: Message, place: str) -> Turn:
     """A message as a turn; a developer's message is a system's. `place` is such as messages[0]."""
     check_message_names(message.model_extra or {}, place)
-    role = "system" if message.role == "developer" else message.role
-    if role == "assistant" and message.content in (None, []):
-        return Turn(role, "", name=message.name or "")
-    return Turn(role, content_text(message.content, f"{place}.content"), name=message.name or "")
+    role: Role = "system" if message.role == "developer" else message.role
+    for name, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, name) not in (None, []) and role != owner:
+            raise bad_request(f"only a message of the role {owner} has {name}", f"{place}.{name}")
+    is_empty = role == "assistant" and message.content in (None, [])
+    content = "" if is_empty else content_text(message.content, f"{place}.content")
+    try:
+        calls = calls_of([call.model_dump() for call in message.tool_calls or ()], "tool_calls")
+    except UnusableRecord as reason:
+        raise bad_request(str(reason), f"{place}.tool_calls") from None
+    return Turn(role, content, name=message.name or "", tool_calls=calls, call_id=message.tool_call_id or "")
 
 
 def content_text(content: Any, place: str) -> str:

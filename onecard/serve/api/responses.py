@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from onecard.data.messages import ToolCall
+from onecard.data.tool_answers import CallStyle, read_calls
 from onecard.inference.generate import Chunk
 from onecard.serve.api.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from onecard.serve.api.requests import GenerationParams
@@ -23,6 +25,7 @@ class SentSoFar:
     text: str = ""
     n_tokens: int = 0
     offset: int = 0
+    n_calls: int = 0
 
 
 def new_head(prefix: str, model: str, fingerprint: str) -> dict[str, Any]:
@@ -36,8 +39,10 @@ class ChatResponseBuilder:
 
     kind, kind_of_pieces = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, ask: GenerationParams, head: dict[str, Any], texts: TokenTexts) -> None:
-        self.ask, self.head, self._texts = ask, head, texts
+    def __init__(
+        self, ask: GenerationParams, head: dict[str, Any], texts: TokenTexts, style: CallStyle | None = None
+    ) -> None:
+        self.ask, self.head, self._texts, self._style = ask, head, texts, style
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The piece before all others: whose words follow."""
@@ -45,20 +50,25 @@ class ChatResponseBuilder:
 
     def text(self, progress: Progress, index: int) -> str:
         """All that is shown of a choice."""
-        return progress.chunks[index].text
+        return self._parts(progress.chunks[index])[0]
 
     def piece(self, progress: Progress, index: int, sent: SentSoFar, new_text: str) -> dict[str, Any] | None:
         """What came after what was sent, or None; notes that it is sent."""
         tokens = progress.chunks[index].logprobs[sent.n_tokens :]
         sent.n_tokens += len(tokens)
-        if not new_text and not tokens:
+        calls = self._parts(progress.chunks[index])[1][sent.n_calls :]
+        if not new_text and not tokens and not calls:
             return None
+        delta: dict[str, Any] = {"content": new_text} if new_text or tokens else {}
+        if calls:
+            delta["tool_calls"] = [{"index": k} | call_body(call) for k, call in enumerate(calls, sent.n_calls)]
+        sent.n_calls += len(calls)
         wanted = self.ask.top_logprobs is not None
-        return self._piece(index, {"content": new_text}, chat_logprobs(self._texts, tokens) if wanted else None)
+        return self._piece(index, delta, chat_logprobs(self._texts, tokens) if wanted else None)
 
-    def end(self, index: int, reason: str) -> dict[str, Any]:
+    def end(self, progress: Progress, index: int) -> dict[str, Any]:
         """The piece that says why the choice ends."""
-        return self._piece(index, {}) | {"finish_reason": reason}
+        return self._piece(index, {}) | {"finish_reason": self._reason(progress.chunks[index])}
 
     def empty(self, index: int) -> dict[str, Any]:
         """A piece that adds nothing."""
@@ -71,15 +81,35 @@ class ChatResponseBuilder:
 
     def _choice(self, index: int, chunk: Chunk) -> dict[str, Any]:
         wanted = self.ask.top_logprobs is not None
+        content, calls = self._parts(chunk)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": [call_body(call) for call in calls]}
         return {
             "index": index,
-            "message": {"role": "assistant", "content": chunk.text, "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(self._texts, chunk.logprobs) if wanted else None,
-            "finish_reason": chunk.finish_reason,
+            "finish_reason": self._reason(chunk),
         }
+
+    def _parts(self, chunk: Chunk) -> tuple[str, list[ToolCall]]:
+        """What is said so far, and the calls."""
+        if self._style is None:
+            return chunk.text, []
+        return read_calls(chunk.text, self._style, ended=bool(chunk.finish_reason), most=self.ask.most_calls)
+
+    def _reason(self, chunk: Chunk) -> str:
+        reason = chunk.finish_reason or "stop"
+        return "tool_calls" if reason == "stop" and self._parts(chunk)[1] else reason
 
     def _piece(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+def call_body(call: ToolCall) -> dict[str, Any]:
+    """A call in OpenAI's form, under the model's own id or a fresh one."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id or f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 class CompletionResponseBuilder:
@@ -106,9 +136,9 @@ class CompletionResponseBuilder:
             return None
         return self._piece(index, new_text, logprobs)
 
-    def end(self, index: int, reason: str) -> dict[str, Any]:
+    def end(self, progress: Progress, index: int) -> dict[str, Any]:
         """The piece that says why the choice ends."""
-        return self._piece(index, "") | {"finish_reason": reason}
+        return self._piece(index, "") | {"finish_reason": progress.chunks[index].finish_reason or "stop"}
 
     def empty(self, index: int) -> dict[str, Any]:
         """A piece that adds nothing."""

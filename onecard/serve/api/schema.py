@@ -26,6 +26,7 @@ MOST_ALTERNATIVES = 20
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters
 BIGGEST = 2**31 - 1
+TOOL_CHOICES = ("none", "auto")
 
 TEXT_PART = {
     "type": "object",
@@ -69,24 +70,69 @@ Length = Annotated[Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None, Unlimit
 
 
 def describe_message(schema: dict[str, Any]) -> None:
-    """Say in the OpenAPI document who may be without content."""
+    """Say in the OpenAPI document who may be without content, who calls, and who tells a result."""
     close_message(schema)
-    of_assistant = {"properties": {"role": {"const": "assistant"}}}
-    schema["anyOf"] = [of_assistant, {"properties": {"content": CONTENT}, "required": ["content"]}]
+    of_assistant = {"properties": {"role": {"const": "assistant"}, "tool_call_id": {"type": "null"}}}
+    others = {"role": {"not": {"const": "assistant"}}, "content": CONTENT, "tool_calls": NO_CONTENT}
+    schema["anyOf"] = [of_assistant, {"properties": others, "required": ["content"]}]
+    of_tool = {"properties": {"role": {"const": "tool"}}}
+    schema["allOf"] = [{"anyOf": [of_tool, {"properties": {"tool_call_id": {"type": "null"}}}]}]
+
+
+class FunctionCall(BaseModel):
+    """Which function is called; `arguments` is a JSON object as text."""
+
+    model_config = {"extra": "forbid"}
+
+    name: Annotated[StrictStr, Field(min_length=1)]
+    arguments: StrictStr
+
+
+class ToolCallBody(BaseModel):
+    """A call that an answer makes. Clients that join a stream may keep the index of its pieces."""
+
+    model_config = {"extra": "forbid"}
+
+    id: StrictStr
+    type: Literal["function"]
+    function: FunctionCall
+    index: StrictInt | None = None
+
+
+class FunctionDefinition(BaseModel):
+    """A function that may be called; `parameters` is a JSON schema."""
+
+    model_config = {"extra": "forbid"}
+
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None  # nothing holds the model to a schema
+
+
+class Tool(BaseModel):
+    """A tool that may be called."""
+
+    model_config = {"extra": "forbid"}
+
+    type: Literal["function"]
+    function: FunctionDefinition
 
 
 class Message(BaseModel):
     """One message of the conversation. Contents are texts; several text parts are joined.
 
-    Only an assistant's message may be without content. A name is told to templates that read it; the others have no
-    place for it.
+    Only an assistant's message may be without content, and call tools; only a tool's tells the result of a call. A name
+    is told to templates that read it; the others have no place for it.
     """
 
     model_config = {"extra": "allow", "json_schema_extra": describe_message}
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, WithJsonSchema({"anyOf": [CONTENT, NO_CONTENT]})] = None
     name: StrictStr | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: StrictStr | None = None
     cache_control: dict[str, Any] | None = None
 
 
@@ -145,6 +191,9 @@ class ChatRequest(SamplingParameters):
     max_completion_tokens: Length = None
     max_tokens: Length = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, *TOOL_CHOICES]})] = None
+    parallel_tool_calls: StrictBool | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
 
@@ -208,15 +257,15 @@ class ChatAnswer(BaseModel):
     """What the assistant said."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCallBody] | None = None
 
 
 class Choice(BaseModel):
     """What every choice has."""
 
     index: int
-    finish_reason: Literal["stop", "length"]
 
 
 class WrittenAnswer(BaseModel):
@@ -232,6 +281,7 @@ class WrittenAnswer(BaseModel):
 class ChatChoice(Choice):
     """One of `n` answers."""
 
+    finish_reason: Literal["stop", "length", "tool_calls"]
     message: ChatAnswer
     logprobs: ChatLogprobs | None = None
 
@@ -256,6 +306,7 @@ class CompletionChoice(Choice):
     """One of `n` continuations of one prompt."""
 
     text: str
+    finish_reason: Literal["stop", "length"]
     logprobs: CompletionLogprobs | None = None
 
 

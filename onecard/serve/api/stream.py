@@ -128,7 +128,7 @@ class StreamEventBuilder:
         found = []
         for index, sent in enumerate(self._sent):
             found += self._new(progress, index, sent)
-            found.append(self._event(self._form.end(index, progress.chunks[index].finish_reason or "stop")))
+            found.append(self._event(self._form.end(progress, index)))
         if self._form.ask.include_usage:
             usage = progress.usage(self._form.ask.n)
             found.append(event(self._form.head | {"object": self._form.kind_of_pieces, "choices": [], "usage": usage}))

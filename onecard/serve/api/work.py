@@ -13,6 +13,7 @@ from typing import Any
 
 from onecard.data.jinja_chat import variables_read
 from onecard.data.tokenization import segment_tokenizer
+from onecard.data.tool_answers import CALL_MARKS
 from onecard.errors import ConfigError, DataError
 from onecard.inference.detokenize import decode
 from onecard.inference.engine import GenerationRequest, InferenceEngine
@@ -79,6 +80,7 @@ def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threadin
         template_variables=ask.template_variables,
         n=ask.n,
         top_logprobs=ask.top_logprobs,
+        kept_tokens=CALL_MARKS if ask.has_tools else (),
     )
     with blaming("messages", ask.tokens_field):
         for chunks in engine.stream(request, cancel):

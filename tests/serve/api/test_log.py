@@ -71,7 +71,7 @@ def test_what_is_printed(engine: InferenceEngine, capfd: pytest.CaptureFixture[s
     assert [line and line.groups() for line in lines] == [
         (f"POST {CHAT}", "200", "length", f"{n_prompt}+8"),
         (f"POST {CHAT}", "200", "length", f"{n_prompt}+8"),
-        (f"POST {CHAT}", "400", "unsupported_parameter:tools", None),
+        (f"POST {CHAT}", "400", "invalid_value:tools[0]", None),
         (f"POST {CHAT}", "404", "model_not_found:model", None),
         ("POST /v1/completions", "400", "invalid_value:prompt", None),
         ("GET /v1/%0aevil%20line", "404", "not_found", None),

@@ -14,6 +14,7 @@ from openai.types.chat import (
     ChatCompletionContentPartTextParam,
     ChatCompletionDeveloperMessageParam,
     ChatCompletionSystemMessageParam,
+    ChatCompletionToolMessageParam,
     ChatCompletionUserMessageParam,
 )
 from openai.types.chat import completion_create_params as chat_create_params
@@ -72,12 +73,15 @@ CHAT_OFF: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "chat_template_kwargs": ({}, {"enable_thinking": False}, {"x": None}),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
 }
-# What changes an answer, each with a test in test_chat.py or test_completions.py.
+# What changes an answer, each with a test in test_chat.py, test_tools.py or test_completions.py.
 USED = {"max_tokens", "temperature", *OFF}
 CALLS = [
     ("/v1/chat/completions", chat_create_params.CompletionCreateParamsBase, ChatRequest,
-     USED | {"messages", "max_completion_tokens", "logprobs", "top_logprobs", "chat_template_kwargs"},
+     USED | {"messages", "max_completion_tokens", *CHAT_OFF},
      OFF | CHAT_OFF),
     ("/v1/completions", completion_create_params.CompletionCreateParamsBase, CompletionRequest,
      USED | {"prompt", "logprobs", "echo"}, OFF | {"echo": (False,)}),
@@ -155,11 +159,15 @@ MESSAGES = {
 }  # fmt: skip
 
 
+KNOWN_IN_MESSAGE = Message.model_fields.keys() | NEUTRAL_IN_MESSAGE.keys()
+
+
 def test_every_field_of_a_message_is_used_or_refused(server: Running) -> None:
+    assert ChatCompletionToolMessageParam.__annotations__.keys() <= KNOWN_IN_MESSAGE  # its own tests: test_tools.py
     path, user = "/v1/chat/completions", {"role": "user", "content": "Hi"}
     body = BODIES[path] | {"temperature": 0, "max_tokens": 6}
     for role, spec in MESSAGES.items():
-        assert spec.__annotations__.keys() <= Message.model_fields.keys() | NEUTRAL_IN_MESSAGE.keys()
+        assert spec.__annotations__.keys() <= KNOWN_IN_MESSAGE
         messages = [{"role": role, "content": "Yes"}, user] if role != "user" else [user]
         if role == "assistant":
             messages = [user, *messages]
