@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Learn from rewards (GRPO): answers are sampled while training, and those that a Python file rewards become likelier.
 #
+# Card: 11 GB for a 7B base in 4 bits (estimated, not measured). Time: most of it is sampling (not measured).
+#
 # With no settings the embedded tiny base learns to give the answer that it knows and to stop there: sample/rewards.py
 # rewards that, on the prompts of sample/reward_prompts.json. Its mean reward rises from about 0.3 to over 0.8 in minutes
 # on a CPU (tests/objectives/test_grpo.py).

@@ -20,13 +20,21 @@ from tests.reached_code import FLAG, REPOSITORY, Walk, named_flags, reached
 FOLDER = REPOSITORY / "onecard" / "programs"
 PROGRAMS = sorted(FOLDER.glob("[!_]*.py"))
 # Options of other programs that are started from here, or that a person starts.
-FOREIGN = {"gpus", "query", "format", "nproc_per_node", "use_deepspeed"}
+FOREIGN = {"gpus", "query", "format", "nproc_per_node", "standalone", "use_deepspeed"}
 # Code that serves every program through tables of options, and says only what is in the program's own.
 BY_TABLE = ("onecard.config.old_names", "onecard.config.given_paths")
 # Their `problems` are asked of the classes that make a program's own options: a test below.
-OF_OPTIONS = tuple(f"onecard.config.{name}" for name in ("base_model", "data", "lora", "training", "inference"))
+OF_OPTIONS = tuple(
+    f"onecard.config.{name}" for name in ("base_model", "data", "lora", "training", "rollouts", "inference")
+)
 # (module, option): why the programs that do not have the option never come to its message.
 NEVER = {
+    ("onecard.data.columns", "columns"): "evaluation reads whole texts of a record, and names no columns",
+    ("onecard.data.formats", "columns"): "evaluation tells no problem of a single record",
+    ("onecard.data.plain_text", "txt_split"): "evaluation does not tell how a file was read",
+    ("onecard.export.io.output", "overwrite"): "the folder between two stages is made where there is none",
+    ("onecard.export.merge.merge", "accept_other_base"): "a stage is merged into the base that it was trained on",
+    ("onecard.export.merge.merge", "lora_path"): "there is one adapter, that of the stage before",
     ("onecard.export.merge.merge", "dtype"): "only for a name that was typed",
     ("onecard.export.io.output", "output_path"): "checksums reads, and makes no directory",
     ("onecard.model.lora.targets", "bits"): "exports build the model without weights, so without bits",
@@ -35,6 +43,7 @@ NEVER = {
     ("onecard.model.load", "attn_implementation"): "it is auto where it is no option",
     ("onecard.model.load", "max_memory"): "it is None where it is no option",
     ("onecard.inference.engine", "top_logprobs"): "an option of a request, told to its client",
+    ("onecard.inference.adapters", "adapters_path"): "generate has no folder of adapters",
     ("onecard.inference.adapters", "adapter"): "an option of a request, told to its client",
     ("onecard.inference.model_limits", "num_beams"): "score asks without beams",
     ("onecard.inference.model_limits", "static_cache"): "score asks without a static cache",
@@ -48,6 +57,8 @@ NEVER = {
     ("onecard.data.sources", "strict"): "only where it was typed",
     ("onecard.export.hub.download", "repo_id"): "data get never fetches into the Hub's cache",
     ("onecard.export.hub.files", "repo_id"): "data get says the same of the collection, without the option",
+    ("onecard.programs._lm_eval", "model"): "of the harness that is started",
+    ("onecard.programs._lm_eval", "model_args"): "of the harness that is started",
     ("onecard.programs._data_make", "model_path"): "of the command that it shows, which is that of serving",
 }
 
@@ -60,7 +71,10 @@ def loaded(program: Path) -> ModuleType:
 def classes_of(program: Path) -> list[type]:
     """The dataclasses that make a program's options, with those of their groups."""
     module, wholes = loaded(program), []
-    for part in (module, *(value for name, value in vars(module).items() if re.match(r"_[a-z]", name))):
+    inner = [value for name, value in vars(module).items() if re.match(r"_[a-z]", name)]
+    inner += [inspect.getmodule(value) for value in vars(module).values()
+              if inspect.isfunction(value) and value.__module__.startswith("onecard.programs.")]  # fmt: skip
+    for part in (module, *inner):
         if isinstance(part, ModuleType):  # the program, or the module of a verb that has verbs of its own
             named = {node.id for node in ast.walk(ast.parse(inspect.getsource(part))) if isinstance(node, ast.Name)}
             wholes += [kind for name in sorted(named) if is_dataclass(kind := getattr(part, name, None))]

@@ -51,6 +51,9 @@ class TrainOptions(RolloutOptions):
 
     output_path: str = "outputs/my-first-adapter"
     """Directory of the run: adapter, checkpoints, log and options."""
+    stages: str = ""
+    """Several runs in a row, each from the result of the one before: a YAML file with the list of stages, their names
+    and any of these options; see docs/en/training.md."""
     objective: Literal["sft", "pretrain", "dpo", "ipo", "simpo", "orpo", "kto", "grpo"] = "sft"
     """What is learned. sft: the answers of conversations (--train_on), every token of documents. pretrain: whole texts,
     with the end token behind each (--packing). Of pairs of a chosen and a rejected answer: dpo and ipo, which compare
@@ -350,9 +353,6 @@ class FinetuneConfig:
     lora: LoraOptions = field(default_factory=LoraOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
-    stages: str = ""
-    """Several runs in a row, each from the result of the one before: a YAML file with the list of stages, their names
-    and any of these options; see docs/en/training.md."""
 
     @property
     def row_tokens(self) -> int:
@@ -361,7 +361,7 @@ class FinetuneConfig:
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
-        if self.stages:
+        if self.train.stages:
             found.append(("--stages", "is for the command line, not for a --config file"))
         if self.memory.offload_activations == "on" and not self.model.gradient_checkpointing:
             text = "on needs --gradient_checkpointing on: it keeps the inputs of layers"

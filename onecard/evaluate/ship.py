@@ -69,13 +69,13 @@ def _judge_task(verdict: ShipVerdict, found: RunFindings, other: RunFindings | N
     """The losses of the held-out records, paired."""
     if not found.tuned or (other is not None and not other.tuned):
         which = "the run" if not found.tuned else "the baseline"
-        verdict.open.append(f"held-out records: {which} has no result in {COMPARISON_NAME}; it has not ended, or was "
-                            "trained with --test_size 0 or --compare_with_base false")  # fmt: skip
+        verdict.open.append(f"held-out records: {which} has no result in {COMPARISON_NAME}; it has not ended, or "
+                            "compared nothing (finetune --test_size 0, or --compare_with_base false)")  # fmt: skip
         return
     before = found.base if other is None else other.tuned
     if other is not None and other.records != found.records:
         raise DataError("the two runs held out other records, so their losses cannot be compared: train both on the "
-                        "same data with the same --test_size and --seed")  # fmt: skip
+                        "same data and hold out the same part (finetune --test_size and --seed)")  # fmt: skip
     if not all(map(math.isfinite, (*before, *found.tuned))):
         verdict.missing.append("held-out records: the loss of one is no number")
         return

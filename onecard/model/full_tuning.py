@@ -131,7 +131,7 @@ def _put(places: dict[str, nn.Parameter], tensors: dict[str, Tensor], directory:
     differences = differences_of({name: place.detach() for name, place in places.items()}, tensors)
     if differences:
         rest = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
-        raise ModelError(f"{directory} does not fit this base, or another --peft_method: "
+        raise ModelError(f"{directory} does not fit this base, or another method (finetune --peft_method): "
                          f"{'; '.join(differences[:LISTED])}{rest}")  # fmt: skip
     with torch.no_grad():
         for name, place in places.items():

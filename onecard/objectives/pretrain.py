@@ -27,8 +27,8 @@ from onecard.objectives.base import Objective, SampleView
 from onecard.objectives.next_token import SupervisedFineTuning
 
 CONVERSATION = (
-    "the record is a conversation, and --objective pretrain learns texts; --train_on everything learns it whole, "
-    "written by the template"
+    "the record is a conversation, and pretraining learns texts; written by the template it is learned whole "
+    "(finetune --train_on everything)"
 )
 
 

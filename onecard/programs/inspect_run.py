@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     options = parse(InspectRunOptions, argv, description=__doc__ or "")
     if not (Path(options.run_path) / LOG_NAME).is_file():
-        raise ConfigError("--run_path", f"there is no {LOG_NAME} in {options.run_path}: finetune --objective grpo "
-                          "--log_rollouts writes it")  # fmt: skip
+        raise ConfigError("--run_path", f"there is no {LOG_NAME} in {options.run_path}; a run that learns from "
+                          "rewards can write it (finetune --objective grpo --log_rollouts)")  # fmt: skip
     totals: dict[int, list[float]] = defaultdict(lambda: [0.0] * 4)  # answers, rewards, tokens, cut off
     rows: list[dict[str, Any]] = []
     for row in read_rollouts(Path(options.run_path)):

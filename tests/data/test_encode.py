@@ -129,7 +129,7 @@ def test_every_sample_file(request, which, name):
                 n_documents += len(encode(sample, template, tokenizer))
             else:
                 n_answers += check_equality(sample, template, tokenizer)
-    assert len(files) == 14
+    assert len(files) == 15
     assert n_answers > 50
     assert n_documents > 3
 

@@ -89,7 +89,6 @@ def same(value: Any, seen: Callable[[Second], bool] = lambda second: True) -> Ro
 
 
 TABLE = {
-    "stages": Row("stages.yaml"),
     "model_path": Row("OTHER_BASE"), "bits": Row(4), "dtype": Row("bf16"), "device": same("auto"),
     "attn_implementation": same("eager", lambda s: s.run.plain_model.config._attn_implementation == "eager"),
     "gradient_checkpointing": same(True, lambda s: s.run.plan.setup.gradient_checkpointing),
@@ -114,6 +113,7 @@ TABLE = {
     "grpo_updates": Row(2), "grpo_clip": Row(0.1), "grpo_clip_high": Row(0.3), "kl_beta": Row(0.1),
     "mask_overlong": Row(True), "log_rollouts": Row(True),
     "output_path": Row("OTHER_RUN", lambda s: read_log(s.output)[0]["step"] == 1),
+    "stages": Row("stages.yaml"),
     "objective": Row("documents"),
     "packing": same(True, lambda s: s.run.limits.row_tokens == 256),
     "pack_attention": Row("block"),  # of packed rows

@@ -153,7 +153,7 @@ def test_an_unfinished_run_without_a_checkpoint_is_told(
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     finetune(config)
-    assert "holds the adapter of a finished run but no checkpoint" in capsys.readouterr().err
+    assert "holds the result of a finished run but no checkpoint" in capsys.readouterr().err
     for path in (tmp_path / "run").glob("*adapter*"):
         path.unlink()
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
