@@ -137,7 +137,7 @@ def _ask(config: GenerateConfig) -> None:
     from onecard.serve.terminal.ask import answer_once, interact
 
     ask, asked, sampling = config.ask, config.inference, config.sampling
-    bundle, _ = load_bundle(config.model, asked.lora_path, asked.prompt_type, asked.thinking)
+    bundle, _ = load_bundle(config.model, asked.lora_path, asked.prompt_type, asked.thinking, asked.adapter_scale)
     bundle = replace(bundle, cache=CacheOptions(config.inference.static_cache, config.inference.compile))
 
     def answer(instruction: str, number: int) -> Iterator[Chunk]:
@@ -163,7 +163,9 @@ def _answer_file(config: GenerateConfig) -> None:
     ask, asked, sampling, system = config.ask, config.inference, config.sampling, config.inference.system
     source, output_path = source_of(ask), str(ask.output_path)
     n_questions = survey(source)
-    bundle, depends_on = load_bundle(config.model, asked.lora_path, asked.prompt_type, asked.thinking)
+    bundle, depends_on = load_bundle(
+        config.model, asked.lora_path, asked.prompt_type, asked.thinking, asked.adapter_scale
+    )
     depends_on |= {"questions": data_fingerprint(source), **asdict(sampling), "system": system}
     job = BatchJob(bundle, source, n_questions, sampling, ask.batch_size, system)
     with AnswerFile(Path(output_path), depends_on) as answers:

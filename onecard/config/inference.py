@@ -79,12 +79,20 @@ class SamplingOptions:
         return found
 
 
+def scale_problems(scale: float) -> list[Problem]:
+    """What is wrong with --adapter_scale."""
+    return [] if 0 <= scale <= 10 else [("--adapter_scale", f"{scale} is not between 0 (the base) and 10")]
+
+
 @dataclass
 class InferenceOptions:
     """Which model talks, and in which words."""
 
     lora_path: str | None = None
     """Adapter: a run directory, one of its checkpoints, or a Hub id. Without it the base model answers."""
+    adapter_scale: float = 1.0
+    """How strongly the adapter is put on: 0 is the base, 1 what was trained; between them less of both what was learned
+    and what was forgotten. For LoRA, LoHa and LoKr."""
     prompt_type: str = "auto"
     """Prompt template. auto takes the one stored with the adapter."""
     system: str = ""
@@ -100,9 +108,12 @@ class InferenceOptions:
     """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
+        found = scale_problems(self.adapter_scale)
         if self.compile and not self.static_cache:
-            return [("--compile", "needs --static_cache: a cache that grows would be compiled anew for each length")]
-        return []
+            found.append(
+                ("--compile", "needs --static_cache: a cache that grows would be compiled anew for each length")
+            )
+        return found
 
 
 @dataclass

@@ -54,9 +54,11 @@ class AdapterManager:
         first = next(iter(self._paths))
         base = base_path(options.model_path, self._paths[first])
         self._options, self._prompt_type = replace(options, model_path=base), inference_options.prompt_type
-        self._thinking = inference_options.thinking
+        self._thinking, self._scale = inference_options.thinking, inference_options.adapter_scale
         self._cache = CacheOptions(inference_options.static_cache, inference_options.compile)
-        bundle, depends_on = loaded or load_bundle(self._options, self._paths[first], self._prompt_type, self._thinking)
+        bundle, depends_on = loaded or load_bundle(
+            self._options, self._paths[first], self._prompt_type, self._thinking, self._scale
+        )
         self.model: Any = bundle.model
         self._fingerprint = depends_on["base"]
         self._on: str | None = first  # the name of what the model is now; None: the base, after an adapter failed
@@ -107,7 +109,7 @@ class AdapterManager:
 
     def _put_on(self, name: str, lora_path: str | None) -> None:
         if lora_path is not None:
-            adapter = load_trained(self.model, lora_path, self._fingerprint)
+            adapter = load_trained(self.model, lora_path, self._fingerprint, self._scale)
             for note in adapter.notes:
                 warn(f"{name}: {note}")
             self.model = adapter.model

@@ -26,13 +26,19 @@ from onecard.storage import sha256_of
 
 
 def load_bundle(
-    options: ModelOptions, lora_path: str | None, prompt_type: str, thinking: str = "auto"
+    options: ModelOptions,
+    lora_path: str | None,
+    prompt_type: str,
+    thinking: str = "auto",
+    adapter_scale: float = 1.0,
 ) -> tuple[ModelBundle, dict[str, Any]]:
     """Load what answers, and what its answers depend on (for `inference/batch/results.py`).
 
     `options.model_path` "auto" is the base that the adapter names, or the embedded one where there is no adapter.
     The tokenizer and, for `prompt_type` "auto", the template are the run's own. Raises ModelError and ConfigError.
     """
+    if lora_path is None and adapter_scale != 1:
+        raise ConfigError("--adapter_scale", "needs an adapter to scale: give --lora_path")
     options = replace(options, model_path=base_path(options.model_path, lora_path), gradient_checkpointing=False)
     tokenizer, template = load_words(options, lora_path, prompt_type, thinking)
     hardware = detect(options.device)
@@ -40,7 +46,7 @@ def load_bundle(
     loaded = load_base(options, hardware, gptq=True)
     model: Any = loaded.model
     if lora_path is not None:
-        adapter = load_trained(model, lora_path, loaded.fingerprint)
+        adapter = load_trained(model, lora_path, loaded.fingerprint, adapter_scale)
         model = adapter.model
         for note in adapter.notes:
             warn(note)
@@ -54,6 +60,7 @@ def load_bundle(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "template": hashlib.sha256(first_version(template.jinja).encode("utf-8")).hexdigest(),
         **({"thinking": thinking} if thinking != "auto" else {}),
+        **({"adapter_scale": adapter_scale} if adapter_scale != 1 else {}),
     }
     return ModelBundle(model, tokenizer, template, objective=trained_objective(lora_path)), depends_on
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from onecard.config.given_paths import is_tuned_model, trained_weights_in
 from onecard.config.lora import LoraOptions
+from onecard.errors import ConfigError
 from onecard.model import full_tuning
 from onecard.model.lora import adapter
 from onecard.model.lora.formats import ADAPTER_PREFIX, average_adapters
@@ -60,17 +61,23 @@ def describe_trained(model: Any) -> str:
     return (adapter.describe_trainable if has_adapter(model) else full_tuning.describe_tuned)(model)
 
 
-def load_trained(model: Any, source: str, fingerprint: str | None = None) -> adapter.LoadedAdapter:
-    """Put what a run has trained on its base, for answers. Raises ModelError where it does not fit.
+def load_trained(model: Any, source: str, fingerprint: str | None = None, scale: float = 1.0) -> adapter.LoadedAdapter:
+    """Put what a run has trained on its base, for answers, `scale` times as strongly. Raises ModelError where it does
+    not fit, ConfigError where it cannot be scaled.
 
     A whole model is its own base: nothing is put on it.
     """
-    if is_tuned_model(Path(source)):
+    is_tuned, weights = is_tuned_model(Path(source)), trained_weights_in(Path(source))
+    if scale != 1 and (is_tuned or weights is not None):
+        raise ConfigError(
+            "--adapter_scale", f"{source} trained weights of the base itself, and has no adapter to scale"
+        )
+    if is_tuned:
         return adapter.LoadedAdapter(model, [])
-    if trained_weights_in(Path(source)) is not None:
+    if weights is not None:
         full_tuning.load_tuned(model, source)
         return adapter.LoadedAdapter(model, [])
-    return adapter.load_adapter(model, source, trainable=False, fingerprint=fingerprint)
+    return adapter.load_adapter(model, source, trainable=False, fingerprint=fingerprint, scale=scale)
 
 
 def write_result(model: Any, checkpoints: Sequence[Path], directory: Path) -> None:

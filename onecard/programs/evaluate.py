@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onecard.config.base_model import ModelOptions
-from onecard.config.inference import AnsweringModelOptions
+from onecard.config.inference import AnsweringModelOptions, scale_problems
 from onecard.config.parsing import comma_list, missing, parse
 from onecard.config.problems import Problem
 from onecard.console import say
@@ -40,6 +40,8 @@ class EvaluateOptions:
     """Folder for the report, answers.jsonl, and journal.jsonl, by which the same command goes on where it was cut."""
     lora_path: str | None = None
     """Adapter: a run directory, one of its checkpoints, or a Hub id. Without it the base model is measured."""
+    adapter_scale: float = 1.0
+    """How strongly the adapter is put on: 0 is the base, 1 what was trained. For LoRA, LoHa and LoKr."""
     prompt_type: str = "auto"
     """Prompt template. auto takes the one stored with the adapter."""
     thinking: Literal["auto", "on", "off"] = "auto"
@@ -93,7 +95,7 @@ class EvaluateOptions:
             )
             is_pair = isinstance(self.compare, list) and len(self.compare) == 2
             return found if is_pair else [*found, ("--compare", "takes two folders: A B")]
-        found = missing(self, "suite", "output_path")
+        found = missing(self, "suite", "output_path") + scale_problems(self.adapter_scale)
         if self.cot and self.method != "free":
             found.append(("--cot", f"needs --method free: {self.method} leaves no room to reason"))
         if bool(self.base_url) != bool(self.judge_model):
@@ -179,7 +181,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     options = config.evaluate
     is_chat = options.prompt == "chat" or (options.prompt == "auto" and options.lora_path is not None)
     tasks = _tasks(options, is_chat)
-    bundle, depends_on = load_bundle(config.model, options.lora_path, options.prompt_type, options.thinking)
+    bundle, depends_on = load_bundle(
+        config.model, options.lora_path, options.prompt_type, options.thinking, options.adapter_scale
+    )
     if options.prompt == "auto" and not is_chat and bundle.template.name == "auto":
         is_chat = True  # the tokenizer's own template
         tasks = _tasks(options, is_chat)
@@ -249,6 +253,7 @@ def _settings(config: EvaluateConfig, bundle: ModelBundle, depends_on: dict[str,
         "bits": depends_on["bits"],
     }
     told |= {"dtype": depends_on["dtype"], "template": bundle.template.name, "base": str(depends_on["base"])[:16]}
+    told |= {"adapter_scale": options.adapter_scale} if options.adapter_scale != 1 else {}
     return told | {"thinking": options.thinking, "seed": options.seed, "interval": "95 %"}
 
 

@@ -32,6 +32,8 @@ class ExportOptions(OutputOptions):
     """Base or merged model: a directory or a Hub id. With --lora_path, the base that the run names, if not given."""
     lora_path: str = ""
     """Adapter to merge in first; several with commas between them, in this order."""
+    adapter_scale: float = 1.0
+    """How strongly the adapters are put on; 1 is what was trained. For LoRA, LoHa and LoKr."""
     output_path: str = ""
     """A new directory for model-TYPE.gguf and Modelfile."""
     gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"] = field(
@@ -51,6 +53,12 @@ class ExportOptions(OutputOptions):
             found.append(("--output_path", "is missing; give a new directory"))
         elif self.output_path.lower().endswith(".gguf"):
             found.append(("--output_path", "names a file; give a new directory for it"))
+        if not 0 < self.adapter_scale <= 10:
+            found.append(
+                ("--adapter_scale", f"{self.adapter_scale} is not above 0, which would be the base, and up to 10")
+            )
+        elif self.adapter_scale != 1 and not self.lora_path:
+            found.append(("--adapter_scale", "needs an adapter to scale: give --lora_path"))
         return found
 
 
@@ -121,7 +129,7 @@ def export(config: Config) -> None:
             model_path=options.model_path, output_path=Path(options.output_path), gguf_type=options.gguf_type,
             adapters=comma_list(options.lora_path), prompt_type=options.prompt_type,
             modelfile=config.ollama.modelfile, accept_other_base=options.accept_other_base,
-            overwrite=options.overwrite,
+            adapter_scale=options.adapter_scale, overwrite=options.overwrite,
             ollama=ModelfileSettings(config.ollama.system, config.ollama.parameters()),
         )
     )  # fmt: skip

@@ -23,6 +23,8 @@ class MergeOptions(ShardedOutputOptions):
     """Base model: a directory or a Hub id. auto takes the one that the first adapter names."""
     lora_path: str = ""
     """Adapters, in the order in which they are merged, with commas between: runs, checkpoints or Hub ids."""
+    adapter_scale: float = 1.0
+    """How strongly the adapters are put on; 1 is what was trained. For LoRA, LoHa and LoKr."""
     output_path: str = ""
     """Directory of the result."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -42,6 +44,10 @@ class MergeOptions(ShardedOutputOptions):
             found.append(("--lora_path", "names no adapter; give a run, a checkpoint or a Hub id"))
         if not self.output_path:
             found.append(("--output_path", "is missing; give the directory of the result"))
+        if not 0 < self.adapter_scale <= 10:
+            found.append(
+                ("--adapter_scale", f"{self.adapter_scale} is not above 0, which would be the base, and up to 10")
+            )
         return found + super().problems()
 
 
@@ -62,6 +68,7 @@ def merge(options: MergeOptions) -> None:
         accept_other_base=options.accept_other_base,
         verify=options.verify,
         trust_remote_code=options.trust_remote_code,
+        adapter_scale=options.adapter_scale,
     )
     adapters = comma_list(options.lora_path)
     report = export_merged(

@@ -40,6 +40,7 @@ class GgufSettings:
     output_path: Path
     gguf_type: str = "f16"
     adapters: Sequence[str] = ()
+    adapter_scale: float = 1.0
     prompt_type: str = "auto"
     modelfile: bool = True
     accept_other_base: bool = False
@@ -161,7 +162,7 @@ def _merge(directory: Path, settings: GgufSettings) -> Path:
     dtype = MERGED_DTYPES.get(settings.gguf_type, "fp32")
     report = merge_into(
         directory, settings.model_path, list(settings.adapters),
-        MergeSettings(dtype=dtype, accept_other_base=settings.accept_other_base),
+        MergeSettings(dtype=dtype, accept_other_base=settings.accept_other_base, adapter_scale=settings.adapter_scale),
     )  # fmt: skip
     for note in report.notes:
         warn(note)

@@ -83,8 +83,8 @@ class LoadedLora:
 class LoraStack:
     """A base and its adapters in order; `module` is always a layer's name in the plain model."""
 
-    def __init__(self, base: LazyCheckpoint, stages: list[LoadedLora]) -> None:
-        self.base, self.stages = base, stages
+    def __init__(self, base: LazyCheckpoint, stages: list[LoadedLora], scale: float = 1.0) -> None:
+        self.base, self.stages, self.scale = base, stages, scale
         vocabulary = [name for name in (base.embedding, base.head) if name]
         self.vocabulary = vocabulary
         touched = {name: None for stage in stages for name in stage.wrapped}
@@ -150,15 +150,18 @@ class LoraStack:
             raise ModelError(f"{broken[0]} holds NaN or Inf; the base or an adapter is broken")
 
 
-def adapt(base: LazyCheckpoint, adapters: Sequence[str]) -> LoraStack:
-    """Attach each adapter to a skeleton of its own. Raises ModelError that lists what does not fit this base."""
+def adapt(base: LazyCheckpoint, adapters: Sequence[str], scale: float = 1.0) -> LoraStack:
+    """Attach each adapter to a skeleton of its own, `scale` times as strongly.
+
+    Raises ModelError that lists what does not fit this base; ConfigError for a scale that an adapter does not know.
+    """
     stages: list[LoadedLora] = []
     for source in adapters:
-        stages.append(_stage(base, source, stages[-1].rows if stages else base.rows))
-    return LoraStack(base, stages)
+        stages.append(_stage(base, source, stages[-1].rows if stages else base.rows, scale))
+    return LoraStack(base, stages, scale)
 
 
-def _stage(base: LazyCheckpoint, source: str, rows_before: int) -> LoadedLora:
+def _stage(base: LazyCheckpoint, source: str, rows_before: int, scale: float) -> LoadedLora:
     files = read_adapter(source)
     kind = str((read_config(files.config_directory) if files.config_directory else {}).get("peft_type") or "LORA")
     if not is_mergeable(kind):
@@ -175,6 +178,7 @@ def _stage(base: LazyCheckpoint, source: str, rows_before: int) -> LoadedLora:
         model,
         AdapterFiles(files.directory, files.weights, tensors, files.config_directory, files.notes),
         trainable=False,
+        scale=scale,
     )
     if getattr(loaded.model.peft_config[ADAPTER], "target_parameters", None):
         raise ModelError(

@@ -51,6 +51,7 @@ class MergeSettings:
     verify: bool = True
     """Measure how much of the adapters' effect on the predictions is kept, and read the result back."""
     trust_remote_code: bool = False
+    adapter_scale: float = 1.0
 
 
 def merge_into(
@@ -93,7 +94,7 @@ def _merge_as(
     adapters: Sequence[str],
     settings: MergeSettings,
 ) -> MergeReport:
-    adapted = adapt(stored, adapters)
+    adapted = adapt(stored, adapters, settings.adapter_scale)
     report = MergeReport(directory, NAMES[dtype], list(adapters), is_tied=stored.is_tied)
     for stage in adapted.stages:
         report.notes += [*stage.notes, *check_same_base(stage, base, accept=settings.accept_other_base)]
@@ -108,7 +109,8 @@ def _merge_as(
     found = _write_weights(adapted, dtype, settings, report, prompts, must_fit_fp16=must_fit)
     _write_config(adapted, dtype, directory, is_tied=report.is_tied)
     made_of = [adapter_lines(name, stage.files.directory) for name, stage in zip(adapters, adapted.stages, strict=True)]
-    lines = [*chain.from_iterable(made_of), f"- merged in {report.dtype}"]
+    scaled = [f"- adapter_scale {settings.adapter_scale:g}"] * (settings.adapter_scale != 1)
+    lines = [*chain.from_iterable(made_of), *scaled, f"- merged in {report.dtype}"]
     write_card(directory, stored.directory, base, "finetune", lines)
     if adapted.rows != stored.rows:
         report.notes.append(f"the vocabulary has {adapted.rows} rows now; the base has {stored.rows}")

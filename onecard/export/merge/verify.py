@@ -187,7 +187,7 @@ def _whole_predictions(
     model = _load_whole(adapted.base)
     without, _ = forward(model, prompts)
     for number, adapter in enumerate(adapters):
-        model = load_adapter(model, adapter, trainable=False).model
+        model = load_adapter(model, adapter, trainable=False, scale=adapted.scale).model
         if number < len(adapters) - 1:
             model = model.merge_and_unload()
     model.eval()

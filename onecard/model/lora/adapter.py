@@ -62,6 +62,7 @@ from onecard.model.lora.methods import (
     is_adapter_weight,
     layer_of,
     peft_settings,
+    scale_adapter,
 )
 from onecard.model.lora.peft_options import typed_options
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
@@ -126,21 +127,24 @@ def load_adapter(
     *,
     trainable: bool,
     fingerprint: str | None = None,
+    scale: float = 1.0,
 ) -> LoadedAdapter:
     """Attach a trained adapter from a run, a checkpoint, an older layout or the Hub.
 
-    fingerprint: of the base that the model is; a note tells of an adapter that was trained on another one. Raises
-    ModelError that lists every name and shape which differs from what this base needs; it is then left as it was.
+    fingerprint: of the base that the model is; a note tells of an adapter that was trained on another one. scale: how
+    strongly it is put on. Raises ModelError that lists every name and shape which differs from what this base needs,
+    which is then left as it was; ConfigError for a scale that the method does not know.
     """
-    loaded = attach_files(model, read_adapter(source), trainable=trainable)
+    loaded = attach_files(model, read_adapter(source), trainable=trainable, scale=scale)
     other = other_base(source, _name_of(model), fingerprint) if fingerprint else None
     advice = "Give that base as --model_path, unless this one is the same in another form (GPTQ, other shards)"
     return replace(loaded, notes=[*loaded.notes, f"{other}. {advice}"]) if other else loaded
 
 
-def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool) -> LoadedAdapter:
+def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool, scale: float = 1.0) -> LoadedAdapter:
     """`load_adapter` for files that were read already. On a model without memory (meta) only the adapter gets any."""
     config = _config_of(files, trainable)
+    notes = scale_adapter(config, scale, files.directory)
     adapter_tokens.check_indices(getattr(config, "trainable_token_indices", None), model, files.directory)
     has_no_memory = next(model.parameters()).is_meta
     try:
@@ -162,7 +166,7 @@ def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool) -> L
         _check_trainable(peft_model)
     else:
         peft_model.requires_grad_(False)  # peft wakes the rows of tokens when it makes them fp32
-    return LoadedAdapter(peft_model, files.notes)
+    return LoadedAdapter(peft_model, [*files.notes, *notes])
 
 
 def remove_adapter(model: Any) -> Any:

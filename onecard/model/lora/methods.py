@@ -48,6 +48,8 @@ class PeftMethod:
     """Parts of the names of tensors that are not trained and that all layers use."""
     mergeable: bool = True
     """Whether it is merged here, layer by layer: what its files hold is enough for that."""
+    alpha: str = ""
+    """The setting to which all that it adds to the weights is proportional; empty: there is none."""
 
 
 def _lora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def _lycoris(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
 
 
 METHODS = {
-    "lora": PeftMethod(_lora, "lora_", ("lora_B",), {"init_lora_weights": True}),
+    "lora": PeftMethod(_lora, "lora_", ("lora_B",), {"init_lora_weights": True}, alpha="lora_alpha"),
     "ia3": PeftMethod(_ia3, "ia3_", ()),
     "vera": PeftMethod(_vera, "vera_lambda_", ("vera_lambda_b",), shared=("vera_A", "vera_B")),
     "oft": PeftMethod(lambda _, layers: {"target_modules": layers.modules}, "oft_", ("oft_R",), transposed=False),
@@ -108,8 +110,8 @@ METHODS = {
     "randlora": PeftMethod(
         _randlora, "randlora_", ("randlora_lambda",), shared=("randlora_A", "randlora_B"), mergeable=False
     ),
-    "loha": PeftMethod(_lycoris, "hada_", ("hada_w2_b",), transposed=False),
-    "lokr": PeftMethod(_lycoris, "lokr_", ("lokr_w1", "lokr_w1_a"), transposed=False),
+    "loha": PeftMethod(_lycoris, "hada_", ("hada_w2_b",), transposed=False, alpha="alpha"),
+    "lokr": PeftMethod(_lycoris, "lokr_", ("lokr_w1", "lokr_w1_a"), transposed=False, alpha="alpha"),
 }
 
 
@@ -128,6 +130,26 @@ def peft_settings(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]
 def is_mergeable(peft_type: str) -> bool:
     """Whether an adapter of this kind (peft_type of adapter_config.json) can be merged here."""
     return METHODS[peft_type.lower()].mergeable
+
+
+def scale_adapter(config: Any, scale: float, directory: Any) -> list[str]:
+    """Make PEFT's configuration of a trained adapter put it on `scale` times as strongly; what is not scaled is told.
+
+    Raises ConfigError for a method whose change of the weights is no product with a number, such as DoRA.
+    """
+    if scale == 1:
+        return []
+    kind = config.peft_type.value.lower()
+    alpha = METHODS[kind].alpha
+    if not alpha or getattr(config, "use_dora", False):
+        named = "DoRA" if alpha else kind
+        scalable = ", ".join(name for name, method in METHODS.items() if method.alpha)
+        raise ConfigError("--adapter_scale", f"{directory} is an adapter of the method {named}, which has no strength "
+                          f"to scale; it goes with {scalable} (without DoRA)")  # fmt: skip
+    setattr(config, alpha, getattr(config, alpha) * scale)
+    config.alpha_pattern = {name: value * scale for name, value in (config.alpha_pattern or {}).items()}
+    whole = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
+    return [f"--adapter_scale scales the change of layers; {name} of {directory} stays as trained" for name in whole]
 
 
 def layer_of(name: str) -> str | None:
