@@ -35,6 +35,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.model.hardware import detect
     from onecard.model.trained import describe_trained, write_result
     from onecard.train import auto_config
+    from onecard.train.advice import LearnedData, advise
     from onecard.train.base_comparison import BaseComparison
     from onecard.train.build import build_accelerator, build_run, open_reporter, prepare_data, training_state
     from onecard.train.end_by_clock import end_by_clock
@@ -88,6 +89,9 @@ def finetune(config: FinetuneConfig) -> Path:
                 run.rollouts.close()
         directory.publish(settings, state, config.train, partial(write_result, run.plain_model))
         comparison.after()
+        if accelerator.is_main_process and run.rollouts is None:
+            report = data.train.dataset.report
+            advise(directory.path, LearnedData(data.train.n_per_epoch, report.n_samples, report.n_cut))
     return directory.path
 
 
