@@ -58,6 +58,32 @@ def split_thought(content: str, opened: str = "") -> tuple[str, str]:
     return (thought.strip(), answer.lstrip()) if closed else ("", content)
 
 
+def thought_mark(jinja: str) -> str:
+    """The mark with which answers of this template begin a thought, "" where it names none."""
+    found = re.search(_OPENING, jinja, re.IGNORECASE)
+    return found.group() if found is not None else "<think>" if "</think>" in jinja else ""
+
+
+def read_thought(text: str, mark: str, opened: str = "", *, ended: bool) -> tuple[str, str]:
+    """The thought in an answer that may still grow, and the rest; both only grow with it.
+
+    "<think>\nHm" -> "Hm", ""      "<think>\nHm.\n</think>\n\nYes" -> "Hm.", "Yes"      "<thi", not ended -> "", ""
+    opened: what of a thought the prompt has opened; then the answer begins inside it.
+    """
+    mark = opened.strip() or mark
+    own = text.lstrip()
+    if not own.startswith(mark) and not ended and mark.startswith(own):
+        return "", ""
+    if not own.startswith(mark) and not opened:
+        return "", text
+    closing = closing_mark(mark)
+    thought, closed, answer = own.removeprefix(mark).partition(closing)
+    if closed:
+        return thought.strip(), answer.lstrip()
+    n_open = next((n for n in range(len(closing) - 1, 0, -1) if thought.endswith(closing[:n])), 0)
+    return (thought if ended else thought[: len(thought) - n_open]).strip(), ""
+
+
 def completion(opened: str, content: str) -> str:
     """What follows a generation prompt that ends with `opened`, for an answer with or without a thought of its own.
 

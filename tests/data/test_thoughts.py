@@ -9,7 +9,15 @@ import pytest
 from onecard.data.chat_template import load_template
 from onecard.data.encode import IGNORE_INDEX, EncodeSettings, encode_prompt, encode_sample, prompt_for
 from onecard.data.messages import Conversation, Turn
-from onecard.data.thoughts import closing_mark, completion, empty_thought, has_thought, opened_thought
+from onecard.data.thoughts import (
+    closing_mark,
+    completion,
+    empty_thought,
+    has_thought,
+    opened_thought,
+    read_thought,
+    thought_mark,
+)
 from tests.data.template_logics import TEMPLATES
 from tests.data.tokenizer_kinds import KINDS
 
@@ -122,3 +130,35 @@ def test_marks(opening, closing):
     assert completion(opening, "Hi") == f"\n\n{closing}\n\nHi"
     assert completion(f"{opening}\n\n", "Hi") == f"{closing}\n\nHi"
     assert completion(f"{opening}\n", f"{opening}\nx{closing}Hi") == f"x{closing}Hi"
+
+
+@pytest.mark.parametrize(
+    ("jinja", "mark"),
+    [("{{ '<think>\\n' }}", "<think>"), ("{{ m.content.split('</think>')[-1] }}", "<think>"),
+     ("{{ '[THINK]' ~ m.thinking ~ '[/THINK]' }}", "[THINK]"), ("{{ m.content }}<|im_end|>", "")],
+)  # fmt: skip
+def test_the_mark_that_a_template_names(jinja: str, mark: str) -> None:
+    assert thought_mark(jinja) == mark
+
+
+@pytest.mark.parametrize(
+    ("text", "mark", "opened", "thought", "answer"),
+    [
+        ("<think>\nHm.\n</think>\n\nYes ", "<think>", "", "Hm.", "Yes "),
+        ("Yes <b>", "<think>", "", "", "Yes <b>"),
+        ("\n<thi", "<think>", "", "", "\n<thi"),
+        ("<thinking>Hm.</thinking>Yes", "<think>", "", "", "<thinking>Hm.</thinking>Yes"),
+        ("<think>\n\n</think>\n\nYes", "<think>", "", "", "Yes"),
+        ("<think>Hm </thi", "<think>", "", "Hm </thi", ""),
+        ("Hm.\n</think>Yes</think>", "<think>", "<think>\n", "Hm.", "Yes</think>"),
+        ("<think>Hm.</think>Yes", "<think>", "<think>\n", "Hm.", "Yes"),
+        ("[THINK]Hm.[/THINK]Yes", "[THINK]", "", "Hm.", "Yes"),
+        ("<|START_THINKING|>Hm.<|END_THINKING|>Yes", "<|START_THINKING|>", "", "Hm.", "Yes"),
+    ],
+)  # fmt: skip
+def test_a_thought_and_an_answer_only_grow(text: str, mark: str, opened: str, thought: str, answer: str) -> None:
+    assert read_thought(text, mark, opened, ended=True) == (thought, answer)
+    for end in range(len(text) + 1):
+        first, second = read_thought(text[:end], mark, opened, ended=False)
+        assert thought.startswith(first)
+        assert answer.startswith(second)

@@ -24,7 +24,6 @@ from starlette.exceptions import HTTPException
 from onecard import __version__
 from onecard.config.inference import LimitOptions, SamplingOptions, ServeOptions
 from onecard.console import nearest
-from onecard.data.tool_answers import CallStyle, call_style
 from onecard.errors import OneCardError
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.api import schema
@@ -32,12 +31,13 @@ from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.jobs import RequestThread, RequestThreads, Work, stopping
 from onecard.serve.api.log import RequestLog, note_of
 from onecard.serve.api.logprobs import TokenTexts
+from onecard.serve.api.prompt_template import for_template
 from onecard.serve.api.requests import JsonRoute, ServerDefaults, chat_ask, completion_ask, embedding_texts
 from onecard.serve.api.requests import validation_error as as_field_error
 from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form, new_head
 from onecard.serve.api.stream import EventStream, events
 from onecard.serve.api.work import EmbeddingsResult, Progress, answer_chat, answer_prompts, embed_texts
-from onecard.serve.http_error import ApiError, bad_request
+from onecard.serve.http_error import ApiError
 from onecard.serve.listen import run_server
 from onecard.serve.security import NetworkRules, Protection
 
@@ -178,11 +178,9 @@ async def chat_completions(request: Request, body: schema.ChatRequest) -> Respon
     """Answer a conversation."""
     app = app_of(request)
     check_model(app, body.model)
-    ask = chat_ask(body, app.defaults)
+    ask = for_template(chat_ask(body, app.defaults), app.engine.template(body.model))
     note_of(request.scope).add(ask.turns)
-    style = style_of_calls(app.engine.template(ask.model).jinja) if ask.has_tools else None
-    head = new_head("chatcmpl", ask.model, app.fingerprint)
-    form = ChatResponseBuilder(ask, head, app.token_texts(ask.model), style)
+    form = ChatResponseBuilder(ask, new_head("chatcmpl", ask.model, app.fingerprint), app.token_texts(ask.model))
     return await answer(request, form, lambda cancel: answer_chat(app.engine, ask, cancel))
 
 
@@ -264,18 +262,6 @@ def check_model(app: Api, name: str) -> None:
         known = ", ".join(app.engine.names)
         message = f"no model is called {name!r}{nearest(name, app.engine.names)}; known: {known}"
         raise ApiError(404, message, param="model", code="model_not_found")
-
-
-def style_of_calls(jinja: str) -> CallStyle:
-    """How answers of this template call tools. Raises ApiError where that cannot be read."""
-    style = call_style(jinja)
-    if style is None:
-        message = (
-            "'tools' are not supported with the prompt template of this model: it lists none, or writes calls in "
-            "another form than Hermes and Qwen, Llama 3 or Mistral; the server's --prompt_type chatml does"
-        )
-        raise bad_request(message, "tools", "unsupported_parameter")
-    return style
 
 
 def card(app: Api, name: str) -> dict[str, Any]:

@@ -119,8 +119,6 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": (None, []),
     "audio": (None,),
     "function_call": (None,),
-    "reasoning": (None, ""),
-    "reasoning_content": (None, ""),
     "refusal": (None, ""),
 }
 # Marks for the caches of other servers; they stand beside the text of a part, and some at a message.

@@ -19,6 +19,7 @@ from fastapi.routing import APIRoute
 from onecard.config.inference import LimitOptions, SamplingOptions
 from onecard.data.jinja_chat import is_own_variable
 from onecard.data.messages import Role, Turn
+from onecard.data.tool_answers import CallStyle
 from onecard.data.tool_calls import calls_of
 from onecard.data.values import UnusableRecord
 from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names
@@ -41,6 +42,14 @@ FRESH_SEED_BITS = 48
 # Arguments of `apply_chat_template`, which other servers refuse in chat_template_kwargs, too.
 RENDERING = ("chat_template", "tokenize", "continue_final_message", "conversation", "return_dict", "return_tensors")
 
+# Who alone may have such a field in a message.
+OWNERS = {
+    "tool_calls": "assistant",
+    "reasoning_content": "assistant",
+    "reasoning": "assistant",
+    "tool_call_id": "tool",
+}
+
 
 @dataclass(frozen=True)
 class ServerDefaults:
@@ -57,6 +66,7 @@ class GenerationParams:
 
     max_new_tokens 0 asks for no answer at all, only for an echo; the client calls it `tokens_field`. top_logprobs: None
     for no log-probabilities. has_tools: the answer may call the tools among the turns, at most `most_calls` times.
+    call_style and thought_mark: how calls and thoughts are told from the rest of an answer, as the template says.
     """
 
     model: str
@@ -71,6 +81,10 @@ class GenerationParams:
     top_logprobs: int | None = None
     has_tools: bool = False
     most_calls: int | None = None
+    call_style: CallStyle | None = None
+    reasoning_effort: str | None = None
+    splits_thoughts: bool = False
+    thought_mark: str = ""
     stream: bool = False
     include_usage: bool = False
 
@@ -138,6 +152,8 @@ def chat_ask(body: ChatRequest, defaults: ServerDefaults) -> GenerationParams:
         top_logprobs=top_logprobs,
         has_tools=bool(tools),
         most_calls=1 if body.parallel_tool_calls is False else None,
+        reasoning_effort=body.reasoning_effort,
+        splits_thoughts=body.reasoning_format != "none",
     )
 
 
@@ -212,8 +228,8 @@ def turn_of(message: Message, place: str) -> Turn:
     """A message as a turn; a developer's message is a system's. `place` is such as messages[0]."""
     check_message_names(message.model_extra or {}, place)
     role: Role = "system" if message.role == "developer" else message.role
-    for name, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
-        if getattr(message, name) not in (None, []) and role != owner:
+    for name, owner in OWNERS.items():
+        if getattr(message, name) not in (None, [], "") and role != owner:
             raise bad_request(f"only a message of the role {owner} has {name}", f"{place}.{name}")
     is_empty = role == "assistant" and message.content in (None, [])
     content = "" if is_empty else content_text(message.content, f"{place}.content")
@@ -221,7 +237,14 @@ def turn_of(message: Message, place: str) -> Turn:
         calls = calls_of([call.model_dump() for call in message.tool_calls or ()], "tool_calls")
     except UnusableRecord as reason:
         raise bad_request(str(reason), f"{place}.tool_calls") from None
-    return Turn(role, content, name=message.name or "", tool_calls=calls, call_id=message.tool_call_id or "")
+    return Turn(
+        role,
+        content,
+        name=message.name or "",
+        thought=message.reasoning_content or message.reasoning or "",
+        tool_calls=calls,
+        call_id=message.tool_call_id or "",
+    )
 
 
 def content_text(content: Any, place: str) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from onecard.data.messages import ToolCall
-from onecard.data.tool_answers import CallStyle, read_calls
-from onecard.inference.generate import Chunk
+from onecard.data.thoughts import read_thought
+from onecard.data.tool_answers import read_calls
 from onecard.serve.api.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from onecard.serve.api.requests import GenerationParams
 from onecard.serve.api.work import Echo, Progress
@@ -25,7 +25,16 @@ class SentSoFar:
     text: str = ""
     n_tokens: int = 0
     offset: int = 0
+    thought: str = ""
     n_calls: int = 0
+
+
+class AnswerParts(NamedTuple):
+    """What an answer says, thought before, and calls."""
+
+    content: str
+    thought: str
+    calls: list[ToolCall]
 
 
 def new_head(prefix: str, model: str, fingerprint: str) -> dict[str, Any]:
@@ -39,10 +48,8 @@ class ChatResponseBuilder:
 
     kind, kind_of_pieces = "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self, ask: GenerationParams, head: dict[str, Any], texts: TokenTexts, style: CallStyle | None = None
-    ) -> None:
-        self.ask, self.head, self._texts, self._style = ask, head, texts, style
+    def __init__(self, ask: GenerationParams, head: dict[str, Any], texts: TokenTexts) -> None:
+        self.ask, self.head, self._texts = ask, head, texts
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The piece before all others: whose words follow."""
@@ -50,25 +57,28 @@ class ChatResponseBuilder:
 
     def text(self, progress: Progress, index: int) -> str:
         """All that is shown of a choice."""
-        return self._parts(progress.chunks[index])[0]
+        return self._parts(progress, index).content
 
     def piece(self, progress: Progress, index: int, sent: SentSoFar, new_text: str) -> dict[str, Any] | None:
         """What came after what was sent, or None; notes that it is sent."""
         tokens = progress.chunks[index].logprobs[sent.n_tokens :]
         sent.n_tokens += len(tokens)
-        calls = self._parts(progress.chunks[index])[1][sent.n_calls :]
-        if not new_text and not tokens and not calls:
+        parts = self._parts(progress, index)
+        calls, new_thought = parts.calls[sent.n_calls :], parts.thought[len(sent.thought) :]
+        if not new_text and not tokens and not calls and not new_thought:
             return None
-        delta: dict[str, Any] = {"content": new_text} if new_text or tokens else {}
+        delta: dict[str, Any] = {"content": new_text} if new_text or (tokens and not new_thought) else {}
+        if new_thought:
+            delta["reasoning_content"] = new_thought
         if calls:
             delta["tool_calls"] = [{"index": k} | call_body(call) for k, call in enumerate(calls, sent.n_calls)]
-        sent.n_calls += len(calls)
+        sent.n_calls, sent.thought = sent.n_calls + len(calls), parts.thought
         wanted = self.ask.top_logprobs is not None
         return self._piece(index, delta, chat_logprobs(self._texts, tokens) if wanted else None)
 
     def end(self, progress: Progress, index: int) -> dict[str, Any]:
         """The piece that says why the choice ends."""
-        return self._piece(index, {}) | {"finish_reason": self._reason(progress.chunks[index])}
+        return self._piece(index, {}) | {"finish_reason": self._reason(progress, index)}
 
     def empty(self, index: int) -> dict[str, Any]:
         """A piece that adds nothing."""
@@ -76,31 +86,38 @@ class ChatResponseBuilder:
 
     def whole(self, progress: Progress) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        choices = [self._choice(index, chunk) for index, chunk in enumerate(progress.chunks)]
+        choices = [self._choice(progress, index) for index in range(len(progress.chunks))]
         return self.head | {"object": self.kind, "choices": choices, "usage": progress.usage(self.ask.n)}
 
-    def _choice(self, index: int, chunk: Chunk) -> dict[str, Any]:
+    def _choice(self, progress: Progress, index: int) -> dict[str, Any]:
         wanted = self.ask.top_logprobs is not None
-        content, calls = self._parts(chunk)
+        content, thought, calls = self._parts(progress, index)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
         if calls:
             message |= {"content": content or None, "tool_calls": [call_body(call) for call in calls]}
         return {
             "index": index,
             "message": message,
-            "logprobs": chat_logprobs(self._texts, chunk.logprobs) if wanted else None,
-            "finish_reason": self._reason(chunk),
+            "logprobs": chat_logprobs(self._texts, progress.chunks[index].logprobs) if wanted else None,
+            "finish_reason": self._reason(progress, index),
         }
 
-    def _parts(self, chunk: Chunk) -> tuple[str, list[ToolCall]]:
-        """What is said so far, and the calls."""
-        if self._style is None:
-            return chunk.text, []
-        return read_calls(chunk.text, self._style, ended=bool(chunk.finish_reason), most=self.ask.most_calls)
+    def _parts(self, progress: Progress, index: int) -> AnswerParts:
+        """The parts of an answer so far; what may still become another part is left out."""
+        chunk, ask = progress.chunks[index], self.ask
+        ended, thought, text = bool(chunk.finish_reason), "", chunk.text
+        calls: list[ToolCall] = []
+        if ask.thought_mark:
+            thought, text = read_thought(text, ask.thought_mark, progress.opened, ended=ended)
+        if ask.call_style:
+            text, calls = read_calls(text, ask.call_style, ended=ended, most=ask.most_calls)
+        return AnswerParts(text, thought, calls)
 
-    def _reason(self, chunk: Chunk) -> str:
-        reason = chunk.finish_reason or "stop"
-        return "tool_calls" if reason == "stop" and self._parts(chunk)[1] else reason
+    def _reason(self, progress: Progress, index: int) -> str:
+        reason = progress.chunks[index].finish_reason or "stop"
+        return "tool_calls" if reason == "stop" and self._parts(progress, index).calls else reason
 
     def _piece(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}

@@ -122,8 +122,8 @@ class Tool(BaseModel):
 class Message(BaseModel):
     """One message of the conversation. Contents are texts; several text parts are joined.
 
-    Only an assistant's message may be without content, and call tools; only a tool's tells the result of a call. A name
-    is told to templates that read it; the others have no place for it.
+    Only an assistant's message may be without content, call tools, and have thoughts (`reasoning_content`, which others
+    call `reasoning`); only a tool's tells the result of a call. A name is told to templates that read it.
     """
 
     model_config = {"extra": "allow", "json_schema_extra": describe_message}
@@ -131,6 +131,8 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, WithJsonSchema({"anyOf": [CONTENT, NO_CONTENT]})] = None
     name: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+    reasoning: StrictStr | None = None
     tool_calls: list[ToolCallBody] | None = None
     tool_call_id: StrictStr | None = None
     cache_control: dict[str, Any] | None = None
@@ -194,6 +196,8 @@ class ChatRequest(SamplingParameters):
     tools: list[Tool] | None = None
     tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, *TOOL_CHOICES]})] = None
     parallel_tool_calls: StrictBool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
 
@@ -259,6 +263,7 @@ class ChatAnswer(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCallBody] | None = None
 
 

@@ -6,12 +6,13 @@ Knows the engine. It does not know asyncio, HTTP or the shapes of answers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from onecard.data.jinja_chat import variables_read
+from onecard.data.chat_template import PromptRenderer
+from onecard.data.thoughts import closing_mark, opened_thought
 from onecard.data.tokenization import segment_tokenizer
 from onecard.data.tool_answers import CALL_MARKS
 from onecard.errors import ConfigError, DataError
@@ -21,7 +22,6 @@ from onecard.inference.generate import Chunk, ContextTooLong, Usage
 from onecard.inference.streamer import TokenLogprob
 from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.requests import GenerationParams, Prompt
-from onecard.serve.http_error import bad_request
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,14 @@ class Echo:
 
 @dataclass(frozen=True)
 class Progress:
-    """All choices of a request so far, by index: prompt after prompt, `n` of each. Echoes by prompt."""
+    """All choices of a request so far, by index: prompt after prompt, `n` of each. Echoes by prompt.
+
+    opened: the thought that the prompt opened and the answers go on with, "" for none.
+    """
 
     chunks: tuple[Chunk, ...]
     echoes: tuple[Echo, ...] = ()
+    opened: str = ""
 
     @property
     def place(self) -> int:
@@ -72,7 +76,8 @@ class EmbeddingsResult:
 
 def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threading.Event) -> Iterator[Progress]:
     """Answer a conversation. Raises ApiError with the field that is to blame, and what the engine raises."""
-    check_variables(ask.template_variables, variables_read(engine.template(ask.model).jinja))
+    template = replace(engine.template(ask.model), variables=ask.template_variables)
+    marks = (ask.thought_mark, closing_mark(ask.thought_mark)) if ask.thought_mark else ()
     request = GenerationRequest(
         turns=ask.turns,
         sampling=ask.sampling,
@@ -80,20 +85,15 @@ def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threadin
         template_variables=ask.template_variables,
         n=ask.n,
         top_logprobs=ask.top_logprobs,
-        kept_tokens=CALL_MARKS if ask.has_tools else (),
+        kept_tokens=(*marks, *(CALL_MARKS if ask.has_tools else ())),
     )
+    opened = ""
     with blaming("messages", ask.tokens_field):
+        if marks:
+            renderer = PromptRenderer(template, engine.tokenizer(ask.model))
+            opened = opened_thought(renderer.render(ask.turns, prompt=True))
         for chunks in engine.stream(request, cancel):
-            yield Progress(tuple(chunks))
-
-
-def check_variables(variables: Mapping[str, Any], read: Set[str]) -> None:
-    """Refuse what the template does not read, unless its value asks for nothing. Raises ApiError."""
-    for name, value in variables.items():
-        if name not in read and value is not None and value is not False:
-            known = f"it reads {', '.join(sorted(read))}" if read else "it reads none"
-            message = f"the prompt template of this model does not read {name!r}; {known}"
-            raise bad_request(message, f"chat_template_kwargs.{name}", "unsupported_parameter")
+            yield Progress(tuple(chunks), opened=opened)
 
 
 def answer_prompts(engine: InferenceEngine, ask: GenerationParams, cancel: threading.Event) -> Iterator[Progress]:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 
 from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions, ServeOptions
-from onecard.inference.engine import InferenceEngine, open_engine
+from onecard.inference.engine import GenerationRequest, InferenceEngine, open_engine
+from onecard.inference.generate import Chunk, Usage
+from onecard.inference.stopping import FinishReason
 from onecard.serve.api.app import Api, build_app
 from onecard.serve.listen import Server, open_socket
 from tests import tiny
@@ -141,3 +144,38 @@ class Breaking:
             if k == self._after:
                 raise self._reason
             yield chunks
+
+
+class Scripted:
+    """The real engine, which checks and encodes what it is asked; its answers are `text`, three characters a step."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self._engine, self.text = engine, ""
+        self.reason: FinishReason = "stop"
+        self.requests: list[GenerationRequest] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
+        rows = self._engine._rows(request)
+        self.requests.append(request)
+        for end in range(0, len(self.text), 3):
+            yield [Chunk(self.text[:end])] * len(rows)
+        yield [Chunk(self.text, finish_reason=self.reason, usage=Usage(5, 7))] * len(rows)
+
+
+def scripted(base: Path, jinja: Path | str) -> Scripted:
+    return Scripted(open_tiny(base, LimitOptions(), str(jinja)))
+
+
+def client_of(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def say(server: Running, text: str, reason: str = "stop") -> Any:
+    """Let the model answer this from now on."""
+    engine: Any = server.engine
+    engine.text, engine.reason = text, reason
+    engine.requests.clear()
+    return engine

@@ -76,8 +76,10 @@ CHAT_OFF: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (False, True),
+    "reasoning_effort": ("none",),
+    "reasoning_format": ("none", "auto"),
 }
-# What changes an answer, each with a test in test_chat.py, test_tools.py or test_completions.py.
+# What changes an answer, each with a test in test_chat.py, test_tools.py, test_reasoning.py or test_completions.py.
 USED = {"max_tokens", "temperature", *OFF}
 CALLS = [
     ("/v1/chat/completions", chat_create_params.CompletionCreateParamsBase, ChatRequest,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
@@ -20,10 +18,8 @@ from onecard.data.tool_answers import CALL_MARKS
 from onecard.inference.call import GenerateCall, PromptRow
 from onecard.inference.detokenize import decode, hidden_ids
 from onecard.inference.engine import GenerationRequest, InferenceEngine
-from onecard.inference.generate import Chunk, Usage
-from onecard.inference.stopping import FinishReason
 from tests.data.tool_template_logics import TOOL_TEMPLATES
-from tests.serve.api.serving import Running, chat_body, open_tiny, serving
+from tests.serve.api.serving import Running, chat_body, client_of, say, scripted, serving
 from tests.serve.api.test_errors import CHAT, shaped
 
 TEMPLATES = {"qwen-2.5": "hermes", "llama-3.1": "llama", "mistral": "mistral"}
@@ -45,29 +41,6 @@ CALLED: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [
 RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "content": "2"}
 
 
-class Scripted:
-    """The real engine, which checks and encodes what it is asked; its answers are `text`, three characters a step."""
-
-    def __init__(self, engine: InferenceEngine) -> None:
-        self._engine, self.text = engine, ""
-        self.reason: FinishReason = "stop"
-        self.requests: list[GenerationRequest] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
-        rows = self._engine._rows(request)
-        self.requests.append(request)
-        for end in range(0, len(self.text), 3):
-            yield [Chunk(self.text[:end])] * len(rows)
-        yield [Chunk(self.text, finish_reason=self.reason, usage=Usage(5, 7))] * len(rows)
-
-
-def scripted(base: Path, jinja: Path | str) -> Scripted:
-    return Scripted(open_tiny(base, LimitOptions(), str(jinja)))
-
-
 @pytest.fixture(scope="module", params=TEMPLATES)
 def asked(request: pytest.FixtureRequest, api_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server and the form of its template's calls."""
@@ -83,18 +56,6 @@ def hermes(api_base: Path) -> Iterator[Running]:
     engine: Any = scripted(api_base, "chatml")
     with serving(engine, LimitOptions()) as server:
         yield server
-
-
-def client_of(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-def say(server: Running, text: str, reason: str = "stop") -> Any:
-    """Let the model answer this from now on."""
-    engine: Any = server.engine
-    engine.text, engine.reason = text, reason
-    engine.requests.clear()
-    return engine
 
 
 def named(calls: Any) -> list[tuple[str, str]]:
