@@ -89,6 +89,12 @@ class SegmentTokenizer:
         beginning = self.beginning_of(segments[0].text if segments else "")
         return [*beginning, *chain.from_iterable(self.ids([segments])[0])]
 
+    def continued_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """What generation is fed to go on with the last turn, an answer: as training reads it, without its end."""
+        *history, answer = self.writer.prompt_and_answer(turns)
+        segments = [*history, answer._replace(end="")]
+        return [*self.beginning_of(segments[0].text), *chain.from_iterable(self.ids([segments])[0])]
+
     def continues(self, prompt_ids: Sequence[int]) -> bool:
         """Whether an answer behind these ids goes on in their text, so that a space it begins with is its own."""
         return bool(self._anchors) and bool(prompt_ids) and prompt_ids[-1] not in added_tokens(self._tokenizer)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Cache, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, LogitsProcessorList, SequenceBiasLogitsProcessor, StoppingCriteriaList
 
 from onecard.config.inference import SamplingOptions
 from onecard.data.chat_template import Template
@@ -115,12 +115,16 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class StreamingOptions:
-    """What is wanted while an answer is being written. top_logprobs: None for no log-probabilities, else how many."""
+    """What is wanted while an answer is being written. top_logprobs: None for no log-probabilities, else how many.
+
+    logit_bias: what is added to the scores of tokens, by their ids.
+    """
 
     show_beams: bool = False
     top_logprobs: int | None = None
     interval_seconds: float = INTERVAL_SECONDS
     max_seconds: float = math.inf
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
 class GenerateCall:
@@ -144,6 +148,7 @@ class GenerateCall:
         self.logprobs = (
             LogprobsStreamer(len(rows), streaming.top_logprobs or 0) if streaming and wants_logprobs else None
         )
+        self.logit_bias = streaming.logit_bias if streaming is not None else {}
         self.n_cached = 0  # tokens of the prompt that are not read anew
 
     def run(self, stream_state: StreamState | None = None) -> list[list[int]]:
@@ -266,7 +271,12 @@ class GenerateCall:
         return tuple(self.logprobs.rows[k][:n_shown])
 
     def _processors(self, stream_state: StreamState | None, numbers: Sequence[int]) -> LogitsProcessorList:
-        processors = LogitsProcessorList([self.logprobs] if self.logprobs else [])
+        processors = LogitsProcessorList()
+        if self.logit_bias:
+            bias: Any = [[[token_id], float(value)] for token_id, value in self.logit_bias.items()]
+            processors.append(SequenceBiasLogitsProcessor(sequence_bias=bias))
+        if self.logprobs:
+            processors.append(self.logprobs)
         processors.extend(logits_processors(self.sampling, numbers))
         if stream_state is not None and self.sampling.num_beams > 1:
             processors.append(BeamStreamer(stream_state))

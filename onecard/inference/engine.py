@@ -23,6 +23,7 @@ from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOpt
 from onecard.data.chat_template import Template
 from onecard.data.encode import Prompt, encode_prompt, prompt_for
 from onecard.data.messages import Turn
+from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.inference.adapters import AdapterManager, ServedAdapter, open_voices
 from onecard.inference.detokenize import hidden_ids
@@ -68,6 +69,8 @@ class GenerationRequest:
         answer from the next one; another number gives another answer to the same seed.
     top_logprobs: None for no log-probabilities, else how many alternatives to tell.
     kept_tokens: control tokens that stay in the text of the answer, such as the marks of tool calls.
+    logit_bias: what is added to the scores of tokens, by their ids.
+    continues_answer: the last turn is an answer that is gone on with; only what is new is the text.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -81,6 +84,8 @@ class GenerationRequest:
     show_beams: bool = False
     top_logprobs: int | None = None
     kept_tokens: tuple[str, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    continues_answer: bool = False
 
 
 class InferenceEngine:
@@ -186,7 +191,9 @@ class InferenceEngine:
         self, request: GenerationRequest, rows: list[PromptRow], cancel: threading.Event
     ) -> Iterator[list[Chunk]]:
         seconds = self.limits.max_request_seconds or math.inf
-        streaming = StreamingOptions(request.show_beams, request.top_logprobs, max_seconds=seconds)
+        streaming = StreamingOptions(
+            request.show_beams, request.top_logprobs, max_seconds=seconds, logit_bias=request.logit_bias
+        )
         advice = (
             f"{request.n} answers of up to {rows[0].max_new_tokens} tokens to a prompt of {len(rows[0].ids)}, with "
             f"{request.sampling.num_beams} beams each, do not fit into memory; lower --max_new_tokens, --num_beams, n, "
@@ -273,6 +280,9 @@ class InferenceEngine:
             self._check_top(request.top_logprobs)
             if sampling.num_beams > 1:
                 raise LimitExceeded("--num_beams", "with several beams there are no log-probabilities of tokens")
+        n_known = self._voices.n_tokens
+        if unknown := [token_id for token_id in request.logit_bias if not 0 <= token_id < n_known]:
+            raise LimitExceeded("--logit_bias", f"the model has no token {unknown[0]} (0 to {n_known - 1})")
         prompt = self._prompt(request, served)
         max_new_tokens = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
         hidden = hidden_ids(served.tokenizer, request.kept_tokens)
@@ -282,11 +292,13 @@ class InferenceEngine:
         ]
 
     def _prompt(self, request: GenerationRequest, served: ServedAdapter) -> Prompt:
+        variables = {**served.template.variables, **request.template_variables}
+        template = replace(served.template, variables=variables)
         if request.prompt_ids is not None:
             prompt = Prompt(list(request.prompt_ids), continues=True)
+        elif request.continues_answer:
+            prompt = Prompt(segment_tokenizer(template, served.tokenizer).continued_ids(request.turns), continues=True)
         elif [turn.role for turn in request.turns if turn.role != "system"][-1:] in (["user"], ["tool"]):
-            variables = {**served.template.variables, **request.template_variables}
-            template = replace(served.template, variables=variables)
             prompt = prompt_for(request.turns, template, served.tokenizer)
         else:
             raise DataError("there is no question: the last message, but for the system's, must be the user's")

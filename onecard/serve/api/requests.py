@@ -22,9 +22,10 @@ from onecard.data.messages import Role, Turn
 from onecard.data.tool_answers import CallStyle
 from onecard.data.tool_calls import calls_of
 from onecard.data.values import UnusableRecord
-from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names
+from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names, is_number
 from onecard.serve.api.schema import (
     LONGEST_STOP,
+    MOST_BIAS,
     MOST_STOPS,
     TOOL_CHOICES,
     ChatRequest,
@@ -36,6 +37,7 @@ from onecard.serve.api.schema import (
 from onecard.serve.http_error import ApiError, bad_request
 
 Prompt = str | tuple[int, ...]
+TOKEN_ID = re.compile("[0-9]{1,9}")
 FIELD_NAME = re.compile(r"[a-z_][a-z0-9_]*")
 SEED_MODULUS = 2**64  # seeds may be negative for OpenAI, but not for NumPy
 FRESH_SEED_BITS = 48
@@ -77,6 +79,8 @@ class GenerationParams:
     prompts: tuple[Prompt, ...] = ()
     max_new_tokens: int = 1
     tokens_field: str = "max_tokens"
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    continues_answer: bool = False
     echo: bool = False
     top_logprobs: int | None = None
     has_tools: bool = False
@@ -150,11 +154,39 @@ def chat_ask(body: ChatRequest, defaults: ServerDefaults) -> GenerationParams:
         template_variables=variables,
         tokens_field=tokens_field,
         top_logprobs=top_logprobs,
+        continues_answer=continues_answer(body),
         has_tools=bool(tools),
         most_calls=1 if body.parallel_tool_calls is False else None,
         reasoning_effort=body.reasoning_effort,
         splits_thoughts=body.reasoning_format != "none",
     )
+
+
+def continues_answer(body: ChatRequest) -> bool:
+    """Whether the last message is the beginning of the answer. Raises ApiError where it cannot be."""
+    if not body.continue_final_message:
+        if body.add_generation_prompt is False:
+            message = "without a generation prompt there is only continue_final_message: true"
+            raise bad_request(message, "add_generation_prompt")
+        return False
+    if body.add_generation_prompt:
+        message = "continue_final_message goes with add_generation_prompt: false"
+        raise bad_request(message, "add_generation_prompt")
+    last = body.messages[-1]
+    if last.role != "assistant" or last.tool_calls or not last.content:
+        raise bad_request("to go on with it, the last message must be an assistant's text", "continue_final_message")
+    return True
+
+
+def biases(value: Any) -> Mapping[int, float]:
+    """What is added to the scores of tokens: {"50": -100} -> {50: -100}. Raises ApiError."""
+    found = {} if value in (None, []) else value
+    if not isinstance(found, dict) or not all(
+        TOKEN_ID.fullmatch(name) and is_number(bias) and abs(bias) <= MOST_BIAS for name, bias in found.items()
+    ):
+        message = f"logit_bias is no object of token ids with numbers of {-MOST_BIAS} to {MOST_BIAS}"
+        raise bad_request(message, "logit_bias")
+    return {int(name): bias for name, bias in found.items()}
 
 
 def tools_of(body: ChatRequest) -> list[dict[str, Any]]:
@@ -219,6 +251,7 @@ def common_ask(body: SamplingParameters, defaults: ServerDefaults, max_new_token
         sampling=sampling,
         n=body.n or 1,
         max_new_tokens=max_new_tokens,
+        logit_bias=biases(body.logit_bias),
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
     )

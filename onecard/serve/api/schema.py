@@ -49,6 +49,13 @@ PROMPT = {
 STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
 STOPS = {"type": "array", "items": STOP_TEXT, "maxItems": MOST_STOPS}
 STOP = {"anyOf": [STOP_TEXT | {"minLength": 0}, STOPS, {"type": "null"}]}
+MOST_BIAS = 100
+BIASES = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS},
+}
+LOGIT_BIAS = {"anyOf": [BIASES, {"type": "array", "maxItems": 0}, {"type": "null"}]}
 
 NO_LIMIT = -1  # as llama.cpp and the programs that are made for it say it
 
@@ -175,6 +182,7 @@ class SamplingParameters(ServiceParameters):
     n: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[Any, WithJsonSchema(STOP)] = None
+    logit_bias: Annotated[Any, WithJsonSchema(LOGIT_BIAS)] = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=BIGGEST)] | None = None
@@ -196,6 +204,8 @@ class ChatRequest(SamplingParameters):
     tools: list[Tool] | None = None
     tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, *TOOL_CHOICES]})] = None
     parallel_tool_calls: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+    add_generation_prompt: StrictBool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     reasoning_format: Literal["none", "auto", "deepseek"] | None = None
     logprobs: StrictBool | None = None

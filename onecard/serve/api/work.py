@@ -85,15 +85,24 @@ def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threadin
         template_variables=ask.template_variables,
         n=ask.n,
         top_logprobs=ask.top_logprobs,
+        logit_bias=ask.logit_bias,
+        continues_answer=ask.continues_answer,
         kept_tokens=(*marks, *(CALL_MARKS if ask.has_tools else ())),
     )
     opened = ""
     with blaming("messages", ask.tokens_field):
         if marks:
-            renderer = PromptRenderer(template, engine.tokenizer(ask.model))
-            opened = opened_thought(renderer.render(ask.turns, prompt=True))
+            opened = thought_in_prompt(ask, PromptRenderer(template, engine.tokenizer(ask.model)))
         for chunks in engine.stream(request, cancel):
             yield Progress(tuple(chunks), opened=opened)
+
+
+def thought_in_prompt(ask: GenerationParams, renderer: PromptRenderer) -> str:
+    """The thought inside which the answer begins, "" for none."""
+    if not ask.continues_answer:
+        return opened_thought(renderer.render(ask.turns, prompt=True))
+    thought, closed, _ = ask.turns[-1].content.partition(closing_mark(ask.thought_mark))
+    return ask.thought_mark if not closed and ask.thought_mark in thought else ""
 
 
 def answer_prompts(engine: InferenceEngine, ask: GenerationParams, cancel: threading.Event) -> Iterator[Progress]:
@@ -128,6 +137,7 @@ def answers_to(
         n=ask.n,
         number=number,
         top_logprobs=ask.top_logprobs,
+        logit_bias=ask.logit_bias,
     )
     yield from engine.stream(request, cancel)
 

@@ -12,7 +12,7 @@ from onecard.config.inference import LimitOptions, SamplingOptions
 from onecard.data.messages import Turn
 from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.inference.generate import Chunk
-from tests.serve.api.serving import Running, chat_body, serving
+from tests.serve.api.serving import Running, chat_body, events_of, serving
 
 QUESTION = "What is the capital of France?"
 
@@ -195,3 +195,35 @@ def test_a_slash_in_the_name(engine: InferenceEngine, server: Running) -> None:
     assert error["code"] == "model_not_found"
     assert "org/other" in error["message"]
     assert server.post("/v1/chat/completions", chat_body(model="")).status_code == 404
+
+
+def test_logit_bias(server: Running, engine: InferenceEngine) -> None:
+    (chunk,) = last_chunks(engine, sampling=SamplingOptions(max_new_tokens=8), top_logprobs=0)
+    first, liked = chunk.logprobs[0].token_id, chunk.logprobs[0].token_id - 1
+    assert content(server, logit_bias={str(first): 0}) == chunk.text
+    assert content(server, logit_bias={str(first): -100}) != chunk.text
+    tokens = engine.tokenizer()
+    for changes in ({"temperature": 0}, {"temperature": 1, "seed": 3}, {"temperature": 0, "num_beams": 2}):
+        (choice,) = server.chat(QUESTION, logit_bias={str(liked): 100}, **changes).json()["choices"]
+        assert choice["message"]["content"].strip() == tokens.decode([liked] * 8).strip()
+    body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 4, "logit_bias": {str(liked): 100}, "logprobs": 0}
+    (choice,) = server.post("/v1/completions", body).json()["choices"]
+    assert choice["logprobs"]["tokens"] == [choice["logprobs"]["tokens"][0]] * 4
+
+
+@pytest.mark.parametrize("more", [{}, {"add_generation_prompt": False}])
+def test_an_answer_that_is_begun_is_gone_on_with(
+    server: Running, engine: InferenceEngine, more: dict[str, Any]
+) -> None:
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "It is the city of"}]
+    prompt = engine.tokenizer().apply_chat_template(
+        messages, chat_template=engine.template().jinja, continue_final_message=True, tokenize=False
+    )
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    answer = server.chat(messages=messages, continue_final_message=True, **more).json()
+    plain = server.post("/v1/completions", body).json()
+    assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+    assert answer["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+    streamed = server.chat(messages=messages, continue_final_message=True, stream=True, **more).text
+    pieces = [event["choices"][0]["delta"].get("content", "") for event in events_of(streamed)[:-1]]
+    assert "".join(pieces) == plain["choices"][0]["text"]

@@ -66,7 +66,7 @@ TAKEN: dict[str, Any] = {
 # Fields of this server's with values by which a client says that it does not need them.
 OFF: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1), "top_p": (1,), "repetition_penalty": (1,), "num_beams": (1,), "no_repeat_ngram_size": (0,),
-    "min_tokens": (0,), "n": (1,), "stop": ("", []), "stream": (False,), "seed": (5,),
+    "min_tokens": (0,), "logit_bias": ({}, []), "n": (1,), "stop": ("", []), "stream": (False,), "seed": (5,),
     "stream_options": ({}, {"include_usage": True}, {"include_usage": False, "include_obfuscation": False}),
 }  # fmt: skip
 CHAT_OFF: dict[str, tuple[Any, ...]] = {
@@ -77,6 +77,8 @@ CHAT_OFF: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (False, True),
     "reasoning_effort": ("none",),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
     "reasoning_format": ("none", "auto"),
 }
 # What changes an answer, each with a test in test_chat.py, test_tools.py, test_reasoning.py or test_completions.py.

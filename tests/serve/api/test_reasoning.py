@@ -122,3 +122,16 @@ def test_thoughts_of_earlier_answers_go_to_the_template(servers: dict[str, Runni
     for field in ("reasoning_content", "reasoning"):
         messages = [USER, {"role": "assistant", field: "Adding it.", "tool_calls": [call]}, result]
         assert "Adding it." in prompt_of(servers["qwen-3"], messages=messages)
+
+
+def test_going_on_inside_a_thought_and_behind_it(servers: dict[str, Running]) -> None:
+    say(servers["qwen-3"], " more.</think>Two.")
+    begun = {"role": "assistant", "content": "<think>One and one, no"}
+    message = (
+        servers["qwen-3"].chat(messages=[USER, begun], continue_final_message=True).json()["choices"][0]["message"]
+    )
+    assert (message["reasoning_content"], message["content"]) == ("more.", "Two.")
+    say(servers["qwen-3-thinking"], " more.")
+    begun = {"role": "assistant", "content": "<think>Hm.</think>Two, no"}
+    answer = servers["qwen-3-thinking"].chat(messages=[USER, begun], continue_final_message=True).json()
+    assert answer["choices"][0]["message"]["content"] == " more."
