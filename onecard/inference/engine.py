@@ -134,6 +134,10 @@ class InferenceEngine:
         served = self._voices.get(adapter, prompt_type)
         return len(encode_prompt(turns, served.template, served.tokenizer))
 
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """What the model is fed for this request, however long. Raises DataError."""
+        return self._prompt(request, self._voices.get(request.adapter, request.prompt_type)).ids
+
     def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
         """Answer a request: lists with one chunk per answer, the last of which have a `finish_reason`.
 
@@ -284,6 +288,7 @@ class InferenceEngine:
         if unknown := [token_id for token_id in request.logit_bias if not 0 <= token_id < n_known]:
             raise LimitExceeded("--logit_bias", f"the model has no token {unknown[0]} (0 to {n_known - 1})")
         prompt = self._prompt(request, served)
+        self._check_prompt(prompt.ids)
         max_new_tokens = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
         hidden = hidden_ids(served.tokenizer, request.kept_tokens)
         return [
@@ -302,7 +307,6 @@ class InferenceEngine:
             prompt = prompt_for(request.turns, template, served.tokenizer)
         else:
             raise DataError("there is no question: the last message, but for the system's, must be the user's")
-        self._check_prompt(prompt.ids)
         return prompt
 
     def _check_prompt(self, ids: Sequence[int]) -> None:

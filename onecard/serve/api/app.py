@@ -19,6 +19,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from onecard import __version__
@@ -36,6 +37,14 @@ from onecard.serve.api.requests import JsonRoute, ServerDefaults, chat_ask, comp
 from onecard.serve.api.requests import validation_error as as_field_error
 from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form, new_head
 from onecard.serve.api.stream import EventStream, events
+from onecard.serve.api.tokenize import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeRequest,
+    Tokens,
+    text_of_tokens,
+    tokens_of,
+)
 from onecard.serve.api.work import EmbeddingsResult, Progress, answer_chat, answer_prompts, embed_texts
 from onecard.serve.http_error import ApiError
 from onecard.serve.listen import run_server
@@ -137,6 +146,8 @@ def paths() -> APIRouter:
         ("POST", "/v1/chat/completions", chat_completions, schema.ChatCompletion, streamed),
         ("POST", "/v1/completions", completions, schema.Completion, streamed),
         ("POST", "/v1/embeddings", embeddings, schema.EmbeddingList, {}),
+        ("POST", "/tokenize", tokenize, Tokens, {}),
+        ("POST", "/detokenize", detokenize, Detokenized, {}),
     ]
     for method, path, endpoint, answer_model, more in table:
         answers: dict[int | str, dict[str, Any]] = {200: {"model": answer_model, "content": more}}
@@ -205,6 +216,20 @@ async def embeddings(request: Request, body: schema.EmbeddingRequest) -> Respons
     note.n_prompt_tokens = found.n_tokens
     # Thousands of vectors are long: each is written when its turn has come to be sent, in a thread.
     return StreamingResponse(vectors_body(body, found), media_type="application/json")
+
+
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """The token ids of a prompt or a conversation."""
+    app = app_of(request)
+    check_model(app, body.model)
+    return JSONResponse(await run_in_threadpool(tokens_of, app.engine, body, app.defaults))
+
+
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """The text of token ids."""
+    app = app_of(request)
+    check_model(app, body.model)
+    return JSONResponse(await run_in_threadpool(text_of_tokens, app.engine, body))
 
 
 def vectors_body(body: schema.EmbeddingRequest, found: EmbeddingsResult) -> Iterator[str]:

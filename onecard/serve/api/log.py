@@ -24,7 +24,7 @@ from onecard.serve.api.requests import Prompt
 from onecard.serve.api.work import Progress
 from onecard.serve.http_error import NOTE_KEY, ApiError, send_error
 
-LOGGED_PATHS = ("/v1/", "/health")
+LOGGED_PATHS = ("/v1/", "/health", "/tokenize", "/detokenize")
 FIRST_REFUSAL = 400
 LONGEST_PATH = 100  # characters of a path in a line
 PARAM = re.compile(r"[a-z_]{1,30}(\[\d{1,6}\])?(\.[a-z_]{1,30}(\[\d{1,6}\])?)*")  # no texts of a client's own

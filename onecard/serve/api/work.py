@@ -76,7 +76,8 @@ class EmbeddingsResult:
 
 def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threading.Event) -> Iterator[Progress]:
     """Answer a conversation. Raises ApiError with the field that is to blame, and what the engine raises."""
-    template = replace(engine.template(ask.model), variables=ask.template_variables)
+    template = engine.template(ask.model)
+    template = replace(template, variables={**template.variables, **ask.template_variables})
     marks = (ask.thought_mark, closing_mark(ask.thought_mark)) if ask.thought_mark else ()
     request = GenerationRequest(
         turns=ask.turns,

@@ -83,9 +83,9 @@ def long_context_base(directory: Path) -> Path:
     return directory
 
 
-def open_tiny(base: Path, limits: LimitOptions, prompt_type: str = "alpaca") -> InferenceEngine:
+def open_tiny(base: Path, limits: LimitOptions, prompt_type: str = "alpaca", **options: Any) -> InferenceEngine:
     model = ModelOptions(model_path=str(base), bits=32, device="cpu", gradient_checkpointing=False)
-    return open_engine(model, InferenceOptions(prompt_type=prompt_type), limits, model_name="tiny")
+    return open_engine(model, InferenceOptions(prompt_type=prompt_type, **options), limits, model_name="tiny")
 
 
 @contextmanager
@@ -165,8 +165,8 @@ class Scripted:
         yield [Chunk(self.text, finish_reason=self.reason, usage=Usage(5, 7))] * len(rows)
 
 
-def scripted(base: Path, jinja: Path | str) -> Scripted:
-    return Scripted(open_tiny(base, LimitOptions(), str(jinja)))
+def scripted(base: Path, jinja: Path | str, **options: Any) -> Scripted:
+    return Scripted(open_tiny(base, LimitOptions(), str(jinja), **options))
 
 
 def client_of(server: Running) -> openai.OpenAI:

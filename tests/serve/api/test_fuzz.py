@@ -23,6 +23,8 @@ PATHS = {
     ("post", "/v1/chat/completions"),
     ("post", "/v1/completions"),
     ("post", "/v1/embeddings"),
+    ("post", "/tokenize"),
+    ("post", "/detokenize"),
 }
 
 

@@ -13,7 +13,7 @@ from tests.serve.api.serving import Running, chat_body, serving
 from tests.serve.api.test_errors import CHAT, shaped
 
 PATHS = {"/health": "GET", "/v1/models": "GET", "/v1/models/tiny": "GET", CHAT: "POST", "/v1/completions": "POST",
-         "/v1/embeddings": "POST"}  # fmt: skip
+         "/v1/embeddings": "POST", "/tokenize": "POST", "/detokenize": "POST"}  # fmt: skip
 
 
 def test_paths_and_methods(server: Running) -> None:

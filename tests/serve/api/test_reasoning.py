@@ -18,6 +18,7 @@ from tests.serve.api.test_tools import ADD, CALLS, USER, named
 THOUGHT = "<think>\nOne and one.\n</think>\n\nTwo."
 EFFORT = "{%- for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'effort ' ~ reasoning_effort }}</think>"
 SWITCH = TOOL_TEMPLATES["qwen-3"].replace("enable_thinking is false", "thinking is false")
+OPENS = TOOL_TEMPLATES["qwen-3"].replace("enable_thinking is false else ''", "enable_thinking is false else '<think>'")
 JINJA = {name: TOOL_TEMPLATES[name] for name in ("qwen-3", "qwen-3-thinking")} | {"effort": EFFORT, "switch": SWITCH}
 
 
@@ -135,3 +136,14 @@ def test_going_on_inside_a_thought_and_behind_it(servers: dict[str, Running]) ->
     begun = {"role": "assistant", "content": "<think>Hm.</think>Two, no"}
     answer = servers["qwen-3-thinking"].chat(messages=[USER, begun], continue_final_message=True).json()
     assert answer["choices"][0]["message"]["content"] == " more."
+
+
+@pytest.mark.parametrize(("thinking", "thought"), [("auto", "Two."), ("off", None)])
+def test_the_servers_own_switch_counts(api_base: Path, tmp_path: Path, thinking: str, thought: str | None) -> None:
+    """--thinking off closes the thought that this template opens otherwise."""
+    (tmp_path / "opens.jinja").write_text(OPENS, encoding="utf-8")
+    engine: Any = scripted(api_base, tmp_path / "opens.jinja", thinking=thinking)
+    with serving(engine, LimitOptions()) as server:
+        say(server, "Two.")
+        message = server.chat().json()["choices"][0]["message"]
+        assert (message.get("reasoning_content"), message["content"]) == (thought, "" if thought else "Two.")
