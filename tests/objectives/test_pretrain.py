@@ -112,7 +112,7 @@ def test_conversations_are_refused_by_name_or_learned_whole(sp_tokenizer: Any, t
     template, encoder = load_template("alpaca", sp_tokenizer), WholeTextEncoder
     found = encode_dataset(str(path), template, sp_tokenizer, EncodeSettings(0), tmp_path / "c", encoder=encoder)
     assert len(found) == 1
-    assert any("data.jsonl:2: the record is a conversation, and --objective pretrain" in line
+    assert any("data.jsonl:2: the record is a conversation, and pretraining learns texts" in line
                for line in found.summary_lines())  # fmt: skip
     with pytest.raises(DataError, match=r"data.jsonl:2: the record is a conversation.*--strict"):
         encode_dataset(str(path), template, sp_tokenizer, EncodeSettings(0, strict=True), tmp_path / "c",

@@ -85,11 +85,11 @@ def _refuse_tuned(source: str | Path) -> None:
     """Raise ModelError for what a run left that trained weights of its base."""
     if is_tuned_model(Path(source)):
         raise ModelError(f"{source} is a whole model, whose own weights were trained (finetune --peft_method full or "
-                         "freeze:N): there is no adapter in it, and nothing to merge; give it as --model_path")  # fmt: skip
+                         "freeze:N): there is no adapter in it, nothing to merge; give it as --model_path")  # fmt: skip
     if trained_weights_in(Path(source)) is not None:
         raise ModelError(f"{source} holds trained weights of its base (finetune --peft_method full or freeze:N), no "
-                         "adapter. They can be chatted with and resumed; where the run ends, its directory is a whole model, "
-                         "which goes into --model_path")  # fmt: skip
+                         "adapter. They can be chatted with and resumed; where the run ends, its directory is a whole "
+                         "model, which goes into --model_path")  # fmt: skip
 
 
 def _kind_of_names(names: Collection[str]) -> str:
