@@ -134,7 +134,7 @@ def smallest_limit(run: Any, rows: int) -> dict[str, int]:
     total = torch.cuda.get_device_properties(0).total_memory
 
     def runs() -> bool:
-        _, failed = accumulate(run, [np.arange(rows)], 1000.0)
+        _, failed = accumulate(run, run.train_samples, [np.arange(rows)], 1000.0)
         give_back_memory()
         return not failed
 
