@@ -61,7 +61,7 @@ class BlockView(SampleView):
 
     flows: blocks go on from one document to the next of the same source, so that all but the last of a source are full;
     else each document begins a block. apart: nothing of a document is predicted from the one before it.
-    lengths, units, parts (n_blocks,). Documents of 5 and 4 tokens, length 4: [aaaa][abbb][b], or [aaaa][a][bbbb].
+    lengths, units, parts (n_blocks,). Documents of 5 and 4 tokens, length 4: `aaaa abbb b`, or `aaaa a bbbb`.
     """
 
     def __init__(self, dataset: EncodedDataset, rows: np.ndarray, length: int, *, flows: bool, apart: bool) -> None:
