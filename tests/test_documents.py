@@ -473,7 +473,7 @@ def test_quickstart_teaches_the_sample_and_is_reused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_bash
 def test_the_chinese_recipe_runs_from_a_corpus_to_gguf(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable, "VOCAB_SIZE": "700", "OUTPUT_PATH": str(tmp_path / "zh")}
+    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT_PATH": str(tmp_path / "zh")}
 
     def recipe() -> str:
         done = subprocess.run(
