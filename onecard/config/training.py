@@ -135,7 +135,7 @@ class TrainOptions(RolloutOptions):
     the difference with its interval."""
     measure_forgetting: bool = True
     """At each evaluation, measure how far the model has moved from its base on general texts (KL divergence, nats per
-    token), as far as that takes at most 3 % of the run; nothing that is learned changes."""
+    token), as far as that is at most 2 % of its tokens; nothing that is learned changes."""
     save_steps: int = 0
     """Save a checkpoint every so many steps (and at the end); 0: an eighth of the run, at most an epoch or 200."""
     eval_minutes: float = 10

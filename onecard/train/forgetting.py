@@ -19,10 +19,11 @@ from torch import nn
 from onecard.model.divergence import AdapterOff, kl_from_base, kl_of_rounding
 from onecard.train.oom import give_back_memory, is_out_of_memory
 
-LARGEST_SHARE = 0.03  # of a run's tokens that may pass through the model for this
+LARGEST_SHARE = 0.02  # of the tokens that a run computes; those of short texts take longer than those of long rows
 FEWEST_TEXTS = 16  # below which the figure would mean little
 MOST_TOKENS = 96  # of a text; what a tokenizer without Chinese makes of a line is cut
-ROWS_AT_ONCE = 8
+ROWS_AT_ONCE = 32
+NOISE_ROWS = 8  # each of which is asked alone, too
 # Passes of a token: two forward here; in training one forward and one backward, which is two more.
 PASSES, PASSES_IN_TRAINING = 2, 3
 
@@ -35,7 +36,7 @@ def forgetting_texts() -> list[str]:
 
 
 def affordable_rows(tokenizer: Any, training_tokens: int, n_evaluations: int) -> list[list[int]]:
-    """The token ids of as many texts as may be asked at each of `n_evaluations`, at LARGEST_SHARE of the run's time.
+    """The token ids of as many texts as may be asked at each of `n_evaluations`, as LARGEST_SHARE of its tokens.
 
     training_tokens: that pass through the model in the whole run. Empty where fewer than FEWEST_TEXTS are affordable.
     """
@@ -90,7 +91,7 @@ def noise_floor(model: nn.Module, rows: Sequence[Sequence[int]], device: Any, ba
     """
     was_training = model.training
     model.eval()
-    found = _within_memory(kl_of_rounding, model, rows[:ROWS_AT_ONCE], device, base)
+    found = _within_memory(kl_of_rounding, model, rows[:NOISE_ROWS], device, base)
     model.train(was_training)
     return None if found is None else found[0] / found[1]
 
