@@ -21,8 +21,11 @@ from onecard.console import say, warn
 
 if TYPE_CHECKING:
     from onecard.data.chat_template import Template
+    from onecard.train.base_comparison import BaseComparison
     from onecard.train.rollouts import Rollouts
     from onecard.train.run import Run
+    from onecard.train.rundir import RunDirectory
+    from onecard.train.state import TrainerState
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -37,10 +40,8 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train import auto_config
     from onecard.train.advice import LearnedData, advise
     from onecard.train.base_comparison import BaseComparison
-    from onecard.train.build import build_accelerator, build_run, open_reporter, prepare_data, training_state
+    from onecard.train.build import build_accelerator, build_run, prepare_data, training_state
     from onecard.train.end_by_clock import end_by_clock
-    from onecard.train.loop import report_events, train
-    from onecard.train.memory_probe import rehearse_if_wanted
     from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position, take_over
     from onecard.train.rundir import RunDirectory, RunSettings, portable
     from onecard.train.trackers import check_trackers
@@ -77,22 +78,32 @@ def finetune(config: FinetuneConfig) -> Path:
         directory.write_settings(settings)
         if point is not None:
             take_over(point, run.state, directory)
-        reporter, comparison = open_reporter(config, run, directory), BaseComparison(run, directory.path, config.lora)
-        try:
-            rehearse_if_wanted(run, config.memory.rehearsal)
-            comparison.before()
-            state = train(run, reporter)
-        finally:
-            report_events(run, reporter)
-            reporter.close()
-            if run.rollouts is not None:
-                run.rollouts.close()
+        comparison = BaseComparison(run, directory.path, config.lora)
+        state = _trained(config, run, directory, comparison)
         directory.publish(settings, state, config.train, partial(write_result, run.plain_model))
         comparison.after()
         if accelerator.is_main_process and run.rollouts is None:
             report = data.train.dataset.report
             advise(directory.path, LearnedData(data.train.n_per_epoch, report.n_samples, report.n_cut))
     return directory.path
+
+
+def _trained(config: FinetuneConfig, run: Run, directory: RunDirectory, comparison: BaseComparison) -> TrainerState:
+    """Train a run that is built, from its rehearsal to its last step; its log is closed whatever happens."""
+    from onecard.train.build import open_reporter
+    from onecard.train.loop import report_events, train
+    from onecard.train.memory_probe import rehearse_if_wanted
+
+    reporter = open_reporter(config, run, directory)
+    try:
+        rehearse_if_wanted(run, config.memory.rehearsal)
+        comparison.before()
+        return train(run, reporter)
+    finally:
+        report_events(run, reporter)
+        reporter.close()
+        if run.rollouts is not None:
+            run.rollouts.close()
 
 
 def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -> Rollouts | None:
