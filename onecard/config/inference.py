@@ -223,6 +223,13 @@ class ServeOptions:
     """Language of the page and of the messages here; auto: that of the browser, and of the system."""
     log_prompts: bool = False
     """Print prompts and answers. Off: only times, clients, sizes and outcomes are printed."""
+    request_log: str | None = None
+    """File for a JSON line per request: time, client, key's name, path, status, seconds, tokens; texts only with
+    --log_prompts."""
+    api_keys: str | None = None
+    """File of keys, one NAME SHA256 a line: each client has its own, and is known by its name in log and /metrics."""
+    new_key: str | None = None
+    """Make a key under this name, add its hash to --api_keys, print the key once, and end."""
 
     @property
     def key(self) -> str | None:
@@ -234,7 +241,9 @@ class ServeOptions:
         found += list_problems("allowed_origins", self.allowed_origins, plain_origin)
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
             found.append(("--api_key", "must be plain ASCII letters, digits and signs, and not empty"))
-        if self.key is None and self.host and not is_loopback(self.host):
+        if self.new_key is not None and self.api_keys is None:
+            found.append(("--api_keys", "is missing; --new_key adds to that file"))
+        if self.key is None and self.api_keys is None and self.host and not is_loopback(self.host):
             found.append(("--host", f"{self.host} can be reached from other machines; set {API_KEY_VARIABLE}"))
         return found
 
@@ -245,6 +254,8 @@ class LimitOptions:
 
     max_queue: int = 64
     """Requests that may wait for their turn; more are sent away at once."""
+    rate_limit: int = 0
+    """Requests a minute that one key may send to the API, or one address where no key is asked for; 0: no limit."""
     max_request_seconds: float = 600.0
     """Longest time for one answer; it is then cut, as at --max_new_tokens. 0: no limit."""
     max_answer_tokens: int = 4096
@@ -265,7 +276,7 @@ class LimitOptions:
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
-        for name in ("max_queue", "max_request_seconds", "max_prompt_tokens", "prefix_cache_gib"):
+        for name in ("max_queue", "rate_limit", "max_request_seconds", "max_prompt_tokens", "prefix_cache_gib"):
             if not getattr(self, name) >= 0:
                 found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
         for name in ("max_answer_tokens", "max_beams", "max_choices", "max_embedding_inputs"):

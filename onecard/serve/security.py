@@ -16,13 +16,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import hashlib
-import hmac
 import ipaddress
+import math
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,7 +29,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from onecard.config.inference import is_address, is_loopback, plain_host, plain_origin, split_list
 from onecard.installation import command
-from onecard.serve.http_error import ApiError, send_error
+from onecard.serve.http_error import NOTE_KEY, ApiError, send_error
+from onecard.serve.keys import RequestRates, digest_of, name_of
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -39,6 +39,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 OPEN_PATHS = ("/health",)
+COUNTED_PATHS = ("/v1/", "/tokenize", "/detokenize")  # whose POST requests --rate_limit counts
+KEY_NAME = "onecard.key"  # of a scope: the name of the key that came with the request
 READING_METHODS = ("GET", "HEAD", "OPTIONS")
 STANDARD_PORTS = (":80", ":443")
 GZIP = ("gzip", "x-gzip")  # RFC 9110, 8.4.1.3
@@ -50,7 +52,8 @@ DRAIN_SECONDS = 30  # so long a body that is too large is still read: who is cut
 class NetworkRules:
     """Who may come in. Lists are texts with commas, as they are typed.
 
-    host: the address that is listened on. key: None for no key. max_body_bytes: of one request.
+    host: the address that is listened on. key: None for no key. keys: names and SHA-256 digests of further ones.
+    max_body_bytes: of one request. requests_per_minute: of one key, or of one address without keys; 0: no limit.
     """
 
     host: str = "127.0.0.1"
@@ -58,6 +61,13 @@ class NetworkRules:
     allowed_origins: str = ""
     key: str | None = None
     max_body_bytes: int = 8_000_000
+    keys: Mapping[str, bytes] = field(default_factory=dict)
+    requests_per_minute: int = 0
+
+    @property
+    def known_keys(self) -> dict[str, bytes]:
+        """Digests of all keys by name; the one without a name is `key`."""
+        return {**self.keys, **({"": digest_of(self.key)} if self.key is not None else {})}
 
 
 class Protection:
@@ -66,8 +76,10 @@ class Protection:
     def __init__(self, app: App, rules: NetworkRules) -> None:
         origins = [plain_origin(origin) for origin in split_list(rules.allowed_origins)]
         app = BodyLimit(app, rules.max_body_bytes)
-        if rules.key is not None:
-            app = KeyCheck(app, rules.key)
+        if rules.requests_per_minute:
+            app = RateLimit(app, RequestRates(rules.requests_per_minute))
+        if rules.known_keys:
+            app = KeyCheck(app, rules.known_keys)
         if origins:
             # Methods are the paths' matter: they refuse in OpenAI's shape. Pages on the internet that reach into a
             # private network are asked for that by browsers.
@@ -160,21 +172,37 @@ class KeyCheck:
     Basic is what a browser can do, so the page on the same port opens after one question.
     """
 
-    def __init__(self, app: App, key: str) -> None:
-        self._app = app
-        self._digest = hashlib.sha256(key.encode("utf-8")).digest()
+    def __init__(self, app: App, keys: Mapping[str, bytes]) -> None:
+        self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN_PATHS or self._is_known(scope):
+        if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
+        given = [given_key(value) for value in headers_of(scope, b"authorization")]
+        name = name_of(given[0], self._keys) if len(given) == 1 else None
+        if name is not None:
+            if NOTE_KEY in scope:
+                scope[NOTE_KEY].key = name
+            return await self._app({**scope, KEY_NAME: name}, receive, send)
         headers = {"www-authenticate": 'Basic realm="OneCard", charset="UTF-8"'}
         message = "a key is needed here: send it as `Authorization: Bearer KEY`, or as the password of Basic"
         return await refuse(scope, send, ApiError(401, message, code="invalid_api_key", headers=headers))
 
-    def _is_known(self, scope: Scope) -> bool:
-        given = [given_key(value) for value in headers_of(scope, b"authorization")]
-        # Digests of equal length: the time of comparing tells nothing, not even how long the key is.
-        return len(given) == 1 and hmac.compare_digest(hashlib.sha256(given[0]).digest(), self._digest)
+
+class RateLimit:
+    """Answers 429 to a key, or to an address where no keys are asked for, that sends more requests than it may."""
+
+    def __init__(self, app: App, rates: RequestRates) -> None:
+        self._app, self._rates = app, rates
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith(COUNTED_PATHS):
+            client = scope.get(KEY_NAME) or (scope.get("client") or ("",))[0]
+            if wait := self._rates.seconds_to_wait(client):
+                message = f"too many requests; the next one may come in {wait:.1f} seconds (--rate_limit)"
+                headers = {"retry-after": str(math.ceil(wait))}
+                return await refuse(scope, send, ApiError(429, message, code="rate_limit_exceeded", headers=headers))
+        return await self._app(scope, receive, send)
 
 
 def is_preflight(scope: Scope) -> bool:

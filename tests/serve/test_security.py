@@ -14,6 +14,7 @@ import pytest
 
 from onecard.config.inference import plain_host, plain_origin
 from onecard.serve import security
+from onecard.serve.keys import digest_of
 from onecard.serve.security import (
     BodyLimit,
     HostCheck,
@@ -145,7 +146,7 @@ def basic(text: str) -> str:
     "header", ["Bearer sesame", "bearer sesame", "Bearer  sesame ", basic("me:sesame"), basic(":sesame")]
 )
 def test_the_key_in_its_two_forms(header: str) -> None:
-    assert status(KeyCheck(inside, KEY), ("authorization", header)) == 200
+    assert status(KeyCheck(inside, {"": digest_of(KEY)}), ("authorization", header)) == 200
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_the_key_in_its_two_forms(header: str) -> None:
      basic("sesame"), basic("sesame:"), basic("me:sesame2"), "Digest sesame", "", "Bearer s\xe9same"],
 )  # fmt: skip
 def test_other_keys(header: str) -> None:
-    first, second = ask(KeyCheck(inside, KEY), ("authorization", header))
+    first, second = ask(KeyCheck(inside, {"": digest_of(KEY)}), ("authorization", header))
     assert first["status"] == 401
     assert dict(first["headers"])[b"www-authenticate"].startswith(b"Basic ")
     error = json.loads(second["body"])["error"]
@@ -164,7 +165,7 @@ def test_other_keys(header: str) -> None:
 
 def test_two_authorization_headers_are_none() -> None:
     right = ("authorization", "Bearer sesame")
-    assert status(KeyCheck(inside, KEY), right, right) == 401
+    assert status(KeyCheck(inside, {"": digest_of(KEY)}), right, right) == 401
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_two_authorization_headers_are_none() -> None:
     ["/", "/v1/models", "/v1/models/x", "/openapi.json", "/health/", "//health", "/healthy", "/nothing", "/x/health"],
 )
 def test_only_health_needs_no_key(path: str) -> None:
-    app = KeyCheck(inside, KEY)
+    app = KeyCheck(inside, {"": digest_of(KEY)})
     for method in ("GET", "POST", "OPTIONS", "HEAD"):
         assert status(app, path=path, method=method) == 401
         assert status(app, path="/health", method=method) == 200

@@ -30,8 +30,9 @@ from onecard.inference.engine import InferenceEngine
 from onecard.serve.api import schema
 from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.jobs import RequestThread, RequestThreads, Work, stopping
-from onecard.serve.api.log import RequestLog, note_of
+from onecard.serve.api.log import RequestFile, RequestLog, note_of
 from onecard.serve.api.logprobs import TokenTexts
+from onecard.serve.api.metrics import CONTENT_TYPE_LATEST, ServerMetrics
 from onecard.serve.api.prompt_template import for_template
 from onecard.serve.api.requests import JsonRoute, ServerDefaults, chat_ask, completion_ask, embedding_texts
 from onecard.serve.api.requests import validation_error as as_field_error
@@ -47,6 +48,7 @@ from onecard.serve.api.tokenize import (
 )
 from onecard.serve.api.work import EmbeddingsResult, Progress, answer_chat, answer_prompts, embed_texts
 from onecard.serve.http_error import ApiError
+from onecard.serve.keys import read_keys
 from onecard.serve.listen import run_server
 from onecard.serve.security import NetworkRules, Protection
 
@@ -62,7 +64,7 @@ REFUSALS = {
     404: "No such model.",
     413: "The body is too large.",
     415: "The body is packed in another way than gzip.",
-    429: "The queue is full; Retry-After says when to try again.",
+    429: "The queue is full, or this key has sent too many requests; Retry-After says when to try again.",
     500: "Something went wrong here.",
     503: "Out of memory: ask for less. Or the server is stopping.",
 }
@@ -79,6 +81,15 @@ class Api(FastAPI):
         self.engine, self.defaults, self._has_key = engine, defaults, has_key
         self.jobs = RequestThreads(defaults.limits.max_queue)
         self.began = int(time.time())
+        self.metrics = ServerMetrics(
+            {
+                "requests_running": (
+                    "Requests that are being answered, those that wait included.",
+                    lambda: len(self.jobs),
+                ),
+                "requests_waiting": ("Requests that wait for their turn.", lambda: engine.n_waiting),
+            }
+        )
         self.fingerprint = "fp_" + hashlib.sha256(repr((__version__, engine.names)).encode()).hexdigest()[:12]
         self._token_texts: dict[str, TokenTexts] = {}
 
@@ -122,16 +133,20 @@ def build_app(
     Pages may be mounted on it at / afterwards; they stand behind the same guards.
     """
     defaults = ServerDefaults(sampling or SamplingOptions(max_new_tokens=512, temperature=1.0), limits, system)
-    app = Api(engine, defaults, has_key=options.key is not None)
+    keys = read_keys(options.api_keys) if options.api_keys is not None else {}
+    app = Api(engine, defaults, has_key=options.key is not None or bool(keys))
     app.include_router(paths())
     app.add_exception_handler(HTTPException, send_refusal)
     app.add_exception_handler(RequestValidationError, send_refusal)
     app.add_exception_handler(OneCardError, send_refusal)
     rules = NetworkRules(
-        options.host, options.allowed_hosts, options.allowed_origins, options.key, limits.max_body_bytes
-    )
+        options.host, options.allowed_hosts, options.allowed_origins, options.key, limits.max_body_bytes, keys,
+        limits.rate_limit,
+    )  # fmt: skip
     app.add_middleware(Protection, rules=rules)
-    app.add_middleware(RequestLog, with_texts=options.log_prompts)  # the last one added stands outermost
+    file = RequestFile(options.request_log) if options.request_log is not None else None
+    # The last one added stands outermost.
+    app.add_middleware(RequestLog, metrics=app.metrics, with_texts=options.log_prompts, file=file)
     return app
 
 
@@ -141,6 +156,7 @@ def paths() -> APIRouter:
     streamed = {"text/event-stream": {"schema": {"type": "string"}}}
     table: list[tuple[str, str, Callable[..., Any], type, dict[str, Any]]] = [
         ("GET", "/health", health, schema.Health, {}),
+        ("GET", "/metrics", metrics, str, {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}),
         ("GET", "/v1/models", list_models, schema.ModelList, {}),
         ("GET", "/v1/models/{model_id:path}", show_model, schema.ModelCard, {}),
         ("POST", "/v1/chat/completions", chat_completions, schema.ChatCompletion, streamed),
@@ -170,6 +186,11 @@ def paths() -> APIRouter:
 async def health() -> Response:
     """Whether the server is up; needs no key."""
     return JSONResponse({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    """Counts of requests and tokens, in Prometheus' text form."""
+    return Response(app_of(request).metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 async def list_models(request: Request) -> Response:

@@ -12,18 +12,24 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from onecard.console import say
+from onecard.console import say, warn
 from onecard.data.messages import Turn
+from onecard.errors import ConfigError
 from onecard.serve.api.errors import as_api_error
+from onecard.serve.api.metrics import ServerMetrics
 from onecard.serve.api.requests import Prompt
 from onecard.serve.api.work import Progress
 from onecard.serve.http_error import NOTE_KEY, ApiError, send_error
 
+# Paths that are counted by name: others are a client's own words, and there may be any number of them.
+COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics",
+           "/tokenize", "/detokenize")  # fmt: skip
 LOGGED_PATHS = ("/v1/", "/health", "/tokenize", "/detokenize")
 FIRST_REFUSAL = 400
 LONGEST_PATH = 100  # characters of a path in a line
@@ -34,14 +40,23 @@ PARAM = re.compile(r"[a-z_]{1,30}(\[\d{1,6}\])?(\.[a-z_]{1,30}(\[\d{1,6}\])?)*")
 class RequestRecord:
     """What the handler of a request tells the log. Texts stay out unless `with_texts`.
 
-    outcome: how an answer ended, or why there is none.
+    key: the name of the client's key, "" where it has none. outcome: how an answer ended, or why there is none.
+    first_token_seconds: from the headers to the first token of a streamed answer.
     """
 
     with_texts: bool = False
+    key: str = ""
     n_prompt_tokens: int = 0
     n_new_tokens: int = 0
     outcome: str = ""
     texts: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    first_token_seconds: float | None = None
+
+    def saw(self, progress: Progress) -> None:
+        """Take over when the first token of an answer came."""
+        if self.first_token_seconds is None and any(chunk.usage.n_new_tokens for chunk in progress.chunks):
+            self.first_token_seconds = time.monotonic() - self.began
 
     def of_answer(self, progress: Progress, n: int) -> None:
         """Take over the tokens of an answer, and its texts."""
@@ -62,14 +77,19 @@ class RequestRecord:
         """Prompts and answers to print, where they are printed."""
         if self.with_texts:
             logged = [(text.role, text.content) if isinstance(text, Turn) else text for text in texts]
-            self.texts += [f"  {json.dumps(text, ensure_ascii=False)}" for text in logged]
+            self.texts += [json.dumps(text, ensure_ascii=False) for text in logged]
 
 
 class RequestLog:
-    """Outermost layer: prints a line for every request to the API, and for every refusal."""
+    """Outermost layer: prints a line for every request to the API, and for every refusal; counts all of them.
 
-    def __init__(self, app: Any, with_texts: bool = False) -> None:
-        self._app, self._with_texts = app, with_texts
+    file: where a JSON line is added for each printed one.
+    """
+
+    def __init__(
+        self, app: Any, metrics: ServerMetrics, with_texts: bool = False, file: RequestFile | None = None
+    ) -> None:
+        self._app, self._metrics, self._with_texts, self._file = app, metrics, with_texts, file
 
     async def __call__(
         self,
@@ -79,7 +99,7 @@ class RequestLog:
     ) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        note, began, status = RequestRecord(self._with_texts), time.monotonic(), 0
+        note, status = RequestRecord(self._with_texts), 0
 
         async def send_and_see(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -95,8 +115,15 @@ class RequestLog:
             if not status:
                 await send_error(scope, send_and_see, error)
         finally:
-            self._print(scope, status, time.monotonic() - began, note)
+            seconds = time.monotonic() - note.began
+            self._count(scope, status, seconds, note)
+            self._print(scope, status, seconds, note)
         return None
+
+    def _count(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: RequestRecord) -> None:
+        path = scope["path"] if scope["path"] in COUNTED else "other"
+        self._metrics.saw(path, status, note.key, seconds, note.first_token_seconds)
+        self._metrics.saw_tokens(note.key, note.n_prompt_tokens, note.n_new_tokens)
 
     def _print(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: RequestRecord) -> None:
         # As it was sent, in plain ASCII: a decoded path could hold line breaks and write lines of its own.
@@ -106,13 +133,48 @@ class RequestLog:
         safe_path = path.decode("ascii", "backslashreplace")
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         client = (scope.get("client") or ("-",))[0]
-        words = [now, client, scope["method"][:10], ascii(safe_path)[1:-1], str(status or "left"), note.outcome]
+        method, shown_path = scope["method"][:10], ascii(safe_path)[1:-1]
+        words = [now, client, note.key, method, shown_path, str(status or "left"), note.outcome]
         words.append(f"{seconds * 1000:.0f} ms")
         if note.n_prompt_tokens or note.n_new_tokens:
             words.append(f"{note.n_prompt_tokens}+{note.n_new_tokens} tokens")
         say(" ".join(filter(None, words)))
         for text in note.texts:
-            say(text)
+            say(f"  {text}")
+        if self._file is not None:
+            self._file.add(
+                {"time": now, "client": client, "key": note.key, "method": method, "path": shown_path, "status": status,
+                 "outcome": note.outcome, "seconds": round(seconds, 3), "prompt_tokens": note.n_prompt_tokens,
+                 "completion_tokens": note.n_new_tokens, "first_token_seconds": note.first_token_seconds}
+                | ({"texts": [json.loads(text) for text in note.texts]} if self._with_texts else {})
+            )  # fmt: skip
+
+
+class RequestFile:
+    """JSON lines that are added to a file. Where it cannot be written later the server goes on, and says so once.
+
+    Raises ConfigError where it cannot be written at the start.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._has_warned = Path(path), False
+        try:
+            with self._path.open("a", encoding="utf-8"):
+                pass
+        except OSError as reason:
+            raise ConfigError("--request_log", f"{path} cannot be written: {reason}") from reason
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        # Opened for each line: a file that was moved away (logrotate) is begun anew.
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as reason:
+            if not self._has_warned:
+                warn(f"--request_log: {self._path} cannot be written, requests are only printed: {reason}")
+            self._has_warned = True
+        else:
+            self._has_warned = False
 
 
 def note_of(scope: MutableMapping[str, Any]) -> RequestRecord:

@@ -60,6 +60,7 @@ async def events(
             yield piece
         async for progress in snapshots(job, begun):
             latest = progress or latest
+            note.saw(latest)
             found = writer.pieces(progress) if progress else [comment(waiting_for(latest))]
             for piece in found:
                 yield piece

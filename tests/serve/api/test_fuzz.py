@@ -18,6 +18,7 @@ LIMITS = LimitOptions(max_answer_tokens=8, max_beams=2, max_choices=3)
 N_CASES = 40
 PATHS = {
     ("get", "/health"),
+    ("get", "/metrics"),
     ("get", "/v1/models"),
     ("get", "/v1/models/{model_id}"),
     ("post", "/v1/chat/completions"),
