@@ -37,6 +37,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     from onecard.model.hardware import detect
     from onecard.model.trained import describe_trained, write_result
+    from onecard.curation.alike import clusters_of_groups, likeness
     from onecard.train import auto_config
     from onecard.train.advice import LearnedData, advise
     from onecard.train.base_comparison import BaseComparison
@@ -44,6 +45,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train.end_by_clock import end_by_clock
     from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position, take_over
     from onecard.train.rundir import RunDirectory, RunSettings, portable
+    from onecard.train.held_out import Likeness
     from onecard.train.trackers import check_trackers
 
     refuse(problems_of(config))
@@ -60,7 +62,7 @@ def finetune(config: FinetuneConfig) -> Path:
         accelerator = build_accelerator(config, hardware, first.model.model_type)
         point = start_position(config, directory, accelerator)
         config = resolve_txt_split(resolve_start_adapter(config, point), point)
-        data = prepare_data(config, accelerator, point)
+        data = prepare_data(config, accelerator, point, Likeness(likeness(), clusters_of_groups))
         config = replace(config, data=replace(config.data, test_size=data.test_size))
         config = auto_config.resolve_total_batch(config, point, data.train.n_per_epoch)
         config = auto_config.resolve_learning_rate(config, first.model, point)

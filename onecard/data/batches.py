@@ -230,11 +230,15 @@ def auto_test_size(n_conversations: int) -> float:
     return HELD_OUT if HELD_OUT * n_conversations <= MOST_HELD_OUT else MOST_HELD_OUT
 
 
-def split(groups: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    groups: np.ndarray, test_size: float, seed: int, clusters: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices of training and test samples, each ascending; samples of one group never part.
 
     groups int64 (n,). test_size: below 1 a fraction of the groups (at least one), from 1 on a count of them, 0 none.
     groups [0, 0, 1, 2], test_size 1 -> for one seed ([0, 1, 3], [2])
+    clusters int (n_groups,): the first group of each group's cluster, none of which part either; where they are too
+    large fewer groups are held out. Without clusters of several groups nothing changes.
     Raises ConfigError when it leaves nothing to train on.
     """
     everything = np.arange(len(groups))
@@ -246,17 +250,38 @@ def split(groups: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, 
         raise ConfigError(
             "--test_size", f"{test_size:g} takes {n_test} of {len(names)} conversations; none is left to train on"
         )
-    chosen = names[epoch_order(len(names), seed, 0)[:n_test]]
-    is_test = np.isin(groups, chosen)
+    is_test = np.isin(groups, _held_out(names, n_test, seed, clusters))
     return everything[~is_test], everything[is_test]
 
 
+def _held_out(names: np.ndarray, n_test: int, seed: int, clusters: np.ndarray | None) -> np.ndarray:
+    """The first `n_test` of these groups (ascending) in a seeded order.
+
+    With clusters: whole ones in the order of their first groups, while they fit; so each has the same chance, and one
+    of several rows does not come first for having many.
+    """
+    order = epoch_order(len(names), seed, 0)
+    if clusters is None:
+        return names[order[:n_test]]
+    _, firsts, which, sizes = np.unique(clusters[names], return_index=True, return_inverse=True, return_counts=True)
+    cluster_of_first = dict(zip(firsts.tolist(), range(len(firsts)), strict=True))
+    chosen = np.zeros(len(firsts), dtype=bool)
+    for place in order.tolist():
+        cluster = cluster_of_first.get(place)
+        if cluster is not None and sizes[cluster] <= n_test:
+            chosen[cluster] = True
+            n_test -= int(sizes[cluster])
+    return names[chosen[which]]
+
+
 def split_by_source(
-    groups: np.ndarray, parts: np.ndarray, amounts: Sequence[float], test_size: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+    groups: np.ndarray, parts: np.ndarray, amounts: Sequence[float], test_size: float, seed: int,
+    clusters: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """As `split`, with as many groups held out of each source as its part of an epoch asks for.
 
-    parts int (n,): the source of each sample. A source keeps at least one group to train on.
+    parts int (n,): the source of each sample. A source keeps at least one group to train on. A cluster over several
+    sources is held out where it is wholly among those of each, else trained on.
     Raises ConfigError when it leaves nothing to train on.
     """
     of_source = [np.unique(groups[parts == number]) for number in range(len(amounts))]
@@ -268,7 +293,9 @@ def split_by_source(
               for weight, names in zip(weights, of_source, strict=True)]  # fmt: skip
     if wanted and not any(counts):
         counts[int(np.argmax(weights))] = int(max(map(len, of_source)) > 1)
-    chosen = [names[epoch_order(len(names), seed, 0)[:count]] for names, count in zip(of_source, counts, strict=True)]
+    chosen = [_held_out(names, count, seed, clusters) for names, count in zip(of_source, counts, strict=True)]
     is_test = np.isin(groups, np.concatenate(chosen))
+    if clusters is not None:
+        is_test &= ~np.isin(clusters[groups], clusters[groups[~is_test]])
     everything = np.arange(len(groups))
     return everything[~is_test], everything[is_test]

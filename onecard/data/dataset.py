@@ -52,7 +52,8 @@ class EncodedDataset:
 
     lengths, supervised: int32 (n_samples,), tokens and learned tokens of each sample. groups: int64 (n_samples,).
     units: (n_samples,), the weights of the learned tokens summed; the same as `supervised` where no answer has one.
-    names, amounts, parts: of the sources of a mixture (joined.py); else empty, and None.
+    names, amounts, parts: of the sources of a mixture (joined.py); else empty, and None. first_groups: the group of the
+    first conversation of each source.
     fingerprint: SHA-256 over all ids and what of them is learned, so two runs with the same one learn the same; with a
     dated template over what the samples are made of, the day aside.
     """
@@ -60,6 +61,7 @@ class EncodedDataset:
     names: Sequence[str] = ()
     amounts: Sequence[float] = ()
     parts: np.ndarray | None = None
+    first_groups: Sequence[int] = (0,)
 
     def __init__(self, arrow_file: Path, report: DatasetReport, fingerprint: str) -> None:
         self.report, self.fingerprint, self.path = report, fingerprint, arrow_file

@@ -44,6 +44,7 @@ class JoinedDataset(EncodedDataset):
         self.parts = np.repeat(np.arange(len(datasets), dtype=np.int32), [len(dataset) for dataset in datasets])
         # Groups are numbered within each source.
         starts = np.cumsum([0, *(int(dataset.groups.max()) + 1 for dataset in datasets[:-1])])
+        self.first_groups = starts.tolist()
         self.groups = np.concatenate([dataset.groups + start for dataset, start in zip(datasets, starts, strict=True)])
 
     def __getitem__(self, index: int) -> LabelledSample:

@@ -121,7 +121,7 @@ def resolve_total_batch(config: FinetuneConfig, point: ResumePoint | None, n_row
     """Fill in --total_batch where it is 0: what the run began with, or what suits the number of training rows."""
     if config.train.total_batch:
         return config
-    batch = _as_it_began(point).get("total_batch")
+    batch = (as_it_began(point) or {}).get("total_batch")
     reason = f"for {n_rows:,} training rows" if batch is None else "as the run began"
     batch = batch or auto_total_batch(n_rows)
     say(f"{batch} samples per optimizer step, {reason}; --total_batch sets another number")
@@ -146,16 +146,16 @@ def resolve_test_size(typed: float | Literal["auto"], point: ResumePoint | None,
     """--test_size as a share or a count: as typed, else what the run began with, else what suits so much data."""
     if typed != "auto":
         return typed
-    began: float | None = _as_it_began(point).get("test_size")
+    began: float | None = (as_it_began(point) or {}).get("test_size")
     chosen = auto_test_size(n_conversations) if began is None else began
     if chosen >= 1 and began is None:
         say(f"--test_size auto keeps {chosen:,.0f} of {n_conversations:,} conversations for evaluation, not 5 %")
     return chosen
 
 
-def _as_it_began(point: ResumePoint | None) -> dict[str, Any]:
-    """The sizes that the run began with, by option."""
-    return point.state.identity.get("batch", {}) if point is not None and point.same_run else {}
+def as_it_began(point: ResumePoint | None) -> dict[str, Any] | None:
+    """The sizes that the run began with, by option; None for a run that begins now."""
+    return point.state.identity.get("batch", {}) if point is not None and point.same_run else None
 
 
 def auto_total_batch(n_rows: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,9 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from onecard.config.lora import LoraOptions
 from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig
 from onecard.console import say, warn
-from onecard.data.batches import split, split_by_source
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
-from onecard.data.dataset import EncodedDataset, cache_directory
+from onecard.data.dataset import cache_directory
 from onecard.data.encode import EncodeSettings
 from onecard.data.joined import encode_parts
 from onecard.data.mixture import parts_of
@@ -39,11 +39,12 @@ from onecard.model.packed_rows import check_packing
 from onecard.model.trained import make_trainable
 from onecard.objectives.base import Objective, SampleView
 from onecard.objectives.registry import objective_named
-from onecard.train.auto_config import choices_of, limits_of, resolve_test_size
+from onecard.train.auto_config import as_it_began, choices_of, limits_of, resolve_test_size
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
 from onecard.train.evaluate import EvaluationLimits
 from onecard.train.forgetting import LARGEST_SHARE, affordable_rows
+from onecard.train.held_out import CLUSTERED, Likeness, held_out
 from onecard.train.loop import total_steps
 from onecard.train.oom import give_back_memory
 from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
@@ -73,6 +74,8 @@ class TrainingData:
     objective: Objective
     test_sources: HeldOutSources | None = None
     row_tokens: int = 0
+    near_duplicates: float | None = None
+    """The similarity of rows that decided which are held out; None: none did."""
 
     @property
     def longest(self) -> int:
@@ -101,7 +104,9 @@ def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: st
     return accelerator
 
 
-def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: ResumePoint | None = None) -> TrainingData:
+def prepare_data(
+    config: FinetuneConfig, accelerator: Accelerator, point: ResumePoint | None, likeness: Likeness
+) -> TrainingData:
     """Read and encode the data (or find it encoded), and set the held-out rows aside, as the run began.
 
     Raises DataError for data that cannot be used, ConfigError for a split that leaves nothing to train on.
@@ -109,29 +114,24 @@ def prepare_data(config: FinetuneConfig, accelerator: Accelerator, point: Resume
     options, objective = config.data, objective_named(config.train.objective).with_options(config.train)
     tokenizer = load_tokenizer(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
     template = load_template(options.prompt_type, tokenizer, dialogue=options.dialogue)
+    parts = parts_of(options)
     longest = options.cutoff_len - config.train.answer_tokens if objective.encoder.cuts else 0
     settings = EncodeSettings(longest, options.train_on, options.strict, options.thinking)
     with accelerator.main_process_first():  # the others find the first one's cache
         cache = cache_directory(options.cache_path)
-        dataset = encode_parts(parts_of(options), template, tokenizer, settings, cache, encoder=objective.encoder)
+        dataset = encode_parts(parts, template, tokenizer, settings, cache, encoder=objective.encoder)
     for line in dataset.summary_lines():
         say(line)
     test_size = resolve_test_size(options.test_size, point, len(np.unique(dataset.groups)))
-    train_rows, test_rows = _split(dataset, test_size, config.train.seed)
-    train, test = (objective.view(dataset, rows, config) for rows in (train_rows, test_rows))
+    clusters = partial(likeness.clusters, parts, dataset, objective.encoder)
+    rows = held_out(dataset, test_size, config.train.seed, as_it_began(point), likeness.threshold, clusters)
+    train, test = (objective.view(dataset, each, config) for each in (rows.train, rows.test))
     say(f"template {template.name}; {len(train):,} samples to train on, {len(test):,} to evaluate on")
     for line in [*filter(None, [train.summary]), *_shares(train)]:
         say(line)
     sources = None if test.parts is None else HeldOutSources(dataset.names, test.parts)
     return TrainingData(tokenizer, template, train, test, train.fingerprint, test_size, objective, sources,
-                        config.row_tokens)  # fmt: skip
-
-
-def _split(dataset: EncodedDataset, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows to train and to evaluate on; with shares, each source is held out of by its share."""
-    if dataset.parts is None or set(dataset.amounts) == {1}:
-        return split(dataset.groups, test_size, seed)
-    return split_by_source(dataset.groups, dataset.parts, dataset.amounts, test_size, seed)
+                        config.row_tokens, rows.threshold)  # fmt: skip
 
 
 def _shares(train: SampleView) -> list[str]:
@@ -276,6 +276,7 @@ def prepare_base(config: FinetuneConfig, hardware: Hardware, base: LoadedBase) -
 
 def run_identity(config: FinetuneConfig, data: TrainingData, reference: str | None) -> dict[str, Any]:
     """What makes two starts parts of one run. Card, micro-batch and number of processes are no part of it."""
+    clustered = {} if data.near_duplicates is None else {CLUSTERED: data.near_duplicates}
     return {
         "base": base_fingerprint(config.model.model_path),
         "data": data.fingerprint,
@@ -286,7 +287,7 @@ def run_identity(config: FinetuneConfig, data: TrainingData, reference: str | No
             if name not in LATER_OPTIONS or value != getattr(LoraOptions(), name)
         },
         "bits": config.model.bits,
-        "batch": {"total_batch": config.train.total_batch, "test_size": data.test_size},
+        "batch": {"total_batch": config.train.total_batch, "test_size": data.test_size} | clustered,
         "seed": config.train.seed,
         "objective": config.train.objective,
         **({"reference": reference} if reference else {}),

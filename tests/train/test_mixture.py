@@ -27,9 +27,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three sources of 24, 3 and 6 rows."""
     folder = tmp_path_factory.mktemp("sets")
     (folder / "many").mkdir()
-    tiny.write_instructions(folder / "many" / "rows.json", 24)
-    rows = json.loads((folder / "many" / "rows.json").read_text(encoding="utf-8"))
-    for name, some in (("few.json", rows[:3]), ("once.json", rows[3:9])):
+    rows = json.loads(tiny.write_instructions(folder / "many" / "rows.json", 33).read_text(encoding="utf-8"))
+    for name, some in (("few.json", rows[24:27]), ("once.json", rows[27:]), ("many/rows.json", rows[:24])):
         (folder / name).write_text(json.dumps(some), encoding="utf-8")
     return folder
 
