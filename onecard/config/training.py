@@ -136,6 +136,9 @@ class TrainOptions(RolloutOptions):
     measure_forgetting: bool = True
     """At each evaluation, measure how far the model has moved from its base on general texts (KL divergence, nats per
     token), as far as that is at most 2 % of its tokens; nothing that is learned changes."""
+    kl_anchor: float = 0.0
+    """Weight of staying near the base: so much of the divergence from it on general texts (nats per token) is added to
+    the loss of each step, and less is forgotten; 0.1 is a beginning; 0: off."""
     save_steps: int = 0
     """Save a checkpoint every so many steps (and at the end); 0: an eighth of the run, at most an epoch or 200."""
     eval_minutes: float = 10
@@ -182,7 +185,7 @@ class TrainOptions(RolloutOptions):
             found.append(("--log_steps", f"{self.log_steps} is too small; use 1 or more"))
         for name in ("max_steps", "total_batch", "micro_batch", "micro_tokens", "warmup_steps", "weight_decay",
                      "max_grad_norm", "seed", "eval_steps", "save_steps", "eval_minutes", "save_minutes",
-                     "early_stopping_patience", "neftune_alpha", "max_hours"):  # fmt: skip
+                     "early_stopping_patience", "neftune_alpha", "max_hours", "kl_anchor"):  # fmt: skip
             if getattr(self, name) < 0:
                 found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
         if self.num_epoch <= 0 and not self.max_steps:
@@ -384,7 +387,7 @@ class FinetuneConfig:
             found.append(("--bits", f"{self.model.bits} does not work with --peft_option init_weights=bat; use 16"))
         if method != "lora" and self.train.loraplus_ratio:
             found.append(("--loraplus_ratio", f"does not go with --peft_method {method}: LoRA+ is LoRA's"))
-        found += self._base_problems()
+        found += [*self._base_problems(), *self._divergence_problems()]
         flag = self.lora.trains_vocabulary
         if flag and self.memory.offload_embeddings == "on":
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
@@ -426,6 +429,21 @@ class FinetuneConfig:
         if train.kl_beta and self.lora.tunes_base:
             text = f"{self.lora.peft_method} does not go with --kl_beta: there is no adapter to be switched off"
             found.append(("--peft_method", text))
+        return found
+
+    def _divergence_problems(self) -> list[Problem]:
+        """Where there is no base to stay near."""
+        found: list[Problem] = []
+        if not self.train.kl_anchor:
+            return found
+        if self.lora.tunes_base:
+            found.append(("--kl_anchor", f"does not go with --peft_method {self.lora.peft_method}, which changes the "
+                          "base itself; use an adapter"))  # fmt: skip
+        if self.lora.lora_init in ("pissa", "olora"):
+            found.append(("--kl_anchor", f"does not go with --lora_init {self.lora.lora_init}, which moves a part of "
+                          "the base into the adapter; use --lora_init default"))  # fmt: skip
+        if self.train.deepspeed:
+            found.append(("--kl_anchor", "does not go with --deepspeed; leave one of them out"))
         return found
 
     def _base_problems(self) -> list[Problem]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from onecard.model.output_head import logits_at, states_and_head
 
@@ -32,6 +33,24 @@ def kl_from_base(
     with torch.no_grad():
         expected, found = _logits(model, inputs, base), _logits(model, inputs, None)
         return _summed_kl(expected, found, predicting, predicting, chunk_tokens), len(predicting)
+
+
+def kl_loss(
+    model: nn.Module, rows: Sequence[Sequence[int]], device: Any, base: AdapterOff, *, chunk_tokens: int = 32
+) -> tuple[Tensor, int]:
+    """As `kl_from_base`, differentiable: a scalar, fp32. Logits are computed again for the gradient, not kept."""
+    inputs, predicting = _batch(rows, device)
+    with torch.no_grad():
+        expected = _logits(model, inputs, base)
+    found = _logits(model, inputs, None)
+
+    def of_chunk(some: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_p = expected(some).log_softmax(dim=1)
+        return (log_p.exp() * (log_p - found(some).log_softmax(dim=1))).sum()
+
+    chunks = [checkpoint(of_chunk, some, use_reentrant=False) for some in predicting.split(chunk_tokens)]
+    return torch.stack(chunks).sum().to(device), len(predicting)
 
 
 def kl_of_rounding(

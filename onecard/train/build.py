@@ -39,11 +39,12 @@ from onecard.model.packed_rows import check_packing
 from onecard.model.trained import make_trainable
 from onecard.objectives.base import Objective, SampleView
 from onecard.objectives.registry import objective_named
+from onecard.train.anchor import LARGEST_PASS, Anchor
 from onecard.train.auto_config import as_it_began, choices_of, limits_of, resolve_test_size
 from onecard.train.deepspeed_config import check_deepspeed, deepspeed_config
 from onecard.train.deepspeed_engine import prepare
 from onecard.train.evaluate import EvaluationLimits
-from onecard.train.forgetting import LARGEST_SHARE, affordable_rows
+from onecard.train.forgetting import ANCHORING, EVERY, LARGEST_SHARE, MEASURED, affordable_rows, text_rows
 from onecard.train.held_out import CLUSTERED, Likeness, held_out
 from onecard.train.loop import total_steps
 from onecard.train.oom import give_back_memory
@@ -73,14 +74,14 @@ class TrainingData:
     test_size: float
     objective: Objective
     test_sources: HeldOutSources | None = None
-    row_tokens: int = 0
+    least_pass: int = 1
     near_duplicates: float | None = None
     """The similarity of rows that decided which are held out; None: none did."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, held-out ones included."""
-        return max(self.row_tokens, 1, *(int(view.lengths.max(initial=0)) for view in (self.train, self.test)))
+        """Tokens of the longest row, held-out ones and those of the anchor included."""
+        return max(self.least_pass, *(int(view.lengths.max(initial=0)) for view in (self.train, self.test)))
 
 
 def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: str) -> Accelerator:
@@ -130,8 +131,9 @@ def prepare_data(
     for line in [*filter(None, [train.summary]), *_shares(train)]:
         say(line)
     sources = None if test.parts is None else HeldOutSources(dataset.names, test.parts)
+    least_pass = max(1, config.row_tokens, LARGEST_PASS if config.train.kl_anchor else 0)
     return TrainingData(tokenizer, template, train, test, train.fingerprint, test_size, objective, sources,
-                        config.row_tokens, rows.threshold)  # fmt: skip
+                        least_pass, rows.threshold)  # fmt: skip
 
 
 def _shares(train: SampleView) -> list[str]:
@@ -219,6 +221,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
               evaluation_limits=EvaluationLimits(every_turn=options.shard),
               test_sources=data.test_sources)  # fmt: skip
     run.forgetting_rows = _forgetting_rows(config, data)
+    run.anchor = Anchor(text_rows(data.tokenizer, ANCHORING), options.kl_anchor) if options.kl_anchor else None
     if config.memory.offload_embeddings == "on":
         embeddings_to_ram(plain, accelerator.device)
     if options.neftune_alpha:  # after the move: the noise is made where the rows arrive
@@ -253,7 +256,8 @@ def _forgetting_rows(config: FinetuneConfig, data: TrainingData) -> list[list[in
         return []
     steps = total_steps(options, data.train.n_per_epoch)
     tokens = int(data.train.lengths.mean() * options.total_batch * steps)
-    rows = affordable_rows(data.tokenizer, tokens, -(-steps // options.eval_steps))
+    texts = MEASURED if options.kl_anchor else EVERY
+    rows = affordable_rows(data.tokenizer, tokens, -(-steps // options.eval_steps), texts)
     if not rows:
         say(f"forgetting is not measured: it would take more than {LARGEST_SHARE:.0%} of so short a run")
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from typing import Any
 
 import yaml
@@ -23,34 +23,38 @@ LARGEST_SHARE = 0.02  # of the tokens that a run computes; those of short texts 
 FEWEST_TEXTS = 16  # below which the figure would mean little
 MOST_TOKENS = 96  # of a text; what a tokenizer without Chinese makes of a line is cut
 ROWS_AT_ONCE = 32
+EVERY = slice(None)
+# With --kl_anchor: those that it holds in place, and those on which forgetting is measured.
+ANCHORING, MEASURED = slice(1, None, 2), slice(0, None, 2)
 NOISE_ROWS = 8  # each of which is asked alone, too
 # Passes of a token: two forward here; in training one forward and one backward, which is two more.
 PASSES, PASSES_IN_TRAINING = 2, 3
 
 
-def forgetting_texts() -> list[str]:
-    """All texts, so ordered that any first part has both languages and all kinds."""
+def forgetting_texts(of_each_kind: slice = EVERY) -> list[str]:
+    """These texts of each kind, so ordered that any first part has both languages and all kinds."""
     text = files("onecard.train").joinpath("forgetting_texts.yaml").read_text(encoding="utf-8")
-    kinds = [lines for language in yaml.safe_load(text).values() for lines in language.values()]
+    kinds = [lines[of_each_kind] for language in yaml.safe_load(text).values() for lines in language.values()]
     return [line for line in chain.from_iterable(zip_longest(*kinds)) if line is not None]
 
 
-def affordable_rows(tokenizer: Any, training_tokens: int, n_evaluations: int) -> list[list[int]]:
+def text_rows(tokenizer: Any, of_each_kind: slice = EVERY) -> list[list[int]]:
+    """The token ids of `forgetting_texts`."""
+    rows = (tokenizer(text)["input_ids"][:MOST_TOKENS] for text in forgetting_texts(of_each_kind))
+    return [row for row in rows if len(row) > 1]
+
+
+def affordable_rows(
+    tokenizer: Any, training_tokens: int, n_evaluations: int, of_each_kind: slice = EVERY
+) -> list[list[int]]:
     """The token ids of as many texts as may be asked at each of `n_evaluations`, as LARGEST_SHARE of its tokens.
 
     training_tokens: that pass through the model in the whole run. Empty where fewer than FEWEST_TEXTS are affordable.
     """
     most = LARGEST_SHARE * training_tokens * PASSES_IN_TRAINING / PASSES / max(1, n_evaluations)
-    rows: list[list[int]] = []
-    n_tokens = 0
-    for text in forgetting_texts():
-        row = tokenizer(text)["input_ids"][:MOST_TOKENS]
-        n_tokens += len(row)
-        if n_tokens > most:
-            break
-        if len(row) > 1:
-            rows.append(row)
-    return rows if len(rows) >= FEWEST_TEXTS else []
+    rows = text_rows(tokenizer, of_each_kind)
+    n_affordable = sum(n_tokens <= most for n_tokens in accumulate(map(len, rows)))
+    return rows[:n_affordable] if n_affordable >= FEWEST_TEXTS else []
 
 
 @dataclass(frozen=True)

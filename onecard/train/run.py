@@ -76,6 +76,8 @@ class Run:
     """Token ids of the texts on which forgetting is measured at each evaluation; none: it is not."""
     knows_noise: bool = False
     """Whether what rounding gives of that was said in this start."""
+    anchor: Any = None
+    """An `anchor.Anchor` where each step also learns to stay near the base."""
     n_failures: int = 0
     """Times that memory ran out in the present step, at limits that could not be made smaller."""
 

@@ -31,6 +31,7 @@ from onecard.train.oom import MicroBatchLimits, give_back_memory, is_out_of_memo
 from onecard.train.optim import set_learning_rate
 from onecard.train.run import Run, RunEvent
 from onecard.train.state import seed_step
+from onecard.train.trackers import ANCHOR
 
 MAX_FAILURES = 3  # of one step, at limits that cannot be made smaller
 SMALLER_HINT = (
@@ -110,6 +111,8 @@ def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) ->
     tokens = int(data.lengths[indices].sum())
     by_source = _of_sources(data, indices, attempt.losses)
     metrics = run.objective.means(attempt.metrics)
+    if run.anchor is not None:
+        metrics[ANCHOR] = run.anchor.last_kl
     return StepResult(loss, norm, tokens, learning_rate, skipped, attempt.requests, by_source, metrics)
 
 
@@ -196,6 +199,8 @@ def accumulate(
                 loss, metrics = _backward(run, data, micro, n_units, is_last, objective or run.objective)
                 sums[source] += loss
                 sums[n_sources:] += metrics.flatten()
+        if run.anchor is not None:
+            run.anchor.add_gradients(run)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise

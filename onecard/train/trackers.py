@@ -26,6 +26,7 @@ SECONDS_PER_LINE = 30
 OF_SOURCE = "loss/"  # names the loss of one source of a mixture in a row
 REWARD, REWARDS, ACCURACY = "reward", "rewards/", "rewards/accuracies"  # metrics in a row; of evaluations behind eval_
 FORGETTING = "forgetting"  # KL(base || tuned) per token
+ANCHOR = "kl_anchor"  # the same on the texts of a step, before its update
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:

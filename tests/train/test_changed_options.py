@@ -142,6 +142,7 @@ TABLE = {
     "early_stopping_patience": same(9, lambda s: s.run.state.evaluations_since_best == 0),
     "compare_with_base": same(False, lambda s: "held-out records" not in s.printed),
     "measure_forgetting": same(False, lambda s: "forgetting is" not in s.printed),
+    "kl_anchor": used(0.5, lambda s: s.run.anchor.weight == 0.5 and s.rows[0]["kl_anchor"] > 0),
     "save_steps": same(100, lambda s: s.checkpoints == [6, 8]),
     "eval_minutes": same(1e-9, lambda s: [row["step"] for row in s.rows if "eval_loss" in row] == [7, 8]),
     "save_minutes": same(1e-9, lambda s: s.checkpoints == [7, 8]),
