@@ -35,17 +35,17 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises OneCardError (see `console.py`) with what to do next; a run that was asked to stop raises `Stopped`.
     """
+    from onecard.curation.alike import clusters_of_groups, likeness
     from onecard.model.hardware import detect
     from onecard.model.trained import describe_trained, write_result
-    from onecard.curation.alike import clusters_of_groups, likeness
     from onecard.train import auto_config
     from onecard.train.advice import LearnedData, advise
     from onecard.train.base_comparison import BaseComparison
     from onecard.train.build import build_accelerator, build_run, prepare_data, training_state
     from onecard.train.end_by_clock import end_by_clock
+    from onecard.train.held_out import Likeness
     from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position, take_over
     from onecard.train.rundir import RunDirectory, RunSettings, portable
-    from onecard.train.held_out import Likeness
     from onecard.train.trackers import check_trackers
 
     refuse(problems_of(config))

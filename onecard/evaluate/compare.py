@@ -35,8 +35,15 @@ def _nats_per_character(row: Mapping[str, Any]) -> float | None:
     return -row["log_prob"] / max(row["characters"], 1)
 
 
+def _nats_per_answer_token(row: Mapping[str, Any]) -> float | None:
+    return -row["log_prob"] / row["tokens"] if "log_prob" in row else None
+
+
 _F1 = SuiteScore("f1", lambda row: row.get("f1"))
-SCORES = {"open": _F1, "extraction": _F1, "perplexity": SuiteScore("nats_per_character", _nats_per_character, -1)}
+SCORES = {
+    "open": _F1, "extraction": _F1, "perplexity": SuiteScore("nats_per_character", _nats_per_character, -1),
+    "loss": SuiteScore("nats_per_answer_token", _nats_per_answer_token, -1),
+}  # fmt: skip
 CHOICE_SCORE = SuiteScore("accuracy", _is_right)
 
 
@@ -71,7 +78,7 @@ class ComparedSuite:
 
 def compare_reports(a: Path, b: Path, *, level: float = 0.95, seed: int = 0) -> list[ComparedSuite]:
     """The suites that both folders hold. Raises DataError, and ConfigError where they cannot be compared."""
-    first, second = _read(a), _read(b)
+    first, second = read_evaluation(a), read_evaluation(b)
     names = [name for name in first if name in second]
     if not names:
         raise ConfigError("", f"{a} and {b} have no suite in common: {', '.join(first)} and {', '.join(second)}")
@@ -107,7 +114,7 @@ def _compared(name: str, a: dict[str, Any], b: dict[str, Any], level: float, see
     )  # fmt: skip
 
 
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
+def read_evaluation(folder: Path) -> dict[str, dict[str, Any]]:
     """Of each suite its kind, settings, digest of the data, and rows by key. Raises DataError."""
     try:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))

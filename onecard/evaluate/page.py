@@ -50,7 +50,7 @@ def page(report: dict[str, Any]) -> str:
         notes = [(note_text(name, n), note_text(name, n, 1)) for name, n in suite["notes"].items() if n]
         body.append("<ul>" + "".join(f"<li>{_spans(*note)}</li>" for note in notes) + "</ul>" if notes else "")
         for group, measures in by_group(suite["measures"]).items():
-            body.append(f"<h3>{_both(group)}</h3>{_table(measures)}{_plot(measures) if group != 'total' else ''}")
+            body.append(f"<h3>{_both(group)}</h3>{_table(measures)}{_drawn(group, measures, suite)}")
         if suite["worst"]:
             counts = f"{len(suite['worst'])} / {suite['n_worse']}"
             body.append(f"<h3>{_both('worst')} ({counts})</h3>{''.join(map(_record, suite['worst']))}")
@@ -90,6 +90,57 @@ def _table(measures: Sequence[dict[str, Any]]) -> str:
         cells = "".join(f"<td>{escape(shown(measure['values'].get(name, '')))}</td>" for name in columns)
         rows.append(f"<tr><td>{escape(measure['name'])}</td><td>{measure['n']}</td>{cells}</tr>")
     return f'<div class="wide"><table><tr><th></th><th>n</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _drawn(group: str, measures: Sequence[dict[str, Any]], suite: dict[str, Any]) -> str:
+    """The plot of a group: of a total none, of scales gain against forgetting, of others bars."""
+    if group == "scale":
+        return _dial(measures, suite["settings"]["gain_in"])
+    return "" if group == "total" else _plot(measures)
+
+
+def _dial(measures: Sequence[dict[str, Any]], gain_in: str) -> str:
+    """Gain with its interval against forgetting, a point for each scale, joined in their order."""
+    points = [(m["name"], m["values"]["forgetting"], *m["values"]["gain"]) for m in measures]
+    most = max(kl for _, kl, *_ in points) or 1.0
+    least, top = min(0.0, *(low for *_, low, _ in points)), max(0.0, *(high for *_, high in points))
+    span = (top - least) or 1.0
+    left, width, height, above = 70, 520, 230, 14
+
+    def place(kl: float, gain: float) -> tuple[float, float]:
+        return left + 10 + (width - 40) * kl / most, above + height * (top - gain) / span
+
+    drawn, way = [], []
+    for name, kl, gain, low, high in points:
+        (x, y), (_, y_low), (_, y_high) = place(kl, gain), place(kl, low), place(kl, high)
+        way.append(f"{x:.1f},{y:.1f}")
+        drawn.append(
+            f'<path d="M{x:.1f} {y_low:.1f}V{y_high:.1f}" stroke="currentColor" stroke-width="1.5"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#4a7fb5"/>'
+            f'<text x="{x + 7:.1f}" y="{y - 6:.1f}">{escape(name)}</text>'
+        )
+    zero = place(0, 0)[1]
+    axes = "".join(
+        f'<text x="{left - 6}" y="{place(0, value)[1] + 4:.1f}" text-anchor="end">{value:+.3f}</text>'
+        for value in dict.fromkeys((top, 0.0, least))
+    )
+    bottom = above + height + 18
+    axes += (
+        f'<path d="M{left} {zero:.1f}H{left + width}" stroke="currentColor" stroke-dasharray="4 4" opacity=".6"/>'
+        f'<path d="M{left} {above}V{above + height}H{left + width}" fill="none" stroke="currentColor" opacity=".6"/>'
+        f'<text x="{left + 10}" y="{bottom}">0</text>'
+        f'<text x="{left + width}" y="{bottom}" text-anchor="end">{most:.4f}</text>'
+    )
+    label = "".join(
+        f'<text class="{code}" x="{left + width / 2:.0f}" y="{bottom}" text-anchor="middle">'
+        f"{escape(word('dial', k).format(score=word(gain_in, k)))}</text>"
+        for k, code in enumerate(("en", "zh"))
+    )
+    line = f'<polyline points="{" ".join(way)}" fill="none" stroke="#4a7fb5" opacity=".6"/>'
+    return (
+        f'<svg viewBox="0 0 {left + width + 30} {bottom + 8}" role="img"><title>{escape(word("by_scale"))}</title>'
+        f"{axes}{label}{line}{''.join(drawn)}</svg>"
+    )
 
 
 def _plot(measures: Sequence[dict[str, Any]]) -> str:

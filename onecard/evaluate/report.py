@@ -14,7 +14,7 @@ from onecard import __version__
 
 REPORT_FILE, ANSWERS_FILE = "report.json", "answers.jsonl"
 WORST = 20
-NAMED = ("method", "prompt")  # settings whose values are names in words.yaml
+NAMED = ("method", "prompt", "rule", "gain_in")  # settings whose values are names in words.yaml
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu", "rouge-score")
 
 

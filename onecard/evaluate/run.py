@@ -22,7 +22,7 @@ from onecard.inference.call import ModelBundle
 from onecard.storage import write_whole
 
 CHOICE_KINDS = ("ceval", "cmmlu", "mmlu", "mmcu", "gaokao")
-KINDS = (*CHOICE_KINDS, "open", "extraction", "perplexity")
+KINDS = (*CHOICE_KINDS, "open", "extraction", "perplexity", "loss")
 
 
 class EvaluationTask(Protocol):

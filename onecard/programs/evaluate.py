@@ -1,6 +1,7 @@
 """Measure a model: multiple choice, open answers, extraction and perplexity, from local files, with a report.
 
 onecard evaluate --suite ceval:ceval-exam --suite mmlu:data --lora_path outputs/mine --output_path measured
+onecard evaluate --suite loss:held_out.json --lora_path outputs/mine --sweep_scale 0.25,0.5,1,1.5 --output_path swept
 onecard evaluate --compare measured_base measured --output_path compared
 onecard evaluate lm-eval --tasks arc_easy --lora_path outputs/mine
 onecard evaluate ship --run outputs/mine
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,9 @@ class EvaluateOptions:
     """Adapter: a run directory, one of its checkpoints, or a Hub id. Without it the base model is measured."""
     adapter_scale: float = 1.0
     """How strongly the adapter is put on: 0 is the base, 1 what was trained. For LoRA, LoHa and LoKr."""
+    sweep_scale: str = ""
+    """Measure at each of these scales of the adapter, with commas between them, and at 0: gain over the base against
+    forgetting, and the scale that is best. More scales may be added later to the same --output_path; empty: none."""
     prompt_type: str = "auto"
     """Prompt template. auto takes the one stored with the adapter."""
     thinking: Literal["auto", "on", "off"] = "auto"
@@ -95,7 +99,7 @@ class EvaluateOptions:
             )
             is_pair = isinstance(self.compare, list) and len(self.compare) == 2
             return found if is_pair else [*found, ("--compare", "takes two folders: A B")]
-        found = missing(self, "suite", "output_path") + scale_problems(self.adapter_scale)
+        found = missing(self, "suite", "output_path") + scale_problems(self.adapter_scale) + self._sweep_problems()
         if self.cot and self.method != "free":
             found.append(("--cot", f"needs --method free: {self.method} leaves no room to reason"))
         if bool(self.base_url) != bool(self.judge_model):
@@ -108,6 +112,27 @@ class EvaluateOptions:
         if self.window == 1:
             found.append(("--window", "1 token tells nothing of the next; use 2 or more"))
         return found
+
+    def _sweep_problems(self) -> list[Problem]:
+        if not self.sweep_scale:
+            return []
+        try:
+            wrong = [scale for scale in self.scales if not 0 <= scale <= 10]
+        except ValueError:
+            return [("--sweep_scale", f"{self.sweep_scale!r} is no list of numbers, such as 0.25,0.5,1")]
+        found = [("--sweep_scale", f"{scale:g} is not between 0 (the base) and 10") for scale in wrong]
+        if not self.lora_path:
+            found.append(("--sweep_scale", "needs an adapter to scale: give --lora_path"))
+        if self.adapter_scale != 1:
+            found.append(("--adapter_scale", "and --sweep_scale contradict each other: one scale, or several"))
+        if self.base_url:
+            found.append(("--base_url", "does not go with --sweep_scale, which compares scores without a judge"))
+        return found
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales of --sweep_scale and 0, in order. Raises ValueError for what is no number."""
+        return sorted({0.0, *map(float, comma_list(self.sweep_scale))})
 
     @property
     def suites(self) -> list[str]:
@@ -126,8 +151,8 @@ class EvaluateConfig:
 LEVEL = 0.95  # of the intervals of a comparison, as of those of a report
 # Options that change how an evaluation is carried out, and none of its figures.
 _MAY_CHANGE = (
-    "suite", "output_path", "lora_path", "batch_size", "base_url", "judge_model", "api_key_env", "timeout_s",
-    "max_attempts", "debug",
+    "suite", "output_path", "lora_path", "sweep_scale", "batch_size", "base_url", "judge_model", "api_key_env",
+    "timeout_s", "max_attempts", "debug",
 )  # fmt: skip
 
 
@@ -143,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if config.evaluate.compare:
         compare(config.evaluate)
+    elif config.evaluate.sweep_scale:
+        sweep(config)
     else:
         evaluate(config)
 
@@ -172,10 +199,59 @@ def compare(options: EvaluateOptions) -> dict[str, Any]:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure as the options say; the report, which is written, too."""
+    return _measured(config, *_opened(config))
+
+
+def sweep(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure at each scale into a folder of its own; the report of them all, which is written, too."""
     from onecard.curation.make.journal import Journal
+    from onecard.evaluate.compare import read_evaluation
     from onecard.evaluate.page import write_report
     from onecard.evaluate.report import build_report
-    from onecard.evaluate.run import answer, rows_of, summary_lines, write_answers
+    from onecard.evaluate.sweep import at_scale, best_scale, forgetting_at, sweep_lines, swept_suite
+
+    options, folder, source = config.evaluate, Path(config.evaluate.output_path), str(config.evaluate.lora_path)
+    try:
+        # With another scale than 1, so that a method without a strength is refused before anything is measured.
+        tasks, bundle, depends_on = _opened(replace(config, evaluate=replace(options, adapter_scale=0)))
+    except ConfigError as reason:
+        if reason.flag != "--adapter_scale":
+            raise
+        raise ConfigError("--sweep_scale", str(reason).removeprefix(f"{reason.flag}: ")) from None
+    forgetting: dict[float, float] = {}
+    rows: dict[float, dict[str, Any]] = {}
+    noises = []
+    with Journal(folder, _begins_with(options, tasks, depends_on)) as journal:
+        for scale in options.scales:
+            say(f"--- scale {scale:g}")
+            bundle = at_scale(bundle, source, scale)
+            where = replace(options, adapter_scale=scale, output_path=str(folder / f"scale_{scale:g}"))
+            known = {**depends_on, "adapter_scale": scale} if scale != 1 else _without_scale(depends_on)
+            _measured(replace(config, evaluate=where), tasks, bundle, known)
+            rows[scale] = read_evaluation(Path(where.output_path))
+            forgetting[scale], noise = forgetting_at(bundle, scale, journal)
+            noises.append(noise)
+    found = [
+        swept_suite(task.name, task.kind, {at: one[task.name]["rows"].values() for at, one in rows.items()},
+                    options.seed)
+        for task in tasks
+    ]  # fmt: skip
+    suites = [suite for suite in found if suite is not None]
+    if not suites:
+        raise ConfigError("--suite", "no record of the suites has a score, so there is no gain to be told")
+    best = best_scale(suites, forgetting)
+    told = {"best_scale": "-" if best is None else f"{best:g}", "rule": "sweep_rule", "forgetting_noise": max(noises)}
+    settings = _settings(config, bundle, depends_on)
+    report = build_report(settings | told, [suite.part(forgetting) for suite in suites])
+    write_report(folder, report)
+    for line in sweep_lines(suites, forgetting, best):
+        say(line)
+    say(f"the report: {folder / 'report.html'}")
+    return report
+
+
+def _opened(config: EvaluateConfig) -> tuple[list[EvaluationTask], ModelBundle, dict[str, Any]]:
+    """What is measured, the model, and what its answers depend on. Raises OneCardError."""
     from onecard.inference.load import load_bundle
 
     options = config.evaluate
@@ -185,16 +261,35 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config.model, options.lora_path, options.prompt_type, options.thinking, options.adapter_scale
     )
     if options.prompt == "auto" and not is_chat and bundle.template.name == "auto":
-        is_chat = True  # the tokenizer's own template
-        tasks = _tasks(options, is_chat)
-    folder = Path(options.output_path)
+        tasks = _tasks(options, is_chat=True)  # the tokenizer's own template
+    return tasks, bundle, depends_on
+
+
+def _begins_with(options: EvaluateOptions, tasks: list[EvaluationTask], depends_on: dict[str, Any]) -> dict[str, Any]:
+    """What the answers depend on, for the journal."""
     # Only what differs from its default: options that later versions add leave a journal as it is.
     defaults = vars(EvaluateOptions())
     chosen = {
         name: value for name, value in vars(options).items() if value != defaults[name] and name not in _MAY_CHANGE
     }
-    suites = {task.name: task.depends_on() for task in tasks}
-    with Journal(folder, {"options": chosen, "model": depends_on, "suites": suites}) as journal:
+    return {"options": chosen, "model": depends_on, "suites": {task.name: task.depends_on() for task in tasks}}
+
+
+def _without_scale(depends_on: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in depends_on.items() if name != "adapter_scale"}
+
+
+def _measured(
+    config: EvaluateConfig, tasks: list[EvaluationTask], bundle: ModelBundle, depends_on: dict[str, Any]
+) -> dict[str, Any]:
+    """Answer what is not answered yet, and write the report."""
+    from onecard.curation.make.journal import Journal
+    from onecard.evaluate.page import write_report
+    from onecard.evaluate.report import build_report
+    from onecard.evaluate.run import answer, rows_of, summary_lines, write_answers
+
+    options, folder = config.evaluate, Path(config.evaluate.output_path)
+    with Journal(folder, _begins_with(options, tasks, depends_on)) as journal:
         answer(tasks, bundle, journal, options.batch_size)
         write_answers(folder, tasks, journal)
         settings = _settings(config, bundle, depends_on)
@@ -213,6 +308,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _tasks(options: EvaluateOptions, is_chat: bool) -> list[EvaluationTask]:
     """Everything is read before the model is loaded. Raises ConfigError and DataError."""
+    from onecard.evaluate.answer_loss import AnswerLossTask
     from onecard.evaluate.choice import ChoiceSettings, ChoiceTask
     from onecard.evaluate.extraction import ExtractionTask
     from onecard.evaluate.open_answers import OpenTask
@@ -230,6 +326,8 @@ def _tasks(options: EvaluateOptions, is_chat: bool) -> list[EvaluationTask]:
             tasks.append(ExtractionTask(path, max_new_tokens=longest, limit=options.limit))
         elif kind == "perplexity":
             tasks.append(PerplexityTask(path, window=options.window, stride=options.stride, limit=options.limit))
+        elif kind == "loss":
+            tasks.append(AnswerLossTask(path, seed=options.seed, limit=options.limit))
         else:
             suite = load_choice_suite(kind, path, split=options.split, subjects=comma_list(options.subjects))
             settings = ChoiceSettings(
