@@ -2,11 +2,13 @@
 """How a served model holds up with several clients: tokens per second of all, and each one's time to the first token.
 
     python benchmarks/serving.py --model_path Llama-3.1-8B --bits 4 --clients 1,4,8,16
-    python benchmarks/serving.py --model_path sample/tiny-llama --bits 32                      (on a CPU)
+    python benchmarks/serving.py --model_path sample/tiny-llama --bits 32 --max_parallel 16    (on a CPU)
 
 The API of `tools/serve.py` runs in this process on a port of its own; each client is a thread with a connection of its
 own, which asks for a streamed chat answer that no end token cuts short. All clients of one row begin at once, so the
-time to the first token holds the wait for those in front. Writes benchmarks/results/serving.json.
+time to the first token holds the wait for those in front. With --max_parallel a server that answers one after another
+and one with a batch take turns, so that what else the machine does falls on both.
+Writes benchmarks/results/serving.json.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa: E402
 from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
-from onecard.config.inference import InferenceOptions, LimitOptions, ServeOptions  # noqa: E402
+from onecard.config.inference import InferenceOptions, LimitOptions, ParallelOptions, ServeOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 from onecard.errors import ModelError  # noqa: E402
@@ -54,6 +56,10 @@ class ServingOptions:
     """Requests of each client, one after the other."""
     new_tokens: int = 32
     """Length of each answer."""
+    max_parallel: int = 1
+    """Above 1: compare with a server that computes so many answers at once."""
+    repeats: int = 1
+    """How often each row is measured; times and tokens are added up."""
     seconds: float = 0.0
     """A row that would take longer than what is left of so many is not begun; 0: all rows."""
     device: str = "auto"
@@ -75,27 +81,42 @@ class Answered:
     n_tokens: int
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What some clients got, and what it took."""
+
+    answers: list[Answered]
+    seconds: float
+    cpu_seconds: float
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parse(ServingOptions, argv, description=__doc__ or "")
 
     given = asdict(options) | {name: Path(getattr(options, name)).name for name in ("output", "model_path")}
     end = time.monotonic() + options.seconds if options.seconds else float("inf")
     rows: list[dict[str, Any]] = []
-    engine, device = open_engine(options)
-    with serving(engine) as port:
-        ask(port, 0, 2)  # kernels are chosen and the first memory is taken
+    engines, device = open_engines(options)
+    with ExitStack() as stack:
+        ports = {path: stack.enter_context(serving(engine)) for path, engine in engines.items()}
+        for engine in engines.values():
+            stack.callback(engine.close)
+        for port in ports.values():
+            ask(port, 0, 2)  # kernels are chosen and the first memory is taken
         for word in options.clients.split(","):
-            rows.append(row_of(int(word), rows, port, options, end - time.monotonic()))
+            rows += rows_of(int(word), rows, ports, options, end - time.monotonic())
             write_result(options.output, {"options": given, "rows": rows, "machine": machine(device)})
-    say_table(["clients", "tokens/s", "first token, s (median)", "worst", "not run"],
-              [[row.get(name) for name in COLUMNS] for row in rows])  # fmt: skip
+    say_table(
+        ["clients", "path", "tokens/s", "of one by one, per CPU second", "first token, s (median)", "worst", "not run"],
+        [[row.get(name) for name in COLUMNS] for row in rows],
+    )
 
 
-COLUMNS = ("clients", "tokens_per_s", "first_token_median", "first_token_worst", "not_run")
+COLUMNS = ("clients", "path", "tokens_per_s", "speedup_per_cpu_s", "first_token_median", "first_token_worst", "not_run")
 
 
-def open_engine(options: ServingOptions) -> tuple[Any, str]:
-    """The engine of `tools/serve.py` around a base that lies in memory, and its device."""
+def open_engines(options: ServingOptions) -> tuple[dict[str, Any], str]:
+    """The engine of `tools/serve.py` around a base that lies in memory, once for each way to answer, and its device."""
     import torch
 
     from benchmarks.random_models import base_model
@@ -115,7 +136,10 @@ def open_engine(options: ServingOptions) -> tuple[Any, str]:
         base.model.get_output_embeddings().weight[len(tokenizer) :] = 0
     bundle = ModelBundle(base.model, tokenizer, load_template("vicuna-chat", tokenizer))
     adapters = AdapterManager(model, InferenceOptions(), {NAME: None}, (bundle, {"base": base.fingerprint}))
-    return InferenceEngine(adapters, LimitOptions()), str(hardware.device)
+    engines = {"serial": InferenceEngine(adapters, LimitOptions())}
+    if options.max_parallel > 1:
+        engines["batched"] = InferenceEngine(adapters, LimitOptions(), ParallelOptions(options.max_parallel))
+    return engines, str(hardware.device)
 
 
 @contextmanager
@@ -140,27 +164,48 @@ def serving(engine: Any) -> Iterator[int]:
             thread.join(10)
 
 
-def row_of(n: int, rows: list[dict[str, Any]], port: int, options: ServingOptions, left: float) -> dict[str, Any]:
-    """So many clients at once, or why they were not let loose: by the time that the last row took, one at a time."""
+def rows_of(
+    n: int, rows: list[dict[str, Any]], ports: dict[str, int], options: ServingOptions, left: float
+) -> list[dict[str, Any]]:
+    """So many clients at once, or why they were not let loose: by the time that the last rows took, one at a time."""
     before = next((row for row in reversed(rows) if "seconds" in row), None)
-    expected = before["seconds"] / before["clients"] * n if before else 0.0
+    expected = before["seconds"] / before["clients"] * n * len(ports) if before else 0.0
     if before and expected > left:
-        return {"clients": n, "not_run": f"{max(0.0, left):.0f} s left, about {expected:.0f} needed"}
+        return [{"clients": n, "not_run": f"{max(0.0, left):.0f} s left, about {expected:.0f} needed"}]
+    found: dict[str, list[Measured]] = {path: [] for path in ports}
+    for _ in range(options.repeats):
+        for path, port in ports.items():
+            found[path].append(measure(n, port, options))
+    new = [row_of(n, path, each) for path, each in found.items()]
+    for row in new[1:]:
+        row["speedup_per_cpu_s"] = round(row["tokens_per_cpu_s"] / new[0]["tokens_per_cpu_s"], 2)
+    return new
+
+
+def measure(n: int, port: int, options: ServingOptions) -> Measured:
+    """Let so many clients loose once."""
 
     def client(number: int) -> list[Answered]:
         return [ask(port, number * options.requests + k, options.new_tokens) for k in range(options.requests)]
 
-    begun = time.perf_counter()
+    begun, cpu_begun = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(n) as threads:
         answers = [each for found in threads.map(client, range(n)) for each in found]
-    seconds = time.perf_counter() - begun
+    return Measured(answers, time.perf_counter() - begun, time.process_time() - cpu_begun)
+
+
+def row_of(n: int, path: str, measured: list[Measured]) -> dict[str, Any]:
+    """A row of the result. CPU seconds are those of this process, the clients included."""
+    answers = [answer for each in measured for answer in each.answers]
+    seconds, cpu_seconds = sum(each.seconds for each in measured), sum(each.cpu_seconds for each in measured)
     waits = [each.first_token for each in answers]
     n_tokens = sum(each.n_tokens for each in answers)
-    say(f"{n} clients: {n_tokens} tokens in {seconds:.1f} s")
+    say(f"{n} clients, {path}: {n_tokens} tokens in {seconds:.1f} s, {cpu_seconds:.1f} s of the CPU")
     return {
-        "clients": n, "requests": len(answers), "tokens": n_tokens, "seconds": round(seconds, 3),
-        "tokens_per_s": round(n_tokens / seconds, 1), "first_token_median": round(statistics.median(waits), 3),
-        "first_token_worst": round(max(waits), 3),
+        "clients": n, "path": path, "requests": len(answers), "tokens": n_tokens, "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3), "tokens_per_s": round(n_tokens / seconds, 1),
+        "tokens_per_cpu_s": round(n_tokens / cpu_seconds, 1),
+        "first_token_median": round(statistics.median(waits), 3), "first_token_worst": round(max(waits), 3),
         "whole_median": round(statistics.median(each.whole for each in answers), 3),
     }  # fmt: skip
 

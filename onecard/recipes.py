@@ -243,7 +243,9 @@ def serve(config: ServeConfig) -> None:
     from onecard.serve.api.app import build_app, run_server
 
     options, bundle = config.serve, config.inference
-    engine = open_engine(config.model, bundle, config.limits, options.adapters_path, options.model_name)
+    engine = open_engine(
+        config.model, bundle, config.limits, options.adapters_path, options.model_name, config.parallel
+    )
     app = build_app(engine, options, config.limits, config.sampling, bundle.system)
     if options.web:
         from onecard.serve.web.app import chat_page, mount
@@ -252,4 +254,7 @@ def serve(config: ServeConfig) -> None:
         page = PageOptions(host=options.host, language=options.language)
         blocks = chat_page(engine, config.sampling, page, system=bundle.system, examples=first_messages())
         mount(app, blocks)
-    run_server(app, options.host, options.port)
+    try:
+        run_server(app, options.host, options.port)
+    finally:
+        engine.close()

@@ -43,6 +43,8 @@ NEVER = {
     ("onecard.model.load", "attn_implementation"): "it is auto where it is no option",
     ("onecard.model.load", "max_memory"): "it is None where it is no option",
     ("onecard.inference.engine", "logit_bias"): "an option of a request, told to its client",
+    ("onecard.inference.batched.batch", "max_parallel"): "it is 1 where it is no option",
+    ("onecard.inference.batched.size", "kv_cache_gib"): "it is 0 where it is no option",
     ("onecard.inference.load", "adapter_scale"): "it is 1 where it is no option",
     ("onecard.model.lora.methods", "adapter_scale"): "it is 1 where it is no option",
     ("onecard.model.trained", "adapter_scale"): "it is 1 where it is no option",

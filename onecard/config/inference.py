@@ -7,6 +7,7 @@ it imports nothing heavy.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from onecard.config.data import ReadingOptions
 from onecard.config.problems import Problem
 
 API_KEY_VARIABLE = "ONECARD_API_KEY"
+MOST_PARALLEL = 256
 
 
 @dataclass
@@ -288,6 +290,31 @@ class LimitOptions:
 
 
 @dataclass
+class ParallelOptions:
+    """How many answers are written at once."""
+
+    max_parallel: int = 1
+    """Most answers that are computed in one batch, which requests join and leave at any time; 1: one request after
+    another. Requests with beams still take turns. In 16 bits and fewer a batch changes the last digits of the scores,
+    and on a near-tie a token."""
+    kv_cache_gib: float = 0.0
+    """With --max_parallel: memory in GiB for the keys and values of the batch. 0: enough for 4,096 tokens of each
+    answer, or half of what is free."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if not 1 <= self.max_parallel <= MOST_PARALLEL:
+            found.append(
+                ("--max_parallel", f"{self.max_parallel} is not between 1 (one after another) and {MOST_PARALLEL}")
+            )
+        if not 0 <= self.kv_cache_gib < math.inf:
+            found.append(("--kv_cache_gib", f"{self.kv_cache_gib} is no size; use 0 (as needed) or more"))
+        if self.kv_cache_gib and self.max_parallel == 1:
+            found.append(("--kv_cache_gib", "goes with --max_parallel 2 or more"))
+        return found
+
+
+@dataclass
 class GenerateConfig:
     """Everything `onecard generate` needs; see the classes of its fields."""
 
@@ -322,6 +349,7 @@ class ServeConfig:
     model: ModelOptions = field(default_factory=AnsweringModelOptions)
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(max_new_tokens=512, temperature=1.0))
     limits: LimitOptions = field(default_factory=LimitOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
 
 def is_loopback(host: str) -> bool:

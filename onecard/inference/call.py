@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import Cache, LogitsProcessorList, SequenceBiasLogitsProcessor, StoppingCriteriaList
@@ -21,7 +21,7 @@ from onecard.config.inference import SamplingOptions
 from onecard.data.chat_template import Template
 from onecard.inference.model_limits import check_generation
 from onecard.inference.prefix_cache import PrefixCache, expanded
-from onecard.inference.sampling import CacheOptions, generation_config, logits_processors, seeded
+from onecard.inference.sampling import CacheOptions, generation_config, logits_processors, penalties, seeded
 from onecard.inference.stopping import (
     FinishedAnswer,
     FinishReason,
@@ -36,6 +36,7 @@ from onecard.inference.streamer import (
     CancelCriteria,
     CollectLogprobs,
     GenerationCancelled,
+    GiveWay,
     LogprobsStreamer,
     StreamState,
     TokenLogprob,
@@ -65,6 +66,7 @@ class Chunk:
     finish_reason: None until the last chunk, whose text is what `model.generate` returned.
     logprobs: of the tokens shown so far, if they were asked for.
     place: above 0 while the request waits for its turn: so many are in front of it, itself included.
+    path: "batched" or "serial", where an engine has both.
     """
 
     text: str = ""
@@ -73,6 +75,18 @@ class Chunk:
     usage: Usage = field(default_factory=Usage)
     logprobs: tuple[TokenLogprob, ...] = ()
     place: int = 0
+    path: str = field(default="", compare=False)
+
+
+class ModelTurn(Protocol):
+    """The right to compute with a model that a batch computes with as well; a context manager of one thread."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def give_way(self) -> None:
+        """Let the batch make its next step, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ class ModelBundle:
     """A model that answers, with the tokenizer and the template that it was trained with.
 
     prefixes: what it has read before as this `adapter`; None: each prompt is read from its beginning. objective: the
-    name of what it was trained for.
+    name of what it was trained for. turn: to be held while it computes, where a batch uses the model, too.
     """
 
     model: Any
@@ -90,6 +104,7 @@ class ModelBundle:
     prefixes: PrefixCache | None = None
     adapter: str = ""
     objective: str = "sft"
+    turn: ModelTurn | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,7 @@ class GenerateCall:
             nullcontext() if stream_state is None or bundle.cache.compile else leaving_early(bundle.model, stream_state)
         )
         try:
-            with torch.inference_mode(), early:
+            with bundle.turn or nullcontext(), torch.inference_mode(), early:
                 sequences = self._generate(past, stream_state)
             read = sequences[0].tolist()
         finally:
@@ -270,14 +285,23 @@ class GenerateCall:
             n_shown -= 1
         return tuple(self.logprobs.rows[k][:n_shown])
 
-    def _processors(self, stream_state: StreamState | None, numbers: Sequence[int]) -> LogitsProcessorList:
+    def step_processors(self, n_done: int = 0) -> LogitsProcessorList:
+        """All that changes the scores of a single row that has `n_done` tokens, where `generate` makes no steps."""
+        row = self.rows[0]
+        processors = penalties(self.sampling, len(row.ids), self.stop_ids, row.max_new_tokens, self.bundle.model.device)
+        processors.extend(self._processors(None, [row.number], n_done))
+        return processors
+
+    def _processors(
+        self, stream_state: StreamState | None, numbers: Sequence[int], n_drawn: int = 0
+    ) -> LogitsProcessorList:
         processors = LogitsProcessorList()
         if self.logit_bias:
             bias: Any = [[[token_id], float(value)] for token_id, value in self.logit_bias.items()]
             processors.append(SequenceBiasLogitsProcessor(sequence_bias=bias))
         if self.logprobs:
             processors.append(self.logprobs)
-        processors.extend(logits_processors(self.sampling, numbers))
+        processors.extend(logits_processors(self.sampling, numbers, n_drawn))
         if stream_state is not None and self.sampling.num_beams > 1:
             processors.append(BeamStreamer(stream_state))
         return processors
@@ -290,6 +314,8 @@ class GenerateCall:
             criteria.append(CollectLogprobs(self.logprobs))
         if stream_state is not None:
             criteria.append(CancelCriteria(stream_state, shows=self.sampling.num_beams == 1))
+        if self.bundle.turn is not None:
+            criteria.append(GiveWay(self.bundle.turn.give_way))
         return criteria
 
 

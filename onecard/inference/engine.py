@@ -1,4 +1,4 @@
-"""The one model of this card, shared: requests wait their turn, adapters are switched, limits are kept.
+"""The one model of this card, shared: requests wait or join the batch, adapters are switched, limits are kept.
 
 Pages, terminal and API ask an `InferenceEngine`; nothing else touches the model. Knows requests, limits and adapters.
 It does not know HTTP, pages or conversations' history (`history.py`), nor how tokens are chosen (`generate.py`).
@@ -12,20 +12,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import torch
-
 from onecard.config.base_model import ModelOptions
-from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, ParallelOptions, SamplingOptions
 from onecard.data.chat_template import Template
 from onecard.data.encode import Prompt, encode_prompt, prompt_for
 from onecard.data.messages import Turn
 from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.inference.adapters import AdapterManager, ServedAdapter, open_voices
+from onecard.inference.batched.batch import Batch, OutOfMemory, PathCounts, is_out_of_memory, open_batch
 from onecard.inference.detokenize import hidden_ids
 from onecard.inference.embeddings import Check, embed, score
 from onecard.inference.generate import (
@@ -47,10 +46,6 @@ __all__ = ["ContextTooLong", "GenerationRequest", "InferenceEngine", "LimitExcee
 MOST_TOP_LOGPROBS = 20
 LONGEST_CONTEXT = 1 << 20  # where neither the model nor the limits say
 Result = TypeVar("Result")
-
-
-class OutOfMemory(ModelError):
-    """The card's memory is full. The memory of this request is free again, and the next one works."""
 
 
 class LimitExceeded(ConfigError):
@@ -91,11 +86,14 @@ class GenerationRequest:
 class InferenceEngine:
     """A model with its adapters, for many askers at once."""
 
-    def __init__(self, adapters: AdapterManager, limits: LimitOptions) -> None:
+    def __init__(self, adapters: AdapterManager, limits: LimitOptions, parallel: ParallelOptions | None = None) -> None:
         self.limits = limits
         self._voices = adapters
         self._prefixes = PrefixCache(limits.prefix_cache_gib)
+        self._batch = open_batch(adapters.model, adapters.names, parallel or ParallelOptions(), limits.prefix_cache_gib)
+        self.paths = PathCounts()
         self._turnstile = RequestQueue(limits.max_queue)
+        self._places = RequestQueue(limits.max_queue, self.n_parallel)  # in the batch
         self._cancels: set[threading.Event] = set()  # of all requests that wait or are being answered
         self._is_closed = False
 
@@ -116,9 +114,14 @@ class InferenceEngine:
         return min(own, self.limits.max_prompt_tokens) if self.limits.max_prompt_tokens else own
 
     @property
+    def n_parallel(self) -> int:
+        """Requests that are answered at once, besides one that takes its turn alone."""
+        return self._batch.size.n_parallel if self._batch else 1
+
+    @property
     def n_waiting(self) -> int:
         """Requests that wait for their turn."""
-        return self._turnstile.n_waiting
+        return self._turnstile.n_waiting + self._places.n_waiting
 
     def has(self, adapter: str) -> bool:
         return adapter == "" or adapter in self.names
@@ -149,18 +152,23 @@ class InferenceEngine:
         cancel = cancel or threading.Event()
         rows = self._rows(request)
         waiting = [Chunk() for _ in rows]
-        ticket = self._enter(cancel)
+        batch = self._batch if self._batch and self._batch.takes(rows, request.sampling) else None
+        path = "" if self._batch is None else "batched" if batch else "serial"
+        line = self._places if batch else self._turnstile
+        ticket = self._enter(line, cancel)
         begun = 0.0
         try:
-            for place in self._turnstile.wait(ticket, cancel):
+            for place in line.wait(ticket, cancel):
                 yield [replace(chunk, place=place) for chunk in waiting]
             if cancel.is_set():
                 yield [replace(chunk, finish_reason="cancelled") for chunk in waiting]
                 return
             begun = time.monotonic()
-            yield from self._answer(request, rows, cancel)
+            self.paths.add(path or "serial")
+            for chunks in self._answer(request, rows, cancel, batch):
+                yield [replace(chunk, path=path) for chunk in chunks] if path else chunks
         finally:
-            self._leave(ticket, cancel, begun)
+            self._leave(line, ticket, cancel, begun)
 
     def embed(
         self, prompts: Sequence[Sequence[int]], adapter: str = "", cancel: threading.Event | None = None
@@ -190,14 +198,19 @@ class InferenceEngine:
         self._is_closed = True
         for cancel in tuple(self._cancels):
             cancel.set()
+        if self._batch:
+            self._batch.close()
 
     def _answer(
-        self, request: GenerationRequest, rows: list[PromptRow], cancel: threading.Event
+        self, request: GenerationRequest, rows: list[PromptRow], cancel: threading.Event, batch: Batch | None
     ) -> Iterator[list[Chunk]]:
         seconds = self.limits.max_request_seconds or math.inf
         streaming = StreamingOptions(
             request.show_beams, request.top_logprobs, max_seconds=seconds, logit_bias=request.logit_bias
         )
+        if batch:
+            yield from batch.answer(self._talker(request), rows, request.sampling, streaming, cancel)
+            return
         advice = (
             f"{request.n} answers of up to {rows[0].max_new_tokens} tokens to a prompt of {len(rows[0].ids)}, with "
             f"{request.sampling.num_beams} beams each, do not fit into memory; lower --max_new_tokens, --num_beams, n, "
@@ -219,7 +232,8 @@ class InferenceEngine:
     def _talker(self, request: GenerationRequest) -> ModelBundle:
         """What answers this request. Raises ModelError for an adapter that does not load."""
         bundle = self._voices.use(request.adapter, request.prompt_type)
-        return replace(bundle, prefixes=self._prefixes, adapter=request.adapter or self.names[0])
+        turn = self._batch.turn() if self._batch else None
+        return replace(bundle, prefixes=self._prefixes, adapter=request.adapter or self.names[0], turn=turn)
 
     def _alone(
         self, adapter: str, cancel: threading.Event | None, work: Callable[[ModelBundle, Check], Result]
@@ -227,15 +241,18 @@ class InferenceEngine:
         """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
         cancel = cancel or threading.Event()
         self._voices.get(adapter)
-        ticket = self._enter(cancel)
+        ticket = self._enter(self._turnstile, cancel)
         begun = 0.0
         try:
             for _ in self._turnstile.wait(ticket, cancel):
                 pass
             begun = time.monotonic()
             deadline = begun + (self.limits.max_request_seconds or math.inf)
+            turn = self._batch.turn() if self._batch else None
 
             def check() -> None:
+                if turn:
+                    turn.give_way()
                 if cancel.is_set():
                     raise ModelError("the request was cancelled")
                 if time.monotonic() >= deadline:
@@ -244,27 +261,27 @@ class InferenceEngine:
             check()
             advice = "the texts do not fit into memory; send shorter ones, or fewer at once"
             try:
-                with memory_errors(advice):
+                with memory_errors(advice), turn or nullcontext():
                     return work(self._voices.use(adapter), check)
             except OutOfMemory:
                 if not self._prefixes.clear():
                     raise
-            with memory_errors(advice):
+            with memory_errors(advice), turn or nullcontext():
                 return work(self._voices.use(adapter), check)
         finally:
-            self._leave(ticket, cancel, begun)
+            self._leave(self._turnstile, ticket, cancel, begun)
 
-    def _enter(self, cancel: threading.Event) -> object:
+    def _enter(self, line: RequestQueue, cancel: threading.Event) -> object:
         """Stand in the line. Raises Busy."""
         if self._is_closed:
             raise ModelError("the model is being shut down")
-        ticket = self._turnstile.join()
+        ticket = line.join()
         self._cancels.add(cancel)
         return ticket
 
-    def _leave(self, ticket: object, cancel: threading.Event, begun: float) -> None:
+    def _leave(self, line: RequestQueue, ticket: object, cancel: threading.Event, begun: float) -> None:
         self._cancels.discard(cancel)
-        self._turnstile.leave(ticket, time.monotonic() - begun if begun else 0.0)
+        line.leave(ticket, time.monotonic() - begun if begun else 0.0)
 
     def _rows(self, request: GenerationRequest) -> list[PromptRow]:
         """The request's prompt, once per answer, after all its limits were checked."""
@@ -329,12 +346,10 @@ def memory_errors(advice: str) -> Iterator[None]:
     try:
         yield
         return
-    except (torch.OutOfMemoryError, MemoryError) as reason:
-        traceback.clear_frames(reason.__traceback__)  # they hold the activations
-    except RuntimeError as reason:
-        if "can't allocate memory" not in str(reason):  # PyTorch on CPU has no class of its own for it
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
             raise
-        traceback.clear_frames(reason.__traceback__)
+        traceback.clear_frames(reason.__traceback__)  # they hold the activations
     gc.collect()
     empty_cache()
     raise OutOfMemory(advice)
@@ -346,6 +361,7 @@ def open_engine(
     limits: LimitOptions,
     adapters_path: str | None = None,
     model_name: str | None = None,
+    parallel: ParallelOptions | None = None,
 ) -> InferenceEngine:
     """Load the model and what can be switched to. Raises ConfigError and ModelError."""
-    return InferenceEngine(open_voices(model, bundle, adapters_path, model_name), limits)
+    return InferenceEngine(open_voices(model, bundle, adapters_path, model_name), limits, parallel)

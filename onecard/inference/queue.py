@@ -1,4 +1,4 @@
-"""One at a time, first come first served: who waits for the model, and how many are in front of whom.
+"""First come first served: who waits for the model, and how many are in front of whom.
 
 Knows tickets and threads. It does not know models or requests.
 """
@@ -27,11 +27,11 @@ class QueueFull(OneCardError):
 
 
 class RequestQueue:
-    """Lets one request in at a time, in the order in which they came; at most `max_waiting` wait."""
+    """Lets `at_once` requests in at a time, in the order in which they came; at most `max_waiting` wait."""
 
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
-        self._line: list[object] = []  # the first one is inside
+    def __init__(self, max_waiting: int, at_once: int = 1) -> None:
+        self._max_waiting, self._at_once = max_waiting, at_once
+        self._line: list[object] = []  # the first ones are inside
         self._changed = threading.Condition()
         self._seconds_each = 5.0
 
@@ -39,9 +39,10 @@ class RequestQueue:
         """A ticket; give it back with `leave`, whatever happens. Raises Busy."""
         ticket = object()
         with self._changed:
-            n_waiting = max(len(self._line) - 1, 0)
-            if self._line and n_waiting >= self._max_waiting:
-                raise QueueFull(n_waiting, max(1, round(self._seconds_each * len(self._line))))
+            n_waiting = max(len(self._line) - self._at_once, 0)
+            if len(self._line) >= self._at_once and n_waiting >= self._max_waiting:
+                rounds = len(self._line) / self._at_once
+                raise QueueFull(n_waiting, max(1, round(self._seconds_each * rounds)))
             self._line.append(ticket)
         return ticket
 
@@ -50,8 +51,8 @@ class RequestQueue:
         reported_at = 0.0
         while not cancel.is_set():
             with self._changed:
-                place = self._line.index(ticket)
-                if place == 0:
+                place = self._line.index(ticket) - self._at_once + 1
+                if place <= 0:
                     return
                 self._changed.wait(LOOK_SECONDS)
             if time.monotonic() - reported_at >= PLACE_SECONDS:
@@ -68,6 +69,6 @@ class RequestQueue:
 
     @property
     def n_waiting(self) -> int:
-        """Requests that wait, the one inside not counted."""
+        """Requests that wait, those inside not counted."""
         with self._changed:
-            return max(len(self._line) - 1, 0)
+            return max(len(self._line) - self._at_once, 0)

@@ -24,6 +24,9 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -100,8 +103,25 @@ def generation_config(
     )
 
 
-def logits_processors(sampling: SamplingOptions, row_numbers: Sequence[int]) -> LogitsProcessorList:
-    """What changes the scores besides `generation_config`; `row_numbers` choose each row's stream of random numbers."""
+def penalties(
+    sampling: SamplingOptions, n_prompt: int, stop_ids: Sequence[int], max_new_tokens: int, device: torch.device
+) -> LogitsProcessorList:
+    """What `model.generate` makes of `generation_config` for one row, in its order; where it is not called."""
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.no_repeat_ngram_size > 0:
+        processors.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size))
+    if (least := min(sampling.min_new_tokens, max_new_tokens)) and stop_ids:
+        processors.append(MinNewTokensLengthLogitsProcessor(n_prompt, least, list(stop_ids), device=str(device)))
+    return processors
+
+
+def logits_processors(sampling: SamplingOptions, row_numbers: Sequence[int], n_drawn: int = 0) -> LogitsProcessorList:
+    """What changes the scores besides `generation_config`; `row_numbers` choose each row's stream of random numbers.
+
+    n_drawn: tokens of each row that were drawn before.
+    """
     processors = LogitsProcessorList()
     if mode_of(sampling) != "sample":
         return processors
@@ -110,7 +130,7 @@ def logits_processors(sampling: SamplingOptions, row_numbers: Sequence[int]) -> 
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(PickByRow(sampling.seed, row_numbers))
+    processors.append(PickByRow(sampling.seed, row_numbers, n_drawn))
     return processors
 
 
@@ -133,8 +153,10 @@ class PickByRow(LogitsProcessor):
         probabilities 0.2 0.5 0.3, drawn 0.65  ->  sums 0.2 0.7 1.0  ->  scores -inf 0 -inf
     """
 
-    def __init__(self, seed: int, row_numbers: Sequence[int]) -> None:
+    def __init__(self, seed: int, row_numbers: Sequence[int], n_drawn: int = 0) -> None:
         self._streams = [np.random.Generator(np.random.PCG64((seed, number))) for number in row_numbers]
+        for stream in self._streams:
+            stream.random(n_drawn)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores (batch, vocab), after temperature, top-k and top-p -> the same shape, 0 for one token per row."""

@@ -38,11 +38,11 @@ class StopAtText(StoppingCriteria):
 
     def __init__(self, texts: Sequence[str], tokenizer: Any, n_prompt: int) -> None:
         self._texts, self._tokenizer, self._n_prompt = texts, tokenizer, n_prompt
-        self._n_tail = max(len(text.encode("utf-8")) for text in texts) + 1
+        self.n_tail = max(len(text.encode("utf-8")) for text in texts) + 1
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids (rows, prompt + new) -> (rows,), True where the row is done."""
-        start = max(self._n_prompt, input_ids.shape[1] - self._n_tail)
+        start = max(self._n_prompt, input_ids.shape[1] - self.n_tail)
         tails = [decode(ids, self._tokenizer) for ids in input_ids[:, start:].tolist()]
         hits = [any(text in tail for text in self._texts) for tail in tails]
         return torch.tensor(hits, dtype=torch.bool, device=input_ids.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,17 @@ class CancelCriteria(StoppingCriteria):
         return torch.full((len(input_ids),), self._watch.must_end, dtype=torch.bool, device=input_ids.device)
 
 
+class GiveWay(StoppingCriteria):
+    """Calls `give_way` after each step and ends nothing."""
+
+    def __init__(self, give_way: Callable[[], None]) -> None:
+        self._give_way = give_way
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self._give_way()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 class LogprobsStreamer(LogitsProcessor):
     """Keeps the log-probabilities of each step until the token that was chosen is known.
 
@@ -181,8 +192,10 @@ def leaving_early(model: Any, stream_state: StreamState) -> Iterator[None]:
     moved = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     layers = [] if moved and len(model.hf_device_map) > 1 else decoder_layers(model)
 
+    own = threading.get_ident()  # other threads compute with the model, too
+
     def check(*_: Any) -> None:
-        if stream_state.must_end:
+        if stream_state.must_end and threading.get_ident() == own:
             raise GenerationCancelled
 
     handles = [layer.register_forward_pre_hook(check) for layer in layers]

@@ -43,6 +43,16 @@ def avoid_flash(model: PreTrainedModel) -> bool:
     return True
 
 
+def allow_paged_cache(model: PreTrainedModel) -> None:
+    """Let a model of `avoid_flash` answer in transformers' continuous batching, which knows attention by its own names.
+
+    "sdpa" is then the function below, for all models of this process.
+    """
+    if getattr(model.config, "_attn_implementation", None) == NAME:
+        AttentionInterface.register("sdpa", attend)
+        model.set_attn_implementation("sdpa")
+
+
 def skip_packing_mask(model: PreTrainedModel) -> None:
     """Let a model without bytes leave its causal mask out where the real one does.
 
@@ -69,6 +79,9 @@ def attend(
     query (batch, heads, seq, dim), key and value (batch, key heads, seq, dim), attention_mask (batch, 1, seq, seq) or
     None for plain causal attention -> (batch, seq, heads, dim), None.
     """
+    cache = options.pop("cache", None)
+    if cache is not None:  # of continuous batching; an attention of its own has to fill it
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
     n_groups = query.shape[1] // key.shape[1]
     if n_groups > 1:
         key, value = (side.repeat_interleave(n_groups, dim=1) for side in (key, value))

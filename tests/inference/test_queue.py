@@ -65,3 +65,14 @@ def test_places_are_told_while_waiting_and_cancelling_leaves() -> None:
     assert places[-1] == 1
     turnstile.leave(tickets[2])
     assert list(turnstile.wait(tickets[1], threading.Event())) == [], "the next one is not held up"
+
+
+def test_several_at_once() -> None:
+    turnstile, cancel = RequestQueue(1, at_once=2), threading.Event()
+    first, second, third = turnstile.join(), turnstile.join(), turnstile.join()
+    assert [list(turnstile.wait(ticket, cancel)) for ticket in (first, second)] == [[], []]
+    assert next(turnstile.wait(third, cancel)) == 1 and turnstile.n_waiting == 1
+    with pytest.raises(QueueFull):
+        turnstile.join()
+    turnstile.leave(second)
+    assert list(turnstile.wait(third, cancel)) == []

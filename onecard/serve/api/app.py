@@ -79,7 +79,7 @@ class Api(FastAPI):
         # The pages of FastAPI's own documentation load scripts from other servers.
         super().__init__(title="OneCard", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
         self.engine, self.defaults, self._has_key = engine, defaults, has_key
-        self.jobs = RequestThreads(defaults.limits.max_queue)
+        self.jobs = RequestThreads(defaults.limits.max_queue, engine.n_parallel)
         self.began = int(time.time())
         self.metrics = ServerMetrics(
             {

@@ -93,8 +93,8 @@ class RequestThread(Generic[Result]):
 class RequestThreads:
     """All jobs of a server: how many there may be, and how they end with it."""
 
-    def __init__(self, max_queue: int) -> None:
-        self._most = max_queue + 1 + SPARE_THREADS
+    def __init__(self, max_queue: int, n_parallel: int = 1) -> None:
+        self._most = max_queue + n_parallel + SPARE_THREADS
         self._running: set[RequestThread[Any]] = set()
         self.is_stopping = False
 

@@ -87,7 +87,8 @@ class ChatResponseBuilder:
     def whole(self, progress: Progress) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         choices = [self._choice(progress, index) for index in range(len(progress.chunks))]
-        return self.head | {"object": self.kind, "choices": choices, "usage": progress.usage(self.ask.n)}
+        body = {"object": self.kind, "choices": choices, "usage": progress.usage(self.ask.n)}
+        return self.head | body | path_of(progress)
 
     def _choice(self, progress: Progress, index: int) -> dict[str, Any]:
         wanted = self.ask.top_logprobs is not None
@@ -121,6 +122,11 @@ class ChatResponseBuilder:
 
     def _piece(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+def path_of(progress: Progress) -> dict[str, Any]:
+    """The field that says how an answer was computed, where a server has several ways."""
+    return {"onecard": {"path": progress.path}} if progress.path else {}
 
 
 def call_body(call: ToolCall) -> dict[str, Any]:
@@ -168,7 +174,8 @@ class CompletionResponseBuilder:
             | {"finish_reason": chunk.finish_reason}
             for index, chunk in enumerate(progress.chunks)
         ]
-        return self.head | {"object": self.kind, "choices": choices, "usage": progress.usage(self.ask.n)}
+        body = {"object": self.kind, "choices": choices, "usage": progress.usage(self.ask.n)}
+        return self.head | body | path_of(progress)
 
     def _echo(self, progress: Progress, index: int) -> Echo | None:
         k = index // self.ask.n

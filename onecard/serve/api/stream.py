@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.jobs import RequestThread, stopping
 from onecard.serve.api.log import RequestRecord
-from onecard.serve.api.responses import Form, SentSoFar
+from onecard.serve.api.responses import Form, SentSoFar, path_of
 from onecard.serve.api.work import Progress
 from onecard.serve.http_error import ApiError
 
@@ -129,7 +129,7 @@ class StreamEventBuilder:
         found = []
         for index, sent in enumerate(self._sent):
             found += self._new(progress, index, sent)
-            found.append(self._event(self._form.end(progress, index)))
+            found.append(self._event(self._form.end(progress, index), path_of(progress)))
         if self._form.ask.include_usage:
             usage = progress.usage(self._form.ask.n)
             found.append(event(self._form.head | {"object": self._form.kind_of_pieces, "choices": [], "usage": usage}))

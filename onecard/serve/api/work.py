@@ -53,6 +53,11 @@ class Progress:
     def is_cancelled(self) -> bool:
         return any(chunk.finish_reason == "cancelled" for chunk in self.chunks)
 
+    @property
+    def path(self) -> str:
+        """How the choices were computed, where there are several ways: batched, serial, or both."""
+        return ",".join(sorted({chunk.path for chunk in self.chunks if chunk.path}))
+
     def usage(self, n: int) -> dict[str, Any]:
         """Tokens in OpenAI's names: a prompt counts once for its `n` answers."""
         n_prompt = sum(chunk.usage.n_prompt_tokens for chunk in self.chunks[::n])

@@ -1,0 +1,94 @@
+"""An engine with a batch, one without, and ways to ask them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onecard.config.base_model import ModelOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, ParallelOptions, SamplingOptions
+from onecard.data.messages import Turn
+from onecard.inference.batched.batch import Batch
+from onecard.inference.engine import GenerationRequest, InferenceEngine, open_engine
+from onecard.inference.generate import Chunk
+
+LIMITS = LimitOptions(max_queue=64, max_beams=4)
+LONG = SamplingOptions(max_new_tokens=400, min_new_tokens=400)
+
+
+class Asked(threading.Thread):
+    """A request in a thread of its own; `began` is set when its first token is there."""
+
+    def __init__(self, engine: InferenceEngine, request: GenerationRequest) -> None:
+        super().__init__(daemon=True)
+        self._engine, self._request = engine, request
+        self.began, self.cancel = threading.Event(), threading.Event()
+        self.chunks: list[Chunk] = []
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for chunks in self._engine.stream(self._request, self.cancel):
+                self.chunks = chunks
+                if self.chunks[0].usage.n_new_tokens:
+                    self.began.set()
+        except Exception as reason:
+            self.error = reason
+
+    def result(self) -> list[Chunk]:
+        self.join(60)
+        assert not self.is_alive()
+        if self.error:
+            raise self.error
+        return self.chunks
+
+
+def request_of(text: str = "Hi", **changes: Any) -> GenerationRequest:
+    return GenerationRequest(
+        **{"turns": (Turn("user", text),), "sampling": SamplingOptions(max_new_tokens=8), **changes}
+    )
+
+
+def answers(engine: InferenceEngine, request: GenerationRequest) -> list[Chunk]:
+    return list(engine.stream(request))[-1]
+
+
+def open_parallel(base: Path, n: int, limits: LimitOptions = LIMITS, **parallel: Any) -> InferenceEngine:
+    options = ModelOptions(model_path=str(base), bits=32, device="cpu", gradient_checkpointing=False)
+    given = ParallelOptions(max_parallel=n, **parallel)
+    return open_engine(options, InferenceOptions(prompt_type="alpaca"), limits, parallel=given)
+
+
+def batch_of(engine: InferenceEngine) -> Batch:
+    assert engine._batch is not None
+    return engine._batch
+
+
+def held_blocks(engine: InferenceEngine) -> int:
+    """Blocks that belong to requests."""
+    cache = batch_of(engine)._manager.batch_processor.cache
+    return sum(len(blocks) for part in cache.cache_allocators.values() for blocks in part.block_table.values())
+
+
+def free_share(engine: InferenceEngine) -> float:
+    """Of the cache, with what is kept for common beginnings let go; only while nothing runs."""
+    cache = batch_of(engine)._manager.batch_processor.cache
+    cache.evict_cached_blocks()
+    return float(cache.compute_free_capacity())
+
+
+@pytest.fixture(scope="package")
+def alone(lively_base: Path) -> InferenceEngine:
+    return open_parallel(lively_base, 1)
+
+
+@pytest.fixture(scope="package")
+def engine(lively_base: Path) -> Iterator[InferenceEngine]:
+    opened = open_parallel(lively_base, 9)
+    yield opened
+    opened.close()

@@ -1,0 +1,58 @@
+"""Many clients at once: each answer is its own, tells how it was computed, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from onecard.config.base_model import ModelOptions
+from onecard.config.inference import InferenceOptions, LimitOptions, ParallelOptions
+from onecard.inference.engine import open_engine
+from tests.inference.batched.conftest import batch_of, held_blocks
+from tests.serve.api.serving import Running, events_of, long_body, request_bytes, serving
+
+
+@pytest.fixture(scope="module")
+def parallel_server(api_base: Path) -> Iterator[Running]:
+    model = ModelOptions(model_path=str(api_base), bits=32, device="cpu", gradient_checkpointing=False)
+    limits, parallel = LimitOptions(max_choices=8), ParallelOptions(max_parallel=4)
+    engine = open_engine(model, InferenceOptions(prompt_type="alpaca"), limits, model_name="tiny", parallel=parallel)
+    with serving(engine, limits) as running:
+        yield running
+    engine.close()
+
+
+def test_each_client_gets_its_own_answer(parallel_server: Running, server: Running) -> None:
+    texts = [f"Number {k}" for k in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        found = [reply.json() for reply in pool.map(parallel_server.chat, texts)]
+    expected = [server.chat(text).json() for text in texts]
+    assert [one["choices"] for one in found] == [one["choices"] for one in expected]
+    assert {one["onecard"]["path"] for one in found} == {"batched"}
+    assert all("onecard" not in one for one in expected)
+    assert parallel_server.chat(num_beams=2).json()["onecard"] == {"path": "serial"}
+
+
+def test_the_last_piece_tells_the_path(parallel_server: Running) -> None:
+    events = events_of(parallel_server.chat(stream=True).text)
+    assert [event.get("onecard") for event in events[:-1]] == [None] * (len(events) - 2) + [{"path": "batched"}]
+
+
+def test_clients_that_leave_take_their_blocks_along(parallel_server: Running) -> None:
+    engine = parallel_server.engine
+    connections = [parallel_server.connect() for _ in range(4)]
+    for connection in connections:
+        connection.sendall(request_bytes(long_body(stream=True)))
+    for connection in connections:
+        assert connection.recv(100)
+    for connection in connections:
+        connection.close()
+    began = time.monotonic()
+    while batch_of(engine).n_running or held_blocks(engine):
+        assert time.monotonic() - began < 30
+        time.sleep(0.01)
+    assert parallel_server.chat().status_code == 200
