@@ -88,7 +88,8 @@ class Api(FastAPI):
                     lambda: len(self.jobs),
                 ),
                 "requests_waiting": ("Requests that wait for their turn.", lambda: engine.n_waiting),
-            }
+            },
+            engine.paths.counts,
         )
         self.fingerprint = "fp_" + hashlib.sha256(repr((__version__, engine.names)).encode()).hexdigest()[:12]
         self._token_texts: dict[str, TokenTexts] = {}

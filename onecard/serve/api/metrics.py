@@ -5,21 +5,39 @@ https://prometheus.io/docs/practices/naming. Labels have few values: paths that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 __all__ = ["CONTENT_TYPE_LATEST", "ServerMetrics"]
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
+class AnswersByPath(Collector):
+    """How answers were computed, as the engine counts them."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        found = CounterMetricFamily("onecard_answers", "Answers begun: in the batch, or in turn.", labels=("how",))
+        for how, count in self._counts().items():
+            found.add_metric((how,), count)
+        yield found
+
+
 class ServerMetrics:
     """Counts of one server; a process may hold several."""
 
-    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
-        """`gauges`: name -> what it says, and a function that tells its present value."""
+    def __init__(
+        self, gauges: Mapping[str, tuple[str, Callable[[], float]]], paths: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """`gauges`: name -> what it says, and a function that tells its present value. `paths`: answers by path."""
         self._registry = CollectorRegistry()
+        self._registry.register(AnswersByPath(paths))
         for name, (words, value) in gauges.items():
             Gauge(f"onecard_{name}", words, registry=self._registry).set_function(value)
         self._requests = self._counter("requests", "Requests that were answered or refused.", "path", "status", "key")

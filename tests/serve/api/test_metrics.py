@@ -51,6 +51,8 @@ def test_requests_and_tokens_are_counted_by_key_and_written_to_the_file(
     assert found["requests_total", "alice", "other", "404"] == 1
     assert found["generation_tokens_total", "alice"] == 2 * usage["completion_tokens"]
     assert found["prompt_tokens_total", "alice"] > usage["prompt_tokens"]
+    assert found["answers_total", "serial"] == 2
+    assert found["answers_total", "batched"] == 0
     assert found["request_duration_seconds_count", CHAT] == 4
     assert found["time_to_first_token_seconds_count",] == 1
     assert found["requests_running",] == found["requests_waiting",] == 0
