@@ -72,7 +72,7 @@ def test_each_scale_is_an_evaluation_and_a_kill_changes_nothing(
     tiny_base: Path, adapters: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("onecard.train.forgetting.forgetting_texts", lambda: ["A text of English.", "一句中文。"])
+    monkeypatch.setattr("onecard.train.forgetting.forgetting_texts", lambda *_: ["A text of English.", "一句中文。"])
     line = typed(tiny_base, adapters / "lora", held_out, tmp_path / "whole", "--sweep_scale", "1,0.3")
     evaluate.main(line)
     out = capsys.readouterr().out
