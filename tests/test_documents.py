@@ -410,6 +410,9 @@ def test_every_flag_in_the_documents_exists() -> None:
     # of pip, torchrun and pytest
     known |= {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     known |= {"--no-build-isolation", "--index-url", "--language", "--version", "--stat"}
+    # of Slurm
+    known |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal"}
+    known |= {"--requeue", "--open-mode", "--wait"}
     of_benchmarks = re.findall(r"^    (\w+): ", "".join(map(text_of, BENCHMARKS)), re.MULTILINE)
     known |= {f"--{name}" for name in of_benchmarks}
     # Those of other kits, beside each other with ours, are tests/config/test_old_names.py's.
