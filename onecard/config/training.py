@@ -130,6 +130,8 @@ class TrainOptions(RolloutOptions):
     more than a tenth of the time. --test_size 0 turns evaluation off."""
     early_stopping_patience: int = 0
     """End after so many evaluations by --eval_steps in a row that found no lower loss; 0: never."""
+    stop_on: Literal["loss", "balanced"] = "loss"
+    """What --early_stopping_patience waits for: a lower evaluation loss, or a lower sum of it and forgetting."""
     compare_with_base: bool = True
     """Score the held-out records with the base before the first step and with the result after the last one, and say
     the difference with its interval."""
@@ -149,7 +151,8 @@ class TrainOptions(RolloutOptions):
     """How many of the newest checkpoints stay, at least 2; the best one stays besides."""
     final_weights: str = "last"
     """Which weights the run directory ends with: last, the last step's; best, those of the lowest evaluation loss;
-    average:4, the mean of the newest 4 checkpoints, which then stay."""
+    balanced, those of the lowest sum of evaluation loss and forgetting; average:4, the mean of the newest 4
+    checkpoints, which then stay."""
     resume_from_checkpoint: str = field(default="auto", metadata={"bare": "auto"})
     """auto goes on from the newest whole checkpoint in --output_path, if any; a directory: from that one; or none."""
     init_adapter: str | None = None
@@ -208,6 +211,11 @@ class TrainOptions(RolloutOptions):
         found += self._packing_problems()
         found += [*self._final_weights_problems(), *self._change_problems(), *self.rollout_problems(self.objective)]
         return found
+
+    @property
+    def balances(self) -> str:
+        """The option by which loss and forgetting are weighed against each other; empty for none."""
+        return "--final_weights" if self.final_weights == "balanced" else "--stop_on" * (self.stop_on == "balanced")
 
     @property
     def n_averaged(self) -> int:
@@ -298,9 +306,17 @@ class TrainOptions(RolloutOptions):
         return found
 
     def _final_weights_problems(self) -> list[Problem]:
-        if self.final_weights in ("last", "best") or self.n_averaged > 1:
-            return []
-        return [("--final_weights", f"{self.final_weights!r} is none of last, best and average:N of 2 or more")]
+        found: list[Problem] = []
+        if self.final_weights not in ("last", "best", "balanced") and self.n_averaged < 2:
+            text = f"{self.final_weights!r} is none of last, best, balanced and average:N of 2 or more"
+            found.append(("--final_weights", text))
+        if self.stop_on == "balanced" and not self.early_stopping_patience:
+            found.append(("--stop_on", "balanced says what --early_stopping_patience waits for; give that, too"))
+        if self.balances and not self.measure_forgetting:
+            found.append((self.balances, "balanced weighs what is forgotten; give --measure_forgetting true"))
+        if self.balances and self.objective == "grpo":
+            found.append((self.balances, "balanced does not go with --objective grpo, which has rewards and no loss"))
+        return found
 
     def _change_problems(self) -> list[Problem]:
         known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective", "reference"}
@@ -432,17 +448,17 @@ class FinetuneConfig:
         return found
 
     def _divergence_problems(self) -> list[Problem]:
-        """Where there is no base to stay near."""
+        """Where there is no base to stay near, or to measure the distance from."""
+        flags = [flag for flag in ("--kl_anchor" * bool(self.train.kl_anchor), self.train.balances) if flag]
         found: list[Problem] = []
-        if not self.train.kl_anchor:
-            return found
-        if self.lora.tunes_base:
-            found.append(("--kl_anchor", f"does not go with --peft_method {self.lora.peft_method}, which changes the "
-                          "base itself; use an adapter"))  # fmt: skip
-        if self.lora.lora_init in ("pissa", "olora"):
-            found.append(("--kl_anchor", f"does not go with --lora_init {self.lora.lora_init}, which moves a part of "
-                          "the base into the adapter; use --lora_init default"))  # fmt: skip
-        if self.train.deepspeed:
+        for flag in flags:
+            if self.lora.tunes_base:
+                found.append((flag, f"does not go with --peft_method {self.lora.peft_method}, which changes the base "
+                              "itself; use an adapter"))  # fmt: skip
+            if self.lora.lora_init in ("pissa", "olora"):
+                found.append((flag, f"does not go with --lora_init {self.lora.lora_init}, which moves a part of the "
+                              "base into the adapter; use --lora_init default"))  # fmt: skip
+        if self.train.kl_anchor and self.train.deepspeed:
             found.append(("--kl_anchor", "does not go with --deepspeed; leave one of them out"))
         return found
 

@@ -202,8 +202,9 @@ def useless_settings(options: TrainOptions, n_rows: int, n_test: int, total_step
             )
     if options.early_stopping_patience and not n_test:
         found.append(("--early_stopping_patience", "needs rows to evaluate on (--test_size); the run goes to its end"))
-    if options.final_weights == "best" and not n_test:
-        found.append(("--final_weights", "best needs rows to evaluate on (--test_size); the last weights are taken"))
+    if options.final_weights in ("best", "balanced") and not n_test:
+        found.append(("--final_weights", f"{options.final_weights} needs rows to evaluate on (--test_size); the last "
+                      "weights are taken"))  # fmt: skip
     return found
 
 

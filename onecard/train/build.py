@@ -257,7 +257,8 @@ def _forgetting_rows(config: FinetuneConfig, data: TrainingData) -> list[list[in
     steps = total_steps(options, data.train.n_per_epoch)
     tokens = int(data.train.lengths.mean() * options.total_batch * steps)
     texts = MEASURED if options.kl_anchor else EVERY
-    rows = affordable_rows(data.tokenizer, tokens, -(-steps // options.eval_steps), texts)
+    balances = bool(options.balances)
+    rows = affordable_rows(data.tokenizer, tokens, -(-steps // options.eval_steps), texts, at_any_cost=balances)
     if not rows:
         say(f"forgetting is not measured: it would take more than {LARGEST_SHARE:.0%} of so short a run")
     return rows

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -49,11 +49,16 @@ class CheckpointStore:
         self.run_dir = Path(run_dir)
 
     def save(
-        self, step: int, write: Callable[[Path], None], *, best_step: int | None = None, keep_last: int = MIN_KEPT
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        *,
+        best_steps: Sequence[int | None] = (),
+        keep_last: int = MIN_KEPT,
     ) -> Path:
         """Save one checkpoint and remove those that are no longer needed; returns its directory.
 
-        `write(directory)` writes the files. The last `keep_last` checkpoints (never fewer than two) and `best_step`
+        `write(directory)` writes the files. The last `keep_last` checkpoints (never fewer than two) and `best_steps`
         stay; nothing goes before the new one has been read back and verified.
 
         Raises: CheckpointError when the disk refuses (`disk_full` tells whether for want of room or rights); the
@@ -76,7 +81,7 @@ class CheckpointStore:
                 f"{target} was written but reads back differently: {'; '.join(broken)}. It is kept as {aside.name}; "
                 "older checkpoints are untouched. Check the disk."
             )
-        self._rotate(step, best_step, max(MIN_KEPT, keep_last))
+        self._rotate(step, best_steps, max(MIN_KEPT, keep_last))
         return target
 
     def newest_whole(self) -> FoundCheckpoint | None:
@@ -191,10 +196,10 @@ class CheckpointStore:
             else:
                 storage.move(old, target)
 
-    def _rotate(self, newest_step: int, best_step: int | None, keep_last: int) -> None:
-        """Remove old checkpoints: none that is the newest, the best, or among the last `keep_last` usable ones."""
+    def _rotate(self, newest_step: int, best_steps: Sequence[int | None], keep_last: int) -> None:
+        """Remove old checkpoints: none that is the newest, a best one, or among the last `keep_last` usable ones."""
         self._restore_replaced()
-        kept = [newest_step, *([] if best_step is None else [best_step])]
+        kept = [newest_step, *best_steps]
         n_last = 0
         for step, path in sorted(self._checkpoints().items(), reverse=True):
             # One that lost a file is no reserve; it neither counts nor goes, the next resume tells of it.

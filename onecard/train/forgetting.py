@@ -45,16 +45,19 @@ def text_rows(tokenizer: Any, of_each_kind: slice = EVERY) -> list[list[int]]:
 
 
 def affordable_rows(
-    tokenizer: Any, training_tokens: int, n_evaluations: int, of_each_kind: slice = EVERY
+    tokenizer: Any, training_tokens: int, n_evaluations: int, of_each_kind: slice = EVERY, *, at_any_cost: bool = False
 ) -> list[list[int]]:
     """The token ids of as many texts as may be asked at each of `n_evaluations`, as LARGEST_SHARE of its tokens.
 
-    training_tokens: that pass through the model in the whole run. Empty where fewer than FEWEST_TEXTS are affordable.
+    training_tokens: that pass through the model in the whole run. Empty where fewer than FEWEST_TEXTS are affordable;
+    at_any_cost: so many then.
     """
     most = LARGEST_SHARE * training_tokens * PASSES_IN_TRAINING / PASSES / max(1, n_evaluations)
     rows = text_rows(tokenizer, of_each_kind)
     n_affordable = sum(n_tokens <= most for n_tokens in accumulate(map(len, rows)))
-    return rows[:n_affordable] if n_affordable >= FEWEST_TEXTS else []
+    if n_affordable < FEWEST_TEXTS:
+        return rows[:FEWEST_TEXTS] if at_any_cost else []
+    return rows[:n_affordable]
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,8 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
                 message = f"stopped by {name} after step {state.step} of {state.total_steps}; checkpoint-{saved_step}"
                 raise Stopped(f"{message} is saved. The same command goes on from there.", interrupts.exit_code or 143)
     if _has_stopped_early(run):
-        reason = f"{state.evaluations_since_best} evaluations in a row found no lower loss (--early_stopping_patience)"
+        lower = "lower loss" if options.stop_on == "loss" else "lower sum of loss and forgetting"
+        reason = f"{state.evaluations_since_best} evaluations in a row found no {lower} (--early_stopping_patience)"
         say(f"ended after step {state.step} of {state.total_steps}: {reason}")
     if run.clock is not None and state.clock == run.clock.option and state.step == state.total_steps:
         say(f"ended after step {state.step} by {state.clock}; without it, or with another time, the run goes on")
@@ -152,7 +153,7 @@ def save(run: Run, *, final: bool) -> int | None:
             run.store.save(
                 state.step,
                 lambda directory: write_state(directory, run.plain_model, training, state),
-                best_step=state.best_step,
+                best_steps=(state.best_step, state.balanced_step),
                 keep_last=max(run.options.keep_checkpoints, run.options.n_averaged),
             )
         except CheckpointError as reason:
@@ -205,7 +206,7 @@ def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float, so
 
 
 def _evaluate(run: Run, reporter: Reporter) -> bool:
-    """Evaluate if there are held-out rows; True when this is the best step so far."""
+    """Evaluate if there are held-out rows; True when this is the best step so far, by any count that is kept."""
     state = run.state
     if not run.test_samples:
         return False
@@ -221,14 +222,16 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     improved = loss < best
     if improved:
         state.best_step, state.best_loss = state.step, loss
+    forgetting = _forgetting(run)
+    balanced = bool(run.options.balances) and _is_better_balanced(run, loss, forgetting)
     # Those by the clock do not count: where a run ends must not depend on how fast the machine is.
-    if improved:
+    if balanced if run.options.stop_on == "balanced" else improved:
         state.evaluations_since_best = 0
     elif state.step % run.options.eval_steps == 0:
         state.evaluations_since_best += 1
-    forgetting = _forgetting(run)
     report_events(run, reporter)
     row = {"step": state.step, **({"eval_loss": loss} if run.rollouts is None else {}), "best_step": state.best_step}
+    row |= {"balanced_step": state.balanced_step} if run.options.balances else {}
     accuracy = f", accuracy {more[f'eval_{ACCURACY}']:.1%}" if f"eval_{ACCURACY}" in more else ""
     said = f"evaluation loss {loss:.4f}" if run.rollouts is None else f"mean reward of held-out prompts {-loss:.4f}"
     best_so_far = " (best so far)" if improved else ""
@@ -237,10 +240,25 @@ def _evaluate(run: Run, reporter: Reporter) -> bool:
     if perplexities:
         both = " and ".join(f"{value:,.4g}" for value in perplexities.values())
         took = f"perplexity per token and per character {both}, {took}"
-    forgot = "".join(f"\nstep {state.step}: forgetting {kl:.2g} nats per token" for kl in forgetting.values())
+    best_balance = " (best balanced so far)" if balanced else ""
+    forgot = "".join(
+        f"\nstep {state.step}: forgetting {kl:.2g} nats per token{best_balance}" for kl in forgetting.values()
+    )
     reporter.event(
         row | more | perplexities | forgetting, f"step {state.step}: {said}{accuracy}{best_so_far}, {took}{forgot}"
     )
+    return improved or balanced
+
+
+def _is_better_balanced(run: Run, loss: float, forgetting: dict[str, float]) -> bool:
+    """Whether the sum of loss and forgetting, both in nats, is the lowest so far; the state then keeps it.
+
+    No other evaluation has less of both, so the step is on their front; a nat gained is worth a nat forgotten.
+    """
+    state, total = run.state, loss + forgetting.get(FORGETTING, math.nan)
+    improved = total < (math.inf if state.balanced_sum is None else state.balanced_sum)
+    if improved:
+        state.balanced_step, state.balanced_sum = state.step, total
     return improved
 
 

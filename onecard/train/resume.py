@@ -225,21 +225,26 @@ def take_over(point: ResumePoint, state: TrainerState, directory: RunDirectory) 
     """
     if not point.same_run or point.path.resolve().parent == directory.path.resolve():
         return
-    if state.best_step is not None and state.best_step != state.step:
-        best = point.path.parent / f"checkpoint-{state.best_step}"
+    best_steps = (state.best_step, state.balanced_step)
+    for name, value in (("best_step", "best_loss"), ("balanced_step", "balanced_sum")):
+        step = getattr(state, name)
+        if step is None or step == state.step:
+            continue
+        best = point.path.parent / f"checkpoint-{step}"
         if problems := verify(best):
             warn(f"the best checkpoint of that run, {best}, cannot be used ({'; '.join(problems)}): "
                  "the best is looked for anew from here on")  # fmt: skip
-            state.best_step = state.best_loss = None
+            setattr(state, name, None)
+            setattr(state, value, None)
         elif not quiet_rank():
-            directory.store.save(state.best_step, partial(shutil.copytree, best, dirs_exist_ok=True))
+            directory.store.save(step, partial(shutil.copytree, best, dirs_exist_ok=True), best_steps=best_steps)
 
     def copy(target: Path) -> None:
         shutil.copytree(point.path, target, dirs_exist_ok=True)
         write_position(target, state)
 
     if not quiet_rank():
-        directory.store.save(state.step, copy, best_step=state.best_step)
+        directory.store.save(state.step, copy, best_steps=best_steps)
 
 
 def _check_same_run(config: FinetuneConfig, point: ResumePoint, identity: dict[str, Any]) -> None:

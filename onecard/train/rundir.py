@@ -124,7 +124,7 @@ class RunDirectory:
         """
         if quiet_rank():
             return
-        best = state.best_step if options.final_weights == "best" else None
+        best = {"best": state.best_step, "balanced": state.balanced_step}.get(options.final_weights)
         step = state.step if best is None else best
         averaged = self.store.newest_steps(options.n_averaged)
         taken = [self.path / f"checkpoint-{number}" for number in averaged or [step]]
@@ -137,6 +137,8 @@ class RunDirectory:
         self.store.publish(write)
         which = f"the mean of steps {', '.join(map(str, averaged))}" if averaged else f"step {step}"
         say(f"{'model' if is_tuned_model(self.path) else 'adapter'} of {which} saved in {self.path}")
+        if options.final_weights == "balanced" and state.balanced_sum is not None:
+            say(f"there the sum of evaluation loss and forgetting was lowest: {state.balanced_sum:.4f}")
         if state.best_step is not None and state.best_step != step:
             lowest = f"the lowest evaluation loss was {state.best_loss:.4f}"
             if options.objective == "grpo":  # by the reward, negated

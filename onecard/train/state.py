@@ -39,8 +39,12 @@ class TrainerState:
     """Step of the lowest evaluation loss so far."""
     best_loss: float | None = None
     """That loss."""
+    balanced_step: int | None = None
+    """Step of the lowest sum of evaluation loss and forgetting so far, where that is asked for."""
+    balanced_sum: float | None = None
+    """That sum."""
     evaluations_since_best: int = 0
-    """By --eval_steps: how many in a row found no lower loss."""
+    """By --eval_steps: how many in a row found nothing lower of what --stop_on names."""
     total_steps: int = 0
     """Steps that the whole run was planned for; the schedule depends on it."""
     source_tokens: dict[str, int] = field(default_factory=dict)

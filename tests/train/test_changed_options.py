@@ -140,6 +140,7 @@ TABLE = {
     "log_samples": same(True, lambda s: len(s.rows[0]["samples"]) == 5),
     "eval_steps": same(1, lambda s: [row["step"] for row in s.rows if "eval_loss" in row] == [7, 8]),
     "early_stopping_patience": same(9, lambda s: s.run.state.evaluations_since_best == 0),
+    "stop_on": Row("balanced"),  # of --early_stopping_patience
     "compare_with_base": same(False, lambda s: "held-out records" not in s.printed),
     "measure_forgetting": same(False, lambda s: "forgetting is" not in s.printed),
     "kl_anchor": used(0.5, lambda s: s.run.anchor.weight == 0.5 and s.rows[0]["kl_anchor"] > 0),

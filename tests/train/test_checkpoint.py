@@ -63,7 +63,7 @@ def names(directory: Path) -> list[str]:
 def saved(run_dir: Path, *steps: int) -> CheckpointStore:
     store = CheckpointStore(run_dir)
     for step in steps:
-        store.save(step, writer(f"s{step}"), best_step=None, keep_last=99)
+        store.save(step, writer(f"s{step}"), keep_last=99)
     return store
 
 
@@ -72,7 +72,7 @@ def saved(run_dir: Path, *steps: int) -> CheckpointStore:
 
 def test_what_was_saved_is_found(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "run")
-    path = store.save(12, writer("a"), best_step=None)
+    path = store.save(12, writer("a"))
     assert path == tmp_path / "run" / "checkpoint-12"
     found = store.newest_whole()
     assert found is not None and (found.path, found.step, found.skipped) == (path, 12, [])
@@ -257,9 +257,9 @@ def test_verify_of_older_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_last_two_and_the_best_stay(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     for step in range(1, 8):
-        store.save(step, writer(f"s{step}"), best_step=3 if step >= 3 else None, keep_last=0)
+        store.save(step, writer(f"s{step}"), best_steps=[3 if step >= 3 else None], keep_last=0)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
-    store.save(8, writer("s8"), best_step=8, keep_last=3)
+    store.save(8, writer("s8"), best_steps=[8], keep_last=3)
     assert names(tmp_path) == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
 
 
@@ -572,7 +572,7 @@ with RunLock(run):
         def write(directory):
             for name in ("a.bin", "b.bin", "c.bin"):
                 (directory / name).write_bytes(f"{step:08d}".encode() * 25_000)
-        store.save(step, write, best_step=1)
+        store.save(step, write, best_steps=[1])
 """
 
 

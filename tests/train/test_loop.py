@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.config.problems import refuse
+from onecard.config.problems import problems_of, refuse
 from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.errors import ConfigError, OneCardError
 from onecard.recipes import finetune
-from onecard.train import checkpoint
+from onecard.train import checkpoint, loop
 from onecard.train.checkpoint import CheckpointStore, verify
 from onecard.train.loop import total_steps
 from onecard.train.state import read_state
 from onecard.train.trackers import read_log
 from tests import tiny
-from tests.runs import assert_same_end, run_and_stop
+from tests.runs import assert_same_end, final_checkpoint, run_and_stop
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,69 @@ def test_a_run_ends_early_where_the_evaluation_loss_no_longer_falls(
     assert read_state(finetune(config("run", early_stopping_patience=3))).step > state.step
 
 
+@pytest.mark.slow
+def test_balanced_weights_have_the_lowest_sum_of_loss_and_forgetting(
+    tiny_base: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is forgotten grows while the loss still falls, so the balanced step comes before the best one.
+
+    A base of random weights has little to forget, so what is measured counts 20 times.
+    """
+    real = loop.measure_forgetting
+
+    def measured(*arguments: Any) -> Any:
+        found = real(*arguments)
+        assert found is not None
+        return replace(found, kl=20 * found.kl)
+
+    monkeypatch.setattr(loop, "measure_forgetting", measured)
+
+    def config(output: str, **changes: Any) -> FinetuneConfig:
+        options = RISING | {"final_weights": "balanced", **changes}
+        return tiny.config_for(tiny_base, instructions, tmp_path / output, **options)
+
+    whole = finetune(config("whole"))
+    rows = [row for row in read_log(whole) if "eval_loss" in row]
+    sums = {row["step"]: row["eval_loss"] + row["forgetting"] for row in rows}
+    balanced, state = min(sums, key=lambda step: sums[step]), read_state(final_checkpoint(whole))
+    assert (state.balanced_step, state.balanced_sum) == (balanced, sums[balanced]) and len(sums) == 10
+    assert balanced < state.best_step < 30, "else this shows nothing"
+    chosen = next(row for row in rows if row["step"] == balanced)
+    assert not any(row["eval_loss"] < chosen["eval_loss"] and row["forgetting"] < chosen["forgetting"] for row in rows)
+    for step in (balanced, state.best_step):
+        assert (whole / f"checkpoint-{step}").is_dir()
+    published = tiny.tensors_of(whole / "adapter_model.safetensors")
+    assert tiny.same_tensors(published, tiny.tensors_of(whole / f"checkpoint-{balanced}" / "adapter_model.safetensors"))
+    said = capsys.readouterr().out
+    assert f"adapter of step {balanced} saved" in said and f"forgetting was lowest: {sums[balanced]:.4f}" in said
+    run_and_stop(config("cut"), monkeypatch, after_steps=balanced + 4)
+    assert_same_end(whole, finetune(config("cut")))
+    moved = config("moved", resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-30"))
+    assert_same_end(whole, finetune(moved))
+    stopped = read_state(final_checkpoint(finetune(config("short", stop_on="balanced", early_stopping_patience=2))))
+    assert stopped.step == balanced + 6
+    assert "2 evaluations in a row found no lower sum of loss and forgetting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag", "text"),
+    [
+        ({"final_weights": "balanced", "measure_forgetting": False}, "--final_weights", "--measure_forgetting true"),
+        ({"final_weights": "balanced", "objective": "grpo"}, "--final_weights", "which has rewards and no loss"),
+        ({"final_weights": "balanced", "lora_init": "pissa"}, "--final_weights", "--lora_init default"),
+        ({"final_weights": "even"}, "--final_weights", "'even' is none of last, best, balanced and average:N"),
+        ({"stop_on": "balanced"}, "--stop_on", "--early_stopping_patience"),
+        ({"stop_on": "balanced", "early_stopping_patience": 2, "peft_method": "full"}, "--stop_on", "use an adapter"),
+    ],
+)
+def test_balanced_is_refused_where_there_is_nothing_to_weigh(
+    changes: dict[str, Any], flag: str, text: str, tmp_path: Path
+) -> None:
+    config = tiny.config_for(tmp_path, tmp_path, tmp_path / "run", **changes)
+    assert [problem for problem in problems_of(config) if problem[0] == flag and text in problem[1]]
+
+
 def test_final_weights_are_the_mean_of_the_newest_checkpoints(
     tiny_base: Path,
     instructions: Path,
@@ -101,7 +164,7 @@ def test_final_weights_are_the_mean_of_the_newest_checkpoints(
     (run / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
     assert store.newest_steps(2) == [4, 5] and seen == ["checkpoint-6", "checkpoint-5", "checkpoint-4"]
     assert store.newest_steps(0) == [] and len(seen) == 3, "whoever wants none reads none"
-    with pytest.raises(ConfigError, match="none of last, best and average:N of 2 or more"):
+    with pytest.raises(ConfigError, match="none of last, best, balanced and average:N of 2 or more"):
         refuse(TrainOptions(final_weights="average:1").problems())
 
 
