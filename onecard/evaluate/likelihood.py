@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.errors import ModelError
+from onecard.inference.batch.run import in_halves
 from onecard.inference.model_limits import go_together
-from onecard.model.hardware import empty_cache
 from onecard.model.output_head import states_before_head
 
 MICRO_TOKENS = 4096  # of a batch with its padding
@@ -30,10 +29,17 @@ def log_probs(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[Asked]
     Raises ModelError for a text that does not fit into memory alone.
     """
     found: list[list[float]] = [[] for _ in texts]
+
+    def together(numbers: Sequence[int]) -> list[list[float]]:
+        return _together(model, [texts[k] for k in numbers], [asked[k] for k in numbers])
+
+    def too_large(number: int) -> str:
+        n_tokens = len(texts[number])
+        return f"a text of {n_tokens} tokens does not fit into memory; use fewer --bits, --shots or a smaller --window"
+
     with torch.inference_mode():
         for numbers in _batches(model, [len(ids) for ids in texts]):
-            results = _halving(model, [texts[k] for k in numbers], [asked[k] for k in numbers])
-            for number, values in zip(numbers, results, strict=True):
+            for number, values in zip(numbers, in_halves(together, numbers, too_large), strict=True):
                 found[number] = values
     return found
 
@@ -49,21 +55,6 @@ def _batches(model: Any, lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(number)
     if batch:
         yield batch
-
-
-def _halving(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[Asked]) -> list[list[float]]:
-    """`_together`, in halves where the card's memory does not hold all."""
-    try:
-        return _together(model, texts, asked)
-    except torch.OutOfMemoryError as reason:
-        if len(texts) == 1:
-            raise ModelError(
-                f"a text of {len(texts[0])} tokens does not fit into memory; use fewer --bits, --shots or a smaller "
-                "--window"
-            ) from reason
-    empty_cache()
-    middle = len(texts) // 2
-    return _halving(model, texts[:middle], asked[:middle]) + _halving(model, texts[middle:], asked[middle:])
 
 
 def _together(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[Asked]) -> list[list[float]]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from onecard.errors import ConfigError, DataError
+from onecard.errors import ConfigError, DataError, ModelError
+from onecard.evaluate import likelihood
 from onecard.evaluate.perplexity import PerplexityTask, windows
 from tests.evaluate.test_choice import by_hand
 
@@ -54,3 +56,27 @@ def test_windows_that_cannot_be_are_refused(bundle: Any, tmp_path: Path) -> None
     (tmp_path / "b.jsonl").write_text('{"instruction": "a", "output": "b"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"b\.jsonl: holds no text"):
         PerplexityTask(tmp_path / "b.jsonl")
+
+
+def test_texts_too_large_for_the_card_together_are_read_in_halves(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(f'{{"text": "{"word " * n}"}}\n' for n in (3, 4, 5, 6)), encoding="utf-8")
+    task = PerplexityTask(file, window=4)
+    expected, together, sizes = task.work(bundle, task.items), likelihood._together, []
+
+    def small_card(model: Any, texts: Any, asked: Any) -> Any:
+        sizes.append(len(texts))
+        if len(texts) > most:
+            raise torch.OutOfMemoryError
+        return together(model, texts, asked)
+
+    monkeypatch.setattr(likelihood, "_together", small_card)
+    most = 2
+    found = task.work(bundle, task.items)
+    assert [row["log_prob"] for row in found] == pytest.approx([row["log_prob"] for row in expected], abs=1e-4)
+    assert max(sizes) > 2 and 2 in sizes
+    most = 0
+    with pytest.raises(ModelError, match=r"a text of \d+ tokens does not fit into memory; use fewer --bits"):
+        task.work(bundle, task.items)

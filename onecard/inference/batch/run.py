@@ -8,10 +8,10 @@ writes the answers that an undisturbed run would have written.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -29,6 +29,7 @@ from onecard.installation import command
 from onecard.model.hardware import empty_cache
 
 WINDOW_BATCHES = 8
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass
@@ -119,23 +120,31 @@ def windows(questions: Iterable[Question], size: int, first: int) -> Iterator[Qu
         first += len(taken)
 
 
-def answer_safely(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: SamplingOptions) -> list[Generation]:
-    """Answer rows, in halves when they do not fit into the card's memory together.
+def in_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T], too_large: Callable[[T], str]) -> list[R]:
+    """What the work makes of the items, in halves when they do not fit into the card's memory together.
 
-    Raises ModelError when one alone does not fit.
+    Raises ModelError with the words of `too_large` when one alone does not fit.
     """
     try:
-        return answer_rows(bundle, rows, sampling)
+        return work(items)
     except torch.OutOfMemoryError as reason:
-        if len(rows) == 1:
-            raise ModelError(
-                f"a question of {len(rows[0].ids)} tokens with an answer of up to {rows[0].max_new_tokens} does not "
-                f"fit into memory; use fewer --bits or, in {command('generate')}, a smaller --max_new_tokens or "
-                "--num_beams"
-            ) from reason
+        if len(items) == 1:
+            raise ModelError(too_large(items[0])) from reason
     empty_cache()
-    middle = len(rows) // 2
-    return answer_safely(bundle, rows[:middle], sampling) + answer_safely(bundle, rows[middle:], sampling)
+    middle = len(items) // 2
+    return in_halves(work, items[:middle], too_large) + in_halves(work, items[middle:], too_large)
+
+
+def answer_safely(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: SamplingOptions) -> list[Generation]:
+    """Answer rows, in halves when they do not fit into the card's memory together. Raises ModelError."""
+
+    def too_large(row: PromptRow) -> str:
+        return (
+            f"a question of {len(row.ids)} tokens with an answer of up to {row.max_new_tokens} does not fit into "
+            f"memory; use fewer --bits or, in {command('generate')}, a smaller --max_new_tokens or --num_beams"
+        )
+
+    return in_halves(lambda some: answer_rows(bundle, some, sampling), rows, too_large)
 
 
 def _finished_rows(job: BatchJob, n_done: int, tally: BatchReport) -> Iterator[list[dict[str, Any]]]:
