@@ -5,6 +5,7 @@ onecard evaluate --suite loss:held_out.json --lora_path outputs/mine --sweep_sca
 onecard evaluate --compare measured_base measured --output_path compared
 onecard evaluate lm-eval --tasks arc_easy --lora_path outputs/mine
 onecard evaluate ship --run outputs/mine
+onecard evaluate blind --a base --b outputs/mine --questions questions.jsonl --output_path blind
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.errors import ConfigError
 from onecard.inference.run_files import stored_options
-from onecard.programs import _lm_eval, _ship
+from onecard.programs import _blind, _lm_eval, _ship
 
 if TYPE_CHECKING:
     from onecard.curation.make.journal import Journal
@@ -159,7 +160,7 @@ _MAY_CHANGE = (
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     words = list(sys.argv[1:] if argv is None else argv)
-    verbs = {"lm-eval": _lm_eval.main, "ship": _ship.main}
+    verbs = {"blind": _blind.main, "lm-eval": _lm_eval.main, "ship": _ship.main}
     if words and words[0] in verbs:
         verbs[words[0]](words[1:])
         return

@@ -51,7 +51,7 @@ class Opener:
         self.foreign: list[str] = []
         self.errors: list[str] = []
 
-    def __call__(self, url: str, **options: Any) -> Any:
+    def __call__(self, url: str, *, ready: str = "#oc-submit", **options: Any) -> Any:
         """A page that is ready; with options for a context of its own, else a tab of the shared one."""
         viewport = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
         context = self._browser.new_context(**(viewport | options)) if options else self._shared
@@ -62,7 +62,7 @@ class Opener:
         self._pages.append(page)
         self._urls.add(url)
         page.goto(url)
-        page.wait_for_selector("#oc-submit")
+        page.wait_for_selector(ready)
         page.wait_for_function("window.onecard && onecard.is_ready()")
         return page
 

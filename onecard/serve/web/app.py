@@ -21,6 +21,7 @@ from onecard.config.inference import PageOptions, SamplingOptions
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.answer import as_html
 from onecard.serve.web.ask import FLAG_FILE, AskPage
+from onecard.serve.web.blind import PLACES, BlindWiring
 from onecard.serve.web.browsers import SessionGuard, SessionRegistry
 from onecard.serve.web.chat import ChatPage
 from onecard.serve.web.events import (
@@ -41,6 +42,7 @@ from onecard.serve.web.sanitize import FORMULAS
 from onecard.serve.web.script import head, script_terms
 from onecard.serve.web.server import MountHooks, serve_page
 from onecard.serve.web.settings import NAMES, THINKING, SettingsReader
+from onecard.serve.web.votes import BlindVotes
 
 FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "PingFang SC", "Noto Sans SC", "sans-serif")
 CODE_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
@@ -56,14 +58,9 @@ class WebPage:
 
 
 def chat_page(
-    engine: InferenceEngine,
-    sampling: SamplingOptions,
-    page: PageOptions,
-    *,
-    system: str = "",
-    show_beams: bool = False,
-    examples: Sequence[str] = (),
-) -> WebPage:
+    engine: InferenceEngine, sampling: SamplingOptions, page: PageOptions, *, system: str = "",
+    show_beams: bool = False, examples: Sequence[str] = (),
+) -> WebPage:  # fmt: skip
     """The chat. `sampling`, `system`, `show_beams`: what each browser begins with; `examples`: first messages."""
     handlers = ChatPage(engine, system, sampling, show_beams=show_beams)
     labels = TranslatedComponents(_first_language(page))
@@ -72,7 +69,7 @@ def chat_page(
         parts: dict[str, Any] = {name: _hidden(name) for name in names}
         parts["known"] = list(examples)
         parts["tries"] = gr.Number(0, elem_classes="oc-hidden", container=False)
-        parts |= _header(labels, engine, "chat.title")
+        parts |= _header(labels, engine.names[0], "chat.title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=320, elem_id="oc-main"):
                 parts |= _conversation(labels, examples) | _lines() | _beam_boxes(labels, engine)
@@ -85,20 +82,15 @@ def chat_page(
 
 
 def ask_page(
-    engine: InferenceEngine,
-    sampling: SamplingOptions,
-    page: PageOptions,
-    *,
-    system: str = "",
-    show_beams: bool = False,
-    examples: Sequence[Sequence[str]] = (),
-    flag_path: Path = Path(FLAG_FILE),
-) -> WebPage:
+    engine: InferenceEngine, sampling: SamplingOptions, page: PageOptions, *, system: str = "",
+    show_beams: bool = False, examples: Sequence[Sequence[str]] = (), flag_path: Path = Path(FLAG_FILE),
+) -> WebPage:  # fmt: skip
     """Single questions. `examples` are [instruction, input]; flagged answers are appended to `flag_path`."""
     handlers = AskPage(engine, system, sampling, show_beams=show_beams, flag_path=flag_path)
     labels = TranslatedComponents(_first_language(page))
     with gr.Blocks(title="OneCard", analytics_enabled=False) as blocks:
-        parts = {name: _hidden(name) for name in ("stored", "browser_language")} | _header(labels, engine, "ask.title")
+        parts = {name: _hidden(name) for name in ("stored", "browser_language")}
+        parts |= _header(labels, engine.names[0], "ask.title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=320):
                 parts |= _question(labels) | _answer(labels) | _lines() | _beam_boxes(labels, engine) | _flag(labels)
@@ -108,6 +100,17 @@ def ask_page(
                 parts |= _settings(labels, handlers.reader, engine)
         wiring = AskWiring(handlers, parts, labels, page.language, GradioHooks(_on, _tell))
         wiring.connect(blocks)
+    return WebPage(_queued(blocks), wiring.presence)
+
+
+def blind_page(votes: BlindVotes, page: PageOptions) -> WebPage:
+    """Two answers to each question, to choose between without knowing whose they are."""
+    labels = TranslatedComponents(_first_language(page))
+    with gr.Blocks(title="OneCard", analytics_enabled=False) as blocks:
+        parts: dict[str, Any] = {name: _hidden(name) for name in ("stored", "browser_language", "pair")}
+        parts |= _header(labels, "", "blind.title") | _lines() | _pair(labels)
+    wiring = BlindWiring(votes, parts, labels, page.language, GradioHooks(_on, _tell))
+    wiring.connect(blocks)
     return WebPage(_queued(blocks), wiring.presence)
 
 
@@ -149,10 +152,10 @@ def public_link(host: str, port: int, token: str) -> str:
     return gr.networking.setup_tunnel(host, port, token, None, None)
 
 
-def _header(labels: TranslatedComponents, engine: InferenceEngine, title: str) -> dict[str, Any]:
+def _header(labels: TranslatedComponents, model: str, title: str) -> dict[str, Any]:
     with gr.Row(elem_id="oc-head"):
         labels(gr.HTML, {"value": lambda language: f"<h1>{word(language, title)}</h1>"}, elem_id="oc-title")
-        model = gr.HTML(as_html(engine.names[0], "oc-model"), elem_id="oc-model")
+        shown_model = gr.HTML(as_html(model, "oc-model"), elem_id="oc-model")
         labels(gr.HTML, {"value": script_terms}, elem_id="oc-terms", elem_classes="oc-hidden")
         choices = [(shown, code) for code, shown in LANGUAGES.items()]
         language = gr.Dropdown(
@@ -160,7 +163,7 @@ def _header(labels: TranslatedComponents, engine: InferenceEngine, title: str) -
             label=word(labels.language, "language"), interactive=True,
         )  # fmt: skip
         theme = labels(gr.Button, {"value": "theme"}, size="sm", elem_id="oc-theme", scale=0)
-    return {"language": language, "theme": theme, "model": model}
+    return {"language": language, "theme": theme, "model": shown_model}
 
 
 def _conversation(labels: TranslatedComponents, examples: Sequence[str]) -> dict[str, Any]:
@@ -184,9 +187,12 @@ def _lines() -> dict[str, Any]:
 def _beam_boxes(labels: TranslatedComponents, engine: InferenceEngine) -> dict[str, Any]:
     with gr.Column(visible=False, elem_id="oc-beams") as column:
         boxes = [
-            labels(gr.Textbox, {"label": _beam_words(k + 1)}, visible=False, interactive=False, lines=1, max_lines=6)
+            labels(
+                gr.Textbox, {"label": partial(word, key="beam", n=k + 1)}, visible=False, interactive=False, lines=1,
+                max_lines=6,
+            )
             for k in range(engine.limits.max_beams)
-        ]
+        ]  # fmt: skip
     return {"beams": column, "beam_boxes": boxes}
 
 
@@ -226,14 +232,34 @@ def _question(labels: TranslatedComponents) -> dict[str, Any]:
 
 
 def _answer(labels: TranslatedComponents) -> dict[str, Any]:
-    heading = {"value": lambda language: f'<h2 class="oc-label">{word(language, "answer")}</h2>'}
-    labels(gr.HTML, heading, elem_id="oc-answer-label")
-    answer = gr.Markdown(
-        elem_id="oc-answer", elem_classes="oc-drawn", container=True,
-        buttons=["copy"], latex_delimiters=list(FORMULAS), sanitize_html=True,
-        min_height=112,
+    return {"answer": _markdown(labels, "answer", "oc-answer", buttons=["copy"], min_height=112)}
+
+
+def _markdown(labels: TranslatedComponents, key: str, elem_id: str, **more: Any) -> gr.Markdown:
+    """A place for a text of a person or a model, with a heading."""
+    heading = {"value": lambda language: f'<h2 class="oc-label">{word(language, key)}</h2>'}
+    labels(gr.HTML, heading, elem_id=f"{elem_id}-label", elem_classes="oc-heading")
+    return gr.Markdown(
+        elem_id=elem_id, elem_classes="oc-drawn oc-text", container=True, latex_delimiters=list(FORMULAS),
+        sanitize_html=True, **more,
     )  # fmt: skip
-    return {"answer": answer}
+
+
+def _pair(labels: TranslatedComponents) -> dict[str, Any]:
+    parts: dict[str, Any] = {"question": _markdown(labels, "blind.question", "oc-question")}
+    with gr.Row(elem_id="oc-pair") as parts["answers"]:
+        for place, key in ((1, "blind.first"), (2, "blind.second")):
+            with gr.Column(min_width=280):
+                parts[f"answer_{place}"] = _markdown(labels, key, f"oc-answer-{place}", min_height=112)
+    with gr.Row(elem_id="oc-votes") as parts["votes"]:
+        for place in PLACES:
+            words = {"value": f"blind.vote_{place}"}
+            parts[f"vote_{place}"] = labels(gr.Button, words, variant="primary", elem_id=f"oc-key-{place}")
+    parts["result"] = gr.HTML(visible=HIDDEN, elem_id="oc-result")
+    with gr.Row(elem_id="oc-actions"):
+        parts["undo"] = labels(gr.Button, {"value": "blind.undo"}, size="sm", elem_id="oc-key-u")
+        parts["reveal"] = labels(gr.Button, {"value": "blind.reveal"}, size="sm", elem_id="oc-reveal")
+    return parts
 
 
 def _examples(labels: TranslatedComponents, parts: dict[str, Any], examples: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -372,7 +398,3 @@ def _queued(blocks: gr.Blocks) -> gr.Blocks:
 
 def _first_language(page: PageOptions) -> str:
     return page.language if page.language in LANGUAGES else "en"
-
-
-def _beam_words(number: int) -> Words:
-    return lambda language: word(language, "beam", n=number)

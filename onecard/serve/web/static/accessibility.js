@@ -18,7 +18,7 @@
       set(row.querySelector("[data-testid=user], [data-testid=bot]"), "aria-label", name);
     }
     for (const name of ["title", "aria-label"]) set(find("#oc-answer .top-panel button"), name, words.copy);
-    const wide = ":is(#oc-chat, #oc-answer) :is(table, pre, .katex-display), #oc-answer, #oc-beams";
+    const wide = ":is(#oc-chat, .oc-text) :is(table, pre, .katex-display), .oc-text, #oc-beams";
     for (const part of document.querySelectorAll(wide)) {
       // Of what is not on the screen, the size would have to be found out first.
       if (part.checkVisibility && !part.checkVisibility({contentVisibilityAuto: true})) continue;

@@ -60,6 +60,14 @@ window.onecard = (() => {
 
   addEventListener("pagehide", flush);
 
+  // Keys of the page for blind votes: the button of the id oc-key-1 is pressed by 1.
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing) return;
+    if (event.target.closest("input, textarea, select, [contenteditable]")) return;
+    const button = document.getElementById("oc-key-" + event.key.toLowerCase());
+    if (button && button.offsetParent && !button.disabled) button.click();
+  });
+
   // The invisible spaces of sanitize.py are not copied, and of a drawn formula what was written.
   const written = (text) => text.replace(/__MARKED__/g, (mark, sign) => sign || "");
   const unformulate = (part) => {
