@@ -22,7 +22,7 @@ from onecard.errors import ConfigError
 from onecard.evaluate.letters import letters_in
 from onecard.evaluate.likelihood import option_log_probs, shared_length
 from onecard.evaluate.measures import Measure, share
-from onecard.evaluate.suites import ChoiceQuestion, ChoiceSuite
+from onecard.evaluate.questions import ChoiceQuestion, ChoiceSuite
 from onecard.inference.batch.run import answer_safely
 from onecard.inference.call import ModelBundle, PromptRow
 from onecard.inference.generate import longest_sequence

@@ -16,8 +16,8 @@ from rich.progress import Progress
 from onecard.console import few, nearest, say
 from onecard.curation.make.journal import Journal, JournalEntry
 from onecard.errors import ConfigError, Stopped
+from onecard.evaluate.questions import SUITE_FLAG
 from onecard.evaluate.report import ANSWERS_FILE
-from onecard.evaluate.suites import SUITE_FLAG
 from onecard.inference.call import ModelBundle
 from onecard.storage import write_whole
 
