@@ -3,7 +3,7 @@
 A prompt is plain text, as for base models, or a conversation in the model's chat template; examples (few shots) stand
 in front of either. Plain prompts have the form of lm-evaluation-harness, so that figures can be compared.
 
-Knows prompts and scores. Does not know files (suites.py) or how answers are stored (run.py).
+Knows prompts and scores. Does not know files (suites.py, submissions.py) or how answers are stored (run.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from onecard.evaluate.letters import letters_in
 from onecard.evaluate.likelihood import option_log_probs, shared_length
 from onecard.evaluate.measures import Measure, share
 from onecard.evaluate.questions import ChoiceQuestion, ChoiceSuite
+from onecard.evaluate.submissions import submissions
 from onecard.inference.batch.run import answer_safely
 from onecard.inference.call import ModelBundle, PromptRow
 from onecard.inference.generate import longest_sequence
@@ -206,15 +207,9 @@ class ChoiceTask:
         got = row["got"] or row.get("answer") or row.get("problem") or ""
         return {"key": row["key"], "question": question.text, "expected": question.answer, "got": got}
 
-    def submission(self, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]] | None:
-        """C-Eval's form, {subject: {number: letter}}, for C-Eval and CMMLU; None for others."""
-        if self.suite.kind not in ("ceval", "cmmlu"):
-            return None
-        found: dict[str, dict[str, str]] = {}
-        for row in rows:
-            _, _, subject, number = row["key"].split("/")
-            found.setdefault(subject, {})[number] = row["got"]
-        return found
+    def submissions(self, rows: Sequence[dict[str, Any]], model: str) -> dict[str, str]:
+        """The files that the benchmark's authors ask for, by name."""
+        return submissions(self.suite, self.name, rows, model)
 
 
 def _badness(row: dict[str, Any]) -> tuple[float, float, str]:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from onecard.console import few, nearest, say
 from onecard.curation.make.journal import Journal, JournalEntry
 from onecard.errors import ConfigError, Stopped
+from onecard.evaluate.choice import ChoiceTask
 from onecard.evaluate.questions import SUITE_FLAG
 from onecard.evaluate.report import ANSWERS_FILE
 from onecard.inference.call import ModelBundle
@@ -116,16 +117,15 @@ def rows_of(task: EvaluationTask, journal: Journal) -> list[dict[str, Any]]:
     return [rows[item.key] for item in task.items if item.key in rows]
 
 
-def write_answers(folder: Path, tasks: Sequence[EvaluationTask], journal: Journal) -> None:
-    """answers.jsonl, and what benchmarks want to be sent."""
+def write_answers(folder: Path, tasks: Sequence[EvaluationTask], journal: Journal, model: str) -> None:
+    """answers.jsonl, and what benchmarks want to be sent, in which the model is called so."""
     lines = []
     for task in tasks:
         rows = rows_of(task, journal)
         lines += [json.dumps({"suite": task.name, **row}, ensure_ascii=False) + "\n" for row in rows]
-        submission = getattr(task, "submission", lambda _: None)(rows)
-        if submission is not None:
-            text = json.dumps(submission, ensure_ascii=False, indent=1) + "\n"
-            write_whole(folder / f"submission_{task.name.replace('/', '_')}.json", text)
+        if isinstance(task, ChoiceTask):
+            for name, text in task.submissions(rows, model).items():
+                write_whole(folder / name, text)
     write_whole(folder / ANSWERS_FILE, "".join(lines))
 
 

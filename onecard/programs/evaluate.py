@@ -288,12 +288,14 @@ def _measured(
     from onecard.evaluate.page import write_report
     from onecard.evaluate.report import build_report
     from onecard.evaluate.run import answer, rows_of, summary_lines, write_answers
+    from onecard.inference.adapters import name_of
 
     options, folder = config.evaluate, Path(config.evaluate.output_path)
     with Journal(folder, _begins_with(options, tasks, depends_on)) as journal:
         answer(tasks, bundle, journal, options.batch_size)
-        write_answers(folder, tasks, journal)
         settings = _settings(config, bundle, depends_on)
+        name = name_of(options.lora_path or settings["model"])
+        write_answers(folder, tasks, journal, name)
         parts = [{"name": task.name, "kind": task.kind, **task.report(rows_of(task, journal))} for task in tasks]
         report = build_report(settings, parts)
         write_report(folder, report)

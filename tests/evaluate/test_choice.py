@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from onecard.errors import ConfigError
 from onecard.evaluate import choice
 from onecard.evaluate.choice import ChoicePrompts, ChoiceSettings, ChoiceTask, OptionTexts, constrained_choice
 from onecard.evaluate.likelihood import option_log_probs
+from onecard.evaluate.questions import ChoiceSuite
+from onecard.evaluate.submissions import submissions
 from onecard.evaluate.suites import load_choice_suite
+from onecard.evaluate.tables import categories_of as load_subjects
 from onecard.inference.generate import Generation
 from tests.evaluate import layouts
 
@@ -126,6 +130,33 @@ def test_planted_answers_to_gaokao_get_points_and_half_points(
     assert [(row["got"], row["score"]) for row in rows] == [("A", 0.5), ("B", 1.0), ("G", 1.0), ("", 0.0)]
     values = task.report(rows)["measures"][0]["values"]
     assert (values["accuracy"][0], values["unparsed"], values["points_share"]) == (0.5, 1, 11 / 16)
+    files = {name: json.loads(text) for name, text in task.submissions(rows, "mine").items()}
+    physics = files["submission_gaokao_all_2010-2022_Physics_MCQs.json"]
+    assert (physics["keywords"], physics["model_name"]) == ("2010-2022_Physics_MCQs", "mine")
+    first, second = physics["example"]
+    assert (first["standard_answer"], first["model_answer"], first["score"], first["index"]) == (["AC"], ["A"], 6, 0)
+    assert second["model_answer"] == ["B"] and second["year"] == "2011" and "answer" not in second
+    (cloze,) = files["submission_gaokao_all_2012-2022_English_Cloze_Test.json"]["example"]
+    assert cloze["model_answer"] == ["G", "Z"] and len(cloze["model_output"].split("\n")) == 2
+    assert [*task.submissions(rows[:3], "mine")] == [*files][:1]  # a text of which a part was not asked
+
+
+def test_a_row_of_cmmlus_leaderboard_has_the_means_of_subjects() -> None:
+    names = load_subjects("cmmlu")[0]
+    suite = ChoiceSuite("cmmlu", Path("cmmlu"), "test", (), {}, names, {})
+    rows = [
+        {"key": f"cmmlu/test/{subject}/{k}", "got": "A", "score": float(k < 3 if "STEM" in named else k < 1)}
+        for subject, named in names.items()
+        for k in range(4)
+    ]
+    text = submissions(suite, "cmmlu/test", rows, "mine")["submission_cmmlu_test.md"]
+    n_stem = sum("STEM" in named for named in names.values())
+    average = (75 * n_stem + 25 * (67 - n_stem)) / 67
+    assert len(names) == 67
+    assert text.splitlines()[2] == f"| mine | 75.00 | 25.00 | 25.00 | 25.00 | 25.00 | {average:.2f} |"
+    some = [row for row in rows if "STEM" in names[row["key"].split("/")[2]]]
+    last = submissions(suite, "cmmlu/test", some, "mine")["submission_cmmlu_test.md"].splitlines()[2]
+    assert last == "| mine | 75.00 |  |  |  |  |  |"
 
 
 def test_several_right_letters_are_chosen_among_all_sets(bundle: Any, tmp_path: Path) -> None:
@@ -140,8 +171,10 @@ def test_questions_without_answers_become_a_submission(bundle: Any, tmp_path: Pa
     suite = load_choice_suite("ceval", layouts.ceval(tmp_path), split="test", subjects=["law"])
     task = ChoiceTask(suite, ChoiceSettings(shots=1))
     rows = task.work(bundle, suite.questions)
-    submission = task.submission(rows)
-    assert submission is not None and list(submission) == ["law"]
+    files = task.submissions(rows, "mine")
+    assert list(files) == ["submission_ceval_test.json"]
+    submission = json.loads(files["submission_ceval_test.json"])
+    assert list(submission) == ["law"]
     assert list(submission["law"]) == ["0", "1", "2", "3", "4", "5"] and set(submission["law"].values()) <= set("ABCD")
     report = task.report(rows)
     assert report["measures"][0]["n"] == 0 and report["notes"]["untold"] == 6
