@@ -16,8 +16,8 @@ TOY_DATA = SHIPPED / "sample"  # what DEFAULT_BASE is good for
 # The names of fields that --columns can give; data/formats.py says what they mean.
 COLUMN_NAMES = (
     "answer", "ask", "completion", "content", "context", "conversation", "conversations", "from", "functions",
-    "history", "input", "inputs", "instruction", "messages", "output", "prompt", "query", "question", "response",
-    "role", "system", "target", "targets", "text", "thought", "tools", "value",
+    "history", "input", "inputs", "instruction", "margin", "messages", "output", "prompt", "query", "question",
+    "response", "role", "system", "target", "targets", "text", "thought", "tools", "value",
 )  # fmt: skip
 LARGEST_AMOUNT = 10_000
 _PORTION = re.compile(r"(.+?)(?:#(\d+))?(?::(\d+(?:\.\d*)?|\.\d+))?")  # NAME#LIMIT:AMOUNT

@@ -17,13 +17,14 @@ from onecard.config.lora import PeftMethodName
 from onecard.config.problems import Problem
 from onecard.config.rollouts import reward_file_parts
 from onecard.console import nearest
-from onecard.installation import SHIPPED
+from onecard.installation import SHIPPED, command
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 WRITTEN = ("output_path", "cache_path")
 OWN_FOLDERS = ("outputs", "sample")  # of this kit: no owner on the Hub is meant
 # Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
+SCORES = "SEQ_CLS"  # task_type of a reward model in adapter_config.json
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 # Of a run that trains weights of the base itself: in its checkpoints. It ends as a whole model beside its options.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -108,8 +109,12 @@ def _adapter(text: str) -> str:
     return f"{text} holds no adapter ({ADAPTER_WEIGHTS[0]}); it holds: {held}"
 
 
-def other_kind(adapter_config: Mapping[str, Any]) -> str:
-    """What to do with an adapter of a method that is not trained here, by its adapter_config.json; else empty."""
+def other_kind(adapter_config: Mapping[str, Any], *, gives_reward: bool = False) -> str:
+    """What to do with an adapter of a method that is not trained here, or of a model that writes nothing unless that is
+    wanted, by its adapter_config.json; else empty."""
+    if adapter_config.get("task_type") == SCORES and not gives_reward:
+        return (f"is a reward model (finetune --objective reward): it gives answers a number and writes none. Choose "
+                f"among answers with it: {command('generate')} --best_of 8 --reward RUN")  # fmt: skip
     kind = str(adapter_config.get("peft_type") or "LORA")
     if kind.lower() in get_args(PeftMethodName):
         return ""

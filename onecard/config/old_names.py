@@ -30,7 +30,7 @@ class OldName(NamedTuple):
 
 
 STEP = "samples per optimizer step; --micro_batch only decides memory"
-STAGE = "pt: --objective pretrain, sft: by itself, dpo, kto: --objective dpo, kto"
+STAGE = "pt: --objective pretrain, sft: by itself, dpo, kto: --objective dpo, kto; rm: reward"
 AT_ONCE = "rows of like length go together; nothing to give"
 
 OLD_NAMES = (

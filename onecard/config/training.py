@@ -35,13 +35,14 @@ SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 OF_PAIRS = ("dpo", "ipo", "simpo", "orpo")
 PREFERENCE_OBJECTIVES = (*OF_PAIRS, "kto")
+NEEDS_PAIRS = (*OF_PAIRS, "reward")
 WITH_REFERENCE = ("dpo", "ipo", "kto")  # which compare with the base without adapter
 CACHES_REFERENCE = ("dpo", "ipo")
 # The options of preference objectives, by those that take them.
 _TAKEN_BY = {
     "pref_beta": PREFERENCE_OBJECTIVES, "label_smoothing": ("dpo", "simpo"), "sft_weight": ("dpo", "ipo", "simpo"),
     "simpo_gamma": ("simpo",), "cache_reference": CACHES_REFERENCE, "desirable_weight": ("kto",),
-    "undesirable_weight": ("kto",),
+    "undesirable_weight": ("kto",), "center_rewards": ("reward",),
 }  # fmt: skip
 
 
@@ -54,12 +55,12 @@ class TrainOptions(RolloutOptions):
     stages: str = ""
     """Several runs in a row, each from the result of the one before: a YAML file with the list of stages, their names
     and any of these options; see docs/en/training.md."""
-    objective: Literal["sft", "pretrain", "dpo", "ipo", "simpo", "orpo", "kto", "grpo"] = "sft"
+    objective: Literal["sft", "pretrain", "dpo", "ipo", "simpo", "orpo", "kto", "grpo", "reward"] = "sft"
     """What is learned. sft: the answers of conversations (--train_on), every token of documents. pretrain: whole texts,
     with the end token behind each (--packing). Of pairs of a chosen and a rejected answer: dpo and ipo, which compare
     with a reference (the base, or --init_adapter), simpo and orpo, which do not. Of single answers that are marked good
     or bad (label, kto_tag): kto, which compares with the base. grpo: answers that are sampled while training, by their
-    --reward."""
+    --reward. reward: a reward model, of pairs; it judges answers (generate --best_of) and writes none."""
     packing: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
     """Full rows in the place of padding. pretrain: texts flow through blocks of --cutoff_len tokens (auto: on). sft:
     whole samples share rows of that length, each with attention of its own; the result is the same (auto: off)."""
@@ -78,6 +79,8 @@ class TrainOptions(RolloutOptions):
     """Weight of the loss of good answers (kto); with few of them more than 1: both kinds should weigh about alike."""
     undesirable_weight: float = 1.0
     """Weight of the loss of bad answers (kto)."""
+    center_rewards: float = 0.0
+    """Weight of the squared sum of both rewards of a pair (reward), which draws their mean to 0; 0.01 is usual."""
     cache_reference: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
     """Compute the log-probabilities of the reference (dpo, ipo) once, before training, and keep them with the encoded
     data (on, off). auto: with --init_adapter, whose adapter is then the reference; off: that is always the base."""
@@ -262,7 +265,7 @@ class TrainOptions(RolloutOptions):
     @property
     def rows_per_sample(self) -> int:
         """Rows of tokens that one sample has: 2 where it is a pair."""
-        return 2 if self.objective in OF_PAIRS else 1
+        return 2 if self.objective in NEEDS_PAIRS else 1
 
     @property
     def answer_tokens(self) -> int:
@@ -287,8 +290,12 @@ class TrainOptions(RolloutOptions):
         ]
         if not 0 <= self.label_smoothing < 0.5:
             found.append(("--label_smoothing", f"{self.label_smoothing:g} is no share of pairs; use 0 up to below 0.5"))
-        for name in ("pref_beta", "sft_weight", "simpo_gamma", "desirable_weight", "undesirable_weight"):
-            if given[name] != "auto" and not 0 <= given[name] < math.inf:
+        for name in given:
+            if (
+                name not in ("label_smoothing", "cache_reference")
+                and given[name] != "auto"
+                and not 0 <= given[name] < math.inf
+            ):
                 found.append((f"--{name}", f"{given[name]:g} is no weight; use a number above 0"))
         return found
 
@@ -510,9 +517,9 @@ class FinetuneConfig:
     def _pair_problems(self) -> list[Problem]:
         """What does not go with an objective of preferences."""
         objective = self.train.objective
-        if objective not in PREFERENCE_OBJECTIVES:
+        if objective not in (*PREFERENCE_OBJECTIVES, "reward"):
             return []
-        found: list[Problem] = []
+        found: list[Problem] = self._reward_problems() if objective == "reward" else []
         if self.data.train_on == "everything":
             found.append(("--train_on", f"everything does not go with --objective {objective}: answers are compared"))
         if self.train.deepspeed:
@@ -522,6 +529,22 @@ class FinetuneConfig:
         if objective in WITH_REFERENCE and self.lora.lora_init != "default":
             text = f"--objective {objective}, which compares with the base without adapter: there it is another model"
             found.append(("--lora_init", f"{self.lora.lora_init} does not go with {text}"))
+        return found
+
+    def _reward_problems(self) -> list[Problem]:
+        """What does not go with a scalar head, which is part of an adapter and takes the output head's place."""
+        text, found = "does not go with --objective reward", []
+        flag = self.lora.trains_vocabulary
+        if flag and not self.lora.tunes_base:
+            found.append((flag, f"{text}: a reward model has no output head; leave it out"))
+        if self.lora.tunes_base:
+            why = "the scalar head is saved with an adapter; use lora"
+            found.append(("--peft_method", f"{self.lora.peft_method} {text}: {why}"))
+        if self.train.shard:
+            found.append(("--shard", f"{text}; leave it out"))
+        if self.train.start_adapter:
+            how = f"merge that adapter ({command('merge')}), and give the result as --model_path"
+            found.append(("--init_adapter", f"{text}, whose head is new: {how}"))
         return found
 
 

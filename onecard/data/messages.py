@@ -56,6 +56,7 @@ class Conversation:
 
     `record` is how a person finds it again, e.g. "chat.jsonl:12".
     `rejected`: the turns of the worse answer of a preference pair, from the first one on; `turns` are the better one's.
+    `margin`: by how much the better answer is better, where the data say so (for a reward model).
     `label`: whether the answer is a good one, where the data say so (as for KTO).
     """
 
@@ -63,6 +64,7 @@ class Conversation:
     record: str
     rejected: tuple[Turn, ...] = ()
     label: bool | None = None
+    margin: float = 0.0
 
     def messages(self) -> list[dict[str, Any]]:
         """Hugging Face messages for a Jinja chat template; the key "input" only where it is not empty.

@@ -6,11 +6,14 @@ Knows which records teach a preference. Does not know how records are read (pref
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from onecard.data.chat_template import Template
+from onecard.data.columns import Columns, renamed
 from onecard.data.encode import (
     NO_THOUGHT,
     DroppedSample,
@@ -20,9 +23,11 @@ from onecard.data.encode import (
     Sample,
     SamplePlan,
 )
+from onecard.data.formats import ParsedRecord, to_sample
 from onecard.data.learn_marks import NOT_A_GOOD_ANSWER
 from onecard.data.messages import Conversation, Turn
 from onecard.data.preference import CHOSEN_LEARNED
+from onecard.data.values import UnusableRecord
 
 NO_PAIR = "the record is no preference pair (chosen, rejected)"
 OTHER_PROMPT = "the two answers of the pair answer different prompts"
@@ -70,6 +75,36 @@ class PairEncoder(Encoder):
         if not chosen.spans or not rejected.spans:
             return DroppedSample("nothing to learn")
         return [chosen, rejected]
+
+
+class RatedPairEncoder(PairEncoder):
+    """Pairs with the field "margin" where they have one; it is kept beside the chosen answer."""
+
+    @staticmethod
+    def reads(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
+        parsed = to_sample(value, record, columns)
+        margin = renamed(value, columns).get("margin")
+        if margin is None or not isinstance(parsed.sample, Conversation):
+            return parsed
+        try:
+            number = float(margin)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UnusableRecord('"margin" is no number: by how much the chosen answer is better')
+        parsed.sample = replace(parsed.sample, margin=number)
+        parsed.ignored = [key for key in parsed.ignored if key != "margin"]
+        return parsed
+
+    def plan(self, sample: Sample) -> list[SamplePlan] | DroppedSample:
+        plans = super().plan(sample)
+        if isinstance(plans, DroppedSample) or not isinstance(sample, Conversation) or not sample.margin:
+            return plans
+        return [plans[0]._replace(fields=json.dumps(sample.margin)), *plans[1:]]
+
+    def _assemble(self, plan: list[SamplePlan], ids: Iterator[list[list[int]]]) -> list[EncodedSample] | DroppedSample:
+        made = super()._assemble(plan, ids)
+        return made if isinstance(made, DroppedSample) else [made[0]._replace(fields=plan[0].fields), *made[1:]]
 
 
 class GoodOrBadEncoder(PairEncoder):

@@ -61,10 +61,11 @@ def _forward(model: nn.Module, **inputs: Any) -> Any:
 
 def takes_positions(model: nn.Module) -> bool:
     """Whether the forward of the model inside all wrappers takes `logits_to_keep`."""
-    return "logits_to_keep" in inspect.signature(type(_innermost(model)).forward).parameters
+    return "logits_to_keep" in inspect.signature(type(innermost(model)).forward).parameters
 
 
-def _innermost(model: nn.Module) -> Any:
+def innermost(model: nn.Module) -> Any:
+    """The base model inside an adapter and other wrappers."""
     inner: Any = model
     while isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module
@@ -124,7 +125,7 @@ class OutputHead:
 
 def states_and_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, OutputHead] | None:
     """What enters the head (batch, seq, hidden), and the head; None, of which is warned once, for an unknown one."""
-    inner = _innermost(model)
+    inner = innermost(model)
     is_new = inner not in _ways
     found = _hidden_states(model, inner, inputs)
     if found is None and is_new:
@@ -208,7 +209,7 @@ def _possible_ways(config: Any) -> Iterator[_Way]:
 
 def assume_way(model: nn.Module) -> None:
     """Take the first possible way for that of a model whose tensors have no values to find it by."""
-    inner = _innermost(model)
+    inner = innermost(model)
     _ways[inner] = next(_possible_ways(inner.config.get_text_config()))
 
 
@@ -220,7 +221,7 @@ def states_before_head(
     States are (batch, seq, hidden); the way takes (tokens, hidden). Pads stand on the right, as for `summed_loss`, and
     no gradients are kept. None for a model whose logits cannot be computed here, such as one without a head.
     """
-    inner = _innermost(model)
+    inner = innermost(model)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
     with torch.no_grad():
         found = _hidden_states(model, inner, inputs)

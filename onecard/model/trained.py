@@ -21,12 +21,14 @@ from onecard.model.lora import adapter
 from onecard.model.lora.formats import ADAPTER_PREFIX, average_adapters
 
 
-def make_trainable(model: Any, options: LoraOptions, *, new_ids: list[int] | None = None) -> Any:
+def make_trainable(
+    model: Any, options: LoraOptions, *, new_ids: list[int] | None = None, gives_reward: bool = False
+) -> Any:
     """The frozen base made ready for training, by `add_lora` or `tune_base`. Raises ModelError and ConfigError."""
     return (
         full_tuning.tune_base(model, options)
         if options.tunes_base
-        else adapter.add_lora(model, options, new_ids=new_ids)
+        else adapter.add_lora(model, options, new_ids=new_ids, gives_reward=gives_reward)
     )
 
 

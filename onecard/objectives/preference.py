@@ -89,7 +89,7 @@ class PreferenceObjective(Objective):
         return SupervisedFineTuning()
 
     def length(self, sample: AnswerPair) -> int:
-        return 2 * max(len(sample.chosen.input_ids), len(sample.rejected.input_ids))
+        return pair_length(sample)
 
     def collate(self, samples: Sequence[AnswerPair]) -> dict[str, Tensor]:
         batch = collate([row for pair in samples for row in (pair.chosen, pair.rejected)], pad_id=0)
@@ -187,6 +187,11 @@ class OddsRatioPreference(PreferenceObjective):
     def of_pairs(self, scores: Tensor) -> Tensor:
         log_odds = scores - _log1mexp(scores)
         return -scores[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+
+
+def pair_length(pair: AnswerPair) -> int:
+    """Tokens that a pair adds to a micro-batch, where the shorter answer is padded."""
+    return 2 * max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
 
 
 def pair_log_probs(model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, Tensor]:

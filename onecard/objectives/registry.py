@@ -9,12 +9,13 @@ from onecard.objectives.kto import KahnemanTversky
 from onecard.objectives.next_token import PlainDocuments, SupervisedFineTuning
 from onecard.objectives.preference import DirectPreference, IdentityPreference, OddsRatioPreference, SimplePreference
 from onecard.objectives.pretrain import Pretraining
+from onecard.objectives.reward import RewardModelling
 
 OBJECTIVES: dict[str, Objective] = {
     each.name: each
     for each in (
         SupervisedFineTuning(), PlainDocuments(), DirectPreference(), IdentityPreference(), SimplePreference(),
-        OddsRatioPreference(), KahnemanTversky(), GroupRelative(), Pretraining(),
+        OddsRatioPreference(), KahnemanTversky(), GroupRelative(), Pretraining(), RewardModelling(),
     )
 }  # fmt: skip
 

@@ -245,7 +245,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
 def _forgetting_rows(config: FinetuneConfig, data: TrainingData) -> list[list[int]]:
     """The texts on which forgetting is measured; why it is not, is said."""
     options = config.train
-    if not options.measure_forgetting or not data.test:
+    if not options.measure_forgetting or not data.test or options.objective == "reward":  # it writes nothing
         return []
     if config.lora.lora_init in MOVING_STARTS:
         say(f"forgetting is not measured: {config.lora.lora_init} moves a part of the base into the adapter, so that "
@@ -316,7 +316,12 @@ def open_reporter(config: FinetuneConfig, run: Run, directory: RunDirectory) -> 
 def _adapter(config: FinetuneConfig, base: Any, point: ResumePoint | None, cached: CachedReference | None) -> Any:
     """The adapter over the base: fresh, from other weights, or in the form of the checkpoint whose values follow."""
     start = config.train.start_adapter
-    model = make_trainable(base, config.lora) if start is None else _further_trained(config, base, start, point, cached)
+    gives_reward = config.train.objective == "reward"
+    model = (
+        make_trainable(base, config.lora, gives_reward=gives_reward)
+        if start is None
+        else _further_trained(config, base, start, point, cached)
+    )
     if config.lora.only_vocabulary:
         freeze_adapter(model)
     return model

@@ -33,6 +33,7 @@ USUAL_LORA_RATE = 2e-4
 # T-Few, https://arxiv.org/abs/2205.05638, section 3: 3e-3.
 PUBLISHED_RATES = {"ia3": (3e-3, "as (IA)3 was published with")}
 USUAL_PAIR_RATE = 5e-6  # TRL's example of DPO with LoRA
+USUAL_SCORE_RATE = 1e-4  # TRL's default of RewardConfig
 USUAL_REWARD_RATE = 1e-5  # ten times TRL's for GRPO of whole weights, by the rule for LoRA
 
 
@@ -48,6 +49,8 @@ def default_learning_rate(
         return float(f"{rate / LORA_OVER_FULL:.1e}"), f"a tenth of what LoRA gets, {reason}"
     if objective in PREFERENCE_OBJECTIVES:
         return USUAL_PAIR_RATE, "usual for preference pairs"
+    if objective == "reward":
+        return USUAL_SCORE_RATE, "usual for reward models"
     if objective == "grpo":
         return USUAL_REWARD_RATE, "usual for learning from rewards"
     if method in PUBLISHED_RATES:

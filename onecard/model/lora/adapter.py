@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from onecard.config.given_paths import SCORES
 from onecard.config.lora import LoraOptions
 from onecard.console import first_line, say
 from onecard.errors import ConfigError, ModelError
@@ -68,6 +69,7 @@ from onecard.model.lora.peft_options import typed_options
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
+from onecard.model.reward_head import SCORE, add_reward_head
 
 ADAPTER = "default"
 SETS = ("target_modules", "modules_to_save", "feedforward_modules")
@@ -86,13 +88,15 @@ class LoadedAdapter:
 _pissa_starts: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
 
-def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | None = None) -> PeftModel:
+def add_lora(
+    model: nn.Module, options: LoraOptions, *, new_ids: list[int] | None = None, gives_reward: bool = False
+) -> PeftModel:
     """Attach fresh fp32 adapters; everything else stays frozen, but for what `vocabulary.py` knows of.
 
     pissa: https://arxiv.org/abs/2404.02948 olora: https://arxiv.org/abs/2406.01775 (16 and 32 bits)
     loftq: https://arxiv.org/abs/2310.08659 (4 bits)
     rslora: https://arxiv.org/abs/2312.03732 dora: https://arxiv.org/abs/2402.09353
-    new_ids: for --train_new_tokens; None: those that the base's directory lists.
+    new_ids: for --train_new_tokens; None: those that the base's directory lists. gives_reward: with a scalar head.
     Raises ModelError for layers that do not exist (with the nearest names), ConfigError for contradicting options.
     """
     linear = adaptable_layers(model)
@@ -103,10 +107,13 @@ def add_lora(model: nn.Module, options: LoraOptions, *, new_ids: list[int] | Non
         target_parameters(model, options.lora_target_parameters),
         transposed=any(isinstance(layer, Conv1D) for layer in linear.values()),
     )
-    vocabulary = adapter_tokens.config_settings(model, options, new_ids)
+    beside = adapter_tokens.config_settings(model, options, new_ids)
+    if gives_reward:
+        add_reward_head(model)
+        beside = {"modules_to_save": [SCORE]}
     moves_weights = options.lora_init in MOVING_STARTS
     with _repeatable(model, moves_weights), _as_config_error(options):
-        peft_model = _attach(model, _new_config(options, layers, vocabulary))
+        peft_model = _attach(model, _new_config(options, layers, beside))
     if options.lora_init == "loftq":
         adapter_starts.start_loftq(peft_model, ADAPTER)
     if moves_weights:
@@ -128,14 +135,16 @@ def load_adapter(
     trainable: bool,
     fingerprint: str | None = None,
     scale: float = 1.0,
+    gives_reward: bool = False,
 ) -> LoadedAdapter:
     """Attach a trained adapter from a run, a checkpoint, an older layout or the Hub.
 
     fingerprint: of the base that the model is; a note tells of an adapter that was trained on another one. scale: how
-    strongly it is put on. Raises ModelError that lists every name and shape which differs from what this base needs,
-    which is then left as it was; ConfigError for a scale that the method does not know.
+    strongly it is put on. gives_reward: it may be a reward model. Raises ModelError that lists every name and shape
+    which differs from what this base needs, which is then left as it was; ConfigError for a scale that the method does
+    not know.
     """
-    loaded = attach_files(model, read_adapter(source), trainable=trainable, scale=scale)
+    loaded = attach_files(model, read_adapter(source, gives_reward=gives_reward), trainable=trainable, scale=scale)
     other = other_base(source, _name_of(model), fingerprint) if fingerprint else None
     advice = "Give that base as --model_path, unless this one is the same in another form (GPTQ, other shards)"
     return replace(loaded, notes=[*loaded.notes, f"{other}. {advice}"]) if other else loaded
@@ -147,6 +156,9 @@ def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool, scal
     notes = scale_adapter(config, scale, files.directory)
     adapter_tokens.check_indices(getattr(config, "trainable_token_indices", None), model, files.directory)
     has_no_memory = next(model.parameters()).is_meta
+    if config.task_type == SCORES:
+        config.task_type = "CAUSAL_LM"
+        add_reward_head(model)
     try:
         peft_model = _attach(model, config, has_no_memory=has_no_memory)
     except (ValueError, TypeError) as reason:  # TypeError: a setting of another type in adapter_config.json
@@ -208,7 +220,7 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
     differs between the files and the live adapter (another rank, other targets, another base).
     """
     peft_model = unwrap(model)
-    files = read_adapter(directory)
+    files = read_adapter(directory, gives_reward=True)
     expected, _ = _saved_form(peft_model)
     differences = differences_of(expected, files.tensors) or _other_tokens(peft_model, files)
     if differences:
@@ -405,6 +417,8 @@ def _saved_form(peft_model: PeftModel) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return the tensors on CPU and the configuration as they belong into files that need no changed base."""
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in _live_tensors(peft_model).items()}
     config = _trained_config(peft_model.peft_config[ADAPTER], inference_mode=True)
+    if SCORE in (config.modules_to_save or ()):
+        config = replace(config, task_type=SCORES)
     if peft_model not in _pissa_starts:
         return tensors, config
     tensors = adapter_starts.join_pissa(tensors, _pissa_starts[peft_model])

@@ -48,7 +48,7 @@ class AdapterFiles:
     notes: list[str] = field(default_factory=list)
 
 
-def read_adapter(source: str | Path) -> AdapterFiles:
+def read_adapter(source: str | Path, *, gives_reward: bool = False) -> AdapterFiles:
     """Read an adapter: run directory, checkpoint, older layout or Hub id.
 
     Raises ModelError: not found, damaged, code in a pickle, no LoRA tensors, NaN or Inf in them.
@@ -58,7 +58,7 @@ def read_adapter(source: str | Path) -> AdapterFiles:
     directory = _directory_of(str(source), notes)
     weights = next(directory / name for name in WEIGHT_NAMES if (directory / name).is_file())
     config_directory = _config_directory(directory, notes)
-    kind = other_kind(read_config(config_directory) if config_directory else {})
+    kind = other_kind(read_config(config_directory) if config_directory else {}, gives_reward=gives_reward)
     if kind:
         raise ModelError(f"{directory} {kind}")
     found = _read_tensors(weights)

@@ -19,6 +19,8 @@ from onecard.errors import ConfigError, ModelError
 from onecard.installation import command
 from onecard.model.files import locate, read_json
 from onecard.model.lora.methods import is_adapter_weight
+from onecard.model.output_head import innermost
+from onecard.model.reward_head import SCORE
 
 NEW_TOKENS = "new_tokens.json"  # written beside an enlarged base by onecard expand-vocab
 FORMAT = 1
@@ -182,6 +184,8 @@ def describe(model: nn.Module) -> str:
     if rows:
         return f", and {rows[0].shape[0]} rows of new tokens"
     whole = [p for copy in _trained_copies(model) for p in copy.parameters() if p.requires_grad]
+    if hasattr(innermost(model), SCORE):
+        return ", and a scalar head"
     return f", and {len({id(p) for p in whole})} whole matrices of the vocabulary" if whole else ""
 
 

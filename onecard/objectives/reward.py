@@ -1,0 +1,77 @@
+"""A reward model, arXiv:2203.02155: a scalar head on the adapter gives the chosen answer of a pair the larger number.
+
+The unit is the pair. Knows rewards of rows; does not know how they come about (model/reward_head.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from onecard.config.training import TrainOptions
+from onecard.data.batches import collate
+from onecard.data.encode import LabelledSample
+from onecard.data.pairs import RatedPairEncoder
+from onecard.model.reward_head import rewards
+from onecard.objectives.base import LossSums, Objective
+from onecard.objectives.next_token import SupervisedFineTuning
+from onecard.objectives.preference import AnswerPair, PairView, pair_length
+
+
+@dataclass(frozen=True)
+class RewardModelling(Objective):
+    """-log sigmoid(r_chosen - r_rejected - margin), the loss of Bradley and Terry.
+
+    center: what the square of r_chosen + r_rejected weighs beside it, which draws rewards to a mean of 0
+    (arXiv:2312.09244).
+    """
+
+    center: float = 0.0
+
+    name = "reward"
+    encoder = RatedPairEncoder
+    samples = PairView
+    unit: ClassVar[str] = "pair"
+    metrics: ClassVar[tuple[str, ...]] = (
+        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    )  # fmt: skip
+
+    def with_options(self, options: TrainOptions) -> Objective:
+        return replace(self, center=options.center_rewards)
+
+    @property
+    def of_answers(self) -> Objective:
+        return SupervisedFineTuning()
+
+    def length(self, sample: AnswerPair) -> int:
+        return pair_length(sample)
+
+    def collate(self, samples: Sequence[AnswerPair]) -> dict[str, Tensor]:
+        margins = [json.loads(pair.chosen.fields or "0") for pair in samples]
+        rows = collate_rows([row for pair in samples for row in (pair.chosen, pair.rejected)])
+        return {**rows, "margins": torch.tensor(margins, dtype=torch.float32)}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
+        return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
+        found = rewards(model, batch).view(-1, 2)
+        apart = found[:, 0] - found[:, 1]
+        losses = -logsigmoid(apart - batch["margins"].to(apart.device))
+        if self.center:
+            losses = losses + self.center * found.sum(dim=1).square()
+        each = torch.stack([*found.detach().unbind(1), (apart > 0).float(), apart.detach()])
+        sums = torch.stack([each.sum(dim=1), torch.full_like(each[:, 0], len(apart))], dim=1)
+        return LossSums(losses.sum(), len(losses), sums)
+
+
+def collate_rows(rows: Sequence[LabelledSample]) -> dict[str, Tensor]:
+    """Rows to what `reward_head.rewards` takes."""
+    batch = collate(rows, pad_id=0)
+    return {"input_ids": batch["input_ids"], "last": torch.tensor([len(row.input_ids) - 1 for row in rows])}
