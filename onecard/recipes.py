@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onecard.config import parsing as cli
+from onecard.config.best_of import SAMPLES
 from onecard.config.data import toy_base_problem
 from onecard.config.inference import ChatConfig, GenerateConfig, PageOptions, ServeConfig
 from onecard.config.problems import problems_of, refuse
@@ -21,6 +22,7 @@ from onecard.console import say, warn
 
 if TYPE_CHECKING:
     from onecard.data.chat_template import Template
+    from onecard.data.sources import Source
     from onecard.train.base_comparison import BaseComparison
     from onecard.train.rollouts import Rollouts
     from onecard.train.run import Run
@@ -184,10 +186,47 @@ def _answer_file(config: GenerateConfig) -> None:
         config.model, asked.lora_path, asked.prompt_type, asked.thinking, asked.adapter_scale
     )
     depends_on |= {"questions": data_fingerprint(source), **asdict(sampling), "system": system}
-    job = BatchJob(bundle, source, n_questions, sampling, ask.batch_size, system)
+    job = BatchJob(bundle, source, n_questions, sampling, ask.batch_size, system, ask.best_of)
+    if ask.best_of > 1:
+        depends_on["best_of"] = ask.best_of
+        output_path += SAMPLES
     with AnswerFile(Path(output_path), depends_on) as answers:
         tally = answer_questions(job, answers)
-    say(f"{tally.line()}; all {n_questions} are in {output_path}")
+    say(f"{tally.line()}; all {job.n_answers} are in {output_path}")
+    if ask.best_of > 1:
+        del bundle, job  # a reward model takes its place
+        _keep_best(config, source, depends_on)
+
+
+def _keep_best(config: GenerateConfig, source: Source, depends_on: dict[str, Any]) -> None:
+    """Judge the sampled answers, and write the best ones and the pairs."""
+    from onecard.config.rollouts import RolloutOptions
+    from onecard.inference.batch.best_of import BestOfJob, judge_by_checkers, judge_by_model, write_best, write_pairs
+    from onecard.inference.batch.results import AnswerFile
+    from onecard.inference.batch.reward_model import RewardModel
+    from onecard.model.hardware import empty_cache
+    from onecard.objectives.rewards import Rewards
+
+    ask, system, output = config.ask, config.inference.system, Path(str(config.ask.output_path))
+    job = BestOfJob(source, Path(f"{output}{SAMPLES}"), ask.best_of, system)
+    empty_cache()
+    judged_by: dict[str, Any] = {"reward": ask.reward, "reward_file": ask.reward_file}
+    checkers = None
+    if ask.reward_run:
+        model = RewardModel(ask.reward_run, config.model)
+        judged_by, judge = {"reward": model.fingerprint}, judge_by_model(model.rewards, system)
+    else:
+        checkers = Rewards(RolloutOptions(ask.reward, ask.reward_file, ask.reward_seconds))
+        judge = judge_by_checkers(checkers)
+    try:
+        with AnswerFile(output, depends_on | judged_by) as answers:
+            write_best(job, judge, answers)
+            say(f"the best of {ask.best_of} answers to each of {answers.n_done} questions are in {output}")
+    finally:
+        if checkers is not None:
+            checkers.close()
+    if ask.save_pairs:
+        write_pairs(job, output, Path(ask.save_pairs), ask.pair_margin)
 
 
 def _ask_page(config: GenerateConfig) -> None:

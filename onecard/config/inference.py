@@ -15,7 +15,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from onecard.config.base_model import ModelOptions
-from onecard.config.data import ReadingOptions
+from onecard.config.best_of import BestOfOptions
 from onecard.config.problems import Problem
 
 API_KEY_VARIABLE = "ONECARD_API_KEY"
@@ -119,7 +119,7 @@ class InferenceOptions:
 
 
 @dataclass
-class AskOptions(ReadingOptions):
+class AskOptions(BestOfOptions):
     """What is asked, and where the answers go."""
 
     instruction: str | None = None
@@ -138,7 +138,7 @@ class AskOptions(ReadingOptions):
     """Open a page in the browser instead of asking here."""
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
+        found = [*super().problems(), *self.best_of_problems()]
         if self.batch_size < 1:
             found.append(("--batch_size", f"{self.batch_size} answers nothing; use 1 or more"))
         if self.data_path and not self.output_path:
@@ -147,6 +147,8 @@ class AskOptions(ReadingOptions):
             found.append(("--data_path", "is missing; --output_path only goes with a file of questions"))
         if self.instruction is not None and self.data_path:
             found.append(("--instruction", "and --data_path contradict each other; give one of them"))
+        if self.best_of > 1 and not self.data_path:
+            found.append(("--best_of", "goes with a file of questions; give --data_path and --output_path"))
         if self.input and self.instruction is None:
             found.append(("--input", "goes with --instruction"))
         if self.web and (self.instruction is not None or self.data_path):
@@ -324,6 +326,11 @@ class GenerateConfig:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     page: PageOptions = field(default_factory=PageOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
+
+    def problems(self) -> list[Problem]:
+        if self.ask.best_of > 1 and self.sampling.temperature == 0:
+            return [("--temperature", f"0 gives {self.ask.best_of} equal answers for --best_of; use 0.8, for example")]
+        return []
 
 
 @dataclass

@@ -23,6 +23,7 @@ from onecard.storage import write_whole
 
 FLAG = "--output_path"
 OWN_FIELDS = ("output", "finish_reason", "error")
+BEST_OF_FIELDS = ("reward", "rewards")
 _BLOCK_BYTES = 2**20
 
 
@@ -110,11 +111,13 @@ class AnswerFile:
         )
 
 
-def answer_row(fields: Mapping[str, Any], output: str | None, finish_reason: str, error: str = "") -> dict[str, Any]:
+def answer_row(
+    fields: Mapping[str, Any], output: str | None, finish_reason: str, error: str = "", own: Sequence[str] = OWN_FIELDS
+) -> dict[str, Any]:
     """The record's fields and ours. A field of a name that is ours moves: `output` becomes `reference_output`."""
     row: dict[str, Any] = {}
     for name, value in fields.items():
-        while name in row or name in OWN_FIELDS:
+        while name in row or name in own:
             name = f"reference_{name}"
         row[name] = value
     row |= {"output": output, "finish_reason": finish_reason}

@@ -23,7 +23,7 @@ from onecard.data.messages import Turn
 from onecard.data.questions import Question, read_questions
 from onecard.data.sources import ReadReport, Source
 from onecard.errors import ConfigError, DataError, ModelError, Stopped
-from onecard.inference.batch.results import AnswerFile, answer_row
+from onecard.inference.batch.results import BEST_OF_FIELDS, OWN_FIELDS, AnswerFile, answer_row
 from onecard.inference.generate import Generation, ModelBundle, PromptRow, answer_rows, prepare
 from onecard.installation import command
 from onecard.model.hardware import empty_cache
@@ -55,7 +55,8 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class BatchJob:
-    """Who answers which questions, and how. `system` goes before questions without a system text of their own."""
+    """Who answers which questions, and how. `system` goes before questions without a system text of their own.
+    samples: answers to each question, one after another."""
 
     bundle: ModelBundle
     source: Source
@@ -63,6 +64,16 @@ class BatchJob:
     sampling: SamplingOptions
     batch_size: int
     system: str = ""
+    samples: int = 1
+
+    @property
+    def n_answers(self) -> int:
+        return self.n_questions * self.samples
+
+    @property
+    def own_fields(self) -> tuple[str, ...]:
+        """The names of fields that are no question's."""
+        return OWN_FIELDS if self.samples == 1 else OWN_FIELDS + BEST_OF_FIELDS
 
 
 def survey(source: Source) -> int:
@@ -83,19 +94,19 @@ def answer_questions(job: BatchJob, answers: AnswerFile) -> BatchReport:
     A question that cannot be asked (too long a prompt) gets a line with `output` null and an `error`.
     Raises Stopped with 130 on Ctrl-C: everything written stays, and the same command goes on.
     """
-    if answers.n_done > job.n_questions:
-        raise ConfigError("--output_path", f"{answers.path} has {answers.n_done} lines for {job.n_questions} questions")
+    if answers.n_done > job.n_answers:
+        raise ConfigError("--output_path", f"{answers.path} has {answers.n_done} lines for {job.n_answers} answers")
     tally = BatchReport()
     console = Console(stderr=True)
     progress = Progress(console=console, disable=not console.is_terminal, transient=True)
-    bar = progress.add_task("answering", total=job.n_questions, completed=answers.n_done)
+    bar = progress.add_task("answering", total=job.n_answers, completed=answers.n_done)
     try:
         with progress:
             for rows in _finished_rows(job, answers.n_done, tally):
                 answers.append(rows)
                 progress.update(bar, completed=answers.n_done)
     except KeyboardInterrupt:
-        done = f"stopped with {answers.n_done} of {job.n_questions} answers in {answers.path}"
+        done = f"stopped with {answers.n_done} of {job.n_answers} answers in {answers.path}"
         raise Stopped(f"{done}; run the same command again to go on", 130) from None
     if tally.n_errors:
         warn(f"{tally.n_errors} questions could not be asked; their lines say why under `error`")
@@ -151,7 +162,8 @@ def _finished_rows(job: BatchJob, n_done: int, tally: BatchReport) -> Iterator[l
     """Lists of rows to be written, in the order of the file, from question number `n_done` on."""
     size = job.batch_size * WINDOW_BATCHES
     first = n_done - n_done % size
-    questions = islice(read_questions(job.source, report=ReadReport()), first, None)
+    each = read_questions(job.source, report=ReadReport())
+    questions = islice((question for question in each for _ in range(job.samples)), first, None)
     for window in windows(questions, size, first):
         yield from _answer_window(job, window, max(n_done, window.first), tally)
 
@@ -167,7 +179,7 @@ def _answer_window(
         try:
             prepared.append(prepare(job.bundle, with_system(question.turns, job.system), job.sampling, number=number))
         except DataError as reason:
-            finished[number] = answer_row(question.fields, None, "error", str(reason))
+            finished[number] = answer_row(question.fields, None, "error", str(reason), own=job.own_fields)
             tally.n_errors += number >= n_done
     # The longest first: what does not fit into memory shows at once. The number makes the order the same every time.
     prepared.sort(key=lambda row: (-len(row.ids), row.number))
@@ -177,7 +189,7 @@ def _answer_window(
             continue
         for row, generation in zip(batch, answer_safely(job.bundle, batch, job.sampling), strict=True):
             fields = window.questions[row.number - window.first].fields
-            finished[row.number] = answer_row(fields, generation.text, generation.finish_reason)
+            finished[row.number] = answer_row(fields, generation.text, generation.finish_reason, own=job.own_fields)
             tally.count(generation)
         ready = []
         while next_number in finished:
