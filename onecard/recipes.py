@@ -6,6 +6,7 @@ libraries are imported inside the recipes, after the options are known to be goo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from onecard.config import parsing as cli
 from onecard.config.best_of import SAMPLES
 from onecard.config.data import toy_base_problem
-from onecard.config.inference import ChatConfig, GenerateConfig, PageOptions, ServeConfig
+from onecard.config.inference import AskOptions, ChatConfig, GenerateConfig, PageOptions, ServeConfig
 from onecard.config.problems import problems_of, refuse
 from onecard.config.training import FinetuneConfig
 from onecard.console import say, warn
@@ -23,6 +24,7 @@ from onecard.console import say, warn
 if TYPE_CHECKING:
     from onecard.data.chat_template import Template
     from onecard.data.sources import Source
+    from onecard.objectives.rewards import Rewards
     from onecard.train.base_comparison import BaseComparison
     from onecard.train.rollouts import Rollouts
     from onecard.train.run import Run
@@ -117,7 +119,7 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     from onecard.inference.call import ModelBundle
     from onecard.inference.rollouts import RolloutSampler
     from onecard.model.memory.rollouts import answers_at_once
-    from onecard.objectives.rewards import Rewards
+    from onecard.objectives.rewards import Answer, Rewards
     from onecard.train.rollout_log import RolloutLog
     from onecard.train.rollouts import Rollouts
 
@@ -130,7 +132,12 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     log = RolloutLog(run_dir)
     if run.accelerator.is_main_process:
         log.keep_up_to(run.state.step)
-    return Rollouts(sampler, Rewards(options), log, at_once)
+    rewards = Rewards(options)
+    for view in (run.train_samples, run.test_samples):
+        rewards.check_records(
+            Answer("", json.loads(row.fields), row.record) for row in map(view.__getitem__, range(len(view)))
+        )
+    return Rollouts(sampler, rewards, log, at_once)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -182,6 +189,7 @@ def _answer_file(config: GenerateConfig) -> None:
     ask, asked, sampling, system = config.ask, config.inference, config.sampling, config.inference.system
     source, output_path = source_of(ask), str(ask.output_path)
     n_questions = survey(source)
+    checkers = _checkers(ask, source) if ask.best_of > 1 and not ask.reward_run else None
     bundle, depends_on = load_bundle(
         config.model, asked.lora_path, asked.prompt_type, asked.thinking, asked.adapter_scale
     )
@@ -195,29 +203,39 @@ def _answer_file(config: GenerateConfig) -> None:
     say(f"{tally.line()}; all {job.n_answers} are in {output_path}")
     if ask.best_of > 1:
         del bundle, job  # a reward model takes its place
-        _keep_best(config, source, depends_on)
+        _keep_best(config, source, depends_on, checkers)
 
 
-def _keep_best(config: GenerateConfig, source: Source, depends_on: dict[str, Any]) -> None:
-    """Judge the sampled answers, and write the best ones and the pairs."""
+def _checkers(ask: AskOptions, source: Source) -> Rewards:
+    """What judges answers by rules. Raises DataError for records without what they compare with."""
     from onecard.config.rollouts import RolloutOptions
+    from onecard.data.prompts import to_prompt
+    from onecard.data.questions import Question
+    from onecard.data.sources import ReadReport, read
+    from onecard.objectives.rewards import Answer, Rewards
+
+    found = Rewards(RolloutOptions(ask.reward, ask.reward_file, ask.reward_seconds))
+    questions = read(source, report=ReadReport(), shape=to_prompt)
+    found.check_records(Answer("", each.fields, each.record) for each in questions if isinstance(each, Question))
+    return found
+
+
+def _keep_best(config: GenerateConfig, source: Source, depends_on: dict[str, Any], checkers: Rewards | None) -> None:
+    """Judge the sampled answers, and write the best ones and the pairs."""
     from onecard.inference.batch.best_of import BestOfJob, judge_by_checkers, judge_by_model, write_best, write_pairs
     from onecard.inference.batch.results import AnswerFile
     from onecard.inference.batch.reward_model import RewardModel
     from onecard.model.hardware import empty_cache
-    from onecard.objectives.rewards import Rewards
 
     ask, system, output = config.ask, config.inference.system, Path(str(config.ask.output_path))
     job = BestOfJob(source, Path(f"{output}{SAMPLES}"), ask.best_of, system)
     empty_cache()
     judged_by: dict[str, Any] = {"reward": ask.reward, "reward_file": ask.reward_file}
-    checkers = None
-    if ask.reward_run:
+    if checkers is not None:
+        judge = judge_by_checkers(checkers)
+    else:
         model = RewardModel(ask.reward_run, config.model)
         judged_by, judge = {"reward": model.fingerprint}, judge_by_model(model.rewards, system)
-    else:
-        checkers = Rewards(RolloutOptions(ask.reward, ask.reward_file, ask.reward_seconds))
-        judge = judge_by_checkers(checkers)
     try:
         with AnswerFile(output, depends_on | judged_by) as answers:
             write_best(job, judge, answers)

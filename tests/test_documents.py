@@ -219,7 +219,12 @@ def test_a_readme_stays_short_and_has_a_picture(page: str) -> None:
 
 @needs_bash
 @pytest.mark.parametrize(
-    "name", [name for name in RECIPES if name not in (*TALKING, "finetune_continue.sh", "finetune_preferences.sh", "export.sh", "pretrain_zh.sh")]
+    "name",
+    [
+        name
+        for name in RECIPES
+        if name not in (*TALKING, "finetune_continue.sh", "finetune_preferences.sh", "export.sh", "pretrain_zh.sh")
+    ],
 )
 def test_training_recipe_starts(stage: Path, name: str) -> None:
     # From another folder: the sample's files are found, results land where one stands. Words are handed on.

@@ -25,7 +25,7 @@ class BestOfOptions(ReadingOptions):
     reward_file: str = ""
     """With --best_of: a Python file of your own, rewards.py or rewards.py:function, as for --objective grpo."""
     reward_seconds: float = 10.0
-    """Most seconds that the function of --reward_file may take for one answer."""
+    """Most seconds that the function of --reward_file, or a pattern of regex, may take for one answer."""
     save_pairs: str | None = None
     """With --best_of: a jsonl file for preference pairs of the best and the worst answer (finetune --objective dpo)."""
     pair_margin: float = 0.0

@@ -81,7 +81,7 @@ class RolloutOptions:
     reward_file: str = ""
     """A Python file of your own, rewards.py or rewards.py:function: reward(answer, reference, row) gives a number."""
     reward_seconds: float = 10.0
-    """Most seconds that the function of --reward_file may take for one answer."""
+    """Most seconds that the function of --reward_file, or a pattern of regex, may take for one answer."""
     rollouts: int = 8
     """Answers that are sampled to each prompt of a step and compared with one another."""
     rollout_temperature: float = 1.0

@@ -26,15 +26,17 @@ class RewardError(OneCardError):
 class RewardFile:
     """A function in a file of the user's. Its process starts with the first call and ends with this one."""
 
-    def __init__(self, text: str, seconds: float) -> None:
+    def __init__(self, text: str, seconds: float, title: str = "") -> None:
+        """title: what it is called in errors; else the function and its file."""
         file, self._function = reward_file_parts(text)
         self._file, self._seconds = Path(file).expanduser().resolve(), seconds
+        self._title = title or f"{self._function} of {self._file.name}"
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
 
     def __call__(self, prompt: str, answer: str, reference: str | None, row: Any, record: str) -> float:
         """The reward of an answer to the prompt of a record. Raises RewardError."""
-        where = f"{record}: {self._function} of {self._file.name}"
+        where = f"{record}: {self._title}"
         if self._process is None:
             self._start()
         given = {"prompt": prompt, "answer": answer, "reference": reference, "row": row}
@@ -70,8 +72,8 @@ class RewardFile:
             line = self._answers.get(timeout=seconds)
         except queue.Empty:
             self.close()
-            raise RewardError(f"{what}: no reward within {seconds:g} s. Mend the function, or give it longer "
-                              "with --reward_seconds; the same command goes on from the last checkpoint"
+            raise RewardError(f"{what}: no reward within {seconds:g} s. Mend it, or give it longer with "
+                              " --reward_seconds; the same command goes on from the last checkpoint"
                               ) from None  # fmt: skip
         except OSError:
             line = ""

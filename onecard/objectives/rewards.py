@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal, InvalidOperation
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ from onecard.errors import ConfigError, DataError
 from onecard.objectives.reward_file import RewardFile
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+REGEX_WORKER = Path(__file__).with_name("regex_worker.py")
 _REQUIREMENTS = "pip install -r requirements-data.txt"
 
 
@@ -44,26 +45,57 @@ class Rewards:
         specs = reward_specs(options.reward)
         names = [spec.name if [s.name for s in specs].count(spec.name) == 1 else _title(spec) for spec in specs]
         self._needs_reference = [spec.name for spec in specs if spec.name in NEEDS_REFERENCE]
-        self._checkers = [(name, spec.weight, _checker(spec)) for name, spec in zip(names, specs, strict=True)]
-        self._file = RewardFile(options.reward_file, options.reward_seconds) if options.reward_file else None
+        reads_field = any(spec.name == "json_schema" and not spec.argument for spec in specs)
+        self._reads_record = bool(self._needs_reference) or reads_field
+        self._workers: list[RewardFile] = []
+        self._seconds = options.reward_seconds
+        self._checkers = [(name, spec.weight, self._checker(spec)) for name, spec in zip(names, specs, strict=True)]
+        self._file = self._worker(options.reward_file) if options.reward_file else None
 
     def of(self, answer: Answer) -> tuple[float, dict[str, float]]:
         """The reward, and its parts by name, unweighted. Raises RewardError and DataError by the record."""
+        total, parts = self._checked(answer)
+        if self._file is not None:
+            fields = answer.fields
+            own = self._file(fields["prompt"], answer.text, fields["reference"], fields["row"], answer.record)
+            parts["reward_file"], total = own, total + own
+        return total, parts
+
+    def check_records(self, asked: Iterable[Answer]) -> None:
+        """Raise DataError for records that lack what a checker compares with, before anything is sampled."""
+        if not self._reads_record:
+            return
+        faults: list[str] = []
+        for each in asked:
+            try:
+                self._checked(each)
+            except DataError as reason:
+                faults.append(str(reason))
+        if faults:
+            raise DataError(faults[0] + f" ({len(faults)} records are like that)" * (len(faults) > 1))
+
+    def _checked(self, answer: Answer) -> tuple[float, dict[str, float]]:
         fields = answer.fields
         if self._needs_reference and fields["reference"] is None:
             name = self._needs_reference[0]
             raise DataError(f"{answer.record} has no recorded answer, which --reward {name} compares with; leave the "
                             "record out, or give it one")  # fmt: skip
         parts = {name: checker(answer) for name, _, checker in self._checkers}
-        total = sum(weight * parts[name] for name, weight, _ in self._checkers)
-        if self._file is not None:
-            own = self._file(fields["prompt"], answer.text, fields["reference"], fields["row"], answer.record)
-            parts["reward_file"], total = own, total + own
-        return total, parts
+        return sum(weight * parts[name] for name, weight, _ in self._checkers), parts
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        for worker in self._workers:
+            worker.close()
+
+    def _worker(self, text: str, title: str = "") -> RewardFile:
+        self._workers.append(RewardFile(text, self._seconds, title))
+        return self._workers[-1]
+
+    def _checker(self, spec: RewardSpec) -> Checker:
+        if spec.name != "regex":
+            return _checker(spec)
+        worker = self._worker(f"{REGEX_WORKER}:search", f"--reward regex:{spec.argument}")
+        return lambda answer: worker("", answer.text, None, spec.argument, answer.record)
 
 
 def _title(spec: RewardSpec) -> str:
@@ -71,9 +103,6 @@ def _title(spec: RewardSpec) -> str:
 
 
 def _checker(spec: RewardSpec) -> Checker:
-    if spec.name == "regex":
-        pattern = re.compile(spec.argument)
-        return lambda answer: float(pattern.search(answer.text) is not None)
     if spec.name == "length" and spec.argument:
         low, high = spec.range
         return lambda answer: float(low <= len(answer.text) <= high)

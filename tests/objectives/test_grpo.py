@@ -18,7 +18,7 @@ from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import EncodedDataset, encode_dataset
 from onecard.data.encode import EncodeSettings, LabelledSample
-from onecard.errors import ConfigError
+from onecard.errors import ConfigError, DataError
 from onecard.inference.rollouts import RolloutSampler
 from onecard.model.lora.adapter import add_lora
 from onecard.model.memory.architecture import architecture_of
@@ -364,6 +364,18 @@ def test_what_was_sampled_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture
         inspect_run.main(["--run_path", str(tmp_path), "--step", "3"])
     with pytest.raises(ConfigError, match=r"--run_path: there is no rollouts.jsonl"):
         inspect_run.main(["--run_path", str(tmp_path / "none")])
+
+
+def test_a_prompt_without_an_answer_to_compare_with_is_named_before_the_first_step(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": f"Count to {i}", **({"output": "7"} if i else {})} for i in range(8)]
+    data = tmp_path / "prompts.json"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    options = {**OPTIONS, "reward": "number", "max_steps": 2}
+    with pytest.raises(DataError, match=r"prompts.json:\d+ has no recorded answer, which --reward number"):
+        finetune(tiny.config_for(tiny_base, data, tmp_path / "run", **options))
+    assert "step 1/" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

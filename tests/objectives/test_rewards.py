@@ -166,6 +166,14 @@ def test_a_function_that_hangs_is_ended(tmp_path: Path) -> None:
     assert process is not None and process.poll() is not None
 
 
+def test_a_pattern_that_backtracks_without_end_is_ended() -> None:
+    found = Rewards(RolloutOptions(reward="regex:(a+)+$", reward_seconds=0.5))
+    assert found.of(answer("banana"))[0] == 1
+    with pytest.raises(RewardError, match=r"--reward regex:\(a\+\)\+\$, asked about.*no reward within 0.5 s"):
+        found.of(answer("a" * 60 + "!"))
+    assert found._workers[0]._process is None
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [(":none", r"no function none; its functions are: reward, everything, at_risk, asks"),

@@ -11,7 +11,7 @@ import pytest
 from onecard.config.inference import GenerateConfig
 from onecard.config.parsing import parse
 from onecard.data.messages import Turn
-from onecard.errors import ConfigError
+from onecard.errors import ConfigError, DataError
 from onecard.inference.batch.reward_model import RewardModel
 from onecard.recipes import finetune, generate
 from tests import tiny
@@ -102,6 +102,14 @@ def test_a_start_that_was_cut_off_goes_on(words: list[str], tmp_path: Path) -> N
         run([*words[:-1], "regex:x"])
 
 
+def test_a_record_without_an_answer_is_named_before_anything_is_sampled(words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(json.dumps({"instruction": f"Question {i}"}) for i in range(3)), encoding="utf-8")
+    with pytest.raises(DataError, match=r"questions.jsonl:1 has no recorded answer.*\(3 records are like that\)"):
+        run([*words, "--reward", "exact"])
+    assert not (tmp_path / "best.jsonl.samples.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_reward_run_judges_as_it_was_trained_to(words: list[str], tiny_base: Path, tmp_path: Path) -> None:
     data = pair_file(tmp_path / "train.jsonl", 32)
@@ -117,7 +125,7 @@ def test_a_reward_run_judges_as_it_was_trained_to(words: list[str], tiny_base: P
         assert alone == pytest.approx(row["reward"], abs=1e-5) and row["reward"] == max(row["rewards"])
     good, bad = model.rewards([((Turn("user", "Question 3"),), text) for text in ("thanks yes", "never no")])
     assert good is not None and bad is not None and good > bad
-    with pytest.raises(ConfigError, match="is a run of --objective sft"):
+    with pytest.raises(ConfigError, match="is a run of finetune --objective sft"):
         RewardModel(str(tmp_path), options)
 
 
