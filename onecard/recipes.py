@@ -42,6 +42,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.curation.alike import clusters_of_groups, likeness
     from onecard.model.hardware import detect
     from onecard.model.trained import describe_trained, write_result
+    from onecard.serve.verify.make import check_after_training
     from onecard.train import auto_config
     from onecard.train.advice import LearnedData, advise
     from onecard.train.base_comparison import BaseComparison
@@ -88,6 +89,7 @@ def finetune(config: FinetuneConfig) -> Path:
         state = _trained(config, run, directory, comparison)
         directory.publish(settings, state, config.train, partial(write_result, run.plain_model))
         comparison.after()
+        check_after_training(config, run, data, directory.path)
         if accelerator.is_main_process and run.rollouts is None:
             report = data.train.dataset.report
             advise(directory.path, LearnedData(data.train.n_per_epoch, report.n_samples, report.n_cut))

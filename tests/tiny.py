@@ -76,7 +76,7 @@ def config_for(base: Path, data: Path, output: Path, /, **changes: Any) -> Finet
         "model_path": str(base), "bits": 32, "device": "cpu", "gradient_checkpointing": False, "data_path": str(data),
         "cache_path": str(output.parent / "cache"), "cutoff_len": 256, "test_size": 0, "output_path": str(output),
         "num_epoch": 1, "total_batch": 8, "micro_batch": 4, "learning_rate": 1e-2, "log_steps": 1, "save_steps": 1,
-        "prompt_type": "alpaca",
+        "prompt_type": "alpaca", "server_check": False,
     }  # fmt: skip
     return with_options(FinetuneConfig(), settings | changes)
 

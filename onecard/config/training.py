@@ -138,6 +138,9 @@ class TrainOptions(RolloutOptions):
     compare_with_base: bool = True
     """Score the held-out records with the base before the first step and with the result after the last one, and say
     the difference with its interval."""
+    server_check: bool = True
+    """At the end, let the result answer a few short questions, held-out ones if there are any, and keep the answers as
+    server_check.json, with which `onecard verify-server` compares servers."""
     measure_forgetting: bool = True
     """At each evaluation, measure how far the model has moved from its base on general texts (KL divergence, nats per
     token), as far as that is at most 2 % of its tokens; nothing that is learned changes."""

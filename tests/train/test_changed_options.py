@@ -142,6 +142,7 @@ TABLE = {
     "early_stopping_patience": same(9, lambda s: s.run.state.evaluations_since_best == 0),
     "stop_on": Row("balanced"),  # of --early_stopping_patience
     "compare_with_base": same(False, lambda s: "held-out records" not in s.printed),
+    "server_check": same(True, lambda s: (s.output / "server_check.json").is_file()),
     "measure_forgetting": same(False, lambda s: "forgetting is" not in s.printed),
     "kl_anchor": used(0.5, lambda s: s.run.anchor.weight == 0.5 and s.rows[0]["kl_anchor"] > 0),
     "save_steps": same(100, lambda s: s.checkpoints == [6, 8]),

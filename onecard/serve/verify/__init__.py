@@ -1,0 +1,3 @@
+"""A server compared with the run that it should serve: what is stored for that, what is asked, what it means."""
+
+from __future__ import annotations
