@@ -1,6 +1,7 @@
 """Write a model as GGUF for llama.cpp, with a Modelfile for Ollama: a plain one, or a base with adapters merged in.
 
 onecard gguf --lora_path outputs/my-first-adapter --output_path outputs/my-gguf --gguf_type q8_0
+onecard gguf --lora_path outputs/my-first-adapter --output_path outputs/my-lora --adapter_only
 
 Families: LLaMA 1, 2 and 3, Mistral, Qwen2, Qwen3.
 """
@@ -42,6 +43,8 @@ class ExportOptions(OutputOptions):
     """Kind of number: q8_0 is half of f16, q4_0 a quarter. Norms and biases stay f32, and a 4-bit file's head q8_0."""
     prompt_type: str = "auto"
     """Chat template: a built-in name or a .jinja file; auto takes the one stored with the model, or none."""
+    adapter_only: bool = False
+    """Write the LoRA adapter alone, for llama.cpp's --lora and Ollama's ADAPTER, instead of merging it in."""
     accept_other_base: bool = False
     """Merge although the adapter was trained on another base."""
 
@@ -53,6 +56,8 @@ class ExportOptions(OutputOptions):
             found.append(("--output_path", "is missing; give a new directory"))
         elif self.output_path.lower().endswith(".gguf"):
             found.append(("--output_path", "names a file; give a new directory for it"))
+        if self.adapter_only and not self.lora_path:
+            found.append(("--adapter_only", "needs an adapter: give --lora_path"))
         if not 0 < self.adapter_scale <= 10:
             found.append(
                 ("--adapter_scale", f"{self.adapter_scale} is not above 0, which would be the base, and up to 10")
@@ -120,11 +125,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def export(config: Config) -> None:
     """Write what the options ask for."""
+    from onecard.export.gguf.adapter import export_adapter
     from onecard.export.gguf.export import GgufSettings, export_gguf
     from onecard.export.gguf.ollama import ModelfileSettings
 
     options = config.export
-    export_gguf(
+    (export_adapter if options.adapter_only else export_gguf)(
         GgufSettings(
             model_path=options.model_path, output_path=Path(options.output_path), gguf_type=options.gguf_type,
             adapters=comma_list(options.lora_path), prompt_type=options.prompt_type,

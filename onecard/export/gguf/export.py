@@ -96,7 +96,7 @@ def export_gguf(settings: GgufSettings) -> Path:
         reports = gguf.verify(file, source.model, source.planned)
         note = _template_told(source, settings)
         if settings.modelfile:
-            text = _modelfile(file.name, source, settings)
+            text = modelfile_for(file.name, source, settings)
             (partial / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
         n_bytes = file.stat().st_size
         shutil.rmtree(partial / MERGED, ignore_errors=True)
@@ -104,14 +104,17 @@ def export_gguf(settings: GgufSettings) -> Path:
     return settings.output_path / file.name
 
 
-def open_source(directory: Path, settings: GgufSettings) -> GgufSource:
-    """Look at everything that an export needs, without reading a weight. Raises as `export_gguf` does."""
+def open_source(directory: Path, settings: GgufSettings, words: Path | None = None) -> GgufSource:
+    """Look at everything that an export needs, without reading a weight. Raises as `export_gguf` does.
+
+    words: where the tokenizer and its template are, if not in the directory.
+    """
     layout = read_layout(directory)
     weights = open_weights(directory)
     layout = with_own_head(layout, weights)
     names, left_out = check_tensors(directory, layout, weights)
     layout = replace(layout, notes=(*layout.notes, *left_out))
-    tokenizer = load_tokenizer(str(directory))
+    tokenizer = load_tokenizer(str(words or directory))
     template = _template(settings.prompt_type, tokenizer)
     end_id = single_token(template.end_text(tokenizer), tokenizer) if template else None
     vocabulary = read_vocabulary(
@@ -173,7 +176,8 @@ def _merge(directory: Path, settings: GgufSettings) -> Path:
     return directory
 
 
-def _modelfile(file_name: str, source: GgufSource, settings: GgufSettings) -> str:
+def modelfile_for(file_name: str, source: GgufSource, settings: GgufSettings, adapter: str = "") -> str:
+    """The Modelfile of an opened model, with what its template and tokenizer ask for."""
     template, tokenizer = source.template, source.tokenizer
     go, stops = None, []
     if template is not None:
@@ -183,7 +187,7 @@ def _modelfile(file_name: str, source: GgufSource, settings: GgufSettings) -> st
             lead = PromptRenderer(template, tokenizer).lead
             go = ollama.go_template(built_in, bos=bos, eos=str(tokenizer.eos_token), lead=lead)
         stops = [template.end_text(tokenizer), *template.stop]
-    return ollama.modelfile(file_name, go, stops, settings.ollama)
+    return ollama.modelfile(file_name, go, stops, settings.ollama, adapter)
 
 
 def _template_told(source: GgufSource, settings: GgufSettings) -> str:

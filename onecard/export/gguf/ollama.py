@@ -78,9 +78,14 @@ def go_template(name: str, *, bos: str, eos: str, lead: str = "") -> str | None:
     return template.replace("{{ EOS }}", f"{{{{ {_go(eos)} }}}}").strip()
 
 
-def modelfile(file_name: str, template: str | None, stops: Sequence[str], settings: ModelfileSettings) -> str:
-    """The text of a Modelfile beside `file_name`. Raises ConfigError for a system prompt that cannot be quoted."""
-    lines = [f"FROM ./{file_name}"]
+def modelfile(
+    file_name: str, template: str | None, stops: Sequence[str], settings: ModelfileSettings, adapter: str = ""
+) -> str:  # fmt: skip
+    """The text of a Modelfile beside `file_name`, and beside `adapter`, if that is put on it.
+
+    Raises ConfigError for a system prompt that cannot be quoted.
+    """
+    lines = [f"FROM ./{file_name}", *([f"ADAPTER ./{adapter}"] if adapter else [])]
     if template is not None:
         lines.append(f"TEMPLATE {quoted(template, '--prompt_type')}")
     lines += [f"PARAMETER stop {quoted(stop, '--prompt_type')}" for stop in dict.fromkeys(stops)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +129,52 @@ def write(
     finally:
         weights.close()
         writer.close()
+
+
+def write_adapter(path: Path, layout: GgufLayout, alpha: float, factors: Mapping[str, Tensor], gguf_type: str) -> None:
+    """A LoRA adapter as llama.cpp's convert_lora_to_gguf.py writes it; it is put on as alpha / rank.
+
+    factors: lora_a (rank, in) and lora_b (out, rank) of each layer, under the names of `adapter_name`. What reads back
+    differs by the rounding of the kind. Raises ModelError and ConfigError as `write` does.
+    https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py
+    """
+    kind = KINDS[gguf_type]
+    planned = [PlannedTensor(name, name, tuple(tensor.shape), kind) for name, tensor in factors.items()]
+    writer = gguf.GGUFWriter(path, layout.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_file_type(FILE_TYPES[gguf_type])
+    for tensor in planned:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in planned:
+            _write_tensor(writer, _encoded(factors[tensor.name], tensor))
+    finally:
+        writer.close()
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    alpha_field = reader.get_field(gguf.Keys.Adapter.LORA_ALPHA)
+    if (
+        list(found) != list(factors)
+        or alpha_field is None
+        or not math.isclose(alpha_field.contents(), alpha, rel_tol=1e-6)
+    ):
+        raise ModelError(f"{path.name} does not hold what was written to it; try again")
+    for tensor in planned:
+        wanted = factors[tensor.name].double().numpy()
+        back = gguf.quants.dequantize(np.asarray(found[tensor.name].data), kind).reshape(tensor.shape)
+        if (np.abs(back - wanted) > _allowed(kind, wanted)).any():
+            raise ModelError(f"{path.name}: {tensor.name} reads back wrong; try again")
+
+
+def adapter_name(layout: GgufLayout, module: str) -> str | None:
+    """The name of a layer's weight in a GGUF file, None where it has none."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layout.architecture.upper()], layout.n_layers)
+    return names.get_name(f"{module}.weight", try_suffixes=(".weight",))
 
 
 def verify(path: Path, model: tuple[GgufLayout, Vocabulary, Weights], planned: list[PlannedTensor]) -> list[KindReport]:
