@@ -1,0 +1,60 @@
+"""Write what vLLM, SGLang, llama.cpp, Ollama or Ray Serve needs to serve a run: model, template, stops, start command.
+
+onecard handover vllm outputs/my-first-adapter outputs/for-vllm
+
+Where one card is outgrown. HANDOVER.md in the new directory says how the engine is started, and the line of onecard
+verify-server that compares it with the run afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from onecard.config.parsing import missing, parse
+from onecard.config.problems import Problem
+from onecard.export.io.output import OutputOptions
+
+WORDS = ("--engine", "--run", "--output_path")
+
+
+@dataclass
+class HandoverOptions(OutputOptions):
+    """Which engine, which run, and where to."""
+
+    engine: Literal["vllm", "sglang", "llama.cpp", "ollama", "ray-serve"] = "vllm"
+    """What is to serve; the first word of the command."""
+    run: str = ""
+    """Directory of the run, the second word."""
+    output_path: str = ""
+    """A new directory, the third word."""
+    context: int = 0
+    """Context in tokens; 0: the model's own, at most 8,192."""
+    gguf_type: Literal["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
+    """Kind of number of the GGUF file for llama.cpp and Ollama."""
+
+    def problems(self) -> list[Problem]:
+        found = missing(self, "run", "output_path")
+        if self.run and not Path(self.run).expanduser().is_dir():
+            found.append(("--run", f"{self.run} is not a directory"))
+        if self.context < 0:
+            found.append(("--context", f"{self.context} is less than 0"))
+        return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program with these words, or those of the command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # `handover vllm RUN OUT` is `handover --engine vllm --run RUN --output_path OUT`.
+    n_plain = next((k for k, word in enumerate(words) if word.startswith("-")), len(words))
+    named = [part for pair in zip(WORDS, words[:n_plain], strict=False) for part in pair]
+    options = parse(HandoverOptions, [*named, *words[min(n_plain, len(WORDS)) :]], description=__doc__ or "")
+
+    from onecard.serve.handover import hand_over
+
+    hand_over(
+        options.engine, Path(options.run).expanduser(), Path(options.output_path).expanduser(),
+        context=options.context, gguf_type=options.gguf_type, overwrite=options.overwrite,
+    )  # fmt: skip
