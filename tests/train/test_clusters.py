@@ -48,7 +48,8 @@ def environment(tiny_base: Path, instructions: Path, tmp_path: Path) -> dict[str
     return {
         **os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MODEL_PATH": str(tiny_base), "N_GPUS": "1",
-        "DATA_PATH": str(instructions), "OUTPUT_PATH": str(tmp_path / "run"), "WORDS": f"--config {settings} --bits 32 --shard true",
+        "DATA_PATH": str(instructions), "OUTPUT_PATH": str(tmp_path / "run"),
+        "WORDS": f"--config {settings} --bits 32 --shard true",
     }  # fmt: skip
 
 

@@ -29,7 +29,8 @@ from onecard.installation import command
 from onecard.model.hardware import empty_cache
 
 WINDOW_BATCHES = 8
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass

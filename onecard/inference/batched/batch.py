@@ -236,7 +236,7 @@ class BatchLoop(ContinuousBatchingManager):
 
     def run(self) -> None:
         """Compute in this thread until `end`, or until a step fails: `background_thread_status` then has the error."""
-        self._generation_thread = threading.current_thread()
+        self._generation_thread = threading.current_thread()  # type: ignore[assignment]
         self._run_generation_loop()
 
     def end(self) -> None:

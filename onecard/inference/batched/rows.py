@@ -48,7 +48,7 @@ class BatchRow:
         if not self.new_ids:
             self.call.n_cached = max(len(ids) - self.n_read, 0)
         if self._processors:
-            scores = self._processors(torch.tensor([ids], device=scores.device), scores)
+            scores = self._processors(torch.tensor([ids], device=scores.device), scores)  # type: ignore[arg-type]
         if self.call.logprobs:
             self.call.logprobs.take(scores.argmax(dim=-1))
         return scores

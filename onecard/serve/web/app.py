@@ -89,7 +89,7 @@ def ask_page(
     handlers = AskPage(engine, system, sampling, show_beams=show_beams, flag_path=flag_path)
     labels = TranslatedComponents(_first_language(page))
     with gr.Blocks(title="OneCard", analytics_enabled=False) as blocks:
-        parts = {name: _hidden(name) for name in ("stored", "browser_language")}
+        parts: dict[str, Any] = {name: _hidden(name) for name in ("stored", "browser_language")}
         parts |= _header(labels, engine.names[0], "ask.title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=320):
