@@ -160,17 +160,19 @@ def _ask(config: GenerateConfig) -> None:
     from onecard.data.messages import Turn
     from onecard.inference.batch.run import with_system
     from onecard.inference.generate import Chunk, StreamingOptions, prepare, stream_rows
+    from onecard.inference.grammar import asked_grammar
     from onecard.inference.load import load_bundle
     from onecard.inference.sampling import CacheOptions
     from onecard.serve.terminal.ask import answer_once, interact
 
     ask, asked, sampling = config.ask, config.inference, config.sampling
+    grammar = asked_grammar(ask.json_schema, ask.regex)
     bundle, _ = load_bundle(config.model, asked.lora_path, asked.prompt_type, asked.thinking, asked.adapter_scale)
     bundle = replace(bundle, cache=CacheOptions(config.inference.static_cache, config.inference.compile))
 
     def answer(instruction: str, number: int) -> Iterator[Chunk]:
         turns = with_system([Turn("user", instruction, ask.input)], config.inference.system)
-        row = prepare(bundle, turns, sampling, number=number)
+        row = prepare(bundle, turns, sampling, number=number, grammar=grammar)
         for (chunk,) in stream_rows(bundle, [row], sampling, StreamingOptions(show_beams=ask.show_beams)):
             yield chunk
 
@@ -186,20 +188,24 @@ def _answer_file(config: GenerateConfig) -> None:
     from onecard.data.sources import data_fingerprint, source_of
     from onecard.inference.batch.results import AnswerFile
     from onecard.inference.batch.run import BatchJob, answer_questions, survey
+    from onecard.inference.grammar import asked_grammar
     from onecard.inference.load import load_bundle
 
     ask, asked, sampling, system = config.ask, config.inference, config.sampling, config.inference.system
     source, output_path = source_of(ask), str(ask.output_path)
+    grammar = asked_grammar(ask.json_schema, ask.regex)
     n_questions = survey(source)
     checkers = _checkers(ask, source) if ask.best_of > 1 and not ask.reward_run else None
     bundle, depends_on = load_bundle(
         config.model, asked.lora_path, asked.prompt_type, asked.thinking, asked.adapter_scale
     )
     depends_on |= {"questions": data_fingerprint(source), **asdict(sampling), "system": system}
-    job = BatchJob(bundle, source, n_questions, sampling, ask.batch_size, system, ask.best_of)
+    job = BatchJob(bundle, source, n_questions, sampling, ask.batch_size, system, ask.best_of, grammar)
     if ask.best_of > 1:
         depends_on["best_of"] = ask.best_of
         output_path += SAMPLES
+    if grammar is not None:  # answers that were held to nothing are gone on with as before
+        depends_on["grammar"] = grammar.parts["answer"]
     with AnswerFile(Path(output_path), depends_on) as answers:
         tally = answer_questions(job, answers)
     say(f"{tally.line()}; all {job.n_answers} are in {output_path}")

@@ -132,6 +132,10 @@ class AskOptions(BestOfOptions):
     """With --data_path: jsonl file for the answers. Run again to go on where it stopped."""
     batch_size: int = 8
     """Questions answered at once from --data_path."""
+    json_schema: str | None = None
+    """File with a JSON schema that every answer is held to."""
+    regex: str | None = None
+    """Regular expression that every answer is held to, as a whole."""
     show_beams: bool = False
     """With --num_beams: show all beams while they compete, not only the best."""
     web: bool = False
@@ -151,6 +155,10 @@ class AskOptions(BestOfOptions):
             found.append(("--best_of", "goes with a file of questions; give --data_path and --output_path"))
         if self.input and self.instruction is None:
             found.append(("--input", "goes with --instruction"))
+        if self.json_schema and self.regex:
+            found.append(("--json_schema", "and --regex contradict each other; give one of them"))
+        if self.web and (self.json_schema or self.regex):
+            found.append(("--web", "opens a page, which holds answers to nothing; leave out --json_schema and --regex"))
         if self.web and (self.instruction is not None or self.data_path):
             found.append(("--web", "opens a page to ask on; leave out --instruction and --data_path"))
         return found

@@ -19,6 +19,7 @@ from transformers import Cache, LogitsProcessorList, SequenceBiasLogitsProcessor
 
 from onecard.config.inference import SamplingOptions
 from onecard.data.chat_template import Template
+from onecard.inference.grammar import CompiledGrammar, HoldToGrammar
 from onecard.inference.model_limits import check_generation
 from onecard.inference.prefix_cache import PrefixCache, expanded
 from onecard.inference.sampling import CacheOptions, generation_config, logits_processors, penalties, seeded
@@ -112,7 +113,8 @@ class PromptRow:
     """One prompt: ids (n_prompt,), the most new tokens it may get, and its number, which chooses its random numbers.
 
     continues: the answer goes on in the prompt's text, and is no text of its own. lead: what is not shown at its
-    beginning; see `encode.Prompt` for both. hidden: control tokens that are not shown, None for all of them.
+    beginning; see `encode.Prompt` for both. hidden: control tokens that are not shown, None for all of them. grammar:
+    what the answer is held to.
     """
 
     ids: list[int]
@@ -121,6 +123,7 @@ class PromptRow:
     continues: bool = False
     lead: str = ""
     hidden: frozenset[int] | None = None
+    grammar: CompiledGrammar | None = None
 
     @property
     def before(self) -> list[int]:
@@ -301,6 +304,9 @@ class GenerateCall:
             processors.append(SequenceBiasLogitsProcessor(sequence_bias=bias))
         if self.logprobs:
             processors.append(self.logprobs)
+        if any(row.grammar for row in self.rows):
+            grammars = [row.grammar for row in self.rows]
+            processors.append(HoldToGrammar(grammars, self.n_prompt, self.stop_ids, self.pad_id))
         processors.extend(logits_processors(self.sampling, numbers, n_drawn))
         if stream_state is not None and self.sampling.num_beams > 1:
             processors.append(BeamStreamer(stream_state))

@@ -33,9 +33,11 @@ from onecard.inference.generate import (
     ModelBundle,
     PromptRow,
     StreamingOptions,
+    held_to,
     longest_sequence,
     stream_rows,
 )
+from onecard.inference.grammar import AnswerGrammar
 from onecard.inference.prefix_cache import PrefixCache
 from onecard.inference.queue import QueueFull, RequestQueue
 from onecard.inference.streamer import TokenLogprob
@@ -66,6 +68,7 @@ class GenerationRequest:
     kept_tokens: control tokens that stay in the text of the answer, such as the marks of tool calls.
     logit_bias: what is added to the scores of tokens, by their ids.
     continues_answer: the last turn is an answer that is gone on with; only what is new is the text.
+    grammar: what is held to it, or None.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -81,6 +84,7 @@ class GenerationRequest:
     kept_tokens: tuple[str, ...] = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     continues_answer: bool = False
+    grammar: AnswerGrammar | None = None
 
 
 class InferenceEngine:
@@ -308,10 +312,9 @@ class InferenceEngine:
         self._check_prompt(prompt.ids)
         max_new_tokens = min(sampling.max_new_tokens, self.context_limit - len(prompt.ids))
         hidden = hidden_ids(served.tokenizer, request.kept_tokens)
-        return [
-            PromptRow(prompt.ids, max_new_tokens, request.number + k, prompt.continues, prompt.lead, hidden)
-            for k in range(request.n)
-        ]
+        grammar = held_to(request.grammar, served.template, served.tokenizer, prompt)
+        row = PromptRow(prompt.ids, max_new_tokens, 0, prompt.continues, prompt.lead, hidden, grammar)
+        return [replace(row, number=request.number + k) for k in range(request.n)]
 
     def _prompt(self, request: GenerationRequest, served: ServedAdapter) -> Prompt:
         variables = {**served.template.variables, **request.template_variables}

@@ -17,10 +17,11 @@ from typing import Any
 
 from onecard.config.inference import SamplingOptions
 from onecard.data.chat_template import Template
-from onecard.data.encode import prompt_for
+from onecard.data.encode import Prompt, prompt_for
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError
 from onecard.inference.call import Chunk, GenerateCall, GenerateThread, ModelBundle, PromptRow, StreamingOptions, Usage
+from onecard.inference.grammar import AnswerGrammar, CompiledGrammar, compiled
 from onecard.inference.model_limits import go_together
 from onecard.inference.stopping import FinishReason
 from onecard.inference.streamer import StreamState, TokenLogprob
@@ -126,10 +127,18 @@ def generate_batch(
     return answer_rows(bundle, rows, sampling)
 
 
-def prepare(bundle: ModelBundle, turns: Sequence[Turn], sampling: SamplingOptions, *, number: int = 0) -> PromptRow:
-    """The row for a conversation.
+def prepare(
+    bundle: ModelBundle,
+    turns: Sequence[Turn],
+    sampling: SamplingOptions,
+    *,
+    number: int = 0,
+    grammar: AnswerGrammar | None = None,
+) -> PromptRow:
+    """The row for a conversation, with what its answer is held to.
 
-    Raises ContextTooLong when its prompt leaves no room for an answer, DataError for a token that the base lacks.
+    Raises ContextTooLong when its prompt leaves no room for an answer, DataError for a token that the base lacks,
+    GrammarError.
     """
     prompt = prompt_for(turns, bundle.template, bundle.tokenizer)
     ids = prompt.ids
@@ -140,7 +149,24 @@ def prepare(bundle: ModelBundle, turns: Sequence[Turn], sampling: SamplingOption
     max_new_tokens = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(ids))
     if limit is not None and max_new_tokens < 1:
         raise ContextTooLong(len(ids), limit)
-    return PromptRow(ids, max_new_tokens, number, prompt.continues, prompt.lead)
+    held = held_to(grammar, bundle.template, bundle.tokenizer, prompt)
+    return PromptRow(ids, max_new_tokens, number, prompt.continues, prompt.lead, grammar=held)
+
+
+def held_to(
+    grammar: AnswerGrammar | None, template: Template, tokenizer: Any, prompt: Prompt
+) -> CompiledGrammar | None:
+    """The grammar over the tokens of an answer to this prompt. Raises GrammarError."""
+    if grammar is None:
+        return None
+    return compiled(
+        grammar,
+        tokenizer,
+        stop_ids=template.stop_ids(tokenizer),
+        end_texts=template.stop_strings(tokenizer),
+        lead=prompt.lead,
+        continues=prompt.continues,
+    )
 
 
 def answer_rows(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: SamplingOptions) -> list[Generation]:

@@ -25,6 +25,7 @@ from onecard.data.sources import ReadReport, Source
 from onecard.errors import ConfigError, DataError, ModelError, Stopped
 from onecard.inference.batch.results import BEST_OF_FIELDS, OWN_FIELDS, AnswerFile, answer_row
 from onecard.inference.generate import Generation, ModelBundle, PromptRow, answer_rows, prepare
+from onecard.inference.grammar import AnswerGrammar
 from onecard.installation import command
 from onecard.model.hardware import empty_cache
 
@@ -66,6 +67,7 @@ class BatchJob:
     batch_size: int
     system: str = ""
     samples: int = 1
+    grammar: AnswerGrammar | None = None
 
     @property
     def n_answers(self) -> int:
@@ -178,7 +180,8 @@ def _answer_window(
     n_done = next_number
     for number, question in enumerate(window.questions, start=window.first):
         try:
-            prepared.append(prepare(job.bundle, with_system(question.turns, job.system), job.sampling, number=number))
+            turns = with_system(question.turns, job.system)
+            prepared.append(prepare(job.bundle, turns, job.sampling, number=number, grammar=job.grammar))
         except DataError as reason:
             finished[number] = answer_row(question.fields, None, "error", str(reason), own=job.own_fields)
             tally.n_errors += number >= n_done

@@ -13,6 +13,7 @@ from onecard.data.chat_template import THOUGHT_SWITCHES, Template, thought_switc
 from onecard.data.jinja_chat import variables_read
 from onecard.data.thoughts import thought_mark
 from onecard.data.tool_answers import CallStyle, call_style
+from onecard.inference.tool_grammar import calls_grammar
 from onecard.serve.api.requests import GenerationParams
 from onecard.serve.http_error import bad_request
 
@@ -23,10 +24,15 @@ def for_template(ask: GenerationParams, template: Template) -> GenerationParams:
     """The request with what this template makes of it. Raises ApiError naming the field that it cannot serve."""
     variables = with_effort(with_own_switch(ask.template_variables, template.jinja), ask.reasoning_effort, template)
     check_variables(variables, variables_read(template.jinja))
+    style = style_of_calls(template.jinja) if ask.tools else None
+    grammar = ask.grammar
+    if ask.tools and style and (grammar or ask.tools.is_strict):
+        grammar = calls_grammar(ask.tools, style, grammar, has_args_mark="[ARGS]" in template.jinja)
     return replace(
         ask,
         template_variables=variables,
-        call_style=style_of_calls(template.jinja) if ask.has_tools else None,
+        call_style=style,
+        grammar=grammar,
         thought_mark=thought_mark(template.jinja) if ask.splits_thoughts else "",
     )
 

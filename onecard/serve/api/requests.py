@@ -22,6 +22,9 @@ from onecard.data.messages import Role, Turn
 from onecard.data.tool_answers import CallStyle
 from onecard.data.tool_calls import calls_of
 from onecard.data.values import UnusableRecord
+from onecard.inference.grammar import AnswerGrammar
+from onecard.inference.tool_grammar import HeldTools
+from onecard.serve.api.answer_format import answer_grammar
 from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names, is_number
 from onecard.serve.api.schema import (
     LONGEST_STOP,
@@ -66,8 +69,10 @@ class ServerDefaults:
 class GenerationParams:
     """A request in the engine's words: a conversation, or prompts to go on from, each answered `n` times.
 
-    max_new_tokens 0 asks for no answer at all, only for an echo; the client calls it `tokens_field`. top_logprobs: None
-    for no log-probabilities. has_tools: the answer may call the tools among the turns, at most `most_calls` times.
+    max_new_tokens 0 asks for no answer at all, only for an echo; the client calls it `tokens_field`, and what it says
+    `texts_field`. top_logprobs: None
+    for no log-probabilities. tools: those among the turns that the answer may call, at most `most_calls` times.
+    grammar: what the answer is held to; `for_template` adds the calls.
     call_style and thought_mark: how calls and thoughts are told from the rest of an answer, as the template says.
     """
 
@@ -79,18 +84,23 @@ class GenerationParams:
     prompts: tuple[Prompt, ...] = ()
     max_new_tokens: int = 1
     tokens_field: str = "max_tokens"
+    texts_field: str = "messages"
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     continues_answer: bool = False
     echo: bool = False
     top_logprobs: int | None = None
-    has_tools: bool = False
-    most_calls: int | None = None
+    grammar: AnswerGrammar | None = None
+    tools: HeldTools | None = None
     call_style: CallStyle | None = None
     reasoning_effort: str | None = None
     splits_thoughts: bool = False
     thought_mark: str = ""
     stream: bool = False
     include_usage: bool = False
+
+    @property
+    def most_calls(self) -> int | None:
+        return self.tools.most if self.tools else None
 
     @property
     def n_choices(self) -> int:
@@ -155,8 +165,7 @@ def chat_ask(body: ChatRequest, defaults: ServerDefaults) -> GenerationParams:
         tokens_field=tokens_field,
         top_logprobs=top_logprobs,
         continues_answer=continues_answer(body),
-        has_tools=bool(tools),
-        most_calls=1 if body.parallel_tool_calls is False else None,
+        tools=held_tools(body) if tools else None,
         reasoning_effort=body.reasoning_effort,
         splits_thoughts=body.reasoning_format != "none",
     )
@@ -191,11 +200,40 @@ def biases(value: Any) -> Mapping[int, float]:
 
 def tools_of(body: ChatRequest) -> list[dict[str, Any]]:
     """The tools that the model may call. Raises ApiError for a choice that nothing can make it keep to."""
-    if body.tool_choice not in (None, *TOOL_CHOICES):
-        message = '\'tool_choice\' can be "auto" or "none"; nothing here makes a model call a tool'
+    names = [tool.function.name for tool in body.tools or ()]
+    choice = body.tool_choice
+    if isinstance(choice, dict):
+        if chosen_name(choice) not in names:
+            message = '\'tool_choice\' is no {"type": "function", "function": {"name": one of the tools}}'
+            raise bad_request(message, "tool_choice")
+    elif choice not in (None, *TOOL_CHOICES):
+        message = '\'tool_choice\' can be "auto", "none", "required" or {"type": "function", "function": {"name": ...}}'
         raise bad_request(message, "tool_choice", "unsupported_parameter")
+    if choice == "required" and not names:
+        raise bad_request("'tool_choice' \"required\" goes with tools", "tool_choice")
     wanted = body.tools if body.tools and body.tool_choice != "none" else []
     return [tool.model_dump(exclude_unset=True, exclude_none=True) for tool in wanted]
+
+
+def chosen_name(choice: Mapping[str, Any]) -> str | None:
+    """The tool that must be called, None for what is no choice of one."""
+    function = choice.get("function") if choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def held_tools(body: ChatRequest) -> HeldTools:
+    """The tools with what holds an answer to them."""
+    must_call = body.tool_choice not in (None, "auto")
+    name = chosen_name(body.tool_choice) if isinstance(body.tool_choice, dict) else None
+    tools = {f"tools[{k}].function": tool.function for k, tool in enumerate(body.tools or ())}
+    callable_ = {place: tool for place, tool in tools.items() if name in (None, tool.name)}
+    return HeldTools(
+        [tool.model_dump(exclude_none=True) for tool in callable_.values()],
+        list(callable_),
+        must_call,
+        1 if body.parallel_tool_calls is False or name else None,
+    )
 
 
 def template_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -252,6 +290,7 @@ def common_ask(body: SamplingParameters, defaults: ServerDefaults, max_new_token
         n=body.n or 1,
         max_new_tokens=max_new_tokens,
         logit_bias=biases(body.logit_bias),
+        grammar=answer_grammar(body),
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
     )

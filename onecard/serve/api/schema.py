@@ -26,7 +26,7 @@ MOST_ALTERNATIVES = 20
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters
 BIGGEST = 2**31 - 1
-TOOL_CHOICES = ("none", "auto")
+TOOL_CHOICES = ("none", "auto", "required")
 
 TEXT_PART = {
     "type": "object",
@@ -54,6 +54,28 @@ BIASES = {
     "type": "object",
     "propertyNames": {"pattern": "^[0-9]{1,9}$"},
     "additionalProperties": {"type": "number", "minimum": -MOST_BIAS, "maximum": MOST_BIAS},
+}
+NAMED_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+    "required": ["type", "function"],
+}
+SCHEMA_OR_TEXT = {"type": ["object", "boolean", "string", "null"]}
+RESPONSE_FORMAT = {
+    "anyOf": [
+        {"type": "null"},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "json_schema": {"type": "object", "properties": {"schema": {"type": "object"}}},
+            },
+            "required": ["type"],
+        },
+    ]
 }
 LOGIT_BIAS = {"anyOf": [BIASES, {"type": "array", "maxItems": 0}, {"type": "null"}]}
 
@@ -114,7 +136,7 @@ class FunctionDefinition(BaseModel):
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None  # nothing holds the model to a schema
+    strict: StrictBool | None = None
 
 
 class Tool(BaseModel):
@@ -174,7 +196,10 @@ class ServiceParameters(BaseModel):
 
 
 class SamplingParameters(ServiceParameters):
-    """How answers are chosen; what is left out is as the server was started. The last five are this server's own."""
+    """How answers are chosen; what is left out is as the server was started.
+
+    From top_k on they are this server's own, or vLLM's and llama.cpp's: what the answer is held to.
+    """
 
     max_tokens: LengthOrZero = None
     temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -190,6 +215,14 @@ class SamplingParameters(ServiceParameters):
     num_beams: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
     no_repeat_ngram_size: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
+    response_format: Annotated[Any, WithJsonSchema(RESPONSE_FORMAT)] = None
+    structured_outputs: Annotated[Any, WithJsonSchema({"type": ["object", "null"]})] = None
+    guided_json: Annotated[Any, WithJsonSchema(SCHEMA_OR_TEXT)] = None
+    guided_regex: StrictStr | None = None
+    guided_choice: Annotated[Any, WithJsonSchema({"type": ["array", "null"], "items": {"type": "string"}})] = None
+    guided_grammar: StrictStr | None = None
+    json_schema: Annotated[Any, WithJsonSchema(SCHEMA_OR_TEXT)] = None
+    grammar: StrictStr | None = None
 
 
 class ChatRequest(SamplingParameters):
@@ -202,7 +235,7 @@ class ChatRequest(SamplingParameters):
     max_tokens: Length = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, *TOOL_CHOICES]})] = None
+    tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"enum": [None, *TOOL_CHOICES]}, NAMED_TOOL]})] = None
     parallel_tool_calls: StrictBool | None = None
     continue_final_message: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None

@@ -84,6 +84,13 @@ def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threadin
     template = engine.template(ask.model)
     template = replace(template, variables={**template.variables, **ask.template_variables})
     marks = (ask.thought_mark, closing_mark(ask.thought_mark)) if ask.thought_mark else ()
+    opened = ""
+    grammar = ask.grammar
+    with blaming(ask.texts_field, ask.tokens_field):
+        if marks:
+            opened = thought_in_prompt(ask, PromptRenderer(template, engine.tokenizer(ask.model)))
+            if grammar is not None:
+                grammar = replace(grammar, thought=marks[0], closing=marks[1], is_open=bool(opened))
     request = GenerationRequest(
         turns=ask.turns,
         sampling=ask.sampling,
@@ -93,12 +100,10 @@ def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threadin
         top_logprobs=ask.top_logprobs,
         logit_bias=ask.logit_bias,
         continues_answer=ask.continues_answer,
-        kept_tokens=(*marks, *(CALL_MARKS if ask.has_tools else ())),
+        kept_tokens=(*marks, *(CALL_MARKS if ask.tools else ())),
+        grammar=grammar,
     )
-    opened = ""
-    with blaming("messages", ask.tokens_field):
-        if marks:
-            opened = thought_in_prompt(ask, PromptRenderer(template, engine.tokenizer(ask.model)))
+    with blaming(ask.texts_field, ask.tokens_field):
         for chunks in engine.stream(request, cancel):
             yield Progress(tuple(chunks), opened=opened)
 
@@ -144,6 +149,7 @@ def answers_to(
         number=number,
         top_logprobs=ask.top_logprobs,
         logit_bias=ask.logit_bias,
+        grammar=ask.grammar,
     )
     yield from engine.stream(request, cancel)
 

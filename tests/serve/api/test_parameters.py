@@ -68,6 +68,9 @@ OFF: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1), "top_p": (1,), "repetition_penalty": (1,), "num_beams": (1,), "no_repeat_ngram_size": (0,),
     "min_tokens": (0,), "logit_bias": ({}, []), "n": (1,), "stop": ("", []), "stream": (False,), "seed": (5,),
     "stream_options": ({}, {"include_usage": True}, {"include_usage": False, "include_obfuscation": False}),
+    "response_format": ({"type": "text"},), "structured_outputs": ({}, {"regex": None, "json_object": False}),
+    "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,), "guided_grammar": (None,),
+    "json_schema": (None,), "grammar": ("",),
 }  # fmt: skip
 CHAT_OFF: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
@@ -81,7 +84,7 @@ CHAT_OFF: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "reasoning_format": ("none", "auto"),
 }
-# What changes an answer, each with a test in test_chat.py, test_tools.py, test_reasoning.py or test_completions.py.
+# What changes an answer, each with a test in test_chat.py, test_tools.py, test_formats.py, test_reasoning.py or test_completions.py.
 USED = {"max_tokens", "temperature", *OFF}
 CALLS = [
     ("/v1/chat/completions", chat_create_params.CompletionCreateParamsBase, ChatRequest,
