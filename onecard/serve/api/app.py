@@ -36,8 +36,10 @@ from onecard.serve.api.metrics import CONTENT_TYPE_LATEST, ServerMetrics
 from onecard.serve.api.prompt_template import for_template
 from onecard.serve.api.requests import JsonRoute, ServerDefaults, chat_ask, completion_ask, embedding_texts
 from onecard.serve.api.requests import validation_error as as_field_error
+from onecard.serve.api.response_events import ResponseBuilder, ResponseEvents
+from onecard.serve.api.response_request import response_ask
 from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form, new_head
-from onecard.serve.api.stream import EventStream, events
+from onecard.serve.api.stream import EventStream, EventWriter, StreamEventBuilder, events
 from onecard.serve.api.tokenize import (
     Detokenized,
     DetokenizeRequest,
@@ -69,7 +71,7 @@ REFUSALS = {
     503: "Out of memory: ask for less. Or the server is stopping.",
 }
 FOR_READING = (400, 401, 403, 415, 500)
-SERVED = ("/chat/completions", "/completions", "/embeddings", "/models")  # behind /v1
+SERVED = ("/chat/completions", "/completions", "/responses", "/embeddings", "/models")  # behind /v1
 
 
 class Api(FastAPI):
@@ -162,6 +164,7 @@ def paths() -> APIRouter:
         ("GET", "/v1/models/{model_id:path}", show_model, schema.ModelCard, {}),
         ("POST", "/v1/chat/completions", chat_completions, schema.ChatCompletion, streamed),
         ("POST", "/v1/completions", completions, schema.Completion, streamed),
+        ("POST", "/v1/responses", responses, schema.ResponseBody, streamed),
         ("POST", "/v1/embeddings", embeddings, schema.EmbeddingList, {}),
         ("POST", "/tokenize", tokenize, Tokens, {}),
         ("POST", "/detokenize", detokenize, Detokenized, {}),
@@ -227,6 +230,16 @@ async def completions(request: Request, body: schema.CompletionRequest) -> Respo
     return await answer(request, form, lambda cancel: answer_prompts(app.engine, ask, cancel))
 
 
+async def responses(request: Request, body: schema.ResponseRequest) -> Response:
+    """Answer a text or a conversation, in the newer form."""
+    app = app_of(request)
+    check_model(app, body.model)
+    ask = for_template(response_ask(body, app.defaults), app.engine.template(body.model))
+    note_of(request.scope).add(ask.turns)
+    form = ResponseBuilder(ask, body, app.token_texts(ask.model), app.engine.tokenizer(ask.model))
+    return await answer(request, form, lambda cancel: answer_chat(app.engine, ask, cancel))
+
+
 async def embeddings(request: Request, body: schema.EmbeddingRequest) -> Response:
     """One vector per text: the mean of the last hidden states, of length 1."""
     app, note = app_of(request), note_of(request.scope)
@@ -266,7 +279,7 @@ def vectors_body(body: schema.EmbeddingRequest, found: EmbeddingsResult) -> Iter
     yield "]}"
 
 
-async def answer(request: Request, form: Form, work: Work[Progress]) -> Response:
+async def answer(request: Request, form: Form | ResponseBuilder, work: Work[Progress]) -> Response:
     """Run the work and send its answer, whole or in pieces. What can be refused is refused before the first piece."""
     note = note_of(request.scope)
     async with AsyncExitStack() as stack:
@@ -274,7 +287,12 @@ async def answer(request: Request, form: Form, work: Work[Progress]) -> Response
         if form.ask.stream:
             begun = await job.next()
             assert begun is not None, "without a time limit there is always a snapshot"
-            return EventStream(events(job, form, begun, note), stack.pop_all())
+            writer: EventWriter
+            if isinstance(form, ResponseBuilder):
+                writer = ResponseEvents(form)
+            else:
+                writer = StreamEventBuilder(form, len(begun.chunks))
+            return EventStream(events(job, writer, begun, note), stack.pop_all())
         progress = await job.last()
         note.of_answer(progress, form.ask.n)
         if progress.is_cancelled:
@@ -347,8 +365,6 @@ def not_found(path: str) -> ApiError:
     hint = "GET /openapi.json lists all of them"
     if served is not None:
         hint = f"here it is /v1{served}, so the base URL that a client is given ends with /v1, once, and no slash"
-    elif plain.endswith("/responses"):
-        hint = "the Responses API is not served; use Chat Completions, POST /v1/chat/completions"
     elif plain in ("", "/v1"):
         hint = "this is a base URL; clients add to it, such as /v1/chat/completions; GET /openapi.json lists all paths"
     return ApiError(404, f"there is no such path; {hint}", code="not_found")

@@ -37,6 +37,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (None, 0),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
+    # OpenAI's of /v1/responses; no answer is kept here, so none can be gone on with
+    "access_programs": (None,),
+    "background": (None, False),
+    "background_options": (None,),
+    "context_management": (None, []),
+    "conversation": (None,),
+    "image": (None,),
+    "include": (None, []),
+    "max_tool_calls": (None,),
+    "previous_response_id": (None,),
+    "truncation": (None, "disabled"),
     # vLLM's
     "add_generation_prompt": (None, True),
     "add_special_tokens": (None,),

@@ -57,13 +57,13 @@ class ChatResponseBuilder:
 
     def text(self, progress: Progress, index: int) -> str:
         """All that is shown of a choice."""
-        return self._parts(progress, index).content
+        return self.parts(progress, index).content
 
     def piece(self, progress: Progress, index: int, sent: SentSoFar, new_text: str) -> dict[str, Any] | None:
         """What came after what was sent, or None; notes that it is sent."""
         tokens = progress.chunks[index].logprobs[sent.n_tokens :]
         sent.n_tokens += len(tokens)
-        parts = self._parts(progress, index)
+        parts = self.parts(progress, index)
         calls, new_thought = parts.calls[sent.n_calls :], parts.thought[len(sent.thought) :]
         if not new_text and not tokens and not calls and not new_thought:
             return None
@@ -78,7 +78,7 @@ class ChatResponseBuilder:
 
     def end(self, progress: Progress, index: int) -> dict[str, Any]:
         """The piece that says why the choice ends."""
-        return self._piece(index, {}) | {"finish_reason": self._reason(progress, index)}
+        return self._piece(index, {}) | {"finish_reason": self.reason(progress, index)}
 
     def empty(self, index: int) -> dict[str, Any]:
         """A piece that adds nothing."""
@@ -92,7 +92,7 @@ class ChatResponseBuilder:
 
     def _choice(self, progress: Progress, index: int) -> dict[str, Any]:
         wanted = self.ask.top_logprobs is not None
-        content, thought, calls = self._parts(progress, index)
+        content, thought, calls = self.parts(progress, index)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if thought:
             message["reasoning_content"] = thought
@@ -102,10 +102,10 @@ class ChatResponseBuilder:
             "index": index,
             "message": message,
             "logprobs": chat_logprobs(self._texts, progress.chunks[index].logprobs) if wanted else None,
-            "finish_reason": self._reason(progress, index),
+            "finish_reason": self.reason(progress, index),
         }
 
-    def _parts(self, progress: Progress, index: int) -> AnswerParts:
+    def parts(self, progress: Progress, index: int) -> AnswerParts:
         """The parts of an answer so far; what may still become another part is left out."""
         chunk, ask = progress.chunks[index], self.ask
         ended, thought, text = bool(chunk.finish_reason), "", chunk.text
@@ -116,9 +116,10 @@ class ChatResponseBuilder:
             text, calls = read_calls(text, ask.call_style, ended=ended, most=ask.most_calls)
         return AnswerParts(text, thought, calls)
 
-    def _reason(self, progress: Progress, index: int) -> str:
+    def reason(self, progress: Progress, index: int) -> str:
+        """Why a choice ended."""
         reason = progress.chunks[index].finish_reason or "stop"
-        return "tool_calls" if reason == "stop" and self._parts(progress, index).calls else reason
+        return "tool_calls" if reason == "stop" and self.parts(progress, index).calls else reason
 
     def _piece(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}

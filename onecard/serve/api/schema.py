@@ -65,17 +65,9 @@ NAMED_TOOL = {
 }
 SCHEMA_OR_TEXT = {"type": ["object", "boolean", "string", "null"]}
 RESPONSE_FORMAT = {
-    "anyOf": [
-        {"type": "null"},
-        {
-            "type": "object",
-            "properties": {
-                "type": {"enum": ["text", "json_object", "json_schema"]},
-                "json_schema": {"type": "object", "properties": {"schema": {"type": "object"}}},
-            },
-            "required": ["type"],
-        },
-    ]
+    "type": ["object", "null"],
+    "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
+    "required": ["type"],
 }
 LOGIT_BIAS = {"anyOf": [BIASES, {"type": "array", "maxItems": 0}, {"type": "null"}]}
 
@@ -255,6 +247,46 @@ class CompletionRequest(SamplingParameters):
     echo: StrictBool | None = None
 
 
+class TextOptions(BaseModel):
+    """The form of a response's text."""
+
+    model_config = {"extra": "forbid"}
+
+    format: Annotated[Any, WithJsonSchema(RESPONSE_FORMAT)] = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningOptions(BaseModel):
+    """How much is thought before a response; there are no summaries of it."""
+
+    model_config = {"extra": "forbid"}
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
+class ResponseRequest(ServiceParameters):
+    """POST /v1/responses, for texts: nothing is kept here, so there is nothing to go on with."""
+
+    model_config = {"extra": "allow", "json_schema_extra": close_request}
+
+    input: Annotated[Any, WithJsonSchema({"type": ["string", "array"], "minItems": 1})]
+    instructions: StrictStr | None = None
+    prompt: None = None  # a template that OpenAI keeps
+    max_output_tokens: Length = None
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=BIGGEST)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[Any, WithJsonSchema(STOP)] = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 class EmbeddingRequest(ServiceParameters):
     """POST /v1/embeddings."""
 
@@ -363,6 +395,30 @@ class Completion(WrittenAnswer):
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
+
+
+class ResponseUsage(BaseModel):
+    """Tokens, as /v1/responses names them."""
+
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseBody(BaseModel):
+    """The answer of /v1/responses: `output` holds a message, before it perhaps what was thought."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete"]
+    error: None = None
+    incomplete_details: dict[str, str] | None
+    output: list[dict[str, Any]]
+    usage: ResponseUsage
 
 
 class Embedding(BaseModel):

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -49,11 +49,28 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
 
+class EventWriter(Protocol):
+    """Turns snapshots of an answer into events that have not been sent."""
+
+    n: int
+
+    def opening(self) -> list[bytes]:
+        """What comes before all snapshots."""
+
+    def pieces(self, progress: Progress) -> list[bytes]:
+        """What is new in this snapshot."""
+
+    def ending(self, progress: Progress) -> list[bytes]:
+        """The rest of the last snapshot, and what ends the stream."""
+
+    def failing(self, error: ApiError) -> bytes:
+        """The event of an error."""
+
+
 async def events(
-    job: RequestThread[Progress], form: Form, begun: Progress, note: RequestRecord
+    job: RequestThread[Progress], writer: EventWriter, begun: Progress, note: RequestRecord
 ) -> AsyncIterator[bytes]:
     """The events of one answer, from its first snapshot on. An error becomes an event, and nothing follows it."""
-    writer = StreamEventBuilder(form, len(begun.chunks))
     latest = begun
     try:
         for piece in writer.opening():
@@ -68,15 +85,14 @@ async def events(
             raise stopping()
         for piece in writer.ending(latest):
             yield piece
-        yield DONE
     except Exception as reason:
         error = stopping() if job.cancel.is_set() else as_api_error(reason)
         note.of_error(error)
         if job.client_left:
             note.outcome = "client_left"
-        yield event(error.body)
+        yield writer.failing(error)
     finally:
-        note.of_answer(latest, form.ask.n)
+        note.of_answer(latest, writer.n)
 
 
 async def snapshots(job: RequestThread[Progress], begun: Progress) -> AsyncIterator[Progress | None]:
@@ -98,7 +114,7 @@ class StreamEventBuilder:
     """Turns snapshots of an answer into the pieces that have not been sent."""
 
     def __init__(self, form: Form, n_choices: int) -> None:
-        self._form = form
+        self._form, self.n = form, form.ask.n
         self._sent = [SentSoFar() for _ in range(n_choices)]
         self._rewrites = form.ask.sampling.num_beams > 1
         self._told_place, self._told_seconds = 0, 0.0
@@ -133,7 +149,11 @@ class StreamEventBuilder:
         if self._form.ask.include_usage:
             usage = progress.usage(self._form.ask.n)
             found.append(event(self._form.head | {"object": self._form.kind_of_pieces, "choices": [], "usage": usage}))
-        return found
+        return [*found, DONE]
+
+    def failing(self, error: ApiError) -> bytes:
+        """The error in the shape of an answer's."""
+        return event(error.body)
 
     def _new(self, progress: Progress, index: int, sent: SentSoFar) -> list[bytes]:
         text = self._form.text(progress, index)
@@ -148,9 +168,10 @@ class StreamEventBuilder:
         return event(body | {"usage": None} if self._form.ask.include_usage else body)
 
 
-def event(body: dict[str, Any]) -> bytes:
-    """One event; JSON has no bare line breaks, so its data is one line."""
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode("utf-8") + b"\n\n"
+def event(body: dict[str, Any], name: str = "") -> bytes:
+    """One event, perhaps named; JSON has no bare line breaks, so its data is one line."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 
 
 def comment(text: str) -> bytes:

@@ -36,10 +36,11 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": [USER], "max_tokens": 1},
     "/v1/completions": {"model": "tiny", "prompt": "Hi", "max_tokens": 1},
     "/v1/embeddings": {"model": "tiny", "input": "Hi"},
+    "/v1/responses": {"model": "tiny", "input": "Hi", "max_output_tokens": 1},
 }
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+@pytest.mark.parametrize("path", BODIES)
 def test_unknown_names(server: Running, path: str) -> None:
     body = BODIES[path]
     for name in ("modle", "trust_remote_code", "lora_path", "adapter", "tokenizer", "prompt_type", "load_in_4bit"):
@@ -172,7 +173,7 @@ def test_prompts_that_are_too_long(server: Running) -> None:
         assert int(told[3]) >= 8192
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+@pytest.mark.parametrize("path", BODIES)
 def test_unknown_models(server: Running, path: str) -> None:
     body = BODIES[path]
     for name in ("gpt-4", "", "tinny", "../tiny", "/etc/passwd"):

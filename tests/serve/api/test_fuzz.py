@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from onecard.config.inference import LimitOptions, ServeOptions
+from onecard.serve.api.answer_format import READERS
 from tests.serve.api.serving import Running, open_tiny, serving
 
 KEY = "sesame"
@@ -23,6 +24,7 @@ PATHS = {
     ("get", "/v1/models/{model_id}"),
     ("post", "/v1/chat/completions"),
     ("post", "/v1/completions"),
+    ("post", "/v1/responses"),
     ("post", "/v1/embeddings"),
     ("post", "/tokenize"),
     ("post", "/detokenize"),
@@ -76,9 +78,9 @@ def name_the_model(body: Any) -> None:
 
 
 def take_tools_away(body: Any) -> None:
-    """This model's template knows no tools, so that all bodies with some are refused."""
-    if isinstance(body, dict) and isinstance(body.get("messages"), list):
-        body.pop("tools", None)
+    """This model's template knows no tools, so that all bodies with some are refused; and most random schemas are."""
+    for name in ("tools", "tool_choice", *READERS) if isinstance(body, dict) else ():
+        body.pop(name, None)
         for message in body["messages"]:
             message.pop("tool_calls", None)
             message.pop("tool_call_id", None)

@@ -18,6 +18,7 @@ from openai.types.chat import (
     ChatCompletionUserMessageParam,
 )
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from onecard.config.inference import LimitOptions
 from onecard.data.chat_template import Template
@@ -25,7 +26,14 @@ from onecard.data.messages import Turn
 from onecard.inference import embeddings as reading
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.api.parameters import CACHE_MARKS, NEUTRAL, NEUTRAL_IN_MESSAGE, WITHOUT_EFFECT
-from onecard.serve.api.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Message, ServiceParameters
+from onecard.serve.api.schema import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Message,
+    ResponseRequest,
+    ServiceParameters,
+)
 from tests.serve.api.serving import Running
 from tests.serve.api.test_errors import BODIES, shaped
 
@@ -38,6 +46,9 @@ WANTED: dict[str, Any] = {
     "response_format": {"type": "json_object"}, "suffix": "end", "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "f"}}], "top_logprobs": 3, "verbosity": "low",
     "web_search_options": {},
+    "access_programs": [{}], "background": True, "background_options": {"a": 1}, "context_management": [{"type": "a"}],
+    "conversation": "c", "image": {}, "include": ["message.output_text.logprobs"],
+    "max_tool_calls": 1, "previous_response_id": "resp_1", "truncation": "auto",
     "add_generation_prompt": False, "add_special_tokens": True, "allowed_token_ids": [5], "bad_words": ["x"],
     "chat_template": "{{ messages }}", "chat_template_kwargs": {"enable_thinking": False},
     "continue_final_message": True, "documents": [{"title": "a", "text": "b"}], "ec_transfer_params": {},
@@ -84,7 +95,9 @@ CHAT_OFF: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "reasoning_format": ("none", "auto"),
 }
-# What changes an answer, each with a test in test_chat.py, test_tools.py, test_formats.py, test_reasoning.py or test_completions.py.
+OF_RESPONSES = ("top_p", "top_k", "seed", "stop", "stream", "stream_options")
+# What changes an answer, each with a test in test_chat.py, test_tools.py, test_formats.py, test_reasoning.py,
+# test_completions.py or test_responses.py.
 USED = {"max_tokens", "temperature", *OFF}
 CALLS = [
     ("/v1/chat/completions", chat_create_params.CompletionCreateParamsBase, ChatRequest,
@@ -92,6 +105,9 @@ CALLS = [
      OFF | CHAT_OFF),
     ("/v1/completions", completion_create_params.CompletionCreateParamsBase, CompletionRequest,
      USED | {"prompt", "logprobs", "echo"}, OFF | {"echo": (False,)}),
+    ("/v1/responses", response_create_params.ResponseCreateParamsBase, ResponseRequest,
+     {"input", "instructions", "prompt", "max_output_tokens", "temperature", "text", "reasoning",
+      "chat_template_kwargs", *OF_RESPONSES}, {name: OFF[name] for name in OF_RESPONSES}),
     ("/v1/embeddings", embedding_create_params.EmbeddingCreateParams, EmbeddingRequest,
      {"input", "encoding_format"}, {"encoding_format": ("float",)}),
 ]  # fmt: skip
@@ -105,6 +121,8 @@ def result(server: Running, path: str, body: dict[str, Any]) -> Any:
     answer = server.post(path, body)
     assert answer.status_code == 200, answer.text
     found = answer.json()
+    if path == "/v1/responses":
+        return [item["content"] for item in found["output"]], found["usage"]["output_tokens"]
     return found.get("choices") or found["data"]
 
 
@@ -132,7 +150,8 @@ def test_every_parameter_is_used_or_refused_and_none_passed_over(
 def test_what_asks_for_nothing_is_accepted_and_changes_nothing(
     server: Running, path: str, spec: Any, model: Any, used: set[str], off: dict[str, Any]
 ) -> None:
-    body = BODIES[path] if path == "/v1/embeddings" else BODIES[path] | {"temperature": 0, "max_tokens": 6}
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    body = BODIES[path] if path == "/v1/embeddings" else BODIES[path] | {"temperature": 0, limit: 6}
     plain = result(server, path, body)
     table = off | {name: values for name, values in NEUTRAL.items() if name not in used}
     for k in range(max(map(len, table.values()))):
