@@ -179,6 +179,20 @@ def test_grammars_are_compiled_once_and_few_are_kept(bundle: ModelBundle) -> Non
     assert compiled(regex_grammar("a{5}", "f"), bundle.tokenizer, stop_ids=stop_ids).matcher is not matchers[0]
 
 
+def test_an_answer_that_was_begun_before_is_held_as_if_from_its_start(bundle: ModelBundle) -> None:
+    """A batch that ran out of memory begins its rows again from the tokens that they have."""
+    held = compiled(regex_grammar("[ab]{3}c", "--regex"), bundle.tokenizer, stop_ids=(2,))
+    ids = bundle.tokenizer("abac", add_special_tokens=False)["input_ids"][-4:]
+    whole, scores = HoldToGrammar([held], 0, [2], 1), torch.zeros(1, len(bundle.tokenizer))
+    for n in range(len(ids)):
+        expected = whole(torch.tensor([ids[:n]], dtype=torch.long), scores)
+        again = HoldToGrammar([held], 0, [2], 1)(torch.tensor([ids[:n]], dtype=torch.long), scores)
+        assert torch.equal(again, expected)
+        assert 0 < int(torch.isfinite(again).sum()) < len(bundle.tokenizer)
+    with pytest.raises(GrammarError):
+        HoldToGrammar([held], 0, [2], 1)(torch.tensor([[*ids, *ids]]), scores)
+
+
 def test_too_much_work_ends_in_an_error(bundle: ModelBundle) -> None:
     """Six hundred properties that all may come next: the error names the option, and comes instead of a text."""
     objects = [{"properties": {f"{k}_{n}": {"pattern": f"^(.*{k}.){{3}}$"} for n in range(10)}} for k in range(60)]
