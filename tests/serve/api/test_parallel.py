@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,3 +57,17 @@ def test_clients_that_leave_take_their_blocks_along(parallel_server: Running) ->
         assert time.monotonic() - began < 30
         time.sleep(0.01)
     assert parallel_server.chat().status_code == 200
+
+
+def test_answers_in_a_batch_are_held_to_grammars_of_their_own(parallel_server: Running, server: Running) -> None:
+    forms = [{"guided_regex": "[a-c]{3}"}, {"guided_choice": ["one", "two"]}, {}, {"guided_json": {"type": "boolean"}}]
+    bodies = [form | {"temperature": 1.5, "seed": k, "max_tokens": 40} for k, form in enumerate(forms * 2)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda body: parallel_server.chat(**body).json(), bodies))
+    assert {one["onecard"]["path"] for one in found} == {"batched"}
+    texts = [one["choices"][0]["message"]["content"] for one in found]
+    assert texts == [server.chat(**body).json()["choices"][0]["message"]["content"] for body in bodies]
+    for three, choice, _, truth in (texts[:4], texts[4:]):
+        assert re.fullmatch("[a-c]{3}", three)
+        assert choice in ("one", "two")
+        assert truth in ("true", "false")
