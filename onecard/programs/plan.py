@@ -173,7 +173,7 @@ def element_bytes(config: FinetuneConfig, hardware: Any, model_type: str) -> int
 def largest_known(config: FinetuneConfig, card: Any, hardware: Any) -> str | None:
     """The known model with the most weights that would fit with these options."""
     from onecard.model.memory.architecture import architecture_of, known_models
-    from onecard.model.memory.plan import make_plan
+    from onecard.model.memory.plan import fits_somehow
 
     for name in reversed(known_models()):
         model = architecture_of(name)
@@ -181,7 +181,7 @@ def largest_known(config: FinetuneConfig, card: Any, hardware: Any) -> str | Non
             width = element_bytes(config, hardware, model.model_type)
         except ConfigError:
             continue  # a family that cannot be trained in this number format
-        if make_plan(model, config, card, element_bytes=width).fits:
+        if fits_somehow(model, config, card, element_bytes=width):
             return name
     return None
 

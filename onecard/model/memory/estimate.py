@@ -1,9 +1,9 @@
 """The arithmetic of memory: what a run holds on the card, part by part, from numbers alone.
 
 `account` adds up what lies there from the first step to the last (weights, adapter, gradients, optimizer) and the worst
-moment of a step: the loss, or one layer that is computed again for its gradients, as `layer_memory.py` plays it. Every
-number is bytes of tensors. What is not a tensor, the CUDA context and the allocator's slack, is a part of its own with
-assumed sizes that no card has confirmed yet.
+moment of a step, which `activation_peak.py` finds by running the real model on fake tensors: the loss, or one layer
+that is computed again for its gradients. Every number is bytes of tensors. What is not a tensor, the CUDA context and
+the allocator's slack, is a part of its own with assumed sizes that no card has confirmed yet.
 
 It knows an `Architecture` and a `MemoryConfig`; it does not know cards, options or which setup is best: `plan.py` does.
 """
@@ -18,14 +18,13 @@ from onecard.config.lora import LoraOptions
 from onecard.model.lora.targets import EXPERTS
 from onecard.model.memory.activation_peak import find_peak
 from onecard.model.memory.architecture import Architecture, Linear
-from onecard.model.memory.families import ALWAYS_EAGER, CHANGED_EMBEDDINGS, STYLES
-from onecard.model.memory.layer_memory import FP32, LinearShape, Shape, layer_peak, loss_peak, stack_peak
 from onecard.model.memory.simulate import LOSS
-from onecard.model.memory_saving.activation_offload import CHUNK_BYTES, MIN_BYTES
+from onecard.model.memory_saving.activation_offload import CHUNK_BYTES
 from onecard.model.memory_saving.streamed_layers import N_SLOTS
 from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK
 
 GIB = 2**30
+FP32 = 4  # bytes
 RNG_BYTES = 5056  # each checkpoint keeps the state of the CPU's generator; it lies in RAM
 IDS_BYTES = 8  # token ids, labels and masks are int64
 
@@ -173,6 +172,16 @@ def _on_fullest(part: MemoryComponent, model: Architecture, setup: MemoryConfig)
     return replace(part, n_bytes=min(part.n_bytes, int(part.n_bytes * (1 / setup.n_cards + 1.25 / model.n_layers))))
 
 
+def held_bytes(model: Architecture, setup: MemoryConfig) -> int:
+    """What lies on the card from the first step to the last: the least that `setup` needs."""
+    setup = _possible(model, setup)
+    parts = [*_weights(model, setup), *_training(model, setup)]
+    if setup.n_cards > 1:
+        parts = [_on_fullest(part, model, setup) for part in parts]
+    context = CUDA_CONTEXT_BYTES if setup.on_gpu else 0
+    return context + sum(part.n_bytes for part in parts if part.place == "card")
+
+
 def _possible(model: Architecture, setup: MemoryConfig) -> MemoryConfig:
     """The setup without what this model's layers cannot do, whatever was asked for."""
     return replace(
@@ -275,7 +284,7 @@ def optimizer_bytes(model: Architecture, setup: MemoryConfig) -> int:
 
 
 def _weights(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
-    mlp_kinds = split_linears(model)[1]
+    mlp_kinds = _mlp_linears(model)
     attention, mlp, experts = (
         sum(linear.count * _layer_bytes(linear, bits, setup) for linear in linears)
         for linears, bits in (
@@ -342,62 +351,9 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
 
 
 def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
-    """What one micro-batch needs beside the weights, at its worst moment."""
+    """What one micro-batch needs beside the weights, at its worst moment: the real model runs on fake tensors."""
     if setup.peft_method == "shira":  # it has no form on fake tensors; LoRA has as many weights
         return _activations(model, replace(setup, peft_method="lora", peft_option=""))
-    if not _is_covered(model) or setup.peft_method != "lora":
-        return _simulated(model, setup)
-    shape = shape_of(model, setup)
-    hidden = shape.hidden_bytes
-    matrix = model.hidden_size * model.vocab_size * FP32 if setup.train_embeddings else 0
-    # A tied matrix gets one gradient: the head's waits until the embeddings', the last of all, is there.
-    waiting = matrix if model.tied else 0
-    loss = loss_peak(shape, model.vocab_size, setup.loss_chunk, setup.head_bits, _trained_head(model, setup))
-    if not setup.on_gpu and "8bit" not in setup.optimizer:
-        # On a CPU torch's AdamW works with two copies of a matrix, and still holds one of the matrix before.
-        loss = max(loss, matrix * (2 if model.tied else 3))
-    positions = 2 * setup.length * model.head_dim * setup.element_bytes
-    if shape.eager:
-        positions += setup.tokens * setup.length * setup.element_bytes * (2 if model.model_type == "gemma2" else 1)
-    if not setup.on_gpu and setup.gradient_checkpointing:
-        n_tiles = -(-setup.tokens // shape.tile_tokens) if shape.tile_tokens else 0
-        positions += RNG_BYTES * (model.n_layers + n_tiles)
-    # Ids, labels and mask; shifted labels, which of them are learned, and their places.
-    batch = MemoryComponent("batch and positions", 6 * setup.tokens * IDS_BYTES + positions, transient=True)
-    if not setup.gradient_checkpointing:
-        kept, worst = _whole_stack(shape, model.n_layers, setup.trains_vocabulary)
-        moment = MemoryComponent("all layers at their worst moment", max(worst + waiting, kept + loss), transient=True)
-        return [batch, moment]
-    # Reentrant checkpoints (8 bits) need the embeddings' output as a leaf, and autograd holds on to leaves.
-    leaf = hidden if setup.bits == 8 and not setup.trains_vocabulary else 0
-    inputs = model.n_layers * hidden + (leaf if model.model_type in CHANGED_EMBEDDINGS else 0)
-    layer, at_loss, at_layer = layer_peak(shape) + waiting, inputs, inputs
-    in_ram = 0
-    if setup.offload_activations and hidden >= MIN_BYTES:
-        # While the loss is computed none of them is on the card, while a layer is, its own and the next one's.
-        at_loss, at_layer = leaf, min(inputs, 2 * hidden + leaf)
-        # The input of the last norm goes to RAM as well; each takes whole buffers there.
-        last = shape.tokens * model.hidden_size * FP32
-        # So does what a chunked loss keeps for the backward pass: the gradient of the last hidden state.
-        sent = [*[hidden] * model.n_layers, last, *([hidden] if setup.loss_chunk else [])]
-        in_ram = sum(-(-size // CHUNK_BYTES) * CHUNK_BYTES for size in sent)
-    layer_is_worst = at_layer + layer >= at_loss + loss
-    return [
-        batch,
-        MemoryComponent(INPUTS, at_layer if layer_is_worst else at_loss, transient=True),
-        MemoryComponent(INPUTS, in_ram, "RAM"),
-        MemoryComponent("one layer, computed again" if layer_is_worst else "the loss and its gradient",
-             layer if layer_is_worst else loss, transient=True),
-    ]  # fmt: skip
-
-
-def _is_covered(model: Architecture) -> bool:
-    """Whether `layer_memory.py` describes the layers of this model; of all others the real ones run on fake tensors."""
-    return model.model_type in STYLES and not model.experts and all(len(side) > 1 for side in split_linears(model))
-
-
-def _simulated(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
-    """The same by running the real model on fake tensors, for families that `layer_memory.py` does not describe."""
     found = find_peak(model, setup)
     name = "the loss and its gradient" if found.phase == LOSS else "one layer, computed again"
     batch, inputs, rest = found.batch, found.inputs, found.rest - found.batch
@@ -424,60 +380,11 @@ def _stepping(model: Architecture, setup: MemoryConfig) -> int:
     return FP32 * (2 * sum(largest[:1]) + sum(largest[1:2]))
 
 
-def _whole_stack(shape: Shape, n_layers: int, learns_input: bool) -> tuple[int, int]:
-    """`stack_peak`, of many layers extended from two and three: from the second on each adds the same."""
-    n_played = min(3, n_layers)
-    played = stack_peak(shape, n_played, learns_input=learns_input)
-    if n_layers == n_played:
-        return played
-    fewer = stack_peak(shape, n_played - 1, learns_input=learns_input)
-    kept, worst = (now + (n_layers - n_played) * (now - then) for now, then in zip(played, fewer, strict=True))
-    return kept, worst
+ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "o_proj", "dense", "out_proj")
 
 
-def _trained_head(model: Architecture, setup: MemoryConfig) -> tuple[int, int]:
-    """What a trained head adds to the loss: bytes as long as a chunk of it lives, and bytes of its gradient."""
-    weights = model.hidden_size * model.vocab_size
-    if setup.train_embeddings:
-        summed = weights * FP32 if setup.loss_chunk else 0  # over the chunks
-        # Autocast makes a 16-bit copy; its gradient takes its place before that becomes fp32.
-        return summed + weights * setup.element_bytes * (setup.element_bytes < FP32), weights * FP32
-    # Peft puts the rows into a copy of the whole matrix, and takes theirs out of the gradient of that.
-    rows, copy = setup.n_new_tokens * model.hidden_size, weights * setup.element_bytes
-    return (copy + rows * FP32, copy + rows * setup.element_bytes) if rows else (0, 0)
-
-
-def shape_of(model: Architecture, setup: MemoryConfig) -> Shape:
-    """One decoder layer of the model under this setup, as `layer_memory.py` plays it."""
-    adapted = {linear for linear, _ in adapter_shapes(model, setup)}
-    attention, mlp = (
-        [LinearShape(linear.n_in, linear.n_out, setup.rank if linear in adapted else 0) for linear in linears]
-        for linears in split_linears(model)
-    )
-    (*attention_in, attention_out), (*mlp_in, mlp_out) = attention, mlp
-    return Shape(
-        rows=setup.rows, length=setup.length, hidden_size=model.hidden_size, n_heads=model.n_heads or 1,
-        n_kv_heads=model.n_kv_heads or 1, head_dim=model.head_dim or model.hidden_size,
-        attention_in=tuple(attention_in), attention_out=attention_out, mlp_in=tuple(mlp_in), mlp_out=mlp_out,
-        element_bytes=setup.element_bytes, bits=setup.bits, style=STYLES[model.model_type],
-        repeats_kv=setup.repeats_kv,
-        checkpointed=setup.gradient_checkpointing, drops=setup.lora_dropout > 0,
-        eager=setup.eager_attention or model.model_type in ALWAYS_EAGER,
-        tile_tokens=setup.mlp_tile, on_gpu=setup.on_gpu,
-    )  # fmt: skip
-
-
-ATTENTION_IN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
-ATTENTION_OUT = ("o_proj", "dense", "out_proj")
-
-
-def split_linears(model: Architecture) -> tuple[list[Linear], list[Linear]]:
-    """The linear layers of attention and of the MLP, each in the order of the forward pass, the way out last."""
-    known = ATTENTION_IN + ATTENTION_OUT
-    adapted = [linear for linear in model.linears if linear.adapted]  # not those of vision and sound
-    outs = [linear for linear in adapted if linear.n_in == model.intermediate_size and linear.name not in known][-1:]
+def _mlp_linears(model: Architecture) -> list[Linear]:
+    """The linear layers into and out of the feed-forward blocks; not those of vision and sound."""
     wide = (model.intermediate_size, 2 * model.intermediate_size)
-    ins = [linear for linear in adapted if linear.n_out in wide and linear.name not in known and linear not in outs]
-    attention = [linear for linear in adapted if linear not in [*ins, *outs]]
-    # Phi-3 names its way out before its way in.
-    return sorted(attention, key=lambda linear: linear.name in ATTENTION_OUT), [*ins, *outs]
+    linears = [linear for linear in model.linears if linear.adapted and linear.name not in ATTENTION]
+    return [linear for linear in linears if linear.n_in == wide[0] or linear.n_out in wide]

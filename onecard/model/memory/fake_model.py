@@ -80,6 +80,7 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
     if setup.on_gpu and setup.bits == 8:
         compute_as_on_a_card(peft)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # `shape_cache.py` has one that is faster
     to_fake(peft, mode)
     assume_way(peft)
     return FakeModel(peft.train(), mode, layers, numbers, kinds)

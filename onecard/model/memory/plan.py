@@ -20,8 +20,7 @@ from onecard.console import nearest
 from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import Architecture
-from onecard.model.memory.estimate import GIB, MemoryConfig, MemoryEstimate, account
-from onecard.model.memory.layer_memory import FP32
+from onecard.model.memory.estimate import FP32, GIB, MemoryConfig, MemoryEstimate, account, held_bytes
 
 DEFAULT_MICRO_TOKENS = 4096
 LOSS_CHUNKS = (1024, 512, 256, 128)
@@ -180,17 +179,37 @@ def _recomputed(
     )
 
 
+def fits_somehow(model: Architecture, config: FinetuneConfig, card: CardSpec, *, element_bytes: int = 2) -> bool:
+    """Whether `make_plan` finds a setup that fits, in less time: what it gives up first is given up at once."""
+    train = config.train
+    if not train.micro_tokens and not train.micro_batch:
+        config = replace(config, train=replace(train, micro_batch=1))
+    if config.model.gradient_checkpointing == "auto" and model.checkpoints:
+        config = replace(config, model=replace(config.model, gradient_checkpointing=True))
+    setup = _first_setup(model, config, card, element_bytes, config.data.cutoff_len)
+    setup = replace(setup, stream_layers=setup.stream_layers or _may_stream(model, config, card))
+    least = held_bytes(model, setup)
+    for step in _steps(config, card, setup):
+        for changed, _ in step(setup):
+            least = min(least, held_bytes(model, changed))
+            setup = changed
+    return least <= card.total_bytes and make_plan(model, config, card, element_bytes=element_bytes).fits
+
+
 def longest_context(model: Architecture, config: FinetuneConfig, card: CardSpec, *, element_bytes: int = 2) -> int:
     """The longest single row, in tokens, for which `make_plan` finds a setup that fits; 0 when none does."""
 
     def fits(length: int) -> bool:
         data = replace(config.data, cutoff_len=length)
         train = replace(config.train, micro_batch=0, micro_tokens=0)
-        return make_plan(model, replace(config, data=data, train=train), card, element_bytes=element_bytes).fits
+        return fits_somehow(model, replace(config, data=data, train=train), card, element_bytes=element_bytes)
 
-    if not fits(1):
+    low, high = 0, DEFAULT_MICRO_TOKENS
+    while high <= LONGEST_TRIED and fits(high):  # upwards, since a plan costs more far beyond what a model is made for
+        low, high = high, 2 * high
+    if low == 0 and not fits(1):
         return 0
-    low, high = 1, LONGEST_TRIED
+    low = max(1, low)
     while high - low > max(1, low // 256):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -24,15 +25,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from onecard.model.memory import shape_cache
 from onecard.model.memory.fake_kernels import KernelStandIns, SkippedComputation, bytes_inside
 from onecard.model.memory.fake_model import CPU, FakeModel
-from onecard.model.memory_saving.activation_offload import CHUNK_BYTES, ActivationOffload, Pool
+from onecard.model.memory_saving.activation_offload import ActivationOffload, Pool
 from onecard.model.memory_saving.tiled_mlp import TiledMLP, tile_mlps
 
 BEFORE, LAYER, LOSS, BACKWARD, AFTER = range(5)  # phases of a micro-batch
 MOST_OPERATIONS = 12_000  # of a trace; a layer has some 700, forward, again and backward
 CHUNKS = 3  # chunks of the loss that are computed; those after them take no more than the third
+BUFFER_BYTES = 2**50  # in RAM, one for each tensor: pieces would be operations that take no memory of the card
 aten = torch.ops.aten
+
+
+class Part(Enum):
+    """What of a training step runs: all of it, or in essence its layers or its loss, the rest as cheap as it can be."""
+
+    WHOLE = "whole"
+    LAYERS = "layers"
+    LOSS = "loss"
+
+
+WHOLE_STEP = Part.WHOLE
 
 
 @dataclass
@@ -61,26 +75,37 @@ class TooManyOperations(Exception):
 class Recorder(TorchDispatchMode):
     """Counts the storages that operations make, and answers where the values of a tensor would be needed.
 
-    known: tensors whose memory is not counted. n_rows: of tokens of which a loss in chunks computes logits.
+    What `model` holds from step to step is not counted. n_rows: of tokens of which a loss in chunks computes logits.
     """
 
-    def __init__(self, known: list[Tensor], n_tokens: int, n_rows: int, n_experts: int, on_gpu: bool) -> None:
+    def __init__(self, model: FakeModel, setup: Any, n_rows: int) -> None:
         super().__init__()
-        self.on_gpu = on_gpu
+        self.on_gpu, self.n_tokens, self.n_rows = setup.on_gpu, setup.tokens, n_rows
+        self.n_experts = _n_experts(model.peft)
         self.trace = MemoryTrace()
-        self.n_tokens, self.n_rows, self.n_experts = n_tokens, n_rows, n_experts
         self.phase, self.layer, self.most = BEFORE, -1, MOST_OPERATIONS
         self.boundaries: list[int] = []
         self.at_boundary = False
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.offload: RecordedOffload | None = None
+        self._attributes = shape_cache.attributes_of(model.mode)
+        self._known = {tensor.untyped_storage()._cdata for tensor in _persistent_tensors(model.peft)}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._live = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each call goes through a wrapper of torch.compile's
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
-        kwargs = kwargs or {}
+            return CPU
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.at_boundary:
+            if self.offload is not None:
+                self.offload.settle()  # what the layer leaves, without what is on its way to RAM
             self.boundaries.append(self.live())
             self.at_boundary = False
         answer = self._data_dependent(func, args)
@@ -89,7 +114,7 @@ class Recorder(TorchDispatchMode):
         # Autograd adds up two gradients in the memory of one that nobody else holds, but for subclasses of Tensor.
         adds = func is aten.add.Tensor and self.phase >= BACKWARD and not torch.is_grad_enabled()
         reused = _reused(args) if adds else None
-        out = func(*args, **kwargs)
+        out = shape_cache.run(func, args, kwargs, self._attributes)
         self._record(func, out, args, reused)
         return out
 
@@ -99,7 +124,8 @@ class Recorder(TorchDispatchMode):
 
     def live(self) -> int:
         """Bytes alive now."""
-        gone = [key for key, (ref, _) in self._alive.items() if ref.expired()]
+        expired = torch.UntypedStorage._expired
+        gone = [key for key, (ref, _) in self._alive.items() if expired(ref.cdata)]
         for key in gone:
             self._live -= self._alive.pop(key)[1]
         return self._live
@@ -141,7 +167,7 @@ class Recorder(TorchDispatchMode):
         if func is aten.index.Tensor and any(_is_mask(index) for index in args[1]):
             value, indices = args
             places = [each for index in indices for each in self._unmasked(index)]
-            return (self.__torch_dispatch__(aten.index.Tensor, (), (value, places)),)
+            return (self._dispatch(aten.index.Tensor, (value, places), {}),)
         return None
 
     def _nonzero(self, mask: Tensor) -> Tensor:
@@ -150,7 +176,8 @@ class Recorder(TorchDispatchMode):
         self._record(aten.nonzero.default, every, (), None)
         if mask.dim() == 2 and mask.shape[1] == self.n_tokens:
             return every[: max(1, mask.numel() // self.n_experts)]
-        return every[: self.n_rows] if mask.shape == (self.n_tokens,) else every
+        of_loss = mask.shape == (self.n_tokens,) and self.phase in (BEFORE, LOSS)
+        return every[: self.n_rows] if of_loss else every
 
     def _unmasked(self, index: Tensor | None) -> list[Tensor | None]:
         return [*self._nonzero(index).unbind(1)] if index is not None and _is_mask(index) else [index]
@@ -194,7 +221,7 @@ class _UncountedPool(Pool):
     """Buffers in RAM that are not counted: one memory stands for all of them."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__(CHUNK_BYTES, pinned=False)
+        super().__init__(BUFFER_BYTES, pinned=False)
         self._one = super()._new()
         recorder.ignore(self._one)
 
@@ -211,6 +238,7 @@ class RecordedOffload(ActivationOffload):
         super().__init__(model, CPU)
         self._recorder = recorder
         self._pool = _UncountedPool(recorder)
+        recorder.offload = self
 
     def _pack(self, tensor: Tensor) -> Any:
         packed = super()._pack(tensor)
@@ -220,14 +248,18 @@ class RecordedOffload(ActivationOffload):
         return packed
 
 
-def run(model: FakeModel, setup: Any, *, training: bool = True) -> MemoryTrace:
-    """The forward pass of one micro-batch and, in training, its backward pass."""
+def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool = True) -> MemoryTrace:
+    """The forward pass of one micro-batch and, in training, its backward pass.
+
+    Of the layers alone the loss is of one token, and of the loss alone there is no backward pass through layers.
+    """
     from onecard.model.chunked_loss import summed_loss
 
     tile_mlps(model.peft, setup.mlp_tile if training else 0, FewTiles)
     model.peft.train(training)
     n_rows = min(setup.tokens, CHUNKS * setup.loss_chunk) if setup.loss_chunk else setup.tokens
-    recorder = Recorder(_persistent_tensors(model.peft), setup.tokens, n_rows, _n_experts(model.peft), setup.on_gpu)
+    n_rows = 1 if part is Part.LAYERS and setup.loss_chunk else n_rows
+    recorder = Recorder(model, setup, n_rows)
     with ExitStack() as stack:
         stack.enter_context(model.mode)
         stack.enter_context(_flag_of_cuda(setup.on_gpu and setup.element_bytes == 2))
@@ -247,7 +279,7 @@ def run(model: FakeModel, setup: Any, *, training: bool = True) -> MemoryTrace:
             loss, n_supervised = summed_loss(model.peft, batch, chunk_tokens=setup.loss_chunk)
         if offload is not None:
             offload.turn_back()
-        if training:
+        if training and part is not Part.LOSS:
             recorder.phase, recorder.layer = BACKWARD, len(model.layers) - 1
             _backward(loss / max(1, n_supervised))
     trace = recorder.trace

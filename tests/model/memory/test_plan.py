@@ -10,14 +10,27 @@ from hypothesis import strategies as st
 
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError
-from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import GIB, account
+from onecard.model.memory import estimate
+from onecard.model.memory.activation_peak import ActivationPeak
+from onecard.model.memory.architecture import Architecture, architecture_of
+from onecard.model.memory.estimate import GIB, MemoryConfig, account
 from onecard.model.memory.plan import CardSpec, Plan, longest_context, make_plan
+from onecard.model.memory.simulate import BACKWARD
 from tests.tiny import with_options
 
 NAMES = ("Llama-3.1-8B", "Qwen2.5-0.5B", "Llama-3.2-1B")  # the two small ones have tied embeddings
 ORDER = ["--gradient_checkpointing", "--micro_tokens", "--loss_chunk", "--offload_activations", "--optimizer",
          "--offload_embeddings", "--head_bits", "--mlp_tile", "--stream_layers"]  # fmt: skip
+
+
+def peak_by_formula(model: Architecture, setup: MemoryConfig) -> ActivationPeak:
+    """In the place of the model on fake tensors, for what is decided with its answers: it reacts to each technique."""
+    hidden = setup.tokens * model.hidden_size * setup.element_bytes
+    n_kept = 2 if setup.offload_activations else model.n_layers * (1 if setup.gradient_checkpointing else 30)
+    wide = min(setup.tokens, setup.mlp_tile or setup.tokens) * model.intermediate_size * 16
+    logits = min(setup.tokens, setup.loss_chunk or setup.tokens) * model.vocab_size * 6
+    sent = (hidden,) * model.n_layers if setup.offload_activations else ()
+    return ActivationPeak(n_kept * hidden, max(12 * hidden + wide, logits), 0, BACKWARD, sent)
 
 
 def card(gib: float, ram_gib: float = 256.0, *, is_gpu: bool = True) -> CardSpec:
@@ -99,15 +112,6 @@ def test_fp32_repeats_shared_key_heads_on_every_card() -> None:
     assert [one.setup.repeats_kv for one in found] == [False, True]
 
 
-def test_a_family_that_nobody_wrote_down_is_planned_by_running_it() -> None:
-    """The same model under another name: the same choices, and the same memory within 3 %."""
-    known = architecture_of("Llama-3.1-8B")
-    unknown = replace(known, model_type="never_seen")
-    found, expected = (make_plan(model, FinetuneConfig(), card(12)) for model in (unknown, known))
-    assert [choice.value for choice in found.choices] == [choice.value for choice in expected.choices]
-    assert found.account.card_bytes == pytest.approx(expected.account.card_bytes, rel=0.03)
-
-
 def test_layers_that_cannot_be_recomputed_are_not_said_to_be() -> None:
     model = replace(architecture_of("Llama-3.1-8B"), checkpoints=False)
     found = make_plan(model, FinetuneConfig(), card(8))
@@ -141,7 +145,10 @@ def test_what_was_typed_stays(
     typed: dict[str, object], name: str, gib: float, ram_gib: float, length: int, is_gpu: bool, checkpointing: bool
 ) -> None:
     options = {**typed, "cutoff_len": length, "gradient_checkpointing": checkpointing}
-    found = plan(name, gib, ram_gib, is_gpu=is_gpu, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "find_peak", peak_by_formula)
+        found = plan(name, gib, ram_gib, is_gpu=is_gpu, **options)
+        assert found.account == account(found.model, found.setup)
     setup = found.setup
     if "loss_chunk" in typed:
         assert setup.loss_chunk == max(0, typed["loss_chunk"])  # type: ignore[call-overload]
@@ -159,7 +166,6 @@ def test_what_was_typed_stays(
     if "micro_tokens" in typed and "micro_batch" not in typed:
         assert setup.rows == min(32, max(1, typed["micro_tokens"] // length))  # type: ignore[operator]
     assert setup.offload_activations <= (checkpointing or typed.get("offload_activations") == "on")
-    assert found.account == account(found.model, setup)
     flags = [choice.flag for choice in found.choices]
     assert len(flags) == len(set(flags)) and set(flags) | {"--micro_tokens"} >= set(ORDER)
     assert all(choice.reason for choice in found.choices)
