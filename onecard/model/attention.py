@@ -61,9 +61,10 @@ def skip_packing_mask(model: PreTrainedModel) -> None:
     kind = getattr(model.config, "_attn_implementation", None)
     if kind not in ("sdpa", NAME):
         return
-    AttentionInterface.register(FAKE_SDPA, attend if kind == NAME else sdpa_attention_forward)
-    AttentionMaskInterface.register(FAKE_SDPA, _mask_without_packing)
-    model.set_attn_implementation(FAKE_SDPA)
+    name = f"{FAKE_SDPA}_{kind}"  # transformers looks it up at each call: models of both kinds may be held
+    AttentionInterface.register(name, attend if kind == NAME else sdpa_attention_forward)
+    AttentionMaskInterface.register(name, _mask_without_packing)
+    model.set_attn_implementation(name)
 
 
 def _mask_without_packing(*args: Any, **options: Any) -> Tensor | None:

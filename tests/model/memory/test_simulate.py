@@ -156,6 +156,17 @@ def test_on_a_card_its_own_kernels_are_counted() -> None:
         assert account(known, setup).tensor_bytes == pytest.approx(by_hand, rel=0.01)
 
 
+def test_models_with_and_without_flash_attention_are_held_side_by_side() -> None:
+    """A plan that asks again for the first card, at another size, runs the model that it built for it before."""
+    read = architecture_of(toy_config("llama", num_attention_heads=8, num_key_value_heads=2)).source.read
+    new = replace(SETUP, element_bytes=2, bits=16, on_gpu=True)
+    old = replace(new, repeats_kv=True)
+    one = build(read()[0], new)
+    before = run(one, new)
+    other = run(build(read()[0], old), old)
+    assert run(one, new) == before != other
+
+
 @pytest.fixture
 def no_traces() -> Iterator[None]:
     """As in a process that has traced nothing, and leaving no failure behind for the tests after it."""
