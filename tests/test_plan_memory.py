@@ -83,6 +83,7 @@ def test_help_says_what_the_flags_mean(plan, capsys) -> None:
     assert "Memory of the card in GiB; several with commas between them" in text and "--offload_activations" in text
 
 
+@pytest.mark.slow
 def test_not_fitting_is_an_answer_and_no_error(plan) -> None:
     code, out, err = plan("--model_path", "Qwen2.5-32B", "--vram", "8", "--stream_layers", "off")
     assert code == 0 and err == "" and "It does not fit: the card's 8.00 GiB are" in out
@@ -103,6 +104,7 @@ def test_known_models_are_listed(plan) -> None:
     assert code == 0 and len(out.splitlines()) == len(known_models()) + 1 and "Qwen/Qwen2.5-7B" in out
 
 
+@pytest.mark.slow
 def test_several_cards_and_lengths_make_a_matrix(plan) -> None:
     code, out, _ = plan("--models", f"Qwen3-1.7B,{LLAMA}", "--vram", "4, 11,24", "--lengths", "512,8192")
     assert code == 0
@@ -110,6 +112,7 @@ def test_several_cards_and_lengths_make_a_matrix(plan) -> None:
     assert out.count("Largest known model that fits") == 3 and "at 512 tokens" in out and "settings" not in out
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_worse(plan) -> None:
     found = plan_json(plan, "--model_path", LLAMA, "--vram", "6,8,11,24", "--lengths", "4096,65536",
                       "--stream_layers", "off")  # fmt: skip
@@ -121,6 +124,7 @@ def test_more_memory_is_never_worse(plan) -> None:
     assert len(sizes) == 4 and sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
+@pytest.mark.slow
 def test_the_largest_known_model_fits_and_the_next_larger_one_does_not(plan) -> None:
     words = ("--vram", "11", "--stream_layers", "off")
     largest = plan_json(plan, *words)["largest_known_model"]["a card of 11 GiB"]
@@ -254,7 +258,7 @@ def test_without_a_speed_it_is_said(plan) -> None:
 
 
 @pytest.mark.usefixtures("only_the_plan")
-@pytest.mark.parametrize("models", [LLAMA, f"Qwen3-1.7B,{LLAMA}"])
+@pytest.mark.parametrize("models", [LLAMA, pytest.param(f"Qwen3-1.7B,{LLAMA}", marks=pytest.mark.slow)])
 def test_a_picture_is_drawn(plan, tmp_path, models) -> None:
     code, out, err = plan("--models", models, "--vram", "8,24", "--plot", "memory.png")
     assert code == 0 and "Drawn: memory.png" in out, err
@@ -274,7 +278,10 @@ def test_a_picture_is_drawn(plan, tmp_path, models) -> None:
         (["--vram", "8", "--lengths", "4,512"], "--lengths: 4 tokens"),
         (["--vram", "8", "--lengths", "1k"], "--lengths: '1k' is no list of numbers"),
         (["--vram", "8", "--plot", "memory.pdf"], "--plot: memory.pdf is no name of a PNG"),
-        (["--vram", "8", "--plot", "no/such/memory.png"], "--plot: no/such/memory.png cannot be written"),
+        pytest.param(
+            ["--vram", "8", "--plot", "no/such/memory.png"], "--plot: no/such/memory.png cannot be written",
+            marks=pytest.mark.slow,
+        ),
         (["--vram", "8", "--tokens_per_s", "-3"], "--tokens_per_s: -3"),
         (["--vram", "8", "--n_tokens", "-3"], "--n_tokens: -3"),
         (["--vram", "8", "--lora_r", "0"], "--lora_r: 0 would train nothing"),

@@ -190,7 +190,7 @@ def test_too_little_ram_is_said() -> None:
     assert not little.fits
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_longest_context_grows_with_the_card(name: str) -> None:
     model, config = architecture_of(name), FinetuneConfig()
     found = [longest_context(model, config, card(gib)) for gib in (1, 2, 4, 6, 8, 12, 24, 48)]

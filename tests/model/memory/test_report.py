@@ -167,7 +167,12 @@ def test_long_reasons_hang_below_themselves() -> None:
     [
         (LLAMA, 11, {}),
         (LLAMA, 6, {"cutoff_len": 32768}),
-        ("Gemma-3-12B", 8, {"cutoff_len": 200_000, "lora_target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj"}),
+        pytest.param(
+            "Gemma-3-12B",
+            8,
+            {"cutoff_len": 200_000, "lora_target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj"},
+            marks=pytest.mark.slow,
+        ),
         ("Qwen2.5-0.5B", 96, {"bits": 32, "micro_batch": 4}),
     ],
 )
@@ -302,11 +307,13 @@ def test_one_curve_per_technique_each_below_the_one_before() -> None:
     assert all(above > below for above, below in pairwise(ends)) and ends[0] > 4 * ends[-1]
 
 
+@pytest.mark.slow
 def test_the_curves_are_of_one_row_whatever_the_micro_batch() -> None:
     for models in ([architecture_of(LLAMA)], [architecture_of(LLAMA), architecture_of("Qwen3-4B")]):
         assert plan_text.curves_of(models, config_of(micro_batch=4)) == plan_text.curves_of(models, config_of())
 
 
+@pytest.mark.slow
 def test_one_curve_per_model_with_everything_given_up() -> None:
     names = ["Qwen2.5-3B", LLAMA, "Phi-4"]
     models: list[Architecture] = [architecture_of(name) for name in names]
