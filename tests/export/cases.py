@@ -132,6 +132,14 @@ CASES = [
         lambda i, t: ["--model_path", str(i.merged), "--gguf_type", "f16", "--output_path", str(t)],
     ),
     Case(
+        "gguf_adapter",
+        "gguf",
+        lambda i, t: [
+            "--model_path", str(i.base), "--lora_path", str(i.run), "--adapter_only", "--gguf_type", "f16",
+            "--output_path", str(t),
+        ],
+    ),
+    Case(
         "nf4",
         "quantize_bnb",
         lambda i, t: ["--model_path", str(i.merged), "--eval_len", "64", *little_text(), "--output_path", str(t)],
@@ -311,6 +319,17 @@ BAD_INPUTS = [
     BadInput(
         "gguf-family", "gguf",
         lambda i, s, t: ["--model_path", other_family(i.merged, s), *output(t)], "gpt_neox",
+    ),
+    BadInput(
+        "gguf-adapter-truncated", "gguf",
+        lambda i, s, t: ["--model_path", str(i.base), "--lora_path", truncated(i.run, s), "--adapter_only", *output(t)],
+        "damaged",
+    ),
+    BadInput(
+        "gguf-adapter-other-shape", "gguf",
+        lambda i, s, t: ["--model_path", other_shape(i.base, s), "--lora_path", str(i.run), "--adapter_only",
+                         *output(t)],
+        "another base",
     ),
     BadInput(
         "weight_diff-shape", "weight_diff",

@@ -155,7 +155,7 @@ def write_adapter(path: Path, layout: GgufLayout, alpha: float, factors: Mapping
             _write_tensor(writer, _encoded(factors[tensor.name], tensor))
     finally:
         writer.close()
-    reader = gguf.GGUFReader(path)
+    reader = _reopened(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     alpha_field = reader.get_field(gguf.Keys.Adapter.LORA_ALPHA)
     if (
@@ -184,7 +184,7 @@ def verify(path: Path, model: tuple[GgufLayout, Vocabulary, Weights], planned: l
     Raises ModelError for the first thing that differs.
     """
     layout, vocabulary, weights = model
-    reader = gguf.GGUFReader(path)
+    reader = _reopened(path)
     _check_header(reader, layout, vocabulary, path)
     written = {tensor.name: tensor for tensor in reader.tensors}
     if list(written) != [tensor.name for tensor in planned]:
@@ -323,6 +323,14 @@ def _write_tensor(writer: gguf.GGUFWriter, data: NDArray[np.generic]) -> None:
         if reason.errno is None:  # numpy counts what it could write, and does not say why it stopped
             raise OSError(errno.ENOSPC, f"no space left on the device ({reason})") from reason
         raise
+
+
+def _reopened(path: Path) -> gguf.GGUFReader:
+    """The file as it is on the disk. Raises OSError for one that is shorter than what was written."""
+    try:
+        return gguf.GGUFReader(path)
+    except ValueError as reason:  # numpy's tofile does not tell of the last bytes that found no room
+        raise OSError(errno.ENOSPC, f"no space left on the device ({reason})") from reason
 
 
 def _check_header(reader: gguf.GGUFReader, layout: GgufLayout, vocabulary: Vocabulary, path: Path) -> None:
