@@ -65,28 +65,26 @@ def hand_over(engine: str, run: Path, target: Path, *, context: int = 0, gguf_ty
               overwrite: bool = False) -> None:  # fmt: skip
     """Write the directory for one engine and say what is next. Raises OneCardError."""
     found, tokenizer = read_run(run, context)
+    base, needs_merge = found.model, found.adapter is not None and (engine not in ("vllm", "sglang") or found.merges)
     if engine in ("llama.cpp", "ollama"):
-        adapters = [str(run)] if found.adapter is not None else []
-        parameters: dict[str, float | int | None] = {"num_ctx": found.context}
-        export_gguf(
-            GgufSettings(
-                found.model, target, gguf_type, adapters, overwrite=overwrite, modelfile=engine == "ollama",
-                ollama=ModelfileSettings(parameters=parameters),
-            )
+        settings = GgufSettings(
+            base, target, gguf_type, [str(run)] if needs_merge else [], overwrite=overwrite,
+            modelfile=engine == "ollama", ollama=ModelfileSettings(parameters={"num_ctx": found.context}),
         )  # fmt: skip
+        found = replace(found, model=f"model-{gguf_type}.gguf", adapter=None)
         plan = _PLANS[engine](found, target.absolute())
-        _write(engine, found, plan, target, run)
+        export_gguf(settings, also=lambda partial: _write(engine, found, plan, partial, run))
     else:
-        merges = found.adapter is not None and (engine == "ray-serve" or bool(found.merges))
-        with output.new_directory(target, overwrite=overwrite, inputs=[run], needed_bytes=0) as partial:
-            if merges:
+        if needs_merge:
+            found = replace(found, model=str(target.absolute() / MODEL), adapter=None)
+        plan = _PLANS[engine](found, target.absolute())
+        with output.new_directory(target, overwrite=overwrite, inputs=[run]) as partial:
+            if needs_merge:
                 (partial / MODEL).mkdir()
-                merge_into(partial / MODEL, found.model, [str(run)])
-                found = replace(found, model=str(target.absolute() / MODEL), adapter=None)
+                merge_into(partial / MODEL, base, [str(run)])
             (partial / TEMPLATE).write_text(found.jinja, encoding="utf-8", newline="")
             generation = {"eos_token_id": found.stop_ids, "bos_token_id": tokenizer.bos_token_id}
             (partial / "generation_config.json").write_text(json.dumps(generation, indent=1), encoding="utf-8")
-            plan = _PLANS[engine](found, target.absolute())
             _write(engine, found, plan, partial, run)
     say(f"{target} holds what {engine} needs (not run here); {NOTES} in it says how it is started")
     say(f"then: {verify_line(engine, plan, run)}")
@@ -188,10 +186,9 @@ def _sglang(run: HandoverRun, target: Path) -> StartPlan:
 
 def _llama_cpp(run: HandoverRun, target: Path) -> StartPlan:
     """https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md, .../docs/docker.md"""
-    file = next(iter(sorted(target.glob("model-*.gguf"))), target / "model.gguf")
 
     def words(model: str, adapter: str, here: str) -> list[str]:
-        return ["--model", f"{here}/{file.name}", "--alias", run.name, "--jinja", "--ctx-size", str(run.context),
+        return ["--model", f"{here}/{run.model}", "--alias", run.name, "--jinja", "--ctx-size", str(run.context),
                 "--port", str(PORTS["llama.cpp"])]  # fmt: skip
 
     def in_container(model: str, adapter: str, here: str) -> list[str]:
@@ -266,9 +263,7 @@ def _write(engine: str, run: HandoverRun, plan: StartPlan, directory: Path, sour
         (directory / name).write_text(text, encoding="utf-8", newline="\n")
     stops = {"stop": run.stops, "stop_token_ids": run.stop_ids}
     (directory / "stop.json").write_text(json.dumps(stops, ensure_ascii=False, indent=1), encoding="utf-8")
-    how = f"adapter {run.adapter} (rank {run.rank}) on {run.model}" if run.adapter else f"whole model {run.model}"
-    if engine in ("llama.cpp", "ollama"):
-        how = "one GGUF file, the adapter merged in"
+    how = f"adapter {run.adapter} (rank {run.rank}) on {run.model}" if run.adapter else run.model
     lines = [
         f"# {run.name} for {engine}", "",
         f"- model: {how}",

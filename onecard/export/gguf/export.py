@@ -7,7 +7,7 @@ ollama.py's.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,10 @@ class GgufSource:
         return self.layout, self.vocabulary, self.weights
 
 
-def export_gguf(settings: GgufSettings) -> Path:
+def export_gguf(settings: GgufSettings, also: Callable[[Path], None] | None = None) -> Path:
     """Write DIRECTORY/model-TYPE.gguf and a Modelfile, reopen and compare, and say what was done; returns the file.
 
+    also: writes more into the directory before it takes its name.
     Raises ModelError and ConfigError: another family, parts missing, damaged or of other sizes, no room, and an
     existing directory without `overwrite`.
     """
@@ -99,6 +100,8 @@ def export_gguf(settings: GgufSettings) -> Path:
             text = modelfile_for(file.name, source, settings)
             (partial / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
         n_bytes = file.stat().st_size
+        if also is not None:
+            also(partial)
         shutil.rmtree(partial / MERGED, ignore_errors=True)
     _say_done(settings, file.name, n_bytes, reports, note)
     return settings.output_path / file.name
