@@ -7,7 +7,7 @@ libraries are imported inside the recipes, after the options are known to be goo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,10 @@ from onecard.console import say, warn
 if TYPE_CHECKING:
     from onecard.data.chat_template import Template
     from onecard.data.sources import Source
+    from onecard.evaluate.in_run import RunSuites
     from onecard.objectives.rewards import Rewards
     from onecard.train.base_comparison import BaseComparison
+    from onecard.train.build import TrainingData
     from onecard.train.rollouts import Rollouts
     from onecard.train.run import Run
     from onecard.train.rundir import RunDirectory
@@ -54,6 +56,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train.trackers import check_trackers
 
     refuse(problems_of(config))
+    suites = _suites(config)
     clock = end_by_clock(config.train)
     if problem := toy_base_problem(config.model.model_path, config.data.data or config.data.data_path):
         warn(problem)
@@ -85,10 +88,14 @@ def finetune(config: FinetuneConfig) -> Path:
         directory.write_settings(settings)
         if point is not None:
             take_over(point, run.state, directory)
-        comparison = BaseComparison(run, directory.path, config.lora)
-        state = _trained(config, run, directory, comparison)
+        comparisons: list[BaseComparison | RunSuites] = [
+            BaseComparison(run, directory.path, config.lora),
+            *suites(run, data),
+        ]
+        state = _trained(config, run, directory, comparisons)
         directory.publish(settings, state, config.train, partial(write_result, run.plain_model))
-        comparison.after()
+        for comparison in comparisons:
+            comparison.after()
         check_after_training(config, run, data, directory.path)
         if accelerator.is_main_process and run.rollouts is None:
             report = data.train.dataset.report
@@ -96,7 +103,9 @@ def finetune(config: FinetuneConfig) -> Path:
     return directory.path
 
 
-def _trained(config: FinetuneConfig, run: Run, directory: RunDirectory, comparison: BaseComparison) -> TrainerState:
+def _trained(
+    config: FinetuneConfig, run: Run, directory: RunDirectory, comparisons: Sequence[BaseComparison | RunSuites]
+) -> TrainerState:
     """Train a run that is built, from its rehearsal to its last step; its log is closed whatever happens."""
     from onecard.train.build import open_reporter
     from onecard.train.loop import report_events, train
@@ -105,13 +114,31 @@ def _trained(config: FinetuneConfig, run: Run, directory: RunDirectory, comparis
     reporter = open_reporter(config, run, directory)
     try:
         rehearse_if_wanted(run, config.memory.rehearsal)
-        comparison.before()
+        for comparison in comparisons:
+            comparison.before()
         return train(run, reporter)
     finally:
         report_events(run, reporter)
         reporter.close()
         if run.rollouts is not None:
             run.rollouts.close()
+
+
+def _suites(config: FinetuneConfig) -> Callable[[Run, TrainingData], list[RunSuites]]:
+    """What measures the suites of --eval_suites, whose files are read now, once the run is built; nothing without."""
+    named = cli.comma_list(config.train.eval_suites)
+    if not named:
+        return lambda run, data: []
+    from onecard.evaluate.in_run import RunSuites, read_suites
+    from onecard.inference.call import ModelBundle
+
+    tasks = read_suites(named, config.train.seed)
+
+    def of_run(run: Run, data: TrainingData) -> list[RunSuites]:
+        bundle = ModelBundle(run.plain_model, data.tokenizer, data.template, objective=config.train.objective)
+        return [RunSuites(tasks, run, bundle, Path(config.train.output_path), config.lora)]
+
+    return of_run
 
 
 def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -> Rollouts | None:

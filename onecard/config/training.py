@@ -135,6 +135,9 @@ class TrainOptions(RolloutOptions):
     """End after so many evaluations by --eval_steps in a row that found no lower loss; 0: never."""
     stop_on: Literal["loss", "balanced"] = "loss"
     """What --early_stopping_patience waits for: a lower evaluation loss, or a lower sum of it and forgetting."""
+    eval_suites: str = field(default="", metadata={"several": True})
+    """Suites as onecard evaluate has them, KIND:PATH with commas between them, to measure the base on before the first
+    step and the result at the end, in OUTPUT_PATH/evaluation; one process."""
     compare_with_base: bool = True
     """Score the held-out records with the base before the first step and with the result after the last one, and say
     the difference with its interval."""

@@ -65,6 +65,14 @@ class ComparedSuite:
         """Whether B is better than A, in words."""
         return RESULTS[self.test.direction * self.is_better]
 
+    def change(self, level: float) -> str:
+        """A line that tells it where A was before B."""
+        value, low, high = self.test.difference
+        return (
+            f"{self.name}: {self.score} {self.mean_a:.4f} before, {self.mean_b:.4f} now, difference {value:+.4f} "
+            f"({100 * level:g} % interval {low:+.4f} to {high:+.4f}, {self.test.n} records): {self.result}"
+        )
+
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
         named = self.test._asdict()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from onecard.errors import DataError
 from onecard.evaluate.compare import compare_reports
+from onecard.evaluate.report import REPORT_FILE
 from onecard.statistics import RESULTS, PairedTest, paired_test
-from onecard.train.findings import COMPARISON_NAME, RunFindings, read_findings
+from onecard.train.findings import AFTER, BEFORE, COMPARISON_NAME, RunFindings, read_findings
 
 SHIP, DO_NOT_SHIP, UNDECIDED = "ship", "do not ship", "undecided"
 EXIT_CODES = {SHIP: 0, DO_NOT_SHIP: 2, UNDECIDED: 3}
@@ -45,10 +46,12 @@ def judge_run(
 ) -> ShipVerdict:  # fmt: skip
     """The verdict on a run against its base, or against another run of the same held-out records.
 
-    reports: folders of `onecard evaluate`, measured with what the run is compared with, and with the run.
+    reports: folders of `onecard evaluate`, measured with what the run is compared with, and with the run; None: those
+    that the runs hold themselves.
     Raises DataError, and ConfigError for reports that cannot be compared.
     """
     verdict, found = ShipVerdict(), read_findings(run)
+    reports = reports or own_reports(run, baseline)
     other = None if baseline is None else read_findings(baseline)
     _judge_task(verdict, found, other, level)
     if baseline is not None:
@@ -56,13 +59,18 @@ def judge_run(
     _judge_forgetting(verdict, found, other, most_forgetting)
     if reports is not None:
         for suite in compare_reports(*reports, level=level):
-            text = f"{suite.name}: {suite.score} {suite.mean_a:.4f} before, {suite.mean_b:.4f} now"
-            direction = suite.test.direction * suite.is_better
-            verdict.add(direction, _told(text, suite.test, direction, level))
+            verdict.add(suite.test.direction * suite.is_better, suite.change(level))
     if found.forgetting is None and reports is None:
         verdict.missing.append("nothing tells what else has become worse: the run did not measure forgetting; give "
                                "--reports BEFORE AFTER, two folders of onecard evaluate")  # fmt: skip
     return verdict
+
+
+def own_reports(run: Path, baseline: Path | None) -> tuple[Path, Path] | None:
+    """What a run measured itself by --eval_suites, and what it is compared with; None where either is missing."""
+    before = run / BEFORE if baseline is None else baseline / AFTER
+    both = before, run / AFTER
+    return both if all((folder / REPORT_FILE).is_file() for folder in both) else None
 
 
 def _judge_task(verdict: ShipVerdict, found: RunFindings, other: RunFindings | None, level: float) -> None:

@@ -20,7 +20,8 @@ class ShipOptions:
     baseline: str = ""
     """Directory of another run, with the same held-out records, to compare with. Empty: the base model."""
     reports: str | list[str] = ""
-    """Two folders of onecard evaluate, BEFORE AFTER: no suite in them may have become worse."""
+    """Two folders of onecard evaluate, BEFORE AFTER: no suite in them may have become worse. Empty: those that the run
+    wrote by finetune --eval_suites, if it did."""
     most_forgetting: float = 0.1
     """Most KL(base || result) in nats per token on general texts. At 0.1, text that the base writes is 10.5 % more
     perplexing to the result (exp(0.1) - 1)."""

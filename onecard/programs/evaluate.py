@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onecard.config.base_model import ModelOptions
 from onecard.config.inference import AnsweringModelOptions, scale_problems
-from onecard.config.parsing import comma_list, missing, parse
+from onecard.config.parsing import missing, parse
 from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.errors import ConfigError
@@ -287,16 +287,15 @@ def _measured(
     from onecard.curation.make.journal import Journal
     from onecard.evaluate.page import write_report
     from onecard.evaluate.report import build_report
-    from onecard.evaluate.run import answer, rows_of, summary_lines, write_answers
+    from onecard.evaluate.run import summary_lines
+    from onecard.evaluate.tasks import answered
     from onecard.inference.adapters import name_of
 
     options, folder = config.evaluate, Path(config.evaluate.output_path)
     with Journal(folder, _begins_with(options, tasks, depends_on)) as journal:
-        answer(tasks, bundle, journal, options.batch_size)
         settings = _settings(config, bundle, depends_on)
         name = name_of(options.lora_path or settings["model"])
-        write_answers(folder, tasks, journal, name)
-        parts = [{"name": task.name, "kind": task.kind, **task.report(rows_of(task, journal))} for task in tasks]
+        parts = answered(folder, tasks, bundle, journal, options.batch_size, name)
         report = build_report(settings, parts)
         write_report(folder, report)
         if options.base_url:
@@ -311,36 +310,11 @@ def _measured(
 
 def _tasks(options: EvaluateOptions, is_chat: bool) -> list[EvaluationTask]:
     """Everything is read before the model is loaded. Raises ConfigError and DataError."""
-    from onecard.evaluate.answer_loss import AnswerLossTask
-    from onecard.evaluate.choice import ChoiceSettings, ChoiceTask
-    from onecard.evaluate.extraction import ExtractionTask
-    from onecard.evaluate.open_answers import OpenTask
-    from onecard.evaluate.perplexity import PerplexityTask
-    from onecard.evaluate.run import named_suite, with_own_names
-    from onecard.evaluate.suites import load_choice_suite
+    from onecard.evaluate.tasks import TaskOptions, tasks_of
 
-    tasks: list[EvaluationTask] = []
-    for text in options.suites:
-        kind, path = named_suite(text)
-        longest = options.max_new_tokens or 512
-        if kind == "open":
-            tasks.append(OpenTask(path, max_new_tokens=longest, seed=options.seed, limit=options.limit))
-        elif kind == "extraction":
-            tasks.append(ExtractionTask(path, max_new_tokens=longest, limit=options.limit))
-        elif kind == "perplexity":
-            tasks.append(PerplexityTask(path, window=options.window, stride=options.stride, limit=options.limit))
-        elif kind == "loss":
-            tasks.append(AnswerLossTask(path, seed=options.seed, limit=options.limit))
-        else:
-            suite = load_choice_suite(kind, path, split=options.split, subjects=comma_list(options.subjects))
-            settings = ChoiceSettings(
-                options.method, is_chat, options.shots, options.cot, options.max_new_tokens, options.seed
-            )
-            task = ChoiceTask(suite, settings)
-            task.items = task.items[: options.limit or None]
-            tasks.append(task)
-    with_own_names(tasks)
-    return tasks
+    asked = TaskOptions(options.method, options.shots, options.cot, options.split, options.subjects, options.limit,
+                        options.max_new_tokens, options.window, options.stride, options.seed)  # fmt: skip
+    return tasks_of(options.suites, is_chat, asked)
 
 
 def _settings(config: EvaluateConfig, bundle: ModelBundle, depends_on: dict[str, Any]) -> dict[str, Any]:

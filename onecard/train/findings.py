@@ -14,6 +14,7 @@ from onecard.errors import DataError
 from onecard.train.trackers import FORGETTING, LOG_NAME, read_log
 
 COMPARISON_NAME = "base_comparison.json"
+BEFORE, AFTER = Path("evaluation", "before"), Path("evaluation", "after")  # what --eval_suites found, in the run
 
 
 @dataclass(frozen=True)

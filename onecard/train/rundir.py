@@ -6,6 +6,7 @@ tokenizer files, chat_template.jinja            how text becomes ids; the prompt
 onecard.yaml                                    the resolved options
 trainer_state.json manifest.json                where the run ended and what it was a run of; sizes and hashes
 log.jsonl loss.png                              what happened on the way
+evaluation/before evaluation/after              reports of --eval_suites
 base_comparison.json advice.json                whether it helped, and what the figures say of the run
 server_check.json                               some answers of the result, to compare servers with
 checkpoint-N/                                   see checkpoint.py

@@ -141,6 +141,7 @@ TABLE = {
     "eval_steps": same(1, lambda s: [row["step"] for row in s.rows if "eval_loss" in row] == [7, 8]),
     "early_stopping_patience": same(9, lambda s: s.run.state.evaluations_since_best == 0),
     "stop_on": Row("balanced"),  # of --early_stopping_patience
+    "eval_suites": Row("open:missing.jsonl"),
     "compare_with_base": same(False, lambda s: "held-out records" not in s.printed),
     "server_check": same(True, lambda s: (s.output / "server_check.json").is_file()),
     "measure_forgetting": same(False, lambda s: "forgetting is" not in s.printed),
