@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onecard.config.base_model import ModelOptions
 from onecard.config.inference import AnsweringModelOptions, scale_problems
-from onecard.config.parsing import missing, parse
+from onecard.config.parsing import comma_list, missing, parse
 from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.errors import ConfigError
