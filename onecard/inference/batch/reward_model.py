@@ -33,10 +33,9 @@ class RewardModel:
 
     def __init__(self, run: str, options: ModelOptions) -> None:
         """options: only where it lies in memory counts. Raises ConfigError for a run of another kind, ModelError."""
-        if trained_objective(run) != "reward":
-            raise ConfigError(
-                "--reward", f"{run} is a run of finetune --objective {trained_objective(run)}; give one of reward"
-            )
+        if (objective := trained_objective(run)) != "reward":
+            raise ConfigError("--reward", f"{run} was trained for {objective}, and a reward model is needed (finetune "
+                              "--objective reward)")  # fmt: skip
         base = base_path(str(stored_options(run).get("model_path", "auto")), run)
         options = replace(options, model_path=base, gradient_checkpointing=False, stream_layers="off")
         self._tokenizer, self._template = load_words(options, run, "auto")

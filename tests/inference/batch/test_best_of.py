@@ -125,7 +125,7 @@ def test_a_reward_run_judges_as_it_was_trained_to(words: list[str], tiny_base: P
         assert alone == pytest.approx(row["reward"], abs=1e-5) and row["reward"] == max(row["rewards"])
     good, bad = model.rewards([((Turn("user", "Question 3"),), text) for text in ("thanks yes", "never no")])
     assert good is not None and bad is not None and good > bad
-    with pytest.raises(ConfigError, match="is a run of finetune --objective sft"):
+    with pytest.raises(ConfigError, match="was trained for sft"):
         RewardModel(str(tmp_path), options)
 
 
