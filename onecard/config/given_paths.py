@@ -33,7 +33,7 @@ TRAINED_WEIGHTS = "trained_weights.safetensors"
 OTHER_KINDS = {
     "PREFIX_TUNING": "a prefix-tuning", "P_TUNING": "a p-tuning", "PROMPT_TUNING": "a prompt-tuning",
     "MULTITASK_PROMPT_TUNING": "a prompt-tuning", "ADAPTION_PROMPT": "an adaption-prompt",
-    "ADALORA": "an AdaLoRA", "BOTTLENECK": "a bottleneck",
+    "BOTTLENECK": "a bottleneck",
 }  # fmt: skip
 NOT_MERGEABLE = (
     "PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "BOTTLENECK"

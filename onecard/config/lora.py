@@ -10,8 +10,8 @@ from onecard.console import nearest
 
 # PEFT's own names, in small letters (model/lora/methods.py), and LoRA's forms by the names they are known under.
 PeftMethodName = Literal[
-    "lora", "rslora", "dora", "pissa", "loftq", "olora", "ia3", "vera", "oft", "miss", "shira", "randlora", "loha",
-    "lokr",
+    "lora", "rslora", "dora", "pissa", "loftq", "olora", "adalora", "ia3", "vera", "oft", "miss", "shira", "randlora",
+    "loha", "lokr",
 ]  # fmt: skip
 LORA_FORMS: dict[str, tuple[str, Any]] = {
     "rslora": ("use_rslora", True), "dora": ("use_dora", True), "pissa": ("lora_init", "pissa"),
@@ -21,7 +21,8 @@ LORA_FORMS: dict[str, tuple[str, Any]] = {
 FULL, FREEZE = "full", "freeze:"
 # Which of LoRA's settings another method has, too; the others are its own, by --peft_option.
 METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
-    "ia3": (), "vera": ("lora_dropout",), "oft": (), "miss": ("lora_dropout",), "shira": ("lora_r",),
+    "adalora": ("lora_r", "lora_alpha", "lora_dropout"), "ia3": (), "vera": ("lora_dropout",), "oft": (),
+    "miss": ("lora_dropout",), "shira": ("lora_r",),
     "randlora": ("lora_dropout",), "loha": ("lora_r", "lora_alpha"), "lokr": ("lora_r", "lora_alpha"),
 }  # fmt: skip
 # Their products have the shape of the stored weights, which 4 bits pack otherwise.
@@ -34,8 +35,8 @@ class LoraOptions:
 
     peft_method: str = "lora"
     """Kind of adapter: lora; rslora, dora, pissa, loftq and olora, which are --use_rslora, --use_dora and --lora_init;
-    ia3, vera, oft, miss, shira, randlora, loha, lokr. No adapter, in 16 or 32 bits: full trains all weights, freeze:2
-    those of the last 2 layers. What each is for: docs/en/training.md."""
+    adalora, ia3, vera, oft, miss, shira, randlora, loha, lokr. No adapter, in 16 or 32 bits: full trains all weights,
+    freeze:2 those of the last 2 layers. What each is for: docs/en/training.md."""
     peft_option: str = field(default="", metadata={"several": True})
     """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), oft_block_size=64 (oft)."""
     lora_r: int = 8

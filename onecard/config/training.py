@@ -416,6 +416,9 @@ class FinetuneConfig:
             found.append(("--bits", f"{self.model.bits} does not work with --peft_option init_weights=bat; use 16"))
         if method != "lora" and self.train.loraplus_ratio:
             found.append(("--loraplus_ratio", f"does not go with --peft_method {method}: LoRA+ is LoRA's"))
+        if method == "adalora" and self.train.deepspeed:
+            found.append(("--deepspeed", "does not go with --peft_method adalora, which cuts ranks by whole gradients; "
+                          "leave it out"))  # fmt: skip
         found += [*self._base_problems(), *self._divergence_problems()]
         flag = self.lora.trains_vocabulary
         if flag and self.memory.offload_embeddings == "on":
@@ -505,6 +508,8 @@ class FinetuneConfig:
             "--deepspeed": self.train.deepspeed, "--max_memory": self.model.max_memory,
             "--stream_layers": self.model.stream_layers == "on",
         }  # fmt: skip
+        if self.lora.peft_method == "adalora":
+            found.append(("--shard", "does not go with --peft_method adalora; use --max_memory"))
         found += [
             ("--shard", f"does not go with {flag}, which places the weights, too") for flag in others if others[flag]
         ]

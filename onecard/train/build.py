@@ -28,8 +28,9 @@ from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.input_limits import embedding_rows, head_rows, no_row, position_limit, rotary_limit
 from onecard.model.kernels import use_liger
 from onecard.model.load import LoadedBase, base_fingerprint, load_base, load_tokenizer
-from onecard.model.lora.adapter import load_adapter
+from onecard.model.lora.adapter import load_adapter, rank_allocation
 from onecard.model.lora.methods import MOVING_STARTS
+from onecard.model.lora.rank_allocation import RankAllocation
 from onecard.model.lora.vocabulary import freeze_adapter
 from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
@@ -220,6 +221,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state,
               evaluation_limits=EvaluationLimits(every_turn=options.shard),
               test_sources=data.test_sources)  # fmt: skip
+    run.ranks = _rank_allocation(config, plain, state.total_steps)
     run.forgetting_rows = _forgetting_rows(config, data)
     run.anchor = Anchor(text_rows(data.tokenizer, ANCHORING), options.kl_anchor) if options.kl_anchor else None
     if config.memory.offload_embeddings == "on":
@@ -240,6 +242,17 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
         restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)
     return run
+
+
+def _rank_allocation(config: FinetuneConfig, plain: Any, total_steps: int) -> RankAllocation | None:
+    """What cuts the ranks of AdaLoRA. Raises ConfigError where it cannot, also for an adapter of --init_adapter."""
+    ranks = rank_allocation(plain, config.lora)
+    flag = "--deepspeed" if config.train.deepspeed else "--shard" if config.train.shard else ""
+    if ranks is not None and flag:
+        raise ConfigError(flag, "does not go with AdaLoRA, which cuts ranks by whole gradients; leave it out")
+    if ranks is not None:
+        ranks.check(total_steps)
+    return ranks
 
 
 def _forgetting_rows(config: FinetuneConfig, data: TrainingData) -> list[list[int]]:

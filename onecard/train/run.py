@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onecard.config.training import TrainOptions
+from onecard.model.lora.rank_allocation import RankAllocation
 from onecard.model.memory.plan import RECOMPUTE, Plan
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.objectives.base import Objective
@@ -20,7 +21,7 @@ from onecard.train.deepspeed_engine import DeepSpeedEngine
 from onecard.train.end_by_clock import EndByClock
 from onecard.train.evaluate import EvaluationLimits
 from onecard.train.oom import MicroBatchLimits
-from onecard.train.state import OPTIMIZER_NAME, TrainerState
+from onecard.train.state import OPTIMIZER_NAME, RANKS_NAME, TrainerState
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Run:
     """Ends the run by a time."""
     events: list[RunEvent] = field(default_factory=list)
     """What happened and has not been reported yet."""
+    ranks: RankAllocation | None = None
+    """What cuts the ranks of AdaLoRA."""
     rollouts: Any = None
     """A `rollouts.Rollouts` where the samples of a step are answers that are sampled for it."""
     test_sources: HeldOutSources | None = None
@@ -98,7 +101,8 @@ class Run:
     def training(self) -> dict[str, Any]:
         """What a checkpoint holds besides the adapter, by file name."""
         scaler = self.engine.scaler
-        return {OPTIMIZER_NAME: self.optimizer, **({"scaler.pt": scaler} if scaler is not None else {})}
+        others = {"scaler.pt": scaler, RANKS_NAME: self.ranks}
+        return {OPTIMIZER_NAME: self.optimizer, **{name: held for name, held in others.items() if held is not None}}
 
     @property
     def may_recompute(self) -> bool:

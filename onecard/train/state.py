@@ -22,7 +22,7 @@ from onecard.errors import CheckpointError, ConfigError
 from onecard.model.trained import restore_trained, save_trained
 from onecard.train.optim import with_present_options
 
-STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"
+STATE_NAME, OPTIMIZER_NAME, RANKS_NAME = "trainer_state.json", "optimizer.pt", "rank_allocation.pt"
 
 
 @dataclass

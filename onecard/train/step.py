@@ -105,7 +105,7 @@ def take_step(run: Run, requested: Callable[[], StepRequests] = StepRequests) ->
             raise NotFinite(explain(run, chosen.indices, f"the loss is {loss}"))
         if not math.isfinite(norm) and not run.engine.has_scaler:
             raise NotFinite(explain(run, chosen.indices, f"the gradient norm is {norm}"))
-        skipped = _apply(run)
+        skipped = _apply(run, is_finite=math.isfinite(norm))
     # A checkpoint holds the rate of the step that follows, whether that one was tried before it was written or not.
     set_learning_rate(run.optimizer, options, run.state.step + 1, run.state.total_steps)
     tokens = int(data.lengths[indices].sum())
@@ -167,10 +167,15 @@ def _of_sources(data: Any, indices: np.ndarray, losses: Sequence[float]) -> np.n
     return np.stack([np.array(losses) * units.sum(), units, tokens], axis=1)
 
 
-def _apply(run: Run) -> bool:
+def _apply(run: Run, *, is_finite: bool) -> bool:
     """The optimizer's update; True when the fp16 scaler left it out. Half an update cannot be taken back."""
     try:
-        return run.engine.step()
+        if run.ranks is not None and is_finite:
+            run.ranks.observe()
+        skipped = run.engine.step()
+        if run.ranks is not None and not skipped:
+            run.ranks.allocate(run.state.step + 1, run.state.total_steps)
+        return skipped
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise
@@ -201,6 +206,8 @@ def accumulate(
                 sums[n_sources:] += metrics.flatten()
         if run.anchor is not None:
             run.anchor.add_gradients(run)
+        if run.ranks is not None and run.accelerator.is_main_process:  # once in a step, however it is cut
+            run.engine.backward(run.ranks.penalty(), True)
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):
             raise

@@ -66,6 +66,7 @@ from onecard.model.lora.methods import (
     scale_adapter,
 )
 from onecard.model.lora.peft_options import typed_options
+from onecard.model.lora.rank_allocation import RankAllocation, widened
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
@@ -153,6 +154,8 @@ def load_adapter(
 def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool, scale: float = 1.0) -> LoadedAdapter:
     """`load_adapter` for files that were read already. On a model without memory (meta) only the adapter gets any."""
     config = _config_of(files, trainable)
+    if files.config_directory is not None and config.peft_type == PeftType.ADALORA:
+        files.tensors = dict(widened(files.tensors, read_config(files.config_directory).get("rank_pattern") or {}))
     notes = scale_adapter(config, scale, files.directory)
     adapter_tokens.check_indices(getattr(config, "trainable_token_indices", None), model, files.directory)
     has_no_memory = next(model.parameters()).is_meta
@@ -232,6 +235,13 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
         _pissa_starts[peft_model] = start
     set_peft_model_state_dict(peft_model, tensors, ADAPTER)
     compare(_live_tensors(peft_model), tensors, files.weights)
+
+
+def rank_allocation(model: nn.Module, options: LoraOptions) -> RankAllocation | None:
+    """What cuts the ranks of AdaLoRA while it trains; None for every other method. Raises ConfigError."""
+    if not isinstance(model, PeftModel) or model.peft_config[ADAPTER].peft_type != PeftType.ADALORA:
+        return None
+    return RankAllocation(model, model.peft_config[ADAPTER], options)
 
 
 def describe_trainable(model: nn.Module) -> str:
@@ -370,6 +380,10 @@ def _attach(model: Any, config: PeftConfig, *, has_no_memory: bool = False) -> P
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")  # see `adapter_tokens.check_both_ends`
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=has_no_memory)
+    for name, rank in peft_model.named_parameters():
+        if ".ranknum." in name:  # AdaLoRA's: over 16-bit weights peft lets it be trained, but saves it nowhere
+            rank.data = rank.data.float()
+            rank.requires_grad_(False)
     if not any(weight_bits(layer) == 8 for layer in linear) and hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()  # peft switches it on; see `load.py`
     return peft_model
@@ -410,6 +424,9 @@ def _give_memory(peft_model: PeftModel, tensors: dict[str, Tensor]) -> None:
     given = {id(places[name]): tensor for name, tensor in tensors.items()}
     # By identity: a tied pair is one tensor under two names.
     values = {key: given[id(place)] for key, place in state.items() if id(place) in given}
+    first = getattr(peft_model.peft_config[ADAPTER], "init_r", 0)  # what AdaLoRA divides by is in no file
+    ranks = {key: place for key, place in state.items() if ".ranknum." in key}
+    values |= {key: torch.full_like(place, first, device="cpu") for key, place in ranks.items()}
     peft_model.load_state_dict(values, strict=False, assign=True)
 
 

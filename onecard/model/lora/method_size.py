@@ -33,9 +33,11 @@ def method_tensors(
         )
         layers.config = {"model_type": ""}
         model = attach_to_layers(layers, names, options)
+    method = METHODS[options.peft_method]
     trained = [(name, tensor.numel()) for name, tensor in model.named_parameters() if tensor.requires_grad]
     beside = [(name, tensor.nbytes) for name, tensor in model.named_buffers()]
-    shared = set(METHODS[options.peft_method].shared)
+    beside += [(name, 2 * torch.float32.itemsize * size) for name, size in trained if method.scored]
+    shared = set(method.shared)
     of_all = [size for name, size in beside if shared & set(name.split("."))]
     own = [(name, size) for name, size in beside if not shared & set(name.split("."))]
 

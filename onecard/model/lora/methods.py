@@ -7,6 +7,7 @@ under the method's name. What an adapter takes of the card is counted on the rea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from onecard.errors import ConfigError
 # pissa: randomised SVD, 16 iterations: seconds per layer instead of minutes, as PEFT recommends. Both take a part of
 # the base's weights into the adapter.
 MOVING_STARTS = {"pissa": "pissa_niter_16", "olora": "olora"}
+UNKNOWN_STEPS = 2**31  # PEFT asks for a number; `rank_allocation.py` has the true one
 # Of these layers (IA)3 scales what goes in, as its authors do; of all others what comes out.
 FEEDFORWARD = ("down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out")
 
@@ -48,6 +50,8 @@ class PeftMethod:
     """Parts of the names of tensors that are not trained and that all layers use."""
     mergeable: bool = True
     """Whether it is merged here, layer by layer: what its files hold is enough for that."""
+    scored: bool = False
+    """Whether two numbers for each weight are kept beside it while it is trained."""
     alpha: str = ""
     """The setting to which all that it adds to the weights is proportional; empty: there is none."""
 
@@ -64,6 +68,16 @@ def _lora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
         "init_lora_weights": MOVING_STARTS.get(options.lora_init, True),
         "fan_in_fan_out": layers.transposed,
     }
+
+
+def _adalora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    # Its authors begin with 1.5 times the rank that is left. How many steps there are is known later.
+    first = {} if "init_r" in options.peft_options else {"init_r": math.ceil(1.5 * options.lora_r)}
+    return {
+        "r": 8, "target_r": options.lora_r, **first,  # PEFT warns of another r, which it does not use
+        "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
+        "target_modules": layers.modules, "total_step": UNKNOWN_STEPS, "fan_in_fan_out": layers.transposed,
+    }  # fmt: skip
 
 
 def _ia3(_: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
@@ -102,6 +116,9 @@ def _lycoris(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
 
 METHODS = {
     "lora": PeftMethod(_lora, "lora_", ("lora_B",), {"init_lora_weights": True}, alpha="lora_alpha"),
+    "adalora": PeftMethod(
+        _adalora, "lora_", ("lora_E",), {"tinit": 0, "tfinal": 0, "rank_pattern": None}, scored=True, alpha="lora_alpha"
+    ),
     "ia3": PeftMethod(_ia3, "ia3_", ()),
     "vera": PeftMethod(_vera, "vera_lambda_", ("vera_lambda_b",), shared=("vera_A", "vera_B")),
     "oft": PeftMethod(lambda _, layers: {"target_modules": layers.modules}, "oft_", ("oft_R",), transposed=False),

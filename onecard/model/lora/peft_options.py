@@ -19,14 +19,16 @@ FLAG_OF = {
     "target_parameters": "--lora_target_parameters", "use_dora": "--use_dora", "init_lora_weights": "--lora_init",
     "modules_to_save": "--train_embeddings", "ensure_weight_tying": "--train_embeddings",
     "trainable_token_indices": "--train_new_tokens", "base_model_name_or_path": "--model_path",
-    "r": "--lora_r", "lora_alpha": "--lora_alpha", "alpha": "--lora_alpha", "lora_dropout": "--lora_dropout",
+    "r": "--lora_r", "target_r": "--lora_r", "lora_alpha": "--lora_alpha", "alpha": "--lora_alpha",
+    "lora_dropout": "--lora_dropout",
     "vera_dropout": "--lora_dropout", "randlora_dropout": "--lora_dropout", "miss_dropout": "--lora_dropout",
 }  # fmt: skip
 ALWAYS_BY_FLAG = ("peft_type", "modules_to_save", "trainable_token_indices", "base_model_name_or_path")
 SET_HERE = {
     "bias": "would train biases of the base, which an adapter's files cannot give to another copy of it",
     "layer_replication": "would make another base, with layers twice", "lora_bias": "is not counted by the plan",
-    "task_type": "is CAUSAL_LM here", "inference_mode": "is for an adapter that is not trained",
+    "total_step": "is the number of steps of the run", "task_type": "is CAUSAL_LM here",
+    "inference_mode": "is for an adapter that is not trained",
     "auto_mapping": "is written by PEFT", "peft_version": "is written by PEFT", "revision": "belongs to the base",
 }  # fmt: skip
 

@@ -162,7 +162,7 @@ def test_files_that_are_no_adapter(content, word, load_family, tmp_path) -> None
 
 @pytest.mark.parametrize(("kind", "word", "remedy"), [
     ("PREFIX_TUNING", "a prefix-tuning", "train a LoRA"), ("P_TUNING", "a p-tuning", "train a LoRA"),
-    ("PROMPT_TUNING", "a prompt-tuning", "train a LoRA"), ("ADALORA", "an AdaLoRA", "merge_and_unload"),
+    ("PROMPT_TUNING", "a prompt-tuning", "train a LoRA"), ("BOFT", "BOFT", "merge_and_unload"),
 ])  # fmt: skip
 def test_other_kinds_of_adapters_are_called_what_they_are(kind, word, remedy, tmp_path) -> None:
     """As peft writes them, with the configuration; it is told before anything is loaded, and by the loader."""
@@ -170,7 +170,7 @@ def test_other_kinds_of_adapters_are_called_what_they_are(kind, word, remedy, tm
         "PREFIX_TUNING": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         "P_TUNING": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
         "PROMPT_TUNING": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        "ADALORA": peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], total_step=9),
+        "BOFT": peft.BOFTConfig(task_type="CAUSAL_LM", target_modules=["v_proj"]),
     }  # fmt: skip
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape))
