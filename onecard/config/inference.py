@@ -227,6 +227,8 @@ class ServeOptions:
     """Web pages that may call the API from a browser: scheme and host, with commas, such as https://example.org."""
     adapters_path: str | None = None
     """A folder of adapters for the same base; a request chooses one by its folder's name in `model`."""
+    allow_adapter_loading: bool = False
+    """Let clients add and take away adapters of --adapters_path: POST /v1/load_lora_adapter and unload_lora_adapter."""
     model_name: str | None = None
     """Name of the model in the API; by default the adapter's or the base's folder."""
     web: bool = False
@@ -251,6 +253,8 @@ class ServeOptions:
     def problems(self) -> list[Problem]:
         found = address_problems(self.host, self.port) + list_problems("allowed_hosts", self.allowed_hosts, plain_host)
         found += list_problems("allowed_origins", self.allowed_origins, plain_origin)
+        if self.allow_adapter_loading and self.adapters_path is None:
+            found.append(("--allow_adapter_loading", "needs --adapters_path, the folder that adapters are taken from"))
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
             found.append(("--api_key", "must be plain ASCII letters, digits and signs, and not empty"))
         if self.new_key is not None and self.api_keys is None:

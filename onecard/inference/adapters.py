@@ -8,6 +8,7 @@ run directories, and how an adapter is deactivated and another one activated. It
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from onecard.inference.generate import ModelBundle
 from onecard.inference.load import base_path, load_bundle, load_words
 from onecard.inference.run_files import adapters_in
 from onecard.inference.sampling import CacheOptions
+from onecard.inference.shared_adapters import SharedAdapters
 from onecard.model.lora.adapter import remove_adapter
+from onecard.model.lora.formats import read_adapter
 from onecard.model.trained import load_trained
 
 
@@ -64,6 +67,7 @@ class AdapterManager:
         self._on: str | None = first  # the name of what the model is now; None: the base, after an adapter failed
         self._voices = {first: ServedAdapter(self._paths[first], bundle.tokenizer, bundle.template)}
         self._templates: dict[tuple[str, str], Template] = {}
+        self._n_added: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     @property
@@ -95,7 +99,42 @@ class AdapterManager:
         served = self.get(name, prompt_type)
         if name != self._on:
             self._switch(name, served.lora_path)
-        return ModelBundle(self.model, served.tokenizer, served.template, self._cache)
+        return self.words(name, prompt_type)
+
+    def add(self, name: str, path: str) -> None:
+        """Let an adapter answer by this name. Raises ModelError where its files cannot be read."""
+        read_adapter(path)
+        words = load_words(self._options, path, self._prompt_type, self._thinking)
+        with self._lock:
+            self._paths[name] = path
+            self._voices[name] = ServedAdapter(path, *words)
+            self._n_added[name] += 1
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter. Raises ConfigError for the first one and for the base."""
+        with self._lock:
+            if name == self.names[0] or self._paths.get(name) is None:
+                raise ConfigError("--adapter", f"{name} belongs to what the server was started with, and stays")
+            del self._paths[name]
+            if self._on == name:  # another one may get its name
+                self._on = None
+            self._voices.pop(name, None)
+            self._templates = {key: one for key, one in self._templates.items() if key[0] != name}
+
+    def words(self, name: str = "", prompt_type: str = "") -> ModelBundle:
+        """The model as it is now, with what this adapter is asked in."""
+        served = self.get(name, prompt_type)
+        key = f"{name or self.names[0]}#{self._n_added[name]}"
+        return ModelBundle(self.model, served.tokenizer, served.template, self._cache, prefix_key=key)
+
+    def share(self) -> SharedAdapters:
+        """From now on the model is the base, and the adapters are beside each other. `use` still puts one on alone."""
+        self.take_off()
+        return SharedAdapters(self.model, self._paths, self._fingerprint, self._scale)
+
+    def take_off(self) -> None:
+        """Make the model the base alone."""
+        self.model, self._on = remove_adapter(self.model), None
 
     def _switch(self, name: str, lora_path: str | None) -> None:
         before = self._on

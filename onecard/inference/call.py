@@ -94,8 +94,9 @@ class ModelTurn(Protocol):
 class ModelBundle:
     """A model that answers, with the tokenizer and the template that it was trained with.
 
-    prefixes: what it has read before as this `adapter`; None: each prompt is read from its beginning. objective: the
-    name of what it was trained for. turn: to be held while it computes, where a batch uses the model, too.
+    prefixes: what it has read before as this `adapter`, or by `prefix_key` where its name may be another's later; None:
+    each prompt is read from its beginning. objective: the name of what it was trained for. turn: to be held while it
+    computes, where a batch uses the model, too.
     """
 
     model: Any
@@ -106,6 +107,7 @@ class ModelBundle:
     adapter: str = ""
     objective: str = "sft"
     turn: ModelTurn | None = None
+    prefix_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ class GenerateCall:
         bundle, read = self.bundle, self.rows[0].ids
         is_one_prompt = all(row.ids == read for row in self.rows)
         prefixes = None if bundle.cache.static or not is_one_prompt else bundle.prefixes
-        past = prefixes.take(bundle.model, bundle.adapter, read) if prefixes else None
+        key = bundle.prefix_key or bundle.adapter
+        past = prefixes.take(bundle.model, key, read) if prefixes else None
         early = (
             nullcontext() if stream_state is None or bundle.cache.compile else leaving_early(bundle.model, stream_state)
         )
@@ -184,7 +187,7 @@ class GenerateCall:
             read = sequences[0].tolist()
         finally:
             if prefixes and past is not None:
-                prefixes.keep(bundle.adapter, read, past)
+                prefixes.keep(key, read, past)
         new_ids: list[list[int]] = sequences[:, self.n_prompt :].tolist()
         return new_ids
 

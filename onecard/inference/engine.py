@@ -6,13 +6,11 @@ It does not know HTTP, pages or conversations' history (`history.py`), nor how t
 
 from __future__ import annotations
 
-import gc
 import math
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,7 +22,7 @@ from onecard.data.messages import Turn
 from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.inference.adapters import AdapterManager, ServedAdapter, open_voices
-from onecard.inference.batched.batch import Batch, OutOfMemory, PathCounts, is_out_of_memory, open_batch
+from onecard.inference.batched.batch import Batch, PathCounts, open_batch
 from onecard.inference.detokenize import hidden_ids
 from onecard.inference.embeddings import Check, embed, score
 from onecard.inference.generate import (
@@ -38,10 +36,10 @@ from onecard.inference.generate import (
     stream_rows,
 )
 from onecard.inference.grammar import AnswerGrammar
+from onecard.inference.out_of_memory import OutOfMemory, memory_errors
 from onecard.inference.prefix_cache import PrefixCache
 from onecard.inference.queue import QueueFull, RequestQueue
 from onecard.inference.streamer import TokenLogprob
-from onecard.model.hardware import empty_cache
 
 __all__ = ["ContextTooLong", "GenerationRequest", "InferenceEngine", "LimitExceeded", "OutOfMemory", "QueueFull"]
 
@@ -94,7 +92,7 @@ class InferenceEngine:
         self.limits = limits
         self._voices = adapters
         self._prefixes = PrefixCache(limits.prefix_cache_gib)
-        self._batch = open_batch(adapters.model, adapters.names, parallel or ParallelOptions(), limits.prefix_cache_gib)
+        self._batch = open_batch(adapters, parallel or ParallelOptions(), limits.prefix_cache_gib)
         self.paths = PathCounts()
         self._turnstile = RequestQueue(limits.max_queue)
         self._places = RequestQueue(limits.max_queue, self.n_parallel)  # in the batch
@@ -155,8 +153,15 @@ class InferenceEngine:
         """
         cancel = cancel or threading.Event()
         rows = self._rows(request)
+        with self._held(request.adapter) as is_plain:
+            takes = self._batch is not None and is_plain and self._batch.takes(rows, request.sampling)
+            yield from self._in_line(request, rows, cancel, self._batch if takes else None)
+
+    def _in_line(
+        self, request: GenerationRequest, rows: list[PromptRow], cancel: threading.Event, batch: Batch | None
+    ) -> Iterator[list[Chunk]]:
+        """Wait for a place in the batch, or for a turn, and answer."""
         waiting = [Chunk() for _ in rows]
-        batch = self._batch if self._batch and self._batch.takes(rows, request.sampling) else None
         path = "" if self._batch is None else "batched" if batch else "serial"
         line = self._places if batch else self._turnstile
         ticket = self._enter(line, cancel)
@@ -197,6 +202,23 @@ class InferenceEngine:
         self._check_top(top_logprobs)
         return self._alone(adapter, cancel, lambda bundle, check: score(bundle.model, prompt_ids, top_logprobs, check))
 
+    def add_adapter(self, name: str, path: str) -> None:
+        """Let the adapter of this directory answer by a name of its own. Raises ModelError where it does not load."""
+        self._voices.add(name, path)
+        try:
+            with self._held(name):
+                pass
+        except ModelError:
+            self._voices.remove(name)
+            raise
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises ConfigError for the first one, for the base and for one that is answering."""
+        shared = self._batch.adapters if self._batch else None
+        if shared is not None and not shared.forget(name):
+            raise ConfigError("--adapter", f"{name} is answering; ask again when it has ended")
+        self._voices.remove(name)
+
     def close(self) -> None:
         """Cancel all requests; later ones are refused with ModelError."""
         self._is_closed = True
@@ -213,7 +235,8 @@ class InferenceEngine:
             request.show_beams, request.top_logprobs, max_seconds=seconds, logit_bias=request.logit_bias
         )
         if batch:
-            yield from batch.answer(self._talker(request), rows, request.sampling, streaming, cancel)
+            with self._talker(request.adapter, request.prompt_type) as bundle:
+                yield from batch.answer(bundle, rows, request.sampling, streaming, cancel)
             return
         advice = (
             f"{request.n} answers of up to {rows[0].max_new_tokens} tokens to a prompt of {len(rows[0].ids)}, with "
@@ -222,22 +245,39 @@ class InferenceEngine:
         )
         is_shown = False
         try:
-            with memory_errors(advice):
-                for chunks in stream_rows(self._talker(request), rows, request.sampling, streaming, cancel):
+            with memory_errors(advice), self._talker(request.adapter, request.prompt_type) as bundle:
+                for chunks in stream_rows(bundle, rows, request.sampling, streaming, cancel):
                     yield chunks
                     is_shown = is_shown or any(chunk.text for chunk in chunks)
             return
         except OutOfMemory:
             if not self._prefixes.clear() or is_shown:
                 raise
-        with memory_errors(advice):  # once more, with the memory of the other conversations
-            yield from stream_rows(self._talker(request), rows, request.sampling, streaming, cancel)
+        # Once more, with the memory of the other conversations.
+        with memory_errors(advice), self._talker(request.adapter, request.prompt_type) as bundle:
+            yield from stream_rows(bundle, rows, request.sampling, streaming, cancel)
 
-    def _talker(self, request: GenerationRequest) -> ModelBundle:
-        """What answers this request. Raises ModelError for an adapter that does not load."""
-        bundle = self._voices.use(request.adapter, request.prompt_type)
-        turn = self._batch.turn() if self._batch else None
-        return replace(bundle, prefixes=self._prefixes, adapter=request.adapter or self.names[0], turn=turn)
+    def _held(self, adapter: str) -> AbstractContextManager[bool]:
+        """Keep a shared adapter at hand; False for one that has to answer alone."""
+        shared = self._batch.adapters if self._batch else None
+        return shared.held(adapter or self.names[0]) if shared else nullcontext(True)
+
+    @contextmanager
+    def _talker(self, adapter: str, prompt_type: str = "") -> Iterator[ModelBundle]:
+        """What answers as this adapter. Raises ModelError for one that does not load."""
+        name, batch = adapter or self.names[0], self._batch
+        if batch is None or batch.adapters is None:
+            turn = batch.turn() if batch else None
+            yield replace(self._voices.use(name, prompt_type), prefixes=self._prefixes, adapter=name, turn=turn)
+        elif batch.adapters.is_plain(name):
+            words = self._voices.words(name, prompt_type)
+            yield replace(words, prefixes=self._prefixes, adapter=name, turn=batch.turn(name))
+        else:
+            with batch.turn():  # the model itself is another one meanwhile
+                try:
+                    yield replace(self._voices.use(name, prompt_type), prefixes=self._prefixes, adapter=name)
+                finally:
+                    self._voices.take_off()
 
     def _alone(
         self, adapter: str, cancel: threading.Event | None, work: Callable[[ModelBundle, Check], Result]
@@ -245,35 +285,40 @@ class InferenceEngine:
         """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
         cancel = cancel or threading.Event()
         self._voices.get(adapter)
-        ticket = self._enter(self._turnstile, cancel)
-        begun = 0.0
-        try:
-            for _ in self._turnstile.wait(ticket, cancel):
-                pass
-            begun = time.monotonic()
-            deadline = begun + (self.limits.max_request_seconds or math.inf)
-            turn = self._batch.turn() if self._batch else None
-
-            def check() -> None:
-                if turn:
-                    turn.give_way()
-                if cancel.is_set():
-                    raise ModelError("the request was cancelled")
-                if time.monotonic() >= deadline:
-                    raise ModelError("this takes longer than --max_request_seconds allows; send less at once")
-
-            check()
-            advice = "the texts do not fit into memory; send shorter ones, or fewer at once"
+        with self._held(adapter):
+            ticket = self._enter(self._turnstile, cancel)
+            begun = 0.0
             try:
-                with memory_errors(advice), turn or nullcontext():
-                    return work(self._voices.use(adapter), check)
-            except OutOfMemory:
-                if not self._prefixes.clear():
-                    raise
-            with memory_errors(advice), turn or nullcontext():
-                return work(self._voices.use(adapter), check)
-        finally:
-            self._leave(self._turnstile, ticket, cancel, begun)
+                for _ in self._turnstile.wait(ticket, cancel):
+                    pass
+                begun = time.monotonic()
+                return self._worked(adapter, cancel, work, begun + (self.limits.max_request_seconds or math.inf))
+            finally:
+                self._leave(self._turnstile, ticket, cancel, begun)
+
+    def _worked(
+        self, adapter: str, cancel: threading.Event, work: Callable[[ModelBundle, Check], Result], deadline: float
+    ) -> Result:
+        def attempt() -> Result:
+            advice = "the texts do not fit into memory; send shorter ones, or fewer at once"
+            with memory_errors(advice), self._talker(adapter) as bundle, bundle.turn or nullcontext():
+                return work(bundle, lambda: check(bundle))
+
+        def check(bundle: ModelBundle | None = None) -> None:
+            if bundle is not None and bundle.turn is not None:
+                bundle.turn.give_way()
+            if cancel.is_set():
+                raise ModelError("the request was cancelled")
+            if time.monotonic() >= deadline:
+                raise ModelError("this takes longer than --max_request_seconds allows; send less at once")
+
+        check()
+        try:
+            return attempt()
+        except OutOfMemory:
+            if not self._prefixes.clear():
+                raise
+        return attempt()
 
     def _enter(self, line: RequestQueue, cancel: threading.Event) -> object:
         """Stand in the line. Raises Busy."""
@@ -341,21 +386,6 @@ class InferenceEngine:
     def _check_top(self, top_logprobs: int) -> None:
         if not 0 <= top_logprobs <= MOST_TOP_LOGPROBS:
             raise LimitExceeded("--top_logprobs", f"{top_logprobs} is not between 0 and {MOST_TOP_LOGPROBS}")
-
-
-@contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """Turn running out of memory into OutOfMemory with this advice, after everything the attempt held was let go."""
-    try:
-        yield
-        return
-    except (RuntimeError, MemoryError) as reason:
-        if not is_out_of_memory(reason):
-            raise
-        traceback.clear_frames(reason.__traceback__)  # they hold the activations
-    gc.collect()
-    empty_cache()
-    raise OutOfMemory(advice)
 
 
 def open_engine(

@@ -23,6 +23,7 @@ from onecard.config.inference import (
     InferenceOptions,
     LimitOptions,
     PageOptions,
+    ParallelOptions,
     SamplingOptions,
     ServeConfig,
     ServeOptions,
@@ -42,6 +43,7 @@ TALKING = [
     PageOptions,
     ServeOptions,
     LimitOptions,
+    ParallelOptions,
 ]
 
 # The flags that users of this kind of kit already type; renaming one breaks their scripts.

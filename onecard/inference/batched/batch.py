@@ -7,12 +7,11 @@ https://huggingface.co/docs/transformers/continuous_batching; the classes are th
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,28 +26,24 @@ from transformers.generation.continuous_batching.continuous_api import (
 from onecard.config.inference import ParallelOptions, SamplingOptions
 from onecard.console import first_line, say, warn
 from onecard.errors import ModelError
+from onecard.inference.adapters import AdapterManager
 from onecard.inference.batched.rows import BatchedAnswer, BatchRow, ScoresOfRows
 from onecard.inference.batched.size import BLOCK_TOKENS, BatchSize, choose_size
 from onecard.inference.call import Chunk, ModelBundle, ModelTurn, PromptRow, StreamingOptions
+from onecard.inference.out_of_memory import OutOfMemory, is_out_of_memory, release
 from onecard.inference.prefix_cache import can_be_kept
+from onecard.inference.shared_adapters import SharedAdapters
 from onecard.model.attention import allow_paged_cache
-from onecard.model.hardware import empty_cache
 
 STOP_SECONDS = 10
-
-
-class OutOfMemory(ModelError):
-    """The card's memory is full. The memory of this request is free again, and the next one works."""
 
 
 class Batch:
     """The answers that one model computes together. `check_batched` says whether it can."""
 
-    def __init__(self, model: Any, size: BatchSize) -> None:
+    def __init__(self, model: Any, size: BatchSize, adapters: SharedAdapters | None = None) -> None:
         """Reserve the memory. Raises ModelError where the model cannot do this, or not even one fits."""
-        allow_paged_cache(model)
-        check_batched(model)
-        self._model, self.size = model, size
+        self._model, self.size, self.adapters = model, size, adapters
         self._rows: dict[str, BatchRow] = {}  # those that are not done, in the order in which they came
         self._lock = threading.RLock()
         self._numbers = itertools.count()
@@ -92,9 +87,14 @@ class Batch:
             for row in answer.rows:
                 self._drop(row)
 
-    def turn(self) -> ModelTurn:
-        """What another thread holds while it computes with the same model."""
-        return Turn(self)
+    def turn(self, adapter: str = "") -> ModelTurn:
+        """What another thread holds while it computes with the same model, as one of the shared adapters."""
+        return SharedTurn(self, adapter)
+
+    def mark_of(self, name: str) -> int:
+        """Tells what rows of one adapter have read from what the others have: 0 without adapters."""
+        row = self._rows.get(name)
+        return self.adapters.number(row.call.bundle.adapter) if self.adapters and row is not None else 0
 
     def pause(self) -> AbstractContextManager[None]:
         """The batch makes no step inside. Raises RuntimeError while it begins anew, and computes nothing either."""
@@ -230,9 +230,27 @@ class BatchLoop(ContinuousBatchingManager):
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # `_recover` tells what failed
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1)
         super().__init__(inner_model(model), greedy, config)
-        self.logit_processor = ScoresOfRows(rows)
+        self.logit_processor = ScoresOfRows(rows, batch.adapters.router if batch.adapters else None)
         self.output_router = Delivery(batch)
         self.warmup()  # takes the memory; without graphs it computes nothing
+        if batch.adapters:
+            self._part_adapters(batch)
+
+    def _part_adapters(self, batch: Batch) -> None:
+        """Keep adapters from sharing blocks, whose keys and values are others: their token ids are made others."""
+        model: Any = self.model
+        n_known = int(model.get_input_embeddings().weight.shape[0])
+        processor: Any = self.batch_processor
+        cache = processor.cache
+
+        def marked(name: str, ids: list[int]) -> list[int]:
+            first = batch.mark_of(name) * n_known % (2**31 - n_known)
+            return [first + token_id for token_id in ids]
+
+        search = cache.search_prefix_match
+        cache.search_prefix_match = lambda name, ids: search(name, marked(name, ids))
+        for part in cache.cache_allocators.values():
+            part.mark_complete_blocks = _marking(part.mark_complete_blocks, marked)
 
     def run(self) -> None:
         """Compute in this thread until `end`, or until a step fails: `background_thread_status` then has the error."""
@@ -258,6 +276,10 @@ class BatchLoop(ContinuousBatchingManager):
         release()
 
 
+def _marking(complete: Callable[..., None], marked: Callable[[str, list[int]], list[int]]) -> Callable[..., None]:
+    return lambda name, ids, n_blocks: complete(name, marked(name, ids), n_blocks)
+
+
 class Delivery(OutputRouter):
     """Hands what was generated to the batch at once, in the computing thread."""
 
@@ -276,48 +298,59 @@ class Delivery(OutputRouter):
             self.deliver(output)
 
 
-class Turn:
+class SharedTurn:
     """Holds the batch still while another thread computes, step by step: neither waits for more than one step."""
 
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
+    def __init__(self, batch: Batch, adapter: str) -> None:
+        self._batch, self._adapter = batch, adapter
         self._pause: AbstractContextManager[None] | None = None
 
-    def __enter__(self) -> Turn:
+    def __enter__(self) -> SharedTurn:
+        self._take()
+        self._read_as(self._adapter)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._read_as("")
+        self._let_go()
+
+    def give_way(self) -> None:
+        """Let the batch make its next step, if it has one."""
+        if self._batch.n_running:
+            self._let_go()
+            self._take()
+
+    def _read_as(self, adapter: str) -> None:
+        if self._batch.adapters is not None:
+            self._batch.adapters.router.read_as(adapter)
+
+    def _take(self) -> None:
         pause = self._batch.pause()
         try:
             pause.__enter__()
             self._pause = pause
         except RuntimeError:  # it ended, or is about to begin anew: it computes nothing
             self._pause = None
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def _let_go(self) -> None:
         if self._pause is not None:
             self._pause.__exit__(None, None, None)
             self._pause = None
 
-    def give_way(self) -> None:
-        """Let the batch make its next step, if it has one."""
-        if self._batch.n_running:
-            self.__exit__()
-            self.__enter__()
 
-
-def open_batch(model: Any, names: Sequence[str], parallel: ParallelOptions, prefix_cache_gib: float) -> Batch | None:
+def open_batch(voices: AdapterManager, parallel: ParallelOptions, prefix_cache_gib: float) -> Batch | None:
     """The batch for several answers at once, where that is wanted and this model can do it; a warning says why not."""
     if parallel.max_parallel == 1:
         return None
-    reason = ""
-    if len(names) > 1:
-        reason = "several adapters take turns"
-    else:
-        try:
-            return Batch(model, choose_size(model, parallel.max_parallel, parallel.kv_cache_gib, prefix_cache_gib))
-        except ModelError as error:
-            reason = str(error)
-    warn(f"--max_parallel {parallel.max_parallel}: answers are written one after another, for {reason}")
-    return None
+    try:
+        allow_paged_cache(inner_model(voices.model))
+        check_batched(voices.model)
+        size = choose_size(voices.model, parallel.max_parallel, parallel.kv_cache_gib, prefix_cache_gib)
+        adapters = voices.share() if len(voices.names) > 1 else None
+        return Batch(voices.model, size, adapters)
+    except ModelError as error:
+        warn(f"--max_parallel {parallel.max_parallel}: answers are written one after another, for {error}")
+        return None
 
 
 def check_batched(model: Any) -> None:
@@ -340,20 +373,9 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch says with this that memory is full; on a CPU it has no class of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def advice(row: BatchRow) -> str:
     """What somebody reads whose answer does not fit."""
     return (
         f"an answer of up to {row.row.max_new_tokens} tokens to a prompt of {len(row.row.ids)} does not fit into "
         "memory; lower --max_new_tokens, shorten the conversation, or load the model in fewer --bits"
     )
-
-
-def release() -> None:
-    """Give unused memory back."""
-    gc.collect()
-    empty_cache()

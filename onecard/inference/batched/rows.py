@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from onecard.config.inference import SamplingOptions
 from onecard.inference.call import Chunk, GenerateCall, ModelBundle, PromptRow, StreamingOptions, Usage
 from onecard.inference.stopping import StopAtText
+from onecard.model.lora.routing import AdapterRouter, Stretch
 
 LOOK_SECONDS = 0.05  # how soon a reader notices that it was cancelled
 
@@ -141,17 +142,23 @@ class ScoresOfRows(ContinuousBatchingLogitsProcessorList):
     transformers' own ones know three options, and no random numbers of a request's own.
     """
 
-    def __init__(self, rows: Mapping[str, BatchRow]) -> None:
+    def __init__(self, rows: Mapping[str, BatchRow], router: AdapterRouter | None) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
-        self._rows = rows
+        self._rows, self._router = rows, router
         self._states: list[Any] = []
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
-        """Note which requests the rows of the next scores belong to."""
+        """Note which requests the rows of the next scores belong to, and whose adapter reads which tokens."""
+        stretches, start = [], 0
         for request in requests_in_batch:
+            end = start + request.query_length
             if (row := self._rows.get(request.state.request_id)) is not None:
                 row.n_read += request.query_length
+                stretches.append(Stretch(start, end, row.call.bundle.adapter))
+            start = end
+        if self._router is not None:
+            self._router.route(stretches)
         self._states = [request.state for request in requests_in_batch if request.has_new_token]
         return arg_storage
 

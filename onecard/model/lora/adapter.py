@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -67,6 +69,7 @@ from onecard.model.lora.methods import (
 )
 from onecard.model.lora.peft_options import typed_options
 from onecard.model.lora.rank_allocation import RankAllocation, widened
+from onecard.model.lora.routing import LoraProduct
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
@@ -74,6 +77,7 @@ from onecard.model.reward_head import SCORE, add_reward_head
 
 ADAPTER = "default"
 SETS = ("target_modules", "modules_to_save", "feedforward_modules")
+_attaching = threading.Lock()
 LISTED = 10  # differences shown to a person
 
 
@@ -152,7 +156,15 @@ def load_adapter(
 
 
 def attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool, scale: float = 1.0) -> LoadedAdapter:
-    """`load_adapter` for files that were read already. On a model without memory (meta) only the adapter gets any."""
+    """`load_adapter` for files that were read already. On a model without memory (meta) only the adapter gets any.
+
+    One at a time: for such a model peft changes for all threads where parameters are made.
+    """
+    with _attaching:
+        return _attach_files(model, files, trainable=trainable, scale=scale)
+
+
+def _attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool, scale: float) -> LoadedAdapter:
     config = _config_of(files, trainable)
     if files.config_directory is not None and config.peft_type == PeftType.ADALORA:
         files.tensors = dict(widened(files.tensors, read_config(files.config_directory).get("rank_pattern") or {}))
@@ -193,6 +205,30 @@ def remove_adapter(model: Any) -> Any:
     for name, module in originals.items():  # peft leaves the trained copies of whole modules in their place
         base.set_submodule(name, module)
     return base
+
+
+def lora_products(model: PeftModel) -> dict[str, LoraProduct] | None:
+    """What a plain LoRA adds to each linear layer, by the layer's name in the base; None for an adapter that is more.
+
+    Only of layers that read a whole row: the head reads its last tokens, and experts those that are sent to them.
+    """
+    base: Any = model.get_base_model()
+    found: dict[str, LoraProduct] = {}
+    for name, layer in base.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if type(layer) is not LoraLinear or layer.lora_variant or layer is base.get_output_embeddings():
+            return None
+        above = name.split(".")[:-1]
+        if any(hasattr(base.get_submodule(".".join(above[:k])), "experts") for k in range(1, len(above) + 1)):
+            return None
+        a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        if a.bias is not None or b.bias is not None:
+            return None
+        dtype = torch.float32 if a.weight.dtype.itemsize < 4 else a.weight.dtype  # as peft casts them
+        product = LoraProduct(a.weight.detach().to(dtype), b.weight.detach().to(dtype), float(layer.scaling[ADAPTER]))
+        found[name] = product
+    return found if 2 * len(found) == len(_live_tensors(model)) else None
 
 
 def save_adapter(model: nn.Module, directory: Path) -> None:

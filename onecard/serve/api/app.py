@@ -27,7 +27,7 @@ from onecard.config.inference import LimitOptions, SamplingOptions, ServeOptions
 from onecard.console import nearest
 from onecard.errors import OneCardError
 from onecard.inference.engine import InferenceEngine
-from onecard.serve.api import schema
+from onecard.serve.api import adapters, schema
 from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.jobs import RequestThread, RequestThreads, Work, stopping
 from onecard.serve.api.log import RequestFile, RequestLog, note_of
@@ -93,12 +93,17 @@ class Api(FastAPI):
             },
             engine.paths.counts,
         )
+        self.adapters_path: str | None = None  # where adapters may be loaded from while it runs
         self.fingerprint = "fp_" + hashlib.sha256(repr((__version__, engine.names)).encode()).hexdigest()[:12]
         self._token_texts: dict[str, TokenTexts] = {}
 
     def stop_answers(self) -> None:
         """End all answers and take no more; called when the server stops."""
         self.jobs.cancel_all()
+
+    def forget_texts(self, model: str) -> None:
+        """Another model may have this name from now on."""
+        self._token_texts.pop(model, None)
 
     def token_texts(self, model: str) -> TokenTexts:
         """The texts of this model's tokens."""
@@ -138,6 +143,8 @@ def build_app(
     defaults = ServerDefaults(sampling or SamplingOptions(max_new_tokens=512, temperature=1.0), limits, system)
     keys = read_keys(options.api_keys) if options.api_keys is not None else {}
     app = Api(engine, defaults, has_key=options.key is not None or bool(keys))
+    if options.allow_adapter_loading:
+        app.adapters_path = options.adapters_path
     app.include_router(paths())
     app.add_exception_handler(HTTPException, send_refusal)
     app.add_exception_handler(RequestValidationError, send_refusal)
@@ -168,6 +175,8 @@ def paths() -> APIRouter:
         ("POST", "/v1/embeddings", embeddings, schema.EmbeddingList, {}),
         ("POST", "/tokenize", tokenize, Tokens, {}),
         ("POST", "/detokenize", detokenize, Detokenized, {}),
+        ("POST", "/v1/load_lora_adapter", adapters.load_adapter, str, {}),
+        ("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, str, {}),
     ]
     for method, path, endpoint, answer_model, more in table:
         answers: dict[int | str, dict[str, Any]] = {200: {"model": answer_model, "content": more}}

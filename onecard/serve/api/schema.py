@@ -356,6 +356,7 @@ class WrittenAnswer(BaseModel):
     model: str
     system_fingerprint: str
     usage: UsageBody
+    onecard: dict[str, str] | None = None  # path: how it was computed, with --max_parallel
 
 
 class ChatChoice(Choice):

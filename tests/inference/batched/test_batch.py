@@ -12,12 +12,12 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from onecard.config.inference import LimitOptions, SamplingOptions
+from onecard.config.inference import LimitOptions, ParallelOptions, SamplingOptions
 from onecard.errors import ModelError
-from onecard.inference.batched.batch import Batch, OutOfMemory, check_batched
-from onecard.inference.batched.size import choose_size
+from onecard.inference.batched.batch import check_batched, open_batch
 from onecard.inference.engine import InferenceEngine
 from onecard.inference.generate import ModelBundle
+from onecard.inference.out_of_memory import OutOfMemory
 from onecard.inference.queue import QueueFull
 from onecard.model.attention import avoid_flash
 from tests.inference.batched.conftest import (
@@ -264,7 +264,7 @@ def test_cards_without_flash_attention(lively_base: Path, alone: InferenceEngine
     model = with_own._voices.model
     assert avoid_flash(model)
     try:
-        with_own._batch = Batch(model, choose_size(model, 2, 0.0, 0.0))
+        with_own._batch = open_batch(with_own._voices, ParallelOptions(max_parallel=2), 0.0)
         request = request_of("Write a fox " * 9, sampling=SamplingOptions(max_new_tokens=30))
         found = answers(with_own, request)
         assert found == answers(alone, request) and found[0].path == "batched"
