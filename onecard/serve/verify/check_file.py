@@ -27,11 +27,11 @@ from onecard.inference.model_limits import go_together
 from onecard.installation import SHIPPED
 from onecard.model.trained import has_adapter, without_adapter
 from onecard.serve.api.logprobs import TokenTexts
-from onecard.serve.verify.reading import AnswerReading, merged, plain_token, reading_from_json
+from onecard.serve.verify.reading import N_TOP, AnswerReading, merged, plain_token, reading_from_json
 from onecard.storage import write_whole
 
 CHECK_NAME, VERSION = "server_check.json", 1
-N_PROMPTS, MOST_TOKENS, N_TOP, N_TOLD = 4, 24, 8, 12  # N_TOLD: tokens of an answer whose alternatives are kept
+N_PROMPTS, MOST_TOKENS, N_TOLD = 4, 24, 12  # N_TOLD: tokens of an answer whose alternatives are kept
 LONGEST_PROMPT = 512  # tokens
 MOST_RECORDS, READING_SECONDS, ANSWERING_SECONDS = 2000, 5.0, 20.0
 SYSTEM = "You answer in one short sentence."

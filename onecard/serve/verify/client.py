@@ -15,11 +15,10 @@ import httpx
 from onecard.console import first_line
 from onecard.data.values import safe
 from onecard.errors import ConfigError, OneCardError
-from onecard.serve.verify.reading import AnswerReading, merged, plain_token
+from onecard.serve.verify.reading import N_TOP, AnswerReading, merged, plain_token
 
 PASSING = frozenset((408, 425, 429, 502, 503, 504))
 N_TRIES, WAIT_S = 3, 1.0
-N_TOP = 5  # alternatives of a token: the most that /v1/completions gives everywhere
 URL_FLAG, KEY_FLAG = "url", "--api_key"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 Tops = Mapping[str, float]
 SPACES = {ord("▁"): " ", ord("Ġ"): " ", ord("Ċ"): "\n"}
 HALF = re.compile(r"^bytes:|^<0x[0-9A-Fa-f]{2}>$|\ufffd")
+N_TOP = 5  # alternatives of a token, stored and asked for: the most that /v1/completions gives everywhere
 LEAST = 1e-6  # a probability that stands for none
 NO_LOGPROBS = 8.0  # nats, where texts are all that can be compared and they differ
 

@@ -35,13 +35,14 @@ def checked_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve_run(checked_run: Path) -> Iterator[Callable[..., Running]]:
-    """Servers of the run, or of its base; `prompt_type` may name another template."""
+def serve_run(request: pytest.FixtureRequest) -> Iterator[Callable[..., Running]]:
+    """Servers of a run, of `checked_run` if none is given, or of a base; `prompt_type` may name another template."""
     with ExitStack() as stack:
 
         def start(
-            lora_path: Path | None = checked_run, prompt_type: str = "auto", model_path: Path = BASE, bits: Any = 32
+            lora_path: Path | str | None = "", prompt_type: str = "auto", model_path: Path = BASE, bits: Any = 32
         ) -> Running:
+            lora_path = request.getfixturevalue("checked_run") if lora_path == "" else lora_path
             model = ModelOptions(str(model_path), bits=bits, device="cpu", gradient_checkpointing=False)
             inference = InferenceOptions(lora_path=lora_path and str(lora_path), prompt_type=prompt_type)
             engine = open_engine(model, inference, LimitOptions(), model_name="served")

@@ -29,10 +29,11 @@ Found = tuple[int, dict[str, Any]]
 
 
 @pytest.fixture
-def verified(checked_run: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Found]:
+def verified(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[..., Found]:
     """The exit code and the JSON of a comparison."""
 
-    def ask(url: str, *words: str, run: Path = checked_run) -> Found:
+    def ask(url: str, *words: str, run: Path | None = None) -> Found:
+        run = run or request.getfixturevalue("checked_run")
         capsys.readouterr()
         code = run_main(lambda: program.main([url, "--run", str(run), "--json", *words]), debug=False)
         said = capsys.readouterr()
@@ -100,6 +101,22 @@ def right(serve_run: Callable[..., Running]) -> Running:
     return serve_run()
 
 
+def test_a_server_of_a_run_is_the_same_and_its_base_is_not(
+    run_dir: Path, lively_base: Path, serve_run: Callable[..., Running], verified: Callable[..., Found], tmp_path: Path
+) -> None:
+    """A run from before there were checks; its adapter is a random one."""
+    run = shutil.copytree(run_dir, tmp_path / "my-run")
+    right = serve_run(run, model_path=lively_base)
+    code, found = verified(right.url, "--device", "cpu", run=run)
+    assert (code, found["model"]["same"], found["template"]["same"]) == (0, "yes", "yes")
+    assert found["kl"] < 1e-3 < 0.01 < found["kl_to_base"] and found["kl_chat_to_raw"] < 1e-3
+    base = serve_run(None, model_path=lively_base, prompt_type="alpaca")
+    code, found = verified(base.url, run=run)
+    assert (code, causes(found)["model"], causes(found)["template"]) == (2, "adapter not applied", "wrong template")
+    assert "template alpaca" in found["template"]["words"]
+
+
+@pytest.mark.slow
 def test_the_check_of_a_run_is_small_and_of_held_out_rows(checked_run: Path) -> None:
     check = read_check(checked_run)
     assert check is not None and len(check.prompts) == 4
@@ -119,6 +136,7 @@ def test_the_check_of_a_run_is_small_and_of_held_out_rows(checked_run: Path) -> 
     assert systems == 1
 
 
+@pytest.mark.slow
 def test_the_same(right: Running, verified: Callable[..., Found], capsys: pytest.CaptureFixture[str],
                   checked_run: Path) -> None:  # fmt: skip
     code, found = verified(right.url)
@@ -130,7 +148,6 @@ def test_the_same(right: Running, verified: Callable[..., Found], capsys: pytest
     assert "same model: yes" in said and "same template: yes" in said and "same stop: yes" in said
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("hidden", [(), ("/tokenize",)], ids=["told by /tokenize", "proven by replaying"])
 @pytest.mark.parametrize(
@@ -167,6 +184,7 @@ def test_a_system_text_that_is_left_out_is_named(
     assert "as its chats are" in found["template"]["words"]
 
 
+@pytest.mark.slow
 def test_the_base_without_its_adapter_is_named(serve_run: Callable[..., Running], verified: Callable[..., Found],
                                                disguise: Callable[..., str], checked_run: Path) -> None:  # fmt: skip
     base = serve_run(None, prompt_type=str(checked_run / "chat_template.jinja"))
@@ -176,7 +194,6 @@ def test_the_base_without_its_adapter_is_named(serve_run: Callable[..., Running]
         assert found["template"]["same"] != "no" and found["stop"]["same"] == "unknown"
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("levels", "cause"), [(127, ""), (7, ""), (3, "quantisation noise"), (0, "different model")]
@@ -228,6 +245,7 @@ def test_servers_that_tell_less(right: Running, disguise: Callable[..., str], ve
     assert (code, found["same"]) == (0, "yes") and found["kl_chat_to_raw"] is not None
 
 
+@pytest.mark.slow
 def test_a_run_without_a_check_gets_one(right: Running, verified: Callable[..., Found], checked_run: Path,
                                         tmp_path: Path) -> None:  # fmt: skip
 
@@ -242,7 +260,6 @@ def test_a_run_without_a_check_gets_one(right: Running, verified: Callable[..., 
     assert read_check(run) is None
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("response", "says"),
@@ -268,6 +285,7 @@ def test_what_is_no_such_server_is_said(
     assert says in said and code == (3 if "names no" in says else 1)
 
 
+@pytest.mark.slow
 def test_keys_dead_servers_and_bad_words(right: Running, checked_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(right.engine, LimitOptions(), ServeOptions(api_key="secret")) as locked:
         words = [locked.url, "--run", str(checked_run)]
