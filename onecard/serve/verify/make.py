@@ -28,10 +28,12 @@ from onecard.train.state import restore_state
 def check_after_training(config: FinetuneConfig, run: Run, data: TrainingData, directory: Path) -> None:
     """Store a check in the run's directory, in bounded time; what keeps it from being made is said, and ends nothing.
 
-    With several processes or DeepSpeed, whose parts of the model lie apart, `onecard verify-server` makes it.
+    With several processes or DeepSpeed, whose parts of the model lie apart, `onecard verify-server` makes it. A reward
+    model answers nothing.
     """
     options = config.train
-    if not options.server_check or options.deepspeed or run.accelerator.num_processes > 1:
+    lies_apart = options.deepspeed or run.accelerator.num_processes > 1
+    if not options.server_check or lies_apart or options.objective == "reward":
         return
     try:
         if options.final_weights != "last":
