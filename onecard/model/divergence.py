@@ -6,7 +6,8 @@ Both are the same weights in memory; the base is the model with its adapter off.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,24 +15,49 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from onecard.model.output_head import logits_at, states_and_head
+from onecard.model.output_head import OutputHead, logits_at, states_and_head
 
 AdapterOff = Callable[[nn.Module], AbstractContextManager[None]]
 """Within it the model is its base."""
 LogitsAt = Callable[[Tensor], Tensor]
 """The fp32 logits (n, vocab) of flat positions (n,) of a batch."""
+_States = tuple[Tensor, OutputHead] | None
+"""As `states_and_head` has them."""
+
+
+@dataclass
+class BaseStates:
+    """What enters the head of the base for rows that were asked before, in RAM: a base does not change."""
+
+    of_rows: dict[tuple[tuple[int, ...], ...], tuple[Tensor, torch.device, OutputHead]] = field(default_factory=dict)
+
+    def find(
+        self, model: nn.Module, rows: Sequence[Sequence[int]], inputs: dict[str, Any], base: AdapterOff
+    ) -> _States:
+        """The states and the head of the base for these rows, computed the first time."""
+        key = tuple(map(tuple, rows))
+        if key not in self.of_rows:
+            found = _states(model, inputs, base)
+            if found is None:
+                return None
+            self.of_rows[key] = (found[0].cpu(), found[0].device, found[1])
+        states, device, head = self.of_rows[key]
+        return states.to(device), head
 
 
 def kl_from_base(
-    model: nn.Module, rows: Sequence[Sequence[int]], device: Any, base: AdapterOff, *, chunk_tokens: int = 64
-) -> tuple[float, int]:
+    model: nn.Module, rows: Sequence[Sequence[int]], device: Any, base: AdapterOff, known: BaseStates | None = None, *,
+    chunk_tokens: int = 64,
+) -> tuple[float, int]:  # fmt: skip
     """KL(base || model) in nats, summed over the tokens of `rows` that have a token before them, and their number.
 
-    rows: token ids, one text each. chunk_tokens: at most so many tokens have logits at a time, of each of the two.
+    rows: token ids, one text each. known: keeps what the base is asked, for the next time. chunk_tokens: at most so
+    many tokens have logits at a time, of each of the two.
     """
     inputs, predicting = _batch(rows, device)
     with torch.no_grad():
-        expected, found = _logits(model, inputs, base), _logits(model, inputs, None)
+        states = _states(model, inputs, base) if known is None else known.find(model, rows, inputs, base)
+        expected, found = _logits(model, inputs, base, states), _logits(model, inputs, None)
         return _summed_kl(expected, found, predicting, predicting, chunk_tokens), len(predicting)
 
 
@@ -89,16 +115,20 @@ def _summed_kl(expected: LogitsAt, found: LogitsAt, of_expected: Tensor, of_foun
     return total
 
 
-def _logits(model: nn.Module, inputs: dict[str, Any], base: AdapterOff | None) -> LogitsAt:
-    """Run the model, or with `base` its base, up to its head; return what gives the logits of some of its positions."""
+def _states(model: nn.Module, inputs: dict[str, Any], base: AdapterOff | None) -> _States:
+    """Run the model, or with `base` its base, up to its head."""
+    with nullcontext() if base is None else base(model):
+        return states_and_head(model, inputs)
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any], base: AdapterOff | None, found: _States = None) -> LogitsAt:
+    """What gives the logits of some positions of the model, or with `base` of its base; found: their `_states`."""
 
     def without_adapter(work: Callable[[], Any]) -> Any:
-        if base is None:
-            return work()
-        with base(model):
+        with nullcontext() if base is None else base(model):
             return work()
 
-    found = without_adapter(lambda: states_and_head(model, inputs))
+    found = found or _states(model, inputs, base)
     if found is None:
         positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
         logits = without_adapter(lambda: logits_at(model, inputs, positions)).flatten(0, 1)
@@ -107,6 +137,8 @@ def _logits(model: nn.Module, inputs: dict[str, Any], base: AdapterOff | None) -
     states = hidden.flatten(0, 1)
 
     def of(chosen: Tensor) -> Tensor:
-        return without_adapter(lambda: head.finish(head.output(states[chosen.to(states.device)])))
+        return head.finish(head.output(states[chosen.to(states.device)]))
 
-    return of
+    # An adapter wraps what it changes; to switch all of them off and on for each chunk takes longer than a small head.
+    is_plain = next(head.module.children(), None) is None
+    return of if is_plain else lambda chosen: without_adapter(lambda: of(chosen))

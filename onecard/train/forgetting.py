@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from onecard.model.divergence import AdapterOff, kl_from_base, kl_of_rounding
+from onecard.model.divergence import AdapterOff, BaseStates, kl_from_base, kl_of_rounding
 from onecard.train.oom import give_back_memory, is_out_of_memory
 
 LARGEST_SHARE = 0.02  # of the tokens that a run computes; those of short texts take longer than those of long rows
@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 32
 EVERY = slice(None)
 # With --kl_anchor: those that it holds in place, and those on which forgetting is measured.
 ANCHORING, MEASURED = slice(1, None, 2), slice(0, None, 2)
-NOISE_ROWS = 8  # each of which is asked alone, too
+NOISE_ROWS = 4  # each of which is asked alone, too
 # Passes of a token: two forward here; in training one forward and one backward, which is two more.
 PASSES, PASSES_IN_TRAINING = 2, 3
 
@@ -69,18 +69,20 @@ class Forgetting:
 
 
 def measure_forgetting(
-    model: nn.Module, rows: Sequence[Sequence[int]], device: Any, base: AdapterOff, *, rows_at_once: int = ROWS_AT_ONCE
-) -> Forgetting | None:
+    model: nn.Module, rows: Sequence[Sequence[int]], device: Any, base: AdapterOff, known: BaseStates | None = None, *,
+    rows_at_once: int = ROWS_AT_ONCE,
+) -> Forgetting | None:  # fmt: skip
     """The forgetting of the model on the texts of token ids `rows`; None where memory does not even take one of them.
 
-    The model is put back into training mode if it was in it.
+    known: keeps what the base is asked, so that it is asked at the first evaluation only. The model is put back into
+    training mode if it was in it.
     """
     was_training, total, n_tokens = model.training, 0.0, 0
     model.eval()
     waiting = [rows[start : start + rows_at_once] for start in range(0, len(rows), rows_at_once)]
     while waiting:
         some = waiting.pop(0)
-        found = _within_memory(kl_from_base, model, some, device, base)
+        found = _within_memory(kl_from_base, model, some, device, base, known)
         if found is not None:
             total, n_tokens = total + found[0], n_tokens + found[1]
         elif len(some) > 1:

@@ -275,7 +275,7 @@ def _forgetting(run: Run) -> dict[str, float]:
             floor = {"step": run.state.step, "event": "forgetting", "texts": len(rows), "noise": noise}
             message = f"forgetting is measured on {len(rows)} texts; rounding alone gives {noise:.1g}"
             run.events.append(RunEvent(floor, message))
-    found = measure_forgetting(run.model, rows, device, adapter_off)
+    found = measure_forgetting(run.model, rows, device, adapter_off, run.base_states)
     if found is None:
         run.events.append(RunEvent({"step": run.state.step, "event": "forgetting", "kl": None}, NOT_MEASURED))
         run.forgetting_rows = ()

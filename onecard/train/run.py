@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onecard.config.training import TrainOptions
+from onecard.model.divergence import BaseStates
 from onecard.model.lora.rank_allocation import RankAllocation
 from onecard.model.memory.plan import RECOMPUTE, Plan
 from onecard.model.memory_saving.activation_offload import ActivationOffload
@@ -77,6 +78,8 @@ class Run:
     """Where the held-out samples are from, if there are several sources."""
     forgetting_rows: Sequence[Sequence[int]] = ()
     """Token ids of the texts on which forgetting is measured at each evaluation; none: it is not."""
+    base_states: BaseStates = field(default_factory=BaseStates)
+    """What the base was asked for that."""
     knows_noise: bool = False
     """Whether what rounding gives of that was said in this start."""
     anchor: Any = None

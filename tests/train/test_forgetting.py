@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from onecard.config.lora import LoraOptions
 from onecard.model import divergence
-from onecard.model.divergence import kl_from_base, kl_of_rounding
+from onecard.model.divergence import BaseStates, kl_from_base, kl_of_rounding
 from onecard.model.lora.adapter import add_lora
 from onecard.objectives.preference import adapter_off
 from onecard.recipes import finetune
@@ -72,6 +72,19 @@ def test_a_head_that_is_not_known_gives_the_same(base: Path, monkeypatch: pytest
     assert kl_from_base(model, ROWS, CPU, adapter_off)[0] == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_base_is_asked_once_and_its_answer_stays(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, known, asked = tuned(base), BaseStates(), []
+    expected = measure_forgetting(model, ROWS, CPU, adapter_off, rows_at_once=2)
+    real = divergence.states_and_head
+    monkeypatch.setattr(divergence, "states_and_head", lambda *each: (asked.append(1), real(*each))[1])
+    assert measure_forgetting(model, ROWS, CPU, adapter_off, known, rows_at_once=2) == expected and len(asked) == 4
+    assert measure_forgetting(model, ROWS, CPU, adapter_off, known, rows_at_once=2) == expected and len(asked) == 6
+    with torch.no_grad():
+        next(each for name, each in model.named_parameters() if "lora_B" in name).mul_(3)
+    moved = measure_forgetting(model, ROWS, CPU, adapter_off, known, rows_at_once=2)
+    assert moved == measure_forgetting(model, ROWS, CPU, adapter_off, rows_at_once=2) != expected
+
+
 def test_an_untrained_adapter_has_forgotten_nothing(base: Path) -> None:
     model: Any = add_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraOptions())
     model.train()
@@ -129,7 +142,7 @@ def test_texts_cost_no_more_than_their_share(base: Path) -> None:
 @pytest.fixture
 def affordable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run as short as those of the tests measures forgetting all the same."""
-    monkeypatch.setattr(build, "affordable_rows", lambda *_: [ROWS[0]] * 3)
+    monkeypatch.setattr(build, "affordable_rows", lambda *_, **__: [ROWS[0]] * 3)
 
 
 @pytest.mark.usefixtures("affordable")
