@@ -14,6 +14,7 @@ from torch import Tensor
 
 from onecard.inference.batch.run import in_halves
 from onecard.inference.model_limits import go_together
+from onecard.installation import command
 from onecard.model.output_head import states_before_head
 
 MICRO_TOKENS = 4096  # of a batch with its padding
@@ -35,7 +36,8 @@ def log_probs(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[Asked]
 
     def too_large(number: int) -> str:
         n_tokens = len(texts[number])
-        return f"a text of {n_tokens} tokens does not fit into memory; use fewer --bits, --shots or a smaller --window"
+        lowered = f"{command('evaluate')} with fewer --shots or a smaller --window"
+        return f"a text of {n_tokens} tokens does not fit into memory; use fewer --bits, or {lowered}"
 
     with torch.inference_mode():
         for numbers in _batches(model, [len(ids) for ids in texts]):
