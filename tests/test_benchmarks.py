@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from benchmarks import answering_on_cpu, context_per_vram, memory_ladder, packing, step_speed
+from benchmarks import answering_on_cpu, context_per_vram, kl_anchor, memory_ladder, packing, step_speed
 from benchmarks.plain import upcast_like_peft
 from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, random_samples
@@ -183,6 +183,15 @@ def test_packing(tmp_path: Path) -> None:
     assert packed["packed_to_this"] == 1.0 and result["facts"]["samples"] == 60
     assert min(row["computed_to_real_tokens"] for row in (packed, padded, fixed)) >= 1
     assert result["facts"]["loss_difference"] <= packing.TOLERANCE
+
+
+@pytest.mark.slow
+def test_kl_anchor_halves_what_is_forgotten_at_equal_exact_match(tmp_path: Path) -> None:
+    output = tmp_path / "kl_anchor.json"
+    kl_anchor.main(["--weights", "0,0.1", "--seeds", "1", "--num_epoch", "1", "--output", str(output)])
+    without, anchored = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert anchored["forgetting"][0] < 0.5 * without["forgetting"][0] and without["exact_match"][0] > 0.5
+    assert anchored["exact_match"][0] > without["exact_match"][0] - 0.05
 
 
 SMALL = {
