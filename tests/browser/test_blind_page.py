@@ -109,7 +109,7 @@ def test_the_result_is_told_on_request_and_words_change(open_page: Any, tmp_path
         assert "outputs/mine" in page.inner_text("#oc-result") and "没有超出噪声" in page.inner_text("#oc-result")
         page.click("#oc-language input")
         page.keyboard.press("0")  # typed into a list of languages, this is no vote
-        page.get_by_role("option", name="English").click()
+        page.click("ul[role=listbox] li:has-text('English')")
         shows(page, "#oc-status", "1 of 3")
         assert n_done(tmp_path) == 1 and page.is_visible("#oc-key-0")
 

@@ -240,7 +240,7 @@ def _markdown(labels: TranslatedComponents, key: str, elem_id: str, **more: Any)
     heading = {"value": lambda language: f'<h2 class="oc-label">{word(language, key)}</h2>'}
     labels(gr.HTML, heading, elem_id=f"{elem_id}-label", elem_classes="oc-heading")
     return gr.Markdown(
-        elem_id=elem_id, elem_classes="oc-drawn oc-text", container=True, latex_delimiters=list(FORMULAS),
+        elem_id=elem_id, elem_classes=["oc-drawn", "oc-text"], container=True, latex_delimiters=list(FORMULAS),
         sanitize_html=True, **more,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from onecard.serve.web.sanitize import plain_markdown
 from onecard.serve.web.votes import PREFERENCES_FILE, BlindVotes
 
 PLACES = (1, 0, 2)  # the keys, in the order of their buttons; 0: a tie
-VIEW = ("pair", "status", "question", "answers", "answer_1", "answer_2", "votes", "undo", "reveal", "result", "note")
+VIEW = ("pair", "status", "question", "answers", "answer_1", "answer_2", "votes", "result", "note")
 
 
 class BlindWiring:
@@ -84,8 +84,7 @@ class BlindWiring:
         return [
             {"value": pair.key if pair else ""}, {"value": as_html(status, "oc-line")}, {"value": question},
             {"visible": shown}, {"value": plain_markdown(first)}, {"value": plain_markdown(second)},
-            {"visible": shown}, {"interactive": n_done > 0}, {"visible": shown},
-            {"value": result, "visible": bool(result) or HIDDEN},
+            {"visible": shown}, {"value": result, "visible": bool(result) or HIDDEN},
             {"value": as_html(note, "oc-notice"), "visible": bool(note) or HIDDEN},
         ]  # fmt: skip
 
