@@ -43,6 +43,14 @@ PLACE: dict[str, Any] = {
 }  # fmt: skip
 
 
+TOO_WIDE = {  # 600 properties, all of which may come next
+    "anyOf": [
+        {"type": "object", "properties": {f"{k}_{n}": {"pattern": f"^(.*{k}.){{3}}$"} for n in range(10)}}
+        for k in range(60)
+    ]
+}
+
+
 def walk(tokenizer: Any, grammar: AnswerGrammar, seed: int, **around: Any) -> str:
     """The text of tokens that were drawn among those that the grammar lets follow one another, until the end token."""
     stop_ids, rng = [tokenizer.eos_token_id], random.Random(seed)
@@ -194,14 +202,22 @@ def test_an_answer_that_was_begun_before_is_held_as_if_from_its_start(bundle: Mo
 
 
 def test_too_much_work_ends_in_an_error(bundle: ModelBundle) -> None:
-    """Six hundred properties that all may come next: the error names the option, and comes instead of a text."""
-    objects = [{"properties": {f"{k}_{n}": {"pattern": f"^(.*{k}.){{3}}$"} for n in range(10)}} for k in range(60)]
-    schema = {"anyOf": [{"type": "object"} | one for one in objects]}
-    held = compiled(json_grammar(schema, "--json_schema"), bundle.tokenizer, stop_ids=[2])
+    """The error names the option, and comes instead of a text."""
+    held = compiled(json_grammar(TOO_WIDE, "--json_schema"), bundle.tokenizer, stop_ids=[2])
     brace, processor = bundle.tokenizer.convert_tokens_to_ids("{"), HoldToGrammar([held], 0, [2], 1)
     processor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 448))
     with pytest.raises(GrammarError, match=r"--json_schema: .*items; max is 2000.*make it simpler"):
         processor(torch.tensor([[brace]]), torch.zeros(1, 448))
+
+
+def test_padding_behind_a_stop_text_ends_a_row(bundle: ModelBundle) -> None:
+    held = compiled(regex_grammar("a{3}b", "f"), bundle.tokenizer, stop_ids=[2])
+    a, b = bundle.tokenizer.convert_tokens_to_ids(["a", "b"])
+    processor = HoldToGrammar([held, held], 0, [2], 1)
+    for ids in ([[], []], [[a], [a]], [[a, 1], [a, a]], [[a, 1, 1], [a, a, a]], [[a, 1, 1, 1], [a, a, a, b]]):
+        scores = processor(torch.tensor(ids, dtype=torch.long), torch.zeros(2, 448))
+        assert bool((scores[0] == 0).all()) == (1 in ids[0])
+    assert (scores[1] == 0).nonzero()[:, 0].tolist() == [2]
 
 
 def test_what_takes_too_long_to_compile_is_given_up(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 from onecard.config.inference import SamplingOptions
 from onecard.inference.call import Chunk, GenerateCall, ModelBundle, PromptRow, StreamingOptions, Usage
+from onecard.inference.grammar import GrammarError
 from onecard.inference.stopping import StopAtText
 from onecard.model.lora.routing import AdapterRouter, Stretch
 
@@ -49,7 +50,10 @@ class BatchRow:
         if not self.new_ids:
             self.call.n_cached = max(len(ids) - self.n_read, 0)
         if self._processors:
-            scores = self._processors(torch.tensor([ids], device=scores.device), scores)  # type: ignore[arg-type]
+            try:
+                scores = self._processors(torch.tensor([ids], device=scores.device), scores)  # type: ignore[arg-type]
+            except GrammarError as reason:  # the fault of this answer alone
+                self.answer.fail(reason)
         if self.call.logprobs:
             self.call.logprobs.take(scores.argmax(dim=-1))
         return scores

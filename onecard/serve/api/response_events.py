@@ -12,7 +12,7 @@ from typing import Any
 
 from onecard.serve.api.logprobs import TokenTexts
 from onecard.serve.api.requests import GenerationParams
-from onecard.serve.api.responses import ChatResponseBuilder
+from onecard.serve.api.responses import ChatResponseBuilder, path_of
 from onecard.serve.api.schema import ResponseRequest
 from onecard.serve.api.stream import comment, event, waiting_for
 from onecard.serve.api.work import Progress
@@ -53,18 +53,22 @@ class ResponseBuilder:
         items = [self.thought_item(thought, "completed")] if thought else []
         usage = progress.usage(1)
         n_thought = len(self._tokenizer(thought, add_special_tokens=False)["input_ids"]) if thought else 0
-        return self._head | {
-            "status": "incomplete" if is_cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": [*items, self.message_item(text, "incomplete" if is_cut else "completed")],
-            "usage": {
-                "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": usage["prompt_tokens_details"],
-                "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": n_thought},
-                "total_tokens": usage["total_tokens"],
-            },
-        }
+        return (
+            self._head
+            | {
+                "status": "incomplete" if is_cut else "completed",
+                "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+                "output": [*items, self.message_item(text, "incomplete" if is_cut else "completed")],
+                "usage": {
+                    "input_tokens": usage["prompt_tokens"],
+                    "input_tokens_details": usage["prompt_tokens_details"],
+                    "output_tokens": usage["completion_tokens"],
+                    "output_tokens_details": {"reasoning_tokens": n_thought},
+                    "total_tokens": usage["total_tokens"],
+                },
+            }
+            | path_of(progress)
+        )
 
     def thought_item(self, text: str | None, status: str) -> dict[str, Any]:
         """What was thought; None for the item that is begun."""

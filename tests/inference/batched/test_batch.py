@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from onecard.errors import ModelError
 from onecard.inference.batched.batch import check_batched, open_batch
 from onecard.inference.engine import InferenceEngine
 from onecard.inference.generate import ModelBundle
+from onecard.inference.grammar import GrammarError, json_grammar, regex_grammar
 from onecard.inference.out_of_memory import OutOfMemory
 from onecard.inference.queue import QueueFull
 from onecard.model.attention import avoid_flash
@@ -30,6 +32,7 @@ from tests.inference.batched.conftest import (
     open_parallel,
     request_of,
 )
+from tests.inference.test_grammar import TOO_WIDE
 
 # Each option with a value that changes the answer, and the way that such a request takes.
 OPTIONS = {
@@ -80,6 +83,20 @@ def test_several_answers_biases_and_log_probabilities(engine: InferenceEngine, a
         assert own.token_id == other.token_id
         assert own.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert [token for token, _ in own.top] == [token for token, _ in other.top]
+
+
+def test_grammars_hold_on_both_paths_alike(engine: InferenceEngine, alone: InferenceEngine) -> None:
+    """Answers of one request, and one whose grammar takes too much work, which ends alone."""
+    wild, form = SamplingOptions(max_new_tokens=60, temperature=1.5), regex_grammar("([ab]|你){9}[0-9]!", "f")
+    request = request_of(sampling=wild, n=3, grammar=form)
+    beside = Asked(engine, request_of(sampling=SamplingOptions(max_new_tokens=60)))
+    lost = Asked(engine, request_of(sampling=wild, grammar=json_grammar(TOO_WIDE, "g")))
+    found = answers(engine, request)
+    assert found == answers(alone, request)
+    assert all(re.fullmatch("([ab]|你){9}[0-9]!", chunk.text) and chunk.path == "batched" for chunk in found)
+    with pytest.raises(GrammarError, match=r"^g: .*make it simpler"):
+        lost.result()
+    assert beside.result() == answers(alone, request_of(sampling=SamplingOptions(max_new_tokens=60)))
 
 
 def test_streamed_chunks_grow(engine: InferenceEngine) -> None:
