@@ -29,7 +29,7 @@ from onecard.inference.call import ModelBundle
 from onecard.inference.load import load_bundle
 from onecard.installation import command
 from onecard.model.trained import has_adapter, without_adapter
-from onecard.serve.web.votes import AnswerPair
+from onecard.serve.web.votes import VotedPair
 from onecard.storage import write_whole
 
 BASE, PAIRS_FILE = "base", "pairs.json"
@@ -54,7 +54,7 @@ def is_answer_file(side: str) -> bool:
     return Path(side).expanduser().is_file()
 
 
-def pairs_of(job: BlindJob) -> list[AnswerPair]:
+def pairs_of(job: BlindJob) -> list[VotedPair]:
     """The pairs, in the order of the questions. Raises DataError where the two sides share no question."""
     files = [Path(side).expanduser() if is_answer_file(side) else None for side in job.sides]
     written = [job.folder / f"answers_{letter}.jsonl" for letter in "ab"]
@@ -139,7 +139,7 @@ def _answer_in(record: dict[str, Any], where: str) -> Iterator[Answer]:
     yield sample.turns[:-1], sample.turns[-1].content
 
 
-def pair_up(a: Sequence[Answer], b: Sequence[Answer]) -> list[AnswerPair]:
+def pair_up(a: Sequence[Answer], b: Sequence[Answer]) -> list[VotedPair]:
     """The answers to the same questions; of a question that is asked several times, in their order."""
     waiting: dict[tuple[Turn, ...], list[str]] = {}
     for turns, answer in b:
@@ -147,5 +147,5 @@ def pair_up(a: Sequence[Answer], b: Sequence[Answer]) -> list[AnswerPair]:
     pairs = []
     for number, (turns, answer) in enumerate(a, start=1):
         if waiting.get(turns):
-            pairs.append(AnswerPair(str(number), turns, answer, waiting[turns].pop(0)))
+            pairs.append(VotedPair(str(number), turns, answer, waiting[turns].pop(0)))
     return pairs

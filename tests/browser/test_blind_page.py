@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from onecard.data.messages import Turn
-from onecard.serve.web.votes import AnswerPair, BlindVotes
+from onecard.serve.web.votes import VotedPair, BlindVotes
 from tests.browser.conftest import serving, wait_until
 
 SHOTS = os.environ.get("ONECARD_BLIND_SHOTS")  # a folder for pictures to be looked at
@@ -18,11 +18,11 @@ NAMES = ("base", "outputs/mine")
 TRICK = "<img src=https://evil.example/x onerror=alert(1)> better"
 
 
-def pairs(n: int) -> list[AnswerPair]:
+def pairs(n: int) -> list[VotedPair]:
     found = []
     for k in range(1, n + 1):
         turns = (Turn("user", f"Question {k}: what is 1/{k}?"),)
-        found.append(AnswerPair(str(k), turns, f"worse {k}, $\\frac{{1}}{{{k}}}$", f"{TRICK} {k}"))
+        found.append(VotedPair(str(k), turns, f"worse {k}, $\\frac{{1}}{{{k}}}$", f"{TRICK} {k}"))
     return found
 
 

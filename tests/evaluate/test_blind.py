@@ -17,11 +17,11 @@ from onecard.errors import CheckpointError, ConfigError, DataError
 from onecard.evaluate.blind import pair_up, read_answers
 from onecard.programs import evaluate
 from onecard.serve.web import app, votes
-from onecard.serve.web.votes import AnswerPair, BlindVotes
+from onecard.serve.web.votes import VotedPair, BlindVotes
 
 
-def pairs(n: int) -> list[AnswerPair]:
-    return [AnswerPair(str(k), (Turn("user", f"Q{k}", "more"),), f"a{k}", f"b{k}") for k in range(n)]
+def pairs(n: int) -> list[VotedPair]:
+    return [VotedPair(str(k), (Turn("user", f"Q{k}", "more"),), f"a{k}", f"b{k}") for k in range(n)]
 
 
 def choose(given: BlindVotes, side: str) -> None:
@@ -64,9 +64,9 @@ def test_a_vote_that_cannot_be_written_is_no_vote(tmp_path: Path, monkeypatch: p
 
 
 def test_what_votes_say_and_that_dpo_reads_them(tmp_path: Path) -> None:
-    same = [AnswerPair("s", (Turn("user", "Q"),), "x", " x\n")]
+    same = [VotedPair("s", (Turn("user", "Q"),), "x", " x\n")]
     turns = (Turn("system", "Be short."), Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Bye", "now"))
-    given = BlindVotes(tmp_path, [*pairs(19), AnswerPair("c", turns, "a!", "b!"), *same], ("base", "run"))
+    given = BlindVotes(tmp_path, [*pairs(19), VotedPair("c", turns, "a!", "b!"), *same], ("base", "run"))
     assert given.result()["result"] == "no difference beyond noise" and given.result()["share_b"] is None
     for number in range(20):
         choose(given, "a" if number < 3 else "b")

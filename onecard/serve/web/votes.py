@@ -25,7 +25,7 @@ Choice = Literal["a", "b", "tie"]
 
 
 @dataclass(frozen=True)
-class AnswerPair:
+class VotedPair:
     """A question (turns that end with the user's) and the answers of A and B."""
 
     key: str
@@ -44,7 +44,7 @@ class BlindVotes:
     Raises ConfigError where the folder holds votes on other answers, or what is no file of votes.
     """
 
-    def __init__(self, folder: Path, pairs: Sequence[AnswerPair], names: tuple[str, str], *, seed: int = 42) -> None:
+    def __init__(self, folder: Path, pairs: Sequence[VotedPair], names: tuple[str, str], *, seed: int = 42) -> None:
         self.folder, self.names = folder, names
         self.pairs = {pair.key: pair for pair in pairs if not pair.is_same}
         self.n_same = len(pairs) - len(self.pairs)
@@ -70,7 +70,7 @@ class BlindVotes:
         return votes
 
     @property
-    def current(self) -> AnswerPair | None:
+    def current(self) -> VotedPair | None:
         """The first pair without a vote; None when all have one."""
         return next((pair for key, pair in self.pairs.items() if key not in self.votes), None)
 
@@ -78,7 +78,7 @@ class BlindVotes:
         """Whether B's answer stands first in this pair: drawn by the seed."""
         return random.Random(f"{self._seed} {key}").random() < 0.5
 
-    def in_order(self, pair: AnswerPair) -> tuple[str, str]:
+    def in_order(self, pair: VotedPair) -> tuple[str, str]:
         """The answers as they are shown."""
         return (pair.b, pair.a) if self.b_is_first(pair.key) else (pair.a, pair.b)
 
