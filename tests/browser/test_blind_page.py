@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from onecard.data.messages import Turn
-from onecard.serve.web.votes import VotedPair, BlindVotes
+from onecard.serve.web.votes import BlindVotes, VotedPair
 from tests.browser.conftest import serving, wait_until
 
 SHOTS = os.environ.get("ONECARD_BLIND_SHOTS")  # a folder for pictures to be looked at

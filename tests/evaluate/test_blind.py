@@ -17,7 +17,7 @@ from onecard.errors import CheckpointError, ConfigError, DataError
 from onecard.evaluate.blind import pair_up, read_answers
 from onecard.programs import evaluate
 from onecard.serve.web import app, votes
-from onecard.serve.web.votes import VotedPair, BlindVotes
+from onecard.serve.web.votes import BlindVotes, VotedPair
 
 
 def pairs(n: int) -> list[VotedPair]:
