@@ -44,7 +44,7 @@ class ExportOptions(OutputOptions):
     prompt_type: str = "auto"
     """Chat template: a built-in name or a .jinja file; auto takes the one stored with the model, or none."""
     adapter_only: bool = False
-    """Write the LoRA adapter alone, for llama.cpp's --lora and Ollama's ADAPTER, instead of merging it in."""
+    """Write the LoRA adapter alone, for llama.cpp and Ollama to put on, instead of merging it in."""
     accept_other_base: bool = False
     """Merge although the adapter was trained on another base."""
 

@@ -30,6 +30,8 @@ class HandoverOptions(OutputOptions):
     """Directory of the run, the second word."""
     output_path: str = ""
     """A new directory, the third word."""
+    model_path: str = "auto"
+    """Base model: a directory or a Hub id; auto: the one that the run was trained on."""
     context: int = 0
     """Context in tokens; 0: the model's own, at most 8,192."""
     gguf_type: Literal["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "q8_0"
@@ -56,5 +58,6 @@ def main(argv: list[str] | None = None) -> None:
 
     hand_over(
         options.engine, Path(options.run).expanduser(), Path(options.output_path).expanduser(),
-        context=options.context, gguf_type=options.gguf_type, overwrite=options.overwrite,
+        model_path=options.model_path, context=options.context, gguf_type=options.gguf_type,
+        overwrite=options.overwrite,
     )  # fmt: skip

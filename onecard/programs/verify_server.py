@@ -12,13 +12,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from onecard.config.base_model import ModelOptions
+from onecard.config.inference import AnsweringModelOptions
 from onecard.config.parsing import missing, parse
 from onecard.config.problems import Problem
 from onecard.console import say, warn
 from onecard.errors import OneCardError
+from onecard.inference.run_files import stored_options
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -40,8 +43,6 @@ class VerifyServerOptions:
     0.03, 3 bits 0.1 and 2 bits 0.5."""
     max_seconds: float = 120.0
     """Time for all requests together."""
-    device: str = "auto"
-    """Where the model of a run without stored answers is loaded: auto, cpu, cuda or cuda:N."""
     json: bool = False
     """Print one JSON object."""
     debug: bool = False
@@ -56,6 +57,14 @@ class VerifyServerOptions:
         if self.max_seconds <= 0:
             found.append(("--max_seconds", f"{self.max_seconds} leaves no time; use a minute or two"))
         return found
+
+
+@dataclass
+class VerifyServerConfig:
+    """Everything this program needs; the base is loaded only for a run without stored answers."""
+
+    verify: VerifyServerOptions = field(default_factory=VerifyServerOptions)
+    model: ModelOptions = field(default_factory=AnsweringModelOptions)
 
 
 class NotTheSame(OneCardError):
@@ -75,24 +84,28 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):  # the address, without its option
         words.insert(0, "--url")
-    verify(parse(VerifyServerOptions, words, description=__doc__ or ""))
+    verify(
+        parse(
+            VerifyServerConfig, words, description=__doc__ or "", stored=lambda typed: stored_options(typed.get("run"))
+        )
+    )
 
 
-def verify(options: VerifyServerOptions) -> None:
+def verify(config: VerifyServerConfig) -> None:
     """Compare, say what was found. Raises NotTheSame, Undecided and what else keeps it from being found."""
-    from onecard.config.base_model import ModelOptions
     from onecard.inference.load import load_words
     from onecard.serve.verify.client import ServerClient
     from onecard.serve.verify.compare import ServerComparison
     from onecard.serve.verify.make import check_of
 
-    run = Path(options.run).expanduser()
+    options, run = config.verify, Path(config.verify.run).expanduser()
     key = options.api_key or os.environ.get(KEY_VARIABLE, "")
     with ServerClient(options.url, key, model=options.model, seconds=options.max_seconds) as client:
         known = client.models()  # a dead server is told before a model is loaded
         client.model = options.model or chosen_model(known, run.name)
-        check = check_of(run, options.device)
-        tokenizer, template = load_words(ModelOptions(model_path=str(check.about.get("base", ""))), str(run), "auto")
+        check = check_of(run, config.model)
+        base = replace(config.model, model_path=str(check.about.get("base", "")))
+        tokenizer, template = load_words(base, str(run), "auto")
         client.start_clock()
         report = ServerComparison(client, check, template, tokenizer, options.max_kl).report()
     if options.json:

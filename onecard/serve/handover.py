@@ -61,10 +61,10 @@ class StartPlan:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def hand_over(engine: str, run: Path, target: Path, *, context: int = 0, gguf_type: str = "q8_0",
-              overwrite: bool = False) -> None:  # fmt: skip
+def hand_over(engine: str, run: Path, target: Path, *, model_path: str = "auto", context: int = 0,
+              gguf_type: str = "q8_0", overwrite: bool = False) -> None:  # fmt: skip
     """Write the directory for one engine and say what is next. Raises OneCardError."""
-    found, tokenizer = read_run(run, context)
+    found, tokenizer = read_run(run, model_path, context)
     base, needs_merge = found.model, found.adapter is not None and (engine not in ("vllm", "sglang") or found.merges)
     if engine in ("llama.cpp", "ollama"):
         settings = GgufSettings(
@@ -96,12 +96,13 @@ def verify_line(engine: str, plan: StartPlan, run: Path) -> str:
     return shlex.join(["onecard", "verify-server", url, "--run", str(run.absolute()), "--model", plan.model_name])
 
 
-def read_run(run: Path, context: int = 0) -> tuple[HandoverRun, Any]:
+def read_run(run: Path, model_path: str = "auto", context: int = 0) -> tuple[HandoverRun, Any]:
     """(the run, its tokenizer). Raises ModelError and ConfigError."""
     directory = run_directory(str(run)) or run
     is_whole = is_tuned_model(run)
     stored = stored_options(str(run))
-    base = str(run.absolute()) if is_whole else base_path(str(stored.get("model_path", "auto")), str(run))
+    named = str(stored.get("model_path", "auto")) if model_path == "auto" else model_path
+    base = str(run.absolute()) if is_whole else base_path(named, str(run))
     tokenizer, template = load_words(ModelOptions(model_path=base), str(run), "auto")
     config = _json(locate(base) / "config.json")
     text = config.get("text_config", config)

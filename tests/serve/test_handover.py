@@ -70,8 +70,9 @@ def test_the_line_to_compare_with_is_one_that_works(
         out = handed(engine, "--overwrite")
         line = next(x for x in (out / "HANDOVER.md").read_text(encoding="utf-8").splitlines() if "verify-server" in x)
         verify_server.main(shlex.split(line)[2:])
-        assert (seen[-1].model, seen[-1].run) == (model, str(run_dir))
-        assert seen[-1].url.endswith(f":{handover.PORTS[engine]}/v1")
+        options = seen[-1].verify
+        assert (options.model, options.run) == (model, str(run_dir))
+        assert options.url.endswith(f":{handover.PORTS[engine]}/v1")
 
 
 def test_sglang_gets_the_same_in_its_words(handed: HandOver, run_dir: Path, lively_base: Path) -> None:

@@ -1,4 +1,4 @@
-"""A LoRA adapter as GGUF, without its base: llama.cpp puts it on with --lora, Ollama with ADAPTER.
+"""A LoRA adapter as GGUF, without its base: llama.cpp and Ollama put it on when they start.
 
 What such a file cannot hold is refused by name. The order of things is told here; the format is writer.py's.
 """

@@ -8,16 +8,16 @@ from typing import Any
 
 import yaml
 
+from onecard.config.base_model import ModelOptions
 from onecard.config.data import DataOptions
-from onecard.config.inference import AnsweringModelOptions
 from onecard.config.training import FinetuneConfig
 from onecard.console import say, warn
 from onecard.data.mixture import parts_of
 from onecard.data.sources import Source
 from onecard.errors import OneCardError
 from onecard.inference.call import ModelBundle
-from onecard.inference.load import load_bundle
-from onecard.inference.run_files import OPTIONS_NAME, run_directory, stored_options
+from onecard.inference.load import base_path, load_bundle
+from onecard.inference.run_files import OPTIONS_NAME, run_directory
 from onecard.model.lora.methods import MOVING_STARTS
 from onecard.serve.verify.check_file import CHECK_NAME, ServerCheck, make_check, read_check
 from onecard.train.build import TrainingData
@@ -49,17 +49,15 @@ def check_after_training(config: FinetuneConfig, run: Run, data: TrainingData, d
         warn(f"{CHECK_NAME} was not written ({reason}); onecard verify-server makes it when it is needed")
 
 
-def check_of(run: Path, device: str = "auto") -> ServerCheck:
+def check_of(run: Path, options: ModelOptions) -> ServerCheck:
     """The check of a run, made now where it has none. Raises OneCardError."""
     directory = run_directory(str(run)) or run
     check = read_check(directory)
     if check is not None:
         return check
     say(f"{directory} has no {CHECK_NAME}; its model is loaded and asked once")
-    known = {"model_path": "auto", **stored_options(str(run)), "device": device}
-    options: Any = replace(AnsweringModelOptions(), **known)
     bundle, _ = load_bundle(options, str(run), "auto")
-    about = {"base": options.model_path, "bits": options.bits, "at": "the first comparison"}
+    about = {"base": base_path(options.model_path, str(run)), "bits": options.bits, "at": "the first comparison"}
     check = make_check(bundle, _sources_of(directory), (), about)
     try:
         check.write(directory)
