@@ -170,6 +170,7 @@ REFUSED = [
         ["--max_beams", "--max_choices", "--max_embedding_inputs"],
     ),
     (LimitOptions, {"max_body_bytes": 10}, ["--max_body_bytes"]),
+    (ParallelOptions, {"max_parallel": 0}, ["--max_parallel"]),
     (AskOptions, {"batch_size": 0}, ["--batch_size"]),
     (AskOptions, {"data_path": "a.json"}, ["--output_path"]),
     (AskOptions, {"output_path": "a.jsonl"}, ["--data_path"]),
