@@ -32,6 +32,9 @@ USUAL_LORA_RATE = 2e-4
 # What a method's authors took where LoRA's rate would barely move it: (IA)3 has one number per output, no products.
 # T-Few, https://arxiv.org/abs/2205.05638, section 3: 3e-3.
 PUBLISHED_RATES = {"ia3": (3e-3, "as (IA)3 was published with")}
+# VeRA learns by ten times what LoRA does in PEFT's comparison of methods: 1e-3 and 1e-4, commit 5d602fd,
+# https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA/experiments/vera
+VERA_OVER_LORA = 10
 USUAL_PAIR_RATE = 5e-6  # TRL's example of DPO with LoRA
 USUAL_SCORE_RATE = 1e-4  # TRL's default of RewardConfig
 USUAL_REWARD_RATE = 1e-5  # ten times TRL's for GRPO of whole weights, by the rule for LoRA
@@ -53,6 +56,9 @@ def default_learning_rate(
         return USUAL_SCORE_RATE, "usual for reward models"
     if objective == "grpo":
         return USUAL_REWARD_RATE, "usual for learning from rewards"
+    if method == "vera":
+        rate, reason = default_learning_rate(model_type, hidden_size, objective)
+        return float(f"{rate * VERA_OVER_LORA:.1e}"), f"ten times what LoRA gets, as PEFT compares VeRA, {reason}"
     if method in PUBLISHED_RATES:
         return PUBLISHED_RATES[method]
     family = next((name for name in POWER_OF_FAMILY if model_type.startswith(name)), None)

@@ -101,6 +101,9 @@ def test_the_learning_rate_of_a_base(model_type: str, width: int, expected: floa
     assert default_learning_rate(model_type, width, "dpo") == (5e-6, "usual for preference pairs")
     assert default_learning_rate(model_type, width, method="ia3") == (3e-3, "as (IA)3 was published with")
     assert default_learning_rate(model_type, width, "dpo", "ia3")[0] == 5e-6
+    rate, reason = default_learning_rate(model_type, width, method="vera")
+    assert rate == pytest.approx(10 * expected)
+    assert reason.startswith("ten times what LoRA gets, as PEFT compares VeRA")
 
 
 def test_warmup_steps_take_the_place_of_the_ratio() -> None:
