@@ -90,6 +90,7 @@ def test_not_fitting_is_an_answer_and_no_error(plan) -> None:
     assert "Not even one token fits" in out and "Largest known model that fits a card of 8 GiB" in out
 
 
+@pytest.mark.usefixtures("only_the_plan")
 def test_a_directory_is_read_from_its_config_alone(plan, tmp_path) -> None:
     save_tiny_llama(tmp_path / "base")
     for file in (tmp_path / "base").iterdir():
