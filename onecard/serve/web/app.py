@@ -109,8 +109,8 @@ def blind_page(votes: BlindVotes, page: PageOptions) -> WebPage:
     with gr.Blocks(title="OneCard", analytics_enabled=False) as blocks:
         parts: dict[str, Any] = {name: _hidden(name) for name in ("stored", "browser_language", "pair")}
         parts |= _header(labels, "", "blind.title") | _lines() | _pair(labels)
-    wiring = BlindWiring(votes, parts, labels, page.language, GradioHooks(_on, _tell))
-    wiring.connect(blocks)
+        wiring = BlindWiring(votes, parts, labels, page.language, GradioHooks(_on, _tell))
+        wiring.connect(blocks)
     return WebPage(_queued(blocks), wiring.presence)
 
 
