@@ -87,7 +87,6 @@ NEVER = {
     ("onecard.export.gguf.export", "prompt_type"): "the run's own template is handed over",
     ("onecard.export.gguf.ollama", "prompt_type"): "the run's own template is handed over",
     ("onecard.export.gguf.ollama", "system"): "no system text is handed over",
-    ("onecard.inference.generate", "num_beams"): "answers that servers are compared with have one beam",
     ("onecard.inference.load", "lora_path"): "the adapter is that of the run",
     ("onecard.data.mixture", "data"): "what a run learned from is left out where it is gone",
     ("onecard.data.mixture", "data_path"): "what a run learned from is left out where it is gone",
