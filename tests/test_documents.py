@@ -103,6 +103,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "outputs" / run).mkdir(parents=True)
         (root / "outputs" / run / "onecard.yaml").write_text(cli.to_yaml(FinetuneConfig()), encoding="utf-8")
         (root / "outputs" / run / "adapter_config.json").write_text("{}", encoding="utf-8")
+    for name in ("answers_old.jsonl", "answers_new.jsonl"):
+        (root / name).touch()
     # In place of Python: starts it, and makes every program end once its options are read.
     dry = root / "dry-python"
     dry.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" --print_config\n', encoding="utf-8")

@@ -22,7 +22,7 @@ from onecard.export.gguf.layout import EMBEDDING, HEAD, GgufLayout, expected_sha
 from onecard.export.io import output
 from onecard.installation import command
 from onecard.model.files import locate
-from onecard.model.lora.formats import LORA_KEY, PREFIX, AdapterFiles, infer_config, read_adapter, read_config
+from onecard.model.lora.formats import LORA_KEY, MATRICES, PREFIX, AdapterFiles, infer_config, read_adapter, read_config
 
 FLAG = "--adapter_only"
 KINDS = ("f32", "f16", "bf16")  # rows of a small rank are no whole blocks of the others
@@ -117,7 +117,7 @@ def _modules(files: AdapterFiles, config: Mapping[str, Any]) -> dict[str, tuple[
     for name, tensor in files.tensors.items():
         match = LORA_KEY.fullmatch(name)
         part = match["kind"] if match else ""
-        if match is None or part not in ("lora_A", "lora_B") or match["end"] == ".bias" or tensor.dim() != 2:
+        if match is None or part not in MATRICES or match["end"] == ".bias" or tensor.dim() != 2:
             what = "trained embeddings" if EMBEDDING.split(".")[-2] in name or "embedding" in part else "more than LoRA"
             raise ModelError(f"{files.directory} holds {what} ({name}), which a GGUF adapter cannot hold; {ADVICE}")
         found.setdefault(match["module"].removeprefix(PREFIX), {})[part] = tensor
@@ -126,7 +126,7 @@ def _modules(files: AdapterFiles, config: Mapping[str, Any]) -> dict[str, tuple[
         raise ModelError(f"{files.weights} has only one of the two matrices of {lonely}; copy the adapter again")
     if not all(torch.is_floating_point(tensor) for tensor in files.tensors.values()):
         raise ModelError(f"{files.weights} holds matrices that are no floats; save the adapter in fp32 or 16 bits")
-    return {module: (parts["lora_A"], parts["lora_B"]) for module, parts in found.items()}
+    return {module: (parts[MATRICES[0]], parts[MATRICES[1]]) for module, parts in found.items()}
 
 
 def _scaling(module: str, rank: int, config: Mapping[str, Any]) -> float:

@@ -31,6 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 ADAPTER_PREFIX = "adapter_"  # of the names of its files
 STATE = "trainer_state.json"
+MATRICES = ("lora_A", "lora_B")  # of a layer: A (rank, in) and B (out, rank)
 LORA_KEY = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<end>\.weight|\.bias)?"
