@@ -80,7 +80,7 @@ class BlindWiring:
         first, second = self.votes.in_order(pair) if pair else ("", "")
         status = word(language, "blind.progress", n=n_done, m=n_all)
         question = _question(pair.turns, language) if pair else word(language, "blind.done")
-        shown = bool(pair) or HIDDEN
+        shown = bool(pair)  # a row knows no "hidden"
         return [
             {"value": pair.key if pair else ""}, {"value": as_html(status, "oc-line")}, {"value": question},
             {"visible": shown}, {"value": plain_markdown(first)}, {"value": plain_markdown(second)},
