@@ -124,6 +124,12 @@ def other_kind(adapter_config: Mapping[str, Any], *, gives_reward: bool = False)
     return f"{message}; merge it into its base with peft (merge_and_unload), and give the result as the base model"
 
 
+def is_data_file(text: str) -> bool:
+    """Whether this names a file of data, there or missing, and no model."""
+    path = Path(text).expanduser()
+    return path.is_file() or path.suffix.lower() in DATA_SUFFIXES
+
+
 def is_tuned_model(path: Path) -> bool:
     """Whether this is the directory of a finished run that trained weights of its base: a whole model."""
     path = path.expanduser()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.base_model import ModelOptions
+from onecard.config.given_paths import is_data_file
 from onecard.config.inference import SamplingOptions
 from onecard.console import warn
 from onecard.data.formats import to_sample
@@ -49,14 +50,12 @@ class BlindJob:
     batch_size: int
 
 
-def is_answer_file(side: str) -> bool:
-    """Whether a side is a file of answers, not a model."""
-    return Path(side).expanduser().is_file()
-
-
 def pairs_of(job: BlindJob) -> list[VotedPair]:
     """The pairs, in the order of the questions. Raises DataError where the two sides share no question."""
-    files = [Path(side).expanduser() if is_answer_file(side) else None for side in job.sides]
+    files = [Path(side).expanduser() if is_data_file(side) else None for side in job.sides]
+    for flag, file in zip(("--a", "--b"), files, strict=True):
+        if file is not None and not file.is_file():
+            raise ConfigError(flag, f"there is no file {file}")
     written = [job.folder / f"answers_{letter}.jsonl" for letter in "ab"]
     if None in files and not _is_whole(job):
         _write_answers(job, [path if file is None else None for file, path in zip(files, written, strict=True)])
@@ -89,7 +88,7 @@ def _write_answers(job: BlindJob, paths: Sequence[Path | None]) -> None:
     source = Source((job.questions,))
     n_questions, questions = survey(source), data_fingerprint(source)
     bundles: dict[str | None, tuple[ModelBundle, dict[str, Any]]] = {}
-    runs = [side for side in job.sides if side != BASE and not is_answer_file(side)]
+    runs = [side for side in job.sides if side != BASE and not is_data_file(side)]
     for side, path in zip(job.sides, paths, strict=True):
         if path is None:
             continue

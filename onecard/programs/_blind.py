@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.base_model import ModelOptions
+from onecard.config.given_paths import is_data_file
 from onecard.config.inference import AnsweringModelOptions, PageOptions, SamplingOptions
 from onecard.config.parsing import missing, parse
 from onecard.config.problems import Problem
@@ -41,7 +42,7 @@ class BlindOptions:
         found = missing(self, "a", "b", "output_path")
         if self.a and self.a == self.b:
             found.append(("--b", f"{self.b} is A, too; there is nothing to compare"))
-        are_files = [Path(side).expanduser().is_file() for side in (self.a, self.b)]
+        are_files = [is_data_file(side) for side in (self.a, self.b)]
         if not all(are_files) and not self.questions and not found:
             found.append(("--questions", "is missing; a model needs questions to answer"))
         if all(are_files) and self.questions:
@@ -71,7 +72,7 @@ def main(words: list[str]) -> None:
 def _stored(typed: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the run that is compared: the base beside it is its own."""
     sides = [str(typed.get(name) or "") for name in ("b", "a")]
-    runs = [side for side in sides if side not in ("", "base") and not Path(side).expanduser().is_file()]
+    runs = [side for side in sides if side not in ("", "base") and not is_data_file(side)]
     return stored_options(runs[0] if runs else None)
 
 

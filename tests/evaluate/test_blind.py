@@ -152,6 +152,7 @@ def generated(base: Path, folder: Path) -> Path:
         (["--a", "base", "--b", "run"], "--questions: is missing; a model needs questions"),
         (["--a", "{a}", "--b", "{b}", "--questions", "{a}"], "--questions: goes with a model"),
         (["--a", "{a}", "--b", "{b}"], "answer no question in common"),
+        (["--a", "{a}", "--b", "gone.jsonl"], "--b: there is no file gone.jsonl"),
         (["--a", "{a}", "--b", "{b}", "--host", "0.0.0.0"], "--host: 0.0.0.0 can be reached from other machines"),
     ],
 )
