@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.machine import machine, say_table, write_result
     from onecard.train.auto_config import auto_total_batch
 
-    found = []
+    found: list[dict[str, Any]] = []
     for n_rows in map(int, comma_list(options.rows)):
         for rate in map(float, comma_list(options.rates)):
             losses = {batch: held_out_loss(n_rows, rate, int(batch)) for batch in comma_list(options.batches)}

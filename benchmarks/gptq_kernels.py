@@ -14,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -26,7 +26,8 @@ from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
-BITS, GROUP, SAMPLES, LENGTH = 4, 128, 16, 256
+BITS: Literal[4] = 4
+GROUP, SAMPLES, LENGTH = 128, 16, 256
 
 
 @dataclass

@@ -253,7 +253,8 @@ def timings(library: Any, vocabulary: list[bytes], rounds: int) -> dict[str, Any
     found: dict[str, Any] = {}
     for name, (schema, value) in SCHEMAS.items():
         ids = longest_first(json.dumps(value, ensure_ascii=False).encode(), vocabulary)
-        compiling, masks = [], []
+        compiling: list[float] = []
+        masks: list[float] = []
         try:
             while len(compiling) < rounds and sum(compiling) < LONG_SECONDS:
                 begun = time.perf_counter()

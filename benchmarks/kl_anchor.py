@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.machine import machine, say_table, write_result
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for weight in map(float, comma_list(options.weights)):
         runs = [measured(weight, seed, options) for seed in range(options.seeds)]
         rows.append({"kl_anchor": weight} | {name: [run[name] for run in runs] for name in runs[0]})

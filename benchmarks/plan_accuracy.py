@@ -188,6 +188,7 @@ def measure(name: str, config: dict[str, Any], setup: Any, planned: Any, hardwar
     if "reserved_bytes" in found:
         moving = sum(part.n_bytes for part in planned.parts if part.transient and part.place == "card")
         planned_reserved = planned_peak(planned).reserved_bytes  # the context is not among what torch reserves
+        assert planned_reserved is not None, "only a plan for a CPU has none"
         row |= {"planned_card_bytes": planned.card_bytes, "moving_bytes": moving,
                 "reserved_ratio": round(planned_reserved / found["reserved_bytes"], 4)}  # fmt: skip
     of_what = f"{name}, {setup.bits} bits, {setup.rows} x {setup.length}, rank {setup.rank}"
@@ -350,7 +351,7 @@ def constants_of(rows: list[dict[str, Any]], hardware: Any, used_before: int) ->
     torch.cuda.synchronize(hardware.device)
     free, total = torch.cuda.mem_get_info(hardware.device)
     context = total - free - torch.cuda.memory_reserved(hardware.device) - used_before
-    found = {"context_bytes": context}
+    found: dict[str, float] = {"context_bytes": context}
     shares = [(row["reserved_bytes"] - row["training_bytes"]) / row["moving_bytes"] for row in rows if "ratio" in row]
     if shares:
         found |= {"slack_share_mean": round(sum(shares) / len(shares), 4), "slack_share_largest": round(max(shares), 4)}

@@ -151,7 +151,7 @@ def plan(setting: Setting) -> list[str]:
 def context(setting: Setting) -> list[str]:
     if setting.rehearse:
         # A toy on a card of 12 MiB, beside 512 for a CUDA context and 40 for gaps; a second is not enough for it.
-        sized = ("--model_path", setting.toy(), "--vram", 564 / 1024, "--tries", 1)
+        sized: tuple[Any, ...] = ("--model_path", setting.toy(), "--vram", 564 / 1024, "--tries", 1)
     else:
         # The size that this project is for comes first, then what takes less time before what takes more.
         sized = ("--model_path", "Llama-3.1-8B", "--vram", "11,8,12,16,24", "--tries", 3, *setting.limit())

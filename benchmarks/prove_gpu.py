@@ -162,8 +162,8 @@ def run_step(step: Step, setting: Setting, launch: Launch, report: Report, limit
         numbers = step.numbers(setting, ended.out)
     except (OSError, ValueError, KeyError) as problem:
         unreadable = f"no result: {type(problem).__name__}"
-    status, reason = judge(ended, unreadable, limit)
-    return report.entry(step, status, reason, words, ended, numbers, limit)
+    status, why = judge(ended, unreadable, limit)
+    return report.entry(step, status, why, words, ended, numbers, limit)
 
 
 def judge(ended: Ended, unreadable: str, limit: float) -> tuple[str, str]:
@@ -259,8 +259,8 @@ def run_program(command: Sequence[str], limit: float, prefix: Path) -> Ended:
         finally:
             if process.poll() is None:
                 end_tree(process)
-    printed = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-    return Ended(code, *printed, time.monotonic() - begun)
+    printed, errors = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return Ended(code, printed, errors, time.monotonic() - begun)
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:

@@ -116,7 +116,8 @@ def build(options: TrlOptions, hardware: Any, folder: str) -> tuple[Any, Any, An
             self.ended = now(hardware.device)
             self.begun = self.begun or self.ended
 
-        def on_log(self, *given: Any, logs: dict[str, float], **more: Any) -> None:
+        def on_log(self, *given: Any, **more: Any) -> None:
+            logs: dict[str, float] = more["logs"]
             self.losses += [logs["loss"]] if "loss" in logs else []
 
     # Steps take the samples as they come: those of the second step and later are the ones whose tokens count.
