@@ -108,7 +108,7 @@ def test_columns_that_cannot_be_meant_are_refused() -> None:
 
 def test_every_name_that_is_read_can_be_given_by_columns() -> None:
     read_names = {key for shape in _SHAPES for key in (*shape.required, *shape.optional)}
-    assert set(config.COLUMN_NAMES) == read_names | {"role", "content", "from", "value", "thought"}
+    assert set(config.COLUMN_NAMES) == read_names | {"role", "content", "from", "value", "thought", "margin"}
 
 
 @pytest.mark.parametrize("name", ["cot", "rationale", "Complex_CoT", "thought"])

@@ -140,6 +140,17 @@ CASES = [
         ],
     ),
     Case(
+        "handover",
+        "handover",
+        lambda i, t: ["ray-serve", str(i.run), str(t)],
+    ),
+    Case(
+        "handover_gguf",
+        "handover",
+        lambda i, t: ["ollama", str(i.run), str(t), "--gguf_type", "f16"],
+        takes_long=True,
+    ),
+    Case(
         "nf4",
         "quantize_bnb",
         lambda i, t: ["--model_path", str(i.merged), "--eval_len", "64", *little_text(), "--output_path", str(t)],
@@ -281,6 +292,18 @@ BAD_INPUTS = [
     *model_inputs("quantize_bnb"),
     *model_inputs("quantize_gptq"),
     *model_inputs("convert_llama", "pth", source=lambda i: i.base),
+    BadInput(
+        "handover-no-run", "handover",
+        lambda i, s, t: ["vllm", str(s / "nothing"), str(t)], "nothing is not a directory",
+    ),
+    BadInput(
+        "handover-empty", "handover",
+        lambda i, s, t: ["vllm", emptied(s), str(t)], "empty|model_path",
+    ),
+    BadInput(
+        "handover-truncated-base", "handover",
+        lambda i, s, t: ["ray-serve", str(i.run), str(t), "--model_path", truncated(i.base, s)], "damaged",
+    ),
     BadInput(
         "merge-other-shape", "merge",
         lambda i, s, t: ["--model_path", other_shape(i.base, s), "--lora_path", str(i.run), *output(t)],

@@ -186,7 +186,7 @@ def test_more_lines_than_questions_are_refused(bundle, question_file, tmp_path: 
     run(bundle, question_file, output)
     with output.open("ab") as stream:
         stream.write(b"{}\n")
-    with pytest.raises(ConfigError, match="20 lines for 19 questions"):
+    with pytest.raises(ConfigError, match="20 lines for 19 answers"):
         run(bundle, question_file, output)
 
 

@@ -33,6 +33,7 @@ from tests.inference.batched.conftest import (
     request_of,
 )
 from tests.inference.test_grammar import TOO_WIDE
+from tests.serve.api.serving import wait_until
 
 # Each option with a value that changes the answer, and the way that such a request takes.
 OPTIONS = {
@@ -213,7 +214,9 @@ def test_full_memory_makes_fewer_run_at_once_and_loses_nothing(small: InferenceE
     requests = [request_of("fox " * k, sampling=sampling, top_logprobs=0, number=k) for k in range(6)]
     hook = failing_above(small, 130, torch.OutOfMemoryError("full"))
     try:
-        asked = [Asked(small, request) for request in requests]
+        with batch_of(small).pause():  # so that all are there at its next step
+            asked = [Asked(small, request) for request in requests]
+            wait_until(lambda: batch_of(small).n_running == len(requests), 60)
         found = [one.result()[0] for one in asked]
     finally:
         hook.remove()

@@ -107,7 +107,7 @@ def test_what_answers_has_the_scale_after_another_adapter_too(adapter: Path, tin
 
 @pytest.mark.parametrize(("adapter", "named"), [("dora", "DoRA"), ("ia3", "ia3")], indirect=["adapter"])
 def test_methods_without_a_strength_are_refused_by_name(adapter: Path, named: str, tiny_base: Path) -> None:
-    with pytest.raises(ConfigError, match=f"of the method {named}, .*; it goes with lora, loha, lokr"):
+    with pytest.raises(ConfigError, match=f"of the method {named}, .*; it goes with lora, adalora, loha, lokr"):
         load_adapter(loaded(tiny_base), adapter, trainable=False, scale=0.5)
     load_adapter(loaded(tiny_base), adapter, trainable=False)
 
