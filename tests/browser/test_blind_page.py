@@ -51,7 +51,10 @@ def press(page: Any, key: str, folder: Path, after: int, word: str = "of") -> No
     shows(page, "#oc-status", f"{after} {word}")
 
 
-@pytest.mark.parametrize("restarts", [False, True], ids=["reload", "server anew"])
+@pytest.mark.parametrize(
+    "restarts",
+    [pytest.param(False, id="reload"), pytest.param(True, id="server anew", marks=pytest.mark.slow)],
+)
 def test_twenty_pairs_by_keyboard(open_page: Any, tmp_path: Path, restarts: bool) -> None:
     """B is chosen in 14 pairs, A in 4, and 2 are ties; a vote for the wrong one is taken back."""
     votes = BlindVotes(tmp_path, pairs(20), NAMES)
