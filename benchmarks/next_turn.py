@@ -53,17 +53,17 @@ class BenchmarkOptions:
 def main() -> None:
     options = parse(BenchmarkOptions, description=__doc__)
 
-    from onecard.inference.adapters import open_voices
+    from onecard.inference.adapters import open_adapters
     from onecard.inference.engine import InferenceEngine
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(options, Path(folder))
         model = ModelOptions(model_path=folder, bits=32, device="cpu")
-        voices = open_voices(model, InferenceOptions(prompt_type="vicuna-chat"), None, "random")
+        adapters = open_adapters(model, InferenceOptions(prompt_type="vicuna-chat"), None, "random")
     seconds: dict[str, list[list[float]]] = {"kept": [], "read anew": []}
     for _ in range(options.rounds):
         for name, gib in (("kept", 2.0), ("read anew", 0.0)):
-            seconds[name].append(conversation(InferenceEngine(voices, LimitOptions(prefix_cache_gib=gib)), options))
+            seconds[name].append(conversation(InferenceEngine(adapters, LimitOptions(prefix_cache_gib=gib)), options))
     medians = {
         name: [statistics.median(turn) for turn in zip(*rounds, strict=True)] for name, rounds in seconds.items()
     }

@@ -65,7 +65,7 @@ class FakeEngine:
     context_limit: int = 2048
 
     def __post_init__(self) -> None:
-        self.turnstile = RequestQueue(self.limits.max_queue)
+        self.queue = RequestQueue(self.limits.max_queue)
         self.asked: list[GenerationRequest] = []
         self.ended: list[str] = []
         self.refused: list[GenerationRequest] = []
@@ -86,19 +86,19 @@ class FakeEngine:
         cancel = cancel or threading.Event()
         self.asked.append(request)
         try:
-            ticket = self.turnstile.join()
+            ticket = self.queue.join()
         except QueueFull:
             self.refused.append(request)
             raise
         ending = "closed"
         try:
-            for place in self.turnstile.wait(ticket, cancel):
+            for place in self.queue.wait(ticket, cancel):
                 yield [Chunk(place=place)]
             for chunk in self._answer(request, cancel):
                 ending = chunk.finish_reason or ending
                 yield [chunk]
         finally:
-            self.turnstile.leave(ticket, 1.0)
+            self.queue.leave(ticket, 1.0)
             self.ended.append(ending)
 
     def _answer(self, request: GenerationRequest, cancel: threading.Event) -> Iterator[Chunk]:

@@ -97,7 +97,7 @@ def _write_answers(job: BlindJob, paths: Sequence[Path | None]) -> None:
             bundles.clear()
             bundles[source_run] = load_bundle(job.model, source_run, job.prompt_type)
         bundle, depends_on = bundles[source_run]
-        voice: AbstractContextManager[Any] = nullcontext()
+        base_alone: AbstractContextManager[Any] = nullcontext()
         if side == BASE and source_run is not None:
             if not has_adapter(bundle.model):
                 raise ConfigError(
@@ -105,9 +105,9 @@ def _write_answers(job: BlindJob, paths: Sequence[Path | None]) -> None:
                     f"base: {source_run} is no adapter but a model of its own; have its base answer with "
                     f"{command('generate')} and give the file of its answers here",
                 )
-            voice, depends_on = without_adapter(bundle.model), {**depends_on, "adapter": None}
+            base_alone, depends_on = without_adapter(bundle.model), {**depends_on, "adapter": None}
         depends_on = {**depends_on, "questions": questions, **asdict(job.sampling)}
-        with AnswerFile(path, depends_on) as answers, voice:
+        with AnswerFile(path, depends_on) as answers, base_alone:
             answer_questions(BatchJob(bundle, source, n_questions, job.sampling, job.batch_size), answers)
     write_whole(job.folder / PAIRS_FILE, json.dumps(_about(job), indent=1) + "\n")
 

@@ -65,7 +65,7 @@ class AdapterManager:
         self.model: Any = bundle.model
         self._fingerprint = depends_on["base"]
         self._on: str | None = first  # the name of what the model is now; None: the base, after an adapter failed
-        self._voices = {first: ServedAdapter(self._paths[first], bundle.tokenizer, bundle.template)}
+        self._adapters = {first: ServedAdapter(self._paths[first], bundle.tokenizer, bundle.template)}
         self._templates: dict[tuple[str, str], Template] = {}
         self._n_added: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -86,11 +86,11 @@ class AdapterManager:
             known = ", ".join(self.names)
             raise ConfigError("--adapter", f"no adapter is called {name!r}{nearest(name, self.names)}; known: {known}")
         with self._lock:
-            if name not in self._voices:
+            if name not in self._adapters:
                 path = self._paths[name]
                 words = load_words(self._options, path, self._prompt_type, self._thinking)
-                self._voices[name] = ServedAdapter(path, *words)
-            served = self._voices[name]
+                self._adapters[name] = ServedAdapter(path, *words)
+            served = self._adapters[name]
             return replace(served, template=self._template(name, prompt_type, served)) if prompt_type else served
 
     def use(self, name: str = "", prompt_type: str = "") -> ModelBundle:
@@ -107,7 +107,7 @@ class AdapterManager:
         words = load_words(self._options, path, self._prompt_type, self._thinking)
         with self._lock:
             self._paths[name] = path
-            self._voices[name] = ServedAdapter(path, *words)
+            self._adapters[name] = ServedAdapter(path, *words)
             self._n_added[name] += 1
 
     def remove(self, name: str) -> None:
@@ -118,7 +118,7 @@ class AdapterManager:
             del self._paths[name]
             if self._on == name:  # another one may get its name
                 self._on = None
-            self._voices.pop(name, None)
+            self._adapters.pop(name, None)
             self._templates = {key: one for key, one in self._templates.items() if key[0] != name}
 
     def words(self, name: str = "", prompt_type: str = "") -> ModelBundle:
@@ -165,7 +165,7 @@ class AdapterManager:
         return self._templates[key]
 
 
-def open_voices(
+def open_adapters(
     options: ModelOptions, inference_options: InferenceOptions, adapters_path: str | None, model_name: str | None
 ) -> AdapterManager:
     """Load the model, and find the adapters of a folder. Raises ConfigError and ModelError.

@@ -21,7 +21,7 @@ from onecard.data.encode import Prompt, encode_prompt, prompt_for
 from onecard.data.messages import Turn
 from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import ConfigError, DataError, ModelError
-from onecard.inference.adapters import AdapterManager, ServedAdapter, open_voices
+from onecard.inference.adapters import AdapterManager, ServedAdapter, open_adapters
 from onecard.inference.batched.batch import Batch, PathCounts, open_batch
 from onecard.inference.detokenize import hidden_ids
 from onecard.inference.embeddings import Check, embed, score
@@ -90,11 +90,11 @@ class InferenceEngine:
 
     def __init__(self, adapters: AdapterManager, limits: LimitOptions, parallel: ParallelOptions | None = None) -> None:
         self.limits = limits
-        self._voices = adapters
+        self._adapters = adapters
         self._prefixes = PrefixCache(limits.prefix_cache_gib)
         self._batch = open_batch(adapters, parallel or ParallelOptions(), limits.prefix_cache_gib)
         self.paths = PathCounts()
-        self._turnstile = RequestQueue(limits.max_queue)
+        self._queue = RequestQueue(limits.max_queue)
         self._places = RequestQueue(limits.max_queue, self.n_parallel)  # in the batch
         self._cancels: set[threading.Event] = set()  # of all requests that wait or are being answered
         self._is_closed = False
@@ -102,12 +102,12 @@ class InferenceEngine:
     @property
     def names(self) -> tuple[str, ...]:
         """What `GenerationRequest.adapter` may name, the default first."""
-        return self._voices.names
+        return self._adapters.names
 
     @property
     def context_limit(self) -> int:
         """Tokens of prompt and answer together."""
-        return longest_sequence(self._voices.model) or LONGEST_CONTEXT
+        return longest_sequence(self._adapters.model) or LONGEST_CONTEXT
 
     @property
     def prompt_limit(self) -> int:
@@ -123,25 +123,25 @@ class InferenceEngine:
     @property
     def n_waiting(self) -> int:
         """Requests that wait for their turn."""
-        return self._turnstile.n_waiting + self._places.n_waiting
+        return self._queue.n_waiting + self._places.n_waiting
 
     def has(self, adapter: str) -> bool:
         return adapter == "" or adapter in self.names
 
     def tokenizer(self, adapter: str = "") -> Any:
-        return self._voices.get(adapter).tokenizer
+        return self._adapters.get(adapter).tokenizer
 
     def template(self, adapter: str = "", prompt_type: str = "") -> Template:
-        return self._voices.get(adapter, prompt_type).template
+        return self._adapters.get(adapter, prompt_type).template
 
     def count_tokens(self, turns: Sequence[Turn], adapter: str = "", prompt_type: str = "") -> int:
         """Tokens of what the model is fed for the next answer to these turns."""
-        served = self._voices.get(adapter, prompt_type)
+        served = self._adapters.get(adapter, prompt_type)
         return len(encode_prompt(turns, served.template, served.tokenizer))
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """What the model is fed for this request, however long. Raises DataError."""
-        return self._prompt(request, self._voices.get(request.adapter, request.prompt_type)).ids
+        return self._prompt(request, self._adapters.get(request.adapter, request.prompt_type)).ids
 
     def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
         """Answer a request: lists with one chunk per answer, the last of which have a `finish_reason`.
@@ -163,7 +163,7 @@ class InferenceEngine:
         """Wait for a place in the batch, or for a turn, and answer."""
         waiting = [Chunk() for _ in rows]
         path = "" if self._batch is None else "batched" if batch else "serial"
-        line = self._places if batch else self._turnstile
+        line = self._places if batch else self._queue
         ticket = self._enter(line, cancel)
         begun = 0.0
         try:
@@ -204,12 +204,12 @@ class InferenceEngine:
 
     def add_adapter(self, name: str, path: str) -> None:
         """Let the adapter of this directory answer by a name of its own. Raises ModelError where it does not load."""
-        self._voices.add(name, path)
+        self._adapters.add(name, path)
         try:
             with self._held(name):
                 pass
         except ModelError:
-            self._voices.remove(name)
+            self._adapters.remove(name)
             raise
 
     def remove_adapter(self, name: str) -> None:
@@ -217,7 +217,7 @@ class InferenceEngine:
         shared = self._batch.adapters if self._batch else None
         if shared is not None and not shared.forget(name):
             raise ConfigError("--adapter", f"{name} is answering; ask again when it has ended")
-        self._voices.remove(name)
+        self._adapters.remove(name)
 
     def close(self) -> None:
         """Cancel all requests; later ones are refused with ModelError."""
@@ -268,33 +268,33 @@ class InferenceEngine:
         name, batch = adapter or self.names[0], self._batch
         if batch is None or batch.adapters is None:
             turn = batch.turn() if batch else None
-            yield replace(self._voices.use(name, prompt_type), prefixes=self._prefixes, adapter=name, turn=turn)
+            yield replace(self._adapters.use(name, prompt_type), prefixes=self._prefixes, adapter=name, turn=turn)
         elif batch.adapters.is_plain(name):
-            words = self._voices.words(name, prompt_type)
+            words = self._adapters.words(name, prompt_type)
             yield replace(words, prefixes=self._prefixes, adapter=name, turn=batch.turn(name))
         else:
             with batch.turn():  # the model itself is another one meanwhile
                 try:
-                    yield replace(self._voices.use(name, prompt_type), prefixes=self._prefixes, adapter=name)
+                    yield replace(self._adapters.use(name, prompt_type), prefixes=self._prefixes, adapter=name)
                 finally:
-                    self._voices.take_off()
+                    self._adapters.take_off()
 
     def _alone(
         self, adapter: str, cancel: threading.Event | None, work: Callable[[ModelBundle, Check], Result]
     ) -> Result:
         """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
         cancel = cancel or threading.Event()
-        self._voices.get(adapter)
+        self._adapters.get(adapter)
         with self._held(adapter):
-            ticket = self._enter(self._turnstile, cancel)
+            ticket = self._enter(self._queue, cancel)
             begun = 0.0
             try:
-                for _ in self._turnstile.wait(ticket, cancel):
+                for _ in self._queue.wait(ticket, cancel):
                     pass
                 begun = time.monotonic()
                 return self._worked(adapter, cancel, work, begun + (self.limits.max_request_seconds or math.inf))
             finally:
-                self._leave(self._turnstile, ticket, cancel, begun)
+                self._leave(self._queue, ticket, cancel, begun)
 
     def _worked(
         self, adapter: str, cancel: threading.Event, work: Callable[[ModelBundle, Check], Result], deadline: float
@@ -334,7 +334,7 @@ class InferenceEngine:
 
     def _rows(self, request: GenerationRequest) -> list[PromptRow]:
         """The request's prompt, once per answer, after all its limits were checked."""
-        served = self._voices.get(request.adapter, request.prompt_type)
+        served = self._adapters.get(request.adapter, request.prompt_type)
         sampling = request.sampling
         for flag, message in sampling.problems():
             raise LimitExceeded(flag, message)
@@ -350,7 +350,7 @@ class InferenceEngine:
             self._check_top(request.top_logprobs)
             if sampling.num_beams > 1:
                 raise LimitExceeded("--num_beams", "with several beams there are no log-probabilities of tokens")
-        n_known = self._voices.n_tokens
+        n_known = self._adapters.n_tokens
         if unknown := [token_id for token_id in request.logit_bias if not 0 <= token_id < n_known]:
             raise LimitExceeded("--logit_bias", f"the model has no token {unknown[0]} (0 to {n_known - 1})")
         prompt = self._prompt(request, served)
@@ -377,7 +377,7 @@ class InferenceEngine:
     def _check_prompt(self, ids: Sequence[int]) -> None:
         if not ids:
             raise DataError("the prompt is empty")
-        n_known = self._voices.n_tokens
+        n_known = self._adapters.n_tokens
         if not all(0 <= token_id < n_known for token_id in ids):
             raise DataError(f"the prompt holds token ids that the model does not have (0 to {n_known - 1})")
         if len(ids) > self.prompt_limit:
@@ -397,4 +397,4 @@ def open_engine(
     parallel: ParallelOptions | None = None,
 ) -> InferenceEngine:
     """Load the model and what can be switched to. Raises ConfigError and ModelError."""
-    return InferenceEngine(open_voices(model, bundle, adapters_path, model_name), limits, parallel)
+    return InferenceEngine(open_adapters(model, bundle, adapters_path, model_name), limits, parallel)

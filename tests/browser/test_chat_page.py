@@ -494,7 +494,7 @@ def test_a_full_queue_loses_nothing(open_page: Any, url: str, engine: FakeEngine
     for number, page in enumerate(pages[:3]):
         send(page, f"a long one {number}")
         wait_until(lambda page=page: page.is_visible("#oc-stop"))
-    wait_until(lambda: engine.turnstile.n_waiting == 2)
+    wait_until(lambda: engine.queue.n_waiting == 2)
     send(pages[3], "Am I too many?")
     note_says(pages[3], "your message was not sent")
     assert pages[3].input_value("#oc-box textarea") == "Am I too many?"

@@ -143,7 +143,7 @@ def test_out_of_memory_says_what_to_lower_and_the_next_request_works(engine: Inf
     def full(*_):
         raise error
 
-    layer = decoder_layers(engine._voices.model)[1]
+    layer = decoder_layers(engine._adapters.model)[1]
     handle = layer.register_forward_pre_hook(full)
     try:
         with pytest.raises(OutOfMemory, match="--max_new_tokens"):
@@ -159,7 +159,7 @@ def test_other_faults_are_not_taken_for_memory(engine: InferenceEngine) -> None:
     def broken(*_):
         raise RuntimeError("device-side assert")
 
-    handle = decoder_layers(engine._voices.model)[1].register_forward_pre_hook(broken)
+    handle = decoder_layers(engine._adapters.model)[1].register_forward_pre_hook(broken)
     try:
         with pytest.raises(RuntimeError, match="device-side"):
             answer(engine)
@@ -214,7 +214,7 @@ def test_embeddings_have_length_one_and_do_not_depend_on_pieces(engine: Inferenc
     monkeypatch.setattr("onecard.inference.embeddings.PIECE_TOKENS", 7)
     (pieces,) = engine.embed([ids])
     assert pieces == pytest.approx(vector, abs=1e-5)
-    hidden = engine._voices.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].mean(0)
+    hidden = engine._adapters.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].mean(0)
     assert torch.nn.functional.normalize(hidden, dim=0).tolist() == pytest.approx(vector, abs=1e-5)
 
 
@@ -222,7 +222,7 @@ def test_scores_are_those_of_one_forward_pass(engine: InferenceEngine, monkeypat
     monkeypatch.setattr("onecard.inference.embeddings.PIECE_TOKENS", 4)
     ids = [1, *range(5, 20)]
     scores = engine.score(ids, top_logprobs=2)
-    logits = engine._voices.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    logits = engine._adapters.model(torch.tensor([ids])).logits[0].log_softmax(-1)
     assert scores[0] is None
     assert len(scores) == len(ids)
     for k, entry in enumerate(scores[1:], start=1):

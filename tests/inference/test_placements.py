@@ -59,10 +59,10 @@ def test_a_merged_model_answers_as_base_and_adapter_do(
     engine = opened(lively_base, InferenceOptions(lora_path=str(adapters_folder / "first")))
     greedy = SamplingOptions(max_new_tokens=8)
     expected = answer(engine, greedy).text
-    voice = engine._voices
-    voice.model.merge_and_unload().save_pretrained(tmp_path / "merged")
-    voice.get().tokenizer.save_pretrained(tmp_path / "merged")
-    (tmp_path / "merged" / "chat_template.jinja").write_text(voice.get().template.jinja, encoding="utf-8")
+    adapters = engine._adapters
+    adapters.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    adapters.get().tokenizer.save_pretrained(tmp_path / "merged")
+    (tmp_path / "merged" / "chat_template.jinja").write_text(adapters.get().template.jinja, encoding="utf-8")
     assert answer(opened(tmp_path / "merged"), greedy).text == expected
 
 

@@ -41,7 +41,7 @@ def plain(lively_base: Path) -> InferenceEngine:
 @pytest.fixture
 def engine(lively_base: Path, plain: InferenceEngine) -> InferenceEngine:
     """Shares the model of `plain`, and starts with nothing kept."""
-    return InferenceEngine(plain._voices, LimitOptions(prefix_cache_gib=1))
+    return InferenceEngine(plain._adapters, LimitOptions(prefix_cache_gib=1))
 
 
 def answer(engine: InferenceEngine, turns: tuple[Turn, ...], **request: Any) -> Chunk:
@@ -54,7 +54,7 @@ class CountTokens:
 
     def __init__(self, engine: InferenceEngine) -> None:
         self.total = 0
-        self._layer = decoder_layers(engine._voices.model)[0]
+        self._layer = decoder_layers(engine._adapters.model)[0]
 
     def __enter__(self) -> CountTokens:
         self._handle = self._layer.register_forward_pre_hook(self._add)
@@ -130,7 +130,7 @@ def test_a_fault_in_the_middle_of_the_layers_leaves_nothing_half_read(
         raise RuntimeError("device-side assert")
 
     for _ in range(2):
-        handle = decoder_layers(engine._voices.model)[1].register_forward_pre_hook(broken)
+        handle = decoder_layers(engine._adapters.model)[1].register_forward_pre_hook(broken)
         with pytest.raises(RuntimeError, match="device-side"):
             answer(engine, (*HELLO, Turn("assistant", "A fox."), Turn("user", "Oh!")))
         handle.remove()
@@ -158,7 +158,7 @@ def test_full_memory_is_freed_of_other_conversations_and_the_request_tried_again
     other = (Turn("user", QUESTIONS[0]),)
     expected = answer(plain, other)
     answer(engine, HELLO)
-    handle = decoder_layers(engine._voices.model)[1].register_forward_pre_hook(full_while_something_is_kept)
+    handle = decoder_layers(engine._adapters.model)[1].register_forward_pre_hook(full_while_something_is_kept)
     try:
         assert answer(engine, other) == expected
         assert len(engine.embed([[1, 5]])) == 1
@@ -168,7 +168,7 @@ def test_full_memory_is_freed_of_other_conversations_and_the_request_tried_again
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA")
 
-    handle = decoder_layers(engine._voices.model)[1].register_forward_pre_hook(full)
+    handle = decoder_layers(engine._adapters.model)[1].register_forward_pre_hook(full)
     try:
         with pytest.raises(OutOfMemory, match="--max_new_tokens"):
             answer(engine, other)

@@ -338,16 +338,16 @@ class SharedTurn:
             self._pause = None
 
 
-def open_batch(voices: AdapterManager, parallel: ParallelOptions, prefix_cache_gib: float) -> Batch | None:
+def open_batch(adapters: AdapterManager, parallel: ParallelOptions, prefix_cache_gib: float) -> Batch | None:
     """The batch for several answers at once, where that is wanted and this model can do it; a warning says why not."""
     if parallel.max_parallel == 1:
         return None
     try:
-        allow_paged_cache(inner_model(voices.model))
-        check_batched(voices.model)
-        size = choose_size(voices.model, parallel.max_parallel, parallel.kv_cache_gib, prefix_cache_gib)
-        adapters = voices.share() if len(voices.names) > 1 else None
-        return Batch(voices.model, size, adapters)
+        allow_paged_cache(inner_model(adapters.model))
+        check_batched(adapters.model)
+        size = choose_size(adapters.model, parallel.max_parallel, parallel.kv_cache_gib, prefix_cache_gib)
+        shared = adapters.share() if len(adapters.names) > 1 else None
+        return Batch(adapters.model, size, shared)
     except ModelError as error:
         warn(f"--max_parallel {parallel.max_parallel}: answers are written one after another, for {error}")
         return None

@@ -206,7 +206,7 @@ def failing_above(engine: InferenceEngine, n_tokens: int, error: Exception):
         if options.get("input_ids") is not None and options["input_ids"].shape[1] > n_tokens:
             raise error
 
-    return engine._voices.model.register_forward_pre_hook(check, with_kwargs=True)
+    return engine._adapters.model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def test_full_memory_makes_fewer_run_at_once_and_loses_nothing(small: InferenceEngine, alone: InferenceEngine) -> None:
@@ -281,10 +281,10 @@ def test_a_model_that_cannot_is_told_by_name(bundle: ModelBundle, lively_base: P
 
 def test_cards_without_flash_attention(lively_base: Path, alone: InferenceEngine) -> None:
     with_own = open_parallel(lively_base, 1)
-    model = with_own._voices.model
+    model = with_own._adapters.model
     assert avoid_flash(model)
     try:
-        with_own._batch = open_batch(with_own._voices, ParallelOptions(max_parallel=2), 0.0)
+        with_own._batch = open_batch(with_own._adapters, ParallelOptions(max_parallel=2), 0.0)
         request = request_of("Write a fox " * 9, sampling=SamplingOptions(max_new_tokens=30))
         found = answers(with_own, request)
         assert found == answers(alone, request) and found[0].path == "batched"

@@ -17,7 +17,7 @@ from onecard.config.inference import InferenceOptions
 from onecard.console import run_main
 from onecard.errors import ConfigError
 from onecard.export.merge.merge import MergeSettings, merge_into
-from onecard.inference.adapters import open_voices
+from onecard.inference.adapters import open_adapters
 from onecard.inference.load import load_bundle
 from onecard.model.lora.adapter import load_adapter, remove_adapter
 from onecard.model.trained import load_trained
@@ -96,11 +96,11 @@ def test_what_answers_has_the_scale_after_another_adapter_too(adapter: Path, tin
     assert depends_on["adapter_scale"] == 0.5
     assert "adapter_scale" not in load_bundle(options, str(adapter), "alpaca")[1]  # answers of before go on
     asked = InferenceOptions(lora_path=str(adapter), prompt_type="alpaca", adapter_scale=0.5)
-    voices = open_voices(options, asked, str(adapter.parent), None)
-    base = voices.names[-1]
-    assert torch.equal(logits(voices.use().model), expected)
-    assert not torch.equal(logits(voices.use(base).model), expected)
-    assert torch.equal(logits(voices.use().model), expected)
+    adapters = open_adapters(options, asked, str(adapter.parent), None)
+    base = adapters.names[-1]
+    assert torch.equal(logits(adapters.use().model), expected)
+    assert not torch.equal(logits(adapters.use(base).model), expected)
+    assert torch.equal(logits(adapters.use().model), expected)
     with pytest.raises(ConfigError, match="needs an adapter"):
         load_bundle(options, None, "alpaca", adapter_scale=0.5)
 

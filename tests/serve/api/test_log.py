@@ -53,7 +53,7 @@ def test_refusals_of_every_layer_are_printed_with_their_reason(
 
 def open_limited(engine: InferenceEngine, limits: LimitOptions) -> InferenceEngine:
     """The same model behind other limits."""
-    return InferenceEngine(engine._voices, limits)
+    return InferenceEngine(engine._adapters, limits)
 
 
 def test_what_is_printed(engine: InferenceEngine, capfd: pytest.CaptureFixture[str]) -> None:

@@ -258,7 +258,7 @@ def test_embeddings_in_batches_are_those_of_each_text_alone(
 ) -> None:
     prompts = [[1, *range(5, 5 + n)] for n in (3, 40, 1, 300, 3, 7, 120, 255, 2)]
     sizes: list[tuple[int, int]] = []
-    model = engine._voices.model
+    model = engine._adapters.model
     handle = model.register_forward_pre_hook(
         lambda _, __, given: sizes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )

@@ -194,7 +194,7 @@ def test_marks_that_are_control_tokens_stay_in_the_text(api_base: Path, engine: 
     assert decode(ids, tokenizer, hidden) == 'One[TOOL_CALLS]f{"x": "你"}'
     (row,) = engine._rows(GenerationRequest(turns=(Turn("user", "Hi"),), kept_tokens=(tokenizer.eos_token,)))
     assert row.hidden == hidden_ids(engine.tokenizer(), [tokenizer.eos_token])
-    bundle = replace(engine._voices.use(""), tokenizer=tokenizer)
+    bundle = replace(engine._adapters.use(""), tokenizer=tokenizer)
     for kept, text in ((None, 'Onef{"x": "你"}'), (hidden, 'One[TOOL_CALLS]f{"x": "你"}')):
         call = GenerateCall(bundle, [PromptRow([1, 5], 99, hidden=kept)], GenerationRequest().sampling)
         (answer,) = call.answers([[*ids, tokenizer.eos_token_id]])

@@ -106,13 +106,13 @@ def test_stop_before_and_while_it_writes(page: ChatPage, engine: FakeEngine) -> 
     assert turns_of(last)[-1].content.startswith("word0 word1 word2 word3")
     assert engine.ended == ["cancelled"]
     assert "stopped" in (last.status or "")
-    ticket = engine.turnstile.join()
+    ticket = engine.queue.join()
     views = []
     for view in page.submit(asked(page, last), "waits"):
         views.append(view)
         if "in front" in (view.status or ""):
             page.stop("tab")
-    engine.turnstile.leave(ticket)
+    engine.queue.leave(ticket)
     waited = shown(views)
     assert turns_of(waited)[-1] == Turn("user", "waits")
     assert waited.note == word("en", "note.nothing_yet")
@@ -124,16 +124,16 @@ def test_regenerate_keeps_the_old_answer_until_there_is_a_new_one(page: ChatPage
     assert views[0].chat is None
     assert turns_of(shown([first, *views]))[-1].content == f"{SAYS} (attempt 1)"
     assert engine.asked[-1].number == 1
-    ticket = engine.turnstile.join()
+    ticket = engine.queue.join()
     for view in page.regenerate(asked(page, first)):
         assert view.chat is None or view.running is False, "nothing new stands there yet"
         if "in front" in (view.status or ""):
             page.stop("tab")
     assert turns_of(view) == turns_of(first)
-    line = [engine.turnstile.join() for _ in range(2)]
+    line = [engine.queue.join() for _ in range(2)]
     refused = shown([first, *page.regenerate(asked(page, first))])
     for one in (ticket, *line):
-        engine.turnstile.leave(one)
+        engine.queue.leave(one)
     assert turns_of(refused) == turns_of(first)
     assert "not sent" in (refused.note or "")
 
