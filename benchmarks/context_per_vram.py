@@ -241,8 +241,8 @@ def try_length(config: FinetuneConfig, hardware: Any, length: int) -> dict[str, 
     from onecard.errors import ModelError
     from onecard.model.memory.architecture import architecture_of
     from onecard.model.memory.estimate import GIB
+    from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
     from onecard.train.auto_config import cap_memory
-    from onecard.train.oom import give_back_memory, is_out_of_memory
 
     give_back_memory()
     cap_memory(hardware, config.memory.vram)

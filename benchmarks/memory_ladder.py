@@ -95,7 +95,7 @@ def ladder(options: LadderOptions, hardware: Any) -> Iterator[dict[str, Any]]:
     """Every row, measured one after the other, each on a model of its own; those that time was left for."""
     import torch
 
-    from onecard.train.oom import give_back_memory
+    from onecard.model.out_of_memory import give_back_memory
 
     # Paged optimizers lie in memory that torch's allocator does not see; the plain 8-bit one is of the same size.
     memory = MemoryOptions(
@@ -180,7 +180,7 @@ def _base_and_samples(model: ModelOptions, hardware: Any, options: LadderOptions
 def _attempt(measure: Any, *arguments: Any) -> tuple[Any, Any]:
     """What `measure` gives; (None, None) where memory ran out."""
     from onecard.errors import ModelError
-    from onecard.train.oom import is_out_of_memory
+    from onecard.model.out_of_memory import is_out_of_memory
 
     try:
         return measure(*arguments)

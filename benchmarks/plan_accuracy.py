@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from onecard.model.hardware import detect
     from onecard.model.nvidia_driver import nvidia_smi
-    from onecard.train.oom import give_back_memory
+    from onecard.model.out_of_memory import give_back_memory
 
     used = nvidia_smi("--query-gpu=memory.used")  # before this process has a context
     hardware = detect(options.device, pretend_turing=options.pretend_turing)

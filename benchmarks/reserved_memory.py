@@ -103,7 +103,7 @@ def in_this_process(model: str, rows: int, length: int, rest: dict[str, Any], *,
     from onecard.model.hardware import detect
     from onecard.model.memory.architecture import architecture_of
     from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, MemoryConfig, account
-    from onecard.train.oom import give_back_memory
+    from onecard.model.out_of_memory import give_back_memory
     from tests.simcard.card import shapes_only
 
     name, _, n_layers = model.partition("/")
@@ -128,7 +128,7 @@ def smallest_limit(run: Any, rows: int) -> dict[str, int]:
     import numpy as np
     import torch
 
-    from onecard.train.oom import give_back_memory
+    from onecard.model.out_of_memory import give_back_memory
     from onecard.train.step import accumulate
 
     total = torch.cuda.get_device_properties(0).total_memory

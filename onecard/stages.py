@@ -31,10 +31,10 @@ from onecard.export.merge.merge import MergeSettings, merge_into
 from onecard.manifest import MANIFEST, read_manifest
 from onecard.model.hardware import detect
 from onecard.model.lora.methods import MOVING_STARTS
+from onecard.model.out_of_memory import give_back_memory
 from onecard.recipes import finetune
 from onecard.storage import sha256_of, write_whole
 from onecard.train.checkpoint import CheckpointStore, verify
-from onecard.train.oom import give_back_memory
 from onecard.train.resume import changed_options
 from onecard.train.run_lock import RunLock
 from onecard.train.rundir import portable

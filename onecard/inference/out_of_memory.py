@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from onecard.errors import ModelError
-from onecard.model.hardware import empty_cache
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 
 
 class OutOfMemory(ModelError):
@@ -27,16 +24,5 @@ def memory_errors(advice: str) -> Iterator[None]:
         if not is_out_of_memory(reason):
             raise
         traceback.clear_frames(reason.__traceback__)  # they hold the activations
-    release()
+    give_back_memory()
     raise OutOfMemory(advice)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch says with this that memory is full; on a CPU it has no class of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def release() -> None:
-    """Give unused memory back."""
-    gc.collect()
-    empty_cache()

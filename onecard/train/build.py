@@ -36,6 +36,7 @@ from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers
+from onecard.model.out_of_memory import give_back_memory
 from onecard.model.packed_rows import check_packing
 from onecard.model.trained import make_trainable
 from onecard.objectives.base import Objective, SampleView
@@ -48,7 +49,6 @@ from onecard.train.evaluate import EvaluationLimits
 from onecard.train.forgetting import ANCHORING, EVERY, LARGEST_SHARE, MEASURED, affordable_rows, text_rows
 from onecard.train.held_out import CLUSTERED, Likeness, held_out
 from onecard.train.loop import total_steps
-from onecard.train.oom import give_back_memory
 from onecard.train.optim import allocate_state, build_optimizer, tidy_loaded_state
 from onecard.train.reference import CachedReference, cached_reference, check_start, fill_reference, reference_of
 from onecard.train.resume import ResumePoint, continued

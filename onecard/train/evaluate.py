@@ -13,8 +13,9 @@ import torch
 from onecard.data.batches import micro_batches, share_for_rank
 from onecard.data.packing import padded_tokens
 from onecard.errors import ModelError
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.objectives.base import Objective
-from onecard.train.oom import SMALLEST_CHUNK, MicroBatchLimits, give_back_memory, is_out_of_memory
+from onecard.train.oom import SMALLEST_CHUNK, MicroBatchLimits
 
 MAX_FAILURES = 3  # of one row, at a chunk of logits that cannot be made smaller
 TOO_LONG = "a single held-out row does not fit in memory; use a shorter --cutoff_len, or --test_size 0"

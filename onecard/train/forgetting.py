@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 from onecard.model.divergence import AdapterOff, BaseStates, kl_from_base, kl_of_rounding
-from onecard.train.oom import give_back_memory, is_out_of_memory
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 
 LARGEST_SHARE = 0.02  # of the tokens that a run computes; those of short texts take longer than those of long rows
 FEWEST_TEXTS = 16  # below which the figure would mean little

@@ -15,8 +15,8 @@ from onecard.console import few
 from onecard.installation import command
 from onecard.model.lora.methods import is_adapter_weight
 from onecard.model.memory_saving.streamed_layers import tensors_in_turn
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.model.trained import has_adapter, without_adapter
-from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.run import Run
 
 N_OTHERS = 4  # records from outside the step: where the base fails on all of these too, no record is to blame

@@ -3,30 +3,22 @@
 A step is a set of samples, so its result does not depend on how it is cut. What is given up, in this order: what the
 layers keep for the backward pass (they are computed again), half of the token budget until every row stands alone, half
 of the loss's chunk, the layers' inputs (they go to RAM), MLPs in tiles.
-Nothing is given back during a run: what did not fit once would fail again. Knows limits and exceptions; does not know
-steps or models' insides.
+Nothing is given back during a run: what did not fit once would fail again. Knows limits; does not know steps or
+models' insides.
 """
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from onecard.data.batches import micro_batches
 from onecard.data.packing import padded_tokens
-from onecard.model.hardware import empty_cache
 
 SMALLEST_CHUNK = 64  # supervised tokens
 SMALLEST_TILE = 256  # tokens
 FIRST_TILE = 2048
-
-# What CUDA, its libraries and the CPU's allocator (Linux, Windows) say instead of raising OutOfMemoryError.
-OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory",
-               "CUDA error: out of memory", "cudaErrorMemoryAllocation", "DefaultCPUAllocator: can't allocate memory",
-               "DefaultCPUAllocator: not enough memory")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,13 +44,6 @@ class MicroBatchLimits:
     def cut(self) -> dict[str, int]:
         """The part that decides how a step is cut, as `batches.micro_batches` takes it."""
         return {"micro_batch": self.micro_batch, "micro_tokens": self.micro_tokens, "row_tokens": self.row_tokens}
-
-
-def is_out_of_memory(reason: BaseException) -> bool:
-    """Whether an exception says that the card (or the RAM) has no room left."""
-    if isinstance(reason, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(reason, RuntimeError) and any(words in str(reason) for words in OTHER_WORDS)
 
 
 def smaller(
@@ -88,9 +73,3 @@ def smaller(
     if tile >= SMALLEST_TILE:
         return replace(limits, mlp_tile=tile), f"MLPs take {tile} tokens at a time"
     return None
-
-
-def give_back_memory() -> None:
-    """Let go of what the failed attempt left, the allocator's cached blocks too. Call it outside `except`."""
-    gc.collect()
-    empty_cache()

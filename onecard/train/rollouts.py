@@ -17,9 +17,9 @@ from accelerate.utils import gather_object
 
 from onecard.data.batches import micro_batches
 from onecard.errors import ModelError
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.objectives.grpo import GroupRelative, Rollout, RolloutView, rollout_of
 from onecard.objectives.rewards import Answer, Rewards
-from onecard.train.oom import give_back_memory, is_out_of_memory
 from onecard.train.rollout_log import RolloutLog
 from onecard.train.run import Run, RunEvent
 

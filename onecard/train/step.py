@@ -23,11 +23,12 @@ from onecard.model.hardware import free_and_total_bytes, peak_reserved_bytes
 from onecard.model.load import checkpoint_layers
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.model.memory_saving.tiled_mlp import tile_mlps
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.model.trained import base_of
 from onecard.objectives.base import Objective
 from onecard.train.evaluate import Evaluator
 from onecard.train.not_finite import explain
-from onecard.train.oom import MicroBatchLimits, give_back_memory, is_out_of_memory, smaller
+from onecard.train.oom import MicroBatchLimits, smaller
 from onecard.train.optim import set_learning_rate
 from onecard.train.run import Run, RunEvent
 from onecard.train.state import seed_step

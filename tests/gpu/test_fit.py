@@ -18,8 +18,8 @@ from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
+from onecard.model.out_of_memory import give_back_memory
 from onecard.train.auto_config import cap_memory
-from onecard.train.oom import give_back_memory
 from onecard.train.run import Run
 from onecard.train.step import take_step
 from tests.simcard import is_simulated

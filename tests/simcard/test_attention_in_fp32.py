@@ -15,7 +15,7 @@ from onecard.config.lora import LoraOptions
 from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.model.hardware import Hardware, detect
 from onecard.model.memory.architecture import architecture_of
-from onecard.train.oom import give_back_memory
+from onecard.model.out_of_memory import give_back_memory
 from onecard.train.step import take_step
 from tests.simcard.card import CONTEXT_BYTES, Card
 

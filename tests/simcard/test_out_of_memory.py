@@ -17,7 +17,7 @@ from onecard.config.lora import LoraOptions
 from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.errors import ModelError
 from onecard.model.hardware import detect
-from onecard.train.oom import give_back_memory
+from onecard.model.out_of_memory import give_back_memory
 from onecard.train.run import Run
 from onecard.train.step import take_step
 from tests.simcard.card import Card

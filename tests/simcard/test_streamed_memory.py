@@ -16,8 +16,8 @@ from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB
 from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.memory_saving import streamed_layers
+from onecard.model.out_of_memory import give_back_memory
 from onecard.train.auto_config import _filled
-from onecard.train.oom import give_back_memory
 from onecard.train.step import take_step
 
 pytestmark = pytest.mark.simcard

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from onecard.data.batches import micro_batches
 from onecard.data.packing import padded_tokens
-from onecard.train.oom import SMALLEST_CHUNK, SMALLEST_TILE, MicroBatchLimits, is_out_of_memory, smaller
+from onecard.model.out_of_memory import is_out_of_memory
+from onecard.train.oom import SMALLEST_CHUNK, SMALLEST_TILE, MicroBatchLimits, smaller
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=12).map(np.array)
 LIMITS = st.builds(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -27,7 +26,7 @@ from onecard.inference.batch.results import BEST_OF_FIELDS, OWN_FIELDS, AnswerFi
 from onecard.inference.generate import Generation, ModelBundle, PromptRow, answer_rows, prepare
 from onecard.inference.grammar import AnswerGrammar
 from onecard.installation import command
-from onecard.model.hardware import empty_cache
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 
 WINDOW_BATCHES = 8
 T = TypeVar("T")
@@ -141,10 +140,12 @@ def in_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T], too_la
     """
     try:
         return work(items)
-    except torch.OutOfMemoryError as reason:
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
         if len(items) == 1:
             raise ModelError(too_large(items[0])) from reason
-    empty_cache()
+    give_back_memory()
     middle = len(items) // 2
     return in_halves(work, items[:middle], too_large) + in_halves(work, items[middle:], too_large)
 

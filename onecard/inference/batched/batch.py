@@ -30,10 +30,11 @@ from onecard.inference.adapters import AdapterManager
 from onecard.inference.batched.rows import BatchedAnswer, BatchRow, ScoresOfRows
 from onecard.inference.batched.size import BLOCK_TOKENS, BatchSize, choose_size
 from onecard.inference.call import Chunk, ModelBundle, ModelTurn, PromptRow, StreamingOptions
-from onecard.inference.out_of_memory import OutOfMemory, is_out_of_memory, release
+from onecard.inference.out_of_memory import OutOfMemory
 from onecard.inference.prefix_cache import can_be_kept
 from onecard.inference.shared_adapters import SharedAdapters
 from onecard.model.attention import allow_paged_cache
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 
 STOP_SECONDS = 10
 
@@ -186,15 +187,17 @@ class Batch:
             try:
                 with torch.random.fork_rng(devices=[]):  # it seeds torch
                     return BatchLoop(self, self._model, self._rows)
-            except (torch.OutOfMemoryError, MemoryError) as reason:
-                traceback.clear_frames(reason.__traceback__)
-                smaller = self.size.smaller()
             except (ValueError, AttributeError, NotImplementedError, KeyError) as reason:
                 raise ModelError(f"this model cannot answer in a batch: {first_line(reason)}") from reason
+            except (RuntimeError, MemoryError) as reason:
+                if not is_out_of_memory(reason):
+                    raise
+                traceback.clear_frames(reason.__traceback__)
+                smaller = self.size.smaller()
             if smaller is None:
                 raise OutOfMemory("not even one answer fits beside the model; use --max_parallel 1")
             self.size = smaller
-            release()
+            give_back_memory()
 
 
 class PathCounts:
@@ -273,7 +276,7 @@ class BatchLoop(ContinuousBatchingManager):
         """Let all memory go."""
         self.batch_processor = None
         self.background_thread_status.fatal_error = None
-        release()
+        give_back_memory()
 
 
 def _marking(complete: Callable[..., None], marked: Callable[[str, list[int]], list[int]]) -> Callable[..., None]:

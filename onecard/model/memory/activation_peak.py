@@ -23,8 +23,8 @@ from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
 from onecard.model.memory.extrapolate import Sample, sample
 from onecard.model.memory.simulate import BACKWARD, LAYER, LOSS, Part, TooManyOperations
 
-# Families whose plan is more than 3 % from what a small model of it takes: planned over measured. Their experts or
-# loops depend on values, which a model without weights does not have.
+# Families whose plan is more than 3 % from what a small model of it takes: planned over measured. With some
+# of them experts or loops depend on values, which a model without weights lacks; of the others the cause is open.
 SEEN_RATIO = {
     "biogpt": 1.11, "dbrx": 1.11, "doge": 0.938, "got_ocr2": 1.14, "inkling2_text": 1.37, "jetmoe": 2.18,
     "longcat_flash": 1.09, "minicpm3": 0.958, "qwen4_exp": 1.61, "qwen4_exp_text": 1.61, "rwkv": 1.38, "xglm": 1.16,
