@@ -23,7 +23,7 @@ from onecard.console import say, warn
 from onecard.data.batches import auto_test_size
 from onecard.errors import ConfigError
 from onecard.installation import command
-from onecard.model.allocator import has_expandable_segments
+from onecard.model.allocator import HEAP_GROWTH, give_back_freed_ram, has_expandable_segments
 from onecard.model.hardware import (
     Hardware,
     choose_dtype,
@@ -114,7 +114,16 @@ def resolve(
             say(f"the longest sample has {plan.longest_row:,} tokens: {choice.flag} {choice.value} ({choice.reason})")
     if not plan.fits and not config.memory.ignore_plan:
         raise ConfigError("--vram" if config.memory.vram else "--model_path", _remedy(plan))
+    _bound_heap(plan)
     return _filled(config, plan), plan
+
+
+def _bound_heap(plan: Plan) -> None:
+    """Where the machine's RAM may not hold what a heap keeps beyond the tensors, have it keep nothing."""
+    needed = plan.account.card_bytes
+    if not plan.card.is_gpu and needed * HEAP_GROWTH > plan.card.ram_bytes and give_back_freed_ram():
+        free = f"{plan.card.ram_bytes / GIB:.1f} GiB of RAM are free for {needed / GIB:.1f} planned"
+        say(f"{free}: freed memory goes back to the system at once, which costs time")
 
 
 def resolve_total_batch(config: FinetuneConfig, point: ResumePoint | None, n_rows: int) -> FinetuneConfig:

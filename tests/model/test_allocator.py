@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -61,3 +64,29 @@ def test_without_them_more_is_planned_and_the_plan_says_why() -> None:
         notes.append("without expandable segments" in " ".join(plan_lines(found)))
         peaks.append(found.account.card_bytes - found.account.tensor_bytes)
     assert notes == [False, True] and peaks[0] < peaks[1]
+
+
+HEAP = """
+import sys
+import psutil, torch
+from onecard.model.allocator import give_back_freed_ram
+if sys.argv[1] == "bounded" and not give_back_freed_ram():
+    sys.exit(3)
+warm = torch.empty(31 * 2**20, dtype=torch.uint8)
+del warm  # after which glibc would take blocks of this size from its heap
+before = psutil.Process().memory_info().rss
+blocks = [torch.ones(2**21, dtype=torch.uint8) for _ in range(100)]
+last = blocks.pop()
+del blocks
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
+def test_freed_ram_goes_back_to_the_system() -> None:
+    """A heap keeps what lies below a block that is still held; mapped blocks leave none behind."""
+    kept = {}
+    for mode in ("plain", "bounded"):
+        words = [sys.executable, "-c", HEAP, mode]
+        kept[mode] = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert kept["plain"] > 150 * 2**20 and kept["bounded"] < 10 * 2**20, kept

@@ -17,7 +17,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import known_models
-from onecard.model.memory.estimate import GIB
+from onecard.model.memory.estimate import GIB, LIBRARY_BYTES
 from onecard.recipes import finetune
 from onecard.train import auto_config as fit
 from onecard.train import step
@@ -38,6 +38,12 @@ def no_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
               "num_attention_heads": 64}  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
+
+
+def free_ram(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    """So much RAM for the run, whatever else uses the machine now."""
+    free = SimpleNamespace(available=int(gib * GIB) + fit.RAM_LEFT_ALONE)
+    monkeypatch.setattr(fit, "psutil", SimpleNamespace(virtual_memory=lambda: free))
 
 
 def test_too_large_is_refused_before_weights_are_read(no_weights: Path, instructions: Path, tmp_path: Path) -> None:
@@ -72,6 +78,21 @@ def test_too_little_ram_for_what_leaves_the_card(monkeypatch: pytest.MonkeyPatch
     first = fit.first_plan(config, hardware)
     with pytest.raises(ConfigError, match=r"\d+\.\d GiB of RAM are needed for what leaves the card"):
         fit.resolve(config, hardware, first, 30_000)
+
+
+@pytest.mark.parametrize(("free_gib", "bounded"), [(3.0, True), (30.0, False)])
+def test_a_heap_is_bounded_where_ram_is_near(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free_gib: float, bounded: bool
+) -> None:
+    """On a CPU the process needs its libraries as well; a heap may keep several times what lies in it."""
+    asked: list[bool] = []
+    monkeypatch.setattr(fit, "give_back_freed_ram", lambda: asked.append(True) or True)
+    free_ram(monkeypatch, free_gib)
+    config = FinetuneConfig()
+    first = fit.first_plan(replace(config, model=replace(config.model, device="cpu")), detect("cpu"))
+    assert ("Python and its libraries", LIBRARY_BYTES) in [(part.name, part.n_bytes) for part in first.account.parts]
+    fit.resolve(config, detect("cpu"), first, 256)
+    assert asked == [True] * bounded and ("goes back to the system at once" in capsys.readouterr().out) == bounded
 
 
 def test_the_longest_sample_settles_it_anew(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,12 +232,13 @@ def test_recomputed_layers_give_the_same_bits(bits: int, tiny_base: Path, instru
 def test_the_processes_of_a_run_choose_for_the_smallest_of_their_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step is cut by the budget: cut in two ways, some of its samples would pass twice and some never."""
     config = tiny.with_options(FinetuneConfig(), {"model_path": "Llama-3.1-8B", "dtype": "bf16", "cutoff_len": 2048})
+    free_ram(monkeypatch, 24)
     hardware = replace(detect("cpu"), total_bytes=24 * GIB)
     first = fit.first_plan(config, hardware)
     plans = []
-    for others_gib in (24, 7):
+    for others_gib in (24, 8):
         monkeypatch.setattr(fit, "gather_object", lambda mine: [*mine, replace(mine[0], total_bytes=others_gib * GIB)])  # noqa: B023
-        for own_gib in (24, 7):
+        for own_gib in (24, 8):
             hardware = replace(hardware, total_bytes=own_gib * GIB)
             _, plan = fit.resolve(config, hardware, first, 2048, SimpleNamespace(num_processes=2))
             plans.append(plan.setup)

@@ -30,6 +30,8 @@ IDS_BYTES = 8  # token ids, labels and masks are int64
 
 # Assumed, not measured: what a process holds before its first tensor (context, kernels, cuBLAS workspaces).
 CUDA_CONTEXT_BYTES = GIB // 2
+# Of Python, torch, transformers and peft in RAM: what runs of a 135M model on a CPU held beside their tensors.
+LIBRARY_BYTES = int(0.55 * GIB)
 # What torch's caching allocator needs beyond the tensors: a share of what comes and goes, and some bytes. Source: the
 # smallest limits under which a step ran with the arithmetic of that allocator (benchmarks/reserved_memory.py), with
 # segments that grow and without; no card has confirmed them yet.
@@ -124,13 +126,13 @@ class MemoryEstimate:
 
     @property
     def card_bytes(self) -> int:
-        """The peak on the card: tensors, context and slack."""
+        """The peak on the card: tensors, context and slack; without a card in RAM: tensors and libraries."""
         return sum(part.n_bytes for part in self.parts if part.place == "card")
 
     @property
     def tensor_bytes(self) -> int:
         """The peak of tensors on the card alone: what `torch.cuda.max_memory_allocated` would say."""
-        return sum(p.n_bytes for p in self.parts if p.place == "card" and p.name not in (CONTEXT, SLACK))
+        return sum(p.n_bytes for p in self.parts if p.place == "card" and p.name not in (CONTEXT, SLACK, LIBRARIES))
 
     @property
     def ram_bytes(self) -> int:
@@ -139,6 +141,7 @@ class MemoryEstimate:
 
 
 CONTEXT, SLACK = "CUDA context (assumed)", "allocator slack (assumed)"
+LIBRARIES = "Python and its libraries"
 INPUTS = "inputs of all layers"
 
 
@@ -152,6 +155,8 @@ def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
         moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
         share, least = GROWING_SLACK if setup.expandable_segments else FIXED_SLACK
         parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, least + int(moving * share))]
+    else:
+        parts.append(MemoryComponent(LIBRARIES, LIBRARY_BYTES))
     return MemoryEstimate(tuple(part for part in parts if part.n_bytes))
 
 
@@ -178,7 +183,7 @@ def held_bytes(model: Architecture, setup: MemoryConfig) -> int:
     parts = [*_weights(model, setup), *_training(model, setup)]
     if setup.n_cards > 1:
         parts = [_on_fullest(part, model, setup) for part in parts]
-    context = CUDA_CONTEXT_BYTES if setup.on_gpu else 0
+    context = CUDA_CONTEXT_BYTES if setup.on_gpu else LIBRARY_BYTES
     return context + sum(part.n_bytes for part in parts if part.place == "card")
 
 
