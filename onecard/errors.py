@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class OneCardError(Exception):
     """Something the person at the keyboard can mend. The text says what, where, which value and what to do next.
@@ -13,12 +15,15 @@ class OneCardError(Exception):
 
 
 class ConfigError(OneCardError):
-    """A setting that cannot work; carries the flag's name, such as ``--lora_r``."""
+    """A setting that cannot work; carries the flag's name, such as ``--lora_r``.
+
+    `problems` are all that were found together, as (flag, text).
+    """
 
     exit_code = 2
 
-    def __init__(self, flag: str, message: str) -> None:
-        self.flag = flag
+    def __init__(self, flag: str, message: str, problems: Sequence[tuple[str, str]] = ()) -> None:
+        self.flag, self.problems = flag, tuple(problems) or ((flag, message),)
         super().__init__(f"{flag}: {message}" if flag else message)
 
 

@@ -18,8 +18,8 @@ SHIPPED = _PACKAGE.parent if IS_CLONE else _PACKAGE
 # The script of each verb in a clone, in the order in which --help lists the verbs.
 SCRIPTS = {
     "finetune": "finetune.py", "finetune-chat": "finetune_chat.py", "chat": "chat.py", "generate": "generate.py",
-    "serve": "tools/serve.py", "inspect": "tools/inspect_data.py", "inspect-run": "tools/inspect_run.py",
-    "plan": "tools/plan_memory.py",
+    "serve": "tools/serve.py", "studio": "tools/studio.py", "inspect": "tools/inspect_data.py",
+    "inspect-run": "tools/inspect_run.py", "plan": "tools/plan_memory.py",
     "doctor": "tools/doctor.py", "download": "tools/download.py", "checksums": "tools/checksums.py",
     "score": "tools/score.py", "evaluate": "tools/evaluate.py", "merge": "tools/merge_lora.py",
     "gguf": "tools/export_gguf.py",

@@ -25,4 +25,4 @@ def refuse(problems: list[Problem]) -> None:
         raise ConfigError(*problems[0])
     if problems:
         listed = "\n".join(f"  {flag}: {message}" for flag, message in problems)
-        raise ConfigError("", f"{len(problems)} settings cannot work:\n{listed}")
+        raise ConfigError("", f"{len(problems)} settings cannot work:\n{listed}", problems)

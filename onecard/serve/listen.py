@@ -66,16 +66,22 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_server(app: Any, host: str, port: int, *, before_shutdown: Callable[[], None] | None = None) -> None:
+def run_server(
+    app: Any, host: str, port: int, *, before_shutdown: Callable[[], None] | None = None,
+    when_open: Callable[[str], None] | None = None,
+) -> None:  # fmt: skip
     """Serve until Ctrl-C or SIGTERM; running answers are then cancelled, and their clients told.
 
     Port 0 takes a free one. `before_shutdown` is called first when it ends; by default the app's own `stop_answers`.
+    `when_open` is told the address as soon as connections to it wait and are not refused.
     Raises ConfigError for an address that is unknown or a port that is taken.
     """
     with open_socket(host, port) as listening:
         stop_answers: Callable[[], None] = getattr(app, "stop_answers", nothing)
         server = Server(app, before_shutdown or stop_answers)
         say(f"listening on {url_of(listening, host)}  (Ctrl-C stops)")
+        if when_open is not None:
+            when_open(url_of(listening, host))
         with suppress(KeyboardInterrupt), sigterm_as_interrupt():
             server.run(sockets=[listening])
     say("stopped")

@@ -1,0 +1,3 @@
+"""The studio: a page on which data are looked at, runs are started, watched, asked, compared and exported."""
+
+from __future__ import annotations

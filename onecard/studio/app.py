@@ -1,0 +1,91 @@
+"""The studio as one application: the routes of its parts, the guards around them, the clock that looks for news."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from onecard.config.studio import StudioOptions
+from onecard.errors import OneCardError
+from onecard.serve.security import NetworkRules, Protection
+from onecard.studio import (
+    data_api,
+    events,
+    export_api,
+    jobs_api,
+    pages,
+    plan_api,
+    runs_api,
+    use_api,
+)
+from onecard.studio.context import StudioContext, open_context
+from onecard.studio.http import answer_error
+
+# Scripts, styles and requests of this origin only, none of them inside the page: what a name or an answer holds can
+# then never run, wherever it is shown. https://developer.mozilla.org/docs/Web/HTTP/Guides/CSP
+POLICY = (
+    "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
+    "img-src 'self' data:"
+)
+
+
+def studio_app(options: StudioOptions, context: StudioContext | None = None) -> Starlette:
+    """The application; `app.state.context` is what its parts were given, `app.state.context.events.close` ends streams.
+
+    context: for tests; else the one of the options.
+    """
+    context = context or open_context(options)
+    parts = (data_api, plan_api, runs_api, use_api, export_api, jobs_api)
+    routes = [*pages.routes(), *events.routes(context.events)]
+    routes += [route for part in parts for route in part.routes(context)]
+    rules = NetworkRules(
+        options.host, options.allowed_hosts, key=options.key, max_body_bytes=context.upload_max_bytes,
+    )  # fmt: skip
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(PagePolicy), Middleware(Protection, rules=rules)],
+        exception_handlers={OneCardError: answer_error, HTTPException: answer_error, Exception: answer_error},
+        lifespan=_watch,
+    )
+    app.state.context = context
+    return app
+
+
+@asynccontextmanager
+async def _watch(app: Starlette) -> AsyncIterator[None]:
+    """Look for news while the application runs."""
+    task = asyncio.create_task(app.state.context.events.poll())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+class PagePolicy:
+    """Adds the content security policy, and refuses to be framed, on every answer."""
+
+    HEADERS = (
+        (b"content-security-policy", POLICY.encode()), (b"x-frame-options", b"DENY"),
+        (b"cross-origin-opener-policy", b"same-origin"), (b"cross-origin-resource-policy", b"same-origin"),
+    )  # fmt: skip
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                ours = {name for name, _ in self.HEADERS}
+                kept = [header for header in message.get("headers", []) if header[0] not in ours]
+                message = {**message, "headers": [*kept, *self.HEADERS]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)

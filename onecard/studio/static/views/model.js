@@ -1,0 +1,2 @@
+// Replaced by the view.
+export default function () {}
