@@ -36,9 +36,11 @@ class Subscriber:
 
 @dataclass(eq=False)
 class EventHub:
-    """Who listens, and `watchers`: functions that are called every second in a thread and return news."""
+    """Who listens, and `watchers`: functions that are called every second in a thread and return news. `closers` are
+    called when the studio ends."""
 
     watchers: list[Callable[[], Iterable[News]]] = field(default_factory=list)
+    closers: list[Callable[[], None]] = field(default_factory=list)
     _pages: set[Subscriber] = field(default_factory=set)
     _loop: asyncio.AbstractEventLoop | None = None
     _is_closed: bool = False
@@ -56,8 +58,11 @@ class EventHub:
                 loop.call_soon_threadsafe(self._send, text)
 
     def close(self) -> None:
-        """End all streams; from any thread. Pages that are still open ask again until there is a studio."""
+        """End all streams, and call the closers; from any thread. Pages that are still open ask again until there is a
+        studio."""
         self._is_closed = True
+        for closer in self.closers:
+            closer()
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._send, None)
 

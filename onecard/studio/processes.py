@@ -17,12 +17,17 @@ from onecard.installation import IS_CLONE, SHIPPED
 SAME_START_S = 10.0  # psutil derives the time from that of the boot, which moves a little when the clock is set
 
 
-def start_apart(command: Sequence[str], cwd: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, so that neither Ctrl-C nor the end of the studio reaches it."""
+def start_apart(
+    command: Sequence[str], cwd: Path | None = None, more: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, so that neither Ctrl-C nor the end of the studio reaches it.
+
+    more: of the environment, such as a key, which `ps` would show among the words.
+    """
     apart: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), stdin=subprocess.DEVNULL,
+    return subprocess.Popen(command, cwd=cwd, env={**environment(), **(more or {})}, stdin=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **apart)  # fmt: skip
 
 

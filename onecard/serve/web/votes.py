@@ -46,12 +46,25 @@ class BlindVotes:
 
     def __init__(self, folder: Path, pairs: Sequence[VotedPair], names: tuple[str, str], *, seed: int = 42) -> None:
         self.folder, self.names = folder, names
+        self._seed, self._lock = seed, threading.Lock()
+        self._take(pairs)
+        self.votes: dict[str, Choice] = self._read()
+
+    def _take(self, pairs: Sequence[VotedPair]) -> None:
+        self._all = tuple(pairs)
         self.pairs = {pair.key: pair for pair in pairs if not pair.is_same}
         self.n_same = len(pairs) - len(self.pairs)
-        self._seed, self._lock = seed, threading.Lock()
         whole = json.dumps([asdict(pair) for pair in pairs], ensure_ascii=True)
-        self._about = {"pairs": hashlib.sha256(whole.encode()).hexdigest(), "seed": seed}
-        self.votes: dict[str, Choice] = self._read()
+        self._about = {"pairs": hashlib.sha256(whole.encode()).hexdigest(), "seed": self._seed}
+
+    def add(self, pair: VotedPair) -> None:
+        """Ask about one more pair, where questions come one by one; the votes so far stay.
+
+        Raises CheckpointError where it cannot be written.
+        """
+        with self._lock:
+            self._take((*self._all, pair))
+            self._write(self.votes)
 
     def _read(self) -> dict[str, Choice]:
         path = self.folder / VOTES_FILE
