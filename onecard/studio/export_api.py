@@ -1,12 +1,141 @@
-"""Export: a run in other forms."""
+"""Export: a run in other forms, each made by one of the kit's own programs as a job, and what has been made.
+
+The programs write beside their target and rename it once it is whole and reopened; nothing is ever replaced from here.
+"""
 
 from __future__ import annotations
 
-from starlette.routing import BaseRoute
+import re
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from onecard.errors import OneCardError
+from onecard.export.io.output import new_directory
+from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
+from onecard.studio.export_kinds import KINDS, ExportKind, checked_options, server_address
+from onecard.studio.http import StudioJson, json_body
+from onecard.studio.jobs import ALIVE
+from onecard.studio.sources import sources_in
+from onecard.studio.use_api import refuse_while_training, source_of, text_of
+
+PREFIX = "export-"  # of the kinds of jobs
+NAME = re.compile(r"[\w][\w.+-]{0,99}")  # one folder of the output folder, never a path
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
+MOST_SHOWN = 100  # jobs
+ERROR_MARKS = ("error:", "错误")
 
 
 def routes(context: StudioContext) -> list[BaseRoute]:
-    """The paths of this part."""
-    return []
+    """GET and POST /api/export; the jobs themselves are told, cancelled and logged at /api/jobs."""
+    exports = ExportApi(context)
+    return [Route("/api/export", exports.shown), Route("/api/export", exports.start, methods=["POST"])]
+
+
+class ExportApi:
+    """What each path does."""
+
+    def __init__(self, context: StudioContext) -> None:
+        self._context = context
+
+    def shown(self, request: Request) -> Response:
+        """What can be exported, in which ways, and what has been, the newest first."""
+        kinds = {name: {"options": kind.options, "writes": kind.writes, "of_adapters": kind.of_adapters,
+                        "missing": kind.missing} for name, kind in KINDS.items()}  # fmt: skip
+        found = [job for job in self._context.jobs.all() if job["kind"].startswith(PREFIX)]
+        jobs = [self.told(job) for job in found[:MOST_SHOWN]]
+        sources = [source.to_json() for source in sources_in(self._context.output_root)]
+        return StudioJson({"kinds": kinds, "jobs": jobs, "sources": sources})
+
+    async def start(self, request: Request) -> Response:
+        """{kind, source, name or url, options?, anyway?}: start a job. 409 where one runs, or the card is in use."""
+        body = await json_body(request, "kind", "source")
+        kind = KINDS.get(body["kind"]) if isinstance(body["kind"], str) else None
+        if kind is None:
+            raise bad_request(f"kind is one of {', '.join(KINDS)}", "kind")
+        if kind.missing:
+            raise ApiError(409, kind.missing, param="kind", code="not_installed")
+        source = source_of(self._context, body["source"])
+        if kind.of_adapters and source.kind != "adapter":
+            raise bad_request(f"{source.path} is a whole model, and this takes an adapter", "source")
+        options = checked_options(kind, body.get("options", {}))
+        target = self.target_of(body, kind)
+        if not kind.writes:
+            options["url"] = server_address(body.get("url"))
+        self.refuse_a_second()
+        if kind.needs_card and not body.get("anyway"):
+            refuse_while_training(self._context)
+        words = kind.words(source, self._context.output_root / source.path, target, options)
+        about = {"source": source.path, "target": target.name if kind.writes else "", "options": options}
+        jobs = replace(self._context.jobs, program=(*self._context.jobs.program[:-1], kind.module))
+        job_id = jobs.start(PREFIX + body["kind"], words, title=source.path, about=about)
+        return StudioJson(self.told(self._context.jobs.get(job_id)), 201)
+
+    def target_of(self, body: dict[str, Any], kind: ExportKind) -> Path:
+        """A folder of the output folder that is not there yet. Raises ApiError."""
+        root = self._context.output_root
+        if not kind.writes:
+            return root
+        name = text_of(body, "name")
+        if not NAME.fullmatch(name) or RESERVED.fullmatch(name) or name.endswith("."):
+            raise bad_request("name is that of a new folder: letters, digits, and . _ + - within", "name")
+        target = self._context.safe_path(str(root / name), (root,))
+        if target.parent != root or target.exists() or target.is_symlink():
+            message = f"{name} exists already, and nothing is overwritten; give another name, or delete it first"
+            raise ApiError(409, message, param="name", code="exists")
+        return target
+
+    def refuse_a_second(self) -> None:
+        """Raises ApiError (409) while another export runs: two models in memory are one too many for small machines."""
+        running = next((job for job in self._context.jobs.all()
+                        if job["kind"].startswith(PREFIX) and job["state"] in ALIVE), None)  # fmt: skip
+        if running is not None:
+            name = running["about"].get("target") or running["title"]
+            raise ApiError(409, f"{name} is being made; wait for its end, or cancel it", code="export_running")
+
+    def told(self, job: dict[str, Any]) -> dict[str, Any]:
+        """A job as the page shows it: its last line, why it failed, the size of what it made."""
+        lines = [line for line in self._context.jobs.log(job["id"])["text"].splitlines() if line.strip()]
+        name = job["about"].get("target", "")
+        target = self._context.output_root / name
+        is_there = bool(name) and target.is_dir()
+        if name and job["state"] == "cancelled":
+            tidy(target)
+        marked = [line for line in lines if line.startswith(ERROR_MARKS)]
+        options = job["about"].get("options", {})
+        return {
+            "id": job["id"], "name": name or options.get("url", ""), "kind": job["kind"].removeprefix(PREFIX),
+            "source": job["title"], "state": job["state"],
+            "exit_code": job["exit_code"], "created": job["created"], "ended": job["ended"],
+            "command": job["command"], "options": options,
+            "line": lines[-1] if lines else "",
+            "error": (marked or lines or [""])[-1] if job["state"] == "failed" else "",
+            "path": str(target) if is_there else "", "bytes": size_of(target) if is_there else None,
+        }  # fmt: skip
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in it."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+    return total
+
+
+def tidy(target: Path) -> None:
+    """Remove what an export that was ended half-way left behind, as the next start would."""
+    if not target.with_name(f".{target.name}.partial").exists():
+        return
+    with suppress(OneCardError, _NeverMind), new_directory(target):
+        raise _NeverMind
+
+
+class _NeverMind(Exception):
+    """Nothing is to be written after all."""

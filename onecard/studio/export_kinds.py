@@ -1,0 +1,121 @@
+"""What can be made of a run, and with which words of the kit's own programs. Knows options; starts nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from onecard.installation import install_command
+from onecard.serve.http_error import ApiError, bad_request
+from onecard.studio.sources import ModelSource
+
+Words = Callable[[ModelSource, Path, Path, Mapping[str, str]], list[str]]
+
+
+@dataclass(frozen=True)
+class ExportKind:
+    """One way to hand a result on.
+
+    words: of (source, its folder, target, options) those of the program. options: of each the values it may have, the
+    first is what is taken. writes: whether there is a target. of_adapters: whether only adapters go in. needs_card:
+    whether the model is computed with, and a card used where there is one. package: what must be installed, by which
+    extra. module: what reads the words, where that is not `onecard`.
+    """
+
+    words: Words
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    writes: bool = True
+    of_adapters: bool = False
+    needs_card: bool = False
+    package: str = ""
+    extra: str = ""
+    module: str = "onecard"
+
+    @property
+    def missing(self) -> str:
+        """How to install what this needs and is not there; empty where nothing is missing."""
+        is_there = not self.package or importlib.util.find_spec(self.package) is not None
+        return "" if is_there else f"this needs {self.package}: {install_command(self.extra)}"
+
+
+def _model_words(source: ModelSource, folder: Path) -> list[str]:
+    return ["--lora_path" if source.kind == "adapter" else "--model_path", str(folder)]
+
+
+def _merge(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
+    return ["merge", "--lora_path", str(folder), "--output_path", str(target), "--dtype", options["dtype"],
+            "--format", options["format"]]  # fmt: skip
+
+
+def _gguf(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
+    return ["gguf", *_model_words(source, folder), "--output_path", str(target), "--gguf_type", options["gguf_type"]]
+
+
+def _gguf_adapter(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
+    return [*_gguf(source, folder, target, options), "--adapter_only", "true"]
+
+
+def _quantize(verb: str) -> Words:
+    def words(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
+        return [verb, *_model_words(source, folder), "--output_path", str(target), "--bits", options["bits"]]
+
+    return words
+
+
+def _handover(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
+    return ["handover", options["engine"], str(folder), str(target)]
+
+
+def _adapter(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
+    return [str(folder), str(target)]
+
+
+def _verify(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
+    return ["verify-server", options["url"], "--run", str(folder)]
+
+
+# The values of each option are those of the program; tests/studio/test_export_api.py compares them.
+KINDS: Mapping[str, ExportKind] = {
+    "merge": ExportKind(
+        _merge, {"dtype": ("auto", "fp16", "bf16", "fp32"), "format": ("hf", "pth")}, of_adapters=True
+    ),
+    "gguf": ExportKind(
+        _gguf, {"gguf_type": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4", "bf16", "f32")}
+    ),
+    "gguf-adapter": ExportKind(_gguf_adapter, {"gguf_type": ("f16", "bf16", "f32")}, of_adapters=True),
+    "quantize-gptq": ExportKind(
+        _quantize("quantize-gptq"), {"bits": ("4", "8", "3", "2")}, needs_card=True, package="gptqmodel", extra="gptq"
+    ),
+    "quantize-bnb": ExportKind(_quantize("quantize-bnb"), {"bits": ("4", "8")}, needs_card=True),
+    "adapter": ExportKind(_adapter, of_adapters=True, module="onecard.studio.adapter_copy"),
+    "handover": ExportKind(_handover, {"engine": ("vllm", "sglang", "llama.cpp", "ollama", "ray-serve")}),
+    "verify-server": ExportKind(_verify, writes=False),
+}  # fmt: skip
+
+
+def checked_options(kind: ExportKind, given: Any) -> dict[str, str]:
+    """The options with what was not given filled in. Raises ApiError for unknown ones and values."""
+    if not isinstance(given, dict):
+        raise bad_request("options is an object", "options")
+    for name, value in given.items():
+        if name not in kind.options:
+            raise bad_request(f"there is no option {str(name)[:50]!r} here", "options")
+        if value not in kind.options[name]:
+            raise bad_request(f"{name} is one of {', '.join(kind.options[name])}", f"options.{name}")
+    return {name: values[0] for name, values in kind.options.items()} | given
+
+
+def server_address(text: Any) -> str:
+    """The address of a server to compare with. Raises ApiError for what is none."""
+    try:
+        parts = urlsplit(text if isinstance(text, str) else "")
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.username
+    except ValueError:
+        is_address = False
+    if not is_address or len(text) > 500:
+        raise ApiError(400, "give the address of a server, such as http://127.0.0.1:8000/v1", param="url")
+    return str(text)
