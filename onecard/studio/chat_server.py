@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -25,10 +26,13 @@ from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.jobs import ALIVE, Jobs
 from onecard.studio.processes import start_apart
 from onecard.studio.sources import ModelSource
+from onecard.studio.supervisor import LOG
 
 KIND, KEY_FILE = "chat", "key"
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 IDLE_MINUTES = 15.0
+PATIENCE_SECONDS = 10.0  # for a server that has been asked to end
+MOST_FIRST_BYTES = 100_000  # of a log, in which the address is looked for
 ANSWER_SECONDS = 600.0  # as long as --max_request_seconds lets the server take
 PARALLEL = 4  # answers in one batch: two sides of a comparison, and those of a second page
 BITS = (4, 8, 16, 32)
@@ -68,6 +72,9 @@ class ChatServer:
         if bits is not None and bits not in BITS:
             raise bad_request(f"bits is one of {', '.join(map(str, BITS))}", "bits")
         self.stop()
+        for job in self.jobs.all(KIND):
+            if job["state"] not in ALIVE:  # of earlier ones nothing is needed
+                shutil.rmtree(self.jobs.path(job["id"]), ignore_errors=True)
         path = self.root / source.path
         words = ["serve", "--host", "127.0.0.1", "--port", "0", "--max_parallel", str(PARALLEL)]
         if source.kind == "adapter":
@@ -86,16 +93,18 @@ class ChatServer:
                         about={"source": source.path, "kind": source.kind})  # fmt: skip
 
     def stop(self) -> None:
-        """End every server of this folder, and wait for that as long as it takes to free the card."""
-        ending = [job["id"] for job in self.jobs.all(KIND) if job["state"] in ALIVE]
-        for job_id in ending:
-            self.jobs.cancel(job_id)
-        end = time.monotonic() + 10
-        while ending and time.monotonic() < end:
-            ending = [job_id for job_id in ending if self.jobs.state(job_id) == "running"]
+        """End every server of this folder, and wait until the card is free; what does not end by itself is killed."""
+        end, asked = time.monotonic() + PATIENCE_SECONDS, set()
+        while alive := [job for job in self.jobs.all(KIND) if job["state"] in ALIVE]:
+            is_late = time.monotonic() > end
+            for job in alive:
+                # One that is just starting has nothing to be ended yet. Asked a second time, it is killed.
+                if job["state"] == "running" and (job["id"] not in asked or is_late):
+                    self.jobs.cancel(job["id"])
+                    asked.add(job["id"])
+            if time.monotonic() > end + PATIENCE_SECONDS:
+                return
             time.sleep(0.05)
-        for job_id in ending:
-            self.jobs.cancel(job_id)  # asked again, it is killed
 
     def stop_if_idle(self) -> bool:
         """End a server that nobody has asked for `IDLE_MINUTES`."""
@@ -138,7 +147,12 @@ class ChatServer:
         return next(iter(self.jobs.all(KIND)), None)
 
     def _address(self, job_id: str) -> str | None:
-        found = ADDRESS.search(self.jobs.log(job_id)["text"])
+        """Where the server listens; None: it does not yet. It says so before anything else that is long."""
+        try:
+            with (self.jobs.path(job_id) / LOG).open("rb") as stream:
+                found = ADDRESS.search(stream.read(MOST_FIRST_BYTES).decode("utf-8", "replace"))
+        except OSError:
+            return None
         return found[0] if found else None
 
     def _why(self, job_id: str) -> str:

@@ -46,7 +46,7 @@ class ExportApi:
 
     def shown(self, request: Request) -> Response:
         """What can be exported, in which ways, and what has been, the newest first."""
-        kinds = {name: {"options": kind.options, "writes": kind.writes, "of_adapters": kind.of_adapters,
+        kinds = {name: {"options": kind.options, "writes": kind.writes, "takes": kind.takes,
                         "missing": kind.missing} for name, kind in KINDS.items()}  # fmt: skip
         found = [job for job in self._context.jobs.all() if job["kind"].startswith(PREFIX)]
         jobs = [self.told(job) for job in found[:MOST_SHOWN]]
@@ -62,8 +62,11 @@ class ExportApi:
         if kind.missing:
             raise ApiError(409, kind.missing, param="kind", code="not_installed")
         source = source_of(self._context, body["source"])
-        if kind.of_adapters and source.kind != "adapter":
-            raise bad_request(f"{source.path} is a whole model, and this takes an adapter", "source")
+        if source.kind not in kind.takes:
+            wanted = "an adapter" if kind.takes == ("adapter",) else "a run"
+            raise bad_request(f"{source.path} is a whole model, and this takes {wanted}", "source")
+        if "," in str(self._context.output_root / source.path):
+            raise bad_request(f"{source.path}: a comma in a path separates adapters; rename the folder", "source")
         options = checked_options(kind, body.get("options", {}))
         target = self.target_of(body, kind)
         if not kind.writes:

@@ -13,6 +13,7 @@ from onecard.installation import install_command
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.sources import ModelSource
 
+RUNS = ("adapter", "tuned")  # kinds of sources that know how they were trained
 Words = Callable[[ModelSource, Path, Path, Mapping[str, str]], list[str]]
 
 
@@ -21,7 +22,7 @@ class ExportKind:
     """One way to hand a result on.
 
     words: of (source, its folder, target, options) those of the program. options: of each the values it may have, the
-    first is what is taken. writes: whether there is a target. of_adapters: whether only adapters go in. needs_card:
+    first is what is taken. writes: whether there is a target. takes: the kinds of sources that go in. needs_card:
     whether the model is computed with, and a card used where there is one. package: what must be installed, by which
     extra. module: what reads the words, where that is not `onecard`.
     """
@@ -29,7 +30,7 @@ class ExportKind:
     words: Words
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     writes: bool = True
-    of_adapters: bool = False
+    takes: tuple[str, ...] = ("adapter", "tuned", "model")
     needs_card: bool = False
     package: str = ""
     extra: str = ""
@@ -81,19 +82,19 @@ def _verify(source: ModelSource, folder: Path, target: Path, options: Mapping[st
 # The values of each option are those of the program; tests/studio/test_export_api.py compares them.
 KINDS: Mapping[str, ExportKind] = {
     "merge": ExportKind(
-        _merge, {"dtype": ("auto", "fp16", "bf16", "fp32"), "format": ("hf", "pth")}, of_adapters=True
+        _merge, {"dtype": ("auto", "fp16", "bf16", "fp32"), "format": ("hf", "pth")}, takes=("adapter",)
     ),
     "gguf": ExportKind(
         _gguf, {"gguf_type": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4", "bf16", "f32")}
     ),
-    "gguf-adapter": ExportKind(_gguf_adapter, {"gguf_type": ("f16", "bf16", "f32")}, of_adapters=True),
+    "gguf-adapter": ExportKind(_gguf_adapter, {"gguf_type": ("f16", "bf16", "f32")}, takes=("adapter",)),
     "quantize-gptq": ExportKind(
         _quantize("quantize-gptq"), {"bits": ("4", "8", "3", "2")}, needs_card=True, package="gptqmodel", extra="gptq"
     ),
     "quantize-bnb": ExportKind(_quantize("quantize-bnb"), {"bits": ("4", "8")}, needs_card=True),
-    "adapter": ExportKind(_adapter, of_adapters=True, module="onecard.studio.adapter_copy"),
-    "handover": ExportKind(_handover, {"engine": ("vllm", "sglang", "llama.cpp", "ollama", "ray-serve")}),
-    "verify-server": ExportKind(_verify, writes=False),
+    "adapter": ExportKind(_adapter, takes=("adapter",), module="onecard.studio.adapter_copy"),
+    "handover": ExportKind(_handover, {"engine": ("vllm", "sglang", "llama.cpp", "ollama", "ray-serve")}, takes=RUNS),
+    "verify-server": ExportKind(_verify, writes=False, takes=RUNS),
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class ChatApi:
         self._context, self._server = context, server
         self._votes = context.output_root / OWN_FOLDER / VOTES
         self._told: ChatState | None = None
-        self._voting = asyncio.Lock()
+        self._voting, self._starting = asyncio.Lock(), asyncio.Lock()
 
     def news(self) -> Iterator[News]:
         """`chat`: the server's state, when it is another one than a second ago; an idle server is ended."""
@@ -77,7 +77,8 @@ class ChatApi:
         if not body.get("anyway"):
             refuse_while_training(self._context)
         bits = body.get("bits")
-        await asyncio.to_thread(lambda: self._server.start(source, bits=bits))
+        async with self._starting:
+            await asyncio.to_thread(lambda: self._server.start(source, bits=bits))
         return StudioJson(self._server.state().to_json())
 
     async def stop(self, request: Request) -> Response:

@@ -17,7 +17,7 @@ from tests.studio.conftest import Client, eventually
 
 __all__ = ["lively_base", "run_dir"]
 
-STUB = Path(__file__).with_name("stub_export.py")
+STUB = Path(__file__).with_name("stub_use.py")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from tests.studio.conftest import Client, eventually
 
 __all__ = ["lively_base", "run_dir"]
 
-STUB = Path(__file__).with_name("stub_chat.py")
+STUB = Path(__file__).with_name("stub_use.py")
 HI = [{"role": "user", "content": "Hi there"}]
 
 
@@ -83,6 +83,9 @@ def test_the_server_is_started_asked_and_ended_and_its_key_stays_here(
         "--lora_path", str(run), "--adapters_path", str(run.parent),
     ]  # fmt: skip
 
+    log = server_of(context).jobs.path(job["id"]) / "log.txt"
+    with log.open("a", encoding="utf-8") as stream:  # what it says of requests, for a long time
+        stream.write("200 1 ms\n" * 50_000)
     assert server_of(context).state().models == ("my-run", "base"), "a studio that starts anew finds it"
     assert ask("POST", "/api/chat/stop", {})[1]["state"] == "off"
     assert server_of(context).jobs.all()[0]["state"] == "cancelled"
@@ -92,11 +95,21 @@ def test_it_ends_when_idle_and_a_second_start_ends_the_first(ask: Client, contex
     load(ask)
     load(ask)
     server = server_of(context)
-    assert sorted(job["state"] for job in server.jobs.all()) == ["cancelled", "running"]
+    assert [job["state"] for job in server.jobs.all()] == ["running"], "the first has ended, and its key is gone"
     assert not server.stop_if_idle()
     key_file = server.jobs.path(server.jobs.all()[0]["id"]) / KEY_FILE
     os.utime(key_file, (time.time() - 3600,) * 2)
     assert server.stop_if_idle() and server.state().state == "off"
+
+
+def test_a_server_that_is_just_starting_is_ended_too_and_one_ends_with_the_studio(
+    ask: Client, context: StudioContext, run: Path
+) -> None:
+    assert ask("POST", "/api/chat/start", {"source": "my-run"})[0] == 200
+    assert ask("POST", "/api/chat/stop", {})[1]["state"] == "off"
+    load(ask)
+    context.events.close()
+    assert server_of(context).state().state == "off"
 
 
 def test_why_it_failed_is_told(ask: Client, run: Path) -> None:

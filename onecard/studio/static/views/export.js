@@ -18,11 +18,11 @@ export default function ({ Alpine, api, attempt, on, t, tell }) {
       });
     },
     get kindNames() { return Object.keys(this.kinds); },
-    get chosen() { return this.kinds[this.kind] || { options: {}, writes: true, of_adapters: false, missing: "" }; },
+    get chosen() { return this.kinds[this.kind] || { options: {}, writes: true, takes: [], missing: "" }; },
     get optionNames() { return Object.keys(this.chosen.options); },
     get writes() { return this.chosen.writes; },
     get missing() { return this.chosen.missing; },
-    get fitting() { return this.sources.filter((one) => one.kind === "adapter" || !this.chosen.of_adapters); },
+    get fitting() { return this.sources.filter((one) => this.chosen.takes.includes(one.kind)); },
     valuesOf(option) { return this.chosen.options[option] || []; },
     isOpen(job) { return job.state === "running" || job.state === "starting"; },
     classOf(job) { return { done: "good", failed: "bad", lost: "bad", running: "warn", starting: "warn" }[job.state] || "dim"; },

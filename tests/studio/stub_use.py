@@ -1,6 +1,8 @@
-"""Stands in for `onecard serve`: two models, of which one says the question again and the other says it backwards.
+"""Stands in for the programs that Chat and Export start: `stub_use.py X VERB --OPTION VALUE ...`.
 
-`slow` in a question makes an answer without end, until the asker leaves; then a file `left` is written where it runs.
+serve: two models, of which one says the question again and the other says it backwards. `slow` in a question makes an
+answer without end, until the asker leaves; then a file `left` is written beside X.
+All others write --output_path; its name says what happens (fails, waits).
 """
 
 from __future__ import annotations
@@ -71,8 +73,23 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def main(words: list[str]) -> int:
-    """words: FOLDER serve --OPTION VALUE ..."""
+def export(words: list[str]) -> int:
+    target = Path(words[words.index("--output_path") + 1])
+    print(f"step: 1 of 2, of {words[1]}", flush=True)
+    if target.name == "fails":
+        print("error: no room; make some\nlast words", flush=True)
+        return 1
+    partial = target.with_name(f".{target.name}.partial")
+    partial.mkdir()
+    while target.name == "waits":
+        time.sleep(0.05)
+    (partial / "model").write_bytes(b"12345")
+    partial.rename(target)
+    print("written", flush=True)
+    return 0
+
+
+def serve(words: list[str]) -> int:
     if "--bits" in words:
         print("loading\nerror: 4 bits do not fit; use a smaller model\nlast words")
         return 1
@@ -84,4 +101,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit((serve if sys.argv[2] == "serve" else export)(sys.argv[1:]))
