@@ -9,6 +9,7 @@ from typing import Literal
 from onecard.config.problems import Problem
 from onecard.installation import SHIPPED
 
+ROPE_KINDS = ("yarn", "linear", "dynamic")
 DEFAULT_BASE = str(SHIPPED / "sample" / "tiny-llama")
 
 
@@ -32,6 +33,9 @@ class ModelOptions:
     """Spread the model over several GPUs, so much of each: 0:10GiB,1:10GiB. cpu:30GiB: the rest in RAM, to answer."""
     stream_layers: Literal["auto", "on", "off"] = "auto"
     """Keep frozen layers in RAM; they pass through the card, one layer ahead. auto: where nothing else fits."""
+    rope_scaling: str = "auto"
+    """Read longer texts: yarn:F, linear:F or dynamic:F, F times the model's positions. none: as the base is; auto: as
+    the adapter was trained, or as the base is."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: only architectures of transformers itself are loaded."""
 
@@ -45,9 +49,25 @@ class ModelOptions:
             found.append(("--max_memory", f"{self.max_memory!r} is not of the form 0:10GiB,1:10GiB,cpu:30GiB"))
         if self.bits == 16 and self.dtype == "fp32":
             found.append(("--bits", "16 contradicts --dtype fp32; use --bits 32 or another --dtype"))
+        try:
+            rope_scaling_of(self.rope_scaling)
+        except ValueError as reason:
+            found.append(("--rope_scaling", str(reason)))
         if self.stream_layers == "on" and self.max_memory is not None:
             found.append(("--stream_layers", "on does not go with --max_memory: layers pass through one card"))
         return found
+
+
+def rope_scaling_of(value: str) -> tuple[str, float] | None:
+    """--rope_scaling as (kind, factor): "yarn:4" -> ("yarn", 4.0); None for auto and none. Raises ValueError."""
+    if value in ("auto", "none"):
+        return None
+    kind, _, number = value.partition(":")
+    if kind not in ROPE_KINDS or not re.fullmatch(r"\d{1,3}(\.\d{1,3})?", number):
+        raise ValueError(f"{value!r} is none of auto, none, yarn:4, linear:4, dynamic:4")
+    if float(number) <= 1:
+        raise ValueError(f"{value!r} stretches nothing; the factor is more than 1")
+    return kind, float(number)
 
 
 def memory_map(text: str) -> dict[int | str, str] | None:

@@ -172,7 +172,7 @@ class TrainOptions(RolloutOptions):
     """With a resumed run: keep weights and optimizer, but start at the first step of this (perhaps new) data."""
     accept_changes: str = field(default="", metadata={"several": True})
     """Go on although some of these differ from the checkpoint's run: base,data,template,lora,bits,batch,seed,objective,
-    reference. base also accepts an --init_adapter that was trained on another base."""
+    reference,rope_scaling. base also accepts an --init_adapter that was trained on another base."""
     wandb: bool = False
     """Send the log to Weights & Biases as well (pip install wandb)."""
     wandb_project: str = "onecard"
@@ -332,7 +332,8 @@ class TrainOptions(RolloutOptions):
         return found
 
     def _change_problems(self) -> list[Problem]:
-        known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective", "reference"}
+        known = {"base", "data", "template", "lora", "bits", "batch", "seed", "objective", "reference",
+                 "rope_scaling"}  # fmt: skip
         unknown = sorted(set(filter(None, self.accept_changes.replace(" ", "").split(","))) - known)
         if not unknown:
             return []

@@ -26,6 +26,7 @@ from onecard.inference.model_limits import go_together
 from onecard.inference.stopping import FinishReason
 from onecard.inference.streamer import StreamState, TokenLogprob
 from onecard.model.input_limits import embedding_rows, no_row
+from onecard.model.rope_scaling import context_limit
 
 __all__ = [
     "Chunk",
@@ -184,5 +185,4 @@ def answer_rows(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: Sampli
 
 def longest_sequence(model: Any) -> int | None:
     """How many tokens the model can read, prompt and answer together, or None where its config sets no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
+    return context_limit(model.config)

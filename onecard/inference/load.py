@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onecard.config.base_model import DEFAULT_BASE, ModelOptions
+from onecard.config.base_model import DEFAULT_BASE, ModelOptions, rope_scaling_of
 from onecard.config.given_paths import is_tuned_model, trained_weights_in
 from onecard.console import say, warn
 from onecard.data.built_in_templates import first_version
@@ -19,7 +19,7 @@ from onecard.model.answer_bits import with_answer_bits, with_streaming
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
 from onecard.model.lora.adapter import trained_part
-from onecard.model.lora.formats import base_of_adapter
+from onecard.model.lora.formats import adapter_scaling, base_of_adapter
 from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.model.trained import load_trained
 from onecard.storage import sha256_of
@@ -39,7 +39,10 @@ def load_bundle(
     """
     if lora_path is None and adapter_scale != 1:
         raise ConfigError("--adapter_scale", "needs an adapter to scale: give --lora_path")
-    options = replace(options, model_path=base_path(options.model_path, lora_path), gradient_checkpointing=False)
+    base = base_path(options.model_path, lora_path)
+    options = replace(options, model_path=base, gradient_checkpointing=False)
+    if options.rope_scaling == "auto" and lora_path is not None:
+        options = replace(options, rope_scaling=adapter_scaling(lora_path))
     tokenizer, template = load_words(options, lora_path, prompt_type, thinking)
     hardware = detect(options.device)
     options = with_streaming(with_answer_bits(options, hardware, trained_bits(lora_path)), hardware)
@@ -61,6 +64,7 @@ def load_bundle(
         "template": hashlib.sha256(first_version(template.jinja).encode("utf-8")).hexdigest(),
         **({"thinking": thinking} if thinking != "auto" else {}),
         **({"adapter_scale": adapter_scale} if adapter_scale != 1 else {}),
+        **({"rope_scaling": options.rope_scaling} if rope_scaling_of(options.rope_scaling) else {}),
     }
     return ModelBundle(model, tokenizer, template, objective=trained_objective(lora_path)), depends_on
 

@@ -21,7 +21,7 @@ TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")
 # Not trust_remote_code: running foreign code is decided by who types the command, never by a file that was copied.
 # Not device: the run may come from another machine.
-STORED_NAMES = ("model_path", "bits", "dtype", "attn_implementation")
+STORED_NAMES = ("model_path", "bits", "dtype", "attn_implementation", "rope_scaling")
 OBJECTIVE = "sft"  # of a base, and of runs from before there was a choice
 
 
@@ -66,7 +66,7 @@ def _stored(lora_path: str | None, names: Sequence[str] = STORED_NAMES) -> dict[
     if not isinstance(stored, Mapping):
         return {}
     if is_tuned_model(run):  # a whole model, which is its own base
-        stored = {**stored, "model_path": str(run)}
+        stored = {**stored, "model_path": str(run), "rope_scaling": "none"}  # its config.json holds it
     kinds = {"bits": int}
     return {name: stored[name] for name in names if isinstance(stored.get(name), kinds.get(name, str))}
 

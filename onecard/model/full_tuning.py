@@ -23,6 +23,7 @@ from onecard.model.files import locate, read_json, safetensors_header, write_jso
 from onecard.model.lora.formats import compare, differences_of, mean_of_files
 from onecard.model.lora.vocabulary import keep_output_dtype
 from onecard.model.model_layers import decoder_layers, text_part
+from onecard.model.rope_scaling import MARK, scaled_json
 
 LISTED = 3  # differences shown to a person
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -115,6 +116,7 @@ def write_tuned_model(model: Any, checkpoints: Sequence[Path], directory: Path) 
     for file in (*base.glob(GENERATION), *base.glob("*.py")):
         shutil.copyfile(file, directory / file.name)
     settings = {key: value for key, value in read_json(base / CONFIG).items() if key != "torch_dtype"}
+    settings = scaled_json(settings, str(base), str(getattr(model.config, MARK, "none")))
     write_json(directory / CONFIG, {**settings, "dtype": str(dtype).removeprefix("torch.")})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from onecard.installation import command
+from onecard.model.rope_scaling import MARK, context_limit
 
 ROTARY_TABLES = ("embed_positions", "pos_encoding")  # GPT-J, CodeGen, CTRL
 OFFSET = 2  # rows that OPT, BioGPT and the BART family have beyond their positions
@@ -61,8 +62,10 @@ def position_limit(model: Any) -> int | None:
 
 
 def rotary_limit(model: Any) -> int | None:
-    """The positions that a rotary model was trained for; None where it has none, or scales them for more."""
+    """The positions that a rotary model is made for; None where it has none, or where the base scales them itself."""
     config = model.config.get_text_config()
+    if hasattr(model.config, MARK):
+        return context_limit(config)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope.get("rope_type", "default")] if "rope_type" in rope or "rope_theta" in rope else [
         inner.get("rope_type", "default") for inner in rope.values() if isinstance(inner, dict)]  # fmt: skip

@@ -34,6 +34,7 @@ from onecard.model.memory_saving.streamed_layers import place_beside_layers
 from onecard.model.model_config import ignored_keys, read_model_config, without_chance
 from onecard.model.model_layers import UNQUANTISED_SHARE
 from onecard.model.quantization import keep_one_arithmetic_on_cpu, loading_config, quantization_config, unquantised
+from onecard.model.rope_scaling import check_scaled, scale_rope
 
 __all__ = ["LoadedBase", "base_fingerprint", "checkpoint_layers", "load_base", "load_tokenizer"]
 
@@ -117,6 +118,7 @@ def load_base(
             quantization = loading_config(bits, dtype, hardware.device if options.stream_layers == "on" else None)
         kept = _bitsandbytes_in(stored, dtype) if quantization is None else {}
         model = _load(options, directory, dtype, hardware.device, quantization=quantization, stored=kept)
+    check_scaled(model, options.rope_scaling)
     choose_kernel(model, hardware, dtype)
     model.requires_grad_(False)
     model.eval()
@@ -214,6 +216,7 @@ def _load(
         config = AutoConfig.from_pretrained(
             options.model_path, trust_remote_code=options.trust_remote_code, local_files_only=True
         )
+        scale_rope(config, options.rope_scaling)
         arguments["config"] = without_chance(config)
         if stored:
             quantized_model_config(config, directory, stored)

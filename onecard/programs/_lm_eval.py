@@ -7,13 +7,14 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-from onecard.config.base_model import ModelOptions
+from onecard.config.base_model import ModelOptions, rope_scaling_of
 from onecard.config.inference import AnsweringModelOptions
 from onecard.config.parsing import missing, parse
 from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.errors import ConfigError, ModelError
 from onecard.inference.run_files import stored_options
+from onecard.installation import command
 
 
 @dataclass
@@ -90,6 +91,10 @@ def command_of(config: LmEvalConfig) -> list[str]:
         arguments["model"] = options.served_model
         arguments["tokenizer_backend"] = "huggingface"
     else:
+        if rope_scaling_of(config.model.rope_scaling) is not None:
+            raise ConfigError("--rope_scaling", f"{config.model.rope_scaling} does not reach the harness, which loads "
+                              f"the base by itself: merge the run ({command('merge')}) and give --model_path, or serve "
+                              "it and give --base_url")  # fmt: skip
         model = "hf"
         arguments = {"pretrained": base}
         run = run_directory(options.lora_path)

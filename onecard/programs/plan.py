@@ -93,7 +93,11 @@ def main(argv: list[str] | None = None) -> None:
     config = FinetuneConfig(options.model, options.data, options.lora, options.train, options.memory.of_a_run())
     cards = find_cards(options)
     names = comma_list(options.models) or [options.model.model_path]
-    models = [architecture_of(name, trust_remote_code=options.model.trust_remote_code) for name in names]
+    base = options.model
+    models = [
+        architecture_of(name, trust_remote_code=base.trust_remote_code, rope_scaling=base.rope_scaling)
+        for name in names
+    ]
     lengths = numbers(options.lengths, int) or [options.data.cutoff_len]
     configs = [replace(config, data=replace(config.data, cutoff_len=length)) for length in lengths]
     plans, longest = [], []

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from onecard.config.base_model import ModelOptions
+from onecard.config.base_model import ModelOptions, rope_scaling_of
 from onecard.config.given_paths import is_tuned_model
 from onecard.console import say
 from onecard.errors import ModelError
@@ -25,7 +25,9 @@ from onecard.export.merge.merge import merge_into
 from onecard.inference.load import base_path, load_words
 from onecard.inference.run_files import run_directory, stored_options
 from onecard.model.files import locate
-from onecard.model.lora.formats import read_config
+from onecard.model.lora.formats import adapter_scaling, read_config
+from onecard.model.model_config import read_model_config
+from onecard.model.rope_scaling import context_limit, scale_rope
 
 MOST_CONTEXT = 8192  # tokens, where none is given: more takes memory at every start
 PORTS = {"vllm": 8000, "sglang": 30000, "llama.cpp": 8080, "ollama": 11434, "ray-serve": 8000}
@@ -50,6 +52,8 @@ class HandoverRun:
     stops: list[str]
     stop_ids: list[int]
     context: int
+    positions: Mapping[str, Any] = field(default_factory=dict)
+    """What of the base's configuration is other under the --rope_scaling of an adapter, by key."""
 
 
 @dataclass
@@ -104,9 +108,8 @@ def read_run(run: Path, model_path: str = "auto", context: int = 0) -> tuple[Han
     named = str(stored.get("model_path", "auto")) if model_path == "auto" else model_path
     base = str(run.absolute()) if is_whole else base_path(named, str(run))
     tokenizer, template = load_words(ModelOptions(model_path=base), str(run), "auto")
-    config = _json(locate(base) / "config.json")
-    text = config.get("text_config", config)
-    limit = int(text.get("max_position_embeddings") or MOST_CONTEXT)
+    raw = _json(locate(base) / "config.json")
+    limit, positions = _positions(raw, base, adapter_scaling(run))
     if context > limit:
         raise ModelError(f"--context {context} is more than the {limit} positions of the model; give at most these")
     adapter = {} if is_whole else read_config(directory)
@@ -116,9 +119,20 @@ def read_run(run: Path, model_path: str = "auto", context: int = 0) -> tuple[Han
         name=directory.absolute().name, model=str(Path(base).absolute()) if Path(base).is_dir() else base,
         adapter=None if is_whole else directory.absolute(), rank=max(ranks), merges=_why_merged(adapter, max(ranks)),
         jinja=template.jinja, stops=stops, stop_ids=template.stop_ids(tokenizer),
-        context=context or min(limit, MOST_CONTEXT),
+        context=context or min(limit, MOST_CONTEXT), positions=positions,
     )  # fmt: skip
     return found, tokenizer
+
+
+def _positions(raw: dict[str, Any], base: str, rope_scaling: str) -> tuple[int, dict[str, Any]]:
+    """(the tokens that the model reads, its rotary positions where --rope_scaling made them others)."""
+    if rope_scaling_of(rope_scaling) is None:
+        return int(raw.get("text_config", raw).get("max_position_embeddings") or MOST_CONTEXT), {}
+    config = read_model_config(raw, base)
+    scale_rope(config, rope_scaling)
+    positions = {"rope_parameters": config.get_text_config().rope_parameters}
+    inside = {"text_config": positions} if "text_config" in raw else positions
+    return context_limit(config) or MOST_CONTEXT, inside
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -146,7 +160,11 @@ def _why_merged(config: Mapping[str, Any], rank: int) -> str:
 
 
 def _vllm(run: HandoverRun, target: Path) -> StartPlan:
-    """https://docs.vllm.ai/en/latest/cli/serve.html, .../features/lora.html, .../deployment/docker.html"""
+    """https://docs.vllm.ai/en/latest/cli/serve.html, .../features/lora.html, .../deployment/docker.html
+
+    https://docs.vllm.ai/en/stable/features/context_extension/ (rope_parameters)
+    """
+    overrides = ["--hf-overrides", json.dumps(run.positions)] if run.positions and run.adapter else []
 
     def words(model: str, adapter: str, here: str) -> list[str]:
         lora = ["--enable-lora", "--lora-modules", f"{run.name}={adapter}", "--max-lora-rank",
@@ -154,7 +172,7 @@ def _vllm(run: HandoverRun, target: Path) -> StartPlan:
         return [
             model, "--served-model-name", "base" if run.adapter else run.name, *(lora if run.adapter else []),
             "--chat-template", f"{here}/{TEMPLATE}", "--generation-config", here, "--max-model-len", str(run.context),
-            "--port", str(PORTS["vllm"]),
+            "--port", str(PORTS["vllm"]), *overrides,
         ]  # fmt: skip
 
     start = ["vllm", "serve", *words(run.model, str(run.adapter), str(target))]
@@ -165,13 +183,14 @@ def _vllm(run: HandoverRun, target: Path) -> StartPlan:
 def _sglang(run: HandoverRun, target: Path) -> StartPlan:
     """https://docs.sglang.io/advanced_features/server_arguments.html, .../advanced_features/lora.html"""
 
+    overrides = {"eos_token_id": run.stop_ids, **(run.positions if run.adapter else {})}
+
     def words(model: str, adapter: str, here: str) -> list[str]:
         lora = ["--enable-lora", "--lora-paths", f"{run.name}={adapter}", "--max-lora-rank", str(run.rank)]
         return [
             "--model-path", model, "--served-model-name", "base" if run.adapter else run.name,
             *(lora if run.adapter else []), "--chat-template", f"{here}/{TEMPLATE}", "--context-length",
-            str(run.context), "--json-model-override-args", json.dumps({"eos_token_id": run.stop_ids}),
-            "--port", str(PORTS["sglang"]),
+            str(run.context), "--json-model-override-args", json.dumps(overrides), "--port", str(PORTS["sglang"]),
         ]  # fmt: skip
 
     launch = ["python3", "-m", "sglang.launch_server"]

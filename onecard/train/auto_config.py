@@ -88,7 +88,8 @@ def first_plan(config: FinetuneConfig, hardware: Hardware) -> Plan:
     whose weights lie quantised in another form than --bits.
     """
     check_stored_bits(config.model)
-    model = architecture_of(config.model.model_path, trust_remote_code=config.model.trust_remote_code)
+    base = config.model
+    model = architecture_of(base.model_path, trust_remote_code=base.trust_remote_code, rope_scaling=base.rope_scaling)
     plan = _plan(model, config, hardware, card_of(hardware, config.memory.vram, config.model.max_memory))
     for line in plan_lines(plan):
         say(line)

@@ -38,6 +38,7 @@ from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.model.out_of_memory import give_back_memory
 from onecard.model.packed_rows import check_packing
+from onecard.model.rope_scaling import check_same_positions
 from onecard.model.trained import make_trainable
 from onecard.objectives.base import Objective, SampleView
 from onecard.objectives.registry import objective_named
@@ -163,8 +164,10 @@ def check_inputs(model: Any, data: TrainingData) -> None:
                          f"--cutoff_len {limit}")  # fmt: skip
     trained = rotary_limit(model)
     if trained is not None and n_tokens > trained:
-        warn(f"{longest.record} has {n_tokens:,} tokens, more than the {trained:,} positions that the base was trained "
-             f"for; --cutoff_len {trained} keeps within them")  # fmt: skip
+        warn(f"{longest.record} has {n_tokens:,} tokens, more than the {trained:,} positions that the base is made for;"
+             f" --cutoff_len {trained} keeps within them, and --rope_scaling yarn:{-(-n_tokens // trained)} stretches "
+             "them")  # fmt: skip
+    check_same_positions(model.config, longest.record, n_tokens)
 
 
 def check_on_cards(model: Any) -> None:
@@ -305,6 +308,7 @@ def run_identity(config: FinetuneConfig, data: TrainingData, reference: str | No
             if name not in LATER_OPTIONS or value != getattr(LoraOptions(), name)
         },
         "bits": config.model.bits,
+        "rope_scaling": config.model.rope_scaling.replace("auto", "none"),
         "batch": {"total_batch": config.train.total_batch, "test_size": data.test_size} | clustered,
         "seed": config.train.seed,
         "objective": config.train.objective,

@@ -43,7 +43,8 @@ HASHED = {
 OTHER_REASONS = {"base": "the files of --model_path", "data": "the content of --data_path, or the base's tokenizer",
                  "template": "the file of --prompt_type, or the base's own template",
                  "reference": "the adapter of --init_adapter"}  # fmt: skip
-UNNAMED = {"objective": "sft", "reference": "base"}  # in the identity of runs from before there was a choice
+# In the identity of runs from before there was a choice.
+UNNAMED = {"objective": "sft", "reference": "base", "rope_scaling": "none"}
 NEW_DATA = {"data", "batch", "seed", "template"}  # what --from_data_beginning allows to be others
 # Where a run lies and how it was found is no change of the run.
 NOT_OF_THE_RUN = ("output_path", "resume_from_checkpoint", "from_data_beginning", "accept_changes")

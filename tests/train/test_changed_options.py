@@ -94,7 +94,7 @@ TABLE = {
     "gradient_checkpointing": same(True, lambda s: s.run.plan.setup.gradient_checkpointing),
     "max_memory": Row("0:1GiB"),  # there is no card 0
     "stream_layers": same("on", lambda s: s.run.plan.setup.stream_layers),
-    "trust_remote_code": same(True),
+    "rope_scaling": Row("yarn:2"), "trust_remote_code": same(True),
     "columns": same("instruction:instruction"), "txt_split": same("line"),  # the data are no txt
     "data_path": Row("OTHER_DATA"), "data": Row("OTHER_DATA"),
     "prompt_type": Row("chatml"), "dialogue": Row(True), "cutoff_len": Row(40),

@@ -74,4 +74,4 @@ def test_a_row_beyond_the_positions_is_named(
             check_inputs(model, data)
     else:
         check_inputs(model, data)
-        assert f"more than the {longest - 1} positions that the base was trained for" in capsys.readouterr().err
+        assert f"more than the {longest - 1} positions that the base is made for" in capsys.readouterr().err

@@ -22,7 +22,16 @@ from onecard.export.gguf.layout import EMBEDDING, HEAD, GgufLayout, expected_sha
 from onecard.export.io import output
 from onecard.installation import command
 from onecard.model.files import locate
-from onecard.model.lora.formats import LORA_KEY, MATRICES, PREFIX, AdapterFiles, infer_config, read_adapter, read_config
+from onecard.model.lora.formats import (
+    LORA_KEY,
+    MATRICES,
+    PREFIX,
+    AdapterFiles,
+    adapter_scaling,
+    infer_config,
+    read_adapter,
+    read_config,
+)
 
 FLAG = "--adapter_only"
 KINDS = ("f32", "f16", "bf16")  # rows of a small rank are no whole blocks of the others
@@ -48,7 +57,8 @@ def export_adapter(settings: GgufSettings) -> Path:
         warn(note)
     base = locate(settings.model_path)
     has_words = any((files.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    source = open_source(base, settings, files.directory if has_words else None)
+    scaling = adapter_scaling(files.directory)
+    source = open_source(base, settings, files.directory if has_words else None, scaling)
     alpha, factors = adapter_factors(files, source.layout, settings.adapter_scale)
     n_bytes = sum(tensor.numel() * 4 for tensor in factors.values())
     inputs = [base, files.directory]
@@ -69,12 +79,23 @@ def export_adapter(settings: GgufSettings) -> Path:
     say(
         f"for llama.cpp: llama-server -m BASE.gguf --lora {written}"
         + f" --chat-template-file {TEMPLATE_NAME}" * bool(jinja)
+        + _position_flags(source.layout) * (scaling != "none")
     )
+    if scaling != "none":
+        warn(f"the adapter was trained under --rope_scaling {scaling}, which a GGUF adapter does not hold: give "
+             f"llama-server those flags; Ollama has none for it, so {ADVICE}")  # fmt: skip
     if settings.modelfile:
         made = f"{command('gguf')} --model_path {settings.model_path}"
         say(f"for Ollama: put the base beside it as {BASE_FILE} ({made}), then "
             f"ollama create NAME -f {settings.output_path / 'Modelfile'}")  # fmt: skip
     return written
+
+
+def _position_flags(layout: GgufLayout) -> str:
+    """https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md"""
+    original = layout.rope.get("original_max_position_embeddings")
+    flags = f" --rope-scaling {layout.rope_kind} --rope-scale {layout.rope_factor:g}"
+    return flags + (f" --yarn-orig-ctx {original}" if original else "")
 
 
 def adapter_factors(files: AdapterFiles, layout: GgufLayout, scale: float = 1.0) -> tuple[float, dict[str, Tensor]]:

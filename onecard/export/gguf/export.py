@@ -25,6 +25,7 @@ from onecard.export.io import output
 from onecard.export.io.weights import Weights, open_weights
 from onecard.model.files import locate
 from onecard.model.load import load_tokenizer
+from onecard.model.lora.formats import scaling_of_adapters
 
 MERGED = ".merged"
 MERGED_DTYPES = {"f16": "fp16", "bf16": "bf16"}  # by the type of the file; fp32 for all others
@@ -76,7 +77,7 @@ def export_gguf(settings: GgufSettings, also: Callable[[Path], None] | None = No
     name = settings.output_path.expanduser().absolute().name
     inputs = [base, *(Path(adapter) for adapter in settings.adapters)]
     # Checked before the merge, which takes longest; and with an adapter again afterwards, on what was merged.
-    source = open_source(base, settings)
+    source = open_source(base, settings, rope_scaling=scaling_of_adapters(settings.adapters))
     needed = gguf.file_bytes(source.planned, source.vocabulary)
     if settings.adapters:
         itemsize = 2 if settings.gguf_type in MERGED_DTYPES else 4
@@ -107,12 +108,15 @@ def export_gguf(settings: GgufSettings, also: Callable[[Path], None] | None = No
     return settings.output_path / file.name
 
 
-def open_source(directory: Path, settings: GgufSettings, words: Path | None = None) -> GgufSource:
+def open_source(
+    directory: Path, settings: GgufSettings, words: Path | None = None, rope_scaling: str = "none"
+) -> GgufSource:
     """Look at everything that an export needs, without reading a weight. Raises as `export_gguf` does.
 
-    words: where the tokenizer and its template are, if not in the directory.
+    words: where the tokenizer and its template are, if not in the directory. rope_scaling: of an adapter that is not
+    merged yet.
     """
-    layout = read_layout(directory)
+    layout = read_layout(directory, rope_scaling)
     weights = open_weights(directory)
     layout = with_own_head(layout, weights)
     names, left_out = check_tensors(directory, layout, weights)

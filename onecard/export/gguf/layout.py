@@ -20,6 +20,7 @@ from onecard.errors import ModelError
 from onecard.export.io.base import read_config, refuse_quantized
 from onecard.export.io.left_out import has_own_head, left_out
 from onecard.export.io.weights import Weights
+from onecard.model.rope_scaling import scale_rope
 
 # Family of config.json -> architecture of llama.cpp, which reads Mistral as a Llama.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -86,8 +87,11 @@ class GgufLayout:
         return self.n_heads if module.endswith("q_proj") else self.n_kv_heads if module.endswith("k_proj") else 0
 
 
-def read_layout(directory: Path) -> GgufLayout:
-    """The layout of a model directory. Raises ModelError for what llama.cpp would not compute the same way."""
+def read_layout(directory: Path, rope_scaling: str = "none") -> GgufLayout:
+    """The layout of a model directory. Raises ModelError for what llama.cpp would not compute the same way.
+
+    rope_scaling: under which its adapter was trained.
+    """
     raw = _checked_config(directory)
     from transformers import AutoConfig  # fills in what older configs leave out
 
@@ -95,6 +99,7 @@ def read_layout(directory: Path) -> GgufLayout:
         config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as reason:  # several kinds; each means that config.json cannot be used
         raise ModelError(f"{directory}/config.json cannot be used: {first_line(reason)}") from reason
+    scale_rope(config, rope_scaling)
     family = str(raw["model_type"])
     n_heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
     if hidden % n_heads and not getattr(config, "head_dim", None):

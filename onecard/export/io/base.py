@@ -20,6 +20,7 @@ from onecard.export.io.weights import Weights, open_weights, own_memory
 from onecard.installation import command
 from onecard.model.files import locate, read_json
 from onecard.model.gptq import stored_quantization
+from onecard.model.rope_scaling import scale_rope, scaled_json
 
 
 @dataclass
@@ -30,6 +31,8 @@ class LazyCheckpoint:
     config: dict[str, Any]
     weights: Weights
     trust_remote_code: bool
+    rope_scaling: str = "none"
+    """The --rope_scaling under which its adapters were trained: of `config` and of what is built."""
     skeleton: Any = None
     """The model on the meta device, its computed tables on the CPU."""
     is_tied: bool = False
@@ -39,7 +42,10 @@ class LazyCheckpoint:
 
     def build(self, rows: int | None = None) -> Any:
         """Another skeleton, with so many rows of vocabulary."""
-        model = build_skeleton(self.directory, trust_remote_code=self.trust_remote_code, unties=self.unties)
+        model = build_skeleton(
+            self.directory, trust_remote_code=self.trust_remote_code, unties=self.unties,
+            rope_scaling=self.rope_scaling,
+        )  # fmt: skip
         if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)
         return model
@@ -112,15 +118,17 @@ class LazyCheckpoint:
         return [name for name in self.weights.entries if name not in known and not name.endswith(TABLES)]
 
 
-def open_base(name: str, *, trust_remote_code: bool = False) -> LazyCheckpoint:
+def open_base(name: str, *, trust_remote_code: bool = False, rope_scaling: str = "none") -> LazyCheckpoint:
     """Look at a base, a directory or a Hub id, without loading it.
 
     Raises ModelError: no model there, quantised already, unknown family, missing or damaged files, other shapes.
     """
     directory = locate(name, with_code=trust_remote_code)
-    config = read_config(directory)
+    raw = read_config(directory)
+    code_source = str(directory) if trust_remote_code and "auto_map" in raw else None
+    config = scaled_json(raw, str(directory), rope_scaling, code_source)
     refuse_quantized(directory, config, "merge into the model it was made from, and quantise the result")
-    base = LazyCheckpoint(directory, config, open_weights(directory), trust_remote_code)
+    base = LazyCheckpoint(directory, config, open_weights(directory), trust_remote_code, rope_scaling)
     base.skeleton = base.build()
     if _is_tied(base.skeleton):
         names = (base.own_name(f"{base.embedding}.weight"), base.own_name(f"{base.head}.weight"))
@@ -180,7 +188,9 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((name for name, module in model.named_modules() if wanted is not None and module is wanted), "")
 
 
-def build_skeleton(directory: Path, *, trust_remote_code: bool = False, unties: bool = False) -> Any:
+def build_skeleton(
+    directory: Path, *, trust_remote_code: bool = False, unties: bool = False, rope_scaling: str = "none"
+) -> Any:
     """The model of a config.json on the meta device, its computed tables on the CPU.
 
     unties: give it a head of its own, whatever config.json says. Raises ModelError for what transformers cannot build.
@@ -190,6 +200,7 @@ def build_skeleton(directory: Path, *, trust_remote_code: bool = False, unties: 
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        scale_rope(config, rope_scaling)
         for part in (config, config.get_text_config()) if unties else ():
             part.update({"tie_word_embeddings": False})
         with init_empty_weights(include_buffers=False):

@@ -30,7 +30,7 @@ from onecard.export.merge.tensors import LayerMerger, MergeReport
 from onecard.export.merge.verify import Predictions, predict_while_merging, probe_prompts, verify_merge
 from onecard.model.files import base_fingerprint, locate, write_json
 from onecard.model.load import TOKENIZER_FILES, load_tokenizer
-from onecard.model.lora.formats import base_of_adapter, kept_fingerprint, other_base, read_adapter
+from onecard.model.lora.formats import base_of_adapter, kept_fingerprint, other_base, read_adapter, scaling_of_adapters
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_AND_TEMPLATE = (
@@ -71,7 +71,7 @@ def merge_into(
     """
     if not adapters:
         raise ConfigError("--lora_path", "names no adapter; there is nothing to merge")
-    stored = stored or open_base(base, trust_remote_code=settings.trust_remote_code)
+    stored = stored or _open(base, adapters, settings)
     dtypes, told = target_dtypes(settings.dtype), list[str]()
     for dtype in dtypes[:-1]:
         try:
@@ -84,6 +84,12 @@ def merge_into(
     report = _merge_as(dtypes[-1], directory, base, stored, adapters, settings)
     report.notes[:0] = told
     return report
+
+
+def _open(base: str, adapters: Sequence[str], settings: MergeSettings) -> LazyCheckpoint:
+    """The base with the positions that its adapters were trained with."""
+    scaling = scaling_of_adapters(adapters)
+    return open_base(base, trust_remote_code=settings.trust_remote_code, rope_scaling=scaling)
 
 
 def _merge_as(
@@ -112,6 +118,8 @@ def _merge_as(
     scaled = [f"- adapter_scale {settings.adapter_scale:g}"] * (settings.adapter_scale != 1)
     lines = [*chain.from_iterable(made_of), *scaled, f"- merged in {report.dtype}"]
     write_card(directory, stored.directory, base, "finetune", lines)
+    if stored.rope_scaling != "none":
+        say(f"config.json holds the positions of --rope_scaling {stored.rope_scaling}")
     if adapted.rows != stored.rows:
         report.notes.append(f"the vocabulary has {adapted.rows} rows now; the base has {stored.rows}")
     if stored.unties:
@@ -202,7 +210,7 @@ def export_merged(
     `file_format` hf: a Hugging Face directory; pth: consolidated.0x.pth and params.json, as LLaMA was published.
     Raises as `merge_into` and `output.new_directory` do.
     """
-    stored = open_base(base, trust_remote_code=settings.trust_remote_code)
+    stored = _open(base, adapters, settings)
     itemsize = target_dtypes(settings.dtype)[0].itemsize
     n_bytes = sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in stored.weights.entries.values())
     inputs = [stored.directory, *(Path(adapter).expanduser() for adapter in adapters)]

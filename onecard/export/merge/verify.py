@@ -201,10 +201,11 @@ def _whole_predictions(
 def _load_whole(base: LazyCheckpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
+    scaled: dict[str, Any] = {} if base.rope_scaling == "none" else {"config": base.skeleton.config}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.directory, dtype=torch.float32, trust_remote_code=base.trust_remote_code, local_files_only=True,
-            weights_only=True, output_loading_info=True,
+            weights_only=True, output_loading_info=True, **scaled,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as reason:
         raise ModelError(f"{base.directory} cannot be loaded: {first_line(reason)}") from reason

@@ -24,6 +24,7 @@ from onecard.model.answer_bits import with_answer_bits
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.model.lora.adapter import load_adapter
+from onecard.model.lora.formats import adapter_scaling
 from onecard.model.reward_head import rewards
 from onecard.objectives.reward import collate_rows
 
@@ -37,7 +38,8 @@ class RewardModel:
             raise ConfigError("--reward", f"{run} was trained for {objective}, and a reward model is needed (finetune "
                               "--objective reward)")  # fmt: skip
         base = base_path(str(stored_options(run).get("model_path", "auto")), run)
-        options = replace(options, model_path=base, gradient_checkpointing=False, stream_layers="off")
+        options = replace(options, model_path=base, gradient_checkpointing=False, stream_layers="off",
+                          rope_scaling=adapter_scaling(run))  # fmt: skip
         self._tokenizer, self._template = load_words(options, run, "auto")
         hardware = detect(options.device)
         loaded = load_base(with_answer_bits(options, hardware, trained_bits(run)), hardware, gptq=True)

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from onecard.model.hardware import free_and_total_bytes
+from onecard.model.rope_scaling import context_limit
 
 GIB = 2**30
 BLOCK_TOKENS = 32  # a common beginning is shared in whole blocks
@@ -64,8 +65,7 @@ def choose_size(model: Any, n_parallel: int, kv_cache_gib: float, prefix_cache_g
     config = model.config.get_text_config(decoder=True)
     token_bytes = bytes_per_token(config, model.dtype)
     step_tokens = max(STEP_TOKENS, n_parallel)
-    limit = getattr(config, "max_position_embeddings", None) or TOKENS_EACH
-    each = min(int(limit), TOKENS_EACH)
+    each = min(context_limit(config) or TOKENS_EACH, TOKENS_EACH)
     wanted = n_parallel * each
     if kv_cache_gib:
         n_tokens, reason = int(kv_cache_gib * GIB / token_bytes), "--kv_cache_gib"

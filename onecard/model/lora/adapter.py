@@ -74,6 +74,7 @@ from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
 from onecard.model.reward_head import SCORE, add_reward_head
+from onecard.model.rope_scaling import MARK, other_scaling
 
 ADAPTER = "default"
 SETS = ("target_modules", "modules_to_save", "feedforward_modules")
@@ -193,7 +194,7 @@ def _attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool, sca
         _check_trainable(peft_model)
     else:
         peft_model.requires_grad_(False)  # peft wakes the rows of tokens when it makes them fp32
-    return LoadedAdapter(peft_model, [*files.notes, *notes])
+    return LoadedAdapter(peft_model, [*files.notes, *notes, *_other_positions(model, files)])
 
 
 def remove_adapter(model: Any) -> Any:
@@ -245,6 +246,8 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
     config.save_pretrained(str(directory))
     # peft writes sets in the order of their hashes; sorted, the same adapter gives the same file.
     written = read_config(directory)
+    scaling = getattr(getattr(peft_model.get_base_model(), "config", None), MARK, None)
+    written |= {MARK: scaling} if scaling else {}
     written |= {key: sorted(written[key]) for key in SETS if isinstance(written.get(key), list)}
     (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
@@ -492,6 +495,7 @@ def _config_of(files: AdapterFiles, trainable: bool) -> PeftConfig:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not save basis_A.*")
+            warnings.filterwarnings("ignore", message=f".*{MARK}.*")  # peft does not know it; `_other_positions` does
             config: Any = PeftConfig.from_pretrained(str(files.config_directory))
         # The base it is attached to now is named anew.
         return _trained_config(replace(config, base_model_name_or_path=None), inference_mode=not trainable)
@@ -510,6 +514,12 @@ def _other_tokens(peft_model: PeftModel, files: AdapterFiles) -> list[str]:
     stored = read_config(files.config_directory).get("trainable_token_indices") if files.config_directory else None
     ours = getattr(live, "trainable_token_indices", None)
     return ["trainable_token_indices: other tokens"] if stored != ours else []
+
+
+def _other_positions(model: Any, files: AdapterFiles) -> list[str]:
+    """A note on an adapter that was trained under another --rope_scaling than the model has."""
+    told = other_scaling(model.config, read_config(files.config_directory)) if files.config_directory else ""
+    return [f"{files.directory}: {told}"] if told else []
 
 
 def _name_of(model: Any) -> str:

@@ -22,9 +22,10 @@ from torch import Tensor
 from onecard.config.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
 from onecard.config.given_paths import is_tuned_model, other_kind, trained_weights_in
 from onecard.console import warn
-from onecard.errors import ModelError
+from onecard.errors import ConfigError, ModelError
 from onecard.model.files import locate, safetensors_header
 from onecard.model.lora.methods import is_adapter_weight, starts_at_zero
+from onecard.model.rope_scaling import MARK
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -295,6 +296,26 @@ def base_of_adapter(source: str | Path) -> str | None:
         return safetensors_header(file).get("__metadata__", {}).get("base")
     directory = find_config(source)
     return read_config(directory).get("base_model_name_or_path") or None if directory else None
+
+
+def adapter_scaling(source: str | Path) -> str:
+    """The --rope_scaling that an adapter was trained with, by its own file; "none" where it says nothing."""
+    if is_tuned_model(Path(source)) or trained_weights_in(Path(source)) is not None:
+        return "none"  # a whole model's config.json holds it; a checkpoint's run has it in its options
+    place = find_config(source)
+    value = read_config(place).get(MARK) if place is not None else None
+    return value if isinstance(value, str) else "none"
+
+
+def scaling_of_adapters(adapters: Sequence[str]) -> str:
+    """The one --rope_scaling that these adapters were trained with. Raises ConfigError where two of them differ."""
+    found = {adapter: value for adapter in adapters if (value := adapter_scaling(adapter)) != "none"}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{adapter} with {value}" for adapter, value in found.items())
+        raise ConfigError(
+            "--lora_path", f"the adapters were trained under different --rope_scaling ({CONFIG}): {listed}"
+        )
+    return next(iter(found.values()), "none")
 
 
 def average_adapters(checkpoints: Sequence[Path], target: Path) -> None:

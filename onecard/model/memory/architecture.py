@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from onecard.config.base_model import rope_scaling_of
 from onecard.console import nearest
 from onecard.errors import ModelError
 from onecard.hub_errors import hub_problem
@@ -34,6 +35,7 @@ from onecard.model.model_layers import (
     quantised_layers,
     text_part,
 )
+from onecard.model.rope_scaling import context_limit, scaled_json
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.json")
 
@@ -156,8 +158,9 @@ def find_known(name: str) -> KnownModel | None:
 
 
 def architecture_of(
-    source: str | Path | dict[str, Any], *, name: str | None = None, trust_remote_code: bool = False
-) -> Architecture:
+    source: str | Path | dict[str, Any], *, name: str | None = None, trust_remote_code: bool = False,
+    rope_scaling: str = "none",
+) -> Architecture:  # fmt: skip
     """Return the architecture of a directory, a config.json, a config dict, a known model's name or a Hub id.
 
     A directory wins over a known name, and a known name over the Hub: then nothing is downloaded. From the Hub only
@@ -165,24 +168,32 @@ def architecture_of(
     there, not JSON, an unknown family (with the nearest name), no causal language model, numbers missing or absurd.
     """
     if isinstance(source, dict):
-        return _from_dict(source, name or str(source.get("_name_or_path") or source.get("model_type", "config")), None)
+        named = name or str(source.get("_name_or_path") or source.get("model_type", "config"))
+        return _from_dict(source, named, None, rope_scaling)
     text = str(source)
     path = Path(text).expanduser()
     if path.is_file():
-        return _from_file(path, name or path.parent.name or text, trust_remote_code)
+        return _from_file(path, name or path.parent.name or text, trust_remote_code, rope_scaling)
     if path.is_dir():
-        return _from_file(_config_in(path), name or text, trust_remote_code)
+        return _from_file(_config_in(path), name or text, trust_remote_code, rope_scaling)
     known = find_known(text)
+    if known is not None and rope_scaling_of(rope_scaling) is not None:
+        return replace(_from_dict(known.config, name or known.name, None, rope_scaling), notes=_notes_of(known))
     if known is not None:
         return replace(_known_architecture(known.name), name=name or known.name)
     raw = read_json(_from_hub(text))
-    return _from_dict(raw, name or text, text if trust_remote_code and "auto_map" in raw else None)
+    return _from_dict(raw, name or text, text if trust_remote_code and "auto_map" in raw else None,
+                      rope_scaling)  # fmt: skip
 
 
 @cache
 def _known_architecture(name: str) -> Architecture:
     known = known_models()[name]
-    return replace(_from_dict(known.config, name, None), notes=(known.note,) if known.note else ())
+    return replace(_from_dict(known.config, name, None), notes=_notes_of(known))
+
+
+def _notes_of(known: KnownModel) -> tuple[str, ...]:
+    return (known.note,) if known.note else ()
 
 
 def _config_in(directory: Path) -> Path:
@@ -211,13 +222,15 @@ def _from_hub(name: str) -> Path:
         raise ModelError(hub_problem(reason, name, name, elsewhere=elsewhere)) from reason
 
 
-def _from_file(path: Path, name: str, trust_remote_code: bool) -> Architecture:
+def _from_file(path: Path, name: str, trust_remote_code: bool, rope_scaling: str) -> Architecture:
     raw = read_json(path)
-    return _from_dict(raw, name, str(path.parent) if trust_remote_code and "auto_map" in raw else None)
+    code_source = str(path.parent) if trust_remote_code and "auto_map" in raw else None
+    return _from_dict(raw, name, code_source, rope_scaling)
 
 
-def _from_dict(raw: dict[str, Any], name: str, code_source: str | None) -> Architecture:
+def _from_dict(raw: dict[str, Any], name: str, code_source: str | None, rope_scaling: str = "none") -> Architecture:
     """`code_source`: where the model's own Python code is, if it may run; None: families of transformers only."""
+    raw = scaled_json(raw, name, rope_scaling, code_source)
     whole = read_model_config(raw, name, code_source)
     config, notes = _text_config(whole, name)
     _check_numbers(config, name)
@@ -253,7 +266,7 @@ def _from_dict(raw: dict[str, Any], name: str, code_source: str | None) -> Archi
         n_kv_heads=_number(config, "num_key_value_heads") or n_heads,
         head_dim=_number(config, "head_dim") or (_number(config, "hidden_size") // n_heads if n_heads else 0),
         vocab_size=_number(config, "vocab_size"),
-        max_positions=_number(config, "max_position_embeddings"),
+        max_positions=context_limit(config) or 0,
         linears=linears,
         experts=experts,
         n_embedding=n_embedding,

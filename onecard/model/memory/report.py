@@ -261,7 +261,8 @@ def _head_lines(plan: Plan) -> list[str]:
         )
     longest = plan.longest_row // plan.rows_per_sample
     if 0 < model.max_positions < longest:
-        lines += _wrap(f"note: {longest:,} tokens are more than the model's {model.max_positions:,} positions")
+        lines += _wrap(f"note: {longest:,} tokens are more than the model's {model.max_positions:,} positions "
+                       f"(--rope_scaling yarn:{-(-longest // model.max_positions)} stretches them)")  # fmt: skip
     return lines
 
 
