@@ -66,7 +66,7 @@ prepare_venv() {
 # gptqmodel wherever it finds it: every start of every program would take some seconds longer and print its banner.
 prepare_gptq_venv() {
     local layer="$VENV-gptq" wanted
-    wanted="$(requirements_stamp requirements.txt requirements-data.txt requirements-dev.txt requirements-gptq.txt)"
+    wanted="$(requirements_stamp requirements.txt requirements-data.txt requirements-documents.txt requirements-dev.txt requirements-gptq.txt)"
     if [ ! -f "$layer/.installed" ] || [ "$(cat "$layer/.installed")" != "$wanted" ]; then
         rm -rf "$layer"
         "$(venv_python)" -m venv --without-pip "$layer"

@@ -24,7 +24,7 @@ for word in "$@"; do
     esac
 done
 
-prepare_venv requirements.txt requirements-data.txt requirements-dev.txt
+prepare_venv requirements.txt requirements-data.txt requirements-documents.txt requirements-dev.txt
 python="$(venv_python)"
 cd "$ROOT"
 # Processes share the cores better than torch's own threads do on models this small. One file's tests stay together.

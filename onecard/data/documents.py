@@ -34,22 +34,32 @@ def document_text(path: Path) -> DocumentText:
 
     Raises UnusableRecord: a package is missing, the file is broken or locked, there is no text in it; OSError.
     """
+    pages = document_pages(path)
+    empty = tuple(number for number, text in enumerate(pages, start=1) if not text)
+    return DocumentText("\n\n".join(filter(None, pages)), empty)
+
+
+def document_pages(path: Path) -> list[str]:
+    """The text of each page of a pdf; of any other document the whole, in markdown, as one page.
+
+    Raises as `document_text` does.
+    """
     suffix = path.suffix.lower()
     if suffix == ".pdf":
-        found = _from_pdf(path)
+        pages = _from_pdf(path)
     elif suffix in _CONVERTERS:
-        found = DocumentText(_converted(path, _CONVERTERS[suffix]))
+        pages = [_converted(path, _CONVERTERS[suffix])]
     else:
         try:
-            found = DocumentText(_FRONT_MATTER.sub("", path.read_text(encoding="utf-8-sig"), count=1))
+            pages = [_FRONT_MATTER.sub("", path.read_text(encoding="utf-8-sig"), count=1)]
         except UnicodeDecodeError as reason:
             raise UnusableRecord(f"not valid UTF-8: byte {reason.start + 1} (save it as UTF-8)") from None
-    text = tidied(found.text)
-    if not text and found.empty_pages:
-        raise UnusableRecord(f"none of its {len(found.empty_pages)} pages holds text: run text recognition (OCR) first")
-    if not text:
+    pages = [tidied(page) for page in pages]
+    if suffix == ".pdf" and pages and not any(pages):
+        raise UnusableRecord(f"none of its {len(pages)} pages holds text: run text recognition (OCR) first")
+    if not any(pages):
         raise UnusableRecord("it holds no text")
-    return found._replace(text=text)
+    return pages
 
 
 def tidied(text: str) -> str:
@@ -74,7 +84,7 @@ def _required(package: str, name: str) -> None:
         raise UnusableRecord(f"needs {name}: pip install -r requirements-data.txt")
 
 
-def _from_pdf(path: Path) -> DocumentText:
+def _from_pdf(path: Path) -> list[str]:
     _required("pdfminer", "pdfminer.six")
     from pdfminer.high_level import extract_pages
     from pdfminer.pdfdocument import PDFEncryptionError, PDFPasswordIncorrect
@@ -89,8 +99,7 @@ def _from_pdf(path: Path) -> DocumentText:
         raise UnusableRecord("it is locked with a password: save it without one") from None
     except (PDFSyntaxError, PSException, ValueError, TypeError, KeyError, IndexError, AttributeError) as reason:
         raise UnusableRecord(f"broken behind page {len(pages)}: {type(reason).__name__}: {safe(str(reason))}") from None
-    empty = tuple(number for number, text in enumerate(pages, start=1) if not text)
-    return DocumentText("\n\n".join(filter(None, pages)), empty)
+    return pages
 
 
 def _page_text(page: Any) -> str:

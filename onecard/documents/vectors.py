@@ -1,0 +1,70 @@
+"""Vectors of texts by meaning, where model2vec is installed and a model of it was chosen for the index.
+
+Static vectors are computed on the CPU in well under a millisecond a text, so the card's memory stays the language
+model's. All vectors are compared, exactly, in one product of matrices. Knows texts and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from onecard.console import first_line
+from onecard.documents.index import DocumentIndex
+from onecard.errors import ConfigError
+
+NEEDS = "needs model2vec: pip install -r requirements-documents.txt"
+
+
+class TextVectors:
+    """A model that gives texts vectors of length 1."""
+
+    def __init__(self, model: str) -> None:
+        """Load a directory or a Hub id. Raises ConfigError."""
+        if find_spec("model2vec") is None:
+            raise ConfigError("--embed_model", NEEDS)
+        from model2vec import StaticModel
+
+        try:
+            self._model = StaticModel.from_pretrained(model, force_download=False)
+        except Exception as reason:  # of the Hub, of files, of safetensors and of tokenizers
+            message = (
+                f"{model} cannot be loaded ({first_line(reason)}); give the directory or Hub id of a model2vec model"
+            )
+            raise ConfigError("--embed_model", message) from None
+
+    def of(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, width) float32."""
+        found = self._model.encode(list(texts), normalize=True, use_multiprocessing=False)
+        return np.asarray(found, dtype=np.float32)
+
+
+class VectorSearch:
+    """The vectors of an index in memory, read again when it has changed."""
+
+    def __init__(self, index: DocumentIndex, model: str) -> None:
+        self._index, self._model = index, TextVectors(model)
+        self._version: Any = None
+        self._ids: np.ndarray = np.empty(0, np.int64)
+        self._matrix: np.ndarray = np.empty((0, 0), np.float32)
+
+    def nearest(self, text: str, most: int) -> list[tuple[int, float]]:
+        """(chunk, cosine) of the chunks nearest to a text, the nearest first."""
+        if (version := self._index.version()) != self._version:
+            rows = list(self._index.vectors())
+            self._ids = np.array([chunk for chunk, _ in rows], np.int64)
+            self._matrix = np.frombuffer(b"".join(vector for _, vector in rows), np.float16).astype(np.float32)
+            self._matrix, self._version = self._matrix.reshape(len(rows), -1), version
+        if not len(self._ids):
+            return []
+        cosines = self._matrix @ self._model.of([text])[0]
+        best = np.argsort(-cosines, kind="stable")[:most]
+        return [(int(self._ids[k]), float(cosines[k])) for k in best]
+
+
+def stored(vectors: np.ndarray) -> list[bytes]:
+    """Vectors as the index keeps them: two bytes a number."""
+    return [vector.astype(np.float16).tobytes() for vector in vectors]
