@@ -6,6 +6,7 @@ reads them; nothing else is remembered.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import secrets
@@ -121,10 +122,10 @@ class Jobs:
                 data = stream.read(size - start)
         except OSError:
             return {"text": "", "next": 0}
-        # A character that is half there comes with the next piece.
-        while data and _is_cut(data):
-            data = data[:-1]
-        return {"text": data.decode("utf-8", "replace"), "next": start + len(data)}
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(data)
+        n_waiting = len(decoder.getstate()[0])  # of a character whose end comes with the next piece
+        return {"text": text, "next": start + len(data) - n_waiting}
 
     def cancel(self, job_id: str) -> None:
         """Ask the job's process to end (SIGTERM); asked again, it is killed."""
@@ -149,13 +150,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _is_cut(data: bytes) -> bool:
-    """Whether the last character of this UTF-8 is not whole."""
-    for n in range(1, min(4, len(data)) + 1):
-        byte = data[-n]
-        if byte & 0b1100_0000 != 0b1000_0000:
-            length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-            return length > n
-    return False
