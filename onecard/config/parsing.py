@@ -164,7 +164,7 @@ def _parser(
     for holder, group in _holders(config_class, options):
         about = (holder.__doc__ or "").split("\n")[0].rstrip(".")
         section = parser.add_argument_group(about)
-        for name, text in _help_texts(holder).items():
+        for name, text in help_texts(holder).items():
             if name in options and options[name].group == group:
                 section.add_argument(
                     f"--{name}", type=options[name].type, default=given[name], help=with_commands(text)
@@ -180,7 +180,7 @@ def _holders(config_class: type, options: Mapping[str, Option]) -> list[tuple[ty
     return found + [(type(value), name) for name, value in values if is_dataclass(value)]
 
 
-def _help_texts(holder: type) -> dict[str, str]:
+def help_texts(holder: type) -> dict[str, str]:
     """The text under each field of a dataclass, by the field's name, those of its bases last.
 
     Read from the source with one parse per class; jsonargparse's own way takes longer than all else that --help does.

@@ -1,12 +1,184 @@
-"""Runs: the table, one run, its curves; those of the queue are in queue_api.py."""
+"""Runs over HTTP: the table, one run, its curves and answers, what is asked of it while it goes on, and the trash."""
 
 from __future__ import annotations
 
-from starlette.routing import BaseRoute
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from onecard.studio.context import StudioContext
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from onecard.errors import ConfigError
+from onecard.serve.http_error import ApiError, bad_request
+from onecard.studio.context import OWN_FOLDER, StudioContext
+from onecard.studio.control_link import ASK_FIELDS, KINDS, RunControl, control_of_runs
+from onecard.studio.events import News
+from onecard.studio.http import StudioJson, json_body
+from onecard.studio.jobs_api import whole_number
+from onecard.studio.queue import RunQueue
+from onecard.studio.queue_api import QueueRoutes
+from onecard.studio.run_log import RunLogs
+from onecard.studio.runs import MOST_NOTES, STUDIO_LOG, Runs, is_run, questions
+
+MOST_RUNS = 50  # in one request
+LOG_TAIL = 256_000
+CHANGE_MARKS = ("log.jsonl", "studio.json", "control/status.json", "base_comparison.json", "manifest.json", ".run.pid")
 
 
-def routes(context: StudioContext) -> list[BaseRoute]:
-    """The paths of this part."""
-    return []
+def routes(context: StudioContext, control: RunControl | None = None) -> list[BaseRoute]:
+    """The paths of runs and of the queue. News: `run`, `gone`, `rows`, `asked`, `queue`."""
+    runs = Runs(context.output_root, context.jobs, control or control_of_runs())
+    queue = RunQueue(context.output_root / OWN_FOLDER, runs)
+    parts = RunRoutes(runs, queue), QueueRoutes(context, runs, queue)
+    context.events.watchers.extend([part.news for part in parts])
+    return [route for part in reversed(parts) for route in part.routes()]
+
+
+class RunRoutes:
+    """The handlers of the runs in one folder."""
+
+    def __init__(self, runs: Runs, queue: RunQueue) -> None:
+        self.runs, self.queue, self.logs = runs, queue, RunLogs()
+        self._seen: dict[str, tuple[Any, ...]] = {}
+
+    def routes(self) -> list[BaseRoute]:
+        """Those of the table, of one run and of the trash."""
+        return [
+            Route("/api/runs", self.table), Route("/api/differences", self.differences),
+            Route("/api/runs/{id}", self.one), Route("/api/runs/{id}", self.change, methods=["PATCH"]),
+            Route("/api/runs/{id}", self.delete, methods=["DELETE"]),
+            Route("/api/runs/{id}/rows", self.rows), Route("/api/runs/{id}/log", self.log),
+            Route("/api/runs/{id}/questions", self.questions),
+            Route("/api/runs/{id}/control", self.control, methods=["POST"]),
+            Route("/api/runs/{id}/replies/{request}", self.reply),
+            Route("/api/trash", self.trash), Route("/api/trash/{number}", self.purge, methods=["DELETE"]),
+            Route("/api/trash/{number}/restore", self.restore, methods=["POST"]),
+        ]  # fmt: skip
+
+    def news(self) -> Iterator[News]:
+        """`run`: a row that has changed; `gone`: a run that is not there any more; `rows`: what its log grew by."""
+        found: dict[str, tuple[Any, ...]] = {}
+        for run in self.runs.paths():
+            run_id = self.runs.id_of(run)
+            found[run_id] = (*map(_stamp, (run / name for name in CHANGE_MARKS)), self.runs.state(run)[0])
+            if self._seen.get(run_id) == found[run_id]:
+                continue
+            yield "run", self.runs.row(run)
+            rows = self.logs.news(run)
+            if rows is not None:
+                yield "rows", {"id": run_id, **rows}
+        for run_id in self._seen.keys() - found.keys():
+            yield "gone", {"id": run_id}
+        self._seen = found
+
+    def table(self, request: Request) -> Response:
+        return StudioJson({"runs": self.runs.table(), "can_ask": self.runs.control is not None})
+
+    def one(self, request: Request) -> Response:
+        return StudioJson(self.runs.details(self._run(request)))
+
+    def differences(self, request: Request) -> Response:
+        """The settings in which the runs of `id` (given several times) differ."""
+        ids = request.query_params.getlist("id")[:MOST_RUNS]
+        found = self.runs.differences([self.runs.path(run_id) for run_id in ids])
+        return StudioJson({"runs": ids, "settings": found})
+
+    def rows(self, request: Request) -> Response:
+        """The curves, or what of them lies behind byte `after` of the file `mark`."""
+        most, after = whole_number(request, "max_points", 2000), whole_number(request, "after")
+        mark = request.query_params.get("mark", "")
+        return StudioJson(self.logs.rows(self._run(request), mark=mark, after=after, most=most))
+
+    def log(self, request: Request) -> Response:
+        """The end of what the run said, as text."""
+        try:
+            with (self._run(request) / STUDIO_LOG).open("rb") as stream:
+                size = stream.seek(0, 2)
+                stream.seek(max(0, size - LOG_TAIL))
+                text = stream.read().decode("utf-8", "replace")
+        except OSError:
+            text = ""
+        return StudioJson({"text": text})
+
+    def questions(self, request: Request) -> Response:
+        """What the run was asked while it went on, and what it answered at which step."""
+        return StudioJson({"questions": questions(self._run(request))})
+
+    async def change(self, request: Request) -> Response:
+        """Change `notes`, or the `name`, which a run that goes on keeps."""
+        body = await json_body(request)
+        return StudioJson(await run_in_threadpool(self._changed, self._run(request), body))
+
+    def _changed(self, run: Path, body: dict[str, Any]) -> dict[str, Any]:
+        notes = body.get("notes")
+        if notes is not None and (not isinstance(notes, str) or len(notes) > MOST_NOTES):
+            raise bad_request(f"notes are a text of at most {MOST_NOTES:,} characters", "notes")
+        if body.get("name") not in (None, run.name):
+            self._not_queued(run)
+            run = self.runs.rename(run, body["name"])
+        if notes is not None:
+            self.runs.note(run, notes=notes)
+        return self.runs.details(run)
+
+    def delete(self, request: Request) -> Response:
+        run = self._run(request)
+        self._not_queued(run)
+        return StudioJson({"number": self.runs.delete(run)})
+
+    def _not_queued(self, run: Path) -> None:
+        if self.queue.waits_for(run):
+            raise ApiError(409, f"{run.name} waits in the queue or goes on; take it out or stop it first")
+
+    async def control(self, request: Request) -> Response:
+        """Ask something of a run that goes on: {kind, ...}; gives {request}, whose reply is then asked for."""
+        body = await json_body(request, "kind")
+        return StudioJson({"request": await run_in_threadpool(self._send, self._run(request), body)}, 202)
+
+    def _send(self, run: Path, body: dict[str, Any]) -> str | None:
+        kind = body.pop("kind")
+        if kind not in KINDS:
+            raise bad_request(f"kind is one of {', '.join(KINDS)}", "kind")
+        fields = {name: value for name, value in body.items() if kind == "ask" and name in ASK_FIELDS}
+        if kind == "ask" and not (fields.get("question") or fields.get("messages")):
+            raise bad_request("the question is empty", "question")
+        if self.runs.control is not None and self.runs.control.told(run):
+            return self.runs.control.send(run, kind, **fields)
+        job = self.runs.details(run)["job"]
+        if kind == "stop" and isinstance(job, str):  # SIGTERM: it finishes its step and saves
+            self.runs.jobs.cancel(job)
+            return None
+        raise ConfigError("", f"{run.name} takes no requests: it has not begun, or an earlier version started it")
+
+    def reply(self, request: Request) -> Response:
+        found = (
+            self.runs.control.reply(self._run(request), request.path_params["request"]) if self.runs.control else None
+        )
+        if found is None:
+            raise ApiError(404, "there is no such request", code="no_such_request")
+        return StudioJson(found)
+
+    def trash(self, request: Request) -> Response:
+        return StudioJson({"trash": self.runs.trash()})
+
+    def purge(self, request: Request) -> Response:
+        self.runs.purge(request.path_params["number"])
+        return StudioJson({"trash": self.runs.trash()})
+
+    async def restore(self, request: Request) -> Response:
+        await json_body(request)
+        run = await run_in_threadpool(self.runs.restore, request.path_params["number"])
+        return StudioJson({"id": self.runs.id_of(run) if is_run(run) else None})
+
+    def _run(self, request: Request) -> Path:
+        return self.runs.path(request.path_params["id"])
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_size)

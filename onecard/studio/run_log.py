@@ -1,0 +1,208 @@
+"""log.jsonl as curves: read once by its bytes, then only what was added; thinned so that no peak is lost.
+
+A log that a resumed run has written anew is another file and is read from its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from onecard.train.trackers import FORGETTING, LOG_NAME
+
+# What is drawn. Others of a row (the losses of sources, rewards) are in the file.
+SERIES = ("loss", "eval_loss", FORGETTING, "learning_rate", "tokens_per_s", "peak_bytes", "reward", "eval_reward",
+          "grad_norm")  # fmt: skip
+MOST_POINTS = 20_000
+ARROW_FROM_BYTES = 1 << 16  # a megabyte of rows takes 10 ms by Arrow and 50 ms by the json module
+TAIL_BYTES = 1 << 16
+
+
+class Column(NamedTuple):
+    """A series: values at steps, of equal length, as doubles."""
+
+    steps: array[float]
+    values: array[float]
+
+    @classmethod
+    def empty(cls) -> Column:
+        return cls(array("d"), array("d"))
+
+
+Columns = dict[str, Column]
+Points = dict[str, tuple[list[float], list[float | None]]]  # as JSON can carry it: None is not finite
+
+
+@dataclass
+class RunLog:
+    """The rows of one run's log.jsonl so far, at 16 bytes a value."""
+
+    path: Path
+    mark: str = ""  # of the file; another one once it was written anew
+    end: int = 0  # bytes of whole lines that were read
+    columns: Columns = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self) -> Columns:
+        """Take in what was added and return it; all, where the file is another one. Raises OSError."""
+        with self.path.open("rb") as stream:
+            found = os.fstat(stream.fileno())
+            mark = f"{found.st_ino:x}"
+            if mark != self.mark or found.st_size < self.end:
+                self.mark, self.end, self.columns = mark, 0, {}
+            stream.seek(self.end)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        added = columns_of(whole)
+        self.end += len(whole)
+        for name, column in added.items():
+            known = self.columns.setdefault(name, Column.empty())
+            known.steps.extend(column.steps)
+            known.values.extend(column.values)
+        return added
+
+    def behind(self, after: int) -> Columns:
+        """The columns of the rows between a byte and the end of what was read. Raises OSError."""
+        with self.path.open("rb") as stream:
+            stream.seek(after)
+            return columns_of(stream.read(self.end - after))
+
+
+class RunLogs:
+    """The logs that were asked for, each read once; of those that were asked for longest ago, none are kept."""
+
+    def __init__(self, most: int = 32) -> None:
+        self._most, self._logs = most, dict[Path, RunLog]()
+        self._lock = threading.Lock()
+
+    def rows(self, run: Path, *, mark: str = "", after: int = 0, most: int = 2000) -> dict[str, Any]:
+        """Points behind byte `after` of the file `mark`, or all of them thinned: {mark, next, is_all, series}."""
+        with self._lock:
+            log = self._logs.pop(run, None) or RunLog(run / LOG_NAME)
+            self._logs[run] = log
+            if len(self._logs) > self._most:
+                self._logs.pop(next(iter(self._logs)))
+        with log.lock:
+            try:
+                log.read()
+                goes_on = mark == log.mark and 0 < after <= log.end
+                series = points_of(log.behind(after)) if goes_on else points_of(log.columns, most)
+            except OSError:
+                return {"mark": "", "next": 0, "is_all": True, "series": {}}
+            return {"mark": log.mark, "next": log.end, "is_all": not goes_on, "series": series}
+
+    def news(self, run: Path) -> dict[str, Any] | None:
+        """What was added to a log since it was last looked at: {mark, from, next, series}.
+
+        None where nothing was, or nobody has asked for it. Without series: it was written anew.
+        """
+        log = self._logs.get(run)
+        if log is None:
+            return None
+        with log.lock:
+            mark, end = log.mark, log.end
+            try:
+                added = log.read()
+            except OSError:
+                return None
+            if (log.mark, log.end) == (mark, end):
+                return None
+            series = points_of(added) if log.mark == mark else None
+            return {"mark": log.mark, "from": end, "next": log.end, "series": series}
+
+
+def columns_of(lines: bytes) -> Columns:
+    """The series in whole lines of JSON; what is no row is passed over."""
+    found = _columns_by_arrow(lines) if len(lines) > ARROW_FROM_BYTES else None
+    if found is not None:
+        return found
+    columns: Columns = {}
+    for row in rows_of(lines):
+        for name in SERIES:
+            value = row.get(name)
+            if isinstance(value, (int, float)):
+                column = columns.setdefault(name, Column.empty())
+                column.steps.append(row["step"])
+                column.values.append(value)
+    return columns
+
+
+def rows_of(lines: bytes) -> list[dict[str, Any]]:
+    """The rows with a step in these lines."""
+    found = []
+    for line in lines.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), (int, float)):
+            found.append(row)
+    return found
+
+
+def last_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows in the last `TAIL_BYTES` of a run's log; none where it has no log."""
+    try:
+        with (run / LOG_NAME).open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - TAIL_BYTES))
+            return rows_of(stream.read())
+    except OSError:
+        return []
+
+
+def _columns_by_arrow(lines: bytes) -> Columns | None:
+    """The same by Arrow; None for rows that it does not take, such as those with NaN."""
+    import pyarrow as pa
+    from pyarrow import compute
+    from pyarrow import json as arrow_json
+
+    schema = pa.schema([(name, pa.float64()) for name in ("step", *SERIES)])
+    parsing = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    reading = arrow_json.ReadOptions(block_size=max(len(lines), 1 << 20))
+    try:
+        table = arrow_json.read_json(pa.BufferReader(lines), reading, parsing)
+    except pa.ArrowInvalid:
+        return None
+    columns: Columns = {}
+    for name in SERIES:
+        known = compute.and_(compute.is_valid(table["step"]), compute.is_valid(table[name]))
+        rows = table.select(["step", name]).filter(known)
+        if rows.num_rows:
+            columns[name] = Column(array("d", rows["step"].to_numpy().tobytes()),
+                                   array("d", rows[name].to_numpy().tobytes()))  # fmt: skip
+    return columns
+
+
+def points_of(columns: Mapping[str, Column], most: int = MOST_POINTS) -> Points:
+    """Every series as JSON can carry it, thinned to at most `most` points."""
+    return {name: thinned(column, max(10, min(most, MOST_POINTS))) for name, column in columns.items()}
+
+
+def thinned(column: Column, most: int) -> tuple[list[float], list[float | None]]:
+    """At most `most` points: of each stretch its lowest and its highest, in order, and the first and the last."""
+    n = len(column.steps)
+    if n <= most:
+        return list(column.steps), [value if math.isfinite(value) else None for value in column.values]
+    import numpy as np
+
+    steps, values = np.array(column.steps), np.array(column.values)
+    is_finite = np.isfinite(values)
+    bounds = np.linspace(0, n, (most - 2) // 2 + 1).astype(np.int64)
+    places = bounds[:-1, None] + np.arange(int(np.diff(bounds).max()))[None, :]
+    # Stretches differ by one in length: a place behind the end of its own counts as not finite.
+    known = (places < bounds[1:, None]) & is_finite[np.minimum(places, n - 1)]
+    places = np.minimum(places, n - 1)
+    every = np.arange(len(places))
+    lowest = places[every, np.where(known, values[places], np.inf).argmin(axis=1)]
+    highest = places[every, np.where(known, values[places], -np.inf).argmax(axis=1)]
+    kept = np.unique(np.concatenate([lowest, highest, [0, n - 1]]))
+    shown: list[float | None] = values[kept].tolist()
+    return steps[kept].tolist(), [value if ok else None for value, ok in zip(shown, is_finite[kept], strict=True)]
