@@ -148,7 +148,7 @@ export default function ({ Alpine, api, attempt, on, t, format }) {
       await Promise.all(this.rounds[at].answers.map((answer) => this.stream(answer, at, question)));
       this.isAnswering = false;
       this.keep();
-      document.getElementById("chat-question").focus();
+      this.focus("chat-question");
       return undefined;
     },
     async stream(answer, at, question) {
@@ -224,6 +224,8 @@ export default function ({ Alpine, api, attempt, on, t, format }) {
       const [share, low, high] = result.share_b.map((value) => format.percent(value));
       return `${t("chat.share", { b: result.b, share, low, high })} ${verdict}`;
     },
+    // What x-show uncovers is there a moment later than the next tick.
+    focus(id) { this.$nextTick(() => setTimeout(() => document.getElementById(id).focus())); },
     names() { return { a: this.chosen[0], b: this.chosen[1] }; },
     takeBlind(view, wasSame = false) {
       this.wasSame = wasSame;
@@ -242,7 +244,7 @@ export default function ({ Alpine, api, attempt, on, t, format }) {
       if (!view) return;
       this.question = "";
       this.takeBlind(view, view.is_same);
-      if (view.pair) this.$nextTick(() => document.getElementById("vote-1").focus());
+      if (view.pair) this.focus("vote-1");
     },
     async vote(place) {
       const { pair } = this.blind;
@@ -250,7 +252,7 @@ export default function ({ Alpine, api, attempt, on, t, format }) {
       const view = await attempt(() => api("POST", "/api/chat/blind/vote", { ...this.names(), key: pair.key, place }));
       this.isVoting = false;
       this.takeBlind(view);
-      this.$nextTick(() => document.getElementById("chat-question").focus());
+      this.focus("chat-question");
     },
     async undo() {
       this.takeBlind(await attempt(() => api("POST", "/api/chat/blind/undo", this.names())));

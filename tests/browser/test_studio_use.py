@@ -1,0 +1,223 @@
+"""Chat, comparison and exports in a real Chromium, with stubs in place of the programs; axe-core looks for faults."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onecard.config.studio import StudioOptions
+from onecard.studio.app import studio_app
+from onecard.studio.context import open_context
+from tests.browser.conftest import is_foreign, wait_until
+from tests.browser.test_accessibility import DESKTOP, PHONE, faults
+
+STUB = Path(__file__).resolve().parents[1] / "studio" / "stub_use.py"
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a studio with one run in it."""
+    import uvicorn
+
+    from onecard.serve.listen import open_socket
+
+    folder = tmp_path_factory.mktemp("studio")
+    options = StudioOptions(data_root=[str(folder)], output_root=str(folder / "out"))
+    context = open_context(options)
+    context.jobs.program = (sys.executable, str(STUB), str(folder / "stub"))
+    (context.output_root / "my-run").mkdir()
+    names = '{"base_model_name_or_path": "base"}'
+    (context.output_root / "my-run" / "adapter_config.json").write_text(names, encoding="utf-8")
+    config = uvicorn.Config(studio_app(options, context), log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with open_socket("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        context.events.close()
+        server.should_exit = True
+        thread.join(10)
+
+
+class Opened:
+    """Pages of the studio; what went wrong in them fails the test."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self._browser, self._url, self._contexts = browser, url, []
+        self.errors: list[str] = []
+
+    def __call__(self, view: str, **options: Any) -> Any:
+        # The studio's own policy forbids `eval`, by which playwright waits for conditions and axe-core is brought in.
+        context = self._browser.new_context(**(DESKTOP | {"locale": "en-US"} | options), bypass_csp=True)
+        self._contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda asked: self.errors.append(asked.url) if is_foreign(asked.url) else None)
+        page.goto(f"{self._url}#{view}")
+        page.wait_for_selector("body[data-ready]")
+        return page
+
+    def close(self) -> None:
+        for context in self._contexts:
+            context.close()
+
+
+@pytest.fixture
+def open_view(browser: Any, studio: str) -> Iterator[Opened]:
+    opened = Opened(browser, studio)
+    yield opened
+    opened.close()
+    assert opened.errors == []
+
+
+def press_until(page: Any, selector: str, key: str = "Tab") -> None:
+    """Go on with the keyboard until this part has the focus."""
+    for _ in range(60):
+        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{selector} is not reached by {key}")
+
+
+def load(page: Any) -> None:
+    """Load the model where it is not."""
+    page.wait_for_selector("#chat-source option", state="attached")
+    if page.is_hidden("#chat-question"):
+        page.click("#chat-start")
+    page.wait_for_selector("#chat-question", state="visible")
+
+
+def ask(page: Any, text: str, n_answers: int) -> None:
+    page.fill("#chat-question", text)
+    page.keyboard.press("Enter")
+    page.wait_for_function("(n) => document.querySelectorAll('.answer[aria-busy=false]').length === n", arg=n_answers)
+
+
+def test_chat_compare_and_vote_by_keyboard_alone(open_view: Any) -> None:
+    page = open_view("chat")
+    page.wait_for_selector("#chat-source option", state="attached")
+    press_until(page, "#chat-start")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat-question", state="visible")
+    press_until(page, "#chat-question")
+    page.keyboard.type("abc")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".answer[aria-busy=false] .text:has-text('cba')")
+
+    page.reload()
+    page.wait_for_selector(".answer .text:has-text('cba')")  # a reload loses nothing
+    press_until(page, "input[name=chat-mode]")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#chat-model-1", state="visible")
+    press_until(page, "#chat-question")
+    page.keyboard.type("xyz")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".answer >> nth=1 >> text=xyz")
+    page.wait_for_selector(".answer >> nth=0 >> text=zyx")
+    press_until(page, ".colour", "Shift+Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".pieces span.p4")
+    press_until(page, ".pieces", "Shift+Tab")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector(".value:has-text('\"y\": +2 nats')")
+
+    press_until(page, "input[name=chat-mode]", "Shift+Tab")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#blind-result", state="visible")
+    press_until(page, "#chat-question")
+    page.keyboard.type("which")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#vote-1:focus")
+    shown = {page.inner_text("#blind-first"), page.inner_text("#blind-second")}
+    assert shown == {"which", "hcihw"}
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat-question:focus")
+    press_until(page, "#blind-result", "Shift+Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#blind-told:has-text('preferences.jsonl')")
+
+
+@pytest.mark.slow
+def test_an_answer_is_stopped_and_the_server_ended(open_view: Any) -> None:
+    page = open_view("chat")
+    load(page)
+    page.fill("#chat-question", "slow")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".answer .text:has-text('wols')")
+    page.click("#chat-halt")
+    page.wait_for_selector(".answer .bad:has-text('stopped')")
+    page.click("#chat-stop")
+    page.wait_for_selector("#chat-question", state="hidden")
+    assert page.inner_text("#chat-state") == "not loaded"
+
+
+@pytest.mark.slow
+def test_an_export_goes_on_without_the_page_and_a_second_one_sees_it(open_view: Any) -> None:
+    page = open_view("export")
+    page.wait_for_selector("#export-source option", state="attached")
+    page.fill("#export-name", "waits")
+    page.click("#export-start")
+    page.wait_for_selector("li[data-job=waits] progress")
+    page.close()
+    page = open_view("export", locale="zh-CN")
+    page.wait_for_selector("li[data-job=waits] .state:has-text('进行中')")
+    page.fill("#export-name", "second")
+    page.click("#export-start")
+    page.wait_for_selector("#export-problem:has-text('waits')")
+    page.click("li[data-job=waits] .cancel")
+    page.wait_for_selector("li[data-job=waits] .state:has-text('已取消')")
+    for name, state in (("fails", "失败"), ("made", "完成")):
+        page.fill("#export-name", name)
+        page.click("#export-start")
+        page.wait_for_selector(f"li[data-job={name}] .state:has-text('{state}')")
+    page.wait_for_selector("li[data-job=fails] >> text=no room; make some")
+    page.wait_for_selector("li[data-job=made] >> text=5 B")
+    page.fill("#export-name", "made")
+    page.click("#export-start")
+    page.wait_for_selector("#export-name[aria-invalid=true]")
+
+
+@pytest.mark.parametrize(
+    ("device", "locale", "scheme"),
+    [
+        ("phone", "zh-CN", "dark"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in product(["desktop", "phone"], ["en-US"], ["light", "dark"])
+        ),
+    ],
+)
+def test_axe_finds_no_serious_fault(open_view: Any, device: str, locale: str, scheme: str) -> None:
+    view = DESKTOP if device == "desktop" else PHONE
+    page = open_view("chat", **view, locale=locale, color_scheme=scheme)
+    load(page)
+    page.check("input[value=two]")
+    ask(page, "abc", 2)
+    page.click(".colour")
+    page.wait_for_selector(".pieces span.p4")
+    assert faults(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it is wider than the screen"
+    page.check("input[value=blind]")
+    page.wait_for_selector("#blind-result", state="visible")
+    if page.is_hidden("#vote-1"):
+        page.fill("#chat-question", "which")
+        page.click("#chat-send")
+        page.wait_for_selector("#vote-1", state="visible")
+    assert faults(page) == []
+    page.evaluate("location.hash = 'export'")
+    name = f"made-{device}-{scheme}"
+    page.fill("#export-name", name)
+    page.click("#export-start")
+    page.wait_for_selector(f"li[data-job={name}] .state.good")
+    page.click(f"li[data-job={name}] button")
+    page.wait_for_selector(f"li[data-job={name}] pre")
+    assert faults(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it is wider than the screen"
