@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -30,6 +31,9 @@ SHORT_ROWS, SHORT_CHUNK = (24, 48), 4  # for models that go through their tokens
 LOOPS = (2, 3, 4)  # operations
 LENGTHS = (16, 64, 256, 1024)  # whole tiles and chunks of most kernels; two neighbours are traced
 UNBOUNDED = 2**40  # tokens of a chunk that holds all
+# Whether plans for many ranks and numbers of rows will be asked for, as by a slider: then they are traced at two each.
+ASKS_FOR_MANY: ContextVar[bool] = ContextVar("ASKS_FOR_MANY", default=False)
+RANKS, ROWS = (8, 64), (2, 4)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def sample(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
     """
     setup = _relevant(model, setup, part)
     try:
-        return extrapolated(model, setup, part)
+        return _over_ranks(model, setup, part) if ASKS_FOR_MANY.get() else extrapolated(model, setup, part)
     except TooManyOperations:
         return _from_short_rows(model, setup, part)
 
@@ -105,7 +109,8 @@ def extrapolated(model: Any, setup: Any, part: Part) -> Sample:
     """As `sample`, of a model that takes its tokens all at once; traced at its own size where no other will do."""
     windows = {*(() if part is Part.LOSS else model.source.windows),
                *(_offload_limits(model, setup) if setup.offload_activations else ())}  # fmt: skip
-    lengths = _lengths(setup.length, sorted(windows)) if setup.rows == 1 else None  # a plan asks for many of one row
+    asks_for_many = setup.rows == 1 or ASKS_FOR_MANY.get()  # a plan asks for many lengths of one row
+    lengths = _lengths(setup.length, sorted(windows)) if asks_for_many else None
     if lengths is None:
         return traced(model, setup, part)
     for n_sides in (2, 3):  # of a polynomial of first and second degree in the length
@@ -116,6 +121,31 @@ def extrapolated(model: Any, setup: Any, part: Part) -> Sample:
         if not _is_quadratic(found[0], found[1], lengths):
             break
     return _combined(found, points, setup, terms)
+
+
+def _over_ranks(model: Any, setup: Any, part: Part) -> Sample:
+    """As `extrapolated`; LoRA of another rank than these two is between them or beyond: the bytes are affine in it."""
+    if setup.rank in RANKS or setup.peft_method != "lora":
+        return _over_rows(model, setup, part)
+    return _on_line(model, setup, part, "rank", RANKS, _over_rows)
+
+
+def _over_rows(model: Any, setup: Any, part: Part) -> Sample:
+    """As `extrapolated`; the bytes of several rows are affine in their number, too."""
+    if setup.rows == 1:
+        return extrapolated(model, setup, part)
+    return _on_line(model, setup, part, "rows", ROWS, extrapolated)
+
+
+def _on_line(
+    model: Any, setup: Any, part: Part, name: str, anchors: tuple[int, int], sample_at: Callable[..., Sample]
+) -> Sample:
+    """The value at `setup` of the line through the samples at two values of one of its numbers."""
+    points = [replace(setup, **{name: anchor}) for anchor in anchors]
+    found = [sample_at(model, point, part) for point in points]
+    if _differ(found):
+        return sample_at(model, setup, part)
+    return _combined(found, points, setup, lambda at: [1.0, float(getattr(at, name))])
 
 
 def _lengths(length: int, windows: list[int]) -> list[int] | None:
