@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     # Imported after the options are known to be good: these take seconds to load.
     from onecard.model.memory import report as plan_text
     from onecard.model.memory.architecture import architecture_of, known_models
+    from onecard.model.memory.cards import element_bytes, largest_known
     from onecard.model.memory.plan import longest_context, make_plan
 
     if options.known:
@@ -143,51 +144,20 @@ def list_problems(flag: str, text: str, kind: type) -> list[Problem]:
 
 def find_cards(options: PlanOptions) -> list[tuple[Any, Any]]:
     """Each card as the plan sees it, and as the choice of the number format does."""
-    import psutil
-    import torch
-
-    from onecard.model.allocator import has_expandable_segments, prefer_expandable_segments
-    from onecard.model.hardware import Hardware, detect
-    from onecard.model.memory.plan import CardSpec
+    from onecard.model.allocator import prefer_expandable_segments
+    from onecard.model.hardware import detect
+    from onecard.model.memory.cards import card_of_size
 
     prefer_expandable_segments()  # as the run will
-    old, ram = options.memory.pretend_turing, psutil.virtual_memory().total
-    sizes = {f"a card of {gib:g} GiB": int(gib * 2**30) for gib in numbers(options.memory.sizes, float)}
-    if sizes:
-        device, expandable = torch.device("cuda"), has_expandable_segments()
-        return [
-            (CardSpec(name, size, ram, expandable_segments=expandable), Hardware(device, name, size, not old, None))
-            for name, size in sizes.items()
-        ]
+    old = options.memory.pretend_turing
+    if sizes := numbers(options.memory.sizes, float):
+        return [card_of_size(gib, is_old=old) for gib in dict.fromkeys(sizes)]
     from onecard.train.auto_config import card_of
 
     found = detect(options.model.device, pretend_turing=old)
     if not found.is_gpu:
         raise ConfigError("--vram", "no card is found here; give its memory in GiB, such as --vram 11")
     return [(card_of(found, max_memory=options.model.max_memory), found)]
-
-
-def element_bytes(config: FinetuneConfig, hardware: Any, model_type: str) -> int:
-    """Bytes per number of the arithmetic. Raises ConfigError for what cannot work on this card."""
-    from onecard.model.hardware import choose_dtype
-
-    return choose_dtype(config.model.dtype, config.model.bits, hardware, model_type)[0].itemsize
-
-
-def largest_known(config: FinetuneConfig, card: Any, hardware: Any) -> str | None:
-    """The known model with the most weights that would fit with these options."""
-    from onecard.model.memory.architecture import architecture_of, known_models
-    from onecard.model.memory.plan import fits_somehow
-
-    for name in reversed(known_models()):
-        model = architecture_of(name)
-        try:
-            width = element_bytes(config, hardware, model.model_type)
-        except ConfigError:
-            continue  # a family that cannot be trained in this number format
-        if fits_somehow(model, config, card, element_bytes=width):
-            return name
-    return None
 
 
 def throughput(options: PlanOptions) -> tuple[float | None, str]:
@@ -203,6 +173,7 @@ def throughput(options: PlanOptions) -> tuple[float | None, str]:
 
 def draw(models: list[Any], config: FinetuneConfig, cards: list[tuple[Any, Any]], path: Path) -> None:
     """Write the PNG. Raises ConfigError when it cannot be written."""
+    from onecard.model.memory.cards import element_bytes
     from onecard.model.memory.report import curves_of, draw_curves
 
     what = models[0].name if len(models) == 1 else "Every saving on"

@@ -79,7 +79,19 @@ def verdict_lines(plan: Plan, longest: int | None = None) -> list[str]:
     if ram > plan.card.ram_bytes:
         short.append(f"the RAM's {gib(plan.card.ram_bytes)} GiB are {_size(ram - plan.card.ram_bytes)} too few")
     lines = _wrap(f"It does not fit: {' and '.join(short)}. What would help:")
-    return lines + [line for advice in _advice(plan, longest) for line in _wrap(f"- {advice}", "  ")]
+    return lines + [line for each in advice(plan, longest) for line in _wrap(f"- {translated(each)}", "  ")]
+
+
+def advice(plan: Plan, longest: int | None) -> list[str]:
+    """What would make a plan fit, the most harmless first."""
+    found = [f"let the plan choose {choice.flag}, given as {choice.value}" for choice in plan.choices if choice.by_hand]
+    if longest:
+        found.append(f"shorter samples: --cutoff_len {longest}")
+    if plan.setup.bits > 4 and not plan.model.stored_bits:
+        found.append(f"fewer bits: --bits {4 if plan.setup.bits <= 8 else 8}")
+    if plan.setup.rank > 8:
+        found.append("a lower rank: --lora_r 8")
+    return [*found, "a smaller model"]
 
 
 def setting_lines(plan: Plan) -> list[str]:
@@ -264,17 +276,6 @@ def _head_lines(plan: Plan) -> list[str]:
         lines += _wrap(f"note: {longest:,} tokens are more than the model's {model.max_positions:,} positions "
                        f"(--rope_scaling yarn:{-(-longest // model.max_positions)} stretches them)")  # fmt: skip
     return lines
-
-
-def _advice(plan: Plan, longest: int | None) -> list[str]:
-    found = [f"let the plan choose {choice.flag}, given as {choice.value}" for choice in plan.choices if choice.by_hand]
-    if longest:
-        found.append(f"shorter samples: --cutoff_len {longest}")
-    if plan.setup.bits > 4 and not plan.model.stored_bits:
-        found.append(f"fewer bits: --bits {4 if plan.setup.bits <= 8 else 8}")
-    if plan.setup.rank > 8:
-        found.append("a lower rank: --lora_r 8")
-    return [*found, "a smaller model"]
 
 
 def _techniques(model: Architecture, config: FinetuneConfig, element_bytes: int) -> dict[str, MemoryConfig]:
