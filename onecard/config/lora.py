@@ -11,8 +11,11 @@ from onecard.console import nearest
 # PEFT's own names, in small letters (model/lora/methods.py), and LoRA's forms by the names they are known under.
 PeftMethodName = Literal[
     "lora", "rslora", "dora", "pissa", "loftq", "olora", "adalora", "ia3", "vera", "oft", "miss", "shira", "randlora",
-    "loha", "lokr",
+    "loha", "lokr", "prompt_tuning",
 ]  # fmt: skip
+SHORT_NAMES = {"prompt": "prompt_tuning"}
+# Trained vectors stand in front of every text, and no layer has an adapter.
+VIRTUAL_TOKENS = ("prompt_tuning",)
 LORA_FORMS: dict[str, tuple[str, Any]] = {
     "rslora": ("use_rslora", True), "dora": ("use_dora", True), "pissa": ("lora_init", "pissa"),
     "loftq": ("lora_init", "loftq"), "olora": ("lora_init", "olora"),
@@ -24,6 +27,7 @@ METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "adalora": ("lora_r", "lora_alpha", "lora_dropout"), "ia3": (), "vera": ("lora_dropout",), "oft": (),
     "miss": ("lora_dropout",), "shira": ("lora_r",),
     "randlora": ("lora_dropout",), "loha": ("lora_r", "lora_alpha"), "lokr": ("lora_r", "lora_alpha"),
+    "prompt_tuning": (),
 }  # fmt: skip
 # Their products have the shape of the stored weights, which 4 bits pack otherwise.
 NOT_IN_4_BITS = ("loha", "lokr")
@@ -35,10 +39,11 @@ class LoraOptions:
 
     peft_method: str = "lora"
     """Kind of adapter: lora; rslora, dora, pissa, loftq and olora, which are --use_rslora, --use_dora and --lora_init;
-    adalora, ia3, vera, oft, miss, shira, randlora, loha, lokr. No adapter, in 16 or 32 bits: full trains all weights,
-    freeze:2 those of the last 2 layers. What each is for: docs/en/training.md."""
+    adalora, ia3, vera, oft, miss, shira, randlora, loha, lokr; prompt, which trains vectors in front of every text. No
+    adapter, in 16 or 32 bits: full trains all weights, freeze:2 those of the last 2 layers. What each is for:
+    docs/en/training.md."""
     peft_option: str = field(default="", metadata={"several": True})
-    """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), oft_block_size=64 (oft)."""
+    """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), num_virtual_tokens=50 (prompt)."""
     lora_r: int = 8
     """Rank of the adapter matrices."""
     lora_alpha: int = 16
@@ -65,6 +70,7 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         """A form of LoRA becomes LoRA with the option that it is, so that both spellings are one run."""
+        self.peft_method = SHORT_NAMES.get(self.peft_method, self.peft_method)
         name, value = LORA_FORMS.get(self.peft_method, ("", None))
         if name and getattr(self, name) in (getattr(type(self), name), value):
             setattr(self, name, value)
@@ -86,6 +92,11 @@ class LoraOptions:
         """N of freeze:N; 0 for every other method."""
         number = self.peft_method.removeprefix(FREEZE)
         return int(number) if self.peft_method.startswith(FREEZE) and number.isdecimal() else 0
+
+    @property
+    def has_virtual_tokens(self) -> bool:
+        """Whether what is trained stands in front of every text, and no layer has an adapter."""
+        return self.peft_method in VIRTUAL_TOKENS
 
     @property
     def trains_vocabulary(self) -> str:
@@ -133,12 +144,13 @@ class LoraOptions:
         if method == "lora":
             return []
         if method not in METHOD_SETTINGS and not self.tunes_base:
-            known = (*get_args(PeftMethodName), FULL, f"{FREEZE}N (N of 1 and more)")
+            known = (*get_args(PeftMethodName), *SHORT_NAMES, FULL, f"{FREEZE}N (N of 1 and more)")
             return [("--peft_method", f"{method!r} is not one of {', '.join(known)}{nearest(method, known)}")]
         kept: tuple[str, ...] = ("peft_method",)
         hint = "; it has no adapter"
         if not self.tunes_base:
-            kept = ("peft_method", "peft_option", "lora_target_modules", *METHOD_SETTINGS[method])
+            layers = () if self.has_virtual_tokens else ("lora_target_modules",)
+            kept = ("peft_method", "peft_option", *layers, *METHOD_SETTINGS[method])
             hint = "; its own settings are given by --peft_option"
         given = [f.name for f in fields(self) if f.name not in kept and getattr(self, f.name) != f.default]
         return [(f"--{name}", f"does not go with --peft_method {method}{hint}") for name in given]

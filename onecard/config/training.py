@@ -15,7 +15,7 @@ from typing import Literal
 
 from onecard.config.base_model import ModelOptions, n_gpus_of
 from onecard.config.data import DataOptions
-from onecard.config.lora import NOT_IN_4_BITS, LoraOptions
+from onecard.config.lora import NOT_IN_4_BITS, VIRTUAL_TOKENS, LoraOptions
 from onecard.config.problems import Problem
 from onecard.config.rollouts import RolloutOptions
 from onecard.installation import command
@@ -421,6 +421,7 @@ class FinetuneConfig:
             found.append(("--deepspeed", "does not go with --peft_method adalora, which cuts ranks by whole gradients; "
                           "leave it out"))  # fmt: skip
         found += [*self._base_problems(), *self._divergence_problems()]
+        found += self.virtual_token_problems() * self.lora.has_virtual_tokens
         flag = self.lora.trains_vocabulary
         if flag and self.memory.offload_embeddings == "on":
             found.append(("--offload_embeddings", f"on contradicts {flag}: only frozen embeddings can stay in RAM"))
@@ -498,6 +499,17 @@ class FinetuneConfig:
             text = f"{train.objective} does not go with {method}: it compares with the base, which is then another one"
             found.append(("--objective", f"{text}; use simpo or orpo, or an adapter"))
         return found
+
+    def virtual_token_problems(self) -> list[Problem]:
+        """What does not go with vectors in front of every text, which --init_adapter may bring, too."""
+        train, objective = self.train, f"--objective {self.train.objective}"
+        asked = {
+            "--packing": (train.masks_documents, "each text of a row would need them in front of itself"),
+            objective: (train.objective in ("grpo", "reward"), "use lora"),
+            "--shard": (train.shard, "leave it out"), "--deepspeed": (train.deepspeed, "leave it out"),
+        }  # fmt: skip
+        return [(flag, f"does not go with virtual tokens (--peft_method {', '.join(VIRTUAL_TOKENS)}): {text}")
+                for flag, (is_on, text) in asked.items() if is_on]  # fmt: skip
 
     def _shard_problems(self) -> list[Problem]:
         """What does not go with weights that lie over several processes."""

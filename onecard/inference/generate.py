@@ -26,6 +26,7 @@ from onecard.inference.model_limits import go_together
 from onecard.inference.stopping import FinishReason
 from onecard.inference.streamer import StreamState, TokenLogprob
 from onecard.model.input_limits import embedding_rows, no_row
+from onecard.model.output_head import positions_in_front
 from onecard.model.rope_scaling import context_limit
 
 __all__ = [
@@ -185,4 +186,5 @@ def answer_rows(bundle: ModelBundle, rows: Sequence[PromptRow], sampling: Sampli
 
 def longest_sequence(model: Any) -> int | None:
     """How many tokens the model can read, prompt and answer together, or None where its config sets no limit."""
-    return context_limit(model.config)
+    limit = context_limit(model.config)
+    return None if limit is None else limit - positions_in_front(model)

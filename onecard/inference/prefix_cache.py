@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from onecard.inference.model_limits import reads_in_pieces
-from onecard.model.output_head import takes_positions
+from onecard.model.output_head import positions_in_front, takes_positions
 
 MOST_KEPT = 16  # conversations; a search looks at each
 LEAST_TOKENS = 8  # a shorter common beginning is read as fast as it is looked up
@@ -83,10 +83,14 @@ class PrefixCache:
 
 
 def can_be_kept(model: Any) -> bool:
-    """Whether a text can be continued behind the cached keys and values of its beginning, and these be cut."""
+    """Whether a text can be continued behind the cached keys and values of its beginning, and these be cut.
+
+    Not behind virtual tokens, whose keys and values stand in front of the text's own.
+    """
     config = model.config.get_text_config(decoder=True)
     return (
-        reads_in_pieces(model)
+        not positions_in_front(model)
+        and reads_in_pieces(model)
         and model._supports_default_dynamic_cache()
         and all(type(layer) in PLAIN_LAYERS for layer in new_cache(model).layers)
         and not ropes_of(config.to_dict()) & set(ROPES_OF_LENGTH)

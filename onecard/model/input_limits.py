@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from onecard.installation import command
+from onecard.model.output_head import positions_in_front
 from onecard.model.rope_scaling import MARK, context_limit
 
 ROTARY_TABLES = ("embed_positions", "pos_encoding")  # GPT-J, CodeGen, CTRL
@@ -39,12 +40,13 @@ def no_row(tokenizer: Any, token_id: int, n_rows: int) -> str:
 def position_limit(model: Any) -> int | None:
     """The most tokens that a table of positions lets into one row; None for models that compute their positions.
 
-    Held against every causal language model of transformers 5.23 that can be built small.
+    Virtual tokens take some of them. Held against every causal language model of transformers 5.23 that can be built
+    small.
     """
-    config = model.config.get_text_config()
+    config, in_front = model.config.get_text_config(), positions_in_front(model)
     n_positions = int(getattr(config, "max_position_embeddings", 0) or 0)
     if config.model_type == "mpt":
-        return int(config.max_seq_len)  # of its ALiBi biases
+        return int(config.max_seq_len) - in_front  # of its ALiBi biases
     if not n_positions:
         return None
     words = model.get_input_embeddings()
@@ -58,16 +60,18 @@ def position_limit(model: Any) -> int | None:
               for table in tables]  # fmt: skip
     limits += [n_positions for name, buffer in model.named_buffers()
                if name.rsplit(".", 1)[-1] in ROTARY_TABLES and len(buffer) == n_positions]  # fmt: skip
-    return min(limits, default=None)
+    return min(limits) - in_front if limits else None
 
 
 def rotary_limit(model: Any) -> int | None:
     """The positions that a rotary model is made for; None where it has none, or where the base scales them itself."""
     config = model.config.get_text_config()
-    if hasattr(model.config, MARK):
-        return context_limit(config)
+    limit = context_limit(config) if hasattr(model.config, MARK) else None
+    if limit is not None:
+        return limit - positions_in_front(model)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope.get("rope_type", "default")] if "rope_type" in rope or "rope_theta" in rope else [
         inner.get("rope_type", "default") for inner in rope.values() if isinstance(inner, dict)]  # fmt: skip
     is_plain = bool(kinds) and all(kind == "default" for kind in kinds)
-    return int(getattr(config, "max_position_embeddings", 0) or 0) or None if is_plain else None
+    n_positions = int(getattr(config, "max_position_embeddings", 0) or 0)
+    return n_positions - positions_in_front(model) if is_plain and n_positions else None

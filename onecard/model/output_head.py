@@ -72,6 +72,14 @@ def innermost(model: nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def positions_in_front(model: Any) -> int:
+    """Positions that an adapter of virtual tokens puts in front of every text; 0 for all others."""
+    inner = model
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    return int(getattr(inner, "n_in_front", 0))
+
+
 @dataclass(frozen=True)
 class _Way:
     """What a family does to the head's output, in this order: Cohere multiplies, Granite divides, Gemma 2 caps."""
@@ -151,10 +159,13 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tupl
     entered: list[tuple[Tensor, bool, torch.dtype]] = []
     left: list[Tensor] = []
 
+    n_rows, n_seq = inputs["input_ids"].shape
+    in_front = (0, positions_in_front(model))  # virtual tokens that have rows of their own here, or keys alone
+
     def keep_one(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not arguments or arguments[0].shape[:-1] != inputs["input_ids"].shape:
+        if not arguments or arguments[0].shape[:-1] not in [(n_rows, n + n_seq) for n in in_front]:
             return None
-        hidden, device = arguments[0], arguments[0].device.type
+        hidden, device = arguments[0][:, -n_seq:], arguments[0].device.type
         entered.append((hidden, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
         # A clone, whose strides let one row be multiplied without a copy of the head's weight (bmm would make one).
         return (hidden[:1, :1].clone(memory_format=torch.contiguous_format), *arguments[1:])

@@ -14,6 +14,7 @@ from accelerate.utils import AutocastKwargs
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from onecard.config.lora import LoraOptions
+from onecard.config.problems import refuse
 from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig
 from onecard.console import say, warn
 from onecard.data.built_in_templates import first_version
@@ -37,6 +38,7 @@ from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.model.out_of_memory import give_back_memory
+from onecard.model.output_head import positions_in_front
 from onecard.model.packed_rows import check_packing
 from onecard.model.rope_scaling import check_same_positions
 from onecard.model.trained import make_trainable
@@ -157,10 +159,15 @@ def check_inputs(model: Any, data: TrainingData) -> None:
     if beyond is not None:
         number, token_id = beyond
         raise ModelError(f"{dataset[number].record}: {no_row(data.tokenizer, token_id, n_rows)}")
+    _check_lengths(model, data)
+
+
+def _check_lengths(model: Any, data: TrainingData) -> None:
     longest = data.train.longest_sample
     n_tokens, limit = len(longest.input_ids), position_limit(model)
     if limit is not None and n_tokens > limit:
-        raise ModelError(f"{longest.record} has {n_tokens:,} tokens, but the base has {limit:,} positions; use "
+        behind = f" behind {positions_in_front(model)} virtual tokens" * bool(positions_in_front(model))
+        raise ModelError(f"{longest.record} has {n_tokens:,} tokens, but the base has {limit:,} positions{behind}; use "
                          f"--cutoff_len {limit}")  # fmt: skip
     trained = rotary_limit(model)
     if trained is not None and n_tokens > trained:
@@ -205,6 +212,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
     torch.manual_seed(options.seed)  # the adapter's first values
     cached = cached_reference(config, data.train.dataset, base.dtype, state.identity.get("reference"))
     plain = _adapter(config, base.model, point, cached)
+    _check_virtual_tokens(config, plain, data)
     if options.shard:
         say(shard_layers(plain, accelerator.device, accelerator.num_processes))
     streams = config.model.stream_layers == "on"
@@ -245,6 +253,13 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
         restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)
     return run
+
+
+def _check_virtual_tokens(config: FinetuneConfig, plain: Any, data: TrainingData) -> None:
+    """Raise ConfigError and ModelError for what does not go with them, also where --init_adapter brought them."""
+    if positions_in_front(plain):
+        refuse(config.virtual_token_problems())
+        _check_lengths(plain, data)
 
 
 def _rank_allocation(config: FinetuneConfig, plain: Any, total_steps: int) -> RankAllocation | None:

@@ -35,6 +35,7 @@ from onecard.inference.prefix_cache import can_be_kept
 from onecard.inference.shared_adapters import SharedAdapters
 from onecard.model.attention import allow_paged_cache
 from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
+from onecard.model.output_head import positions_in_front
 
 STOP_SECONDS = 10
 
@@ -365,6 +366,8 @@ def check_batched(model: Any) -> None:
         reason = f"its attention is {attention}, and sdpa is needed"
     elif len({parameter.device for parameter in inner.parameters()}) > 1:
         reason = "its layers do not all lie on the device"
+    elif positions_in_front(model):
+        reason = "its adapter puts virtual tokens in front of every text"
     elif not can_be_kept(inner):
         reason = "it does not read a text in pieces, or its positions depend on the length of the text"
     if reason:

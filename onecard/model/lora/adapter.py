@@ -24,6 +24,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PeftModelForCausalLM,
     PeftType,
     get_peft_model,
     get_peft_model_state_dict,
@@ -71,6 +72,7 @@ from onecard.model.lora.peft_options import typed_options
 from onecard.model.lora.rank_allocation import RankAllocation, widened
 from onecard.model.lora.routing import LoraProduct
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
+from onecard.model.lora.virtual_tokens import VirtualTokens, check_base
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
 from onecard.model.reward_head import SCORE, add_reward_head
@@ -90,6 +92,10 @@ class LoadedAdapter:
     notes: list[str]
 
 
+class PromptedModel(VirtualTokens, PeftModelForCausalLM):
+    """A base with virtual tokens in front of its texts."""
+
+
 # PiSSA's first matrices by model. The saved form is the difference to them, so they live as long as the model does.
 _pissa_starts: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -105,6 +111,8 @@ def add_lora(
     new_ids: for --train_new_tokens; None: those that the base's directory lists. gives_reward: with a scalar head.
     Raises ModelError for layers that do not exist (with the nearest names), ConfigError for contradicting options.
     """
+    if options.has_virtual_tokens:
+        return _add_virtual_tokens(model, options)
     linear = adaptable_layers(model)
     left_out = linear_layers(model).keys() - linear.keys()
     adapter_starts.check_start(options, linear)
@@ -131,6 +139,14 @@ def add_lora(
     if left_out and options.lora_target_modules.strip() == ALL_LINEAR:
         kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in left_out}))
         say(f"{len(left_out)} dense or shared layers ({kinds}) get no adapter: peft means the experts by these names")
+    return peft_model
+
+
+def _add_virtual_tokens(model: nn.Module, options: LoraOptions) -> PeftModel:
+    with _as_config_error(options):
+        config = _new_config(options, AdaptedLayers([], None, transposed=False), {})
+        peft_model = _attach(model, config)
+    _check_trainable(peft_model)
     return peft_model
 
 
@@ -201,6 +217,8 @@ def remove_adapter(model: Any) -> Any:
     """Return the base without its adapter, ready for another one; a base alone is returned as it is."""
     if not isinstance(model, PeftModel):
         return model
+    if isinstance(model, PromptedModel):
+        return model.get_base_model()
     originals = adapter_tokens.untouched_modules(model.get_base_model())
     base: Any = model.unload()
     for name, module in originals.items():  # peft leaves the trained copies of whole modules in their place
@@ -292,6 +310,9 @@ def describe_trainable(model: nn.Module) -> str:
     layers = [name.replace(".base_layer", "") for name in found if name is not None]
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
     config: Any = peft_model.peft_config[ADAPTER]
+    if isinstance(peft_model, PromptedModel):
+        kind = f"{config.peft_type.value}, {config.num_virtual_tokens} virtual tokens in front of every text"
+        return f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): {kind}"
     kind = f"rank {config.r}" if config.peft_type == PeftType.LORA else config.peft_type.value
     if not any(p.requires_grad and is_adapter_weight(name) for name, p in peft_model.named_parameters()):
         kind = f"nothing of {kind}"
@@ -418,13 +439,28 @@ def _attach(model: Any, config: PeftConfig, *, has_no_memory: bool = False) -> P
         # Between peft and transformers, and of no use to the person who trains: peft asks under the old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")  # see `adapter_tokens.check_both_ends`
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=has_no_memory)
+        peft_model = (
+            _in_front(model, config)
+            if config.is_prompt_learning
+            else get_peft_model(model, config, low_cpu_mem_usage=has_no_memory)
+        )
     for name, rank in peft_model.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's: over 16-bit weights peft lets it be trained, but saves it nowhere
             rank.data = rank.data.float()
             rank.requires_grad_(False)
     if not any(weight_bits(layer) == 8 for layer in linear) and hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()  # peft switches it on; see `load.py`
+    return peft_model
+
+
+def _in_front(model: Any, config: Any) -> PromptedModel:
+    if (config.num_virtual_tokens or 0) < 1:
+        raise ValueError(f"num_virtual_tokens={config.num_virtual_tokens} would train nothing; use 1 or more")
+    check_base(model, config.peft_type.value.lower())
+    config.base_model_name_or_path = _name_of(model)  # as `get_peft_model` does
+    peft_model = PromptedModel(model, config, ADAPTER)
+    # Not where the plan builds models without memory: PEFT takes these numbers to the device of the vectors.
+    peft_model.prompt_tokens[ADAPTER] = torch.arange(config.num_virtual_tokens, device="cpu")
     return peft_model
 
 

@@ -96,12 +96,8 @@ def _refuse_tuned(source: str | Path) -> None:
 
 def _kind_of_names(names: Collection[str]) -> str:
     """What files without a configuration hold in place of LoRA, by the names of their tensors."""
-    kinds = {
-        "prompt_embeddings": "PROMPT_TUNING", "prompt_encoder": "P_TUNING", "adapter_down": "BOTTLENECK",
-    }  # fmt: skip
-    for words, kind in kinds.items():
-        if any(words in name for name in names):
-            return f"it {other_kind({'peft_type': kind})}"
+    if any("adapter_down" in name for name in names):
+        return f"it {other_kind({'peft_type': 'BOTTLENECK'})}"
     return "it is no adapter, or it was saved empty"
 
 

@@ -1,4 +1,4 @@
-"""How much a PEFT method adds to linear layers, as PEFT makes it on the meta device: for the plan of memory.
+"""How much a PEFT method adds to a model, as PEFT makes it on the meta device: for the plan of memory.
 
 Knows layers by name and size alone; it loads no model and takes no memory.
 """
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from onecard.config.lora import LoraOptions
-from onecard.model.lora.adapter import attach_to_layers
+from onecard.model.lora.adapter import add_lora, attach_to_layers
 from onecard.model.lora.methods import METHODS
 
 
@@ -45,3 +46,10 @@ def method_tensors(
         return [size for tensor, size in tensors if f".{name}." in tensor]
 
     return [in_layer(name, trained) for name in names], [sum(in_layer(name, own)) for name in names], sum(of_all)
+
+
+def virtual_tensors(options: LoraOptions, config: Any, **own_code: Any) -> tuple[int, ...]:
+    """Numbers of weights in each tensor of virtual tokens, for a model of this configuration."""
+    with torch.device("meta"):
+        model = add_lora(AutoModelForCausalLM.from_config(config, **own_code), options)
+    return tuple(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)

@@ -21,6 +21,8 @@ MOVING_STARTS = {"pissa": "pissa_niter_16", "olora": "olora"}
 UNKNOWN_STEPS = 2**31  # PEFT asks for a number; `rank_allocation.py` has the true one
 # Of these layers (IA)3 scales what goes in, as its authors do; of all others what comes out.
 FEEDFORWARD = ("down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out")
+N_VIRTUAL_TOKENS = 20  # as in PEFT's examples; its authors saw little gain from more
+PROMPT = ("prompt_encoder.", "prompt_embeddings")  # what names of virtual tokens begin with, in a model and in a file
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PeftMethod:
     settings: Callable[[LoraOptions, AdaptedLayers], dict[str, Any]]
     """What its configuration is made with, target_modules included."""
     prefix: str
-    """What the names of its tensors begin with, as PEFT registers it."""
+    """What the names of its tensors begin with, as PEFT registers it; empty for virtual tokens: no layer has them."""
     zero: tuple[str, ...]
     """Parts of the names of those that begin at zero, so that an untrained adapter changes nothing."""
     stored: Mapping[str, Any] = field(default_factory=dict)
@@ -114,6 +116,13 @@ def _lycoris(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
     return {"r": options.lora_r, "alpha": options.lora_alpha, "target_modules": layers.modules}
 
 
+def _prompt_tuning(options: LoraOptions, _: AdaptedLayers) -> dict[str, Any]:
+    # As its authors found best for smaller models: vectors of words of the vocabulary. PEFT would draw them from a
+    # distribution some fifty times as wide. https://arxiv.org/abs/2104.08691, figure 3
+    ours = {"num_virtual_tokens": N_VIRTUAL_TOKENS, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    return {name: value for name, value in ours.items() if name not in options.peft_options}
+
+
 METHODS = {
     "lora": PeftMethod(_lora, "lora_", ("lora_B",), {"init_lora_weights": True}, alpha="lora_alpha"),
     "adalora": PeftMethod(
@@ -129,6 +138,9 @@ METHODS = {
     ),
     "loha": PeftMethod(_lycoris, "hada_", ("hada_w2_b",), transposed=False, alpha="alpha"),
     "lokr": PeftMethod(_lycoris, "lokr_", ("lokr_w1", "lokr_w1_a"), transposed=False, alpha="alpha"),
+    "prompt_tuning": PeftMethod(
+        _prompt_tuning, "", (), {"prompt_tuning_init": "RANDOM", "tokenizer_kwargs": None}, mergeable=False
+    ),
 }
 
 
@@ -147,6 +159,11 @@ def peft_settings(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]
 def is_mergeable(peft_type: str) -> bool:
     """Whether an adapter of this kind (peft_type of adapter_config.json) can be merged here."""
     return METHODS[peft_type.lower()].mergeable
+
+
+def is_virtual(peft_type: str) -> bool:
+    """Whether an adapter of this kind is vectors in front of every text, which no weight of a base can hold."""
+    return not METHODS[peft_type.lower()].prefix
 
 
 def scale_adapter(config: Any, scale: float, directory: Any) -> list[str]:
@@ -173,8 +190,11 @@ def layer_of(name: str) -> str | None:
     """The layer whose adapter this tensor belongs to; None for a tensor of no adapter.
 
     base_model.model.a.q_proj.lora_A.weight -> base_model.model.a.q_proj
+    prompt_embeddings -> "", for no layer
     """
-    for method in METHODS.values():
+    if name.startswith(PROMPT):
+        return ""
+    for method in (each for each in METHODS.values() if each.prefix):
         before, found, _ = f".{name}".rpartition(f".{method.prefix}")
         if found:
             return before.removeprefix(".")

@@ -6,6 +6,7 @@ Knows the fields of a configuration and what a text means as one of them. It imp
 from __future__ import annotations
 
 import types
+from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from onecard.config.lora import LoraOptions
@@ -29,6 +30,9 @@ SET_HERE = {
     "layer_replication": "would make another base, with layers twice", "lora_bias": "is not counted by the plan",
     "total_step": "is the number of steps of the run", "task_type": "is CAUSAL_LM here",
     "inference_mode": "is for an adapter that is not trained",
+    "prompt_tuning_init_text": "is a text, and --peft_option keeps no spaces",
+    **dict.fromkeys(("num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules"),
+                    "follows from the base"),
     "auto_mapping": "is written by PEFT", "peft_version": "is written by PEFT", "revision": "belongs to the base",
 }  # fmt: skip
 
@@ -60,7 +64,8 @@ def _value(text: str, kind: Any) -> Any:
     """A text as a value of this type. Raises ValueError that says what is asked for."""
     if get_origin(kind) in (Union, types.UnionType):
         asked = []
-        for one in sorted(get_args(kind), key=lambda each: _TRIED.index(each) if each in _TRIED else 1):
+        named = [one for one in get_args(kind) if _is_enum(one)]  # beside their texts
+        for one in sorted(named or get_args(kind), key=lambda each: _TRIED.index(each) if each in _TRIED else 1):
             try:
                 return _value(text, one)
             except ValueError as reason:
@@ -71,6 +76,8 @@ def _value(text: str, kind: Any) -> Any:
         if text.lower() not in choices:
             raise ValueError(f"one of {', '.join(map(str, get_args(kind)))}")
         return choices[text.lower()]
+    if _is_enum(kind):
+        return _value(text, Literal[tuple(one.value for one in kind)])
     if kind is bool or kind is type(None):
         words = {"true": True, "false": False} if kind is bool else {"none": None, "null": None}
         if text.lower() not in words:
@@ -84,6 +91,10 @@ def _value(text: str, kind: Any) -> Any:
     if kind is str:
         return text
     raise ValueError("a list or table, which cannot be given here")
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 _TRIED = [type(None), bool, int, float, str]

@@ -17,6 +17,7 @@ from onecard.model.lora import methods
 from onecard.model.lora.adapter import add_lora, trained_part
 from onecard.model.lora.methods import (
     METHODS,
+    PROMPT,
     AdaptedLayers,
     is_adapter_weight,
     layer_of,
@@ -32,7 +33,7 @@ def test_the_option_and_the_table_and_peft_agree() -> None:
     assert METHOD_SETTINGS.keys() == METHODS.keys() - {"lora"}
     for name, method in METHODS.items():
         kind = PeftType[name.upper()]
-        assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == method.prefix
+        assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == method.prefix or method.prefix == "" == layer_of(PROMPT[0])
         accepted = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__.keys()
         assert peft_settings(LoraOptions(peft_method=name), AdaptedLayers(["q_proj"], None, False)).keys() <= accepted
         assert method.stored.keys() <= accepted
@@ -43,6 +44,7 @@ def test_the_option_and_the_table_and_peft_agree() -> None:
     [("base_model.model.a.q_proj.lora_A.default.weight", "base_model.model.a.q_proj"),
      ("base_model.model.a.experts.base_layer.lora_B.weight", "base_model.model.a.experts.base_layer"),
      ("a.q_proj.lora_magnitude_vector", "a.q_proj"), ("model.embed_tokens.lora_embedding_A", "model.embed_tokens"),
+     ("prompt_encoder.default.embedding.weight", ""), ("prompt_embeddings", ""), ("model.prompt_encoder.weight", None),
      ("a.q_proj.base_layer.weight", None), ("a.explora_A.weight", None),
      ("model.embed_tokens.token_adapter.trainable_tokens_delta", None)],
 )  # fmt: skip
