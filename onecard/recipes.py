@@ -23,13 +23,17 @@ from onecard.console import say, warn
 
 if TYPE_CHECKING:
     from onecard.data.chat_template import Template
+    from onecard.data.messages import Turn
     from onecard.data.sources import Source
     from onecard.evaluate.in_run import RunSuites
+    from onecard.inference.call import ModelBundle
     from onecard.objectives.rewards import Rewards
     from onecard.train.base_comparison import BaseComparison
     from onecard.train.build import TrainingData
+    from onecard.train.control_folder import ControlFolder
     from onecard.train.rollouts import Rollouts
     from onecard.train.run import Run
+    from onecard.train.run_control import RunControl
     from onecard.train.rundir import RunDirectory
     from onecard.train.state import TrainerState
 
@@ -42,11 +46,13 @@ def finetune(config: FinetuneConfig) -> Path:
     Raises OneCardError (see `console.py`) with what to do next; a run that was asked to stop raises `Stopped`.
     """
     from onecard.curation.alike import clusters_of_groups, likeness
+    from onecard.inference.call import ModelBundle
     from onecard.model.hardware import detect
     from onecard.model.trained import describe_trained, write_result
     from onecard.serve.verify.make import check_after_training
     from onecard.train import auto_config
     from onecard.train.advice import LearnedData, advise
+    from onecard.train.asking import standing_questions
     from onecard.train.base_comparison import BaseComparison
     from onecard.train.build import build_accelerator, build_run, prepare_data, training_state
     from onecard.train.end_by_clock import end_by_clock
@@ -57,13 +63,14 @@ def finetune(config: FinetuneConfig) -> Path:
 
     refuse(problems_of(config))
     suites = _suites(config)
+    standing = standing_questions(config.train)
     clock = end_by_clock(config.train)
     if problem := toy_base_problem(config.model.model_path, config.data.data or config.data.data_path):
         warn(problem)
     check_trackers(wandb=config.train.wandb, tensorboard=config.train.tensorboard)
     config = replace(config, model=portable(config).model)  # adapters remember the name of their base
     directory = RunDirectory(Path(config.train.output_path))
-    with directory.locked():
+    with directory.locked(), directory.control() as folder:
         hardware = detect(config.model.device, pretend_turing=config.memory.pretend_turing)
         auto_config.cap_memory(hardware, config.memory.vram, config.model.max_memory)
         first = auto_config.first_plan(config, hardware)
@@ -81,6 +88,8 @@ def finetune(config: FinetuneConfig) -> Path:
         run = build_run(fitted, hardware, accelerator, data, state, point, directory)
         run.plan, run.clock = plan, clock
         run.rollouts = open_rollouts(run, data.tokenizer, data.template, directory.path)
+        bundle = ModelBundle(run.plain_model, data.tokenizer, data.template)
+        run.control = open_questions(run, bundle, folder, standing)
         if clock is not None:
             clock.resume(run.state.seconds)
         say(describe_trained(run.plain_model))
@@ -149,7 +158,7 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     from onecard.inference.rollouts import RolloutSampler
     from onecard.model.memory.rollouts import answers_at_once
     from onecard.objectives.rewards import Answer, Rewards
-    from onecard.train.rollout_log import RolloutLog
+    from onecard.train.answer_log import ROLLOUTS_NAME, AnswerLog
     from onecard.train.rollouts import Rollouts
 
     options = run.options
@@ -158,7 +167,7 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     )
     at_once = options.rollout_batch or (answers_at_once(run.plan) if run.plan is not None else 1)
     say(f"{options.rollouts} answers to each prompt, at most {at_once} sampled at once (--rollout_batch)")
-    log = RolloutLog(run_dir)
+    log = AnswerLog(run_dir, ROLLOUTS_NAME)
     if run.accelerator.is_main_process:
         log.keep_up_to(run.state.step)
     rewards = Rewards(options)
@@ -167,6 +176,22 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
             Answer("", json.loads(row.fields), row.record) for row in map(view.__getitem__, range(len(view)))
         )
     return Rollouts(sampler, rewards, log, at_once)
+
+
+def open_questions(
+    run: Run, bundle: ModelBundle, folder: ControlFolder, standing: Sequence[Sequence[Turn]]
+) -> RunControl:
+    """What carries out requests to a run, and asks its model; the `standing` questions at each evaluation."""
+    from onecard.inference.live_answers import LiveAnswers
+    from onecard.train.answer_log import QUESTIONS_NAME, AnswerLog
+    from onecard.train.asking import Questions, answering_context, refusal_of
+    from onecard.train.run_control import RunControl
+
+    answers = LiveAnswers(replace(bundle, context=partial(answering_context, run.accelerator)))
+    log = AnswerLog(folder.run_dir or Path(run.options.output_path), QUESTIONS_NAME)
+    if run.accelerator.is_main_process:
+        log.keep_up_to(run.state.step)
+    return RunControl(folder, Questions(answers, log, standing, refusal=refusal_of(run.options)))
 
 
 def generate(config: GenerateConfig) -> None:

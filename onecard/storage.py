@@ -27,10 +27,10 @@ _NO_ROOM_WORDS = (
 )
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all, durably; what stands at `path` is replaced. Text is UTF-8.
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a file that is there whole or not at all; what stands at `path` is replaced. Text is UTF-8.
 
-    Raises: OSError, after which `path` is as it was.
+    durable: wait until it is on the disk. Raises: OSError, after which `path` is as it was.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -38,7 +38,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with partial.open("wb") as stream:
             stream.write(data)
             stream.flush()
-            _sync(stream.fileno())
+            if durable:
+                _sync(stream.fileno())
         move(partial, path)
     except OSError:
         with contextlib.suppress(OSError):

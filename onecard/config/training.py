@@ -138,6 +138,11 @@ class TrainOptions(RolloutOptions):
     eval_suites: str = field(default="", metadata={"several": True})
     """Suites as onecard evaluate has them, KIND:PATH with commas between them, to measure the base on before the first
     step and the result at the end, in OUTPUT_PATH/evaluation; one process."""
+    ask: list[str] = field(default_factory=list)
+    """Question that the model answers before the first step and at each evaluation, by the likeliest tokens; all
+    answers are kept in OUTPUT_PATH/questions.jsonl. May be repeated."""
+    ask_file: str = ""
+    """More such questions: a file in any shape that training reads, answers in it are ignored; or txt, one a line."""
     compare_with_base: bool = True
     """Score the held-out records with the base before the first step and with the result after the last one, and say
     the difference with its interval."""
@@ -217,7 +222,7 @@ class TrainOptions(RolloutOptions):
         if self.deepspeed and "8bit" in self.optimizer:
             found.append(("--optimizer", f"{self.optimizer} does not work under DeepSpeed; use adamw"))
         found += [*self._clock_problems(), *self._schedule_problems(), *self._preference_problems()]
-        found += self._packing_problems()
+        found += [*self._packing_problems(), *self._ask_problems()]
         found += [*self._final_weights_problems(), *self._change_problems(), *self.rollout_problems(self.objective)]
         return found
 
@@ -266,6 +271,19 @@ class TrainOptions(RolloutOptions):
         if self.pack_attention == "block" and self.packs and self.objective != "pretrain":
             text = f"block would let a sample of --objective {self.objective} see the one before it; use document"
             found.append(("--pack_attention", text))
+        return found
+
+    def _ask_problems(self) -> list[Problem]:
+        flag = "--ask" if self.ask else "--ask_file" if self.ask_file else ""
+        others = {"--deepspeed": bool(self.deepspeed), "--shard": self.shard,
+                  "--objective reward": self.objective == "reward"}  # fmt: skip
+        found = [
+            (flag, f"does not go with {other}, under which the model cannot answer; leave it out")
+            for other, is_given in others.items()
+            if flag and is_given
+        ]
+        if any(not question.strip() for question in self.ask):
+            found.append(("--ask", "is empty; give a question"))
         return found
 
     @property

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ class ModelBundle:
 
     prefixes: what it has read before as this `adapter`, or by `prefix_key` where its name may be another's later; None:
     each prompt is read from its beginning. objective: the name of what it was trained for. turn: to be held while it
-    computes, where a batch uses the model, too.
+    computes, where a batch uses the model, too. context: what it computes in, by the thread that does.
     """
 
     model: Any
@@ -108,6 +108,7 @@ class ModelBundle:
     objective: str = "sft"
     turn: ModelTurn | None = None
     prefix_key: str = ""
+    context: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class GenerateCall:
             nullcontext() if stream_state is None or bundle.cache.compile else leaving_early(bundle.model, stream_state)
         )
         try:
-            with bundle.turn or nullcontext(), torch.inference_mode(), early:
+            with bundle.turn or nullcontext(), bundle.context(), early:
                 sequences = self._generate(past, stream_state)
             read = sequences[0].tolist()
         finally:

@@ -173,6 +173,12 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
+def forget_workspaces() -> None:
+    """Let the libraries of matrix products give up the memory that they keep. Does nothing without a GPU."""
+    if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 def synchronize(device: torch.device | str) -> None:
     """Wait for all that was queued on this GPU."""
     torch.cuda.synchronize(device)

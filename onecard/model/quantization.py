@@ -349,6 +349,14 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return getattr(bitsandbytes.optim, OPTIMIZERS[name])
 
 
+def page_out(tensor: torch.Tensor) -> None:
+    """Let a tensor of a paged optimizer, which card and RAM share, lie in RAM until it is used; others stay."""
+    if getattr(tensor, "is_paged", False):
+        from bitsandbytes.functional import prefetch_tensor
+
+        prefetch_tensor(tensor, to_cpu=True)
+
+
 def allocate_bitsandbytes_state(optimizer: Any) -> None:
     """Give every parameter of a bitsandbytes optimizer its empty state now, not at its first step."""
     for number, group in enumerate(optimizer.param_groups):

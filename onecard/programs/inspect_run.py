@@ -16,7 +16,7 @@ from onecard.config.parsing import parse
 from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.errors import ConfigError
-from onecard.train.rollout_log import LOG_NAME, read_rollouts
+from onecard.train.answer_log import ROLLOUTS_NAME, read_answers
 
 MOST_STEPS = 20  # lines of the table
 
@@ -42,12 +42,12 @@ class InspectRunOptions:
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     options = parse(InspectRunOptions, argv, description=__doc__ or "")
-    if not (Path(options.run_path) / LOG_NAME).is_file():
-        raise ConfigError("--run_path", f"there is no {LOG_NAME} in {options.run_path}; a run that learns from "
+    if not (Path(options.run_path) / ROLLOUTS_NAME).is_file():
+        raise ConfigError("--run_path", f"there is no {ROLLOUTS_NAME} in {options.run_path}; a run that learns from "
                           "rewards can write it (finetune --objective grpo --log_rollouts)")  # fmt: skip
     totals: dict[int, list[float]] = defaultdict(lambda: [0.0] * 4)  # answers, rewards, tokens, cut off
     rows: list[dict[str, Any]] = []
-    for row in read_rollouts(Path(options.run_path)):
+    for row in read_answers(Path(options.run_path) / ROLLOUTS_NAME):
         added = (1, row["reward"], row["n_tokens"], not row["ended"])
         totals[row["step"]] = [total + more for total, more in zip(totals[row["step"]], added, strict=True)]
         # The last step is known at the end only.

@@ -50,6 +50,12 @@ class EndByClock:
         if self.option.startswith("--max_hours"):
             self.end_s -= earlier_s
 
+    def waited(self, seconds: float) -> None:
+        """Leave out time in which the run waited or answered: --max_hours ends later, --finish_by when it says."""
+        self._began_s += seconds
+        if self.option.startswith("--max_hours"):
+            self.end_s += seconds
+
     def step_took(self, seconds: float) -> None:
         """Time one step, without the evaluation and the checkpoint that come after it."""
         self._n_steps += 1

@@ -73,6 +73,10 @@ class Timer:
         waited = time.monotonic() - self._ended_s
         return self.seconds > 0 and waited >= max(self.seconds, WAIT_PER_TIME_TAKEN * self.took_s)
 
+    def put_off(self, seconds: float) -> None:
+        """Wait so much longer: the run itself waited."""
+        self._ended_s = min(time.monotonic(), self._ended_s + seconds)
+
     def timed(self, work: Callable[..., Result], *args: Any, **named: Any) -> Result:
         """Do it, for whatever reason, and wait again from now on."""
         started_s = time.monotonic()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from onecard.train.evaluate import Evaluator
 from onecard.train.forgetting import measure_forgetting, noise_floor
 from onecard.train.intervals import Timer
 from onecard.train.run import Run, RunEvent
+from onecard.train.run_control import RunControl
 from onecard.train.signals import Interrupts
 from onecard.train.source_losses import SourceLosses
 from onecard.train.state import TrainerState, write_state
@@ -38,6 +40,7 @@ from onecard.train.trackers import ACCURACY, FORGETTING, Reporter
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
 MAX_SKIPPED_IN_A_ROW = 50
 NOT_MEASURED = "out of memory: forgetting is not measured in this start of the run"
+SHORTEST_WAIT_S = 0.1  # less is a look into the control folder
 LARGEST_EXPONENT = 700.0  # exp of more is no float
 
 
@@ -58,20 +61,25 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     options, state = run.options, run.state
     run.model.train()
     report_events(run, reporter)  # those of the rehearsal
-    evaluation, saving = Timer(options.eval_minutes), Timer(options.save_minutes)
-    saved_step, skipped_in_a_row = state.step, 0
+    evaluation, saves = Timer(options.eval_minutes), Saved(run, Timer(options.save_minutes))
+    control = run.control or RunControl()
+    control.folder.say("training", state.step, state.total_steps)
+    if state.step == 0:
+        control.ask_standing(run)
+    skipped_in_a_row, is_asked = 0, run.accelerator.num_processes == 1
     sources = SourceLosses(run.train_samples.dataset.names)
     with Interrupts() as interrupts:
 
         def requested() -> StepRequests:
             first = run.accelerator.is_main_process  # one clock for all
-            return StepRequests(
-                interrupts.requested is not None, first and evaluation.is_due(), first and saving.is_due()
-            )
+            due = evaluation.is_due(), saves.timer.is_due(), control.is_requested()
+            return StepRequests(interrupts.requested is not None, *(first and each for each in due))
 
         while state.step < state.total_steps and not _has_stopped_early(run):
+            if is_asked and _asked_to_stop(control, interrupts, saves, evaluation):
+                raise Stopped(saves.stopped_by(interrupts.requested or "a request"), interrupts.exit_code or 143)
             started_s = time.monotonic()
-            result = _step_or_keep(run, saved_step, requested)
+            result = _step_or_keep(run, saves, requested)
             seconds = time.monotonic() - started_s
             state.step += 1
             state.tokens_seen += result.tokens
@@ -80,24 +88,27 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise NotFinite(_overflowing(state.step))
-            _keep_to_the_clock(run, seconds, evaluation_s=evaluation.took_s, saving_s=saving.took_s)
+            _keep_to_the_clock(run, seconds, evaluation_s=evaluation.took_s, saving_s=saves.timer.took_s)
             reporter.plan_for(state.total_steps)
             report_events(run, reporter)
+            control.folder.at_step(state.step, state.total_steps)
             _report(run, reporter, result, seconds, sources)
             last, improved = state.step == state.total_steps, False
             if last or result.requests.evaluate or state.step % options.eval_steps == 0:
-                improved = evaluation.timed(_evaluate, run, reporter)
+                improved = evaluation.timed(_evaluate_and_ask, run, reporter, control)
             last = last or _has_stopped_early(run)
             report_events(run, reporter)
             # One process alone may stop for a signal that came since; several must have agreed within the step.
             alone = run.accelerator.num_processes == 1
+            is_asked = alone or result.requests.control
             stop = result.requests.stop or (alone and interrupts.requested is not None)
             if improved or last or stop or result.requests.save or state.step % options.save_steps == 0:
-                saved_step = saving.timed(save, run, final=last or stop) or saved_step
+                saves.save(final=last or stop)
             if stop and not last:
                 name = interrupts.requested or "a signal to another process"
-                message = f"stopped by {name} after step {state.step} of {state.total_steps}; checkpoint-{saved_step}"
-                raise Stopped(f"{message} is saved. The same command goes on from there.", interrupts.exit_code or 143)
+                raise Stopped(saves.stopped_by(name), interrupts.exit_code or 143)
+    control.folder.refuse_all()
+    control.folder.say("evaluating", state.step, state.total_steps)  # of the result, if it is to be measured
     if _has_stopped_early(run):
         lower = "lower loss" if options.stop_on == "loss" else "lower sum of loss and forgetting"
         reason = f"{state.evaluations_since_best} evaluations in a row found no {lower} (--early_stopping_patience)"
@@ -129,13 +140,55 @@ def _keep_to_the_clock(run: Run, seconds: float, *, evaluation_s: float, saving_
         state.total_steps, state.clock = total, clock.option
 
 
-def _step_or_keep(run: Run, saved_step: int, requested: Callable[[], StepRequests]) -> StepResult:
+@dataclass
+class Saved:
+    """The checkpoints of a run: when the next one is due by the clock, and the step of the newest."""
+
+    run: Run
+    timer: Timer
+    step: int = -1
+
+    def __post_init__(self) -> None:
+        self.step = self.run.state.step
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the present step is saved, or there is nothing to be saved yet."""
+        return self.step == self.run.state.step
+
+    def save(self, *, final: bool) -> int:
+        """Save the present step unless that is done; returns the step of the newest checkpoint. Raises as `save`."""
+        if not self.is_current:
+            self.step = self.timer.timed(save, self.run, final=final) or self.step
+        return self.step
+
+    def stopped_by(self, name: str) -> str:
+        """What is said of a run that ends now."""
+        end = f"stopped by {name} after step {self.run.state.step} of {self.run.state.total_steps}"
+        if not self.step:
+            return f"{end}; there was nothing to save yet"
+        return f"{end}; checkpoint-{self.step} is saved. The same command goes on from there."
+
+
+def _asked_to_stop(control: RunControl, interrupts: Interrupts, saves: Saved, evaluation: Timer) -> bool:
+    """Carry out what was asked through the control folder; the time that takes is no training time."""
+    began_s = time.time()  # not monotonic: that one stands still while a laptop sleeps
+    stop = control.obey(saves.run, interrupts, saves)
+    seconds = time.time() - began_s
+    if seconds > SHORTEST_WAIT_S:
+        for timer in (evaluation, saves.timer):
+            timer.put_off(seconds)
+        if saves.run.clock is not None:
+            saves.run.clock.waited(seconds)
+    return stop
+
+
+def _step_or_keep(run: Run, saves: Saved, requested: Callable[[], StepRequests]) -> StepResult:
     """One step; where it is not taken (not finite, no reward), the weights of the step before are kept first."""
     try:
         return take_step(run, requested)
     except (NotFinite, RewardError, DataError):
-        if saved_step != run.state.step:
-            save(run, final=False)
+        saves.save(final=False)
         raise
 
 
@@ -203,6 +256,14 @@ def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float, so
     if due:
         row |= sources.row(state.source_tokens)
     reporter.step(row, to_file=due, tokens=result.tokens, seconds=seconds)
+
+
+def _evaluate_and_ask(run: Run, reporter: Reporter, control: RunControl) -> bool:
+    """Evaluate, and ask the questions of --ask and --ask_file; True when this is the best step so far."""
+    with control.folder.meanwhile("evaluating"):
+        improved = _evaluate(run, reporter)
+        control.ask_standing(run)
+    return improved
 
 
 def _evaluate(run: Run, reporter: Reporter) -> bool:

@@ -84,6 +84,8 @@ class Run:
     """Whether what rounding gives of that was said in this start."""
     anchor: Any = None
     """An `anchor.Anchor` where each step also learns to stay near the base."""
+    control: Any = None
+    """A `run_control.RunControl` where others may ask something of the run while it goes on."""
     n_failures: int = 0
     """Times that memory ran out in the present step, at limits that could not be made smaller."""
 

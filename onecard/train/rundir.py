@@ -9,6 +9,8 @@ log.jsonl loss.png                              what happened on the way
 evaluation/before evaluation/after              reports of --eval_suites
 base_comparison.json advice.json                whether it helped, and what the figures say of the run
 server_check.json                               some answers of the result, to compare servers with
+control/                                        requests to the run while it goes on; see control.py
+questions.jsonl rollouts.jsonl                  what its model answered on the way
 checkpoint-N/                                   see checkpoint.py
 """
 
@@ -29,13 +31,14 @@ from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.dataset_info import names_in
 from onecard.storage import move
 from onecard.train.checkpoint import CheckpointStore
+from onecard.train.control_folder import ControlFolder, open_control
 from onecard.train.run_lock import RunLock
 from onecard.train.state import STATE_NAME, TrainerState
 
 OPTIONS_NAME, TEMPLATE_NAME = "onecard.yaml", "chat_template.jinja"
 # Options that may name a file or a directory, and their values that never do.
 PATHS = ("model_path", "data_path", "prompt_type", "cache_path", "output_path", "resume_from_checkpoint",
-         "init_adapter", "lora_remote_checkpoint", "deepspeed")  # fmt: skip
+         "init_adapter", "lora_remote_checkpoint", "deepspeed", "ask_file")  # fmt: skip
 WORDS = ("auto", "none", *BUILT_IN)
 
 
@@ -97,6 +100,10 @@ class RunDirectory:
     def locked(self) -> AbstractContextManager[Any]:
         """Hold the directory for this run; raises CheckpointError when another run has it."""
         return nullcontext() if quiet_rank() else RunLock(self.path)
+
+    def control(self) -> AbstractContextManager[ControlFolder]:
+        """What others may ask of the run that holds this directory."""
+        return open_control(None if quiet_rank() else self.path)
 
     def write_settings(self, settings: RunSettings) -> None:
         """Put tokenizer, template and options in place, so that even a killed run can be chatted with."""

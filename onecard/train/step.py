@@ -47,6 +47,8 @@ class StepRequests(NamedTuple):
     stop: bool = False
     evaluate: bool = False
     save: bool = False
+    control: bool = False
+    """Something was asked through the control folder."""
 
 
 class NotFinite(OneCardError):

@@ -175,6 +175,21 @@ def clone_storage(storage: Any) -> Any:
     return own.clone().untyped_storage()
 
 
+def storage_resizing(native: Any) -> Any:
+    """UntypedStorage.resize_, which a torch for CPUs refuses for CUDA."""
+    import torch
+
+    own = torch.UntypedStorage.resize_
+
+    def resize_(storage: Any, n_bytes: int) -> Any:
+        if storage.device.type != "cuda":
+            return own(storage, n_bytes)
+        native.resize_storage(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), n_bytes)
+        return storage
+
+    return resize_
+
+
 def supply_torch(native: Any, spec: Spec) -> None:
     """The part of torch._C that only a torch for CUDA has, as far as torch.cuda, accelerate and bitsandbytes use it."""
     import torch
@@ -224,5 +239,6 @@ def supply_torch(native: Any, spec: Spec) -> None:
     cuda.Stream = cuda.streams.Stream = stream
     cuda.Event = cuda.streams.Event = event
     torch.storage._StorageBase.clone = clone_storage
+    torch.UntypedStorage.resize_ = storage_resizing(native)  # type: ignore[method-assign]
     torch.version.cuda = "12.8"
     cuda.init()

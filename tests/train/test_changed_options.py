@@ -22,6 +22,7 @@ from onecard.model.memory.estimate import GIB
 from onecard.recipes import finetune
 from onecard.train import intervals, loop
 from onecard.train import trackers as reporting
+from onecard.train.answer_log import QUESTIONS_NAME, read_answers
 from onecard.train.resume import NOT_OF_THE_RUN
 from onecard.train.trackers import read_log
 from tests import tiny
@@ -143,6 +144,8 @@ TABLE = {
     "early_stopping_patience": same(9, lambda s: s.run.state.evaluations_since_best == 0),
     "stop_on": Row("balanced"),  # of --early_stopping_patience
     "eval_suites": Row("open:missing.jsonl"),
+    "ask": same(["Say hello"], lambda s: [row["step"] for row in read_answers(s.output / QUESTIONS_NAME)] == [8]),
+    "ask_file": same("QUESTIONS", lambda s: "step 8: 数到 0 -> " in s.printed),
     "compare_with_base": same(False, lambda s: "held-out records" not in s.printed),
     "server_check": same(True, lambda s: (s.output / "server_check.json").is_file()),
     "measure_forgetting": same(False, lambda s: "forgetting is" not in s.printed),
@@ -188,6 +191,7 @@ class Bench:
             "OTHER_RUN": lambda: folder / "new",
             "CACHE": lambda: folder / "other-cache",
             "ADAPTER": lambda: self.control,
+            "QUESTIONS": lambda: tiny.write_instructions(folder / "questions.json", n=1),
         }
         return str(make[row.value]()) if isinstance(row.value, str) and row.value in make else row.value
 

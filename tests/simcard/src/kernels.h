@@ -80,6 +80,22 @@ inline const Tensor& resize_tensor(const Tensor& self, at::IntArrayRef size, std
     std::memset(static_cast<char*>(self.storage().mutable_data()) + before, 0xFF, after - before);
   return self;
 }
+// The same for a storage, which may shrink, to nothing as well; `over` is any tensor that has it.
+inline void resize_storage(const Tensor& over, int64_t n_bytes) {
+  Lock lock(mutex);
+  c10::DeviceGuard guard(over.device());
+  run_until(here(over.device().index()), kEverything);
+  auto* storage = over.storage().unsafeGetStorageImpl();
+  const size_t kept = std::min(storage->nbytes(), static_cast<size_t>(n_bytes));
+  const bool fill = std::exchange(fill_with_garbage, false);
+  at::DataPtr data = n_bytes ? allocator.allocate(n_bytes) : at::DataPtr(nullptr, over.device());
+  fill_with_garbage = fill;
+  if (kept) std::memcpy(data.get(), storage->data(), kept);
+  if (fill && static_cast<size_t>(n_bytes) > kept)
+    std::memset(static_cast<char*>(data.get()) + kept, 0xFF, n_bytes - kept);
+  storage->set_data_ptr_noswap(std::move(data));
+  storage->set_nbytes(static_cast<size_t>(n_bytes));
+}
 inline Tensor& set_storage(
     Tensor& self, at::Storage source, int64_t offset, at::IntArrayRef size, at::IntArrayRef stride) {
   c10::DeviceGuard guard(self.device());

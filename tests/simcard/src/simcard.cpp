@@ -94,6 +94,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("synchronize", &synchronize_device);
   m.def("run_current_stream", [](int device) { run_until(here(device), kEverything); });
   m.def("default_generator", [](int device) { return default_generator(device); });
+  m.def("resize_storage", &resize_storage);
   m.def("forget_workspaces", [] { workspaces.clear(); });
   m.def("chosen_kernels", [] {
     return std::map<std::string, int64_t>{
