@@ -49,14 +49,9 @@ class StudioOptions:
             found.append(("--api_key", "must be plain ASCII letters, digits and signs, and not empty"))
         if self.key is None and self.host and not is_loopback(self.host):
             found.append(("--host", f"{self.host} can be reached from other machines; set {API_KEY_VARIABLE}"))
-        found += [("--data_root", f"{root} is no folder") for root in self.data_root if not _is_folder(root)]
         output = Path(self.output_root).expanduser()
         if not self.output_root.strip() or (output.exists() and not output.is_dir()):
             found.append(("--output_root", f"{self.output_root!r} is no folder"))
         if self.upload_max_mb < 1:
             found.append(("--upload_max_mb", f"{self.upload_max_mb} is less than 1"))
         return found
-
-
-def _is_folder(text: str) -> bool:
-    return bool(text.strip()) and Path(text).expanduser().is_dir()

@@ -16,6 +16,7 @@ from onecard.config.problems import Problem, refuse
 from onecard.config.rollouts import reward_specs
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError
+from onecard.installation import command
 from onecard.serve.http_error import ApiError
 from onecard.studio.context import StudioContext
 from onecard.translation import language
@@ -57,7 +58,7 @@ def checked_words(context: StudioContext, options: Mapping[str, Any], output: Pa
 
 def command_line(words: Iterable[str]) -> str:
     """What to type for the same."""
-    return shlex.join(["onecard", "finetune", *words])
+    return f"{command('finetune')} {shlex.join(words)}"
 
 
 @cache

@@ -117,4 +117,4 @@ def test_errors_are_json_in_the_language_of_the_page(ask: Client, context: Studi
 def test_options_are_checked() -> None:
     with pytest.raises(ConfigError) as refused:
         parse(StudioOptions, ["--host", "0.0.0.0", "--data_root", "/no/such", "--upload_max_mb", "0"])
-    assert [flag for flag, _ in refused.value.problems] == ["--host", "--data_root", "--upload_max_mb"]
+    assert {flag for flag, _ in refused.value.problems} == {"--host", "--data_root", "--upload_max_mb"}

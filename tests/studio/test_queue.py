@@ -107,7 +107,7 @@ def test_options_are_checked_before_they_are_queued(ask: Client, tmp_path: Path)
     good = {"data_path": "rows.jsonl", "num_epoch": 1, "data": "", "dialogue": False}
     found = ask("POST", "/api/queue/check", {"options": good})[1]
     assert found["problems"] == [] and found["name"].startswith("rows-")
-    assert found["command"].startswith("onecard finetune --output_path=")
+    assert " --output_path=" in found["command"] and "finetune" in found["command"]
     assert f"--data_path={tmp_path / 'data' / 'rows.jsonl'}" in found["command"] and "--num_epoch=1" in found["command"]
     status, content = ask("POST", "/api/queue", {"options": good, "name": "mine"})
     assert status == 201 and content["entries"][0]["state"] == "waiting"

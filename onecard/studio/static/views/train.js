@@ -1,2 +1,269 @@
-// Replaced by the view.
-export default function () {}
+// Train: the next run and its command, the queue, and one run that is watched, steered and asked.
+import { Chart, COLOURS, RunCurves } from "/static/charts.js";
+
+const BASIC = ["data_path", "model_path", "objective", "num_epoch", "learning_rate", "bits", "cutoff_len", "lora_r", "total_batch", "test_size"];
+const RUNNING = ["starting", "training", "evaluating", "paused", "given_back"];
+const ALLOWED = {
+  pause: ["training", "evaluating"], continue: ["paused"], stop: RUNNING, save: ["training", "evaluating", "paused"],
+  ask: ["training", "evaluating", "paused"], give_back: ["training", "evaluating", "paused"], take_back: ["given_back"],
+  resume: ["stopped", "failed", "lost"],
+};
+const SERIES = ["forgetting", "learning_rate", "tokens_per_s", "peak_bytes"];
+
+export default function ({ Alpine, api, attempt, on, t, format, tell }) {
+  let curves = null;
+  let charts = {};
+  let drawing = false;
+  let checking = null;
+
+  Alpine.data("trainView", () => ({
+    options: [], name: "", search: "", extra: [], checked: { command: null, name: "", problems: [] }, busy: false,
+    queue: { entries: [], is_held: false }, runs: [], chosen: null, run: null, drawn: [],
+    question: "", answer: "", asking: false, questions: [], log: "", canAsk: false,
+
+    init() {
+      const heard = [
+        on("queue", (queue) => { this.queue = queue; this.check(); }),
+        on("run", (row) => this.update(row)),
+        on("gone", ({ id }) => { this.runs = this.runs.filter((one) => one.id !== id); }),
+        on("rows", (news) => this.grow(news)),
+        on("online", () => this.load()),
+        on("theme", () => Object.values(charts).forEach((chart) => chart.redraw())),
+        on("language", () => { this.remakeCharts(); this.check(); }),
+        on("shown", (tab) => { if (tab === "train") { this.check(); this.later(); } }),
+        on("watch", (id) => this.choose(id)),
+      ];
+      this.destroy = () => heard.forEach((stop) => stop());
+      attempt(async () => { this.options = (await api("GET", "/api/options")).options; });
+      this.$watch("$store.draft.options", () => this.check());
+    },
+    async load() {
+      await attempt(async () => {
+        const [queue, table] = await Promise.all([api("GET", "/api/queue"), api("GET", "/api/runs")]);
+        Object.assign(this, { queue, runs: table.runs, canAsk: table.can_ask });
+        const first = this.runs.find((row) => RUNNING.includes(row.state)) ?? this.runs[0];
+        if (!this.chosen && first) await this.choose(first.id);
+        else if (this.chosen) await this.choose(this.chosen);
+      });
+    },
+    update(row) {
+      const at = this.runs.findIndex((one) => one.id === row.id);
+      if (at >= 0) this.runs[at] = row;
+      else this.runs.unshift(row);
+      const watchesOld = !this.run || !RUNNING.includes(this.run.state);
+      if (row.id === this.chosen) { this.run = row; this.refresh(); }
+      else if (watchesOld && RUNNING.includes(row.state)) this.choose(row.id);
+    },
+
+    // --- the next run
+    shownOptions() {
+      const names = [...BASIC, ...this.extra, ...Object.keys(this.$store.draft.options)];
+      return [...new Set(names)].map((name) => this.options.find((one) => one.name === name)).filter(Boolean);
+    },
+    label(option) { return BASIC.includes(option.name) ? t(`train.opt_${option.name}`) : `--${option.name}`; },
+    choices(option) { return option.kind === "flag" ? ["", "true", "false"] : ["", ...option.choices]; },
+    choiceLabel(option, choice) { return choice === "" ? t("train.default", { value: String(option.default) }) : choice; },
+    standard(option) {
+      if (["learning_rate", "total_batch"].includes(option.name)) return t("train.by_itself"); // 0: chosen by the kit
+      return [null, undefined].includes(option.default) ? "" : String(option.default);
+    },
+    value(option) {
+      const value = this.$store.draft.options[option.name];
+      return value === undefined ? "" : Array.isArray(value) ? value.join(",") : String(value);
+    },
+    set(option, value) { this.$store.draft.set({ [option.name]: value.trim() }); this.check(); },
+    rename(name) { this.name = name.trim(); this.check(); },
+    found() { return this.options.find((one) => one.name === this.search.replace(/^--/, "")); },
+    showMore() {
+      const option = this.found();
+      if (option && !this.extra.includes(option.name)) this.extra.push(option.name);
+      if (option) this.$nextTick(() => document.getElementById(`opt-${option.name}`)?.focus());
+      if (option) this.search = "";
+    },
+    problem(name) {
+      const found = this.checked.problems.find(([flag]) => flag === `--${name}`);
+      return found ? found[1] : "";
+    },
+    otherProblems() {
+      const shown = [...this.shownOptions().map((option) => `--${option.name}`), "--name"];
+      return this.checked.problems.filter(([flag]) => !shown.includes(flag)).map(([flag, text]) => `${flag}: ${text}`);
+    },
+    check() {
+      clearTimeout(checking);
+      if (this.$store.ui.tab !== "train") return;
+      checking = setTimeout(() => attempt(async () => {
+        this.checked = await api("POST", "/api/queue/check", { options: this.$store.draft.options, name: this.name });
+      }), 250);
+    },
+    queueIsFree() { return !this.queue.entries.some((entry) => ["waiting", "starting", "running"].includes(entry.state)); },
+    async add() {
+      if (this.busy) return;
+      this.busy = true;
+      const name = this.name || this.checked.name;
+      const done = await attempt(() => api("POST", "/api/queue", { options: this.$store.draft.options, name }));
+      this.busy = false;
+      if (!done) return this.check();
+      this.queue = done;
+      this.name = "";
+      tell(t("train.added", { name }), "done");
+      this.check();
+    },
+    async copy() {
+      await attempt(async () => {
+        await navigator.clipboard.writeText(this.checked.command);
+        tell(t("train.copied"), "done");
+      });
+    },
+    clear() { this.$store.draft.clear(); Object.assign(this, { name: "", extra: [] }); this.check(); },
+
+    // --- the queue
+    async change(method, path, body) {
+      const queue = await attempt(() => api(method, path, body));
+      if (queue) this.queue = queue;
+      return queue;
+    },
+    move(entry, by) { return this.change("POST", `/api/queue/${entry.id}/move`, { by }); },
+    remove(entry) { return this.change("DELETE", `/api/queue/${entry.id}`); },
+    hold() { return this.change("POST", "/api/queue/hold", { is_held: !this.queue.is_held }); },
+    async resume(run) {
+      if (await this.change("POST", `/api/runs/${encodeURIComponent(run)}/resume`, {})) tell(t("train.resumed"), "done");
+    },
+    edit(entry) {
+      this.$store.draft.clear();
+      this.$store.draft.set(entry.options);
+      this.check();
+      document.getElementById("run-name").focus();
+    },
+    tone(state) {
+      if (["failed", "lost"].includes(state)) return "bad";
+      return ["done", "ended"].includes(state) ? "good" : ["paused", "given_back", "stopped", "cancelled"].includes(state) ? "warn" : "";
+    },
+
+    // --- the run that is watched
+    async choose(id) {
+      if (!id) return;
+      if (id !== this.chosen) Object.assign(this, { answer: "", question: "", questions: [], log: "" });
+      this.chosen = id;
+      this.run = this.runs.find((one) => one.id === id) ?? null;
+      if (!curves || curves.id !== id) curves = new RunCurves(id);
+      const wanted = curves;
+      await attempt(() => wanted.load());
+      if (wanted === curves) this.later();
+      await this.refresh();
+    },
+    async refresh() {
+      const id = this.chosen;
+      if (this.$store.ui.tab !== "train") return;
+      await attempt(async () => {
+        const path = `/api/runs/${encodeURIComponent(id)}`;
+        const [log, asked] = await Promise.all([api("GET", `${path}/log`), api("GET", `${path}/questions`)]);
+        if (id !== this.chosen) return;
+        const shown = document.getElementById("run-log");
+        const follows = shown.scrollTop + shown.clientHeight > shown.scrollHeight - 40;
+        Object.assign(this, { log: log.text, questions: asked.questions });
+        if (follows) this.$nextTick(() => { shown.scrollTop = shown.scrollHeight; });
+      });
+    },
+    async grow(news) {
+      if (!curves || news.id !== curves.id) return;
+      const wanted = curves;
+      if (!wanted.add(news)) await attempt(() => wanted.load());
+      this.later();
+    },
+    // Draws at most twice a second, and only what is seen.
+    later() {
+      if (drawing || !curves) return;
+      drawing = true;
+      setTimeout(() => { drawing = false; this.draw(); }, 400);
+    },
+    draw() {
+      if (this.$store.ui.tab !== "train" || !curves) return;
+      this.drawn = Object.keys(curves.series);
+      this.$nextTick(() => {
+        if (!charts.loss) this.makeCharts();
+        const { loss, eval_loss: evaluated, reward, eval_reward: evaluatedReward } = curves.series;
+        charts.loss.draw([
+          { label: t("train.training"), values: loss ?? reward, colour: COLOURS[0] },
+          { label: t("train.evaluation"), values: evaluated ?? evaluatedReward, colour: COLOURS[1], dots: true },
+        ]);
+        SERIES.forEach((name, at) => {
+          charts[name].draw([{ label: t(`train.series_${name}`), values: curves.series[name], colour: COLOURS[2 + at], dots: name === "forgetting" }]);
+        });
+      });
+    },
+    makeCharts() {
+      const tells = { forgetting: (v) => format.number(v, 4), learning_rate: format.rate, tokens_per_s: (v) => format.number(v), peak_bytes: format.bytes };
+      charts.loss = new Chart(document.getElementById("chart-loss"), { title: t("train.series_loss"), tell: (v) => format.number(v, 4), height: 280 });
+      for (const name of SERIES) {
+        charts[name] = new Chart(document.getElementById(`chart-${name}`), { title: t(`train.series_${name}`), tell: tells[name], height: 170 });
+      }
+    },
+    remakeCharts() {
+      Object.values(charts).forEach((chart) => chart.destroy());
+      charts = {};
+      this.later();
+    },
+    has(name) { return this.drawn.includes(name); },
+    can(what) {
+      if (!this.run || !ALLOWED[what].includes(this.run.state)) return false;
+      return this.canAsk || ["stop", "resume"].includes(what);
+    },
+    progressText() {
+      if (!this.run) return "";
+      const values = { step: format.number(this.run.step), total: this.run.total ? format.number(this.run.total) : "–" };
+      return `${t("train.step_of", values)} · ${t("train.loss_now", { loss: format.loss(this.run.loss) })}`;
+    },
+    // The time that is left, by the speed of the last minutes of the log.
+    endText() {
+      const begun = this.begun ?? null;
+      if (!this.run || this.run.state !== "training" || !this.run.total) { this.begun = null; return ""; }
+      const now = Date.now() / 1000;
+      if (!begun || begun.id !== this.run.id || begun.step > this.run.step) {
+        this.begun = { id: this.run.id, step: this.run.step, time: now };
+        return "";
+      }
+      const speed = (this.run.step - begun.step) / (now - begun.time);
+      if (!(speed > 0)) return "";
+      const left = (this.run.total - this.run.step) / speed;
+      return t("train.left", { time: format.duration(left), end: format.date(now + left) });
+    },
+    async send(kind) {
+      const path = `/api/runs/${encodeURIComponent(this.chosen)}`;
+      const sent = await attempt(() => api("POST", `${path}/control`, { kind }));
+      if (!sent) return;
+      tell(t(`train.sent_${kind}`));
+      const found = sent.request ? await attempt(() => this.replyTo(path, sent.request)) : null;
+      if (found && found.state === "failed") tell(found.error, "error");
+    },
+    async ask() {
+      const path = `/api/runs/${encodeURIComponent(this.chosen)}`;
+      Object.assign(this, { asking: true, answer: "" });
+      await attempt(async () => {
+        const { request } = await api("POST", `${path}/control`, { kind: "ask", question: this.question.trim() });
+        const found = await this.replyTo(path, request, (text) => { this.answer = text; });
+        if (found.state === "failed") tell(found.error, "error");
+        this.answer = found.text;
+        this.questions = (await api("GET", `${path}/questions`)).questions;
+      });
+      this.asking = false;
+    },
+    async replyTo(path, request, sofar = () => {}) {
+      for (;;) {
+        const found = await api("GET", `${path}/replies/${request}`);
+        sofar(found.text);
+        if (["done", "failed"].includes(found.state)) return found;
+        await new Promise((resolve) => setTimeout(resolve, 400));
+      }
+    },
+    // The same question over the steps of the run.
+    strip() {
+      const groups = new Map();
+      this.questions.forEach((row, key) => {
+        const asked = row.question ?? row.messages?.at(-1)?.content ?? "";
+        if (!groups.has(asked)) groups.set(asked, []);
+        groups.get(asked).push({ key, step: row.step, answer: row.answer ?? row.text ?? "" });
+      });
+      return [...groups].map(([question, rows]) => ({ question, rows }));
+    },
+  }));
+}

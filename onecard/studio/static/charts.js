@@ -1,0 +1,109 @@
+// Curves: drawn by uPlot in the colours of the theme, kept up to date by what the studio sends.
+import { api } from "/static/api.js";
+
+// Distinguishable by those who see few colours, and 3:1 against both grounds. After https://personal.sron.nl/~pault/
+export const COLOURS = ["#3b7dd8", "#d2691e", "#1f9070", "#b4519d", "#8a6fd1", "#9a7d0a", "#2f8fb3", "#cc4b4b", "#6b7a8f", "#a0653a"];
+const MOST_POINTS = 6000;
+
+function colour(name) {
+  const probe = document.createElement("span");
+  probe.style.color = `var(${name})`;
+  document.body.append(probe);
+  const found = getComputedStyle(probe).color;
+  probe.remove();
+  return found;
+}
+
+// A chart in an element. lines: [{label, values: [steps, values], colour, dots}]; tell(value) writes a number.
+export class Chart {
+  constructor(element, { title, tell, height = 220, logarithmic = false }) {
+    Object.assign(this, { element, title, tell, height, logarithmic, lines: [], plot: null, shape: "" });
+    this.observer = new ResizeObserver(() => this.resize());
+    this.observer.observe(element);
+  }
+
+  draw(lines) {
+    this.lines = lines.filter((line) => line.values && line.values[0].length);
+    const data = this.lines.length ? uPlot.join(this.lines.map((line) => line.values)) : [[]];
+    this.element.setAttribute("role", "img");
+    this.element.setAttribute("aria-label", this.summary());
+    const shape = JSON.stringify([this.title, this.logarithmic, ...this.lines.map((line) => [line.label, line.colour])]);
+    if (this.plot && shape === this.shape) return this.plot.setData(data);
+    this.shape = shape;
+    if (this.plot) this.plot.destroy();
+    this.element.replaceChildren();
+    this.plot = this.lines.length && this.element.clientWidth ? new uPlot(this.options(), data, this.element) : null;
+    if (!this.plot) this.shape = "";
+  }
+
+  // What a screen reader says: the newest value of each line.
+  summary() {
+    const told = this.lines.map((line) => {
+      const [steps, values] = line.values;
+      return `${line.label} ${this.tell(values[values.length - 1])} (${steps[steps.length - 1]})`;
+    });
+    return [this.title, ...told].join(", ");
+  }
+
+  options() {
+    const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
+    return {
+      width: this.element.clientWidth, height: this.height, title: this.title,
+      scales: { x: { time: false }, y: { distr: this.logarithmic ? 3 : 1 } },
+      legend: { live: true },
+      cursor: { drag: { x: true, y: false }, points: { size: 6 } },
+      axes: [{ ...axis }, { ...axis, size: 64, values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : this.tell(tick))) }],
+      series: [
+        { label: "step", value: (plot, value) => (value === null ? "–" : String(value)) },
+        ...this.lines.map((line) => ({
+          label: line.label, stroke: line.colour, width: 1.6, spanGaps: true, points: { show: Boolean(line.dots), size: 6 },
+          value: (plot, value) => (value === null || value === undefined ? "–" : this.tell(value)),
+        })),
+      ],
+    };
+  }
+
+  resize() {
+    if (this.plot && this.element.clientWidth) this.plot.setSize({ width: this.element.clientWidth, height: this.height });
+    else if (this.lines.length && this.element.clientWidth) this.draw(this.lines);
+  }
+
+  redraw() {
+    this.shape = "";
+    this.draw(this.lines);
+  }
+
+  destroy() {
+    this.observer.disconnect();
+    if (this.plot) this.plot.destroy();
+  }
+}
+
+// The curves of one run: loaded whole once, then only what was added.
+export class RunCurves {
+  constructor(id) {
+    Object.assign(this, { id, mark: "", next: 0, series: {}, loading: null });
+  }
+
+  async load(mostPoints = 1500) {
+    const path = `/api/runs/${encodeURIComponent(this.id)}/rows?max_points=${mostPoints}`;
+    this.loading ??= api("GET", path).finally(() => { this.loading = null; });
+    const found = await this.loading;
+    Object.assign(this, { mark: found.mark, next: found.next, series: found.series });
+    return this;
+  }
+
+  // Take in news of `rows`. false: they do not follow on what is here, so it has to be loaded again.
+  add(news) {
+    if (news.next <= this.next && news.mark === this.mark) return true;
+    if (!news.series || news.mark !== this.mark || news.from !== this.next) return false;
+    for (const [name, [steps, values]] of Object.entries(news.series)) {
+      const known = (this.series[name] ??= [[], []]);
+      known[0].push(...steps);
+      known[1].push(...values);
+      if (known[0].length > MOST_POINTS) return false;
+    }
+    this.next = news.next;
+    return true;
+  }
+}
