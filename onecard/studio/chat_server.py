@@ -67,8 +67,11 @@ class ChatServer:
     def __post_init__(self) -> None:
         self.jobs = Jobs(self.folder, self.program, self._spawn)
 
-    def start(self, source: ModelSource, *, bits: int | None = None) -> None:
-        """End what runs and start a server for this source. Raises ApiError."""
+    def start(self, source: ModelSource, *, bits: int | None = None, beside_training: bool = False) -> None:
+        """End what runs and start a server for this source. beside_training: it stays when a run begins.
+
+        Raises ApiError.
+        """
         if bits is not None and bits not in BITS:
             raise bad_request(f"bits is one of {', '.join(map(str, BITS))}", "bits")
         self.stop()
@@ -90,7 +93,7 @@ class ChatServer:
             stream.write(f"sk-{secrets.token_urlsafe(32)}")
         bits_words = ["--bits", str(bits)] if bits else []
         self.jobs.start(KIND, [*words, *bits_words], title=source.path, job_id=job_id,
-                        about={"source": source.path, "kind": source.kind})  # fmt: skip
+                        about={"source": source.path, "kind": source.kind, "stays": beside_training})  # fmt: skip
 
     def stop(self) -> None:
         """End every server of this folder, and wait until the card is free; what does not end by itself is killed."""
@@ -105,6 +108,12 @@ class ChatServer:
             if time.monotonic() > end + PATIENCE_SECONDS:
                 return
             time.sleep(0.05)
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether there is a server that is to be ended when a run begins."""
+        job = self._newest()
+        return job is not None and job["state"] in ALIVE and not job["about"].get("stays")
 
     def stop_if_idle(self) -> bool:
         """End a server that nobody has asked for `IDLE_MINUTES`."""

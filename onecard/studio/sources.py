@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from onecard.config.given_paths import is_tuned_model
 from onecard.inference.run_files import ADAPTER_FILES, OPTIONS_NAME
-from onecard.train.run_lock import OWNER
 
 DEEPEST = 3  # folders below the output folder that are looked into
 MOST_SOURCES = 2000
-CLOCK_SECONDS = 2.0  # by which a file's time may lie before that of the process that wrote it
 
 
 @dataclass(frozen=True)
@@ -62,25 +57,6 @@ def source_at(folder: Path, root: Path) -> ModelSource | None:
     if has_weights and (folder / "config.json").is_file() and not (folder / OPTIONS_NAME).is_file():
         return ModelSource(path, "model")
     return None
-
-
-def training_in(root: Path) -> list[str]:
-    """The runs below `root` that a process of this machine is training now, by path."""
-    return [folder.relative_to(root).as_posix() for folder in _folders(root, DEEPEST) if _is_training(folder)]
-
-
-def _is_training(folder: Path) -> bool:
-    """Whether the process that a run's file names lives, and is as old as the file says: its number may be another's
-    by now."""
-    try:
-        words = (folder / OWNER).read_text(encoding="utf-8").split()
-        written = (folder / OWNER).stat().st_mtime
-        if words[3:] != [socket.gethostname()]:
-            return False
-        began = psutil.Process(int(words[1])).create_time()
-    except (OSError, ValueError, IndexError, psutil.Error):
-        return False
-    return began <= written + CLOCK_SECONDS
 
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:

@@ -19,9 +19,11 @@ from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.blind_chat import add_pair, open_votes, view_of
 from onecard.studio.chat_server import ChatServer, ChatState
 from onecard.studio.context import OWN_FOLDER, StudioContext
+from onecard.studio.control_link import control_of_runs
 from onecard.studio.events import News
 from onecard.studio.http import StudioJson, json_body
-from onecard.studio.sources import ModelSource, source_at, sources_in, training_in
+from onecard.studio.runs import Runs
+from onecard.studio.sources import ModelSource, source_at, sources_in
 from onecard.studio.token_differences import message_of, token_differences
 
 ROLES = ("system", "user", "assistant")
@@ -57,17 +59,23 @@ class ChatApi:
         self._voting, self._starting = asyncio.Lock(), asyncio.Lock()
 
     def news(self) -> Iterator[News]:
-        """`chat`: the server's state, when it is another one than a second ago; an idle server is ended."""
+        """`chat`: the server's state, when it is another one than a second ago.
+
+        A server that is idle is ended, and one that was not started beside a training when a run begins: `ended_for`.
+        """
         self._server.stop_if_idle()
+        ended_for = trainings(self._context) if self._server.gives_way else []
+        if ended_for:
+            self._server.stop()
         state = self._server.state()
         if state != self._told:
             self._told = state
-            yield "chat", state.to_json()
+            yield "chat", {**state.to_json(), "ended_for": ended_for}
 
     def shown(self, request: Request) -> Response:
         """The server's state, what could be asked, and which runs are being trained."""
         root = self._context.output_root
-        return StudioJson({**self._server.state().to_json(), "training": training_in(root),
+        return StudioJson({**self._server.state().to_json(), "training": trainings(self._context),
                            "sources": [source.to_json() for source in sources_in(root)]})  # fmt: skip
 
     async def start(self, request: Request) -> Response:
@@ -78,7 +86,8 @@ class ChatApi:
             refuse_while_training(self._context)
         bits = body.get("bits")
         async with self._starting:
-            await asyncio.to_thread(lambda: self._server.start(source, bits=bits))
+            beside = bool(body.get("anyway"))
+            await asyncio.to_thread(lambda: self._server.start(source, bits=bits, beside_training=beside))
         return StudioJson(self._server.state().to_json())
 
     async def stop(self, request: Request) -> Response:
@@ -165,9 +174,15 @@ def source_of(context: StudioContext, text: Any) -> ModelSource:
     return source
 
 
+def trainings(context: StudioContext) -> list[str]:
+    """The runs that hold the card now; one that has given it back holds nothing."""
+    runs = Runs(context.output_root, context.jobs, control_of_runs())
+    return [runs.id_of(run) for run in runs.running() if runs.state(run)[0] != "given_back"]
+
+
 def refuse_while_training(context: StudioContext) -> None:
     """Raises ApiError (409) while a run of this folder is trained: there is one card."""
-    training = training_in(context.output_root)
+    training = trainings(context)
     if training:
         message = f"{', '.join(training)} is training on this card; ask it in the Train view, or start this anyway"
         raise ApiError(409, message, code="card_in_use")

@@ -115,6 +115,7 @@ def test_a_training_keeps_the_card_unless_the_user_says_so(ask: Client, context:
     from onecard.train.run_lock import RunLock
 
     with RunLock(context.output_root / "training"):
+        (context.output_root / "training" / "onecard.yaml").write_text("{}", encoding="utf-8")
         status, told = export(ask, kind="quantize-bnb")
         assert (status, told["error"]["code"]) == (409, "card_in_use") and "training" in told["error"]["message"]
         assert export(ask, name="on-the-cpu")[0] == 201, "a merge computes nothing on the card"

@@ -118,15 +118,27 @@ def test_why_it_failed_is_told(ask: Client, run: Path) -> None:
 
 
 def test_a_training_keeps_the_card_unless_the_user_says_so(ask: Client, context: StudioContext, run: Path) -> None:
-    from onecard.train.run_lock import OWNER, RunLock
+    from onecard.train.run_lock import RunLock
 
     with RunLock(context.output_root / "training"):
+        (context.output_root / "training" / "onecard.yaml").write_text("{}", encoding="utf-8")
         assert ask("GET", "/api/chat")[1]["training"] == ["training"]
         status, told = ask("POST", "/api/chat/start", {"source": "my-run"})
         assert (status, told["error"]["code"]) == (409, "card_in_use")
         assert load(ask, anyway=True)["state"] == "ready"
-        os.utime(context.output_root / "training" / OWNER, (0, 0))  # another process has the number by now
-        assert ask("GET", "/api/chat")[1]["training"] == []
+        assert server_of(context).state().state == "ready" and not server_of(context).gives_way
+
+
+def test_it_gives_way_to_a_run_that_begins(ask: Client, context: StudioContext, run: Path) -> None:
+    from onecard.train.run_lock import RunLock
+
+    load(ask)
+    news = [watcher for watcher in context.events.watchers if "ChatApi" in getattr(watcher, "__qualname__", "")]
+    assert [name for name, _ in news[0]()] == ["chat"] and list(news[0]()) == []
+    with RunLock(context.output_root / "training"):
+        (context.output_root / "training" / "onecard.yaml").write_text("{}", encoding="utf-8")
+        told = dict(news[0]())["chat"]
+    assert (told["state"], told["ended_for"]) == ("off", ["training"])
 
 
 def test_the_answer_ends_when_the_page_leaves(context: StudioContext, ask: Client, run: Path, tmp_path: Path) -> None:

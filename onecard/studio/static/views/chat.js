@@ -35,7 +35,7 @@ function keptRounds() {
   }
 }
 
-export default function ({ Alpine, api, attempt, on, t, format }) {
+export default function ({ Alpine, api, attempt, on, t, tell, format }) {
   const sheet = document.createElement("link");
   sheet.rel = "stylesheet";
   sheet.href = "/static/views/use.css";
@@ -52,7 +52,10 @@ export default function ({ Alpine, api, attempt, on, t, format }) {
     init() {
       on("shown", (name) => { if (name === "chat") this.load(); });
       on("online", () => this.load());
-      on("chat", (state) => this.take(state));
+      on("chat", (state) => {
+        if (state.ended_for.length) tell(t("chat.ended_for", { runs: state.ended_for.join(", ") }));
+        this.take(state);
+      });
     },
     get isBusy() { return this.isStarting || this.server.state === "starting"; },
     get sides() { return this.mode === "one" ? [0] : [0, 1]; },
