@@ -128,6 +128,7 @@ def test_chat_compare_and_vote_by_keyboard_alone(open_view: Any) -> None:
     press_until(page, ".pieces", "Shift+Tab")
     page.keyboard.press("ArrowRight")
     page.wait_for_selector(".value:has-text('\"y\": +2 nats')")
+    assert faults(page) == []
 
     press_until(page, "input[name=chat-mode]", "Shift+Tab")
     page.keyboard.press("ArrowRight")
@@ -185,15 +186,9 @@ def test_an_export_goes_on_without_the_page_and_a_second_one_sees_it(open_view: 
     page.wait_for_selector("#export-name[aria-invalid=true]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("device", "locale", "scheme"),
-    [
-        ("phone", "zh-CN", "dark"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in product(["desktop", "phone"], ["en-US"], ["light", "dark"])
-        ),
-    ],
+    ("device", "locale", "scheme"), [*product(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])][::3]
 )
 def test_axe_finds_no_serious_fault(open_view: Any, device: str, locale: str, scheme: str) -> None:
     view = DESKTOP if device == "desktop" else PHONE
