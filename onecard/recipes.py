@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from onecard.data.sources import Source
     from onecard.evaluate.in_run import RunSuites
     from onecard.inference.call import ModelBundle
+    from onecard.inference.engine import InferenceEngine
     from onecard.objectives.rewards import Rewards
     from onecard.train.base_comparison import BaseComparison
     from onecard.train.build import TrainingData
@@ -333,7 +334,8 @@ def chat(config: ChatConfig) -> None:
     from onecard.inference.engine import open_engine
 
     chat, bundle = config.chat, config.inference
-    engine = open_engine(config.model, bundle, config.limits, chat.adapters_path)
+    kind = engine_kind(config.documents.documents)
+    engine = open_engine(config.model, bundle, config.limits, chat.adapters_path, kind=kind)
     if chat.cli:
         from onecard.inference.history import ChatHistory
         from onecard.serve.terminal.chat import chat_in_terminal
@@ -351,6 +353,17 @@ def chat(config: ChatConfig) -> None:
         launch(blocks, config.page, max_body_bytes=config.limits.max_body_bytes)
 
 
+def engine_kind(index: str | None) -> Callable[..., InferenceEngine]:
+    """What makes an engine: one that also answers out of the documents of this index, where there is one."""
+    from onecard.inference.engine import InferenceEngine
+
+    if index is None:
+        return InferenceEngine
+    from onecard.documents.engine import DocumentsEngine, open_search
+
+    return partial(DocumentsEngine, open_search(Path(index)))
+
+
 def serve(config: ServeConfig) -> None:
     """Serve a model over the OpenAI API, and the chat page beside it if it is wanted, until Ctrl-C or SIGTERM.
 
@@ -361,8 +374,9 @@ def serve(config: ServeConfig) -> None:
 
     options, bundle = config.serve, config.inference
     engine = open_engine(
-        config.model, bundle, config.limits, options.adapters_path, options.model_name, config.parallel
-    )
+        config.model, bundle, config.limits, options.adapters_path, options.model_name, config.parallel,
+        engine_kind(config.documents.documents),
+    )  # fmt: skip
     app = build_app(engine, options, config.limits, config.sampling, bundle.system)
     if options.web:
         from onecard.serve.web.app import chat_page, mount

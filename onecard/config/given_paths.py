@@ -209,6 +209,6 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "model_path": _directory, "data_path": _data, "calibration_path": _data, "prompt_type": _template,
     "lora_path": _adapter, "init_adapter": _adapter, "lora_remote_checkpoint": _adapter, "adapters_path": _must_exist,
     "resume_from_checkpoint": _checkpoint, "deepspeed": _must_exist, "load_chat": _must_exist, "ask_file": _must_exist,
-    "data_root": _must_exist,
+    "data_root": _must_exist, "documents": _must_exist,
     "reward_file": lambda text: _must_exist(reward_file_parts(text)[0]),
 }  # fmt: skip

@@ -20,6 +20,7 @@ from onecard.config.problems import Problem
 
 API_KEY_VARIABLE = "ONECARD_API_KEY"
 MOST_PARALLEL = 256
+DOCUMENTS_MODEL = "documents"  # the name under which a model answers out of documents
 
 
 @dataclass
@@ -265,6 +266,15 @@ class ServeOptions:
 
 
 @dataclass
+class ServedDocumentsOptions:
+    """Documents that the model may answer from."""
+
+    documents: str | None = None
+    """Folder of an index that `onecard documents add` made. Answers come from it under the model name `documents` of
+    the API, by a switch on the page, and after /documents on in the terminal."""
+
+
+@dataclass
 class LimitOptions:
     """What one request may ask for."""
 
@@ -356,6 +366,7 @@ class ChatConfig:
         default_factory=lambda: SamplingOptions(max_new_tokens=512, temperature=0.7, top_p=0.9)
     )
     page: PageOptions = field(default_factory=PageOptions)
+    documents: ServedDocumentsOptions = field(default_factory=ServedDocumentsOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
 
 
@@ -367,6 +378,7 @@ class ServeConfig:
     inference: InferenceOptions = field(default_factory=InferenceOptions)
     model: ModelOptions = field(default_factory=AnsweringModelOptions)
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(max_new_tokens=512, temperature=1.0))
+    documents: ServedDocumentsOptions = field(default_factory=ServedDocumentsOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
 

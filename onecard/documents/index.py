@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from heapq import nlargest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ FILE_NAME = "index.db"
 BUSY_SECONDS = 60.0  # another process may be adding
 # A word that more than this share of the chunks holds orders nothing, and takes longest to look up.
 COMMON_SHARE = 0.1
+MOST_WORDS = 64  # of a question that is a whole text, those that tell most
 FEW_CHUNKS = 1000  # of fewer chunks every word counts
 _FORMAT = "1"
 _HEADING_WEIGHT = 2.0  # a word in the file's name or a heading counts as two in the text
@@ -79,7 +81,7 @@ class DocumentIndex:
             raise DataError(
                 f"holds no index; make one: {command('documents')} add FOLDER --index {folder}", str(folder)
             )
-        self._lock = threading.RLock()
+        self._lock, self._n_written = threading.RLock(), 0
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -105,6 +107,7 @@ class DocumentIndex:
             try:
                 yield self._db
                 self._db.execute("COMMIT")
+                self._n_written += 1
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
@@ -184,12 +187,12 @@ class DocumentIndex:
         return found
 
     def by_words(self, weights: dict[str, float], most: int) -> list[int]:
-        """The chunks with these words, best first by BM25; words that are everywhere are left out."""
+        """The chunks with these words, best first by BM25; words that tell little are left out."""
         least = math.log(1 / COMMON_SHARE) if self.n_chunks() > FEW_CHUNKS else 0.0
-        telling = [word for word, weight in weights.items() if weight >= least] or list(weights)
+        telling = {word: weight for word, weight in weights.items() if weight >= least} or weights
         if not telling:
             return []
-        asked = " OR ".join(f'"{word}"' for word in telling)
+        asked = " OR ".join(f'"{word}"' for word in nlargest(MOST_WORDS, telling, key=telling.__getitem__))
         query = f"SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words, {_HEADING_WEIGHT}) LIMIT ?"  # noqa: S608
         with self._explained():
             return [row[0] for row in self._db.execute(query, (asked, most))]
@@ -207,7 +210,7 @@ class DocumentIndex:
         """Another one after each change, by this process or another one."""
         with self._explained():
             (foreign,) = self._db.execute("PRAGMA data_version").fetchone()
-            return int(foreign), self._db.total_changes
+            return int(foreign), self._n_written
 
     def check(self) -> list[str]:
         """What is wrong with the database; nothing when it is whole."""

@@ -50,7 +50,7 @@ class DocumentSearch:
         chunks = self.index.chunks(fused(orders)[: max(most, N_COVERED)])
         coverages = [max(self._coverages(chunks, own), default=0.0) for own in weights]
         # A question that says enough must have something in the chunk itself, else the subject has changed.
-        leans = len(weights[0]) < FEW_WORDS or max(self._coverages(chunks, weights[0]), default=0.0) > 0
+        leans = len(weights[0]) < FEW_WORDS or coverages[0] > 0
         coverage = max(coverages) if leans else coverages[0]
         return SearchResult(tuple(chunks[:most]), coverage, coverage >= self.least_coverage)
 

@@ -6,6 +6,7 @@ model's. All vectors are compared, exactly, in one product of matrices. Knows te
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -45,24 +46,28 @@ class TextVectors:
 class VectorSearch:
     """The vectors of an index in memory, read again when it has changed."""
 
-    def __init__(self, index: DocumentIndex, model: str) -> None:
-        self._index, self._model = index, TextVectors(model)
+    def __init__(self, index: DocumentIndex, model: TextVectors) -> None:
+        self._index, self._model = index, model
+        self._lock = threading.Lock()
         self._version: Any = None
-        self._ids: np.ndarray = np.empty(0, np.int64)
-        self._matrix: np.ndarray = np.empty((0, 0), np.float32)
+        self._vectors: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.int64), np.empty((0, 0), np.float32))
 
     def nearest(self, text: str, most: int) -> list[tuple[int, float]]:
         """(chunk, cosine) of the chunks nearest to a text, the nearest first."""
-        if (version := self._index.version()) != self._version:
-            rows = list(self._index.vectors())
-            self._ids = np.array([chunk for chunk, _ in rows], np.int64)
-            self._matrix = np.frombuffer(b"".join(vector for _, vector in rows), np.float16).astype(np.float32)
-            self._matrix, self._version = self._matrix.reshape(len(rows), -1), version
-        if not len(self._ids):
+        with self._lock:
+            if (version := self._index.version()) != self._version:
+                self._vectors, self._version = self._read(), version
+            ids, matrix = self._vectors
+        if not len(ids):
             return []
-        cosines = self._matrix @ self._model.of([text])[0]
+        cosines = matrix @ self._model.of([text])[0]
         best = np.argsort(-cosines, kind="stable")[:most]
-        return [(int(self._ids[k]), float(cosines[k])) for k in best]
+        return [(int(ids[k]), float(cosines[k])) for k in best]
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        rows = list(self._index.vectors())
+        matrix = np.frombuffer(b"".join(vector for _, vector in rows), np.float16).astype(np.float32)
+        return np.array([chunk for chunk, _ in rows], np.int64), matrix.reshape(len(rows) or 1, -1)
 
 
 def stored(vectors: np.ndarray) -> list[bytes]:

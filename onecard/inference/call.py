@@ -68,6 +68,7 @@ class Chunk:
     logprobs: of the tokens shown so far, if they were asked for.
     place: above 0 while the request waits for its turn: so many are in front of it, itself included.
     path: "batched" or "serial", where an engine has both.
+    sources: in the last chunk, what an answer out of documents was shown, as JSON has it.
     """
 
     text: str = ""
@@ -77,6 +78,7 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     place: int = 0
     path: str = field(default="", compare=False)
+    sources: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
 
 
 class ModelTurn(Protocol):

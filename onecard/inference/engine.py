@@ -395,6 +395,7 @@ def open_engine(
     adapters_path: str | None = None,
     model_name: str | None = None,
     parallel: ParallelOptions | None = None,
+    kind: Callable[[AdapterManager, LimitOptions, ParallelOptions | None], InferenceEngine] = InferenceEngine,
 ) -> InferenceEngine:
-    """Load the model and what can be switched to. Raises ConfigError and ModelError."""
-    return InferenceEngine(open_adapters(model, bundle, adapters_path, model_name), limits, parallel)
+    """Load the model and what can be switched to, into an engine of this kind. Raises ConfigError and ModelError."""
+    return kind(open_adapters(model, bundle, adapters_path, model_name), limits, parallel)

@@ -1,6 +1,9 @@
 """Answer questions out of your own documents: pdf, docx, markdown, html and text, with the sources of each answer.
 
 onecard documents add manuals --index outputs/manuals
+onecard documents ask "How long is the warranty?" --index outputs/manuals --lora_path outputs/my-first-adapter
+onecard documents serve --index outputs/manuals --lora_path outputs/my-first-adapter
+onecard documents summarize manuals/pump.pdf --lora_path outputs/my-first-adapter
 onecard documents list --index outputs/manuals
 onecard documents remove "manuals-2019/*" --index outputs/manuals
 """
@@ -13,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecard.config.parsing import missing, parse_verb
+from onecard.config.parsing import missing, parse, parse_verb
 from onecard.config.problems import Problem
+from onecard.inference.run_files import stored_by_first
+from onecard.programs._documents_ask import AskDocumentsConfig, SummarizeConfig, ask_documents, summarize_document
 
 
 @dataclass
@@ -53,6 +58,11 @@ class AddOptions(IndexOptions):
 @dataclass
 class ListedOptions(IndexOptions):
     """Show the documents of an index."""
+
+
+@dataclass
+class ServeDocumentsConfig(IndexOptions):
+    """Serve them over the OpenAI API, with the options of `onecard serve`."""
 
 
 @dataclass
@@ -112,11 +122,23 @@ def remove_documents(options: RemoveOptions) -> None:
     say(f"{len(gone):,} documents were taken out")
 
 
+def serve_documents(words: list[str]) -> None:
+    """`onecard serve` with these documents."""
+    from onecard.programs import serve
+
+    given = any(word.partition("=")[0] in ("--index", "--documents") for word in words)
+    index = [] if given else ["--documents", IndexOptions.index]
+    serve.main([*index, *(f"--documents{word[7:]}" if word.partition("=")[0] == "--index" else word for word in words)])
+
+
 # Each verb: its options, what its first words are, and what is done.
 VERBS: dict[str, tuple[type, str, Callable[[Any], None]]] = {
     "add": (AddOptions, "--data_path", add_documents),
+    "ask": (AskDocumentsConfig, "--question", ask_documents),
+    "serve": (ServeDocumentsConfig, "", lambda _: None),  # it reads its words itself
     "list": (ListedOptions, "", list_documents),
     "remove": (RemoveOptions, "--names", remove_documents),
+    "summarize": (SummarizeConfig, "--file", summarize_document),
 }
 
 
@@ -124,10 +146,20 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words else ""
+    if verb == "serve":
+        serve_documents(words[1:])
+        return
     # `documents add manuals` is `documents add --data_path manuals`.
     if verb in VERBS and VERBS[verb][1] and len(words) > 1 and not words[1].startswith("-"):
         n_plain = next((k for k, word in enumerate(words) if word.startswith("-")), len(words))
-        plain = words[1:n_plain] if verb == "add" else [",".join(words[1:n_plain])]
+        plain = words[1:n_plain] if verb == "add" else [("," if verb == "remove" else " ").join(words[1:n_plain])]
         words = [verb, VERBS[verb][1], *plain, *words[n_plain:]]
-    verb, options = parse_verb({name: kind for name, (kind, _, _) in VERBS.items()}, words, description=__doc__ or "")
+    options: Any
+    kinds = {name: kind for name, (kind, _, _) in VERBS.items()}
+    if verb in ("ask", "summarize"):
+        # The adapter knows its base model; what is typed wins over that.
+        about = f"{verb}: {(kinds[verb].__doc__ or '')}"
+        options = parse(kinds[verb], words[1:], description=about, verb=verb, stored=stored_by_first)
+    else:
+        verb, options = parse_verb(kinds, words, description=__doc__ or "")
     VERBS[verb][2](options)

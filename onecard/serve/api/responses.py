@@ -126,8 +126,10 @@ class ChatResponseBuilder:
 
 
 def path_of(progress: Progress) -> dict[str, Any]:
-    """The field that says how an answer was computed, where a server has several ways."""
-    return {"onecard": {"path": progress.path}} if progress.path else {}
+    """The field that says how an answer was computed, where a server has several ways, and out of which sources."""
+    sources = list(progress.chunks[0].sources)
+    more = ({"path": progress.path} if progress.path else {}) | ({"sources": sources} if sources else {})
+    return {"onecard": more} if more else {}
 
 
 def call_body(call: ToolCall) -> dict[str, Any]:

@@ -356,7 +356,8 @@ class WrittenAnswer(BaseModel):
     model: str
     system_fingerprint: str
     usage: UsageBody
-    onecard: dict[str, str] | None = None  # path: how it was computed, with --max_parallel
+    # path: how it was computed, with --max_parallel; sources: what an answer out of documents was shown
+    onecard: dict[str, Any] | None = None
 
 
 class ChatChoice(Choice):

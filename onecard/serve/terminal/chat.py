@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 
-from onecard.config.inference import SamplingOptions
+from onecard.config.inference import DOCUMENTS_MODEL, SamplingOptions
 from onecard.console import nearest
 from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.messages import Turn
@@ -339,6 +339,15 @@ class TerminalChat:
             self.adapter = name
         for known in self.engine.names:
             self.screen.say(f"{'*' if known == self._adapter_name() else ' '} {known}")
+
+    def do_documents(self, argument: str) -> None:
+        if argument.strip() not in ("", "on", "off"):
+            raise DataError("/documents takes on or off")
+        if not self.engine.has(DOCUMENTS_MODEL):
+            raise DataError("there are no documents; start with --documents and the folder of an index")
+        if argument.strip():
+            self.adapter = DOCUMENTS_MODEL if argument.strip() == "on" else ""
+        self.screen.say(f"answers come out of the {'documents' if self.adapter == DOCUMENTS_MODEL else 'model alone'}")
 
     def do_prompt_type(self, argument: str) -> None:
         name = argument.strip()

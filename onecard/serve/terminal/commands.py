@@ -39,6 +39,7 @@ COMMANDS = (
     Command("reset", "", "set all parameters back"),
     Command("show", "", "show parameters, adapter and template"),
     Command("adapter", "NAME", "answer with another adapter, or list them"),
+    Command("documents", "on|off", "answer out of the documents of --documents"),
     Command("prompt_type", "NAME", "use another prompt template; auto: the adapter's own"),
     Command("beams", "on|off", "show all beams while they compete (with num_beams above 1)"),
     Command("exit", "", "leave (also Ctrl-D)"),

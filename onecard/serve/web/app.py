@@ -17,7 +17,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from onecard.config.inference import PageOptions, SamplingOptions
+from onecard.config.inference import DOCUMENTS_MODEL, PageOptions, SamplingOptions
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.answer import as_html
 from onecard.serve.web.ask import FLAG_FILE, AskPage
@@ -297,6 +297,9 @@ def _settings(labels: TranslatedComponents, reader: SettingsReader, engine: Infe
         # Any choice, also one that a server before this one offered: settings.py says what is wrong with it.
         listed: dict[str, Any] = {"filterable": False, "allow_custom_value": True}
         parts["adapter"] = setting(gr.Dropdown, "adapter", choices=list(engine.names), **listed)
+        if engine.has(DOCUMENTS_MODEL):
+            words: dict[str, str | Words] = {"label": "documents", "info": "documents.help"}
+            parts["documents"] = labels(gr.Checkbox, words, elem_id="oc-documents")
         choices = prompt_choices(engine, reader.start.adapter, labels.language)
         parts["prompt_type"] = setting(gr.Dropdown, "prompt_type", choices=choices, **listed)
         parts["system"] = setting(gr.Textbox, "system", lines=2, max_lines=8)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
+from onecard.config.inference import DOCUMENTS_MODEL
 from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.chat_template import thought_switch
 from onecard.errors import OneCardError
@@ -95,6 +96,10 @@ class Wiring:
         self.on(p["prompt_type"].input, self.thinking, [p["adapter"], p["prompt_type"]], [p["thinking"]])
         # However it changes: by hand, with a loaded chat, or with the page that was loaded anew.
         self.on(p["adapter"].change, self.name, [p["adapter"]], [p["model"]])
+        if "documents" in p:
+            changed = [p["adapter"], p["prompt_type"], p["thinking"]]
+            self.on(p["documents"].input, self.documents, [p["documents"], p["language"]], changed)
+            self.on(p["adapter"].change, self.is_from_documents, [p["adapter"]], [p["documents"]])
         self.on(p["language"].change, self.speak, [p["language"], p["adapter"]], texts)
         p["language"].input(None, [p["language"]], None, js="(language) => { onecard.speak(language); }")
         p["theme"].click(None, [], None, js="() => { onecard.theme(); }")
@@ -108,6 +113,13 @@ class Wiring:
 
     def name(self, browser: str, adapter: str) -> Changes:
         return [{"value": as_html(adapter or self.page.start.adapter, "oc-model")}]
+
+    def documents(self, browser: str, is_on: bool, language: str) -> Changes:
+        adapter = DOCUMENTS_MODEL if is_on else self.page.start.adapter
+        return [{"value": adapter}, *self.prompt_types(browser, adapter, language)]
+
+    def is_from_documents(self, browser: str, adapter: str) -> Changes:
+        return [{"value": adapter == DOCUMENTS_MODEL}]
 
     def prompt_types(self, browser: str, adapter: str, language: str) -> Changes:
         choices = prompt_choices(self.page.engine, adapter, language)

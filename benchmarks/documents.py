@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""Documents that are asked: whether the right one is found, what is not in them, and how long 100,000 chunks take.
+
+    python benchmarks/documents.py [--chunks 100000]
+
+The 200 documents and their questions are those of planted_documents.py; the threshold is calibrated on questions other
+than those that it is measured with. The many chunks are random words with the frequencies of language (Zipf), half of
+them Chinese characters; a query is ten words out of one chunk. Writes benchmarks/results/documents.json.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # Started as a script, Python sees only the script's own folder.
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import RESULTS, machine, write_result  # noqa: E402
+from benchmarks.planted_documents import LANGUAGES, PlantedQuestion, planted, write  # noqa: E402
+from onecard.config.parsing import parse  # noqa: E402
+from onecard.console import run_main  # noqa: E402
+
+WIDTH = 256  # of the vectors, as minishlab's multilingual models have
+CHUNKS_PER_DOCUMENT = 100
+WORDS_OF_CHUNK, WORDS_OF_QUERY = 150, 10
+N_QUERIES = 200
+
+
+@dataclass
+class DocumentsBenchmarkOptions:
+    """What is measured."""
+
+    chunks: int = 100_000
+    """Chunks of the large index; 0: only what is found is measured."""
+    output: str = str(RESULTS / "documents.json")
+    """Where the result is written."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def found_share(search: Any, questions: Sequence[PlantedQuestion]) -> dict[str, Any]:
+    """How often the right document is the first, and among the first three."""
+    shown = [[chunk.document for chunk in search.find([each.text], 3).chunks] for each in questions]
+    return {
+        "questions": len(questions),
+        "first": sum(each.source in names[:1] for each, names in zip(questions, shown, strict=True)),
+        "in_first_3": sum(each.source in names for each, names in zip(questions, shown, strict=True)),
+    }
+
+
+def calibrated(search: Any, questions: Sequence[PlantedQuestion]) -> dict[str, Any]:
+    """The thresholds of coverage, in hundredths, that tell most questions apart that are answered and that are not."""
+    coverages = [(search.find([each.text], 3).coverage, bool(each.source)) for each in questions]
+    right = {
+        hundredths: sum((coverage >= hundredths / 100) == is_there for coverage, is_there in coverages)
+        for hundredths in range(5, 96)
+    }
+    best = [hundredths / 100 for hundredths, n in right.items() if n == max(right.values())]
+    return {"questions": len(questions), "right": max(right.values()), "least": best[0], "most": best[-1]}
+
+
+def quality(folder: Path) -> dict[str, Any]:
+    """What is found in the planted documents."""
+    from onecard.documents.index import DocumentIndex
+    from onecard.documents.search import LEAST_COVERAGE, DocumentSearch
+    from onecard.documents.update import ReadingLimits, update
+
+    given = planted()
+    write(given.files, folder / "in")
+    index = DocumentIndex(folder / "index", create=True)
+    update(index, [folder / "in"], ReadingLimits(300, 100))
+    search = DocumentSearch(index)
+    there = {
+        name: sum(search.find([each.text], 3).is_there for each in questions)
+        for name, questions in (("questions", given.questions), ("elsewhere", given.elsewhere),
+                                ("unknown_names", given.unknown_names))
+    }  # fmt: skip
+    index.close()
+    return {
+        "documents": len(given.files),
+        "found": {
+            language: found_share(search_of(folder), [q for q in given.questions if q.source.startswith(language)])
+            for language in LANGUAGES
+        },
+        "threshold": LEAST_COVERAGE,
+        "calibration": calibrated(search_of(folder), given.calibration),
+        "said_to_be_there": there,
+        "of": {"questions": len(given.questions), "elsewhere": len(given.elsewhere),
+               "unknown_names": len(given.unknown_names)},
+    }  # fmt: skip
+
+
+def search_of(folder: Path) -> Any:
+    """The search in the index that `quality` made."""
+    from onecard.documents.engine import open_search
+
+    return open_search(folder / "index")
+
+
+def random_texts(seed: int = 1) -> Callable[[int], str]:
+    """The text of each chunk: words of one of 50,000, or characters of one of 5,000, with the frequencies of Zipf."""
+    draw = random.Random(seed)
+    latin = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(50_000)]
+    han = [chr(0x4E00 + k) for k in range(5000)]
+    weights = {len(words): list(accumulate(1 / rank for rank in range(1, len(words) + 1))) for words in (latin, han)}
+
+    def text(number: int) -> str:
+        words, blank = (latin, " ") if number % 2 else (han, "")
+        return blank.join(draw.choices(words, cum_weights=weights[len(words)], k=WORDS_OF_CHUNK))
+
+    return text
+
+
+def speed(folder: Path, n_chunks: int) -> dict[str, Any]:
+    """Seconds to fill an index, and milliseconds of a query by words and by vectors."""
+    import numpy as np
+
+    from onecard.documents.chunks import TextChunk
+    from onecard.documents.index import DocumentIndex
+    from onecard.documents.search import N_RANKED, DocumentSearch
+    from onecard.documents.vectors import VectorSearch, stored
+
+    index, text, vectors = DocumentIndex(folder, create=True), random_texts(), np.random.default_rng(0)
+    queries, begun = [], time.perf_counter()
+    for first in range(0, n_chunks, CHUNKS_PER_DOCUMENT):
+        texts = [text(number) for number in range(first, min(first + CHUNKS_PER_DOCUMENT, n_chunks))]
+        made = vectors.normal(size=(len(texts), WIDTH)).astype(np.float32)
+        chunks = [TextChunk(each, 0, ()) for each in texts]
+        index.put("/a", f"{first}.txt", str(first), chunks, stored(made))
+        queries.append(query_of(texts[(first // CHUNKS_PER_DOCUMENT) % 2]))
+    seconds = time.perf_counter() - begun
+    queries = queries[:N_QUERIES]
+    model: Any = type("RandomVectors", (), {"of": lambda self, texts: vectors.normal(size=(len(texts), WIDTH))})()
+    search, by_vectors = DocumentSearch(index), VectorSearch(index, model)
+    by_vectors.nearest("", 1)  # reads the vectors
+    return {
+        "chunks": index.n_chunks(),
+        "fill_s": round(seconds, 1),
+        "mib": round(index.path.stat().st_size / 2**20),
+        "words_ms": milliseconds(lambda query: search.find([query], 5), queries),
+        "vectors_ms": milliseconds(lambda query: by_vectors.nearest(query, N_RANKED), queries),
+        "vector_width": WIDTH,
+    }
+
+
+def query_of(text: str) -> str:
+    """Some words that stand together in a text."""
+    return " ".join(text.split()[:WORDS_OF_QUERY]) if " " in text else text[:WORDS_OF_QUERY]
+
+
+def milliseconds(work: Callable[[str], Any], queries: Sequence[str]) -> dict[str, float]:
+    """The median of the times, the time that 95 % keep below, and the longest."""
+    times = []
+    for query in queries:
+        begun = time.perf_counter()
+        work(query)
+        times.append(1000 * (time.perf_counter() - begun))
+    times.sort()
+    return {
+        "median": round(times[len(times) // 2], 1),
+        "p95": round(times[int(len(times) * 0.95)], 1),
+        "longest": round(times[-1], 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and write the result."""
+    options = parse(DocumentsBenchmarkOptions, argv, description=__doc__ or "")
+    with tempfile.TemporaryDirectory() as name:
+        result = {"machine": machine("cpu"), "quality": quality(Path(name) / "planted")}
+        if options.chunks:
+            result["speed"] = speed(Path(name) / "large", options.chunks)
+    write_result(options.output, result)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
