@@ -234,6 +234,8 @@ class ServeOptions:
     """Name of the model in the API; by default the adapter's or the base's folder."""
     web: bool = False
     """Serve the chat page at / on the same port."""
+    simple: bool = False
+    """Answer GET /query/TEXT and POST / as well, {"text": ...} or {"instruction": ..., "input": ...}: for curl."""
     language: Literal["auto", "en", "zh"] = "auto"
     """Language of the page and of the messages here; auto: that of the browser, and of the system."""
     log_prompts: bool = False

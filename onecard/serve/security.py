@@ -39,7 +39,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 OPEN_PATHS = ("/health",)
-COUNTED_PATHS = ("/v1/", "/tokenize", "/detokenize")  # whose POST requests --rate_limit counts
+QUERY = "/query/"  # serve --simple: the one GET that uses the card
+COUNTED_PATHS = ("/v1/", "/tokenize", "/detokenize")  # whose POST requests --rate_limit counts, beside / and QUERY
 KEY_NAME = "onecard.key"  # of a scope: the name of the key that came with the request
 READING_METHODS = ("GET", "HEAD", "OPTIONS")
 STANDARD_PORTS = (":80", ":443")
@@ -137,8 +138,13 @@ class OriginCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asks = scope["type"] == "http" and is_preflight(scope)
+        uses_card = scope["type"] == "http" and scope["path"].startswith(QUERY)
         changes = scope["type"] == "websocket" or (scope["type"] == "http" and scope["method"] not in READING_METHODS)
-        origins = headers_of(scope, b"origin") if changes or asks else []
+        origins = headers_of(scope, b"origin") if changes or asks or uses_card else []
+        # The image of a foreign page comes without Origin: https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
+        if uses_card and not origins and set(headers_of(scope, b"sec-fetch-site")) & {"cross-site", "same-site"}:
+            message = "pages of other origins may not ask here; send POST, from an origin of --allowed_origins"
+            return await refuse(scope, send, ApiError(403, message, code="origin_not_allowed"))
         # A page that asks stands on another origin, even where host and port are ours.
         hosts = headers_of(scope, b"host") if origins and not asks else []
         for origin in origins:
@@ -196,13 +202,17 @@ class RateLimit:
         self._app, self._rates = app, rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith(COUNTED_PATHS):
+        if scope["type"] == "http" and _is_counted(scope["method"], scope["path"]):
             client = scope.get(KEY_NAME) or (scope.get("client") or ("",))[0]
             if wait := self._rates.seconds_to_wait(client):
                 message = f"too many requests; the next one may come in {wait:.1f} seconds (--rate_limit)"
                 headers = {"retry-after": str(math.ceil(wait))}
                 return await refuse(scope, send, ApiError(429, message, code="rate_limit_exceeded", headers=headers))
         return await self._app(scope, receive, send)
+
+
+def _is_counted(method: str, path: str) -> bool:
+    return path.startswith(QUERY) or (method == "POST" and (path == "/" or path.startswith(COUNTED_PATHS)))
 
 
 def is_preflight(scope: Scope) -> bool:

@@ -39,6 +39,7 @@ from onecard.serve.api.requests import validation_error as as_field_error
 from onecard.serve.api.response_events import ResponseBuilder, ResponseEvents
 from onecard.serve.api.response_request import response_ask
 from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form, new_head
+from onecard.serve.api.simple import SimpleAnswer, SimpleRequest, SimpleResponseBuilder, simple_ask
 from onecard.serve.api.stream import EventStream, EventWriter, StreamEventBuilder, events
 from onecard.serve.api.tokenize import (
     Detokenized,
@@ -52,7 +53,7 @@ from onecard.serve.api.work import EmbeddingsResult, Progress, answer_chat, answ
 from onecard.serve.http_error import ApiError
 from onecard.serve.keys import read_keys
 from onecard.serve.listen import run_server
-from onecard.serve.security import NetworkRules, Protection
+from onecard.serve.security import QUERY, READING_METHODS, NetworkRules, Protection
 
 __all__ = ["Api", "build_app", "run_server"]
 
@@ -145,7 +146,7 @@ def build_app(
     app = Api(engine, defaults, has_key=options.key is not None or bool(keys))
     if options.allow_adapter_loading:
         app.adapters_path = options.adapters_path
-    app.include_router(paths())
+    app.include_router(paths(simple=options.simple))
     app.add_exception_handler(HTTPException, send_refusal)
     app.add_exception_handler(RequestValidationError, send_refusal)
     app.add_exception_handler(OneCardError, send_refusal)
@@ -160,7 +161,7 @@ def build_app(
     return app
 
 
-def paths() -> APIRouter:
+def paths(*, simple: bool = False) -> APIRouter:
     """Every path with its method and what may come back; other methods and other paths under /v1 are refused."""
     router = APIRouter(route_class=JsonRoute, redirect_slashes=False)
     streamed = {"text/event-stream": {"schema": {"type": "string"}}}
@@ -178,16 +179,23 @@ def paths() -> APIRouter:
         ("POST", "/v1/load_lora_adapter", adapters.load_adapter, str, {}),
         ("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, str, {}),
     ]
+    if simple:
+        table += [
+            ("GET", f"{QUERY}{{text:path}}", query, SimpleAnswer, {}),
+            ("POST", "/", ask_simply, SimpleAnswer, {}),
+        ]
     for method, path, endpoint, answer_model, more in table:
         answers: dict[int | str, dict[str, Any]] = {200: {"model": answer_model, "content": more}}
         for status, words in REFUSALS.items():
-            if method == "POST" or status in FOR_READING or (status == 404 and "{" in path):
+            answering = method == "POST" or path.startswith(QUERY)
+            if answering or status in FOR_READING or (status == 404 and "{" in path):
                 answers[status] = {"model": schema.ErrorBody, "description": words}
         router.add_api_route(path, endpoint, methods=[method], response_model=None, responses=answers)
         allowed = ("GET", "HEAD", "OPTIONS") if method == "GET" else (method, "OPTIONS")
         if method == "GET":
             router.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
-        others = [other for other in METHODS if other not in allowed]
+        # The chat page may be at /, too.
+        others = [other for other in METHODS if other not in (*allowed, *(READING_METHODS if path == "/" else ()))]
         router.add_api_route(path, refusing(allowed), methods=others, include_in_schema=False)
         router.add_api_route(path, naming(allowed), methods=["OPTIONS"], include_in_schema=False)
     # Pages that are mounted at / must not answer for the API, nor where a base URL lacks its /v1.
@@ -246,6 +254,22 @@ async def responses(request: Request, body: schema.ResponseRequest) -> Response:
     ask = for_template(response_ask(body, app.defaults), app.engine.template(body.model))
     note_of(request.scope).add(ask.turns)
     form = ResponseBuilder(ask, body, app.token_texts(ask.model), app.engine.tokenizer(ask.model))
+    return await answer(request, form, lambda cancel: answer_chat(app.engine, ask, cancel))
+
+
+async def query(request: Request, text: str) -> Response:
+    """Answer the text of the path, as the server was started (--simple)."""
+    return await ask_simply(request, SimpleRequest(text=text or None))
+
+
+async def ask_simply(request: Request, body: SimpleRequest) -> Response:
+    """Answer one question (--simple)."""
+    app = app_of(request)
+    body.model = body.model or app.engine.names[0]
+    check_model(app, body.model)
+    ask = for_template(simple_ask(body, app.defaults), app.engine.template(body.model))
+    note_of(request.scope).add(ask.turns)
+    form = SimpleResponseBuilder(ask, new_head("simple", ask.model, app.fingerprint), app.token_texts(ask.model))
     return await answer(request, form, lambda cancel: answer_chat(app.engine, ask, cancel))
 
 

@@ -26,11 +26,12 @@ from onecard.serve.api.metrics import ServerMetrics
 from onecard.serve.api.requests import Prompt
 from onecard.serve.api.work import Progress
 from onecard.serve.http_error import NOTE_KEY, ApiError, send_error
+from onecard.serve.security import QUERY
 
 # Paths that are counted by name: others are a client's own words, and there may be any number of them.
 COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics",
-           "/tokenize", "/detokenize")  # fmt: skip
-LOGGED_PATHS = ("/v1/", "/health", "/tokenize", "/detokenize")
+           "/tokenize", "/detokenize", "/", QUERY)  # fmt: skip
+LOGGED_PATHS = ("/v1/", "/health", "/tokenize", "/detokenize", QUERY)
 FIRST_REFUSAL = 400
 LONGEST_PATH = 100  # characters of a path in a line
 PARAM = re.compile(r"[a-z_]{1,30}(\[\d{1,6}\])?(\.[a-z_]{1,30}(\[\d{1,6}\])?)*")  # no texts of a client's own
@@ -121,14 +122,18 @@ class RequestLog:
         return None
 
     def _count(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: RequestRecord) -> None:
-        path = scope["path"] if scope["path"] in COUNTED else "other"
+        known = QUERY if scope["path"].startswith(QUERY) else scope["path"]
+        path = known if known in COUNTED else "other"
         self._metrics.saw(path, status, note.key, seconds, note.first_token_seconds)
         self._metrics.saw_tokens(note.key, note.n_prompt_tokens, note.n_new_tokens)
 
     def _print(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: RequestRecord) -> None:
         # As it was sent, in plain ASCII: a decoded path could hold line breaks and write lines of its own.
         path = bytes(scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0][:LONGEST_PATH]
-        if status < FIRST_REFUSAL and not path.decode("latin-1").startswith(LOGGED_PATHS):
+        if scope["path"].startswith(QUERY):
+            path = QUERY.encode()  # the rest of it is a prompt
+        is_question = scope["method"] == "POST" and path == b"/"
+        if status < FIRST_REFUSAL and not is_question and not path.decode("latin-1").startswith(LOGGED_PATHS):
             return
         safe_path = path.decode("ascii", "backslashreplace")
         now = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -19,6 +19,8 @@ LIMITS = LimitOptions(max_answer_tokens=8, max_beams=2, max_choices=3)
 N_CASES = 40
 PATHS = {
     ("get", "/health"),
+    ("get", "/query/{text}"),
+    ("post", "/"),
     ("get", "/metrics"),
     ("get", "/v1/models"),
     ("get", "/v1/models/{model_id}"),
@@ -36,7 +38,7 @@ PATHS = {
 @pytest.fixture(scope="module")
 def small(api_base: Path) -> Iterator[Running]:
     """A server whose answers are short, so that many fit into a test."""
-    with serving(open_tiny(api_base, LIMITS), LIMITS, ServeOptions(api_key=KEY)) as running:
+    with serving(open_tiny(api_base, LIMITS), LIMITS, ServeOptions(api_key=KEY, simple=True)) as running:
         yield running
 
 
