@@ -11,11 +11,11 @@ from onecard.console import nearest
 # PEFT's own names, in small letters (model/lora/methods.py), and LoRA's forms by the names they are known under.
 PeftMethodName = Literal[
     "lora", "rslora", "dora", "pissa", "loftq", "olora", "adalora", "ia3", "vera", "oft", "miss", "shira", "randlora",
-    "loha", "lokr", "prompt_tuning",
+    "loha", "lokr", "prompt_tuning", "p_tuning", "prefix_tuning",
 ]  # fmt: skip
-SHORT_NAMES = {"prompt": "prompt_tuning"}
+SHORT_NAMES = {"prompt": "prompt_tuning", "prefix": "prefix_tuning"}
 # Trained vectors stand in front of every text, and no layer has an adapter.
-VIRTUAL_TOKENS = ("prompt_tuning",)
+VIRTUAL_TOKENS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 LORA_FORMS: dict[str, tuple[str, Any]] = {
     "rslora": ("use_rslora", True), "dora": ("use_dora", True), "pissa": ("lora_init", "pissa"),
     "loftq": ("lora_init", "loftq"), "olora": ("lora_init", "olora"),
@@ -27,7 +27,7 @@ METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "adalora": ("lora_r", "lora_alpha", "lora_dropout"), "ia3": (), "vera": ("lora_dropout",), "oft": (),
     "miss": ("lora_dropout",), "shira": ("lora_r",),
     "randlora": ("lora_dropout",), "loha": ("lora_r", "lora_alpha"), "lokr": ("lora_r", "lora_alpha"),
-    "prompt_tuning": (),
+    "prompt_tuning": (), "p_tuning": (), "prefix_tuning": (),
 }  # fmt: skip
 # Their products have the shape of the stored weights, which 4 bits pack otherwise.
 NOT_IN_4_BITS = ("loha", "lokr")
@@ -39,9 +39,9 @@ class LoraOptions:
 
     peft_method: str = "lora"
     """Kind of adapter: lora; rslora, dora, pissa, loftq and olora, which are --use_rslora, --use_dora and --lora_init;
-    adalora, ia3, vera, oft, miss, shira, randlora, loha, lokr; prompt, which trains vectors in front of every text. No
-    adapter, in 16 or 32 bits: full trains all weights, freeze:2 those of the last 2 layers. What each is for:
-    docs/en/training.md."""
+    adalora, ia3, vera, oft, miss, shira, randlora, loha, lokr; prompt, p_tuning and prefix, which train what stands in
+    front of every text. No adapter, in 16 or 32 bits: full trains all weights, freeze:2 those of the last 2 layers.
+    What each is for: docs/en/training.md."""
     peft_option: str = field(default="", metadata={"several": True})
     """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), num_virtual_tokens=50 (prompt)."""
     lora_r: int = 8
@@ -97,6 +97,12 @@ class LoraOptions:
     def has_virtual_tokens(self) -> bool:
         """Whether what is trained stands in front of every text, and no layer has an adapter."""
         return self.peft_method in VIRTUAL_TOKENS
+
+    @property
+    def may_recompute(self) -> bool:
+        """Whether layers can be computed again in the backward pass: there transformers gives them no cache, in which
+        prefix tuning has its keys and values."""
+        return self.peft_method != "prefix_tuning"
 
     @property
     def trains_vocabulary(self) -> str:

@@ -526,8 +526,15 @@ class FinetuneConfig:
             objective: (train.objective in ("grpo", "reward"), "use lora"),
             "--shard": (train.shard, "leave it out"), "--deepspeed": (train.deepspeed, "leave it out"),
         }  # fmt: skip
-        return [(flag, f"does not go with virtual tokens (--peft_method {', '.join(VIRTUAL_TOKENS)}): {text}")
-                for flag, (is_on, text) in asked.items() if is_on]  # fmt: skip
+        found = [(flag, f"does not go with virtual tokens (--peft_method {', '.join(VIRTUAL_TOKENS)}): {text}")
+                 for flag, (is_on, text) in asked.items() if is_on]  # fmt: skip
+        recomputing = {
+            "--gradient_checkpointing": self.model.gradient_checkpointing is True,
+            "--stream_layers": self.model.stream_layers == "on",
+            "--offload_activations": self.memory.offload_activations == "on",
+        }  # fmt: skip
+        text = "on does not go with --peft_method prefix_tuning, whose layers cannot be computed again; leave it out"
+        return found + [(flag, text) for flag, is_on in recomputing.items() if is_on and not self.lora.may_recompute]
 
     def _shard_problems(self) -> list[Problem]:
         """What does not go with weights that lie over several processes."""

@@ -12,6 +12,7 @@ from typing import Any
 from onecard.config.inference import SamplingOptions
 from onecard.errors import ConfigError
 from onecard.inference.sampling import CacheOptions
+from onecard.model.output_head import positions_in_front
 
 ONE_ROW = ("rwkv",)  # rows beside each other are mixed up
 NO_PADDING = ("deepseek_v4", "rwkv", "xlstm")  # their states take in what stands on the left, masked or not
@@ -27,6 +28,8 @@ def check_generation(model: Any, n_rows: int, sampling: SamplingOptions, cache: 
         raise ConfigError("--n", f"{n_rows} answers at once do not work with {family} models; ask for one at a time")
     if sampling.num_beams > 1 and family in NO_BEAMS:
         raise ConfigError("--num_beams", f"{sampling.num_beams} does not work with {family} models; use 1")
+    if cache.static and positions_in_front(model):
+        raise ConfigError("--static_cache", "does not work with virtual tokens, which lie in a cache; leave it off")
     if cache.static and family in NO_STATIC_CACHE:
         raise ConfigError("--static_cache", f"does not work with {family} models; leave it off")
 

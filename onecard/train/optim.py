@@ -31,11 +31,10 @@ POWER_OF_FAMILY = {"llama": 0.781, "qwen": 0.0775}
 USUAL_LORA_RATE = 2e-4
 # What a method's authors took where LoRA's rate would barely move it: (IA)3 has one number per output, no products.
 # T-Few, https://arxiv.org/abs/2205.05638, section 3: 3e-3.
-# The best of prompt tuning in the same comparison, with a start from the vocabulary.
-PUBLISHED_RATES = {
-    "ia3": (3e-3, "as (IA)3 was published with"),
-    "prompt_tuning": (1e-3, "what did best for it in PEFT's comparison"),
-}
+PUBLISHED_RATES = {  # of those in front of the texts what PEFT's comparison had for the starts that are used here
+    "ia3": (3e-3, "as (IA)3 was published with"), "prompt_tuning": (1e-3, "as PEFT compares prompt tuning"),
+    "p_tuning": (1e-4, "as PEFT compares p-tuning"), "prefix_tuning": (5e-3, "as PEFT compares prefix tuning"),
+}  # fmt: skip
 # VeRA learns by ten times what LoRA does in PEFT's comparison of methods: 1e-3 and 1e-4, commit 5d602fd,
 # https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA/experiments/vera
 VERA_OVER_LORA = 10

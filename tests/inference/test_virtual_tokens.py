@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ from onecard.config.training import FinetuneConfig
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError
 from onecard.evaluate.likelihood import log_probs
+from onecard.export.gguf.adapter import export_adapter
+from onecard.export.gguf.export import GgufSettings
 from onecard.inference.adapters import AdapterManager
+from onecard.inference.call import GenerateCall
 from onecard.inference.embeddings import embed, score
 from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.inference.generate import generate_batch, longest_sequence, prepare, stream
 from onecard.inference.load import load_bundle
+from onecard.inference.sampling import CacheOptions
 from onecard.model.input_limits import position_limit
-from onecard.model.lora.adapter import add_lora, remove_adapter
-from onecard.model.trained import without_adapter
+from onecard.model.lora.adapter import add_lora, load_adapter, remove_adapter, restore_adapter, save_adapter
+from onecard.model.lora.formats import ENCODER
+from onecard.model.trained import without_adapter, write_result
 from onecard.recipes import finetune
 from tests import tiny
 
-N, RATES = 5, {"prompt_tuning": 0.1}
+N, RATES = 5, {"prompt_tuning": 0.1, "p_tuning": 0.01, "prefix_tuning": 0.1}
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=9)
 BEAMS = SamplingOptions(temperature=0, num_beams=3, max_new_tokens=9)
 ASKED = ["Count to 5", "数到 3，从一开始，一个一个地说", "Hi"]
@@ -64,15 +70,24 @@ def by_hand(plain: Any, ids: list[int], n_new: int) -> list[int]:
 
 def test_answers_are_those_of_plain_peft_alone_together_and_streamed(bundle, plain) -> None:
     turns = [[Turn("user", text)] for text in ASKED]
+    rows = [prepare(bundle, each, GREEDY) for each in turns]
+    assert len({len(row.ids) for row in rows}) > 1  # the shorter ones are padded
+    call = GenerateCall(bundle, rows, GREEDY)
+    for row, new in zip(rows, call.run(), strict=True):
+        alone = by_hand(plain, row.ids, GREEDY.max_new_tokens)
+        n = next((k + 1 for k, token in enumerate(alone) if token in call.stop_ids), len(alone))
+        assert new[:n] == alone[:n]
     answers = generate_batch(bundle.model, bundle.tokenizer, bundle.template, turns, GREEDY)
-    assert len({len(prepare(bundle, each, GREEDY).ids) for each in turns}) > 1  # the shorter ones are padded
-    for each, answer in zip(turns, answers, strict=True):
-        new = by_hand(plain, prepare(bundle, each, GREEDY).ids, GREEDY.max_new_tokens)
-        assert answer.text == bundle.tokenizer.decode(new, skip_special_tokens=True)
-        assert [*stream(bundle, each, GREEDY)][-1].text == answer.text
+    assert [answer.text for answer in answers] == [[*stream(bundle, each, GREEDY)][-1].text for each in turns]
     together = generate_batch(bundle.model, bundle.tokenizer, bundle.template, turns, BEAMS)
     alone = [[*stream(bundle, each, BEAMS)][-1].text for each in turns]
     assert [answer.text for answer in together] == alone
+
+
+def test_a_static_cache_is_refused(bundle) -> None:
+    static = replace(bundle, cache=CacheOptions(static=True))
+    with pytest.raises(ConfigError, match="--static_cache: does not work with virtual tokens"):
+        [*stream(static, [Turn("user", "Hi")], GREEDY)]
 
 
 def test_scores_and_embeddings_are_those_behind_the_virtual_tokens(bundle, plain) -> None:
@@ -90,6 +105,11 @@ def test_scores_and_embeddings_are_those_behind_the_virtual_tokens(bundle, plain
         with without_adapter(bundle.model):
             base = embed(bundle.model, [ids], lambda: None)[0]
         assert list(base) != pytest.approx(list(vector), abs=1e-3)
+
+
+def test_a_gguf_adapter_cannot_hold_them(run, tiny_base, tmp_path) -> None:
+    with pytest.raises(ModelError, match="no weight of a base can hold what stands in front of every text"):
+        export_adapter(GgufSettings(str(tiny_base), tmp_path / "gguf", "f16", [str(run)]))
 
 
 def test_switched_off_or_taken_off_the_base_is_left(bundle, run, tiny_base) -> None:
@@ -132,16 +152,19 @@ def test_positions_are_counted_and_other_bases_refused(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [("--packing true", "--packing: does not go with virtual tokens"),
-     ("--objective grpo --rewards length", "--objective grpo: does not go with virtual tokens"),
-     ("--shard true", "--shard: does not go with virtual tokens"),
-     ("--deepspeed true", "--deepspeed: does not go with virtual tokens"),
-     ("--lora_target_modules q_proj", "--lora_target_modules: does not go with --peft_method prompt_tuning"),
-     ("--train_embeddings true", "--train_embeddings: does not go with --peft_method prompt_tuning")],
+    [("prompt --packing true", "--packing: does not go with virtual tokens"),
+     ("prompt --objective grpo --rewards length", "--objective grpo: does not go with virtual tokens"),
+     ("prompt --shard true", "--shard: does not go with virtual tokens"),
+     ("prompt --deepspeed true", "--deepspeed: does not go with virtual tokens"),
+     ("prompt --lora_target_modules q_proj", "--lora_target_modules: does not go with --peft_method prompt_tuning"),
+     ("prompt --train_embeddings true", "--train_embeddings: does not go with --peft_method prompt_tuning"),
+     ("prefix --gradient_checkpointing true", "--gradient_checkpointing: on does not go with --peft_method prefix_t"),
+     ("prefix --stream_layers on", "--stream_layers: on does not go with --peft_method prefix_tuning"),
+     ("prefix --offload_activations on", "--offload_activations: on does not go with --peft_method prefix_tuning")],
 )  # fmt: skip
 def test_what_does_not_go_with_them_is_named(words: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        parse(FinetuneConfig, ["--peft_method", "prompt", *words.split()])
+        parse(FinetuneConfig, ["--peft_method", *words.split()])
 
 
 @pytest.mark.parametrize(
@@ -153,3 +176,29 @@ def test_what_does_not_go_with_them_is_named(words: str, said: str) -> None:
 def test_a_wrong_setting_is_refused_by_name(option: str, said: str, tiny_base: Path) -> None:
     with pytest.raises(ConfigError, match=f"--peft_option: .*{said}"):
         add_lora(AutoModelForCausalLM.from_pretrained(tiny_base), LoraOptions("prompt", option))
+
+
+def test_the_network_of_p_tuning_is_kept_for_further_training(tiny_base: Path, tmp_path: Path) -> None:
+    """What answers does not need it; the mean of several has none."""
+
+    def fresh() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_base).requires_grad_(False)
+
+    first, second = (add_lora(fresh(), LoraOptions("p_tuning", f"num_virtual_tokens={N}")) for _ in range(2))
+    for model, name in ((first, "one"), (second, "two")):
+        save_adapter(model, tmp_path / name)
+    trained = load_adapter(fresh(), tmp_path / "one", trainable=True).model
+    assert tiny.same_tensors(trained.prompt_encoder.state_dict(), first.prompt_encoder.state_dict())
+    restore_adapter(second, tmp_path / "one")
+    assert tiny.same_tensors(second.prompt_encoder.state_dict(), first.prompt_encoder.state_dict())
+    write_result(first, [tmp_path / "one"], make(tmp_path / "result"))
+    assert (tmp_path / "result" / ENCODER).is_file()
+    write_result(first, [tmp_path / "one", tmp_path / "two"], make(tmp_path / "mean"))
+    load_adapter(fresh(), tmp_path / "mean", trainable=False)
+    with pytest.raises(ModelError, match=r"mean has no adapter_prompt_encoder\.safetensors: .*can answer"):
+        load_adapter(fresh(), tmp_path / "mean", trainable=True)
+
+
+def make(directory: Path) -> Path:
+    directory.mkdir()
+    return directory

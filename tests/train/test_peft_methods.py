@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.plan_accuracy import real_run, toy_config
 from onecard.config.base_model import ModelOptions
-from onecard.config.lora import LORA_FORMS, NOT_IN_4_BITS
+from onecard.config.lora import LORA_FORMS, NOT_IN_4_BITS, LoraOptions
 from onecard.config.parsing import parse
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
@@ -28,7 +28,7 @@ from tests import tiny
 from tests.runs import assert_same_end, run_and_stop
 
 OTHERS = [name for name in METHODS if name != "lora"]
-FAST = [("vera", 32), ("prompt_tuning", 32)]
+FAST = [("vera", 32), ("prompt_tuning", 32), ("p_tuning", 32), ("prefix_tuning", 32)]
 EVERY = [(name, bits) for name in [*OTHERS, "olora"] for bits in (4, 8, 16, 32)]
 # At a rate of LoRA those with few or bounded weights would barely move in the steps of a test.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -38,6 +38,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "randlora": {"peft_option": "r=8"}, "loha": {"learning_rate": 3e-2}, "lokr": {"learning_rate": 3e-2},
     "olora": {"peft_method": "lora", "lora_init": "olora"},
     "prompt_tuning": {"learning_rate": 0.1, "peft_option": "num_virtual_tokens=5"},
+    "p_tuning": {"peft_option": "num_virtual_tokens=5"},
+    "prefix_tuning": {"learning_rate": 0.1, "peft_option": "num_virtual_tokens=5"},
 }  # fmt: skip
 IDS = torch.tensor([[1, 5, 9, 33, 7, 120, 64, 3]])
 
@@ -114,7 +116,8 @@ def test_merged_it_answers_alike_or_is_refused_by_name(method, bits, tiny_base, 
 def test_its_memory_is_planned(method, bits) -> None:
     """Weights that are trained to the number, all live tensors within 3 %."""
     option = SETTINGS[method].get("peft_option", "")
-    setup = MemoryConfig(bits, FP32, 2, 96, rank=2, peft_method=method, peft_option=option, loss_chunk=64, on_gpu=False)
+    setup = MemoryConfig(bits, FP32, 2, 96, rank=2, peft_method=method, peft_option=option, loss_chunk=64, on_gpu=False,
+                         gradient_checkpointing=LoraOptions(method).may_recompute)  # fmt: skip
     config = toy_config("llama", num_hidden_layers=2)
     model = architecture_of(config)
     run = real_run(config, setup, detect("cpu"))

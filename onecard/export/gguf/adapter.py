@@ -31,6 +31,7 @@ from onecard.model.lora.formats import (
     infer_config,
     read_adapter,
     read_config,
+    refuse_virtual,
 )
 
 FLAG = "--adapter_only"
@@ -53,6 +54,7 @@ def export_adapter(settings: GgufSettings) -> Path:
     if settings.gguf_type not in KINDS:
         raise ConfigError("--gguf_type", f"{settings.gguf_type} is no kind of number for an adapter; use f16 or f32")
     files = read_adapter(settings.adapters[0])
+    refuse_virtual(files)
     for note in files.notes:
         warn(note)
     base = locate(settings.model_path)

@@ -22,8 +22,8 @@ from onecard.export.io.base import LazyCheckpoint
 from onecard.export.merge.rounding import is_finite
 from onecard.installation import command
 from onecard.model.lora.adapter import ADAPTER, add_product, attach_files
-from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config
-from onecard.model.lora.methods import is_mergeable, is_virtual
+from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config, refuse_virtual
+from onecard.model.lora.methods import is_mergeable
 from onecard.model.lora.vocabulary import rows_in
 
 PREFIX = "base_model.model."  # of a layer's name in an adapter's files
@@ -164,12 +164,7 @@ def adapt(base: LazyCheckpoint, adapters: Sequence[str], scale: float = 1.0) -> 
 def _stage(base: LazyCheckpoint, source: str, rows_before: int, scale: float) -> LoadedLora:
     files = read_adapter(source)
     kind = str((read_config(files.config_directory) if files.config_directory else {}).get("peft_type") or "LORA")
-    if is_virtual(kind):
-        raise ModelError(
-            f"{files.directory} is an adapter of the method {kind.lower()}, which is not merged here or anywhere: no "
-            "weight of a base can hold what stands in front of every text. Answer with it beside its base "
-            f"({command('chat')}, {command('serve')}), or train a LoRA adapter on the same data"
-        )
+    refuse_virtual(files)
     if not is_mergeable(kind):
         raise ModelError(
             f"{files.directory} is an adapter of the method {kind.lower()}, which is not merged here: leave it beside "

@@ -48,6 +48,7 @@ from onecard.model.lora import init as adapter_starts
 from onecard.model.lora import vocabulary as adapter_tokens
 from onecard.model.lora.formats import (
     CONFIG,
+    ENCODER,
     PREFIX,
     WEIGHTS,
     AdapterFiles,
@@ -72,7 +73,7 @@ from onecard.model.lora.peft_options import typed_options
 from onecard.model.lora.rank_allocation import RankAllocation, widened
 from onecard.model.lora.routing import LoraProduct
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
-from onecard.model.lora.virtual_tokens import VirtualTokens, check_base
+from onecard.model.lora.virtual_tokens import VirtualTokens, check_base, encoder_tensors
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import n_elements, weight_bits
 from onecard.model.reward_head import SCORE, add_reward_head
@@ -201,16 +202,24 @@ def _attach_files(model: nn.Module, files: AdapterFiles, *, trainable: bool, sca
         raise ModelError(_mismatch(files, differences, model))
     if trainable:
         adapter_tokens.train_in_fp32(peft_model)
-    if has_no_memory:
-        _give_memory(peft_model, files.tensors)
-    else:
-        set_peft_model_state_dict(peft_model, files.tensors, ADAPTER)
-    compare(_live_tensors(peft_model), files.tensors, files.weights)
+    _fill(peft_model, files, has_no_memory=has_no_memory)
     if trainable:
         _check_trainable(peft_model)
     else:
         peft_model.requires_grad_(False)  # peft wakes the rows of tokens when it makes them fp32
     return LoadedAdapter(peft_model, [*files.notes, *notes, *_other_positions(model, files)])
+
+
+def _fill(peft_model: PeftModel, files: AdapterFiles, *, has_no_memory: bool) -> None:
+    """Put the values of the files into a fresh adapter, and look whether they are there."""
+    if _encoder(peft_model):  # of virtual tokens that are to be trained further
+        _restore_encoder(peft_model, files.directory)
+        return
+    if has_no_memory:
+        _give_memory(peft_model, files.tensors)
+    else:
+        set_peft_model_state_dict(peft_model, files.tensors, ADAPTER)
+    compare(_live_tensors(peft_model), files.tensors, files.weights)
 
 
 def remove_adapter(model: Any) -> Any:
@@ -269,6 +278,9 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
     written |= {key: sorted(written[key]) for key in SETS if isinstance(written.get(key), list)}
     (directory / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     compare(load_file(directory / WEIGHTS), tensors, directory / WEIGHTS)
+    if encoder := _encoder(peft_model):
+        save_file({name: tensor.cpu() for name, tensor in encoder.items()}, directory / ENCODER)
+        compare(load_file(directory / ENCODER), encoder, directory / ENCODER)
     if read_config(directory).get("r") != getattr(config, "r", None):
         raise ModelError(f"{directory / CONFIG} says another rank than was written; check the disk")
 
@@ -285,6 +297,9 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
     differences = differences_of(expected, files.tensors) or _other_tokens(peft_model, files)
     if differences:
         raise ModelError(_mismatch(files, differences, peft_model))
+    if _encoder(peft_model):
+        _restore_encoder(peft_model, directory)
+        return
     tensors = files.tensors
     if peft_model in _pissa_starts:
         tensors, start = adapter_starts.split_pissa(files.tensors)
@@ -292,6 +307,23 @@ def restore_adapter(model: nn.Module, directory: Path) -> None:
         _pissa_starts[peft_model] = start
     set_peft_model_state_dict(peft_model, tensors, ADAPTER)
     compare(_live_tensors(peft_model), tensors, files.weights)
+
+
+def _encoder(peft_model: PeftModel) -> dict[str, Tensor]:
+    return encoder_tensors(peft_model, ADAPTER) if isinstance(peft_model, PromptedModel) else {}
+
+
+def _restore_encoder(peft_model: PeftModel, directory: Path) -> None:
+    """Raises ModelError where the network that makes virtual tokens is not there, or another one."""
+    file = directory / ENCODER
+    if not file.is_file():
+        raise ModelError(f"{directory} has no {ENCODER}: its virtual tokens can answer, but they cannot be trained "
+                         "further without the network that made them; take a checkpoint of that run")  # fmt: skip
+    stored, live = load_file(file), _encoder(peft_model)
+    if differences := differences_of(live, stored):
+        raise ModelError(f"{file} does not fit: {'; '.join(differences[:LISTED])}")
+    peft_model.prompt_encoder[ADAPTER].load_state_dict(stored)
+    compare(_encoder(peft_model), stored, file)
 
 
 def rank_allocation(model: nn.Module, options: LoraOptions) -> RankAllocation | None:

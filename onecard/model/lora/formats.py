@@ -23,13 +23,15 @@ from onecard.config.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
 from onecard.config.given_paths import is_tuned_model, other_kind, trained_weights_in
 from onecard.console import warn
 from onecard.errors import ConfigError, ModelError
+from onecard.installation import command
 from onecard.model.files import locate, safetensors_header
-from onecard.model.lora.methods import is_adapter_weight, starts_at_zero
+from onecard.model.lora.methods import is_adapter_weight, is_virtual, starts_at_zero
 from onecard.model.rope_scaling import MARK
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+ENCODER = "adapter_prompt_encoder.safetensors"  # what makes virtual tokens while they are trained; PEFT keeps none
 ADAPTER_PREFIX = "adapter_"  # of the names of its files
 STATE = "trainer_state.json"
 MATRICES = ("lora_A", "lora_B")  # of a layer: A (rank, in) and B (out, rank)
@@ -174,6 +176,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{directory / CONFIG} holds no JSON object; copy it again")
     return config
+
+
+def refuse_virtual(files: AdapterFiles) -> None:
+    """Raise ModelError for an adapter of virtual tokens, which can become no part of its base."""
+    kind = read_config(files.config_directory).get("peft_type") if files.config_directory else None
+    if kind and is_virtual(str(kind)):
+        raise ModelError(
+            f"{files.directory} is an adapter of the method {str(kind).lower()}, which is not merged here or anywhere: "
+            "no weight of a base can hold what stands in front of every text. Answer with it beside its base "
+            f"({command('chat')}, {command('serve')}), or train a LoRA adapter on the same data"
+        )
 
 
 def differences_of(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
@@ -322,6 +335,7 @@ def average_adapters(checkpoints: Sequence[Path], target: Path) -> None:
     """
     mean = mean_of_files([checkpoint / WEIGHTS for checkpoint in checkpoints])
     save_file(mean, target / WEIGHTS, metadata={"format": "pt"})
+    (target / ENCODER).unlink(missing_ok=True)  # the mean of vectors is not what the mean of networks would give
 
 
 def mean_of_files(files: Sequence[Path]) -> dict[str, Tensor]:

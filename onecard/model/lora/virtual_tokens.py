@@ -28,6 +28,12 @@ class VirtualTokens:
         peft: Any = self
         return 0 if peft._adapters_disabled else int(peft.active_peft_config.num_virtual_tokens)
 
+    @property
+    def _in_cache(self) -> bool:
+        """Whether they are keys and values alone, and no row of hidden states."""
+        peft: Any = self
+        return bool(peft.active_peft_config.peft_type.value == "PREFIX_TUNING")
+
     def forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's; (batch, seq) ids give logits and hidden states of seq positions. A cache that is not empty holds
         the virtual tokens already. `logits_to_keep` counts positions of the text."""
@@ -35,7 +41,7 @@ class VirtualTokens:
         if past is not None and past.get_seq_length():
             return peft.base_model(input_ids, *args, **kwargs)
         kept = kwargs.get("logits_to_keep")
-        if isinstance(kept, Tensor):
+        if isinstance(kept, Tensor) and not self._in_cache:
             kwargs["logits_to_keep"] = kept + self.n_in_front
         out: Any = inherited.forward(input_ids, *args, **kwargs)
         n_seq = input_ids.shape[1]
@@ -69,11 +75,22 @@ class VirtualTokens:
         """Keys and values of the virtual tokens, for so many texts."""
         peft: Any = self
         base = peft.base_model
+        if self._in_cache:
+            return cast(Cache, peft.get_prompt(n_rows))
         cache: Any = DynamicCache(config=base.config.get_text_config(decoder=True))
         dtype = base.get_input_embeddings().weight.dtype
         base(inputs_embeds=peft.get_prompt(1).to(dtype), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(n_rows)
         return cache
+
+
+def encoder_tensors(peft_model: Any, adapter: str) -> dict[str, Tensor]:
+    """The network that virtual tokens are made by while they are trained; empty where they are trained themselves.
+
+    PEFT's files hold what it gave, with which no training can go on.
+    """
+    tensors: dict[str, Tensor] = peft_model.prompt_encoder[adapter].state_dict()
+    return tensors if len(tensors) > 1 else {}
 
 
 def check_base(base: Any, method: str) -> None:

@@ -101,6 +101,7 @@ def make_plan(
     model does not have, and for --train_new_tokens of a base without a list of them.
     """
     _check_targets(model, config)
+    model = replace(model, checkpoints=model.checkpoints and config.lora.may_recompute)
     make = partial(_make_plan, model, card=card, element_bytes=element_bytes, longest_row=longest_row)
     plan = make(config)
     if plan.fits or not _may_stream(model, config, card):
@@ -161,7 +162,8 @@ def _recomputed(
     """Whether layers are computed again in the backward pass: not where all fits without it, and that is certain."""
     without = replace(setup, gradient_checkpointing=False)
     if not model.checkpoints:
-        return without, PlannedSetting(RECOMPUTE, "off", f"{model.model_type} layers cannot be computed again")
+        which = model.model_type if config.lora.may_recompute else config.lora.peft_method
+        return without, PlannedSetting(RECOMPUTE, "off", f"{which} layers cannot be computed again")
     needs_it = {"--offload_activations": setup.offload_activations, "--deepspeed": config.train.deepspeed,
                 "--max_memory": config.model.max_memory, STREAM: setup.stream_layers}  # fmt: skip
     for flag, wanted in needs_it.items():
@@ -182,6 +184,7 @@ def _recomputed(
 def fits_somehow(model: Architecture, config: FinetuneConfig, card: CardSpec, *, element_bytes: int = 2) -> bool:
     """Whether `make_plan` finds a setup that fits, in less time: what it gives up first is given up at once."""
     train = config.train
+    model = replace(model, checkpoints=model.checkpoints and config.lora.may_recompute)
     if not train.micro_tokens and not train.micro_batch:
         config = replace(config, train=replace(train, micro_batch=1))
     if config.model.gradient_checkpointing == "auto" and model.checkpoints:

@@ -362,7 +362,7 @@ def test_other_kinds_of_adapter_are_refused(load_family, tmp_path) -> None:
     config = tmp_path / "adapter_config.json"
     good = json.loads(config.read_text(encoding="utf-8"))
     for change, word in (
-        ({"peft_type": "PREFIX_TUNING"}, "is a prefix-tuning adapter, which cannot be loaded here"),
+        ({"peft_type": "ADAPTION_PROMPT"}, "is an adaption-prompt adapter, which cannot be loaded here"),
         ({"peft_type": "ADALORA"}, "cannot be used: AdaLoRA does not work when `total_step` is None"),
         ({"init_lora_weights": "pissa"}, "unconverted"),
         ({"r": -1}, "cannot be used|does not fit"),

@@ -161,14 +161,12 @@ def test_files_that_are_no_adapter(content, word, load_family, tmp_path) -> None
 
 
 @pytest.mark.parametrize(("kind", "word", "remedy"), [
-    ("PREFIX_TUNING", "a prefix-tuning", "train a LoRA"), ("P_TUNING", "a p-tuning", "train a LoRA"),
-    ("BOFT", "BOFT", "merge_and_unload"),
+    ("MULTITASK_PROMPT_TUNING", "a prompt-tuning", "train a LoRA"), ("BOFT", "BOFT", "merge_and_unload"),
 ])  # fmt: skip
 def test_other_kinds_of_adapters_are_called_what_they_are(kind, word, remedy, tmp_path) -> None:
     """As peft writes them, with the configuration; it is told before anything is loaded, and by the loader."""
     kwargs = {
-        "PREFIX_TUNING": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        "P_TUNING": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+        "MULTITASK_PROMPT_TUNING": peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         "BOFT": peft.BOFTConfig(task_type="CAUSAL_LM", target_modules=["v_proj"]),
     }  # fmt: skip
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
