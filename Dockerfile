@@ -30,6 +30,7 @@ COPY pyproject.toml requirements-*.txt README.md LICENSE ./
 COPY docs/README_zh.md docs/
 COPY tools/tiny_corpus tools/tiny_corpus
 COPY config-sample config-sample
+COPY field-recipes field-recipes
 COPY sample sample
 COPY onecard onecard
 RUN pip install .

@@ -22,7 +22,8 @@ from onecard.installation import SHIPPED, command
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 WRITTEN = ("output_path", "cache_path")
-OWN_FOLDERS = ("outputs", "sample")  # of this kit: no owner on the Hub is meant
+OWN_FOLDERS = ("outputs", "sample", "field-recipes")  # of this kit: no owner on the Hub is meant
+SHIPPED_FOLDERS = ("sample", "config-sample", "field-recipes")
 # Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
 SCORES = "SEQ_CLS"  # task_type of a reward model in adapter_config.json
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -64,9 +65,9 @@ def with_shipped_files(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shipped_file(text: str) -> str:
-    """A path into sample/ or config-sample/ that is not here, as that of the file that comes with the program."""
+    """A path into one of SHIPPED_FOLDERS that is not here, as that of the file that comes with the program."""
     path = Path(text)
-    is_here = path.parts[:1] not in (("sample",), ("config-sample",)) or path.exists()
+    is_here = not {*path.parts[:1]} & {*SHIPPED_FOLDERS} or path.exists()
     return text if is_here or not (SHIPPED / path).exists() else str(SHIPPED / path)
 
 
