@@ -16,8 +16,6 @@ from itertools import pairwise
 from locale import getlocale
 from pathlib import Path
 
-import yaml
-
 LANGUAGE_FLAG, LANGUAGES = "language", ("auto", "en", "zh")
 _NAME = re.compile(r"\{(\w+)\}")
 _NUMBERS = frozenset(
@@ -110,6 +108,10 @@ def columns_of(text: str) -> int:
 @cache
 def _catalogue(name: str) -> tuple[dict[str, str], list[tuple[re.Pattern[str], str]]]:
     """Texts without values, and patterns of those with some, in the order of the file."""
+    try:
+        import yaml
+    except ImportError:  # `onecard quickstart` has yet to install it; messages stay English until then
+        return {}, []
     file = Path(__file__).with_name(f"messages_{name}.yaml")
     found: dict[str, str] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     exact = {key: value for key, value in found.items() if not _NAME.search(key)}

@@ -36,49 +36,20 @@ system_python() {
         "Found:${seen:- no Python at all}"
 }
 
-# A number that changes when any requirement file does.
-requirements_stamp() { (cd "$ROOT" && cat "$@" | cksum | tr ' \t' '--'); }
-
-# prepare_venv FILE...: $VENV with the last FILE installed, which includes the others; a change in any installs anew.
-# The stamps are written after the install, so one that was interrupted is done again.
-prepare_venv() {
-    local wanted stamp="$VENV/.installed-${!#}"
-    wanted="$(requirements_stamp "$@")"
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$(venv_python)" -c pass >/dev/null 2>&1; then
-        return
-    fi
-    if ! "$(venv_python)" -m pip --version >/dev/null 2>&1; then
-        local python
-        python="$(system_python)" || exit 1
-        say "making ${VENV##*/} with $("$python" --version 2>&1)"
-        rm -rf "$VENV"
-        "$python" -m venv "$VENV"
-    fi
-    say "installing ${!#} into ${VENV##*/} (with torch some gigabytes on a machine with a GPU; later starts reuse them)"
-    local options=(--disable-pip-version-check --no-input)
-    [ "${CI:-}" = "true" ] && options+=(--quiet --progress-bar off)
-    "$(venv_python)" -m pip install "${options[@]}" -r "$ROOT/${!#}" || fail "the install failed; see above"
-    printf '%s\n' "$wanted" >"$stamp"
-    [ $# -eq 1 ] || requirements_stamp "$1" >"$VENV/.installed-$1"
+# A Python that can start what needs no packages: that of $VENV if there is one, else one of this system.
+any_python() {
+    if "$(venv_python)" -c pass >/dev/null 2>&1; then venv_python; else system_python; fi
 }
 
-# prepare_gptq_venv: .venv-gptq, which is .venv and requirements-gptq.txt on top. It is apart because peft imports
-# gptqmodel wherever it finds it: every start of every program would take some seconds longer and print its banner.
-prepare_gptq_venv() {
-    local layer="$VENV-gptq" wanted
-    wanted="$(requirements_stamp requirements.txt requirements-data.txt requirements-documents.txt requirements-dev.txt requirements-gptq.txt)"
-    if [ ! -f "$layer/.installed" ] || [ "$(cat "$layer/.installed")" != "$wanted" ]; then
-        rm -rf "$layer"
-        "$(venv_python)" -m venv --without-pip "$layer"
-        say "installing requirements-gptq.txt into .venv-gptq"
-        local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
-        local python
-        python="$(VENV="$layer" venv_python)"
-        "$(venv_python)" -c "$packages" >"$("$python" -c "$packages")/onecard.pth"
-        "$(venv_python)" -m pip --python "$python" install --disable-pip-version-check --no-input \
-            --quiet --progress-bar off -r "$ROOT/requirements-gptq.txt" || fail "the install failed; see above"
-        printf '%s\n' "$wanted" >"$layer/.installed"
-    fi
+# prepare_venv FILE...: $VENV with the last FILE installed, which includes the others (onecard/programs/_environment.py).
+prepare_venv() {
+    local python
+    python="$(any_python)" || exit 1
+    (cd "$ROOT" && "$python" -c 'import sys
+from pathlib import Path
+from onecard.__main__ import run_main
+from onecard.programs._environment import prepare_venv
+sys.exit(run_main(lambda: prepare_venv(*sys.argv[2:], venv=Path(sys.argv[1]))))' "$VENV" "$@")
 }
 
 # run_python: the Python that recipes use: $PYTHON if set, else .venv, else an activated environment.

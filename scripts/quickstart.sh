@@ -14,26 +14,7 @@ set -euo pipefail
 case "${1:-}" in
     -h | --help) print_header "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
-if [ -z "${PYTHON:-}" ]; then
-    prepare_venv requirements.txt
-    PYTHON="$(venv_python)"
-fi
+python="${PYTHON:-}"
+[ -n "$python" ] || python="$(any_python)" || exit 1
 cd "$ROOT"
-output="${OUTPUT_PATH:-outputs/quickstart}"
-
-say "fine-tuning sample/tiny-llama in 4-bit on sample/merge_sample.json"
-"$PYTHON" finetune.py --config config-sample/tiny-llama_qlora_cpu.yaml --output_path "$output" "$@"
-
-say "before and after, on questions that were not in the training data"
-"$PYTHON" tools/score.py --data_path sample/held_out.json --lora_path "$output" --examples 3
-
-shown="${PYTHON#"$ROOT"/}"
-cat <<END
-
-Ask it one thing:
-  $shown generate.py --lora_path $output --instruction "What is the capital of Poland?"
-Chat with it in the browser (or here, with --cli):
-  $shown chat.py --lora_path $output
-Train on your own data, on your own card (see README.md):
-  $shown finetune.py --model_path Qwen/Qwen2.5-7B-Instruct --data_path my_data.json --output_path outputs/mine
-END
+exec "$python" -m onecard quickstart "$@"

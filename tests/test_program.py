@@ -106,7 +106,8 @@ def test_the_usage_line_of_a_verb_is_what_was_typed(
 ) -> None:
     as_installed("/usr/bin/onecard", verb)
     out = shown([verb, "--help"], capsys)
-    assert out.startswith(f"usage: onecard {verb} [--config FILE.yaml]") or "Verbs, each with its own --help:" in out
+    options = {"quickstart": "[--OPTION VALUE ...]", "test": "[--all "}.get(verb, "[--config FILE.yaml]")
+    assert out.startswith(f"usage: onecard {verb} {options}") or "Verbs, each with its own --help:" in out
     named = re.sub(r"(config|rewards)\.py", "", out)  # rewards.py is the user's own
     assert ".py" not in named, "an installed program has no scripts"
 
