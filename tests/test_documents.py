@@ -79,10 +79,15 @@ def without_texts(command: str) -> str:
     return re.sub(r'"[^"]*"', '""', command)
 
 
+def in_table(document: str) -> Iterator[str]:
+    """The commands in the last cells of a table of features."""
+    yield "\n".join(re.findall(r"^\|.*\| `(.+)` \|$", text_of(document), re.MULTILINE) if "feature" in document else [])
+
+
 COMMANDS = [
     (document, line)
     for document in DOCUMENTS
-    for block in (*fenced(document, "bash"), *map(as_bash, fenced(document, "powershell")))
+    for block in (*fenced(document, "bash"), *map(as_bash, fenced(document, "powershell")), *in_table(document))
     for line in commands(block)
 ]
 # One start for all pages that show the command, whatever their language.
@@ -176,6 +181,7 @@ def test_commands_were_found() -> None:
     found = {document: [line for name, line in COMMANDS if name == document] for document in DOCUMENTS}
     assert len(found["README.md"]) >= 15
     assert len(found["CONTRIBUTING.md"]) >= 3
+    assert len(found["docs/en/feature-table.md"]) == text_of("docs/en/feature-table.md").count("\n| ") - 1 >= 30
     programs = {word for _, line in COMMANDS for word in shlex.split(line) if word.endswith((".py", ".sh"))}
     assert {"finetune.py", "finetune_chat.py", "generate.py", "chat.py", "tools/serve.py"} <= programs
     assert {"scripts/quickstart.sh", "scripts/test.sh"} <= programs
