@@ -147,11 +147,19 @@ def _tidy(target: Path, partial: Path, old: Path) -> None:
 
 def _check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     places = [Path.cwd(), Path.home(), *(path.expanduser().absolute() for path in inputs)]
-    if any(place.resolve().is_relative_to(target.resolve()) for place in places):
+    if any(_holds(target, place.resolve()) for place in places):
         raise ConfigError(OUTPUT_FLAG, f"{target} is or holds what is read here; give a directory of its own")
     is_empty = target.is_dir() and not any(target.iterdir())
     if _is_there(target) and not overwrite and not is_empty:
         raise ConfigError(OUTPUT_FLAG, f"{target} exists already; give another place, or add --overwrite")
+
+
+def _holds(target: Path, place: Path) -> bool:
+    """Whether `place` is the target or lies in it, however their names are spelled."""
+    if place.is_relative_to(target.resolve()):
+        return True
+    # On macOS Merged and merged are one folder, and resolve() keeps the spelling that was typed.
+    return target.exists() and any(each.exists() and each.samefile(target) for each in (place, *place.parents))
 
 
 def _is_there(path: Path) -> bool:
