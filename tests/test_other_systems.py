@@ -64,7 +64,7 @@ def test_no_module_of_one_system_is_imported_before_it_is_needed() -> None:
 
 def test_templates_render_the_same_from_a_checkout_with_crlf(tmp_path: Path, sp_tokenizer) -> None:
     files = sorted(FOLDER.glob("*.jinja"))
-    assert len(files) >= 10
+    assert len(files) >= 7
     for file in files:
         there = load_template(str(with_crlf(file, tmp_path / file.name)), sp_tokenizer)
         here = load_template(str(file), sp_tokenizer)

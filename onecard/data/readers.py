@@ -222,7 +222,8 @@ def _csv_record(line: int, header: list[str], row: list[str]) -> RawRecord:
         if escaped:
             byte = ord(escaped.group()) - 0xDC00
             return RawRecord(line, problem=f"not valid UTF-8: byte 0x{byte:02x} in the column {name!r}")
-    return RawRecord(line, dict(zip(header, row, strict=True)))
+    # A line end inside a field is as the file's system writes it; what is learned must not depend on that.
+    return RawRecord(line, {name: field.replace("\r\n", "\n") for name, field in zip(header, row, strict=True)})
 
 
 def _parquet_rows(path: Path) -> Iterator[RawRecord]:
