@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from onecard.console import say
@@ -23,25 +23,6 @@ from onecard.programs._environment import FOR_TESTS, VENV, call, prepare_gptq_ve
 
 NOTHING_COLLECTED = 5  # pytest's exit code
 SIMULATED = "sm75:11GiB,sm75:11GiB,late,garbage"
-
-
-@dataclass(frozen=True)
-class Checks:
-    """What is run: tests of which marks, in how many processes, and the words that go to pytest."""
-
-    marks: str
-    words: tuple[str, ...]
-
-    def tests(self, python: Path, marks: str, *places: str, is_spread: bool = False) -> None:
-        """Run pytest on tests of these marks. That the typed words leave none of them is no fault.
-
-        Raises SystemExit with pytest's exit code.
-        """
-        # Processes share the cores better than torch's own threads do on models this small.
-        spread = ["-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadfile"] if is_spread else []
-        code = call([python, "-m", "pytest", "-q", "--durations=10", "-m", marks, *spread, *places, *self.words])
-        if code and not (code == NOTHING_COLLECTED and self.words):
-            raise SystemExit(code)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,23 +35,35 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("", "the tests are not installed with the program: run this in a clone of the repository")
     own = {"--all", "--gptq", "--real"}
     slow = "(slow or not slow)" if "--all" in words else "not slow"
-    checks = Checks(slow, tuple(word for word in words if word not in own))
+    others = [word for word in words if word not in own]
     python = prepare_venv(*FOR_TESTS)
-    for name, value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false"), ("PYTHONUTF8", "1")):
-        os.environ[name] = os.environ.get(name, value) if name == "OMP_NUM_THREADS" else value
     if "--real" in words:
-        _real(python, checks)
+        _real(python, others)
         return
     if "--gptq" not in words:
         _lint(python)
-        _most(python, checks)
-    if "--gptq" in words or not checks.words:
+        _most(python, slow, others)
+    if "--gptq" in words or not others:
         gptq = prepare_gptq_venv()
         say("== pytest, GPTQ")
         # Collecting all the others takes longer than these tests do.
-        places = [] if checks.words else _marked_gptq()
-        checks.tests(gptq, f"{slow} and gptq", *places)
+        places = [] if others else _marked_gptq()
+        _tests(gptq, f"{slow} and gptq", others, *places)
     say("== all checks passed")
+
+
+def _tests(python: Path, marks: str, words: Sequence[str], *places: str, is_spread: bool = False) -> None:
+    """Run pytest on tests of these marks. That the typed words leave none of them is no fault.
+
+    Raises SystemExit with pytest's exit code.
+    """
+    # Processes share the cores better than torch's own threads do on models this small.
+    spread = ["-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadfile"] if is_spread else []
+    pytest = [str(python), "-m", "pytest", "-q", "--durations=10", "-m", marks, *spread, *places, *words]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    code = call(pytest, OMP_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false", PYTHONUTF8="1")
+    if code and not (code == NOTHING_COLLECTED and words):
+        raise SystemExit(code)
 
 
 def _lint(python: Path) -> None:
@@ -85,21 +78,21 @@ def _lint(python: Path) -> None:
     _checked(script_of(VENV, "lint-imports"), "--no-logo", "--no-cache")
 
 
-def _most(python: Path, checks: Checks) -> None:
+def _most(python: Path, slow: str, words: Sequence[str]) -> None:
     """All tests but those of GPTQ and of real models; those of cards once more in processes with a simulated card."""
     say("== pytest")
-    checks.tests(python, f"{checks.marks} and not gptq and not real", is_spread=True)
-    if not checks.words or any(word.startswith(("tests/gpu", "tests/simcard")) for word in checks.words):
+    _tests(python, f"{slow} and not gptq and not real", words, is_spread=True)
+    if not words or any(word.startswith(("tests/gpu", "tests/simcard")) for word in words):
         say("== pytest, simulated card")
-        places = () if checks.words else ("tests/gpu", "tests/simcard")
-        checks.tests(python, f"{checks.marks} and (gpu or simcard)", "--simcard", SIMULATED, *places, is_spread=True)
+        places = () if words else ("tests/gpu", "tests/simcard")
+        _tests(python, f"{slow} and (gpu or simcard)", words, "--simcard", SIMULATED, *places, is_spread=True)
 
 
-def _real(python: Path, checks: Checks) -> None:
+def _real(python: Path, words: Sequence[str]) -> None:
     _checked(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "-r",
              "requirements-real.txt")  # fmt: skip
     say("== pytest, real models")
-    checks.tests(python, "real", "tests/real")
+    _tests(python, "real", words, "tests/real")
 
 
 def _marked_gptq() -> list[str]:
