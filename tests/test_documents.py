@@ -393,7 +393,7 @@ def test_every_template_in_the_documents_exists() -> None:
 
 
 def test_every_path_in_the_documents_exists() -> None:
-    folders = "onecard|tools|scripts|config-sample|sample|tests|docs|benchmarks"
+    folders = "onecard|tools|scripts|config-sample|field-recipes|notebooks|sample|tests|docs|benchmarks"
     visited = 0
     for document in DOCUMENTS:
         for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*[\w/])", text_of(document)):
