@@ -33,6 +33,7 @@ from onecard.train.run import Run
 
 Answerer = Callable[[Sequence[Turn], SamplingOptions, threading.Event], Iterator[Any]]
 MOST_NEW_TOKENS, MOST_BEAMS = 4096, 16
+STANDING_TOKENS = 256  # of an answer at each evaluation
 WORDS = ("question", "messages", "system")
 _SHOWN = 200  # characters of an answer on the terminal
 
@@ -73,7 +74,7 @@ class Questions:
             return
         for turns in self._standing:
             try:
-                answer = self.ask(run, turns, SamplingOptions())
+                answer = self.ask(run, turns, SamplingOptions(max_new_tokens=STANDING_TOKENS))
             except OneCardError as reason:
                 warn(f"{_shown(turns[-1].content)} was not answered: {reason}")
                 continue

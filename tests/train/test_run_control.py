@@ -19,7 +19,7 @@ from onecard.config.training import TrainOptions
 from onecard.errors import DataError, Stopped
 from onecard.inference.call import GenerateCall
 from onecard.recipes import finetune
-from onecard.train import control, loop
+from onecard.train import asking, control, loop
 from onecard.train.answer_log import QUESTIONS_NAME, read_answers
 from onecard.train.control import NotRunning, Reply, RunStatus, reply, send, status
 from onecard.train.control_folder import ControlFolder
@@ -290,6 +290,7 @@ def test_standing_questions_make_a_film_strip(
     tiny_base: Path, instructions: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first step and at each evaluation; a run that is cut and goes on has each frame once."""
+    monkeypatch.setattr(asking, "STANDING_TOKENS", 4)
     (tmp_path / "questions.txt").write_text("Count to 3\nSay hello\n", encoding="utf-8")
     asked = {"ask": ["Translate"], "ask_file": str(tmp_path / "questions.txt"), "save_steps": 100}
     config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **OPTIONS | asked)
