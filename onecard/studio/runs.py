@@ -136,11 +136,13 @@ class Runs:
         }  # fmt: skip
 
     def differences(self, runs: Sequence[Path]) -> dict[str, list[Any]]:
-        """The settings in which these runs differ: name -> the value of each."""
+        """The settings in which these runs differ: name -> the value of each; None of a run without settings."""
         found = [settings(run) for run in runs]
         names = dict.fromkeys(name for options in found for name in options if name != "output_path")
         values = {name: [options.get(name) for options in found] for name in names}
-        return {name: several for name, several in values.items() if any(one != several[0] for one in several)}
+        known = [place for place, options in enumerate(found) if options]
+        return {name: several for name, several in values.items()
+                if any(several[place] != several[known[0]] for place in known)}  # fmt: skip
 
     def note(self, run: Path, **changes: Any) -> None:
         """Change what studio.json of a run holds. Raises CheckpointError."""

@@ -87,9 +87,12 @@ class RunRoutes:
         return StudioJson({"runs": ids, "settings": found})
 
     def rows(self, request: Request) -> Response:
-        """The curves, or what of them lies behind byte `after` of the file `mark`."""
+        """The curves, or what of them lies behind byte `after` of the file `mark`; preview=1: perhaps a few rows."""
         most, after = whole_number(request, "max_points", 2000), whole_number(request, "after")
         mark = request.query_params.get("mark", "")
+        preview = self.logs.preview(self._run(request)) if request.query_params.get("preview") == "1" else None
+        if preview is not None:
+            return StudioJson(preview)
         return StudioJson(self.logs.rows(self._run(request), mark=mark, after=after, most=most))
 
     def log(self, request: Request) -> Response:

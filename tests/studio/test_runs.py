@@ -166,6 +166,20 @@ def test_many_rows_are_read_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(columns_of(with_nan)["loss"].steps) == 2001
 
 
+def test_a_long_log_is_shown_by_a_few_rows_first(
+    ask: Client, context: StudioContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(context, "a", rows=5000)
+    monkeypatch.setattr(run_log, "PREVIEW_FROM_BYTES", 1000)
+    first = ask("GET", "/api/runs/a/rows?preview=1")[1]
+    steps = first["series"]["loss"][0]
+    assert first["is_preview"] and 250 < len(steps) <= 300 and steps[0] <= 20 and steps == sorted(set(steps))
+    assert first["series"]["eval_loss"] == [[5000], [0.5]], "the last row is there"
+    whole = ask("GET", "/api/runs/a/rows?max_points=100")[1]
+    assert "is_preview" not in whole and whole["series"]["loss"][1][0] == 1 and whole["next"] > 0
+    assert "is_preview" not in ask("GET", "/api/runs/a/rows?preview=1")[1], "it is read by now"
+
+
 def test_few_logs_are_kept(context: StudioContext) -> None:
     logs = RunLogs(most=2)
     runs = [make_run(context, f"r{k}") for k in range(4)]
@@ -183,15 +197,22 @@ def test_names_notes_and_the_trash(ask: Client, context: StudioContext) -> None:
     assert renamed["id"] == "c d-1" and renamed["notes"] == "好 run"
     assert ask("GET", "/api/runs/a")[0] == 404
     assert ask("GET", "/api/differences?id=b&id=c%20d-1")[1]["settings"] == {"bits": [8, 4]}
+    make_run(context, "no-settings")
+    (context.output_root / "no-settings" / "onecard.yaml").unlink()
+    found = ask("GET", "/api/differences?id=b&id=no-settings&id=c%20d-1")[1]["settings"]
+    assert found == {"bits": [8, None, 4]}
+    ask("DELETE", "/api/runs/no-settings")
     number = ask("DELETE", "/api/runs/b")[1]["number"]
     assert [row["id"] for row in ask("GET", "/api/runs")[1]["runs"]] == ["c d-1"]
     assert ask("GET", "/api/trash")[1]["trash"][0]["id"] == "b"
     assert ask("POST", f"/api/trash/{number}/restore", {})[1] == {"id": "b"}
-    assert ask("GET", "/api/trash")[1]["trash"] == [] and ask("GET", "/api/runs/b")[0] == 200
+    assert [one["id"] for one in ask("GET", "/api/trash")[1]["trash"]] == ["no-settings"] and ask("GET", "/api/runs/b")[
+        0
+    ] == 200
     number = ask("DELETE", "/api/runs/b")[1]["number"]
     make_run(context, "b")
     assert ask("POST", f"/api/trash/{number}/restore", {})[0] == 400, "the name is taken"
-    assert ask("DELETE", f"/api/trash/{number}")[1] == {"trash": []}
+    assert len(ask("DELETE", f"/api/trash/{number}")[1]["trash"]) == 1
     assert ask("DELETE", "/api/trash/..")[0] in (404, 405)
 
 

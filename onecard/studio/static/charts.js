@@ -4,6 +4,7 @@ import { api } from "/static/api.js";
 // Distinguishable by those who see few colours, and 3:1 against both grounds. After https://personal.sron.nl/~pault/
 export const COLOURS = ["#3b7dd8", "#d2691e", "#1f9070", "#b4519d", "#8a6fd1", "#9a7d0a", "#2f8fb3", "#cc4b4b", "#6b7a8f", "#a0653a"];
 const MOST_POINTS = 6000;
+const WHOLE = Array.from({ length: 9 }, (_, power) => [1, 2, 5].map((one) => one * 10 ** power)).flat(); // steps between ticks
 
 function colour(name) {
   const probe = document.createElement("span");
@@ -52,7 +53,7 @@ export class Chart {
       scales: { x: { time: false }, y: { distr: this.logarithmic ? 3 : 1 } },
       legend: { live: true },
       cursor: { drag: { x: true, y: false }, points: { size: 6 } },
-      axes: [{ ...axis }, { ...axis, size: 64, values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : this.tell(tick))) }],
+      axes: [{ ...axis, incrs: WHOLE }, { ...axis, size: 64, values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : this.tell(tick))) }],
       series: [
         { label: "step", value: (plot, value) => (value === null ? "–" : String(value)) },
         ...this.lines.map((line) => ({
@@ -85,11 +86,23 @@ export class RunCurves {
     Object.assign(this, { id, mark: "", next: 0, series: {}, loading: null });
   }
 
-  async load(mostPoints = 1500) {
-    const path = `/api/runs/${encodeURIComponent(this.id)}/rows?max_points=${mostPoints}`;
-    this.loading ??= api("GET", path).finally(() => { this.loading = null; });
-    const found = await this.loading;
-    Object.assign(this, { mark: found.mark, next: found.next, series: found.series });
+  // `shown` is called with a few points of a long log, and again with all.
+  async load(shown = () => {}) {
+    const path = `/api/runs/${encodeURIComponent(this.id)}/rows?max_points=1500`;
+    const taken = (found) => {
+      Object.assign(this, { mark: found.mark, next: found.next, series: found.series });
+      shown();
+    };
+    const all = async () => {
+      if (!this.mark) {
+        const first = await api("GET", `${path}&preview=1`);
+        taken(first);
+        if (!first.is_preview) return;
+      }
+      taken(await api("GET", path));
+    };
+    this.loading ??= all().finally(() => { this.loading = null; });
+    await this.loading;
     return this;
   }
 

@@ -92,6 +92,13 @@ function emit(name, detail) {
   window.dispatchEvent(new CustomEvent(`studio:${name}`, { detail }));
 }
 
+// Put the focus on a part, once what x-show uncovers is there: a hidden one cannot have it.
+function focusOn(id, tries = 30) {
+  const part = document.getElementById(id);
+  if (part && part.offsetParent) part.focus();
+  else if (tries) requestAnimationFrame(() => focusOn(id, tries - 1));
+}
+
 // News of the studio by name (`job`, `run`, `rows`, `queue`), and of the shell: shown, language, theme, online.
 function on(name, listener) {
   const heard = (event) => listener(event.detail);
@@ -143,7 +150,7 @@ async function start() {
   Alpine.magic("t", () => t);
   Alpine.magic("format", () => format);
   Alpine.magic("attempt", () => attempt);
-  const studio = { Alpine, api, attempt, on, t, format, tell: (...parts) => Alpine.store("ui").tell(...parts) };
+  const studio = { Alpine, api, attempt, on, t, format, focusOn, tell: (...parts) => Alpine.store("ui").tell(...parts) };
   const main = document.getElementById("main");
   views.forEach(([html, module], at) => {
     const panel = document.createElement("div");

@@ -4,7 +4,7 @@ import { Chart, COLOURS, RunCurves } from "/static/charts.js";
 const COLUMNS = ["id", "state", "step", "loss", "eval_loss", "verdict", "base", "data", "objective", "size", "date"];
 const NUMBERS = ["step", "loss", "eval_loss", "size", "date"];
 
-export default function ({ Alpine, api, attempt, on, t, format, tell }) {
+export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn }) {
   const curves = new Map();
   let chart = null;
   let drawing = false;
@@ -88,7 +88,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
       if (wanted && !curves.has(id)) {
         const one = new RunCurves(id);
         curves.set(id, one);
-        await attempt(() => one.load());
+        await attempt(() => one.load(() => this.later()));
       }
       this.later();
     },
@@ -149,7 +149,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
       const found = await attempt(() => api("GET", `/api/runs/${encodeURIComponent(id)}`));
       if (!found) return;
       Object.assign(this, { details: found, newName: found.id.split(":").at(-1) });
-      this.$nextTick(() => document.getElementById("details-title").focus());
+      focusOn("details-title");
     },
     settingRows() {
       return Object.entries(this.details?.settings ?? {}).map(([name, value]) => ({ name, text: this.plain(value) }));

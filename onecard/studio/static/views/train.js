@@ -10,7 +10,7 @@ const ALLOWED = {
 };
 const SERIES = ["forgetting", "learning_rate", "tokens_per_s", "peak_bytes"];
 
-export default function ({ Alpine, api, attempt, on, t, format, tell }) {
+export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn }) {
   let curves = null;
   let charts = {};
   let drawing = false;
@@ -77,7 +77,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
     showMore() {
       const option = this.found();
       if (option && !this.extra.includes(option.name)) this.extra.push(option.name);
-      if (option) this.$nextTick(() => document.getElementById(`opt-${option.name}`)?.focus());
+      if (option) focusOn(`opt-${option.name}`);
       if (option) this.search = "";
     },
     problem(name) {
@@ -132,7 +132,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
       this.$store.draft.clear();
       this.$store.draft.set(entry.options);
       this.check();
-      document.getElementById("run-name").focus();
+      focusOn("run-name");
     },
     tone(state) {
       if (["failed", "lost"].includes(state)) return "bad";
@@ -147,8 +147,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
       this.run = this.runs.find((one) => one.id === id) ?? null;
       if (!curves || curves.id !== id) curves = new RunCurves(id);
       const wanted = curves;
-      await attempt(() => wanted.load());
-      if (wanted === curves) this.later();
+      await attempt(() => wanted.load(() => { if (wanted === curves) this.later(); }));
       await this.refresh();
     },
     async refresh() {
