@@ -32,6 +32,7 @@ class QueueRoutes:
     def __init__(self, context: StudioContext, runs: Runs, queue: RunQueue) -> None:
         self.context, self.runs, self.queue = context, runs, queue
         self._seen: Any = None
+        self._failures: dict[str, Any] = {}
 
     def routes(self) -> list[BaseRoute]:
         """GET /api/options, /api/queue; POST /api/queue, /api/queue/check, /api/queue/hold; one entry: DELETE, move."""
@@ -48,6 +49,8 @@ class QueueRoutes:
     def news(self) -> Iterator[News]:
         """Run the queue; `queue` when it has changed."""
         self.queue.tick()
+        if not self.context.events.n_pages:
+            return
         now = self.told()
         if now != self._seen:
             self._seen = now
@@ -65,6 +68,11 @@ class QueueRoutes:
     def _failure(self, entry: dict[str, Any]) -> Any:
         if entry["state"] not in ("failed", "lost"):
             return None
+        if entry["id"] not in self._failures:
+            self._failures[entry["id"]] = self._read_failure(entry)
+        return self._failures[entry["id"]]
+
+    def _read_failure(self, entry: dict[str, Any]) -> Any:
         job = self.context.jobs.get(entry["id"])
         log = self.context.jobs.log(entry["id"], max(0, job["log_bytes"] - LOG_TAIL))["text"]
         return failure_of(job, log, has_checkpoint=bool(newest_position(Path(entry["output"]))))

@@ -15,7 +15,7 @@ from onecard.errors import ConfigError
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import OWN_FOLDER, StudioContext
 from onecard.studio.control_link import ASK_FIELDS, KINDS, RunControl, control_of_runs
-from onecard.studio.events import News
+from onecard.studio.events import EventHub, News
 from onecard.studio.http import StudioJson, json_body
 from onecard.studio.jobs_api import whole_number
 from onecard.studio.queue import RunQueue
@@ -32,16 +32,16 @@ def routes(context: StudioContext, control: RunControl | None = None) -> list[Ba
     """The paths of runs and of the queue. News: `run`, `gone`, `rows`, `asked`, `queue`."""
     runs = Runs(context.output_root, context.jobs, control or control_of_runs())
     queue = RunQueue(context.output_root / OWN_FOLDER, runs)
-    parts = RunRoutes(runs, queue), QueueRoutes(context, runs, queue)
+    parts = RunRoutes(runs, queue, context.events), QueueRoutes(context, runs, queue)
     context.events.watchers.extend([part.news for part in parts])
     return [route for part in reversed(parts) for route in part.routes()]
 
 
 class RunRoutes:
-    """The handlers of the runs in one folder."""
+    """The handlers of the runs in one folder. `events` tells whether a page is open, which news are for."""
 
-    def __init__(self, runs: Runs, queue: RunQueue) -> None:
-        self.runs, self.queue, self.logs = runs, queue, RunLogs()
+    def __init__(self, runs: Runs, queue: RunQueue, events: EventHub) -> None:
+        self.runs, self.queue, self.events, self.logs = runs, queue, events, RunLogs()
         self._seen: dict[str, tuple[Any, ...]] = {}
 
     def routes(self) -> list[BaseRoute]:
@@ -60,6 +60,8 @@ class RunRoutes:
 
     def news(self) -> Iterator[News]:
         """`run`: a row that has changed; `gone`: a run that is not there any more; `rows`: what its log grew by."""
+        if not self.events.n_pages:  # looking at a hundred runs takes a tenth of a second; a page that opens loads all
+            return
         found: dict[str, tuple[Any, ...]] = {}
         for run in self.runs.paths():
             run_id = self.runs.id_of(run)

@@ -14,6 +14,7 @@ from onecard.config.studio import StudioOptions
 from onecard.studio import run_log, runs_api
 from onecard.studio.app import studio_app
 from onecard.studio.context import StudioContext
+from onecard.studio.events import Subscriber
 from onecard.studio.run_log import Column, RunLogs, columns_of, thinned
 from tests.studio.conftest import Client
 
@@ -121,7 +122,12 @@ def test_news_hold_what_was_added(context: StudioContext, ask: Client) -> None:
     watchers = context.events.watchers
 
     def news() -> dict[str, Any]:
-        return {name: content for watcher in watchers for name, content in watcher()}
+        """Those of runs and queue."""
+        found = {name: content for watcher in watchers for name, content in watcher()}
+        return {name: found[name] for name in ("run", "gone", "rows", "queue") if name in found}
+
+    assert news() == {}, "no page is open"
+    context.events._pages.add(Subscriber())
 
     assert set(news()) == {"run", "queue"}
     ask("GET", "/api/runs/a/rows")
