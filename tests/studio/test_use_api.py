@@ -167,9 +167,10 @@ def test_the_answer_ends_when_the_page_leaves(context: StudioContext, ask: Clien
                  "query_string": b"", "http_version": "1.1", "raw_path": b"", "root_path": "", "scheme": "http",
                  "asgi": {"version": "3.0", "spec_version": "2.3"}}  # fmt: skip
         await asyncio.wait_for(ask.app(scope, receive, send), 60)
+        # Waited for in here: the end of the loop would close every connection.
+        await asyncio.to_thread(eventually, (tmp_path / "left").exists, "the server hears that nobody listens any more")
 
     asyncio.run(leave())
-    eventually((tmp_path / "left").exists, "the server hears that nobody listens any more")
     assert any(b"data: " in piece for piece in sent)
 
 
