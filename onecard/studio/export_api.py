@@ -20,10 +20,11 @@ from onecard.export.io.output import new_directory
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
 from onecard.studio.export_kinds import KINDS, ExportKind, checked_options, server_address
-from onecard.studio.http import StudioJson, json_body
+from onecard.studio.http import LANGUAGE_HEADER, StudioJson, json_body
 from onecard.studio.jobs import ALIVE
 from onecard.studio.sources import sources_in
 from onecard.studio.use_api import refuse_while_training, source_of, text_of
+from onecard.translation import LANGUAGES, translated
 
 PREFIX = "export-"  # of the kinds of jobs
 NAME = re.compile(r"[\w][\w.+-]{0,99}")  # one folder of the output folder, never a path
@@ -46,8 +47,10 @@ class ExportApi:
 
     def shown(self, request: Request) -> Response:
         """What can be exported, in which ways, and what has been, the newest first."""
+        to = request.headers.get(LANGUAGE_HEADER, "en")
+        to = to if to in LANGUAGES else "en"
         kinds = {name: {"options": kind.options, "writes": kind.writes, "takes": kind.takes,
-                        "missing": kind.missing} for name, kind in KINDS.items()}  # fmt: skip
+                        "missing": translated(kind.missing, to)} for name, kind in KINDS.items()}  # fmt: skip
         found = [job for job in self._context.jobs.all() if job["kind"].startswith(PREFIX)]
         jobs = [self.told(job) for job in found[:MOST_SHOWN]]
         sources = [source.to_json() for source in sources_in(self._context.output_root)]
@@ -63,8 +66,11 @@ class ExportApi:
             raise ApiError(409, kind.missing, param="kind", code="not_installed")
         source = source_of(self._context, body["source"])
         if source.kind not in kind.takes:
-            wanted = "an adapter" if kind.takes == ("adapter",) else "a run"
-            raise bad_request(f"{source.path} is a whole model, and this takes {wanted}", "source")
+            is_of_adapters = kind.takes == ("adapter",)
+            message = f"{source.path} is a whole model, and this takes an adapter"
+            raise bad_request(
+                message if is_of_adapters else f"{source.path} is an export, and this takes a run", "source"
+            )
         if "," in str(self._context.output_root / source.path):
             raise bad_request(f"{source.path}: a comma in a path separates adapters; rename the folder", "source")
         options = checked_options(kind, body.get("options", {}))

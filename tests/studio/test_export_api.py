@@ -108,7 +108,8 @@ def test_what_is_not_installed_is_one_clear_line(ask: Client, run: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, told = export(ask, kind="quantize-gptq")
     assert status == 409 and "gptqmodel" in told["error"]["message"] and "requirements-gptq" in told["error"]["message"]
-    assert "gptqmodel" in ask("GET", "/api/export")[1]["kinds"]["quantize-gptq"]["missing"]
+    told = ask("GET", "/api/export", headers={"x-language": "zh"})[1]
+    assert told["kinds"]["quantize-gptq"]["missing"].startswith("需要 gptqmodel：pip install")
 
 
 def test_a_training_keeps_the_card_unless_the_user_says_so(ask: Client, context: StudioContext, run: Path) -> None:

@@ -158,7 +158,8 @@ export default function ({ Alpine, api, attempt, on, t, tell, format }) {
       const messages = [...this.messagesOf(answer.side, at), { role: "user", content: question }];
       const body = { model: answer.model, messages, temperature: this.temperature, max_tokens: this.maxTokens, stream: true };
       try {
-        const headers = { "Content-Type": "application/json" };
+        const language = document.documentElement.lang.startsWith("zh") ? "zh" : "en";
+        const headers = { "Content-Type": "application/json", "X-Language": language };
         const response = await fetch("/api/chat/completions", {
           method: "POST", headers, body: JSON.stringify(body), signal: this.abort.signal,
         });
