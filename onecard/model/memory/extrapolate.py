@@ -109,8 +109,8 @@ def extrapolated(model: Any, setup: Any, part: Part) -> Sample:
     """As `sample`, of a model that takes its tokens all at once; traced at its own size where no other will do."""
     windows = {*(() if part is Part.LOSS else model.source.windows),
                *(_offload_limits(model, setup) if setup.offload_activations else ())}  # fmt: skip
-    asks_for_many = setup.rows == 1 or ASKS_FOR_MANY.get()  # a plan asks for many lengths of one row
-    lengths = _lengths(setup.length, sorted(windows)) if asks_for_many else None
+    asked_often = setup.rows == 1 or (ASKS_FOR_MANY.get() and not _pieces(setup))  # a plan asks for many of one row
+    lengths = _lengths(setup.length, sorted(windows)) if asked_often else None
     if lengths is None:
         return traced(model, setup, part)
     for n_sides in (2, 3):  # of a polynomial of first and second degree in the length
@@ -131,8 +131,8 @@ def _over_ranks(model: Any, setup: Any, part: Part) -> Sample:
 
 
 def _over_rows(model: Any, setup: Any, part: Part) -> Sample:
-    """As `extrapolated`; the bytes of several rows are affine in their number, too."""
-    if setup.rows == 1:
+    """As `extrapolated`; the bytes of several rows are affine in their number, too, where nothing goes in pieces."""
+    if setup.rows == 1 or _pieces(setup):
         return extrapolated(model, setup, part)
     return _on_line(model, setup, part, "rows", ROWS, extrapolated)
 
@@ -166,12 +166,17 @@ def _lengths(length: int, windows: list[int]) -> list[int] | None:
     return [lower, upper] if lower < upper else None
 
 
+def _pieces(setup: Any) -> list[str]:
+    """What goes in pieces of some tokens: the loss, the MLPs."""
+    return [name for name in ("loss_chunk", "mlp_tile") if 1 < getattr(setup, name) < UNBOUNDED]
+
+
 Terms = Callable[[Any], list[float]]
 
 
 def _design(setup: Any, lengths: list[int], n_sides: int) -> tuple[list[Any], Terms]:
     """As many sizes to trace as the polynomial has terms, and the terms; the first two differ in length alone."""
-    pieces = [name for name in ("loss_chunk", "mlp_tile") if 1 < getattr(setup, name) < UNBOUNDED]
+    pieces = _pieces(setup)
 
     def terms(at: Any) -> list[float]:
         powers = [float(at.length) ** degree for degree in range(n_sides)]
