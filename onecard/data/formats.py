@@ -297,3 +297,13 @@ ANSWERS = {
     for question in (shape.required[0] for shape in _SHAPES if len(shape.required) == 2)
 }
 SHAPE_NAMES = tuple(shape.name for shape in _SHAPES)
+
+
+def required_keys(name: str) -> list[str]:
+    """The keys that a shape goes by; none for what is no shape's name.
+
+    "input/output lists" -> ["input", "output"]    "preference pair (text)" -> ["chosen", "rejected"]
+    """
+    if name.startswith("preference pair"):
+        return ["chosen", "rejected"]
+    return next((list(shape.required) for shape in _SHAPES if shape.name == name.removesuffix(" lists")), [])

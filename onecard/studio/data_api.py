@@ -1,12 +1,181 @@
-"""Data: what is in a file, and what would be learned of it."""
+"""Data: files brought here or named, what is in them and what would be learned of it, and better data made of them."""
 
 from __future__ import annotations
 
-from starlette.routing import BaseRoute
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from onecard.data.catalogue.entries import CatalogueEntry, entries
+from onecard.data.catalogue.place import downloaded
+from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
+from onecard.studio.http import StudioJson, json_body
+from onecard.studio.language import in_language, language_of
+from onecard.studio.named import NamedData, base_name, folder_entries, named_data
+from onecard.studio.options import checked_options, words_of
+from onecard.studio.uploads import remove_stale, save_upload
+from onecard.studio.worker import Worker
+
+READING = ("prompt_type", "dialogue", "train_on", "thinking", "columns", "txt_split")
+FORMS = ("columns", "txt_split")  # what the programs that make new data read their sources by
+PROGRAMS = {
+    "clean": ("fix_encoding", "languages", "min_chars", "max_chars", "near_duplicates", "compare", "ngram",
+              "evaluation_path", *FORMS),
+    "split": ("validation_size", "near_duplicates", "seed", *FORMS),
+}  # fmt: skip
+RESULTS = {"clean": ("data.jsonl",), "split": ("train.jsonl", "validation.jsonl")}
+# What browsers send for a foreign page without asking before. https://fetch.spec.whatwg.org/#cors-safelisted-request-header
+FORM_TYPES = ("", "application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
+FOLDER = "data"  # of the output root: where they go
 
 
-def routes(context: StudioContext) -> list[BaseRoute]:
-    """The paths of this part."""
-    return []
+def routes(context: StudioContext, worker: Worker | None = None) -> list[BaseRoute]:
+    """The paths of this part, all below /api/data. worker: for tests; else a process of its own."""
+    view = DataView(context, worker or Worker())
+    return [
+        Route("/api/data/files", view.files),
+        Route("/api/data/catalogue", view.catalogue),
+        Route("/api/data/uploads/{name}", view.upload, methods=["PUT"]),
+        Route("/api/data/read", view.read, methods=["POST"]),
+        Route("/api/data/tokens", view.tokens, methods=["POST"]),
+        Route("/api/data/stop", view.stop, methods=["POST"]),
+        Route("/api/data/make/{program}", view.make, methods=["POST"]),
+    ]
+
+
+class DataView:
+    """The answers. Reading goes to a process of its own, which starts with the first question."""
+
+    def __init__(self, context: StudioContext, worker: Worker) -> None:
+        self._context, self._worker = context, worker
+        remove_stale(context.upload_root)
+
+    def files(self, request: Request) -> Response:
+        """Folders and data files of ?folder=, or the roots."""
+        context, folder = self._context, request.query_params.get("folder", "")
+        if not folder:
+            roots = [*context.readable, context.upload_root]
+            return StudioJson({"folder": "", "above": None, "entries": [
+                {"name": str(root), "path": str(root), "bytes": None} for root in dict.fromkeys(roots)
+            ]})  # fmt: skip
+        path = context.safe_path(folder, [*context.readable, context.upload_root])
+        if not path.is_dir():
+            raise ApiError(404, f"{folder[:200]}: there is no such folder", code="no_such_path")
+        try:
+            listed = folder_entries(path)
+        except OSError as reason:
+            raise ApiError(403, f"{path}: {reason.strerror or reason}", code="cannot_read") from reason
+        is_root = path in (*context.readable, context.upload_root)
+        return StudioJson({"folder": str(path), "above": "" if is_root else str(path.parent), "entries": listed})
+
+    def catalogue(self, request: Request) -> Response:
+        """The entries of the catalogue whose name or description holds ?q=."""
+        words = request.query_params.get("q", "").lower().split()
+        found = [entry for entry in entries().values() if all(word in _searched(entry) for word in words)]
+        return StudioJson({"entries": [_entry(each) for each in found]})
+
+    async def upload(self, request: Request) -> Response:
+        """The body becomes a file; {path, name}."""
+        context, kind = self._context, request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind in FORM_TYPES:
+            raise ApiError(415, "send the file as application/octet-stream", code="not_a_file")
+        path = await save_upload(
+            request.stream(), request.path_params["name"], context.upload_root, context.upload_max_bytes
+        )
+        return StudioJson({"path": str(path), "name": path.name, "bytes": path.stat().st_size}, 201)
+
+    async def read(self, request: Request) -> Response:
+        """What is in {sources, options, model_path}; `options` of the answer are the flags of a run on it."""
+        asked = await self._asked(request)
+        found = await run_in_threadpool(self._worker.ask, "read", asked.arguments, replaces=f"read {asked.page}")
+        language = language_of(request)
+        found["bad"] = [[*bad[:3], in_language(bad[3], language)] for bad in found["bad"]]
+        found["unlearned"] = [[place, in_language(why, language)] for place, why in found["unlearned"]]
+        for key in ("toy", "warnings"):
+            found[key] = in_language(found[key], language)
+        found["notes"] = [[in_language(text, language), count, first] for text, count, first in found["notes"]]
+        return StudioJson({**found, "options": asked.data.for_run, "remote": asked.data.remote})
+
+    async def tokens(self, request: Request) -> Response:
+        """Samples by {numbers}, token by token."""
+        asked = await self._asked(request, "numbers")
+        numbers = asked.body["numbers"]
+        if not isinstance(numbers, list) or not all(type(each) is int for each in numbers[:100]):
+            raise bad_request("numbers must be a list of whole numbers", "numbers")
+        arguments = {**asked.arguments, "numbers": numbers[:100]}
+        return StudioJson(
+            await run_in_threadpool(self._worker.ask, "tokens", arguments, replaces=f"tokens {asked.page}")
+        )
+
+    async def stop(self, request: Request) -> Response:
+        """End a reading that takes too long."""
+        await json_body(request)
+        await run_in_threadpool(self._worker.stop)
+        return StudioJson({"stopped": True})
+
+    async def make(self, request: Request) -> Response:
+        """Start `onecard data clean` or `split` on {sources, options, name} as a job; its result is a new folder."""
+        program = request.path_params["program"]
+        if program not in PROGRAMS:
+            raise ApiError(404, f"{program[:50]!r} is none of {', '.join(PROGRAMS)}", code="no_such_program")
+        body = await json_body(request, "sources", "name")
+        options = checked_options(body.get("options", {}), PROGRAMS[program])
+        return StudioJson(await run_in_threadpool(self._start, program, body, options), 202)
+
+    def _start(self, program: str, body: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        data = named_data(self._context, body["sources"], {})
+        paths = data.for_run.get("data_path")
+        if paths is None:
+            text = f"{program} reads files as they are: name files or folders, each once and whole"
+            raise bad_request(text, "sources", "not_files")
+        if evaluation := options.get("evaluation_path"):
+            context = self._context
+            options["evaluation_path"] = str(context.safe_path(str(evaluation), context.readable))
+        target = self._target(str(body["name"]))
+        words = ["data", program, *words_of({"data_path": paths, "output_path": str(target), **options})]
+        results = [str(target / name) for name in RESULTS[program]]
+        job = self._context.jobs.start(f"data-{program}", words, title=target.name, about={"results": results})
+        return {"job": job, "results": results}
+
+    def _target(self, name: str) -> Path:
+        """A new folder in the output root. Raises ApiError for a name that is none, or that is taken (409)."""
+        is_plain = name.strip("._ ") == name and 0 < len(name) <= 80 and all(c.isalnum() or c in "-_." for c in name)
+        if not is_plain:
+            raise bad_request(f"{name[:80]!r} is no name of a folder: use letters, digits, - and _", "name", "bad_name")
+        target = self._context.output_root / FOLDER / name
+        if target.exists():
+            raise ApiError(409, f"{target} is there already; nothing is overwritten, give another name",
+                           param="name", code="name_taken")  # fmt: skip
+        return target
+
+    async def _asked(self, request: Request, *required: str) -> Asked:
+        body = await json_body(request, "sources", "model_path", *required)
+        reading = checked_options(body.get("options", {}), READING)
+        data = await run_in_threadpool(named_data, self._context, body["sources"], reading)
+        base = await run_in_threadpool(base_name, self._context, body["model_path"])
+        return Asked(body, data, {"options": data.for_page, "model_path": base}, str(body.get("page", ""))[:40])
+
+
+class Asked(NamedTuple):
+    """A checked question about data: its body, what it names, what the worker is asked, and the page it is from."""
+
+    body: dict[str, Any]
+    data: NamedData
+    arguments: dict[str, Any]
+    page: str
+
+
+def _searched(entry: CatalogueEntry) -> str:
+    return f"{entry.name} {entry.about} {' '.join(entry.language)}".lower()
+
+
+def _entry(entry: CatalogueEntry) -> dict[str, Any]:
+    return {
+        "name": entry.name, "about": entry.about, "rows": entry.rows, "language": list(entry.language),
+        "licence": entry.licence, "home": entry.home, "here": downloaded(entry.name) is not None,
+    }  # fmt: skip

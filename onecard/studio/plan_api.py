@@ -1,12 +1,140 @@
-"""Model and plan: what fits on the card."""
+"""Model and plan: which base, what of the card a run on it takes, what else would fit, and how long it would take."""
 
 from __future__ import annotations
 
-from starlette.routing import BaseRoute
+import json
+import statistics
+from pathlib import Path
+from typing import Any
 
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from onecard.config.base_model import DEFAULT_BASE
+from onecard.config.options import options_of
+from onecard.config.training import FinetuneConfig
+from onecard.serve.http_error import bad_request
 from onecard.studio.context import StudioContext
+from onecard.studio.http import StudioJson, json_body
+from onecard.studio.language import in_language, language_of
+from onecard.studio.named import base_name, local_models
+from onecard.studio.options import checked_options
+from onecard.studio.planning import DEFAULTS, STOPS
+from onecard.studio.worker import Worker
+
+# Cards by name: memory in GiB, and whether they are of the Turing generation, which has no bf16.
+CARDS = (
+    ("RTX 2060", 6, True), ("RTX 3070 / 4060", 8, False), ("RTX 2080 Ti", 11, True), ("RTX 3060 / 4070", 12, False),
+    ("T4", 14.7, True), ("RTX 4060 Ti / 4080", 16, False), ("RTX 3090 / 4090", 24, False), ("RTX 5090", 32, False),
+)  # fmt: skip
+LARGEST_CARD = 1024.0  # GiB
+# Paths, and what starts other code, come from the run's own view; a plan needs none of them.
+NOT_PLANNED = (
+    "model_path",
+    "data_path",
+    "data",
+    "output_path",
+    "trust_remote_code",
+    "vram",
+    "pretend_turing",
+    "stages",
+)
+LOG, TAIL_BYTES, MOST_RUNS = "log.jsonl", 65_536, 50
 
 
-def routes(context: StudioContext) -> list[BaseRoute]:
-    """The paths of this part."""
-    return []
+def routes(context: StudioContext, worker: Worker | None = None) -> list[BaseRoute]:
+    """The paths of this part, all below /api/plan. worker: for tests; else a process of its own."""
+    view = PlanView(context, worker or Worker())
+    return [
+        Route("/api/plan", view.plan, methods=["POST"]),
+        Route("/api/plan/limits", view.limits, methods=["POST"]),
+        Route("/api/plan/models", view.models),
+        Route("/api/plan/machine", view.machine),
+        Route("/api/plan/speeds", view.speeds),
+    ]
+
+
+class PlanView:
+    """The answers. Plans are made in a process of its own, which starts with the first question."""
+
+    def __init__(self, context: StudioContext, worker: Worker) -> None:
+        self._context, self._worker = context, worker
+        self._names = frozenset(options_of(FinetuneConfig)) - set(NOT_PLANNED)
+
+    def models(self, request: Request) -> Response:
+        """Bases on this disk, cards by name, and where the sliders stop: at once, without torch."""
+        cards = [{"name": name, "gib": gib, "is_old": is_old} for name, gib, is_old in CARDS]
+        return StudioJson({"default": DEFAULT_BASE, "local": local_models(self._context), "cards": cards,
+                           "stops": STOPS, "defaults": DEFAULTS})  # fmt: skip
+
+    def machine(self, request: Request) -> Response:
+        """The card that is found here, and the models that are known by name; torch is asked in another process."""
+        return StudioJson(self._worker.ask("machine", {}))
+
+    async def plan(self, request: Request) -> Response:
+        """What a run of {model_path, options} takes of {card: {gib, is_old}}, and why its settings are as they are."""
+        arguments, page = await self._asked(request)
+        found = await run_in_threadpool(self._worker.ask, "plan", arguments, replaces=f"plan {page}")
+        language = language_of(request)
+        for part in found["parts"]:
+            part["name"] = in_language(part["name"], language)
+        for choice in found["choices"]:
+            choice["reason"] = in_language(choice["reason"], language)
+        for key in ("notes", "advice", "warnings"):
+            found[key] = in_language(found[key], language)
+        return StudioJson(found)
+
+    async def limits(self, request: Request) -> Response:
+        """The longest context and the largest known model; {ready: false} while they are being found."""
+        arguments, page = await self._asked(request)
+        return StudioJson(await run_in_threadpool(self._worker.ask, "limits", arguments, replaces=f"limits {page}"))
+
+    def speeds(self, request: Request) -> Response:
+        """Training speeds of the runs in the output root, the newest first: [{run, tokens_per_s, seconds}]."""
+        return StudioJson({"runs": run_speeds(self._context.output_root)})
+
+    async def _asked(self, request: Request) -> tuple[dict[str, Any], str]:
+        body = await json_body(request, "model_path", "card")
+        card = body["card"]
+        gib = card.get("gib") if isinstance(card, dict) else None
+        if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 < gib <= LARGEST_CARD:
+            raise bad_request(f"the card's memory must be between 0 and {LARGEST_CARD:g} GiB", "card")
+        options = checked_options(body.get("options", {}), self._names)
+        base = await run_in_threadpool(base_name, self._context, body["model_path"])
+        arguments = {"model": base, "options": options, "gib": float(gib), "is_old": bool(card.get("is_old"))}
+        return arguments, str(body.get("page", ""))[:40]
+
+
+def run_speeds(root: Path) -> list[dict[str, Any]]:
+    """The median speed of each run's last rows, and the time of a step."""
+    logs = [path for pattern in (f"*/{LOG}", f"*/*/{LOG}") for path in root.glob(pattern)]
+    newest = sorted(logs, key=lambda path: -path.stat().st_mtime)[:MOST_RUNS]
+    found = []
+    for log in newest:
+        rates = [row["tokens_per_s"] for row in last_rows(log) if _is_rate(row.get("tokens_per_s"))]
+        if rates:
+            name = log.parent.relative_to(root).as_posix()
+            found.append({"run": name, "tokens_per_s": statistics.median(rates), "n_rows": len(rates)})
+    return found
+
+
+def last_rows(log: Path) -> list[dict[str, Any]]:
+    """The last whole rows of a log, of at most `TAIL_BYTES`."""
+    with log.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - TAIL_BYTES))
+        lines = stream.read().decode("utf-8", "replace").splitlines()
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the first may be cut by the reading, the last by a kill
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e12

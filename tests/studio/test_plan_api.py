@@ -1,0 +1,132 @@
+"""The studio's memory plan is that of the run, from options that the kit checks, for a base the page may name."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+
+from onecard.config.base_model import DEFAULT_BASE
+from onecard.serve.http_error import ApiError
+from onecard.studio import planning
+from onecard.studio.plan_api import run_speeds
+from onecard.studio.worker import Worker
+from tests.studio.conftest import eventually
+from tests.studio.worker_here import WorkerHere, client
+
+
+@pytest.fixture
+def page(context):
+    return client(context, WorkerHere())
+
+
+@pytest.fixture
+def question() -> dict:
+    return {"model_path": DEFAULT_BASE, "options": {"lora_r": 16, "cutoff_len": 512}, "card": {"gib": 11}}
+
+
+def test_models_at_once(page, context):
+    base = context.output_root / "merged"
+    base.mkdir()
+    (base / "config.json").write_text("{}", encoding="utf-8")
+    (base / "model.safetensors").write_bytes(b"")
+    _, found = page("GET", "/api/plan/models")
+    assert found["local"][:1] == [DEFAULT_BASE]
+    assert str(base) in found["local"]
+    assert found["defaults"].keys() == found["stops"].keys()
+    assert all(found["defaults"][name] in stops for name, stops in found["stops"].items())
+    assert {11, 12, 14.7, 24} <= {card["gib"] for card in found["cards"]}
+
+
+def test_the_plan_is_that_of_onecard_plan(page, question, capsys):
+    from onecard.programs.plan import main
+
+    status, found = page("POST", "/api/plan", question)
+    assert status == 200, found
+    main(["--model_path", DEFAULT_BASE, "--lora_r", "16", "--cutoff_len", "512", "--vram", "11", "--json"])
+    (told,) = json.loads(capsys.readouterr().out)["plans"]
+    for key in ("peak_bytes", "left_bytes", "fits", "parts", "choices"):
+        assert found[key] == told[key], key
+    _, chinese = page("POST", "/api/plan", question, headers={"x-language": "zh"})
+    assert chinese["parts"][-1]["name"] == "分配器余量（假设值）"
+    assert chinese["peak_bytes"] == found["peak_bytes"]
+
+
+def test_what_does_not_fit_says_what_would_help(page, question):
+    _, found = page("POST", "/api/plan", {**question, "card": {"gib": 0.3}})
+    assert not found["fits"]
+    assert "a smaller model" in found["advice"]
+
+
+def test_limits_are_found_while_nobody_asks(page, question, monkeypatch):
+    from onecard.model.memory import architecture
+
+    small = {"Qwen2.5-0.5B": architecture.known_models()["Qwen2.5-0.5B"]}
+    monkeypatch.setattr(architecture, "known_models", lambda: small)
+    assert page("POST", "/api/plan/limits", question)[1]["ready"] is False
+    for _ in planning.prepare(DEFAULT_BASE, question["options"], 11.0):
+        if page("POST", "/api/plan/limits", question)[1]["ready"]:
+            break
+    _, found = page("POST", "/api/plan/limits", question)
+    assert found["longest_context"] > 4096
+    assert found["largest_known"] == "Qwen2.5-0.5B"
+
+
+def test_refusals(page, question):
+    for change, param in (
+        ({"options": {"lora_r": -1}}, "--lora_r"),
+        ({"options": {"lora_r": "many"}}, "--lora_r"),
+        ({"options": {"bits": 5}}, "--bits"),
+        ({"options": {"output_path": "/tmp/x"}}, "--output_path"),
+        ({"options": {"help": True}}, "--help"),
+        ({"options": {"config": "/etc/passwd"}}, "--config"),
+        ({"options": {"lora_r": {"a": 1}}}, "--lora_r"),
+        ({"options": [1]}, "options"),
+        ({"card": {"gib": -1}}, "card"),
+        ({"card": {"gib": True}}, "card"),
+        ({"card": 11}, "card"),
+        ({"model_path": ""}, "--model_path"),
+        ({"model_path": "/etc"}, None),
+        ({"model_path": "../.."}, None),
+    ):
+        status, found = page("POST", "/api/plan", {**question, **change})
+        assert status in (400, 403), (change, found)
+        assert param in (None, found["error"]["param"]), (change, found)
+
+
+def test_what_is_asked_later_takes_the_place():
+    """Of five questions of a slider that wait, the last one is answered; another page's is not touched."""
+    worker, goes_on, answered, gave_way = Worker(), threading.Event(), [], []
+
+    def answer(message: dict) -> int:
+        goes_on.wait(60)
+        answered.append(message["arguments"]["n"])
+        return message["arguments"]["n"]
+
+    def ask(n: int, page: str) -> None:
+        try:
+            worker.ask("plan", {"n": n}, replaces=page)
+        except ApiError as reason:
+            gave_way.append((n, reason.code))
+
+    worker._ask = answer  # type: ignore[method-assign]
+    threads = []
+    for n, page in enumerate(["plan a", "plan b", "plan a", "plan a", "plan a"]):
+        threads.append(threading.Thread(target=ask, args=(n, page), daemon=True))
+        threads[-1].start()
+        eventually(lambda: worker._newest.get(page) == n, "the question has come")  # noqa: B023
+    goes_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(answered) == [0, 1, 4]
+    assert sorted(gave_way) == [(2, "superseded"), (3, "superseded")]
+
+
+def test_speeds_of_runs(tmp_path):
+    for name, rates in (("a", [100, 300, 200]), ("b/2-dpo", [50]), ("c", [])):
+        (tmp_path / name).mkdir(parents=True)
+        rows = [json.dumps({"step": i, "tokens_per_s": rate}) for i, rate in enumerate(rates)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join([*rows, '{"step": 9, "tok']), encoding="utf-8")
+    found = {each["run"]: each["tokens_per_s"] for each in run_speeds(tmp_path)}
+    assert found == {"a": 200, "b/2-dpo": 50}
