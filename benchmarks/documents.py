@@ -140,7 +140,9 @@ def speed(folder: Path, n_chunks: int) -> dict[str, Any]:
         queries.append(query_of(texts[(first // CHUNKS_PER_DOCUMENT) % 2]))
     seconds = time.perf_counter() - begun
     queries = queries[:N_QUERIES]
-    model: Any = type("RandomVectors", (), {"of": lambda self, texts: vectors.normal(size=(len(texts), WIDTH))})()
+    model: Any = type(
+        "RandomVectors", (), {"of": lambda self, texts: vectors.random((len(texts), WIDTH), np.float32)}
+    )()
     search, by_vectors = DocumentSearch(index), VectorSearch(index, model)
     by_vectors.nearest("", 1)  # reads the vectors
     return {

@@ -61,7 +61,8 @@ class VectorSearch:
         if not len(ids):
             return []
         cosines = matrix @ self._model.of([text])[0]
-        best = np.argsort(-cosines, kind="stable")[:most]
+        best = np.argpartition(-cosines, min(most, len(ids)) - 1)[:most]
+        best = best[np.argsort(-cosines[best], kind="stable")]
         return [(int(ids[k]), float(cosines[k])) for k in best]
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
