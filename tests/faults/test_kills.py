@@ -9,15 +9,18 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from onecard.config.lora import METHOD_SETTINGS
 from onecard.train.checkpoint import verify
 from tests.faults.conftest import Bench, assert_as_undisturbed, newest, step_of
 from tests.faults.fork_server import Start
 
 SEED = int(os.environ.get("ONECARD_KILL_SEED", "20261120"))
 N_STEPS = 30  # three epochs
+WITH_ONE_MORE = ("adalora", "p_tuning")  # file in a checkpoint: the ranks, and what makes the virtual tokens
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Killer:
     moments: random.Random
     step_s: float
     """How long an undisturbed step with its checkpoint takes here and now."""
+    options: dict[str, Any]
     n_killed: int = 0
     n_resumed: int = 0
 
@@ -35,7 +39,7 @@ class Killer:
         """Run to the end, killing on the way until `n_kills` are reached in all."""
         reached = 0
         while True:
-            start = self.bench.start(run, num_epoch=3)
+            start = self.bench.start(run, **self.options)
             if self.n_killed < n_kills:
                 phase, delay_s = self._wait(start, run.parent / "cache")
                 code = start.kill()
@@ -65,21 +69,28 @@ class Killer:
         return phase, delay_s
 
 
-@pytest.mark.parametrize("n_kills", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(bench: Bench, tmp_path: Path, n_kills: int) -> None:
-    straight = tmp_path / "straight"
-    start = bench.start(straight, num_epoch=3)
+@pytest.mark.parametrize(
+    ("n_kills", "method"),
+    [(10, "lora"), *(pytest.param(n_kills, method, marks=pytest.mark.slow) for n_kills, method in
+                     [(100, "lora"), (6, "adalora"), (6, "p_tuning"), (6, "prefix_tuning")])],
+)  # fmt: skip
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    bench: Bench, tmp_path: Path, n_kills: int, method: str
+) -> None:
+    dropout = {} if "lora_dropout" in METHOD_SETTINGS.get(method, ("lora_dropout",)) else {"lora_dropout": 0.0}
+    straight, options = tmp_path / "straight", {"num_epoch": 3, "peft_method": method, **dropout}
+    start = bench.start(straight, **options)
     assert start.wait_for("\nstep 1/")
     first_s = time.monotonic()
     assert start.wait_for(f"\nstep {N_STEPS}/"), start.output()
-    killer = Killer(bench, random.Random(SEED), (time.monotonic() - first_s) / (N_STEPS - 1))
+    killer = Killer(bench, random.Random(SEED), (time.monotonic() - first_s) / (N_STEPS - 1), options)
     assert start.wait() == 0
     n_ended = 0
     while killer.n_killed < n_kills:
         run = tmp_path / f"run-{n_ended}"
         killer.run_until_done(run, n_kills)
         n_ended += 1
-        assert_as_undisturbed(run, straight)
+        assert_as_undisturbed(run, straight, n_files=7 + (method in WITH_ONE_MORE))
         assert list(run.glob("*.broken*")) == []
         assert verify(run) == []
     print(f"seed {SEED}: {n_kills} kills, {killer.n_resumed} starts from a checkpoint, {n_ended} runs ended alike")

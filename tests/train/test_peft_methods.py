@@ -28,7 +28,7 @@ from tests import tiny
 from tests.runs import assert_same_end, run_and_stop
 
 OTHERS = [name for name in METHODS if name != "lora"]
-FAST = [("vera", 32), ("prompt_tuning", 32), ("p_tuning", 32), ("prefix_tuning", 32)]
+FAST = [("vera", 32), ("p_tuning", 32)]
 EVERY = [(name, bits) for name in [*OTHERS, "olora"] for bits in (4, 8, 16, 32)]
 # At a rate of LoRA those with few or bounded weights would barely move in the steps of a test.
 SETTINGS: dict[str, dict[str, Any]] = {
