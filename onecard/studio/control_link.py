@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from onecard.errors import OneCardError
+from onecard.train import control
 
-KINDS = ("pause", "continue", "stop", "save", "ask", "give_back", "take_back")
+KINDS = control.KINDS
 ASK_FIELDS = ("question", "messages", "system", "max_new_tokens", "temperature")
 
 
@@ -30,26 +28,20 @@ class RunControl(Protocol):
 class ControlFiles:
     """The control channel of this kit's runs."""
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
     def send(self, run: Path, kind: str, **given: Any) -> str:
-        return str(self._module.send(run, kind, **given))
+        return control.send(run, kind, **given)
 
     def reply(self, run: Path, request_id: str) -> dict[str, Any] | None:
-        found = self._module.reply(run, request_id)
-        return asdict(found) if is_dataclass(found) and not isinstance(found, type) else None
+        found = control.reply(run, request_id)
+        return None if found is None else asdict(found)
 
     def told(self, run: Path) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = asdict(self._module.status(run))
-        except OneCardError:
+            return asdict(control.status(run))
+        except control.NotRunning:
             return {}
-        return found
 
 
-def control_of_runs() -> RunControl | None:
-    """The control channel, where this version of the kit has one."""
-    if find_spec("onecard.train.control") is None:
-        return None
-    return ControlFiles(import_module("onecard.train.control"))
+def control_of_runs() -> RunControl:
+    """The control channel of this kit's runs."""
+    return ControlFiles()

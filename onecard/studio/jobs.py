@@ -31,6 +31,7 @@ ID = re.compile(r"[0-9a-z][0-9a-z-]{0,63}")
 CLAIM_S = 30.0  # a claim without content after so long is that of a process that was killed while it wrote it
 MOST_LOG_BYTES = 256_000  # sent at once
 ALIVE = ("starting", "running")
+STOPPED = (130, 143)  # exit codes of a run that was asked to stop and has saved itself (onecard/errors.py)
 
 
 @dataclass
@@ -97,7 +98,8 @@ class Jobs:
         # In this order: a process that ended between the two questions has left its code.
         ended = _read(folder / EXIT)
         if ended is not None:
-            return "done" if ended["code"] == 0 else CANCELLED if (folder / CANCELLED).exists() else "failed"
+            is_wanted = ended["code"] in STOPPED or (folder / CANCELLED).exists()
+            return "done" if ended["code"] == 0 else CANCELLED if is_wanted else "failed"
         with suppress(OSError):
             if marks is None and time.time() - (folder / PROCESS).stat().st_mtime < CLAIM_S:
                 return "starting"

@@ -95,13 +95,15 @@ class Runs:
         A run that wrote no status (of an earlier version) is known by its lock and by what it left.
         """
         job_id = _json(run / STUDIO_FILE).get("job")
-        job = ""
+        job, created = "", 0.0
         if isinstance(job_id, str):
             with suppress(ApiError):
-                job = self.jobs.get(job_id)["state"]
+                found = self.jobs.get(job_id)
+                job, created = found["state"], found["created"]
         told = self.control.told(run) if self.control else {}
         is_held = owner_lives(run)
-        if told.get("state") in RUNNING or (told and not job):
+        # What an earlier start of the run told does not hold once it is started again.
+        if told and (told["state"] in RUNNING or told.get("process_began", 0) >= created - 1):
             return str(told["state"]), told
         if is_held or job in ALIVE:
             return ("training" if is_held else "starting"), {}

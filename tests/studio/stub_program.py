@@ -24,7 +24,10 @@ def main(words: list[str]) -> int:
 
 
 def finetune(options: dict[str, str]) -> int:
-    """Note each start in starts.txt; `seed` is the exit code, `log_steps` how many tenths of a second it takes."""
+    """Note each start in starts.txt; `seed` is the exit code, `log_steps` how many tenths of a second it takes.
+
+    With `wandb_project` wait it goes on until there is a file `go` in its folder.
+    """
     run = Path(options["output_path"])
     with (run / "starts.txt").open("a") as starts:
         starts.write("started\n")
@@ -33,6 +36,8 @@ def finetune(options: dict[str, str]) -> int:
             log.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")
         print(f"step {step}", flush=True)
         time.sleep(0.1)
+    while options.get("wandb_project") == "wait" and not (run / "go").exists():
+        time.sleep(0.02)
     code = int(options.get("seed", 0))
     if code:
         print("error: --data_path: there is no usable row; give another file", file=sys.stderr)

@@ -30,6 +30,7 @@ def test_a_job_runs_and_what_it_said_and_ended_with_is_kept(context: StudioConte
     assert ended(jobs, good)["state"] == "done"
     job = ended(jobs, bad)
     assert (job["state"], job["exit_code"], job["kind"]) == ("failed", 3, "b")
+    assert ended(jobs, jobs.start("c", ["say", "saved", "143"]))["state"] == "cancelled", "it was asked to stop"
     status, content = ask("GET", f"/api/jobs/{good}/log?after=0")
     assert status == 200 and content["text"].split() == ["好"]
     assert ask("GET", f"/api/jobs/{good}/log?after={content['next']}")[1]["text"] == ""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +242,14 @@ def test_a_run_is_asked_and_paused(ask: Client, context: StudioContext, control:
     row = ask("GET", "/api/runs/a")[1]
     assert (row["state"], row["step"], row["total"]) == ("training", 2, 9)
     assert ask("POST", "/api/runs/a/control", {"kind": "pause", "file": "/etc/passwd"}) == (202, {"request": "1-a"})
+    context.jobs.spawn = lambda command: subprocess.Popen([sys.executable, "-c", ""])  # a job that begins later
+    context.jobs.start("finetune", [], job_id="later")
+    (run / "studio.json").write_text('{"job": "later"}', encoding="utf-8")
+    control.status = {"state": "stopped", "step": 2, "total_steps": 9, "process_began": 1e9}
+    assert ask("GET", "/api/runs/a")[1]["state"] == "starting", "what the earlier start told does not hold"
+    control.status["process_began"] = time.time()
+    assert ask("GET", "/api/runs/a")[1]["state"] == "stopped"
+    control.status["state"] = "training"
     asked = {"kind": "ask", "question": "6 x 7?", "max_new_tokens": 5, "path": "x"}
     assert ask("POST", "/api/runs/a/control", asked)[0] == 202
     assert control.sent == [("a", "pause", {}), ("a", "ask", {"question": "6 x 7?", "max_new_tokens": 5})]
