@@ -44,6 +44,7 @@ class EventHub:
     _pages: set[Subscriber] = field(default_factory=set)
     _loop: asyncio.AbstractEventLoop | None = None
     _is_closed: bool = False
+    _warned: str = ""
 
     @property
     def n_pages(self) -> int:
@@ -71,7 +72,7 @@ class EventHub:
         self._loop = asyncio.get_running_loop()
         while True:
             for watcher in self.watchers:
-                for name, content in await run_in_threadpool(_asked, watcher):
+                for name, content in await run_in_threadpool(self._asked, watcher):
                     self.publish(name, content)
             await asyncio.sleep(POLL_SECONDS)
 
@@ -93,22 +94,24 @@ class EventHub:
         finally:
             self._pages.discard(page)
 
+    def _asked(self, watcher: Callable[[], Iterable[News]]) -> list[News]:
+        found: list[News] = []
+        try:
+            for news in watcher():
+                found.append(news)
+        except Exception as reason:  # one broken run must not keep the news of all others
+            told = f"the studio could not look for news: {type(reason).__name__}: {reason}"
+            if told != self._warned:  # not once a second
+                warn(told)
+            self._warned = told
+        return found
+
     def _send(self, text: str | None) -> None:
         for page in list(self._pages):
             try:
                 page.queue.put_nowait(text)
             except asyncio.QueueFull:
                 page.is_lost = True
-
-
-def _asked(watcher: Callable[[], Iterable[News]]) -> list[News]:
-    found: list[News] = []
-    try:
-        for news in watcher():
-            found.append(news)
-    except Exception as reason:  # one broken run must not keep the news of all others
-        warn(f"the studio could not look for news: {type(reason).__name__}: {reason}")
-    return found
 
 
 def routes(hub: EventHub) -> list[BaseRoute]:

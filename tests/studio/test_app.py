@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import os
 import re
@@ -17,6 +18,7 @@ from onecard.errors import ConfigError
 from onecard.serve.http_error import ApiError
 from onecard.studio.app import studio_app
 from onecard.studio.context import StudioContext, safe_path
+from onecard.studio.events import EventHub
 from tests.studio.conftest import Client
 
 # Texts that reach for what lies elsewhere, in a path or a body.
@@ -118,3 +120,32 @@ def test_options_are_checked() -> None:
     with pytest.raises(ConfigError) as refused:
         parse(StudioOptions, ["--host", "0.0.0.0", "--data_root", "/no/such", "--upload_max_mb", "0"])
     assert {flag for flag, _ in refused.value.problems} == {"--host", "--data_root", "--upload_max_mb"}
+
+
+def test_a_watcher_that_fails_is_told_once_and_keeps_no_other_back(capsys: pytest.CaptureFixture[str]) -> None:
+    hub = EventHub()
+
+    def broken() -> Any:
+        yield "a", 1
+        raise OSError("gone")
+
+    assert hub._asked(broken) == hub._asked(broken) == [("a", 1)]
+    assert capsys.readouterr().err.count("could not look for news: OSError: gone") == 1
+
+
+def test_pages_are_sent_what_is_published_until_the_studio_ends() -> None:
+    async def listen() -> list[str]:
+        hub = EventHub()
+        heard = []
+        async for text in hub.stream():
+            heard.append(text)
+            if len(heard) == 1:
+                assert hub.n_pages == 1
+                hub.publish("run", {"loss": float("nan"), "name": "好\n"})
+            else:
+                hub.close()
+        assert hub.n_pages == 0
+        return heard
+
+    hello, news = asyncio.run(listen())
+    assert hello.startswith("retry: ") and news == 'event: run\ndata: {"loss": null, "name": "好\\n"}\n\n'

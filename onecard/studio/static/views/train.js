@@ -117,6 +117,11 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
     clear() { this.$store.draft.clear(); Object.assign(this, { name: "", extra: [] }); this.check(); },
 
     // --- the queue
+    // What goes on and waits, in its order; below it what is over, the newest first.
+    listed() {
+      const isOpen = (entry) => ["waiting", "starting", "running"].includes(entry.state);
+      return [...this.queue.entries.filter(isOpen), ...this.queue.entries.filter((entry) => !isOpen(entry)).reverse()];
+    },
     async change(method, path, body) {
       const queue = await attempt(() => api(method, path, body));
       if (queue) this.queue = queue;
