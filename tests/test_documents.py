@@ -26,6 +26,7 @@ import yaml
 
 from onecard.config import parsing as cli
 from onecard.config.inference import ChatConfig, GenerateConfig, ServeConfig
+from onecard.config.studio import StudioOptions
 from onecard.config.training import FinetuneConfig
 from onecard.translation import use_language
 
@@ -418,7 +419,7 @@ def tool_options() -> Iterator[type]:
 def test_every_flag_in_the_documents_exists() -> None:
     known = {
         f"--{name}"
-        for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig, *tool_options())
+        for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig, StudioOptions, *tool_options())
         for name in cli.options_of(config)
     }
     known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--real", "--examples", "--serve"}
