@@ -47,6 +47,12 @@ def say(message: str = "", *, is_styled: bool = False) -> None:
         _write(sys.stdout, message if is_styled else escaped(translated(message)))
 
 
+def say_beside(message: str) -> None:
+    """Say something on standard error, where standard output is an answer and nothing else."""
+    if not quiet_rank():
+        _write(sys.stderr, escaped(translated(message)))
+
+
 def warn(message: str) -> None:
     """Print one line on standard error, marked as a warning; only the first process of several speaks."""
     if not quiet_rank():

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from onecard.console import error, say, warn
+from onecard.console import error, say, say_beside, warn
 from onecard.errors import DataError, ModelError
 from onecard.inference.generate import Chunk
 from onecard.serve.terminal.input import Keyboard
@@ -42,8 +42,14 @@ def interact(answer: Answer, *, rewrites: bool = False, read_line: Callable[[str
 
 
 def answer_once(answer: Answer, instruction: str, *, rewrites: bool = False) -> None:
-    """Answer one instruction on standard output, where nothing else is written; a cut answer is warned of."""
+    """Answer one instruction on standard output, where nothing else is written.
+
+    How fast, goes to standard error; a cut answer is warned of there, too.
+    """
+    begun = time.perf_counter()
     last = _typed(answer(instruction, 0), Screen(quiet=True), rewrites)
+    speed = last.usage.n_new_tokens / max(time.perf_counter() - begun, 1e-9)
+    say_beside(f"[{last.usage.n_new_tokens} tokens, {speed:.1f} tokens/s]")
     if last.finish_reason == "length":
         warn(f"the answer was cut after {last.usage.n_new_tokens} tokens; --max_new_tokens sets the limit")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -75,3 +76,4 @@ def test_one_answer_stands_alone_on_standard_output(capsys) -> None:
     captured = capsys.readouterr()
     assert captured.out == "  Hi\n\n"
     assert "after 3 tokens; --max_new_tokens" in captured.err
+    assert re.search(r"^\[3 tokens, [\d.]+ tokens/s\]$", captured.err, re.MULTILINE)
