@@ -19,15 +19,11 @@ from onecard.errors import ConfigError
 from onecard.installation import SCRIPTS, program_name, verbs
 from onecard.translation import typed_language, use_language
 
-# Quantising with bitsandbytes needs no further package, and every card and CPU can load the result.
-ALIASES = {"quantize": "quantize-bnb"}
-
 
 def overview() -> str:
     """What `onecard --help` prints: every verb with a line."""
     name = program_name() or "onecard"
     lines = [f"  {verb:<15}{_summary(file)}" for verb, file in verbs().items()]
-    lines += [f"  {alias:<15}the same as {verb}" for alias, verb in ALIASES.items()]
     usage = [f"usage: {name} VERB [--OPTION VALUE ...]", f"       {name} VERB --help"]
     return "\n".join([*usage, "", "Verbs:", *lines])
 
@@ -42,7 +38,6 @@ def run(words: Sequence[str]) -> None:
     use_language(typed_language(words))
     typed = words[0] if words else "--help"
     verb = typed.replace("_", "-")
-    verb = ALIASES.get(verb, verb)
     if verb in verbs():
         import_module(f"onecard.programs.{verb.replace('-', '_')}").main(list(words[1:]))
     elif "--version" in words:
@@ -53,7 +48,7 @@ def run(words: Sequence[str]) -> None:
         say(overview())
     else:
         of_scripts = {Path(script).stem.replace("_", "-"): known for known, script in SCRIPTS.items()}
-        meant = nearest(of_scripts.get(Path(verb).stem, verb), [*verbs(), *ALIASES])
+        meant = nearest(of_scripts.get(Path(verb).stem, verb), list(verbs()))
         raise ConfigError("", f"{typed!r} is no verb of onecard{meant}; onecard --help lists them")
 
 

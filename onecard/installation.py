@@ -23,6 +23,7 @@ SCRIPTS = {
     "doctor": "tools/doctor.py", "download": "tools/download.py", "checksums": "tools/checksums.py",
     "score": "tools/score.py", "evaluate": "tools/evaluate.py", "merge": "tools/merge_lora.py",
     "gguf": "tools/export_gguf.py",
+    "quantize": "tools/quantize.py",
     "quantize-bnb": "tools/quantize_bnb.py", "quantize-gptq": "tools/quantize_gptq.py",
     "convert-llama": "tools/convert_llama.py", "expand-vocab": "tools/expand_vocab.py",
     "weight-diff": "tools/weight_diff.py",

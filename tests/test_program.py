@@ -65,7 +65,7 @@ def test_every_program_is_a_verb_with_a_line_and_a_script_in_a_clone(capsys: pyt
     program.run(["--help"])
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if re.match(r"  \S", line))
     modules = {path.stem for path in (SHIPPED / "onecard" / "programs").glob("[!_]*.py")}
-    assert {verb.replace("-", "_") for verb in lines} - set(program.ALIASES) == modules
+    assert {verb.replace("-", "_") for verb in lines} == modules
     assert list(lines)[: len(SCRIPTS)] == list(SCRIPTS), "in the order of use"
     for verb, script in SCRIPTS.items():
         assert 10 < len(lines[verb]) < 90, verb
@@ -100,7 +100,7 @@ def test_the_help_of_every_verb_loads_nothing_heavy() -> None:
     assert "jsonargparse" in found and not found & HEAVY
 
 
-@pytest.mark.parametrize("verb", [*installation.verbs(), *program.ALIASES])
+@pytest.mark.parametrize("verb", installation.verbs())
 def test_the_usage_line_of_a_verb_is_what_was_typed(
     verb: str, capsys: pytest.CaptureFixture[str], as_installed
 ) -> None:
