@@ -108,7 +108,7 @@ def test_a_target_that_differs_from_its_source_in_case_alone_is_refused(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows needs a setting for paths above 260")
 def test_a_run_lies_in_a_long_path_with_blanks_and_chinese(tmp_path: Path, tiny_base: Path, instructions: Path) -> None:
-    place = tmp_path.joinpath(*["我的 数据 и данные"] * 12)
+    place = tmp_path.joinpath(*["我的 数据 и данные"] * 20)
     place.mkdir(parents=True)
     data = place / "问题 1.json"
     data.write_bytes(instructions.read_bytes())
