@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
 from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
 from onecard.model.memory import fake_model
@@ -92,7 +93,8 @@ def _relevant(model: Any, setup: Any, part: Part) -> Any:
     if part is Part.LAYERS and setup.loss_chunk:
         setup = replace(setup, loss_chunk=1, head_bits=16)
     elif part is Part.LOSS:
-        setup = replace(setup, gradient_checkpointing=model.checkpoints)
+        may_recompute = model.checkpoints and LoraOptions(setup.peft_method).may_recompute
+        setup = replace(setup, gradient_checkpointing=may_recompute)
         if setup.tokens <= model.max_positions or not model.max_positions:  # else as many may not fit into a row
             setup = replace(setup, rows=1, length=setup.tokens)
     if setup.offload_activations and setup.tokens <= min(_offload_limits(model, setup)):
