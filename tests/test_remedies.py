@@ -19,8 +19,16 @@ from tests.reached_code import FLAG, REPOSITORY, Walk, named_flags, reached
 
 FOLDER = REPOSITORY / "onecard" / "programs"
 PROGRAMS = sorted(FOLDER.glob("[!_]*.py"))
+# Programs that hand words on: to which others.
+HANDS_ON = {
+    "documents": ("serve", "chat"), "quantize": ("quantize_bnb", "quantize_gptq"), "test": (),
+    "quickstart": ("finetune", "generate", "chat", "evaluate"),
+    "recipe": ("data", "inspect", "finetune", "evaluate", "score"),
+}  # fmt: skip
+OWN_WORDS = {"quantize": {"method"}, "test": {"all", "gptq", "real"}, "quickstart": {"examples"}}
 # Options of other programs that are started from here, or that a person starts.
-FOREIGN = {"gpus", "query", "format", "nproc_per_node", "standalone", "use_deepspeed"}
+FOREIGN = {"gpus", "query", "format", "nproc_per_node", "standalone", "use_deepspeed", "python", "clear",
+           "quiet", "dist", "durations", "check", "simcard", "run"}  # fmt: skip
 # Code that serves every program through tables of options, and says only what is in the program's own.
 BY_TABLE = ("onecard.config.old_names", "onecard.config.given_paths")
 # Their `problems` are asked of the classes that make a program's own options: a test below.
@@ -78,6 +86,13 @@ NEVER = {
     ("onecard.inference.queue", "max_queue"): "the page of votes asks no model",
     ("onecard.programs._lm_eval", "model"): "of the harness that is started",
     ("onecard.programs._lm_eval", "model_args"): "of the harness that is started",
+    ("onecard.documents.vectors", "embed_model"): "the index names its model; what is missing is a package",
+    ("onecard.export.merge.merge", "rope_scaling"): "tells how the adapter was trained",
+    ("onecard.export.gguf.adapter", "rope_scaling"): "tells how the adapter was trained",
+    ("onecard.model.lora.formats", "rope_scaling"): "tells how the adapters were trained",
+    ("onecard.model.lora.formats", "lora_path"): "one adapter has no other one that differs",
+    ("onecard.model.rope_scaling", "rope_scaling"): "exports give what training has checked",
+    ("onecard.model.model_config", "trust_remote_code"): "what is written as GGUF, transformers knows",
     ("onecard.serve.handover", "port"): "of the engine that is started",
     ("onecard.serve.handover", "host"): "of the engine that is started",
     ("onecard.serve.handover", "model"): "of the engine that is started",
@@ -116,8 +131,11 @@ def classes_of(program: Path) -> list[type]:
 def options_of(program: Path) -> frozenset[str]:
     """All options of a program, of each of its verbs."""
     found = {option for kind in classes_of(program) for option in cli.options_of(kind)}
-    assert found, program
-    return frozenset(found | {"config", "print_config", "help"})
+    found |= OWN_WORDS.get(program.stem, set()) | {"config", "print_config", "help"}
+    for other in HANDS_ON.get(program.stem, ()):
+        found |= options_of(program.with_stem(other))
+    assert len(found) > 3, program
+    return frozenset(found)
 
 
 @lru_cache

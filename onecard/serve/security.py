@@ -143,7 +143,8 @@ class OriginCheck:
         origins = headers_of(scope, b"origin") if changes or asks or uses_card else []
         # The image of a foreign page comes without Origin: https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
         if uses_card and not origins and set(headers_of(scope, b"sec-fetch-site")) & {"cross-site", "same-site"}:
-            message = "pages of other origins may not ask here; send POST, from an origin of --allowed_origins"
+            allowed = f"an origin of {command('serve')} --allowed_origins"
+            message = f"pages of other origins may not ask here; send POST, from {allowed}"
             return await refuse(scope, send, ApiError(403, message, code="origin_not_allowed"))
         # A page that asks stands on another origin, even where host and port are ours.
         hosts = headers_of(scope, b"host") if origins and not asks else []

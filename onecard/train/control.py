@@ -126,7 +126,7 @@ def status(run: Path) -> RunStatus:
     found = _read(Path(run) / FOLDER / STATUS_NAME, RunStatus)
     if found is None:
         raise NotRunning(f"{run} has no control/status.json, which each run writes while it goes on; give the "
-                         "--output_path of a run")  # fmt: skip
+                         "directory of a run")  # fmt: skip
     is_lost = found.is_alive and found.host == socket.gethostname() and not _is_there(found)
     return replace(found, state="lost", message=f"process {found.pid} is gone") if is_lost else found
 
