@@ -16,10 +16,9 @@ from onecard.config.inference import DOCUMENTS_MODEL, LimitOptions, ParallelOpti
 from onecard.data.chat_template import Template
 from onecard.data.messages import Turn
 from onecard.data.wordings import language_of
-from onecard.documents.index import DocumentIndex, StoredChunk
+from onecard.documents.index import EMBED_MODEL, DocumentIndex, StoredChunk
 from onecard.documents.search import DocumentSearch
 from onecard.documents.sources import listing, prompt_of, source_fields, without_listing, wordings
-from onecard.documents.update import EMBED_MODEL
 from onecard.documents.vectors import TextVectors, VectorSearch
 from onecard.errors import ConfigError
 from onecard.inference.adapters import AdapterManager
@@ -33,7 +32,7 @@ FEWEST_CHARS = 80  # of the best passage, where even that has to be cut
 
 
 def open_search(folder: Path) -> DocumentSearch:
-    """The search in an index. Raises DataError and ConfigError."""
+    """The search in an index. Raises DataError."""
     index = DocumentIndex(folder)
     model = index.setting(EMBED_MODEL)
     return DocumentSearch(index, VectorSearch(index, TextVectors(model)) if model else None)

@@ -23,6 +23,7 @@ from onecard.errors import DataError
 from onecard.installation import command
 
 FILE_NAME = "index.db"
+EMBED_MODEL = "embed_model"  # the setting that names the model of the vectors
 BUSY_SECONDS = 60.0  # another process may be adding
 # A word that more than this share of the chunks holds orders nothing, and takes longest to look up.
 COMMON_SHARE = 0.1

@@ -14,13 +14,11 @@ from onecard.console import first_line, say, warn
 from onecard.data.documents import page_list
 from onecard.data.values import UnusableRecord
 from onecard.documents.chunks import chunks_of
-from onecard.documents.index import DocumentIndex
+from onecard.documents.index import EMBED_MODEL, DocumentIndex
 from onecard.documents.reading import SUFFIXES, read_blocks
 from onecard.documents.vectors import TextVectors, stored
 from onecard.errors import DataError
 from onecard.storage import sha256_of
-
-EMBED_MODEL = "embed_model"  # the setting of an index that names the model of its vectors
 
 
 @dataclass
@@ -44,7 +42,7 @@ class UpdateCounts:
 def update(index: DocumentIndex, paths: Sequence[Path], limits: ReadingLimits, embed_model: str = "") -> UpdateCounts:
     """Bring these files and folders into the index; without any, the folders that were added before.
 
-    Raises DataError: a path is missing; ConfigError: the model of the vectors does not load.
+    Raises DataError: a path is missing, or the model of the vectors does not load.
     """
     missing = [str(path) for path in paths if not path.expanduser().exists()]
     if missing:
@@ -70,7 +68,7 @@ def update(index: DocumentIndex, paths: Sequence[Path], limits: ReadingLimits, e
 
 
 def _vectors(index: DocumentIndex, embed_model: str) -> TextVectors | None:
-    """The model of the index's vectors. Raises ConfigError, and DataError where the index has others."""
+    """The model of the index's vectors. Raises DataError, also where the index has others."""
     stored_name = index.setting(EMBED_MODEL)
     if embed_model and embed_model != stored_name and index.documents():
         has = f"vectors of {stored_name}" if stored_name else "no vectors"

@@ -15,27 +15,25 @@ import numpy as np
 
 from onecard.console import first_line
 from onecard.documents.index import DocumentIndex
-from onecard.errors import ConfigError
+from onecard.errors import DataError
 
-NEEDS = "needs model2vec: pip install -r requirements-documents.txt"
+NEEDS = "finding by meaning needs model2vec: pip install -r requirements-documents.txt"
 
 
 class TextVectors:
     """A model that gives texts vectors of length 1."""
 
     def __init__(self, model: str) -> None:
-        """Load a directory or a Hub id. Raises ConfigError."""
+        """Load a directory or a Hub id. Raises DataError."""
         if find_spec("model2vec") is None:
-            raise ConfigError("--embed_model", NEEDS)
+            raise DataError(NEEDS)
         from model2vec import StaticModel
 
         try:
             self._model = StaticModel.from_pretrained(model, force_download=False)
         except Exception as reason:  # of the Hub, of files, of safetensors and of tokenizers
-            message = (
-                f"{model} cannot be loaded ({first_line(reason)}); give the directory or Hub id of a model2vec model"
-            )
-            raise ConfigError("--embed_model", message) from None
+            what = f"cannot be loaded ({first_line(reason)}); a directory or Hub id of a model2vec model is needed"
+            raise DataError(what, model) from None
 
     def of(self, texts: Sequence[str]) -> np.ndarray:
         """(n, width) float32."""

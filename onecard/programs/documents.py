@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onecard.config.inference import ServeConfig
 from onecard.config.parsing import missing, parse, parse_verb
 from onecard.config.problems import Problem
 from onecard.inference.run_files import stored_by_first
@@ -61,7 +62,7 @@ class ListedOptions(IndexOptions):
 
 
 @dataclass
-class ServeDocumentsConfig(IndexOptions):
+class ServeDocumentsConfig(ServeConfig):
     """Serve them over the OpenAI API, with the options of `onecard serve`."""
 
 

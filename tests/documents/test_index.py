@@ -294,9 +294,9 @@ def test_vectors_come_back_as_they_were_kept() -> None:
 
 def test_a_model_of_vectors_that_is_not_there_costs_one_clear_line(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(vectors_module, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--embed_model: needs model2vec: pip install -r requirements-documents.txt"):
+    with pytest.raises(DataError, match=r"needs model2vec: pip install -r requirements-documents.txt"):
         TextVectors("x")
     monkeypatch.undo()
     pytest.importorskip("model2vec")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="cannot be loaded"):
         TextVectors(str(tmp_path / "nothing"))
