@@ -59,6 +59,7 @@ def test_what_does_not_fit_says_what_would_help(page, question):
     assert "a smaller model" in found["advice"]
 
 
+@pytest.mark.slow
 def test_limits_are_found_while_nobody_asks(page, question, monkeypatch):
     from onecard.model.memory import architecture
 
