@@ -154,7 +154,7 @@ def test_a_run_waits_answers_and_leaves_its_card_and_ends_as_undisturbed(
     assert len(list(read_answers(run / QUESTIONS_NAME))) == 1
 
 
-@pytest.mark.parametrize("way", ["request", "signal"])
+@pytest.mark.parametrize("way", [pytest.param("request", marks=pytest.mark.slow), "signal"])
 def test_a_run_that_waits_can_be_stopped_and_goes_on_from_there(
     tiny_base: Path, instructions: Path, tmp_path: Path, undisturbed: Path, at_step: dict[int, Any], way: str
 ) -> None:
@@ -286,6 +286,7 @@ def test_two_processes_answer_wait_and_stay_on_their_cards(tiny_base: Path, inst
     assert rows == sorted([0, *range(4, 21, 4), said["ask"].step])
 
 
+@pytest.mark.slow  # that they are asked at each evaluation is test_changed_options.py's, too
 def test_standing_questions_make_a_film_strip(
     tiny_base: Path, instructions: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
