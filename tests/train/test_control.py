@@ -199,6 +199,7 @@ def test_a_question_is_what_its_fields_say() -> None:
     turns, sampling = question_of({"question": "Hi", "system": "Be short.", "top_p": 1, "stop": ["x"]})
     assert [(turn.role, turn.content) for turn in turns] == [("system", "Be short."), ("user", "Hi")]
     assert sampling == SamplingOptions(top_p=1, stop=["x"])
+    assert isinstance(sampling.top_p, float)  # transformers takes no whole number
 
 
 @pytest.mark.parametrize(
