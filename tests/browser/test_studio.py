@@ -1,0 +1,185 @@
+"""Train and Runs of the studio in a real Chromium, with a stub in place of training; axe-core looks for faults."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onecard.config.studio import StudioOptions
+from onecard.studio.app import studio_app
+from onecard.studio.context import StudioContext, open_context
+from tests.browser.conftest import is_foreign, wait_until
+from tests.browser.test_accessibility import DESKTOP, PHONE, faults
+from tests.covering import every_pair_fast
+
+STUB = Path(__file__).resolve().parents[1] / "studio" / "stub_program.py"
+
+
+def make_run(root: Path, name: str, rows: int, **settings: Any) -> Path:
+    run = root / name
+    run.mkdir()
+    lines = [{"step": k, "loss": 3 / k, "learning_rate": 1 / k, "tokens_per_s": 900.0} for k in range(1, rows + 1)]
+    lines += [{"step": rows, "eval_loss": 0.5, "forgetting": 0.02}]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    options = {"model_path": "org/base", "data_path": "rows.jsonl", "objective": "sft", "bits": 4, **settings}
+    (run / "onecard.yaml").write_text("".join(f"{key}: {value}\n" for key, value in options.items()), encoding="utf-8")
+    (run / "manifest.json").write_text("{}", encoding="utf-8")
+    return run
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, StudioContext]]:
+    """The address of a studio with two runs in it, and its folders."""
+    import uvicorn
+
+    from onecard.serve.listen import open_socket
+
+    folder = tmp_path_factory.mktemp("studio")
+    options = StudioOptions(output_root=str(folder / "out"))
+    context = open_context(options)
+    context.jobs.program = (sys.executable, str(STUB))
+    make_run(context.output_root, "first", 40, bits=4)
+    make_run(context.output_root, "second", 90, bits=8)
+    app = studio_app(options, context)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    with open_socket("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/", context
+        context.events.close()
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def open_view(browser: Any, studio: tuple[str, StudioContext]) -> Iterator[Any]:
+    """open_view("runs") -> a page; foreign requests and errors in it fail the test."""
+    contexts: list[Any] = []
+    errors: list[str] = []
+
+    def opened(view: str, *, with_policy: bool = False, **options: Any) -> Any:
+        # The page's own policy forbids `eval`, by which playwright waits for conditions and axe-core is brought in.
+        context = browser.new_context(**(DESKTOP | {"locale": "en-US"} | options), bypass_csp=not with_policy)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("request", lambda asked: errors.append(asked.url) if is_foreign(asked.url) else None)
+        page.goto(f"{studio[0]}#{view}")
+        page.wait_for_selector("body[data-ready]")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def press_until(page: Any, selector: str, key: str = "Tab") -> None:
+    """Go on with the keyboard until this part has the focus."""
+    for _ in range(80):
+        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{selector} is not reached by {key}")
+
+
+def test_a_run_is_queued_by_keyboard_alone_and_watched_on_a_second_page(open_view: Any, studio: Any) -> None:
+    """Under the page's own policy: nothing in it is refused by the browser."""
+    page = open_view("data", with_policy=True)
+    press_until(page, "#tab-data")
+    for name in ("model", "train"):
+        page.keyboard.press("ArrowRight")
+        page.wait_for_selector(f"#tab-{name}[aria-selected=true]:focus")
+    press_until(page, "#run-name")
+    page.keyboard.type("by-keyboard")
+    press_until(page, "#more-options")
+    page.keyboard.type("wandb_project")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#opt-wandb_project:focus")
+    page.keyboard.type("wait")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#command:has-text('--wandb_project=wait')")
+    press_until(page, "#add-run")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("ol.queue li:has-text('by-keyboard')")
+    other = open_view("train", locale="zh-CN")
+    other.wait_for_selector("ol.queue .badge:has-text('进行中')")
+    other.wait_for_selector("#run-log:has-text('step 1')")
+    page.wait_for_selector("#chart-loss canvas")
+    (studio[1].output_root / "by-keyboard" / "go").touch()
+    page.wait_for_selector("ol.queue .badge:has-text('done')")
+    other.wait_for_selector("ol.queue .badge:has-text('完成')")
+    assert "by-keyboard" in page.input_value("#watched-run")
+
+
+def test_what_is_wrong_stands_at_its_field_and_a_failure_says_why(open_view: Any) -> None:
+    page = open_view("train")
+    page.fill("#opt-num_epoch", "many")
+    page.press("#opt-num_epoch", "Tab")
+    page.wait_for_selector("#opt-num_epoch[aria-invalid=true]")
+    assert page.is_disabled("#add-run")
+    page.fill("#opt-num_epoch", "1")
+    page.fill("#run-name", "fails")
+    page.fill("#more-options", "seed")
+    page.press("#more-options", "Enter")
+    page.fill("#opt-seed", "2")
+    page.press("#opt-seed", "Tab")
+    page.wait_for_selector("#command:has-text('--seed=2')")
+    page.click("#add-run")
+    page.wait_for_selector("ol.queue li:has-text('there is no usable row; give another file')")
+    page.wait_for_selector("ol.queue li:has-text('Put these settings right')")
+
+
+def test_runs_are_compared_noted_deleted_and_restored(open_view: Any, studio: Any) -> None:
+    page = open_view("runs")
+    page.wait_for_selector("#runs tr:has-text('second')")
+    page.check("[aria-label='first: compare']")
+    page.check("[aria-label='second: compare']")
+    page.wait_for_selector("#chart-compare canvas")
+    page.wait_for_selector("#differences tr:has-text('--bits')")
+    page.fill("#filter", "second")
+    page.wait_for_function("document.querySelectorAll('#runs tbody tr').length === 1")
+    page.click("#runs button:has-text('second')")
+    page.wait_for_selector("#details-title:focus")
+    page.fill("#notes", "the better one")
+    page.press("#notes", "Tab")
+    wait_until(lambda: (studio[1].output_root / "second" / "studio.json").exists())
+    page.fill("#new-name", "renamed")
+    page.press("#new-name", "Enter")
+    page.wait_for_selector("#details-title:has-text('renamed')")
+    page.fill("#filter", "better")
+    page.wait_for_selector("#runs tr:has-text('renamed')")
+    page.click("#delete")
+    page.wait_for_selector("#runs tr:has-text('renamed')", state="detached")
+    page.click("#show-trash")
+    page.click("button:has-text('Restore')")
+    page.wait_for_selector("#runs tr:has-text('renamed')")
+    (studio[1].output_root / "renamed").rename(studio[1].output_root / "second")
+
+
+@pytest.mark.parametrize(
+    ("device", "locale", "scheme"), every_pair_fast(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])
+)
+def test_axe_finds_no_serious_fault_and_nothing_is_too_wide(
+    open_view: Any, device: str, locale: str, scheme: str
+) -> None:
+    view = DESKTOP if device == "desktop" else PHONE
+    page = open_view("train", **view, locale=locale, color_scheme=scheme)
+    page.wait_for_selector("#chart-loss canvas")
+    assert faults(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.click("#tab-runs")
+    page.wait_for_selector("#chart-compare canvas")
+    page.click("#runs button:has-text('first')")
+    page.wait_for_selector("#details-title:focus")
+    assert faults(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
