@@ -136,7 +136,8 @@ def _sampling_of(given: Mapping[str, Any]) -> SamplingOptions:
             raise ConfigError(name, f"{value!r} is no {type(default).__name__}")
     # JSON writes 1.0 as 1, and transformers takes no whole number for a temperature.
     floats = {name for name in given if isinstance(getattr(defaults, name), float)}
-    sampling = SamplingOptions(**{name: float(value) if name in floats else value for name, value in given.items()})
+    settings: dict[str, Any] = {name: float(value) if name in floats else value for name, value in given.items()}
+    sampling = SamplingOptions(**settings)
     refuse(sampling.problems())
     if sampling.max_new_tokens > MOST_NEW_TOKENS or sampling.num_beams > MOST_BEAMS:
         raise ConfigError("", f"a run answers with at most {MOST_NEW_TOKENS} tokens and {MOST_BEAMS} beams")
