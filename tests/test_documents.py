@@ -175,7 +175,7 @@ def test_command_starts(stage: Path, command: str, monkeypatch: pytest.MonkeyPat
     makes_venv = "onecard quickstart" in command
     done = start_here(stage, command, monkeypatch) if is_plain and not makes_venv else start(stage, command)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert re.search(r"^\w+_path: |^repo_id: |^debug: ", done.stdout, re.MULTILINE)
+    assert re.search(r"^\w+_path: |^repo_id: |^run: |^debug: ", done.stdout, re.MULTILINE)
 
 
 def test_commands_were_found() -> None:
