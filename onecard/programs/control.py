@@ -98,14 +98,19 @@ def main(argv: list[str] | None = None) -> None:
     if verb == "status":
         say(f"{run}: {status(run).sentence}")
         return
-    given = {}
     if isinstance(options, Ask):
-        sampling = {each.name for each in fields(SamplingOptions)}
-        given = {name: value for name, value in asdict(options).items() if name in sampling}
-        given |= {"question": options.question} | ({"system": options.system} if options.system else {})
-    text = _wait(run, send(run, verb.replace("-", "_"), **given), streams=verb == "ask")
-    if verb != "ask":
-        say(f"{run}: {text}")
+        ask(options)
+        return
+    say(f"{run}: {_wait(run, send(run, verb.replace('-', '_')), streams=False)}")
+
+
+def ask(options: Ask) -> None:
+    """Ask, and type the answer out while it is written."""
+    sampling = {each.name for each in fields(SamplingOptions)}
+    given = {name: value for name, value in asdict(options).items() if name in sampling}
+    given |= {"question": options.question} | ({"system": options.system} if options.system else {})
+    run = Path(options.run)
+    _wait(run, send(run, "ask", **given), streams=True)
 
 
 def _wait(run: Path, request_id: str, *, streams: bool) -> str:

@@ -15,6 +15,7 @@ import pytest
 
 from onecard.config.inference import SamplingOptions
 from onecard.errors import CheckpointError, ConfigError, OneCardError
+from onecard.programs import ask as ask_program
 from onecard.programs import control as control_program
 from onecard.train.asking import question_of
 from onecard.train.control import FOLDER, MOST_BYTES, STATUS_NAME, NotRunning, Reply, reply, send, status
@@ -224,3 +225,19 @@ def test_a_question_is_what_its_fields_say() -> None:
 def test_a_question_that_cannot_be_asked_says_why(given: dict, said: str) -> None:
     with pytest.raises(OneCardError, match=said):
         question_of(given)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["RUN", "two words?", "--max_new_tokens", "5"], ["RUN", "--question", "two words?", "--max_new_tokens", "5"],
+     ["--run=RUN", "--question=two words?", "--max_new_tokens=5"]],
+)  # fmt: skip
+def test_ask_takes_the_run_and_the_question_without_their_names(
+    tmp_path: Path, folder: ControlFolder, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+    monkeypatch.setattr(control_program, "send", lambda run, kind, **given: sent.append((run, kind, given)) or ID)
+    monkeypatch.setattr(control_program, "reply", lambda run, request_id: Reply("done", "yes"))
+    ask_program.main([word.replace("RUN", str(tmp_path)) for word in words])
+    [(run, kind, given)] = sent
+    assert (run, kind, given["question"], given["max_new_tokens"]) == (tmp_path, "ask", "two words?", 5)
