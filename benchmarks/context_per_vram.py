@@ -296,13 +296,16 @@ def toy_row(options: ContextOptions, hardware: Any) -> dict[str, Any]:
     from benchmarks.random_models import random_base
     from benchmarks.synthetic_run import planned_peak, random_samples, run_peak
     from onecard.model.memory.architecture import architecture_of
+    from onecard.model.memory.estimate import GIB, LIBRARY_BYTES
     from onecard.model.memory.plan import CardSpec, longest_context
     from onecard.train.step import take_step
 
-    config = config_for("toy", options.lora_r, options.toy_mib / 1024)
+    # Its size is that of tensors alone: the libraries of a process on a CPU stand beside it.
+    n_bytes = (options.toy_mib << 20) + LIBRARY_BYTES
+    config = config_for("toy", options.lora_r, n_bytes / GIB)
     config = replace(config, memory=replace(config.memory, pretend_turing=False))
     model = architecture_of(TOY)
-    card = CardSpec("toy", options.toy_mib << 20, 1 << 40, is_gpu=False, repeats_kv=False)
+    card = CardSpec("toy", n_bytes, 1 << 40, is_gpu=False, repeats_kv=False)
     length = longest_context(model, config, card, element_bytes=4)
     base, samples = random_base(TOY, config.model, hardware), random_samples([length] * 2, model.vocab_size)
     _, run, plan = step_at(config, hardware, model, base, samples)

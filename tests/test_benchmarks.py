@@ -96,11 +96,12 @@ def test_plain_hugging_face_is_prepared_as_peft_does(bits: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("left_out", "fewer"),
     [
-        pytest.param((), 0.5, marks=pytest.mark.slow),
+        ((), 0.5),
         (("no upcast", "layer inputs in RAM", "8-bit optimizer", "head in", "tiled"), 0.7),
     ],
     ids=["all", "some"],
 )
+@pytest.mark.slow
 def test_memory_ladder(
     left_out: tuple[str, ...], fewer: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_the_search_for_the_longest_context_closes_in() -> None:
     assert after((1000, False), (950, True), (975, True)) == 987
 
 
+@pytest.mark.slow
 def test_step_speed(tmp_path: Path) -> None:
     output = tmp_path / "speed.json"
     step_speed.main(
@@ -199,6 +201,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_answering_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(answering_on_cpu, "SHAPE", {**answering_on_cpu.SHAPE, **SMALL})
     output = tmp_path / "speeds.json"

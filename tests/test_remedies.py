@@ -86,7 +86,6 @@ NEVER = {
     ("onecard.inference.queue", "max_queue"): "the page of votes asks no model",
     ("onecard.programs._lm_eval", "model"): "of the harness that is started",
     ("onecard.programs._lm_eval", "model_args"): "of the harness that is started",
-    ("onecard.documents.vectors", "embed_model"): "the index names its model; what is missing is a package",
     ("onecard.export.merge.merge", "rope_scaling"): "tells how the adapter was trained",
     ("onecard.export.gguf.adapter", "rope_scaling"): "tells how the adapter was trained",
     ("onecard.model.lora.formats", "rope_scaling"): "tells how the adapters were trained",

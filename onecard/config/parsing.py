@@ -17,6 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -180,6 +181,7 @@ def _holders(config_class: type, options: Mapping[str, Option]) -> list[tuple[ty
     return found + [(type(value), name) for name, value in values if is_dataclass(value)]
 
 
+@cache
 def help_texts(holder: type) -> dict[str, str]:
     """The text under each field of a dataclass, by the field's name, those of its bases last.
 

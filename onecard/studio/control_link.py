@@ -12,7 +12,7 @@ KINDS = control.KINDS
 ASK_FIELDS = ("question", "messages", "system", "max_new_tokens", "temperature")
 
 
-class RunControl(Protocol):
+class ControlLink(Protocol):
     """What can be asked of a run, and what it says of itself."""
 
     def send(self, run: Path, kind: str, **given: Any) -> str:
@@ -42,6 +42,6 @@ class ControlFiles:
             return {}
 
 
-def control_of_runs() -> RunControl:
+def control_of_runs() -> ControlLink:
     """The control channel of this kit's runs."""
     return ControlFiles()

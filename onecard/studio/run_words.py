@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import threading
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ REFUSED = {
     "output_path": "is chosen by the run's name",
     "cache_path": "is chosen by the studio",
 }
+_PARSING = threading.Lock()
 READ = (*(name for name in CHECKS if name not in REFUSED), "data", "eval_suites")
 
 
@@ -49,7 +51,9 @@ def checked_words(context: StudioContext, options: Mapping[str, Any], output: Pa
         except ConfigError as reason:
             problems.extend(reason.problems)
     try:
-        parse(FinetuneConfig, [*words, f"--language={language()}"])
+        # Python 3.11 cannot read source code in two threads at once: https://github.com/python/cpython/issues/106905
+        with _PARSING:
+            parse(FinetuneConfig, [*words, f"--language={language()}"])
     except ConfigError as reason:
         problems.extend(reason.problems)
     refuse(problems)

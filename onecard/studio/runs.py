@@ -20,7 +20,7 @@ from onecard.config.problems import Problem
 from onecard.errors import CheckpointError, ConfigError
 from onecard.serve.http_error import ApiError
 from onecard.storage import move, write_whole
-from onecard.studio.control_link import RunControl
+from onecard.studio.control_link import ControlLink
 from onecard.studio.jobs import ALIVE, Jobs
 from onecard.studio.run_log import last_rows
 from onecard.train.advice import ADVICE_NAME
@@ -45,7 +45,7 @@ class Runs:
 
     root: Path
     jobs: Jobs
-    control: RunControl | None = None
+    control: ControlLink | None = None
     _sizes: dict[Path, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def paths(self) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from onecard.errors import ConfigError
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import OWN_FOLDER, StudioContext
-from onecard.studio.control_link import ASK_FIELDS, KINDS, RunControl, control_of_runs
+from onecard.studio.control_link import ASK_FIELDS, KINDS, ControlLink, control_of_runs
 from onecard.studio.events import EventHub, News
 from onecard.studio.http import StudioJson, json_body
 from onecard.studio.jobs_api import whole_number
@@ -28,7 +28,7 @@ LOG_TAIL = 256_000
 CHANGE_MARKS = ("log.jsonl", "studio.json", "control/status.json", "base_comparison.json", "manifest.json", ".run.pid")
 
 
-def routes(context: StudioContext, control: RunControl | None = None) -> list[BaseRoute]:
+def routes(context: StudioContext, control: ControlLink | None = None) -> list[BaseRoute]:
     """The paths of runs and of the queue. News: `run`, `gone`, `rows`, `asked`, `queue`."""
     runs = Runs(context.output_root, context.jobs, control or control_of_runs())
     queue = RunQueue(context.output_root / OWN_FOLDER, runs)

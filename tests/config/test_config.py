@@ -26,6 +26,7 @@ from onecard.config.inference import (
     ParallelOptions,
     SamplingOptions,
     ServeConfig,
+    ServedDocumentsOptions,
     ServeOptions,
 )
 from onecard.config.lora import LoraOptions
@@ -42,6 +43,7 @@ TALKING = [
     ChatOptions,
     PageOptions,
     ServeOptions,
+    ServedDocumentsOptions,
     LimitOptions,
     ParallelOptions,
 ]

@@ -378,6 +378,7 @@ print("same", len(shared))
 """
 
 
+@pytest.mark.slow
 def test_gradient_hooks_of_ddp_fire(family_directory, tmp_path) -> None:
     root = Path(__file__).resolve().parents[2]
     script = tmp_path / "two_processes.py"

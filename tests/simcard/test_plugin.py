@@ -49,6 +49,7 @@ def test_each_system_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch,
             build.compiler()
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_card_are_skipped_with_the_reason_where_it_cannot_be_built(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": str(tmp_path), "ONECARD_SIMCARD_CACHE": str(tmp_path / "cache")}
     environment.pop("CXX", None)

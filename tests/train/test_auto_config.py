@@ -40,6 +40,12 @@ def no_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True)
+def unbounded_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bounds the heap of a process slows all later tests in it."""
+    monkeypatch.setattr(fit, "give_back_freed_ram", lambda: False)
+
+
 def free_ram(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     """So much RAM for the run, whatever else uses the machine now."""
     free = SimpleNamespace(available=int(gib * GIB) + fit.RAM_LEFT_ALONE)

@@ -121,7 +121,7 @@ def slow_steps(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
         return real(*args)
 
     monkeypatch.setattr(loop, "take_step", step)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock, time=clock))
     return clock
 
 

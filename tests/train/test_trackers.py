@@ -64,7 +64,9 @@ def test_the_speed_counts_training_alone(
 ) -> None:
     """On a clock of our own: no rehearsal, evaluation or checkpoint is in it, and after a resume no earlier step."""
     clock = 0.0
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock))  # not the whole process's
+    monkeypatch.setattr(
+        loop, "time", SimpleNamespace(monotonic=lambda: clock, time=lambda: clock)
+    )  # not the whole process's
 
     def taking(seconds: float, real: Any) -> Any:
         def slow(*args: Any, **named: Any) -> Any:
