@@ -342,19 +342,30 @@ def spent_by_children_s() -> float:
     return times.children_user + times.children_system if os.name == "posix" else times.elapsed
 
 
+@pytest.fixture(scope="module")
+def help_limit_s() -> float:
+    """0.3 s; on a slow machine five times what importing the parser's own library takes there."""
+    least_s = float("inf")
+    for _ in range(5):
+        start = spent_by_children_s()
+        assert run("-c", "import jsonargparse").returncode == 0
+        least_s = min(least_s, spent_by_children_s() - start)
+    return max(HELP_LIMIT_S, 5 * least_s)
+
+
 @pytest.mark.parametrize("entry", [*ENTRIES, *TOOLS])
-def test_help_is_instant(entry: str) -> None:
+def test_help_is_instant(entry: str, help_limit_s: float) -> None:
     best_s = float("inf")
     n_runs = 0
     # The best of five, of processor time: caches that other work on the machine fills cost some of it, too.
-    while n_runs < 5 and best_s >= HELP_LIMIT_S:
+    while n_runs < 5 and best_s >= help_limit_s:
         start = spent_by_children_s()
         done = run(entry, "--help")
         best_s = min(best_s, spent_by_children_s() - start)
         n_runs += 1
         assert done.returncode == 0, done.stderr
         assert "--" in done.stdout
-    assert best_s < HELP_LIMIT_S, f"best of {n_runs}: {best_s:.3f} s"
+    assert best_s < help_limit_s, f"best of {n_runs}: {best_s:.3f} s, {help_limit_s:.3f} allowed"
 
 
 @pytest.mark.parametrize("entry", [*ENTRIES, *TOOLS])

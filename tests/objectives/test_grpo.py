@@ -200,7 +200,8 @@ def test_a_step_does_not_depend_on_how_it_is_cut_or_sampled(
     assert rows_of(one) == rows_of(other)
     assert norms == pytest.approx(other_norms, rel=1e-4) and norms[0] > 0
     tensors = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
-    assert tiny.largest_difference(*tensors) < 1e-5
+    # Two steps of Adam move a weight by up to 6e-3; how far rounding moves it differs from one processor to another.
+    assert tiny.largest_difference(*tensors) < 3e-5
 
 
 def test_what_is_drawn_for_an_answer_does_not_depend_on_those_beside_it(tiny_base: Path, sp_tokenizer: Any) -> None:

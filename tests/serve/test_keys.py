@@ -106,6 +106,6 @@ def test_requests_beyond_the_rate_are_sent_away_by_key(tmp_path: Path) -> None:
     assert 1 <= int(dict(start["headers"])[b"retry-after"]) <= 30
     assert b"rate_limit_exceeded" in body["body"]
     assert post(bob)[0]["status"] == 200
-    for path, method in (("/v1/models", "GET"), ("/", "POST"), ("/health", "GET")):
+    for path, method in (("/v1/models", "GET"), ("/static", "POST"), ("/health", "GET")):
         assert post(alice, path, method)[0]["status"] == 200
     assert post("sk-guessed")[0]["status"] == 401
