@@ -118,7 +118,7 @@ def test_a_run_is_queued_by_keyboard_alone_and_watched_on_a_second_page(open_vie
     (studio[1].output_root / "by-keyboard" / "go").touch()
     page.wait_for_selector("ol.queue .badge:has-text('done')")
     other.wait_for_selector("ol.queue .badge:has-text('完成')")
-    assert "by-keyboard" in page.input_value("#watched-run")
+    wait_until(lambda: "by-keyboard" in page.input_value("#watched-run"))
 
 
 def test_what_is_wrong_stands_at_its_field_and_a_failure_says_why(open_view: Any) -> None:
