@@ -228,8 +228,14 @@ export default function ({ Alpine, api, attempt, on, t, tell, format }) {
       const [share, low, high] = result.share_b.map((value) => format.percent(value));
       return `${t("chat.share", { b: result.b, share, low, high })} ${verdict}`;
     },
-    // What x-show uncovers is there a moment later than the next tick.
-    focus(id) { this.$nextTick(() => setTimeout(() => document.getElementById(id).focus())); },
+    // What x-show uncovers, or stops disabling, is there some moments later than the next tick.
+    focus(id, tries = 40) {
+      setTimeout(() => {
+        const part = document.getElementById(id);
+        part.focus();
+        if (document.activeElement !== part && tries) this.focus(id, tries - 1);
+      }, 25);
+    },
     names() { return { a: this.chosen[0], b: this.chosen[1] }; },
     takeBlind(view, wasSame = false) {
       this.wasSame = wasSame;

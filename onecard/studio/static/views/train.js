@@ -23,7 +23,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
 
     init() {
       const heard = [
-        on("queue", (queue) => { this.queue = queue; this.check(); }),
+        on("queue", (queue) => { this.queue = queue; this.check(); this.watchNext(); }),
         on("run", (row) => this.update(row)),
         on("gone", ({ id }) => { this.runs = this.runs.filter((one) => one.id !== id); }),
         on("rows", (news) => this.grow(news)),
@@ -53,6 +53,13 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
       const watchesOld = !this.run || !RUNNING.includes(this.run.state);
       if (row.id === this.chosen) { this.run = row; this.refresh(); }
       else if (watchesOld && RUNNING.includes(row.state)) this.choose(row.id);
+    },
+
+    // The run that the queue has begun, unless the one that is watched goes on.
+    watchNext() {
+      const begun = this.queue.entries.find((entry) => ["starting", "running"].includes(entry.state) && entry.run);
+      const goesOn = this.run && RUNNING.includes(this.run.state);
+      if (begun && begun.run !== this.chosen && !goesOn) this.choose(begun.run);
     },
 
     // --- the next run
@@ -151,6 +158,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
       this.chosen = id;
       this.run = this.runs.find((one) => one.id === id) ?? null;
       if (!curves || curves.id !== id) curves = new RunCurves(id);
+      this.$nextTick(() => { document.getElementById("watched-run").value = id; });
       const wanted = curves;
       await attempt(() => wanted.load(() => { if (wanted === curves) this.later(); }));
       await this.refresh();
