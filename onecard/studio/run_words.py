@@ -69,7 +69,8 @@ def command_line(words: Iterable[str]) -> str:
 def option_help() -> list[dict[str, Any]]:
     """Every option of a run: name, group, kind, choices, default, and the text of --help."""
     config = FinetuneConfig()
-    texts = {kind: help_texts(kind) for kind in {type(group) for group in vars(config).values()}}
+    kinds: set[type] = {type(group) for group in vars(config).values()}
+    texts = {kind: help_texts(kind) for kind in kinds}
     found = []
     for name, option in options_of(FinetuneConfig).items():
         if name in REFUSED:
