@@ -10,7 +10,7 @@ the model's own last hidden states, what lives at the peak of a chunk is
     with a soft cap: chunk_tokens * V * CAPPED_BYTES_PER_LOGIT[16 or 32] + CAPPED_ROWS * V * 8
     batch * seq * H * (2 or 4)                             the gradient of the hidden states, kept for the backward pass
     trained head only: weights * 4, twice                  its gradients, and those of one chunk
-    quantised head only: V * H * 2 (fp32: 4)               the weight, dequantised by bitsandbytes for the gradient
+    quantised head only: TILE_BYTES                        some of its rows, dequantised (memory_saving/tiled_head.py)
 """
 
 from __future__ import annotations

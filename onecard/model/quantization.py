@@ -209,6 +209,62 @@ def dequantize_4bit(parameter: torch.Tensor) -> torch.Tensor:
     return bitsandbytes.functional.dequantize_4bit(parameter.data, state).float()
 
 
+def product_with_rows(layer: Any, x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """What a frozen quantised layer makes of x (..., in) with these of its rows alone: (..., rows), in the dtype of x.
+
+    Of a 4-bit layer rows.start times its width must be a multiple of NF4_BLOCK * NF4_SUPERBLOCK.
+    """
+    import bitsandbytes
+
+    bias = None if layer.bias is None else layer.bias[rows]
+    if weight_bits(layer) == 4:
+        packed, state = _packed_rows(layer.weight, rows)
+        given = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
+        bias = None if bias is None else bias.to(given.dtype)
+        return bitsandbytes.matmul_4bit(given, packed, state, bias=bias).to(x.dtype)
+    state = _int8_state(layer)
+    part = type(state)()
+    part.CB, part.SCB, part.has_fp16_weights, part.threshold = state.CB[rows], state.SCB[rows], False, state.threshold
+    part.is_training = layer.training
+    return bitsandbytes.matmul(x, part.CB, state=part, bias=None if bias is None else bias.to(x.dtype))
+
+
+def dense_rows(layer: Any, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """The weights (rows, in) that these rows of a frozen quantised layer stand for; see `product_with_rows`.
+
+    In the dtype that a 4-bit layer computes in, or in `dtype`.
+    """
+    import bitsandbytes
+
+    if weight_bits(layer) == 4:
+        weights = bitsandbytes.functional.dequantize_4bit(*_packed_rows(layer.weight, rows))
+        return weights.to(layer.compute_dtype or dtype)
+    state = _int8_state(layer)
+    return state.CB[rows].to(dtype, copy=True).mul_(state.SCB[rows, None].mul(1.0 / 127.0))
+
+
+def _packed_rows(weight: Any, rows: slice) -> tuple[torch.Tensor, Any]:
+    """Some rows of a 4-bit weight, packed, and their constants: views."""
+    from bitsandbytes.functional import QuantState
+
+    state = weight.quant_state
+    first, last = (edge * state.shape[1] for edge in (rows.start, rows.stop))
+    blocks = slice(first // NF4_BLOCK, -(-last // NF4_BLOCK))
+    scales = slice(blocks.start // NF4_SUPERBLOCK, -(-blocks.stop // NF4_SUPERBLOCK))
+    double = state.state2
+    outer = QuantState(double.absmax[scales], blocksize=double.blocksize, code=double.code, dtype=double.dtype)
+    inner = QuantState(state.absmax[blocks], torch.Size((rows.stop - rows.start, state.shape[1])), state.code,
+                       state.blocksize, state.quant_type, state.dtype, state.offset, outer)  # fmt: skip
+    return weight.data.view(-1, 1)[first // 2 : -(-last // 2)], inner
+
+
+def _int8_state(layer: Any) -> Any:
+    """Where an 8-bit layer keeps its weights, which bitsandbytes moves there at the first call."""
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()
+    return layer.state
+
+
 def quantize_linear(module: nn.Linear, bits: Literal[4, 8], compute_dtype: torch.dtype) -> nn.Module:
     """Return a frozen copy of a linear layer in `bits`, on the same device; `module` stays as it is.
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onecard.errors import ConfigError, ModelError
+from onecard.model.memory_saving.tiled_head import dequantise_in_tiles
 from onecard.model.model_config import HEAD_READ_DIRECTLY
 from onecard.model.quantization import quantize_linear, quantized_linear_types, stored_bytes, weight_bits
 
@@ -47,6 +48,7 @@ def quantize_head(model: PreTrainedModel, bits: Literal[4, 8], compute_dtype: to
     tied = _is_tied(model, head)
     quantised = quantize_linear(head, bits, compute_dtype)
     quantised.train(head.training)
+    dequantise_in_tiles(quantised)
     before = stored_bytes(head) - (head.weight.nbytes if tied else 0)
     model.set_output_embeddings(quantised)
     for config in (model.config, model.config.get_text_config()):

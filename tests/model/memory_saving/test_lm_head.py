@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora.adapter import add_lora, load_adapter, save_adapter
 from onecard.model.memory_saving.lm_head import quantize_head
-from onecard.model.quantization import quantize_linear, stored_bytes, weight_bits
+from onecard.model.memory_saving.tiled_head import dequantise_in_tiles
+from onecard.model.quantization import (
+    compute_as_on_a_card,
+    quantize_linear,
+    quantized_linear_types,
+    stored_bytes,
+    weight_bits,
+)
 from tests.model.model_families import FAMILIES, VOCAB, save_family, small_batch
 
 # Relative error of NF4 and of int8 on normal numbers, and the bytes of 128 x 64 weights with their constants: NF4 keeps
@@ -103,3 +111,54 @@ def test_refusals(load_family) -> None:
         quantize_head(model, 4, torch.float32)
     with pytest.raises(ModelError, match="no output head"):
         quantize_head(model.model, 4, torch.float32)
+
+
+class LargestDense(TorchDispatchMode):
+    """Counts the elements of the largest floating-point result of any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, torch.Tensor) and each.is_floating_point():
+                self.elements = max(self.elements, each.numel())
+        return result
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [64, 192, 512])
+@pytest.mark.parametrize("as_on_a_card", [False, True])
+def test_rows_in_tiles_give_the_whole_layer(bits, width, as_on_a_card) -> None:
+    """Widths whose tiles begin at every 256th, 256th and 32nd row; 1,300 rows are no multiple of these."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(width, 1300)
+    whole, tiled = (quantize_linear(layer, bits, torch.float32) for _ in range(2))
+    dequantise_in_tiles(tiled, tile_bytes=1)
+    if as_on_a_card:
+        compute_as_on_a_card(torch.nn.ModuleList([whole, tiled]))
+    assert weight_bits(tiled) == bits and isinstance(tiled, quantized_linear_types())
+    x = torch.randn(2, 3, width, requires_grad=True)
+    direction = torch.randn(2, 3, 1300)
+    (expected,) = torch.autograd.grad(whole(x), x, direction)
+    with LargestDense() as counted:
+        output = tiled(x)
+        (gradient,) = torch.autograd.grad(output, x, direction)
+    assert torch.allclose(output, whole(x), atol=1e-5) and torch.allclose(gradient, expected, atol=1e-4)
+    assert counted.elements < 1300 * width, "the whole matrix was dequantised"
+    with torch.no_grad():
+        assert torch.allclose(tiled(x[:, :1]), whole(x[:, :1]), atol=1e-5)
+        assert tiled(x[:0]).shape == (0, 3, 1300)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_tile_gives_the_bits_of_the_whole_layer(bits) -> None:
+    layer = torch.nn.Linear(64, 96, bias=False)
+    whole, tiled = (quantize_linear(layer, bits, torch.float16) for _ in range(2))
+    dequantise_in_tiles(tiled)
+    x = torch.randn(5, 64, dtype=torch.float16, requires_grad=True)
+    direction = torch.randn(5, 96, dtype=torch.float16)
+    (expected,), (gradient,) = (torch.autograd.grad(each(x), x, direction) for each in (whole, tiled))
+    assert torch.equal(tiled(x), whole(x)) and torch.equal(gradient, expected)

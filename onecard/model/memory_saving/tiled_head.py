@@ -1,0 +1,64 @@
+"""A quantised output head that is dequantised some rows at a time, forward and backward.
+
+bitsandbytes dequantises a whole matrix for each product: of a head with 128,256 rows of 4,096 weights that is 1 GiB in
+16 bits, more than all else that a small card needs beside its weights. Knows the forms of bitsandbytes' weights; which
+layer is the head is `lm_head.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK, dense_rows, product_with_rows
+
+TILE_BYTES = 64 << 20  # of dequantised rows; a matrix product this wide keeps a card busy
+
+
+def dequantise_in_tiles(layer: nn.Module, *, tile_bytes: int = TILE_BYTES) -> None:
+    """Let a frozen quantised linear layer compute with `tile_bytes` of dequantised rows at a time.
+
+    Outputs are those of the layer; the gradient of its input is summed over the tiles in fp32, so it is the layer's up
+    to rounding, and bit for bit where one tile holds all rows. The weights themselves learn nothing.
+    """
+    plain = type(layer)
+
+    class Tiled(plain):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return _Product.apply(x, self, tile_bytes)
+
+    Tiled.__name__ = Tiled.__qualname__ = plain.__name__
+    layer.__class__ = Tiled
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any, tile_bytes: int) -> Tensor:
+        """x: (..., in); returns (..., out) in the dtype of x."""
+        ctx.layer, ctx.tile_bytes, ctx.shape = layer, tile_bytes, x.shape
+        output = x.new_empty(*x.shape[:-1], layer.out_features)
+        for rows in _tiles(layer, x, tile_bytes):
+            output[..., rows] = product_with_rows(layer, x, rows)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        total = gradient.new_zeros(ctx.shape, dtype=torch.float32)
+        for rows in _tiles(ctx.layer, gradient, ctx.tile_bytes):
+            weights = dense_rows(ctx.layer, rows, gradient.dtype)
+            total += gradient[..., rows].to(weights.dtype) @ weights
+            del weights  # not two tiles at once
+        return total.to(gradient.dtype), None, None
+
+
+def _tiles(layer: Any, like: Tensor, tile_bytes: int) -> Iterator[slice]:
+    """Rows of `tile_bytes` in the dtype of `like`, cut where a block of 4-bit weights and one of their scales begin."""
+    step = NF4_BLOCK * NF4_SUPERBLOCK // math.gcd(NF4_BLOCK * NF4_SUPERBLOCK, layer.in_features)
+    at_once = max(step, tile_bytes // (layer.in_features * like.element_size()) // step * step)
+    for start in range(0, layer.out_features, at_once):
+        yield slice(start, min(start + at_once, layer.out_features))
