@@ -43,9 +43,13 @@ class StopAtText(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids (rows, prompt + new) -> (rows,), True where the row is done."""
         start = max(self._n_prompt, input_ids.shape[1] - self.n_tail)
-        tails = [decode(ids, self._tokenizer) for ids in input_ids[:, start:].tolist()]
-        hits = [any(text in tail for text in self._texts) for tail in tails]
+        hits = [self.is_in(ids) for ids in input_ids[:, start:].tolist()]
         return torch.tensor(hits, dtype=torch.bool, device=input_ids.device)
+
+    def is_in(self, new_ids: Sequence[int]) -> bool:
+        """Whether a stop text stands in the newest of these tokens."""
+        tail = decode(new_ids[-self.n_tail :], self._tokenizer)
+        return any(text in tail for text in self._texts)
 
 
 class MaxNewTokensPerRow(StoppingCriteria):

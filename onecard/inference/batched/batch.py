@@ -84,7 +84,7 @@ class Batch:
                 self._rows[row.name] = row
                 self._submit(row)
         try:
-            yield from answer.chunks(cancel)
+            yield from answer.chunks(cancel, lambda: self.n_running)
         finally:
             for row in answer.rows:
                 self._drop(row)
@@ -259,7 +259,8 @@ class BatchLoop(ContinuousBatchingManager):
     def run(self) -> None:
         """Compute in this thread until `end`, or until a step fails: `background_thread_status` then has the error."""
         self._generation_thread = threading.current_thread()  # type: ignore[assignment]
-        self._run_generation_loop()
+        with torch.inference_mode():
+            self._run_generation_loop()
 
     def end(self) -> None:
         """Let `run` return."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from onecard.inference.stopping import StopAtText
 from onecard.model.lora.routing import AdapterRouter, Stretch
 
 LOOK_SECONDS = 0.05  # how soon a reader notices that it was cancelled
+# Of all readers together: each update takes time from the thread that computes. None is rarer than ten a second.
+UPDATES_PER_SECOND = 120
+LONGEST_INTERVAL_SECONDS = 0.1
 
 
 class BatchRow:
@@ -40,32 +43,38 @@ class BatchRow:
     def begin(self) -> int:
         """Make ready to be computed, perhaps once more from what it has; the number of tokens that it has."""
         self.n_before = len(self.new_ids)
-        self._processors = self.call.step_processors(self.n_before)
+        # Called one by one: a list of transformers' looks at the signature of each of them at every step.
+        self._processors = list(self.call.step_processors(self.n_before))
+        ids = [*self.row.ids, *self.new_ids]
+        n_left = max(self.row.max_new_tokens - self.n_before, 0) if self._processors else 0
+        self._ids = torch.tensor([ids + [0] * n_left], device=self.call.bundle.model.device)
         if self.call.logprobs:
             del self.call.logprobs.rows[0][self.n_before :]
         return self.n_before
 
-    def scores(self, ids: list[int], scores: Tensor) -> Tensor:
-        """The scores (1, vocab) after all that changes them; `ids` are those of the prompt and the answer so far."""
+    def change(self, scores: Tensor) -> None:
+        """Do to the scores (1, vocab), in place, all that this row wants."""
         if not self.new_ids:
-            self.call.n_cached = max(len(ids) - self.n_read, 0)
-        if self._processors:
-            try:
-                scores = self._processors(torch.tensor([ids], device=scores.device), scores)  # type: ignore[arg-type]
-            except GrammarError as reason:  # the fault of this answer alone
-                self.answer.fail(reason)
+            self.call.n_cached = max(len(self.row.ids) - self.n_read, 0)
+        if not self._processors:
+            return
+        ids, changed = self._ids[:, : len(self.row.ids) + len(self.new_ids)], scores
+        try:
+            for processor in self._processors:
+                changed = processor(ids, changed)
+        except GrammarError as reason:  # the fault of this answer alone
+            self.answer.fail(reason)
         if self.call.logprobs:
-            self.call.logprobs.take(scores.argmax(dim=-1))
-        return scores
+            self.call.logprobs.take(changed.argmax(dim=-1))
+        scores.copy_(changed)
 
     def take(self, generated: Sequence[int], *, ended: bool) -> None:
         """What was generated since `begin`."""
         self.new_ids = [*self.new_ids[: self.n_before], *generated]
-        self.is_done = ended or self._has_stop()
+        if self._processors and generated:
+            self._ids[0, len(self.row.ids) + len(self.new_ids) - 1] = generated[-1]
+        self.is_done = ended or (self._stop is not None and self._stop.is_in(self.new_ids))
         self.answer.tell()
-
-    def _has_stop(self) -> bool:
-        return self._stop is not None and bool(self._stop(torch.tensor([self.new_ids[-self._stop.n_tail :]]), None))
 
 
 class BatchedAnswer:
@@ -82,6 +91,7 @@ class BatchedAnswer:
         self._streaming = streaming
         self._changed = threading.Condition()
         self._n_told = 0
+        self._is_awaited = False  # the reader wants to know of the next token
         self._error: BaseException | None = None
         self.rows = [
             BatchRow(name, self, GenerateCall(bundle, [row], sampling, streaming))
@@ -89,20 +99,25 @@ class BatchedAnswer:
         ]
 
     def tell(self) -> None:
-        """Wake the reader."""
+        """Wake the reader, where it waits for a token, or nothing follows any more."""
         with self._changed:
             self._n_told += 1
-            self._changed.notify()
+            if self._is_awaited or self._is_over:
+                self._changed.notify()
 
     def fail(self, error: BaseException) -> None:
         """Let the reader raise this."""
         self._error = error
         self.tell()
 
-    def chunks(self, cancel: threading.Event) -> Iterator[list[Chunk]]:
+    @property
+    def _is_over(self) -> bool:
+        return self._error is not None or all(row.is_done for row in self.rows)
+
+    def chunks(self, cancel: threading.Event, n_running: Callable[[], int]) -> Iterator[list[Chunk]]:
         """As `stream_rows`: one chunk per row, at most once per interval, the last of which have a `finish_reason`.
 
-        Raises what `fail` was given.
+        n_running: how many answers are being written, this one included. Raises what `fail` was given.
         """
         deadline = time.monotonic() + self._streaming.max_seconds
         chunks = [Chunk(usage=Usage(len(row.row.ids))) for row in self.rows]
@@ -110,7 +125,9 @@ class BatchedAnswer:
         while not cancel.is_set() and time.monotonic() < deadline:
             begun = time.monotonic()
             with self._changed:
+                self._is_awaited = True
                 self._changed.wait_for(lambda: self._n_told > n_seen, LOOK_SECONDS)  # noqa: B023
+                self._is_awaited = False
                 is_new, n_seen = self._n_told > n_seen, self._n_told
             if self._error is not None:
                 raise self._error
@@ -123,21 +140,22 @@ class BatchedAnswer:
             if is_new:
                 chunks = [row.call.chunks([row.new_ids], [old])[0] for row, old in self._with(chunks)]
                 yield chunks
-                self._rest(begun, cancel)
+                self._rest(begun + self._interval(n_running()), cancel)
         was_cancelled = cancel.is_set()
         yield [row.call.last_chunks(None, [old], cancelled=was_cancelled)[0] for row, old in self._with(chunks)]
 
     def _with(self, chunks: list[Chunk]) -> list[tuple[BatchRow, Chunk]]:
         return list(zip(self.rows, chunks, strict=True))
 
-    def _rest(self, begun: float, cancel: threading.Event) -> None:
-        """Sleep through what is left of the interval, unless the answer ends or fails."""
+    def _interval(self, n_running: int) -> float:
+        """Seconds between two updates: longer where many answers are read."""
+        shared = min(n_running / UPDATES_PER_SECOND, LONGEST_INTERVAL_SECONDS)
+        return max(self._streaming.interval_seconds, shared)
+
+    def _rest(self, end: float, cancel: threading.Event) -> None:
+        """Sleep until `end`, unless the answer ends or fails."""
         with self._changed:
-            left = begun + self._streaming.interval_seconds - time.monotonic()
-            self._changed.wait_for(
-                lambda: self._error is not None or cancel.is_set() or all(row.is_done for row in self.rows),
-                max(left, 0),
-            )
+            self._changed.wait_for(lambda: self._is_over or cancel.is_set(), max(end - time.monotonic(), 0))
 
 
 class ScoresOfRows(ContinuousBatchingLogitsProcessorList):
@@ -171,5 +189,5 @@ class ScoresOfRows(ContinuousBatchingLogitsProcessorList):
         for k, state in enumerate(self._states):
             row = self._rows.get(state.request_id)
             if row is not None:
-                scores[k] = row.scores(state.initial_tokens + state.generated_tokens, scores[k : k + 1])[0]
+                row.change(scores[k : k + 1])
         return scores

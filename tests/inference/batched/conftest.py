@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import threading
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,38 @@ def free_share(engine: InferenceEngine) -> float:
     cache = batch_of(engine)._manager.batch_processor.cache
     cache.evict_cached_blocks()
     return float(cache.compute_free_capacity())
+
+
+def settle(engine: InferenceEngine) -> None:
+    """Wait until cancelled requests have left the batch."""
+    began = time.monotonic()
+    while batch_of(engine).n_running or held_blocks(engine):
+        assert time.monotonic() - began < 30
+        time.sleep(0.01)
+
+
+def mixes(engine: InferenceEngine, alone: InferenceEngine, n_mixes: int, adapters: Sequence[str] = ("",)) -> Counter:
+    """Ask several at once, some of which are left, and compare with each of them alone; how many, by adapter."""
+    chance, compared = random.Random(11), Counter[str]()
+    for _ in range(n_mixes):
+        asked = []
+        for _ in range(chance.randint(2, 10)):
+            sampling = SamplingOptions(max_new_tokens=chance.randint(1, 20))
+            text = chance.choice(("Hi", "fox", "1 + 2")) * chance.randint(1, 30)
+            request = request_of(text, sampling=sampling, adapter=chance.choice(adapters))
+            asked.append((request, Asked(engine, request), chance.random() < 0.3))
+            time.sleep(chance.random() / 100)
+        for _, one, leaves in asked:
+            if leaves:
+                one.cancel.set()
+        for request, one, _ in asked:
+            if (found := one.result())[0].finish_reason != "cancelled":
+                assert found == answers(alone, request)
+                assert found[0].path == "batched"
+                compared[request.adapter] += 1
+    settle(engine)
+    assert free_share(engine) == 1
+    return compared
 
 
 @pytest.fixture(scope="package")

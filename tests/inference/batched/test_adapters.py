@@ -19,7 +19,7 @@ from onecard.inference.engine import InferenceEngine, open_engine
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
 from onecard.model.lora.adapter import add_lora, save_adapter
-from tests.inference.batched.conftest import LIMITS, Asked, answers, batch_of, held_blocks, request_of
+from tests.inference.batched.conftest import LIMITS, Asked, answers, batch_of, held_blocks, mixes, request_of
 
 LONG_QUESTION = "What is the capital of France? " * 5
 
@@ -73,6 +73,13 @@ def test_all_adapters_and_the_base_answer_at_once(together: InferenceEngine, in_
     again = answers(together, requests[0])[0].usage  # by the same adapter, its beginning is not read again
     assert again.n_cached_tokens > again.n_prompt_tokens / 2
     assert held_blocks(together) == 0
+
+
+@pytest.mark.parametrize("n", [6, pytest.param(200, marks=pytest.mark.slow)])
+def test_mixes_of_adapters_arrivals_and_cancels(together: InferenceEngine, in_turn: InferenceEngine, n: int) -> None:
+    plain = [name for name in together.names if name != "dora"]  # it takes its turn alone
+    compared = mixes(together, in_turn, n, plain)
+    assert set(compared) == set(plain) and min(compared.values()) > n / 2
 
 
 def test_beams_and_embeddings_are_read_by_their_adapter(together: InferenceEngine, in_turn: InferenceEngine) -> None:

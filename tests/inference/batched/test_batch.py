@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import random
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +25,10 @@ from tests.inference.batched.conftest import (
     Asked,
     answers,
     batch_of,
-    free_share,
-    held_blocks,
+    mixes,
     open_parallel,
     request_of,
+    settle,
 )
 from tests.inference.test_grammar import TOO_WIDE
 from tests.serve.api.serving import wait_until
@@ -48,14 +46,6 @@ OPTIONS = {
     "stop": (["R", "i"], "batched"),
     "seed": (7, "batched"),
 }
-
-
-def settle(engine: InferenceEngine) -> None:
-    """Wait until cancelled requests have left the batch."""
-    began = time.monotonic()
-    while batch_of(engine).n_running or held_blocks(engine):
-        assert time.monotonic() - began < 30
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -107,35 +97,13 @@ def test_streamed_chunks_grow(engine: InferenceEngine) -> None:
     assert chunks[-1].finish_reason == "length"
 
 
-def mixes(engine: InferenceEngine, alone: InferenceEngine, n_mixes: int) -> int:
-    """Ask several at once, some of which are left, and compare with each of them alone; how many were compared."""
-    chance, n_compared = random.Random(11), 0
-    for _ in range(n_mixes):
-        asked = []
-        for _ in range(chance.randint(2, 10)):
-            sampling = SamplingOptions(max_new_tokens=chance.randint(1, 20))
-            request = request_of(chance.choice(("Hi", "fox", "1 + 2")) * chance.randint(1, 30), sampling=sampling)
-            asked.append((request, Asked(engine, request), chance.random() < 0.3))
-            time.sleep(chance.random() / 100)
-        for _, one, leaves in asked:
-            if leaves:
-                one.cancel.set()
-        for request, one, _ in asked:
-            if (found := one.result())[0].finish_reason != "cancelled":
-                assert found == answers(alone, request)
-                n_compared += 1
-    settle(engine)
-    assert free_share(engine) == 1
-    return n_compared
-
-
 def test_greedy_answers_are_those_of_each_request_alone(engine: InferenceEngine, alone: InferenceEngine) -> None:
-    assert mixes(engine, alone, 20) > 40
+    assert mixes(engine, alone, 20).total() > 40
 
 
 @pytest.mark.slow
 def test_greedy_answers_of_many_mixes(engine: InferenceEngine, alone: InferenceEngine) -> None:
-    assert mixes(engine, alone, 200) > 500
+    assert mixes(engine, alone, 200).total() > 500
 
 
 def test_a_newcomer_waits_for_two_steps(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
