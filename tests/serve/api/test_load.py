@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,34 @@ def test_a_client_that_reads_slowly_gets_everything(server: Running) -> None:
     assert lines[-1] == "data: [DONE]"
     pieces = [json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in lines[:-1]]
     assert "".join(pieces) == whole
+
+
+def test_hostile_clients_take_little_memory_and_others_are_served(server: Running) -> None:
+    """500 idle connections, 50 heads of which a byte comes now and then, a body of 10 GB and a gzip bomb of 1 GB."""
+    resource = pytest.importorskip("resource")
+    if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1400:
+        pytest.skip("this process may not open both ends of 550 connections")
+    process = psutil.Process()
+    assert server.chat(max_tokens=1).status_code == 200
+    before = process.memory_info().rss
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    with ExitStack() as stack:
+        for _ in range(500):
+            stack.enter_context(server.connect())
+        slow = [stack.enter_context(server.connect()) for _ in range(50)]
+        for place in range(20):
+            for client in slow:
+                client.sendall(head[place : place + 1])
+        large = stack.enter_context(server.connect())
+        large.sendall(head + b"Content-Type: application/json\r\nContent-Length: 10000000000\r\n\r\n{")
+        assert large.recv(100).startswith(b"HTTP/1.1 413 ")
+        bomb = gzip.compress(bytes(10_000_000)) * 100
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        with server.client() as client:
+            assert client.post(CHAT, content=bomb, headers=headers).status_code == 413
+        assert server.chat(max_tokens=1).status_code == 200
+        grown = process.memory_info().rss - before
+    assert grown < 64 * 2**20, f"{grown / 2**20:.1f} MB more"
 
 
 @pytest.mark.parametrize("n_requests", [300, pytest.param(1000, marks=pytest.mark.slow)])
