@@ -44,13 +44,34 @@ def avoid_flash(model: PreTrainedModel) -> bool:
 
 
 def allow_paged_cache(model: PreTrainedModel) -> None:
-    """Let a model of `avoid_flash` answer in transformers' continuous batching, which knows attention by its own names.
+    """Let a model answer in transformers' continuous batching, which knows attention by its own names.
 
-    "sdpa" is then the function below, for all models of this process.
+    "sdpa" is then a function below, for all models of this process: of `avoid_flash`, or one for CPUs.
     """
-    if getattr(model.config, "_attn_implementation", None) == NAME:
+    kind = getattr(model.config, "_attn_implementation", None)
+    if kind == NAME:
         AttentionInterface.register("sdpa", attend)
         model.set_attn_implementation("sdpa")
+    elif kind == "sdpa" and model.device.type == "cpu":
+        AttentionInterface.register("sdpa", attend_packed)
+
+
+def attend_packed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """As transformers' own function, which copies shared keys and values for each head where there is a mask.
+
+    On a CPU the kernel reads them where they are, with the same result: for a packed row of continuous batching, whose
+    keys are those of all requests, in a half to a quarter of the time. Shapes as in `attend`.
+    """
+    cache, bias = options.get("cache"), options.get("position_bias")
+    if cache is None or attention_mask is None or bias is not None or options.get("softcap") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[arg-type]
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, options.get("dropout", 0.0), scale=options.get("scaling"), enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
 def skip_packing_mask(model: PreTrainedModel) -> None:

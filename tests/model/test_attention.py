@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from onecard.errors import ConfigError
 from onecard.model import kernels
-from onecard.model.attention import NAME, attend, avoid_flash
+from onecard.model.attention import NAME, attend, attend_packed, avoid_flash
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import Hardware, choose_dtype, detect
 from onecard.model.kernels import use_liger
@@ -59,6 +59,31 @@ def test_it_is_the_same_function(key_heads: int, n_queries: int, n_keys: int, wi
     assert len(results[0]) == 4
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 8])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_packed_rows_are_read_alike(key_heads: int, with_mask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache that holds seven tokens before five new ones, and the mask of two requests."""
+
+    class Cache:
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, **_: Any) -> Any:
+            before = torch.arange(7 * 16.0).reshape(1, 1, 7, 16).expand(-1, key_heads, -1, -1).sin()
+            return tuple(torch.cat([before, states], dim=2) for states in (key_states, value_states))
+
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.PagedAttentionCache", Cache)
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(1, heads, 5, 16) for heads in (8, key_heads, key_heads))
+    mask = torch.zeros(1, 1, 5, 12).masked_fill(~masked(1, 5, 12), torch.finfo(torch.float32).min)
+    mask[..., 3:, 2:6] = torch.finfo(torch.float32).min
+    module: Any = Attention(8 // key_heads)
+    module.layer_idx = 0
+    options: Any = {"scaling": 0.3, "dropout": 0.0, "cache": Cache()}
+    given = mask if with_mask else None
+    expected, _ = sdpa_attention_forward(module, query, key, value, given, **options)
+    got, weights = attend_packed(module, query, key, value, given, **options)
+    assert weights is None
+    assert torch.equal(got, expected)
 
 
 def test_a_soft_cap_is_refused_as_before() -> None:

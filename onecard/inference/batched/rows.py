@@ -24,7 +24,7 @@ from onecard.model.lora.routing import AdapterRouter, Stretch
 
 LOOK_SECONDS = 0.05  # how soon a reader notices that it was cancelled
 # Of all readers together: each update takes time from the thread that computes. None is rarer than ten a second.
-UPDATES_PER_SECOND = 120
+UPDATES_PER_SECOND = 60
 LONGEST_INTERVAL_SECONDS = 0.1
 
 

@@ -79,7 +79,7 @@ def test_all_adapters_and_the_base_answer_at_once(together: InferenceEngine, in_
 def test_mixes_of_adapters_arrivals_and_cancels(together: InferenceEngine, in_turn: InferenceEngine, n: int) -> None:
     plain = [name for name in together.names if name != "dora"]  # it takes its turn alone
     compared = mixes(together, in_turn, n, plain)
-    assert set(compared) == set(plain) and min(compared.values()) > n / 2
+    assert set(compared) == set(plain) and min(compared.values()) > n / 4
 
 
 def test_beams_and_embeddings_are_read_by_their_adapter(together: InferenceEngine, in_turn: InferenceEngine) -> None:
