@@ -2,12 +2,13 @@
 """How a served model holds up with several clients: tokens per second of all, and each one's time to the first token.
 
     python benchmarks/serving.py --model_path Llama-3.1-8B --bits 4 --clients 1,4,8,16
-    python benchmarks/serving.py --model_path sample/tiny-llama --bits 32 --max_parallel 16    (on a CPU)
+    python benchmarks/serving.py --bits 32 --max_parallel 16 --repeats 5 --answers 8    (on a CPU)
 
 The API of `tools/serve.py` runs in this process on a port of its own; each client is a thread with a connection of its
 own, which asks for a streamed chat answer that no end token cuts short. All clients of one row begin at once, so the
 time to the first token holds the wait for those in front. With --max_parallel a server that answers one after another
-and one with a batch take turns, so that what else the machine does falls on both.
+and one with a batch take turns, so that what else the machine does falls on both; the speedup is the median of those of
+the single turns. A directory with a tokenizer is asked with its own one, anything else with that of the sample.
 Writes benchmarks/results/serving.json.
 """
 
@@ -54,12 +55,14 @@ class ServingOptions:
     """Clients that ask at the same time, one row each."""
     requests: int = 1
     """Requests of each client, one after the other."""
+    answers: int = 1
+    """Each client asks so often that all of them together get at least so many answers in a turn."""
     new_tokens: int = 32
     """Length of each answer."""
     max_parallel: int = 1
     """Above 1: compare with a server that computes so many answers at once."""
     repeats: int = 1
-    """How often each row is measured; times and tokens are added up."""
+    """How often each row is measured; times and tokens are added up, of the speedups the median is told."""
     seconds: float = 0.0
     """A row that would take longer than what is left of so many is not begun; 0: all rows."""
     device: str = "auto"
@@ -88,6 +91,11 @@ class Measured:
     answers: list[Answered]
     seconds: float
     cpu_seconds: float
+
+    @property
+    def per_cpu_second(self) -> float:
+        """Tokens of all answers."""
+        return sum(answer.n_tokens for answer in self.answers) / self.cpu_seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,7 +139,8 @@ def open_engines(options: ServingOptions) -> tuple[dict[str, Any], str]:
     hardware = detect(options.device, pretend_turing=options.pretend_turing)
     model = ModelOptions(options.model_path, bits=bits, device=options.device, gradient_checkpointing=False)
     base = base_model(model, hardware)
-    tokenizer = load_tokenizer(DEFAULT_BASE)
+    own = options.model_path if (Path(options.model_path) / "tokenizer.json").is_file() else DEFAULT_BASE
+    tokenizer = load_tokenizer(own)
     with torch.no_grad():  # the most likely token is then one that the sample tokenizer knows
         base.model.get_output_embeddings().weight[len(tokenizer) :] = 0
     bundle = ModelBundle(base.model, tokenizer, load_template("vicuna-chat", tokenizer))
@@ -177,16 +186,23 @@ def rows_of(
         for path, port in ports.items():
             found[path].append(measure(n, port, options))
     new = [row_of(n, path, each) for path, each in found.items()]
-    for row in new[1:]:
-        row["speedup_per_cpu_s"] = round(row["tokens_per_cpu_s"] / new[0]["tokens_per_cpu_s"], 2)
+    for row, path in zip(new[1:], [*found][1:], strict=True):
+        ratios = [
+            batch.per_cpu_second / one_by_one.per_cpu_second
+            for batch, one_by_one in zip(found[path], next(iter(found.values())), strict=True)
+        ]
+        row["speedup_per_cpu_s"] = round(statistics.median(ratios), 2)
+        row["speedups"] = [round(ratio, 2) for ratio in ratios]
     return new
 
 
 def measure(n: int, port: int, options: ServingOptions) -> Measured:
     """Let so many clients loose once."""
 
+    n_requests = max(options.requests, -(-options.answers // n))
+
     def client(number: int) -> list[Answered]:
-        return [ask(port, number * options.requests + k, options.new_tokens) for k in range(options.requests)]
+        return [ask(port, number * n_requests + k, options.new_tokens) for k in range(n_requests)]
 
     begun, cpu_begun = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(n) as threads:
