@@ -119,7 +119,7 @@ def _wait(run: Path, request_id: str, *, streams: bool) -> str:
     while True:
         found = reply(run, request_id)
         if found is None:
-            raise OneCardError(f"{run} was started anew, and does not know the request any more; ask again")
+            raise OneCardError(f"{run} has no reply to give: it was started anew, or its disk is full; ask again")
         if streams and found.text.startswith(shown) and found.text != shown:
             sys.stdout.write(escaped(found.text[len(shown) :]))
             sys.stdout.flush()

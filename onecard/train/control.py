@@ -89,7 +89,8 @@ def send(run: Path, kind: str, **given: Any) -> str:
     """Ask something of the run in this directory; returns the id of the request, for `reply`.
 
     given: of an ask its `question` or `messages`, `system`, and options of sampling by name, such as `max_new_tokens`.
-    Raises NotRunning where no run would carry it out, and ConfigError for an unknown kind or a request of over 1 MiB.
+    Raises NotRunning where no run would carry it out, ConfigError for an unknown kind or a request of over 1 MiB, and
+    OneCardError where it cannot be written.
     """
     if kind not in KINDS:
         raise ConfigError("", f"{kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}")
@@ -102,7 +103,13 @@ def send(run: Path, kind: str, **given: Any) -> str:
     if len(content.encode("utf-8")) > MOST_BYTES:
         raise ConfigError("", f"a request of over {MOST_BYTES:,} bytes is not taken; ask something shorter")
     request_id = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
-    write_whole(Path(run) / FOLDER / f"{request_id}{REQUEST}", content, durable=False)
+    try:
+        write_whole(Path(run) / FOLDER / f"{request_id}{REQUEST}", content, durable=False)
+    except OSError as reason:
+        why = reason.strerror or reason
+        raise OneCardError(
+            f"{run} cannot be asked: nothing can be written there ({why}); make room, and ask again"
+        ) from reason
     return request_id
 
 

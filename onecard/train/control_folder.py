@@ -72,8 +72,9 @@ class ControlFolder:
         if self._path is None:
             return
         with suppress(OSError):
-            for old in self._path.glob(f"*{REPLY}") if self._path.is_dir() else ():
-                old.unlink()
+            for pattern in (f"*{REPLY}", ".*.partial"):  # the second: of a request whose sender was killed
+                for old in self._path.glob(pattern) if self._path.is_dir() else ():
+                    old.unlink()
             self._path.mkdir(exist_ok=True)
         self._status = replace(self._status, **this_process())
         self.say("starting")
@@ -138,7 +139,11 @@ class ControlFolder:
     def answer(self, request: Request, reply: Reply) -> None:
         """Write the reply, with the step and the time taken so far."""
         took = round(time.monotonic() - request.began_s, 3)
-        self._write(f"{request.id}{REPLY}", asdict(replace(reply, step=self._status.step, seconds=took)))
+        name = f"{request.id}{REPLY}"
+        is_written = self._write(name, asdict(replace(reply, step=self._status.step, seconds=took)))
+        if reply.is_final and not is_written and self._path is not None:
+            with suppress(OSError):  # an earlier one would let who asked wait until the run ends
+                (self._path / name).unlink()
 
     def refuse_all(self) -> None:
         """From now on nothing is carried out any more: the last step is done, or the run ends."""
@@ -171,15 +176,18 @@ class ControlFolder:
         self._told_s = time.monotonic()
         self._write(STATUS_NAME, asdict(self._status))
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
+    def _write(self, name: str, content: dict[str, Any]) -> bool:
+        """Whether it could be written."""
         if self._path is None:
-            return
+            return False
         try:
             write_whole(self._path / name, json.dumps(content, ensure_ascii=False), durable=False)
         except OSError as reason:
             if not self._warned:
                 warn(f"{self._path / name} cannot be written ({reason}); training goes on, and cannot be asked")
             self._warned = True
+            return False
+        return True
 
 
 @contextmanager

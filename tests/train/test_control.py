@@ -143,10 +143,34 @@ def test_a_disk_that_is_full_ends_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
+    asked = send(tmp_path, "ask", question="Capital?")
+    folder.poll()
     monkeypatch.setattr("onecard.train.control_folder.write_whole", full)
     folder.say("training")
     folder.say("paused")
     assert capsys.readouterr().err.count("training goes on, and cannot be asked") == 1
+    # Who asked does not wait for ever for a reply that cannot be written, and no question can be sent.
+    folder.answer(folder.waiting[0], Reply("running", "Par"))
+    assert reply(tmp_path, asked).state == "waiting"
+    folder.answer(folder.waiting[0], Reply("done", "Paris"))
+    assert reply(tmp_path, asked) is None
+    monkeypatch.setattr(control_program, "send", lambda *_, **__: asked)
+    with pytest.raises(OneCardError, match="has no reply to give: it was started anew, or its disk is full"):
+        control_program.main(["save", "--run", str(tmp_path)])
+    monkeypatch.setattr("onecard.train.control.write_whole", full)
+    with pytest.raises(
+        OneCardError, match=r"cannot be asked: nothing can be written there \(No space left on device\)"
+    ):
+        send(tmp_path, "ask", question="Capital?")
+
+
+def test_what_a_killed_sender_left_is_removed_by_the_next_start(tmp_path: Path, folder: ControlFolder) -> None:
+    half = tmp_path / FOLDER / f".{ID}.request.json.77.partial"
+    half.write_text('{"kind": "as', encoding="utf-8")
+    folder.poll()
+    assert not folder.waiting and half.exists(), "it may still be being written"
+    ControlFolder(tmp_path).open()
+    assert not half.exists()
 
 
 @pytest.fixture
