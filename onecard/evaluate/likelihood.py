@@ -74,7 +74,7 @@ def _together(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[Asked]
         some = places[start : start + LOGITS_AT_ONCE]
         at = tuple(torch.tensor(part) for part in zip(*some, strict=True))
         logits: Tensor = whole[at] if whole is not None else states[1](states[0][at])  # type: ignore[index]
-        table = logits.float().log_softmax(dim=-1)
+        table = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
         rows = [k for k, place in enumerate(some) for _ in wanted[place]]
         tokens = [token for place in some for token in wanted[place]]
         picked = table[torch.tensor(rows, device=table.device), torch.tensor(tokens, device=table.device)].tolist()

@@ -38,7 +38,7 @@ class LmEvalOptions:
     batch_size: str = "8"
     """Questions at once, or auto."""
     output_path: str = ""
-    """Folder for the harness's own results; empty: they are only printed."""
+    """Folder for the harness's own results, each answer included; empty: they are only printed."""
     apply_chat_template: bool = False
     """Ask in the tokenizer's chat template."""
     debug: bool = False
@@ -118,4 +118,5 @@ def command_of(config: LmEvalConfig) -> list[str]:
         words += [flag, str(value)] if value >= 0 else []
     for flag, text in (("--include_path", options.include_path), ("--output_path", options.output_path)):
         words += [flag, text] if text else []
+    words += ["--log_samples"] if options.output_path else []
     return words + (["--apply_chat_template"] if options.apply_chat_template else [])
