@@ -118,6 +118,23 @@ def test_planted_letters_get_the_known_score(
     assert report["settings"]["prompt"] == ("chat_template" if is_chat else "base_prompt")
 
 
+@pytest.mark.parametrize("layout", ["csv", "json"])
+def test_planted_answers_to_mmcu_get_the_known_score(
+    layout: str, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right are B, D, AC, B in the tables, and B, D, A, C in the file."""
+    path = layouts.mmcu_csv(tmp_path) if layout == "csv" else layouts.mmcu_json(tmp_path / "test.json")
+    task = ChoiceTask(load_choice_suite("mmcu", path), ChoiceSettings(method="free"))
+    texts = iter(["B", "D", "ACD", "B"] if layout == "csv" else ["B", "D", "A", "B"])
+    monkeypatch.setattr(
+        choice, "answer_safely", lambda _, rows, __: [Generation(next(texts), "stop", 1, 1) for _ in rows]
+    )
+    total, *rest = task.report(task.work(bundle, task.items))["measures"]
+    assert (total["n"], total["values"]["accuracy"][0], total["values"]["unparsed"]) == (4, 0.75, 0)
+    subjects = {one["name"]: one["values"]["accuracy"][0] for one in rest if one["group"] == "subject"}
+    assert subjects == ({"心理": 1.0, "法律": 0.5} if layout == "csv" else {"心理": 0.75})
+
+
 def test_planted_answers_to_gaokao_get_points_and_half_points(
     bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,9 @@ def test_planted_answers_get_the_known_score_by_class(tmp_path: Path) -> None:
     values = {measure["name"]: measure["values"] for measure in report["measures"]}
     assert [values[name]["exact_match"][0] for name in ("", "qa", "math")] == [0.5, round(1 / 3, 6), 1.0]
     assert [values[name]["f1"][0] for name in ("", "qa", "math")] == [0.625, 0.5, 1.0]
+    # "北方" shares one of its two characters with "北京", and no pair of them.
+    assert [values[name]["rouge_1"][0] for name in ("", "qa")] == [0.625, 0.5]
+    assert [values[name]["rouge_2"][0] for name in ("", "qa")] == [0.5, round(1 / 3, 6)]
     assert [record["key"] for record in report["worst"]] == ["3", "2"]
 
 
