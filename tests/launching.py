@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from onecard.config.parsing import to_yaml
@@ -56,6 +58,17 @@ def finish(*processes: subprocess.Popen[str]) -> None:
     for process in processes:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-4000:]
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """The process, which a test that fails does not leave behind: the launcher passes the signal on."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate()
 
 
 def fail(process: subprocess.Popen[str]) -> str:
