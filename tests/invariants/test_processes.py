@@ -72,6 +72,20 @@ def test_two_processes_equal_one_for_pairs(options: dict[str, Any], tiny_base: P
 
 
 @pytest.mark.slow
+def test_two_processes_stay_near_their_base_as_one_does(tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
+    """--kl_anchor: each process computes the divergence of all texts, and their gradients are added up."""
+    shared = {**SHARED, "kl_anchor": 1.0, "lora_dropout": 0.0}
+    one = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "one" / "run", **shared))
+    finish(launch(torchrun(2), tiny.config_for(tiny_base, instructions, tmp_path / "two" / "run", **shared), tmp_path))
+    assert_same_run(one, tmp_path / "two" / "run")
+    found = [
+        [row["kl_anchor"] for row in read_log(run) if "kl_anchor" in row] for run in (one, tmp_path / "two" / "run")
+    ]
+    assert len(found[0]) == 8 and max(found[0]) > 1e-5
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+
+
+@pytest.mark.slow
 def test_two_machines_equal_one(one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
     config = tiny.config_for(tiny_base, instructions, tmp_path / "run", **SHARED)
     port = str(free_port())
