@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from onecard.config.training import TrainOptions
 from onecard.errors import DataError, Stopped
@@ -26,10 +27,10 @@ from onecard.train.control_folder import ControlFolder
 from onecard.train.end_by_clock import EndByClock
 from onecard.train.intervals import Timer
 from tests import tiny
-from tests.launching import finish, launch, torchrun
+from tests.launching import ended, fail, finish, launch, torchrun
 from tests.runs import assert_same_end, run_and_stop
 
-PATIENCE_S = 60.0  # for a run that may share its core with others
+PATIENCE_S = 300.0  # for a run that may share its core with others
 OPTIONS = {"total_batch": 4, "num_epoch": 2, "lora_dropout": 0.1, "test_size": 4, "eval_steps": 4}
 
 
@@ -230,7 +231,16 @@ def test_a_start_that_fails_leaves_no_control_folder(tiny_base: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def own_number_format() -> Iterator[None]:
+    """accelerate keeps one for the process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_number_format")
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 def test_twenty_questions_at_random_moments(
     tiny_base: Path, instructions: Path, tmp_path: Path, at_step: dict[int, Any], bits: int
@@ -261,29 +271,44 @@ def test_twenty_questions_at_random_moments(
 
 
 @pytest.mark.slow
-def test_two_processes_answer_wait_and_stay_on_their_cards(tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
-    options = {**OPTIONS, "num_epoch": 4, "ask": ["Say hello"]}
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_answer_wait_stop_and_stay_on_their_cards(
+    tiny_base: Path, instructions: Path, tmp_path: Path, shard: bool
+) -> None:
+    """With the layers divided between them no one can answer alone, and that is said."""
+    options = {**OPTIONS, "num_epoch": 4, "save_steps": 100} | ({"shard": True} if shard else {"ask": ["Say hello"]})
     runs = [tmp_path / name / "run" for name in ("undisturbed", "disturbed")]
+    config = tiny.config_for(tiny_base, instructions, runs[1], **options)
     finish(launch(torchrun(2), tiny.config_for(tiny_base, instructions, runs[0], **options), tmp_path / "undisturbed"))
     visitor = Visitor(runs[1])
-    process = launch(torchrun(2), tiny.config_for(tiny_base, instructions, visitor.run, **options), tmp_path / "one")
-    deadline = time.monotonic() + PATIENCE_S
-    while not (visitor.run / control.FOLDER / control.STATUS_NAME).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    visitor.send("pause", "pause")
-    wait_for(visitor.run, lambda now: now.state == "paused")
-    visitor.send("ask", "ask", question="Say hello", max_new_tokens=4)
-    visitor.send("give back", "give_back")
-    visitor.send("save", "save")
-    visitor.send("continue", "continue")
-    finish(process)
-    assert_same_end(*runs)
+    with ended(launch(torchrun(2), config, tmp_path / "one")) as process:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (visitor.run / control.FOLDER / control.STATUS_NAME).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        visitor.send("pause", "pause")
+        paused = wait_for(visitor.run, lambda now: now.state == "paused").step
+        visitor.send("ask", "ask", question="Say hello", max_new_tokens=4)
+        visitor.send("give back", "give_back")
+        visitor.send("save", "save")
+        visitor.send("stop", "stop")
+        assert f"stopped by a request after step {paused} of 20; checkpoint-{paused} is saved" in fail(process)
     said = {name: visitor.reply(name) for name in visitor.sent}
-    assert "of several processes" in said.pop("give back").error
-    assert {name: each.state for name, each in said.items()} == dict.fromkeys(said, "done")
-    rows = [row["step"] for row in read_answers(visitor.run / QUESTIONS_NAME)]
-    assert rows == sorted([0, *range(4, 21, 4), said["ask"].step])
+    assert {said[name].state for name in ("pause", "save", "stop")} == {"done"}
+    assert said["save"].text == f"checkpoint-{paused} is saved"
+    assert "of several processes" in said["give back"].error
+    assert "--shard: an answer would need all processes at once" in said["ask"].error if shard else said["ask"].text
+
+    with ended(launch(torchrun(2), config, tmp_path / "two")) as process:
+        wait_for(visitor.run, lambda now: now.is_alive)
+        visitor.send("wait", "pause")
+        assert wait_for(visitor.run, lambda now: now.state == "paused").step > paused
+        visitor.send("continue", "continue")
+        finish(process)
+    assert_same_end(*runs)
+    if not shard:
+        rows = [row["step"] for row in read_answers(visitor.run / QUESTIONS_NAME)]
+        assert rows == sorted([0, *range(4, 21, 4), paused])
 
 
 @pytest.mark.slow  # that they are asked at each evaluation is test_changed_options.py's, too
