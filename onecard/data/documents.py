@@ -12,11 +12,14 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from onecard.data.values import UnusableRecord, safe
 
 DOCUMENT_SUFFIXES = (".pdf", ".docx", ".md", ".markdown", ".html", ".htm", ".epub")
 _CONVERTERS = {".docx": "DocxConverter", ".html": "HtmlConverter", ".htm": "HtmlConverter", ".epub": "EpubConverter"}
+_TEXT_PARTS = (".xml", ".rels", ".html", ".xhtml", ".htm", ".opf", ".ncx")  # pictures are not unpacked
+_MOST_UNPACKED = 2**28  # bytes: the text of a long book is some 2**20
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b]")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n.*?\n(?:---|\.\.\.)[ \t]*\n", re.DOTALL)
 _CJK = re.compile("[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
@@ -125,6 +128,8 @@ def joined_lines(block: str) -> str:
 
 
 def _converted(path: Path, name: str) -> str:
+    if is_zipfile(path):
+        _refuse_bomb(path)
     _required("markitdown", "markitdown")
     import markitdown
     from markitdown import converters
@@ -139,3 +144,14 @@ def _converted(path: Path, name: str) -> str:
         raise UnusableRecord("needs markitdown[docx]: pip install -r requirements-data.txt") from None
     except Exception as reason:  # each library beneath has errors of its own for a file that is broken
         raise UnusableRecord(f"broken: {type(reason).__name__}: {safe(str(reason))}") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise UnusableRecord for an archive whose texts unpack to more than any document holds."""
+    try:
+        with ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist() if part.filename.endswith(_TEXT_PARTS))
+    except BadZipFile as reason:
+        raise UnusableRecord(f"broken: {safe(str(reason))}") from None
+    if unpacked > _MOST_UNPACKED:
+        raise UnusableRecord(f"its text unpacks to {unpacked >> 20:,} MiB, over {_MOST_UNPACKED >> 20:,}: split it")

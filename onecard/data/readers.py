@@ -32,6 +32,8 @@ from onecard.data.values import UnusableRecord
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _PEEK_BYTES = 2**16
 _PROBED_VALUES = 5
+_PARQUET_ROWS, _AT_ONCE_BYTES = 1024, 2**27
+_MOST_RATIO = 1000  # by which a column of data is packed at most
 _COLUMNS = {"instruction", "input", "output", "prompt", "response", "completion", "question", "answer", "query"}
 
 
@@ -233,9 +235,40 @@ def _parquet_rows(path: Path) -> Iterator[RawRecord]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
-            for row, value in enumerate(chain.from_iterable(batches), start=1):
-                yield RawRecord(row, value)
+            batches = file.iter_batches(batch_size=_rows_at_once(file.metadata))
+            for row, value in enumerate(chain.from_iterable(map(_values, batches)), start=1):
+                yield RawRecord(row, value, problem="" if value is not None else too_long())
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield RawRecord(row + 1, problem=f"the file cannot be read as parquet from row {row + 1} on: {reason}")
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Rows to read together: a value may be as long as all distinct ones of its column, and stand in every row.
+
+    Raises ValueError for a column that unpacks to far more than data do.
+    """
+    longest = 1
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            unpacked, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
+            if unpacked > _AT_ONCE_BYTES and unpacked > _MOST_RATIO * packed:
+                raise ValueError(f"{column.path_in_schema} unpacks to {unpacked // packed:,} times its size")
+            longest = max(longest, unpacked if column.has_dictionary_page else 1)
+    return max(1, min(_PARQUET_ROWS, _AT_ONCE_BYTES // longest))
+
+
+def _values(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None in place of one that is too long for a record."""
+    if batch.nbytes <= MAX_RECORD_BYTES:
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
+        return rows
+    single = (batch.slice(place, 1) for place in range(len(batch)))
+    return [None if sum(map(_decoded_bytes, each.columns)) > MAX_RECORD_BYTES else each.to_pylist()[0]
+            for each in single]  # fmt: skip
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Of a column of one row, which otherwise counts every value that its dictionary has."""
+    return int((column.dictionary_decode() if hasattr(column, "dictionary") else column).nbytes)

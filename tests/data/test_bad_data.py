@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onecard.data import json_records, plain_text
+from onecard.data import documents, json_records, plain_text
 from onecard.data import readers as records
 from onecard.data.formats import UnusableRecord, to_sample
 from onecard.data.json_records import JsonValues
@@ -282,3 +283,50 @@ def test_any_bytes_never_crash_and_never_hide_the_good_ones(tmp_path: Path, nois
         path = tmp_path / f"noise.{suffix}"
         path.write_bytes(noise)
         assert read_all(path)[1].n_seen >= 1
+
+
+def test_a_little_parquet_that_unpacks_to_much_is_read_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long text that stands in every row: kilobytes on disk, and gigabytes where many rows are read together."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for module in (plain_text, records):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2**21)
+    monkeypatch.setattr(records, "_AT_ONCE_BYTES", 2**22)
+    long, short = "a" * (2**21 - 100), "short"
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 1000 + [1], pa.int32()), [long, short])
+    pq.write_table(pa.table({"text": column}), tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    before = pa.total_allocated_bytes()
+    reading = records.read_file(tmp_path / "bomb.parquet")
+    assert [len(next(reading).value["text"]) for _ in range(3)] == [len(long)] * 3
+    assert pa.total_allocated_bytes() - before < 5 * len(long)
+    reading.close()
+    longer = pa.DictionaryArray.from_arrays([0, 1], ["a" * (2**21 + 1), short])
+    pq.write_table(pa.table({"text": longer}), tmp_path / "long.parquet", compression="zstd")
+    first, second = records.read_file(tmp_path / "long.parquet")
+    assert first.problem == "longer than 2 MiB" and second.value == {"text": short}
+
+
+def test_a_column_that_unpacks_to_far_more_than_data_do_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a" * 10_000_000]}), tmp_path / "bomb.parquet", compression="zstd")
+    monkeypatch.setattr(records, "_AT_ONCE_BYTES", 1_000_000)
+    (found,) = records.read_file(tmp_path / "bomb.parquet")
+    assert "text unpacks to" in found.problem and found.value is None
+
+
+def test_an_office_document_that_unpacks_to_much_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_MOST_UNPACKED", 2**21)
+    with zipfile.ZipFile(tmp_path / "bomb.docx", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", b" " * 3 * 2**20)
+    (found,) = records.read_file(tmp_path / "bomb.docx")
+    assert "unpacks to 3 MiB" in found.problem
