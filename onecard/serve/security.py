@@ -45,6 +45,7 @@ KEY_NAME = "onecard.key"  # of a scope: the name of the key that came with the r
 READING_METHODS = ("GET", "HEAD", "OPTIONS")
 STANDARD_PORTS = (":80", ":443")
 GZIP = ("gzip", "x-gzip")  # RFC 9110, 8.4.1.3
+CLOSED = "pages of other origins may not use this server; open its own page"
 POLICY_VIOLATION = 1008  # code of a refused websocket
 DRAIN_SECONDS = 30  # so long a body that is too large is still read: who is cut off while sending reads no answer
 
@@ -55,6 +56,7 @@ class NetworkRules:
 
     host: the address that is listened on. key: None for no key. keys: names and SHA-256 digests of further ones.
     max_body_bytes: of one request. requests_per_minute: of one key, or of one address without keys; 0: no limit.
+    is_closed: what a foreign page has a browser read is refused as well; it may only lead to the page at /.
     """
 
     host: str = "127.0.0.1"
@@ -64,6 +66,7 @@ class NetworkRules:
     max_body_bytes: int = 8_000_000
     keys: Mapping[str, bytes] = field(default_factory=dict)
     requests_per_minute: int = 0
+    is_closed: bool = False
 
     @property
     def known_keys(self) -> dict[str, bytes]:
@@ -88,7 +91,7 @@ class Protection:
                 app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], allow_private_network=True,
                 expose_headers=["retry-after"],
             )  # fmt: skip
-        app = OriginCheck(app, origins)
+        app = OriginCheck(app, origins, is_closed=rules.is_closed)
         app = HostCheck(app, rules.host, [plain_host(name) for name in split_list(rules.allowed_hosts)])
         self._app = PlainHeaders(app)
 
@@ -132,19 +135,21 @@ class OriginCheck:
     here, so host and port are compared.
     """
 
-    def __init__(self, app: App, allowed: Iterable[str]) -> None:
-        self._app = app
+    def __init__(self, app: App, allowed: Iterable[str], *, is_closed: bool = False) -> None:
+        self._app, self._is_closed = app, is_closed
         self._allowed = {origin.rstrip("/").lower() for origin in allowed}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asks = scope["type"] == "http" and is_preflight(scope)
-        uses_card = scope["type"] == "http" and scope["path"].startswith(QUERY)
+        guarded = scope["type"] == "http" and self._guards(scope)
         changes = scope["type"] == "websocket" or (scope["type"] == "http" and scope["method"] not in READING_METHODS)
-        origins = headers_of(scope, b"origin") if changes or asks or uses_card else []
+        origins = headers_of(scope, b"origin") if changes or asks or guarded else []
         # The image of a foreign page comes without Origin: https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
-        if uses_card and not origins and set(headers_of(scope, b"sec-fetch-site")) & {"cross-site", "same-site"}:
+        if guarded and not origins and set(headers_of(scope, b"sec-fetch-site")) & {"cross-site", "same-site"}:
             allowed = f"an origin of {command('serve')} --allowed_origins"
-            message = f"pages of other origins may not ask here; send POST, from {allowed}"
+            message = (
+                CLOSED if self._is_closed else f"pages of other origins may not ask here; send POST, from {allowed}"
+            )
             return await refuse(scope, send, ApiError(403, message, code="origin_not_allowed"))
         # A page that asks stands on another origin, even where host and port are ours.
         hosts = headers_of(scope, b"host") if origins and not asks else []
@@ -153,7 +158,14 @@ class OriginCheck:
                 return await refuse(scope, send, ApiError(403, self._advice(origin), code="origin_not_allowed"))
         return await self._app(scope, receive, send)
 
+    def _guards(self, scope: Scope) -> bool:
+        """Whether reading this is refused to foreign pages, too."""
+        is_link = scope["path"] == "/" and headers_of(scope, b"sec-fetch-mode") == ["navigate"]
+        return scope["path"].startswith(QUERY) or (self._is_closed and not is_link)
+
     def _advice(self, origin: str) -> str:
+        if self._is_closed:
+            return CLOSED
         try:
             name = plain_origin(origin)
         except ValueError:  # "null" of a file or a frame without rights, or nonsense

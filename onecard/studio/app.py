@@ -45,7 +45,7 @@ def studio_app(options: StudioOptions, context: StudioContext | None = None) -> 
     routes = [*pages.routes(), *events.routes(context.events)]
     routes += [route for part in parts for route in part.routes(context)]
     rules = NetworkRules(
-        options.host, options.allowed_hosts, key=options.key, max_body_bytes=context.upload_max_bytes,
+        options.host, options.allowed_hosts, key=options.key, max_body_bytes=context.upload_max_bytes, is_closed=True,
     )  # fmt: skip
     app = Starlette(
         routes=routes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,3 +68,12 @@ def safe_path(text: str, roots: Iterable[Path]) -> Path:
         raise ApiError(403, f"{text} lies outside {listed}; start the studio with --data_root to read elsewhere",
                        code="outside_roots")  # fmt: skip
     return next((path for path in allowed if path.exists()), allowed[0])
+
+
+def leads_within(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether what a path leads to, by links too, lies in one of the roots."""
+    try:
+        found = path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+    return any(found.is_relative_to(root) for root in roots)

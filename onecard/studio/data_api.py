@@ -14,6 +14,7 @@ from onecard.data.catalogue.entries import CatalogueEntry, entries
 from onecard.data.catalogue.place import downloaded
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
+from onecard.studio.file_names import is_portable
 from onecard.studio.http import StudioJson, json_body
 from onecard.studio.language import in_language, language_of
 from onecard.studio.named import NamedData, base_name, folder_entries, named_data
@@ -67,7 +68,7 @@ class DataView:
         if not path.is_dir():
             raise ApiError(404, f"{folder[:200]}: there is no such folder", code="no_such_path")
         try:
-            listed = folder_entries(path)
+            listed = folder_entries(path, [*context.readable, context.upload_root])
         except OSError as reason:
             raise ApiError(403, f"{path}: {reason.strerror or reason}", code="cannot_read") from reason
         is_root = path in (*context.readable, context.upload_root)
@@ -145,7 +146,7 @@ class DataView:
     def _target(self, name: str) -> Path:
         """A new folder in the output root. Raises ApiError for a name that is none, or that is taken (409)."""
         is_plain = name.strip("._ ") == name and 0 < len(name) <= 80 and all(c.isalnum() or c in "-_." for c in name)
-        if not is_plain:
+        if not is_plain or not is_portable(name):
             raise bad_request(f"{name[:80]!r} is no name of a folder: use letters, digits, - and _", "name", "bad_name")
         target = self._context.output_root / FOLDER / name
         if target.exists():

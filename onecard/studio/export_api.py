@@ -20,6 +20,7 @@ from onecard.export.io.output import new_directory
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
 from onecard.studio.export_kinds import KINDS, ExportKind, checked_options, server_address
+from onecard.studio.file_names import is_portable
 from onecard.studio.http import LANGUAGE_HEADER, StudioJson, json_body
 from onecard.studio.jobs import ALIVE
 from onecard.studio.sources import sources_in
@@ -28,7 +29,6 @@ from onecard.translation import LANGUAGES, translated
 
 PREFIX = "export-"  # of the kinds of jobs
 NAME = re.compile(r"[\w][\w.+-]{0,99}")  # one folder of the output folder, never a path
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 MOST_SHOWN = 100  # jobs
 ERROR_MARKS = ("error:", "错误")
 
@@ -92,7 +92,7 @@ class ExportApi:
         if not kind.writes:
             return root
         name = text_of(body, "name")
-        if not NAME.fullmatch(name) or RESERVED.fullmatch(name) or name.endswith("."):
+        if not NAME.fullmatch(name) or not is_portable(name):
             raise bad_request("name is that of a new folder: letters, digits, and . _ + - within", "name")
         target = self._context.safe_path(str(root / name), (root,))
         if target.parent != root or target.exists() or target.is_symlink():

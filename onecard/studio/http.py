@@ -38,6 +38,7 @@ async def json_body(request: Request, *required: str) -> dict[str, Any]:
             raise ApiError(413, f"the body is larger than {MOST_JSON_BYTES} bytes", code="body_too_large")
     try:
         content = json.loads(body)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair, which no file and no answer can hold
     except (ValueError, RecursionError):
         raise bad_request("the body is not JSON", code="not_json") from None
     if not isinstance(content, dict):

@@ -6,15 +6,15 @@ Knows paths and names. Opens no data, and asks no network.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from onecard.config.base_model import DEFAULT_BASE
 from onecard.config.data import BUILT_IN_TEMPLATES, LARGEST_AMOUNT, DataPortion
 from onecard.config.given_paths import DATA_SUFFIXES, HUB_ID, shipped_file
-from onecard.serve.http_error import bad_request
-from onecard.studio.context import StudioContext
+from onecard.serve.http_error import ApiError, bad_request
+from onecard.studio.context import StudioContext, leads_within
 
 MOST_SOURCES = 50
 FIRST_ROWS = 500  # of a data set that is not on this disk, unless more are asked for
@@ -83,6 +83,7 @@ def data_name(context: StudioContext, text: str, param: str) -> tuple[str, bool]
     from onecard.data.catalogue.place import downloaded
 
     if path := existing_path(context, text):
+        refuse_links_out(path, context.readable, param)
         return str(path), False
     known = entries()
     if entry := known.get(text) or known.get(text.lower()):
@@ -123,18 +124,30 @@ def existing_path(context: StudioContext, text: str) -> Path | None:
     return None
 
 
+def refuse_links_out(folder: Path, roots: Sequence[Path], param: str) -> None:
+    """Raise ApiError (403) where something in a folder of data is a link that leads out of the roots."""
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not leads_within(path, roots):
+                text = f"{path} is a link that leads out of the data roots"
+                advice = "start the studio with --data_root to read there"
+                raise ApiError(403, f"{text}; {advice}", param=param, code="outside_roots")
+
+
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form owner/name."""
     return "/" in text and bool(HUB_ID.fullmatch(text))
 
 
-def folder_entries(folder: Path) -> list[dict[str, Any]]:
-    """Folders and data files in a folder, by name; hidden ones and others are left out."""
+def folder_entries(folder: Path, roots: Sequence[Path]) -> list[dict[str, Any]]:
+    """Folders and data files in a folder, by name; hidden ones, links that lead out of `roots` and others left out."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
             is_folder = entry.is_dir()
             if entry.name.startswith(".") or not (is_folder or Path(entry.name).suffix.lower() in DATA_SUFFIXES):
+                continue
+            if entry.is_symlink() and not leads_within(Path(entry.path), roots):
                 continue
             size = None if is_folder else entry.stat().st_size
             found.append({"name": entry.name, "path": str(folder / entry.name), "bytes": size})

@@ -20,7 +20,9 @@ from onecard.config.problems import Problem
 from onecard.errors import CheckpointError, ConfigError
 from onecard.serve.http_error import ApiError
 from onecard.storage import move, write_whole
+from onecard.studio.context import leads_within
 from onecard.studio.control_link import ControlLink
+from onecard.studio.file_names import is_portable
 from onecard.studio.jobs import ALIVE, Jobs
 from onecard.studio.run_log import last_rows
 from onecard.train.advice import ADVICE_NAME
@@ -30,6 +32,8 @@ from onecard.train.trackers import LOG_NAME
 
 STUDIO_FILE, STUDIO_LOG, QUESTIONS = "studio.json", "studio.log", "questions.jsonl"
 OPTIONS_FILE, STATE_FILE, MANIFEST_FILE = "onecard.yaml", "trainer_state.json", "manifest.json"
+READ = (OPTIONS_FILE, STATE_FILE, MANIFEST_FILE, LOG_NAME, STUDIO_FILE, STUDIO_LOG, QUESTIONS, COMPARISON_NAME,
+        ADVICE_NAME, "control")  # fmt: skip
 MARKS = (OPTIONS_FILE, LOG_NAME, STUDIO_FILE)  # any of them makes a folder a run
 TRASH, TRASH_NOTE = ".trash", "trash.json"
 BETWEEN = ":"  # in an id, between a chain of stages and its stage; no system has it in names of folders by default
@@ -51,9 +55,9 @@ class Runs:
     def paths(self) -> Iterator[Path]:
         """The directory of each run."""
         for folder in _folders(self.root):
-            if is_run(folder):
+            if self._shows(folder):
                 yield folder
-            yield from (inner for inner in _folders(folder) if re.match(r"\d+-", inner.name) and is_run(inner))
+            yield from (inner for inner in _folders(folder) if re.match(r"\d+-", inner.name) and self._shows(inner))
 
     def id_of(self, run: Path) -> str:
         """`my-run`, or `chain:1-first` for a stage."""
@@ -63,10 +67,16 @@ class Runs:
         """The directory of this run. Raises ApiError (404) where there is none."""
         parts = run_id.split(BETWEEN)
         is_plain = all(part and not part.startswith(".") and not re.search(r"[/\\\0]", part) for part in parts)
-        run = self.root.joinpath(*parts) if is_plain and len(parts) <= 2 else self.root
-        if run == self.root or not is_run(run) or not run.resolve().is_relative_to(self.root):
+        is_short = len(parts) <= 2 and all(len(part.encode()) < 256 for part in parts)  # as names of files are
+        run = self.root.joinpath(*parts) if is_plain and is_short else self.root
+        if run == self.root or not self._shows(run):
             raise ApiError(404, "there is no such run", code="no_such_run")
         return run
+
+    def _shows(self, run: Path) -> bool:
+        """Whether this is a run, and neither it nor what is read of it is a link that leads elsewhere."""
+        read = [run, *(run / name for name in READ)]
+        return is_run(run) and all(leads_within(path, (self.root,)) for path in read if path.is_symlink())
 
     def table(self) -> list[dict[str, Any]]:
         """A row of each run, the newest first."""
@@ -231,7 +241,7 @@ def is_run(folder: Path) -> bool:
 
 def check_name(name: str) -> None:
     """Raise ConfigError for what cannot be the name of a run's folder, here or on another system."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name) or not is_portable(name):
         problem: Problem = ("--name", f"{str(name)[:100]!r} is no name for a run; use letters, digits, spaces, - and _")
         raise ConfigError(*problem)
 

@@ -15,12 +15,11 @@ from starlette.concurrency import run_in_threadpool
 
 from onecard.config.given_paths import DATA_SUFFIXES
 from onecard.serve.http_error import ApiError, bad_request
+from onecard.studio.file_names import RESERVED
 
 PARTIAL = ".partial"
 STALE_S = 3600.0  # a partial upload without a new byte for so long is that of a studio that was killed
 LONGEST_NAME = 80
-# https://learn.microsoft.com/windows/win32/fileio/naming-a-file
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _naming = threading.Lock()
 
 
