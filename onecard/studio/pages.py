@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from onecard.studio.http import StudioJson
+from onecard.studio.runs import FAST_LOADER
 
 STATIC = Path(__file__).parent / "static"
 VIEWS = ("data", "model", "train", "runs", "chat", "export")  # in the order of the tabs
@@ -56,6 +57,6 @@ def all_words() -> Mapping[str, Mapping[str, str]]:
     """The texts of `static/words/VIEW.yaml` under VIEW.KEY."""
     found: dict[str, dict[str, str]] = {"en": {}, "zh": {}}
     for file in sorted((STATIC / "words").glob("*.yaml")):
-        for language, texts in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+        for language, texts in yaml.load(file.read_text(encoding="utf-8"), FAST_LOADER).items():  # noqa: S506 (a safe one)
             found[language] |= {f"{file.stem}.{key}": str(text) for key, text in texts.items()}
     return found

@@ -101,9 +101,10 @@ class RunLogs:
 
     def preview(self, run: Path) -> dict[str, Any] | None:
         """A few rows from all over a long log that was not read yet, at once; None where `rows` is as quick."""
-        path = run / LOG_NAME
+        path, log = run / LOG_NAME, self._logs.get(run)
+        is_read = log is not None and log.end > 0  # not while another request reads it, which takes seconds
         try:
-            if run in self._logs or path.stat().st_size < PREVIEW_FROM_BYTES:
+            if is_read or path.stat().st_size < PREVIEW_FROM_BYTES:
                 return None
             lines = spread_lines(path, PREVIEW_ROWS)
         except OSError:

@@ -24,7 +24,7 @@ from onecard.studio.run_log import RunLogs
 from onecard.studio.runs import MOST_NOTES, STUDIO_LOG, Runs, is_run, questions
 
 MOST_RUNS = 50  # in one request
-LOG_TAIL = 256_000
+LOG_TAIL = 32_000  # bytes: a browser needs 60 ms to lay out ten times as many, at each new line of a run
 CHANGE_MARKS = ("log.jsonl", "studio.json", "control/status.json", "base_comparison.json", "manifest.json", ".run.pid")
 
 

@@ -189,6 +189,33 @@ def test_a_long_log_is_shown_by_a_few_rows_first(
     assert "is_preview" not in ask("GET", "/api/runs/a/rows?preview=1")[1], "it is read by now"
 
 
+def test_a_log_is_shown_by_a_few_rows_while_another_request_reads_it(
+    context: StudioContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, logs = make_run(context, "a", rows=5000), RunLogs()
+    monkeypatch.setattr(run_log, "PREVIEW_FROM_BYTES", 1000)
+    logs._logs[run] = run_log.RunLog(run / "log.jsonl")  # as the other request has put it there
+    assert (logs.preview(run) or {})["is_preview"]
+
+
+def test_answers_do_not_grow_with_the_run_and_keep_its_extremes(ask: Client, context: StudioContext) -> None:
+    sizes, output = [], "step 1: loss 2.0\n"
+    for n in (2_000, 10_000):
+        run = make_run(context, f"r{n}", rows=n)
+        rows = [{"step": n + k, "loss": {1: 77.5, 2: -55.5}.get(k, 1 / n), "grad_norm": 0.123456789} for k in range(n)]
+        with (run / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.writelines(json.dumps(row) + "\n" for row in rows)
+        (run / "studio.log").write_text(output * n, encoding="utf-8")
+        curves = ask.raw("GET", f"/api/runs/r{n}/rows?max_points=500")
+        values = curves.json()["series"]["loss"][1]
+        assert max(values) == 77.5 and min(values) == -55.5 and len(values) <= 500
+        paths = (f"/api/runs/r{n}", f"/api/runs/r{n}/log", "/api/runs")
+        sizes.append([len(curves.content), *(len(ask.raw("GET", path).content) for path in paths)])
+        assert ask("GET", f"/api/runs/r{n}/log")[1]["text"].endswith(output)
+    assert max(sizes[1]) < 60_000
+    assert all(large < 1.3 * small + 1000 for small, large in zip(*sizes, strict=True))
+
+
 def test_few_logs_are_kept(context: StudioContext) -> None:
     logs = RunLogs(most=2)
     runs = [make_run(context, f"r{k}") for k in range(4)]

@@ -3,7 +3,8 @@ import { api } from "/static/api.js";
 
 // Distinguishable by those who see few colours, and 3:1 against both grounds. After https://personal.sron.nl/~pault/
 export const COLOURS = ["#3b7dd8", "#d2691e", "#1f9070", "#b4519d", "#8a6fd1", "#9a7d0a", "#2f8fb3", "#cc4b4b", "#6b7a8f", "#a0653a"];
-const MOST_POINTS = 6000;
+const MOST_POINTS = 3000; // of a series that has grown; then it is loaded anew, thinned
+const HALF_A_PIXEL = 0.5;
 const WHOLE = Array.from({ length: 9 }, (_, power) => [1, 2, 5].map((one) => one * 10 ** power)).flat(); // steps between ticks
 
 function colour(name) {
@@ -18,23 +19,46 @@ function colour(name) {
 // A chart in an element. lines: [{label, values: [steps, values], colour, dots}]; tell(value) writes a number.
 export class Chart {
   constructor(element, { title, tell, height = 220, logarithmic = false }) {
-    Object.assign(this, { element, title, tell, height, logarithmic, lines: [], plot: null, shape: "" });
+    Object.assign(this, { element, title, tell, height, logarithmic, lines: [], plot: null, shape: "", drawn: [], ends: [] });
     this.observer = new ResizeObserver(() => this.resize());
     this.observer.observe(element);
   }
 
   draw(lines) {
     this.lines = lines.filter((line) => line.values && line.values[0].length);
-    const data = this.lines.length ? uPlot.join(this.lines.map((line) => line.values)) : [[]];
     this.element.setAttribute("role", "img");
     this.element.setAttribute("aria-label", this.summary());
     const shape = JSON.stringify([this.title, this.logarithmic, ...this.lines.map((line) => [line.label, line.colour])]);
-    if (this.plot && shape === this.shape) return this.plot.setData(data);
+    const isSame = this.plot && shape === this.shape;
+    if (isSame && this.lines.every((line, at) => this.looksAsDrawn(line, this.drawn[at]))) return;
+    this.drawn = this.lines.map(({ values: [steps] }) => ({ steps, n: steps.length }));
+    const data = this.lines.length ? uPlot.join(this.lines.map((line) => line.values)) : [[]];
+    const before = this.ends; // the plot's own steps may be the array that has grown
+    this.ends = [data[0][0], data[0].at(-1)];
+    if (isSame) return this.replace(data, before);
     this.shape = shape;
     if (this.plot) this.plot.destroy();
     this.element.replaceChildren();
     this.plot = this.lines.length && this.element.clientWidth ? new uPlot(this.options(), data, this.element) : null;
     if (!this.plot) this.shape = "";
+  }
+
+  // Other data in the same plot; a stretch that was chosen with the mouse stays.
+  replace(data, [first, last]) {
+    const { min, max } = this.plot.scales.x;
+    const isZoomed = min > first || max < last;
+    this.plot.setData(data, !isZoomed);
+    if (isZoomed) this.plot.redraw();
+  }
+
+  // Whether what a line grew by since it was drawn cannot be seen: it is narrower than a pixel and no new extreme.
+  looksAsDrawn({ values: [steps, values], dots }, drawn) {
+    if (steps !== drawn.steps) return false; // loaded anew
+    if (steps.length === drawn.n) return true;
+    const { x, y } = this.plot.scales;
+    const width = (steps.at(-1) - x.max) / (x.max - x.min) * this.element.clientWidth;
+    const added = values.slice(drawn.n).filter((value) => value !== null);
+    return !dots && width < HALF_A_PIXEL && added.every((value) => value >= y.min && value <= y.max);
   }
 
   // What a screen reader says: the newest value of each line.

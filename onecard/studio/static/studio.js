@@ -108,13 +108,28 @@ function on(name, listener) {
 
 const NEWS = ["job", "run", "gone", "rows", "queue", "asked", "chat", "data"];
 
+// What comes within a moment is told at once: views are then put right once, not for each of ten runs.
+const MOMENT_MS = 50;
+let untold = [];
+
+function hear(name, data) {
+  if (!untold.length) {
+    setTimeout(() => {
+      const told = untold;
+      untold = [];
+      told.forEach(([each, text]) => emit(each, JSON.parse(text)));
+    }, MOMENT_MS);
+  }
+  untold.push([name, data]);
+}
+
 function listen() {
   const source = new EventSource("/api/events");
   source.addEventListener("hello", () => {
     Alpine.store("ui").online = true;
     emit("online", true); // views load anew: what happened in between was not heard
   });
-  for (const name of NEWS) source.addEventListener(name, (event) => emit(name, JSON.parse(event.data)));
+  for (const name of NEWS) source.addEventListener(name, (event) => hear(name, event.data));
   source.onerror = () => {
     Alpine.store("ui").online = false;
     // A server that answers with an error ends the stream for good; where it only is away the browser asks again.

@@ -2,6 +2,7 @@
 import { Chart, COLOURS, RunCurves } from "/static/charts.js";
 
 const COLUMNS = ["id", "state", "step", "loss", "eval_loss", "verdict", "base", "data", "objective", "size", "date"];
+const COMPARED = "onecard.compared";
 const NUMBERS = ["step", "loss", "eval_loss", "size", "date"];
 
 export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn }) {
@@ -34,9 +35,12 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
       for (const id of this.compared) if (!this.runs.some((row) => row.id === id)) this.forget(id);
       if (this.$store.ui.tab === "runs") this.firstLook();
     },
-    // The newest runs are compared until somebody chooses others.
+    // The newest runs are compared until somebody chooses others, which the tab remembers.
     firstLook() {
-      if (!this.compared.length && this.loaded) this.runs.slice(0, 3).forEach((row) => this.compare(row.id, true));
+      if (!this.compared.length && this.loaded) {
+        const chosen = JSON.parse(sessionStorage.getItem(COMPARED) || "[]").filter((id) => this.runs.some((row) => row.id === id));
+        this.compareAll(chosen.length ? chosen : this.runs.slice(0, 3).map((row) => row.id));
+      }
       this.later();
     },
     update(row) {
@@ -81,16 +85,18 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
 
     // --- curves over one another
     isCompared(id) { return this.compared.includes(id); },
-    async compare(id, wanted) {
-      this.compared = wanted ? [...new Set([...this.compared, id])] : this.compared.filter((one) => one !== id);
-      if (!wanted) curves.delete(id);
+    compare(id, wanted) {
+      return this.compareAll(wanted ? [...this.compared, id] : this.compared.filter((one) => one !== id));
+    },
+    async compareAll(ids) {
+      this.compared = [...new Set(ids)];
+      sessionStorage.setItem(COMPARED, JSON.stringify(this.compared));
+      for (const id of curves.keys()) if (!this.isCompared(id)) curves.delete(id);
+      const added = this.compared.filter((id) => !curves.has(id)).map((id) => new RunCurves(id));
+      added.forEach((one) => curves.set(one.id, one));
       this.differences();
-      if (wanted && !curves.has(id)) {
-        const one = new RunCurves(id);
-        curves.set(id, one);
-        await attempt(() => one.load(() => this.later()));
-      }
       this.later();
+      await Promise.all(added.map((one) => attempt(() => one.load(() => this.later()))));
     },
     async differences() {
       const ids = [...this.compared];
@@ -116,11 +122,12 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
     later() {
       if (drawing) return;
       drawing = true;
-      setTimeout(() => { drawing = false; this.draw(); }, 300);
+      setTimeout(() => { drawing = false; this.draw(); }, 150);
     },
     draw() {
       if (this.$store.ui.tab !== "runs" || !this.compared.length) return;
-      this.known = [...new Set([...curves.values()].flatMap((one) => Object.keys(one.series)))];
+      const known = [...new Set([...curves.values()].flatMap((one) => Object.keys(one.series)))];
+      if (known.join() !== this.known.join()) this.known = known;
       if (!this.known.includes(this.series) && this.known.length) this.series = this.known[0];
       this.$nextTick(() => {
         const tells = { learning_rate: format.rate, tokens_per_s: (v) => format.number(v), peak_bytes: format.bytes };
