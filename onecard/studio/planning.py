@@ -58,11 +58,14 @@ def machine() -> dict[str, Any]:
 
 
 def prepare(model: str, options: dict[str, Any], gib: float, is_old: bool = False) -> Iterator[None]:
-    """Plans at the next stops of the sliders, the limits, then what is dearer; a little between two yields."""
-    quick = {name: stops for name, stops in STOPS.items() if name != "bits"}
-    yield from _prepare_plans(model, options, gib, is_old, quick, 1)
+    """Plans at the next stops of the sliders, the limits, then what is further away; a little between two yields.
+
+    A plan of another rank is the first: with it those of all ranks are quick.
+    """
+    for name in ("lora_r", "micro_batch", "cutoff_len", "bits"):
+        yield from _prepare_plans(model, options, gib, is_old, {name: STOPS[name]}, 1)
     yield from _prepare_limits(model, tuple(sorted(options.items())), gib, is_old)
-    for distance in range(1, FAR + 1):
+    for distance in range(2, FAR + 1):
         yield from _prepare_plans(model, options, gib, is_old, STOPS, distance)
 
 
@@ -100,8 +103,10 @@ def _prepare_limits(model: str, options: Options, gib: float, is_old: bool) -> I
     for name in reversed(known_models()):
         yield
         many = ASKS_FOR_MANY.set(False)  # one plan of each
-        is_largest = fits_known(name, config, card, hardware)
-        ASKS_FOR_MANY.reset(many)
+        try:
+            is_largest = fits_known(name, config, card, hardware)
+        finally:
+            ASKS_FOR_MANY.reset(many)
         if is_largest:
             largest = name
             break

@@ -30,7 +30,7 @@ QUESTIONS: dict[str, Callable[..., Any]] = {
 }
 PREPARED: dict[str, Callable[..., Iterator[None]]] = {"plan": planning.prepare}
 IDLE_S = 900.0  # then the memory is given back
-PAUSE_S = 0.25  # after a plan: between two questions of a slider that is being moved nothing else is begun
+PAUSE_S = 0.1  # after a plan: between two questions of a slider that is being moved nothing else is begun
 WARNING = "warning: "
 END = object()
 
@@ -41,16 +41,18 @@ def main() -> None:
     quiet_libraries()
     answers = _own_output()
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    is_awaited = threading.Event()
+    threading.Thread(target=_read, args=(lines, is_awaited), daemon=True).start()
     ahead: Iterator[None] = iter(())
     wait = IDLE_S
     while True:
+        is_awaited.clear()
         try:
             line = lines.get(timeout=wait)
         except queue.Empty:
             if wait == IDLE_S:
                 return
-            wait = IDLE_S if next(ahead, END) is END else 0
+            wait = IDLE_S if _go_on(ahead, is_awaited) is END else 0
             continue
         if not line:
             return
@@ -60,6 +62,19 @@ def main() -> None:
         answers.flush()
         if name in PREPARED:
             ahead, wait = PREPARED[name](**arguments), PAUSE_S
+
+
+def _go_on(ahead: Iterator[None], is_awaited: threading.Event) -> object:
+    """Compute a little, or as much of it as can be done until somebody waits for a plan. END: there is no more."""
+    from onecard.model.memory.extrapolate import GIVES_WAY, GaveWay
+
+    before = GIVES_WAY.set(is_awaited.is_set)
+    try:
+        return next(ahead, END)
+    except GaveWay:
+        return None  # the plan that waits has others prepared after it
+    finally:
+        GIVES_WAY.reset(before)
 
 
 def answer(question: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -89,9 +104,11 @@ def _own_output() -> TextIO:
     return answers
 
 
-def _read(lines: queue.SimpleQueue[str]) -> None:
+def _read(lines: queue.SimpleQueue[str], is_awaited: threading.Event) -> None:
     for line in sys.stdin:
         lines.put(line)
+        if json.loads(line)["question"] in PREPARED:
+            is_awaited.set()
     lines.put("")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+from contextvars import copy_context
 
 import pytest
 
 from onecard.config.base_model import DEFAULT_BASE
 from onecard.serve.http_error import ApiError
-from onecard.studio import planning
+from onecard.studio import planning, worker_process
 from onecard.studio.plan_api import run_speeds
 from onecard.studio.worker import Worker
 from tests.studio.conftest import eventually
@@ -51,6 +52,46 @@ def test_the_plan_is_that_of_onecard_plan(page, question, capsys):
     _, chinese = page("POST", "/api/plan", question, headers={"x-language": "zh"})
     assert chinese["parts"][-1]["name"] == "分配器余量（假设值）"
     assert chinese["peak_bytes"] == found["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        {"lora_r": 200, "micro_batch": 3},
+        pytest.param({"bits": 16, "cutoff_len": 300}, marks=pytest.mark.slow),
+        pytest.param({"lora_r": 2, "cutoff_len": 2048}, marks=pytest.mark.slow),
+    ],
+)
+def test_each_slider_gives_the_plan_of_the_terminal(page, question, capsys, moved):
+    """The page's follows from traces at a few ranks and rows, the terminal's is traced at its own."""
+    from onecard.model.memory.extrapolate import ASKS_FOR_MANY
+    from onecard.programs.plan import main
+
+    options = {**question["options"], **moved}
+    _, found = page("POST", "/api/plan", {**question, "options": options})
+
+    def of_the_terminal() -> None:
+        ASKS_FOR_MANY.set(False)
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        main(["--model_path", DEFAULT_BASE, *words, "--vram", "11", "--json"])
+
+    copy_context().run(of_the_terminal)
+    (told,) = json.loads(capsys.readouterr().out)["plans"]
+    for key in ("peak_bytes", "left_bytes", "fits", "parts", "choices"):
+        assert found[key] == told[key], (moved, key)
+
+
+def test_a_plan_that_somebody_waits_for_comes_before_what_is_prepared(question):
+    is_awaited = threading.Event()
+    is_awaited.set()
+    options = {**question["options"], "lora_dropout": 0.125}  # of no other test, so that nothing is known yet
+    ahead = planning.prepare(DEFAULT_BASE, options, 11.0)
+    assert worker_process._go_on(ahead, is_awaited) is None, "it gave way"
+    assert worker_process._go_on(ahead, is_awaited) is worker_process.END
+    is_awaited.clear()
+    ahead, before = planning.prepare(DEFAULT_BASE, options, 11.0), planning._plan.cache_info().currsize
+    assert worker_process._go_on(ahead, is_awaited) is None
+    assert planning._plan.cache_info().currsize == before + 1
 
 
 def test_what_does_not_fit_says_what_would_help(page, question):

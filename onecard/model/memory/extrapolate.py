@@ -95,11 +95,19 @@ def _relevant(model: Any, setup: Any, part: Part) -> Any:
     elif part is Part.LOSS:
         may_recompute = model.checkpoints and LoraOptions(setup.peft_method).may_recompute
         setup = replace(setup, gradient_checkpointing=may_recompute)
+        if may_recompute and _adapts_layers_alone(setup):  # of them only their inputs are kept
+            setup = replace(setup, rank=RANKS[0], bits=16 if setup.head_bits == 16 else setup.bits)
         if setup.tokens <= model.max_positions or not model.max_positions:  # else as many may not fit into a row
             setup = replace(setup, rows=1, length=setup.tokens)
     if setup.offload_activations and setup.tokens <= min(_offload_limits(model, setup)):
         setup = replace(setup, offload_activations=False)
     return setup
+
+
+def _adapts_layers_alone(setup: Any) -> bool:
+    """Whether what is trained is LoRA of the layers, so that the loss is the same for every rank."""
+    is_plain = setup.peft_method == "lora" and setup.targets == "all-linear" and not setup.use_dora
+    return is_plain and not (setup.expert_targets or setup.train_embeddings or setup.n_new_tokens)
 
 
 def _offload_limits(model: Any, setup: Any) -> list[int]:
@@ -262,9 +270,19 @@ _working_options: dict[Any, dict[str, bool]] = {}
 _failed: dict[Any, str] = {}
 
 
+class GaveWay(BaseException):
+    """A trace that was not begun, because a plan that somebody waits for comes first. No error of any model's code."""
+
+
+# Asked before each trace: whether to give way. Traces that were made before are kept.
+GIVES_WAY: ContextVar[Callable[[], bool]] = ContextVar("GIVES_WAY", default=bool)
+
+
 @lru_cache(maxsize=512)
 def traced(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
     """A micro-batch that runs on fake tensors. Raises ModelError, TooManyOperations."""
+    if GIVES_WAY.get()():
+        raise GaveWay
     apart = replace(setup, rows=1, length=1, loss_chunk=0, mlp_tile=0, offload_activations=False)
     key = (model, apart)
     if key in _failed:  # one failure stands for all sizes: a plan asks for many

@@ -50,3 +50,37 @@ def test_ranks_and_rows_follow_from_two(of_model, of_setup):
         return extrapolate.traced.cache_info().misses - before
 
     assert copy_context().run(of_another_rank) < 2  # 4 without
+
+
+@pytest.mark.parametrize("of_setup", [{}, {"rows": 3, "length": 100}, {"offload_activations": True}])
+def test_the_loss_is_traced_once_for_all_ranks_and_bits(of_setup):
+    model, loss = architecture_of(LLAMA), extrapolate.Part.LOSS
+    setup = replace(MemoryConfig(4, 2, 1, 300, loss_chunk=128, gradient_checkpointing=True), **of_setup)
+    setups = [replace(setup, rank=rank, bits=bits) for rank, bits in ((8, 4), (64, 4), (8, 8), (8, 16))]
+    assert len({extrapolate._relevant(model, each, loss) for each in setups}) == 1
+    traces = [extrapolate.traced(model, each, loss) for each in setups]
+    for each in traces[1:]:
+        assert each.trace == traces[0].trace and each.kinds == traces[0].kinds
+    for other in ({"n_new_tokens": 4}, {"train_embeddings": True}, {"targets": "q_proj,lm_head"}):
+        changed = [extrapolate._relevant(model, replace(each, **other), loss) for each in setups]
+        assert len(set(changed)) == len(setups), "what is trained beside the layers"
+
+
+def test_what_is_computed_ahead_gives_way_and_keeps_its_traces():
+    model = architecture_of(LLAMA | {"hidden_size": 320, "num_attention_heads": 10, "num_key_value_heads": 5})
+    setup, asked = MemoryConfig(4, 2, 1, 300, loss_chunk=128), []
+
+    def somebody_waits() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    def ahead() -> int:
+        extrapolate.GIVES_WAY.set(somebody_waits)
+        return account(model, setup).tensor_bytes
+
+    extrapolate.traced.cache_clear()
+    with pytest.raises(extrapolate.GaveWay):
+        copy_context().run(ahead)
+    assert extrapolate.traced.cache_info().currsize == 1
+    assert copy_context().run(ahead) == account(model, setup).tensor_bytes
+    assert extrapolate.traced.cache_info().currsize == len(asked) - 1, "the first was not made again"
