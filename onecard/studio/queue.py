@@ -55,7 +55,7 @@ class RunQueue:
         entry = {"id": entry_id, "name": name, "words": list(words), "options": dict(options),
                  "output": str(output), "phase": WAITING, "added": time.time()}  # fmt: skip
         with self._changing() as content:
-            if any(self._is_open(other) and other["output"] == str(output) for other in content["entries"]):
+            if any(self._keeps_out(other, output) for other in content["entries"]):
                 raise ApiError(409, f"a run called {name} waits or goes on; choose another name", param="--name")
             content["entries"].append(entry)
         return entry_id
@@ -139,6 +139,14 @@ class RunQueue:
 
     def _is_open(self, entry: Mapping[str, Any]) -> bool:
         return entry["phase"] == WAITING or self._job_state(entry) in (*ALIVE, "none")
+
+    def _keeps_out(self, entry: Mapping[str, Any], output: Path) -> bool:
+        """Whether no other entry may have this folder, since this one waits or goes on in it.
+
+        A run that says it has stopped needs seconds until its process is gone; who resumes it then waits for that.
+        """
+        is_of_it = entry["output"] == str(output) and self._is_open(entry)
+        return is_of_it and (entry["phase"] == WAITING or self.runs.is_running(output))
 
     def _job_state(self, entry: Mapping[str, Any]) -> str:
         """That of the job; none where it was not even written down."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from onecard.errors import CheckpointError
+from onecard.serve.http_error import ApiError
 from onecard.studio import runs_api
 from onecard.studio.context import OWN_FOLDER, StudioContext
 from onecard.studio.events import Subscriber
@@ -53,6 +54,25 @@ def test_runs_go_one_after_another_and_a_failed_one_keeps_none_back(queue: RunQu
     assert states(queue) == {"a": "done", "b": "failed", "c": "done"} and most_at_once == 1
     for name in "abc":
         assert (queue.runs.root / name / "starts.txt").read_text().split() == ["started"]
+
+
+def test_a_run_that_has_stopped_is_resumed_while_its_process_still_ends(
+    queue: RunQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(queue, "a", wandb_project="wait")
+    eventually(lambda: queue.tick() or (queue.runs.root / "a" / "log.jsonl").exists(), "it has begun")
+    eventually(lambda: states(queue)["a"] == "running", "its process is known")
+    with pytest.raises(ApiError, match="waits or goes on"):
+        add(queue, "a")
+    monkeypatch.setattr(queue.runs, "state", lambda run: ("stopped", {}))
+    add(queue, "a")
+    with pytest.raises(ApiError, match="waits or goes on"):
+        add(queue, "a")
+    assert queue.tick() is None and [entry["state"] for entry in queue.listed()["entries"]] == ["running", "waiting"]
+    (queue.runs.root / "a" / "go").touch()
+    eventually(lambda: queue.tick() or {entry["state"] for entry in queue.listed()["entries"]} == {"done"}, "both end")
+    eventually(lambda: [entry["state"] for entry in queue.listed()["entries"]] == ["done", "done"], "both have ended")
+    assert (queue.runs.root / "a" / "starts.txt").read_text().split() == ["started", "started"]
 
 
 def test_the_order_can_be_changed_and_the_queue_held(queue: RunQueue) -> None:
