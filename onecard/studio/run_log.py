@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ SERIES = ("loss", "eval_loss", FORGETTING, "learning_rate", "tokens_per_s", "pea
 MOST_POINTS = 20_000
 ARROW_FROM_BYTES = 1 << 16  # a megabyte of rows takes 10 ms by Arrow and 50 ms by the json module
 TAIL_BYTES = 1 << 16
+MOST_STOPS = 50  # that are remembered; a page that stands elsewhere loads anew
 PREVIEW_FROM_BYTES, PREVIEW_ROWS = 2_000_000, 300  # what takes longer to read than a page should wait
 
 
@@ -48,6 +50,8 @@ class RunLog:
     path: Path
     mark: str = ""  # of the file; another one once it was written anew
     end: int = 0  # bytes of whole lines that were read
+    told: str | None = None  # the mark that pages know; None: no page has asked
+    stops: list[int] = field(default_factory=list)  # of the last news and of answers since: where pages may stand
     columns: Columns = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -57,7 +61,7 @@ class RunLog:
             found = os.fstat(stream.fileno())
             mark = f"{found.st_ino:x}"
             if mark != self.mark or found.st_size < self.end:
-                self.mark, self.end, self.columns = mark, 0, {}
+                self.mark, self.end, self.columns, self.stops = mark, 0, {}, []
             stream.seek(self.end)
             data = stream.read()
         whole = data[: data.rfind(b"\n") + 1]
@@ -69,11 +73,11 @@ class RunLog:
             known.values.extend(column.values)
         return added
 
-    def behind(self, after: int) -> Columns:
-        """The columns of the rows between a byte and the end of what was read. Raises OSError."""
+    def between(self, after: int, end: int) -> Columns:
+        """The columns of the rows between two bytes, each the end of a line. Raises OSError."""
         with self.path.open("rb") as stream:
             stream.seek(after)
-            return columns_of(stream.read(self.end - after))
+            return columns_of(stream.read(end - after))
 
 
 class RunLogs:
@@ -94,9 +98,13 @@ class RunLogs:
             try:
                 log.read()
                 goes_on = mark == log.mark and 0 < after <= log.end
-                series = points_of(log.behind(after)) if goes_on else points_of(log.columns, most)
+                series = points_of(log.between(after, log.end)) if goes_on else points_of(log.columns, most)
             except OSError:
+                log.told = log.told or ""
                 return {"mark": "", "next": 0, "is_all": True, "series": {}}
+            log.told = log.mark if log.told is None else log.told
+            if log.end not in log.stops:
+                log.stops = [*log.stops[-MOST_STOPS:], log.end]
             return {"mark": log.mark, "next": log.end, "is_all": not goes_on, "series": series}
 
     def preview(self, run: Path) -> dict[str, Any] | None:
@@ -111,24 +119,30 @@ class RunLogs:
             return None
         return {"mark": "", "next": 0, "is_all": True, "is_preview": True, "series": points_of(columns_of(lines))}
 
-    def news(self, run: Path) -> dict[str, Any] | None:
-        """What was added to a log since it was last looked at: {mark, from, next, series}.
+    def news(self, run: Path) -> list[dict[str, Any]]:
+        """What was added to a log since the last news of it, in pieces: {mark, from, next, series}.
 
-        None where nothing was, or nobody has asked for it. Without series: it was written anew.
+        A piece ends wherever an answer of `rows` has ended meanwhile, so that every page, whether it was given that
+        answer or not, finds the piece that follows on what it has. None where nothing was added, or nobody has asked
+        for it. Without series: it was written anew.
         """
         log = self._logs.get(run)
         if log is None:
-            return None
+            return []
         with log.lock:
-            mark, end = log.mark, log.end
             try:
-                added = log.read()
+                log.read()
+                if log.mark != log.told:
+                    found = [{"mark": log.mark, "from": 0, "next": log.end, "series": None}]
+                else:
+                    found = [
+                        {"mark": log.mark, "from": after, "next": end, "series": points_of(log.between(after, end))}
+                        for after, end in pairwise(sorted({*log.stops, log.end}))
+                    ]
             except OSError:
-                return None
-            if (log.mark, log.end) == (mark, end):
-                return None
-            series = points_of(added) if log.mark == mark else None
-            return {"mark": log.mark, "from": end, "next": log.end, "series": series}
+                return []
+            log.told, log.stops = log.mark, [log.end]
+            return found
 
 
 def columns_of(lines: bytes) -> Columns:

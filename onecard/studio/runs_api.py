@@ -25,7 +25,9 @@ from onecard.studio.runs import MOST_NOTES, STUDIO_LOG, Runs, is_run, questions
 
 MOST_RUNS = 50  # in one request
 LOG_TAIL = 32_000  # bytes: a browser needs 60 ms to lay out ten times as many, at each new line of a run
-CHANGE_MARKS = ("log.jsonl", "studio.json", "control/status.json", "base_comparison.json", "manifest.json", ".run.pid")
+# What a page shows of a run changes with these; its output too, which is all that a run gives before its first step.
+CHANGE_MARKS = ("log.jsonl", STUDIO_LOG, "studio.json", "control/status.json", "base_comparison.json", "manifest.json",
+                ".run.pid")  # fmt: skip
 
 
 def routes(context: StudioContext, control: ControlLink | None = None) -> list[BaseRoute]:
@@ -69,8 +71,7 @@ class RunRoutes:
             if self._seen.get(run_id) == found[run_id]:
                 continue
             yield "run", self.runs.row(run)
-            rows = self.logs.news(run)
-            if rows is not None:
+            for rows in self.logs.news(run):
                 yield "rows", {"id": run_id, **rows}
         for run_id in self._seen.keys() - found.keys():
             yield "gone", {"id": run_id}

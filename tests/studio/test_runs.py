@@ -143,6 +143,34 @@ def test_news_hold_what_was_added(context: StudioContext, ask: Client) -> None:
     assert news()["gone"] == {"id": "a"}
 
 
+def test_what_an_answer_took_in_is_told_to_the_pages_that_did_not_ask(context: StudioContext) -> None:
+    """Three pages loaded at three lengths of the log; the pieces of the news bring each to its end, once."""
+    run, logs = make_run(context, "a", rows=2), RunLogs()
+    pages = [logs.rows(run)]
+    for step in (3, 4, 5):
+        with (run / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(f'{{"step": {step}, "loss": 0.1}}\n')
+        if step < 5:
+            pages.append(logs.rows(run))
+    news = logs.news(run)
+    for page in pages:
+        at, steps = page["next"], list(page["series"]["loss"][0])
+        for piece in news:
+            if piece["from"] == at and piece["mark"] == page["mark"]:
+                at, steps = piece["next"], steps + piece["series"]["loss"][0]
+        assert steps == [1, 2, 3, 4, 5]
+    assert len(news) == 3 and logs.news(run) == []
+
+
+def test_the_first_rows_are_told_to_a_page_that_asked_before_there_were_any(context: StudioContext) -> None:
+    run, logs = make_run(context, "a"), RunLogs()
+    (run / "log.jsonl").rename(run / "later")
+    assert logs.rows(run)["mark"] == "" and logs.news(run) == []
+    (run / "later").rename(run / "log.jsonl")
+    mark = logs.rows(run)["mark"]  # another page
+    assert [(piece["mark"], piece["series"]) for piece in logs.news(run)] == [(mark, None)]
+
+
 @pytest.mark.parametrize("n", [0, 9, 10, 11, 999, 1000, 4567])
 def test_thinned_curves_keep_every_peak(n: int) -> None:
     import random
@@ -220,7 +248,7 @@ def test_few_logs_are_kept(context: StudioContext) -> None:
     logs = RunLogs(most=2)
     runs = [make_run(context, f"r{k}") for k in range(4)]
     assert all(logs.rows(run)["series"] for run in runs)
-    assert logs.news(runs[0]) is None and len(logs._logs) == 2
+    assert logs.news(runs[0]) == [] and len(logs._logs) == 2
 
 
 def test_names_notes_and_the_trash(ask: Client, context: StudioContext) -> None:
