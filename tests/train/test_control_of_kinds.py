@@ -19,7 +19,7 @@ from tests import tiny
 SHORT = {"total_batch": 4, "max_steps": 3, "num_epoch": 9, "test_size": 4, "eval_steps": 2, "compare_with_base": False}
 CHAT = {"prompt_type": "chatml", "cutoff_len": 96}
 KINDS: dict[str, dict[str, Any]] = {
-    "dpo": {"objective": "dpo", **CHAT},
+    "dpo": {"objective": "dpo", "lora_dropout": 0.1, **CHAT},
     "kto": {"objective": "kto", **CHAT},
     "grpo": {"objective": "grpo", "reward": "length:-30", "rollouts": 2, "rollout_max_tokens": 6, **CHAT},
     "reward": {"objective": "reward", **CHAT},
