@@ -86,6 +86,7 @@ NEVER = {
     ("onecard.inference.queue", "max_queue"): "the page of votes asks no model",
     ("onecard.programs._lm_eval", "model"): "of the harness that is started",
     ("onecard.programs._lm_eval", "model_args"): "of the harness that is started",
+    ("onecard.programs._lm_eval", "log_samples"): "of the harness that is started",
     ("onecard.export.merge.merge", "rope_scaling"): "tells how the adapter was trained",
     ("onecard.export.gguf.adapter", "rope_scaling"): "tells how the adapter was trained",
     ("onecard.model.lora.formats", "rope_scaling"): "tells how the adapters were trained",
