@@ -1,0 +1,139 @@
+"""The studio with the programs of the kit behind it in a real Chromium: a run is steered by its buttons."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from onecard.config.studio import StudioOptions
+from onecard.studio.app import studio_app
+from onecard.studio.context import open_context
+from tests.browser.conftest import wait_until
+from tests.browser.test_accessibility import DESKTOP
+
+pytestmark = pytest.mark.slow
+PATIENCE_SECONDS = 240.0  # programs that import torch, on a machine that does other things as well
+
+
+class Studio(NamedTuple):
+    """Where it listens, where its runs are, and a folder that it reads data from."""
+
+    address: str
+    output: Path
+    data: Path
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    import uvicorn
+
+    from onecard.serve.listen import open_socket
+
+    folder = tmp_path_factory.mktemp("studio")
+    options = StudioOptions(data_root=[str(folder)], output_root=str(folder / "out"))
+    context = open_context(options)
+    config = uvicorn.Config(studio_app(options, context), log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with open_socket("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        yield Studio(f"http://127.0.0.1:{listening.getsockname()[1]}/", context.output_root, folder)
+        context.events.close()
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def page(browser: Any, studio: Studio) -> Iterator[Any]:
+    context = browser.new_context(**DESKTOP, locale="en-US", bypass_csp=True)
+    page, errors = context.new_page(), []
+    page.set_default_timeout(1000 * PATIENCE_SECONDS)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(studio.address)
+    page.wait_for_selector("body[data-ready]")
+    yield page
+    context.close()
+    assert errors == []
+
+
+def write_rows(path: Path, texts: list[str]) -> str:
+    rows = [{"instruction": f"Say {text}", "output": text} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def steps_of(run: Path) -> list[int]:
+    """The steps in the log of a run."""
+    path = run / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [row["step"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def wait_for_steps(run: Path, beyond: int) -> None:
+    wait_until(lambda: max(steps_of(run), default=0) > beyond, PATIENCE_SECONDS, f"a step behind {beyond}")
+
+
+def checkpoints(run: Path) -> set[str]:
+    return {path.parent.name for path in run.glob("checkpoint-*/manifest.json")}
+
+
+def test_a_run_is_paused_saved_asked_given_back_stopped_and_resumed(page: Any, studio: Studio) -> None:
+    data = write_rows(studio.data / "numbers.jsonl", [f"the number {k}" for k in range(40)])
+    run, badge = studio.output / "steered", "#view-train .facts .badge"
+    page.click("#tab-train")
+    page.fill("#run-name", "steered")
+    for name, value in {"data_path": data, "num_epoch": "500", "cutoff_len": "64", "lora_r": "2", "total_batch": "4",
+                        "test_size": "0"}.items():  # fmt: skip
+        page.fill(f"#opt-{name}", value)
+        page.press(f"#opt-{name}", "Tab")
+    page.fill("#more-options", "log_steps")
+    page.press("#more-options", "Enter")
+    page.fill("#opt-log_steps", "1")
+    page.press("#opt-log_steps", "Tab")
+    page.select_option("#opt-bits", "32")
+    page.wait_for_selector("#command:has-text('--bits=32'):has-text('--log_steps=1')")
+    page.click("#add-run:enabled")
+    page.wait_for_selector(f"{badge}:has-text('trains')")
+    wait_for_steps(run, 1)
+
+    page.click("#pause")
+    page.wait_for_selector(f"{badge}:has-text('paused')")
+    at_rest = steps_of(run)
+    page.click("#save")
+    wait_until(lambda: checkpoints(run), PATIENCE_SECONDS, "a checkpoint of a run that pauses")
+    assert steps_of(run) == at_rest
+    assert checkpoints(run) == {f"checkpoint-{at_rest[-1]}"}
+
+    page.click("#continue")
+    page.wait_for_selector(f"{badge}:has-text('trains')")
+    wait_for_steps(run, at_rest[-1])
+    page.fill("#question", "Say the number 7")
+    page.click("#ask")
+    page.wait_for_selector("#view-train caption:has-text('Say the number 7')")
+
+    page.click("#give-back")
+    page.wait_for_selector(f"{badge}:has-text('in RAM')")
+    given_back = steps_of(run)
+    assert not page.is_visible("#pause") and page.is_visible("#take-back")
+    page.wait_for_timeout(1500)
+    assert steps_of(run) == given_back
+    page.click("#take-back")
+    page.wait_for_selector(f"{badge}:has-text('trains')")
+    wait_for_steps(run, given_back[-1])
+
+    page.click("#stop")
+    page.wait_for_selector(f"{badge}:has-text('stopped')")
+    stopped = steps_of(run)
+    assert f"checkpoint-{stopped[-1]}" in checkpoints(run)
+    page.click("#resume")
+    page.wait_for_selector(f"{badge}:has-text('trains')")
+    wait_for_steps(run, stopped[-1])
+    assert steps_of(run)[: len(stopped)] == stopped == sorted(set(stopped)), "it goes on from where it stopped"
+    page.click("#stop")
+    page.wait_for_selector(f"{badge}:has-text('stopped')")
