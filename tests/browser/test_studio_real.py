@@ -1,4 +1,4 @@
-"""The studio with the programs of the kit behind it in a real Chromium: a run is steered by its buttons."""
+"""The studio with the programs of the kit behind it in a real Chromium: a run is steered, data are made better."""
 
 from __future__ import annotations
 
@@ -137,3 +137,52 @@ def test_a_run_is_paused_saved_asked_given_back_stopped_and_resumed(page: Any, s
     assert steps_of(run)[: len(stopped)] == stopped == sorted(set(stopped)), "it goes on from where it stopped"
     page.click("#stop")
     page.wait_for_selector(f"{badge}:has-text('stopped')")
+
+
+def test_data_are_cleaned_split_and_mixed(page: Any, studio: Studio) -> None:
+    places = ("the mill of a town", "seven quiet farms", "a bridge made of iron", "gardens", "us")
+    sentences = [f"{word} rivers flow past {place}" for word in ("Wide", "Cold", "Old", "Loud") for place in places]
+    planted = write_rows(studio.data / "planted.jsonl", [*sentences, *sentences[:6]])
+    other = write_rows(studio.data / "other.jsonl", [f"{k} is a number" for k in range(10)])
+    view = page.locator("#view-data")
+
+    def add(path: str) -> None:
+        view.locator("form.row input[type=text]").first.fill(path)
+        view.locator("form.row button.low").first.click()
+        page.wait_for_selector(f"#view-data .sources .name:has-text('{Path(path).name}')")
+
+    def make(program: str, name: str) -> Path:
+        view.locator(".make select").first.select_option(program)
+        view.locator(".make input[required]").fill(name)
+        view.locator(".make form button").first.click()
+        page.wait_for_selector(f"#view-data .make code:has-text('{name}')")
+        return studio.output / "data" / name
+
+    add(planted)
+    cleaned = make("clean", "cleaned") / "data.jsonl"
+    assert len(cleaned.read_text(encoding="utf-8").splitlines()) == len(sentences), "the six repeated ones are gone"
+    view.locator(".make p:has(code) button").first.click()
+    page.wait_for_selector("#view-data .sources .name:has-text('cleaned')")
+    page.wait_for_selector("#view-data .tokens .token")
+    split = make("split", "parts")
+    parts = [(split / name).read_text(encoding="utf-8").splitlines() for name in ("train.jsonl", "validation.jsonl")]
+    assert sorted(parts[0] + parts[1]) == sorted(cleaned.read_text(encoding="utf-8").splitlines()) and all(parts)
+    view.locator(".make p:has(code:has-text('train.jsonl')) button").click()
+    page.wait_for_selector("#view-data .sources .name:has-text('train.jsonl')")
+    page.wait_for_selector("#view-data .tokens .token")
+
+    add(other)
+    view.locator(".sources tr:has-text('other.jsonl') input").first.fill("0.5")
+    with page.expect_response("**/api/data/read") as read:
+        view.locator("button.main").first.click()
+    assert read.value.json()["n_records"] == len(parts[0]) + 10
+    page.wait_for_selector("#view-data .tokens .token")
+    view.get_by_role("button", name="Use these data").click()
+    page.click("#tab-train")
+    page.fill("#opt-num_epoch", "1")
+    page.press("#opt-num_epoch", "Tab")
+    page.fill("#run-name", "mixed")
+    page.wait_for_selector("#command:has-text('other.jsonl:0.5')")
+    page.click("#add-run:enabled")
+    page.wait_for_selector("ol.queue li:has-text('mixed') .badge:has-text('done')")
+    assert (studio.output / "mixed" / "adapter_model.safetensors").is_file()
