@@ -129,9 +129,9 @@ def refuse_links_out(folder: Path, roots: Sequence[Path], param: str) -> None:
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
             if path.is_symlink() and not leads_within(path, roots):
-                text = f"{path} is a link that leads out of the data roots"
-                advice = "start the studio with --data_root to read there"
-                raise ApiError(403, f"{text}; {advice}", param=param, code="outside_roots")
+                text = (f"{path} is a link that leads out of the data roots; start the studio with --data_root "
+                        "to read there")  # fmt: skip
+                raise ApiError(403, text, param=param, code="outside_roots")
 
 
 def is_hub_id(text: str) -> bool:
