@@ -66,7 +66,7 @@ class ClientOptions:
     """Show tracebacks."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     options = parse(ClientOptions, argv, description=__doc__ or "")
     found: dict[str, Any] = {}
     with started() as (url, model):
@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     say_table(["client", "version", "call", "what came of it"], rows)
     write_result(options.output, {"clients": found, "machine": machine("cpu")})
-    return 0 if all(said.startswith("ok") for *_, said in rows) else 1
+    if failed := [f"{client}: {name}" for client, _, name, said in rows if not said.startswith("ok")]:
+        raise ModelError(f"these calls gave something else than expected: {', '.join(failed)}")
 
 
 @contextmanager
