@@ -20,8 +20,8 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds 1
 SCHEMA = {"type": "object", "properties": {"ok": {"enum": ["yes", "no"]}}, "required": ["ok"],
           "additionalProperties": False}  # fmt: skip
 FORM = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA}}
-SHORT = {"max_tokens": 16, "temperature": 0}
-LONG = {"max_tokens": 200, "temperature": 0}
+SHORT: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
+LONG: dict[str, Any] = {"max_tokens": 200, "temperature": 0}
 Calls = dict[str, Callable[[], bool]]
 
 
@@ -83,7 +83,7 @@ def chat_calls(create: Callable[..., Any]) -> Calls:
 def openai_calls(url: str, model: str) -> Calls:
     import openai
 
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
     def responses() -> bool:
         asked: dict[str, Any] = {"model": model, "input": "Hi", "max_output_tokens": 8, "temperature": 0}
@@ -93,7 +93,7 @@ def openai_calls(url: str, model: str) -> Calls:
 
     def unknown() -> bool:
         try:
-            client.chat.completions.create(model="gpt-4", messages=MESSAGES)  # type: ignore[arg-type]
+            client.chat.completions.create(model="gpt-4", messages=MESSAGES)
         except openai.NotFoundError as error:
             return error.code == "model_not_found"
         return False
@@ -103,9 +103,9 @@ def openai_calls(url: str, model: str) -> Calls:
         "models": lambda: model in [one.id for one in client.models.list()],
         **chat_calls(lambda **asked: client.chat.completions.create(model=model, **asked)),
         "completions": lambda: (
-            client.completions.create(**text).choices[0].text  # type: ignore[call-overload]
+            client.completions.create(**text).choices[0].text
             == "".join(one.choices[0].text for one in client.completions.create(**text, stream=True))
-        ),  # type: ignore[call-overload]
+        ),
         "embeddings": lambda: len(client.embeddings.create(model=model, input=["a", "b"]).data) == 2,
         "responses": responses,
         "error of an unknown model": unknown,
@@ -148,12 +148,15 @@ def langchain_calls(url: str, model: str) -> Calls:
     from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
     common: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "model": model, "max_retries": 0}
-    chat = ChatOpenAI(**common, temperature=0, max_tokens=200)  # type: ignore[call-arg]
+    chat = ChatOpenAI(**common | LONG)
 
     @tool
     def add(x: int) -> int:
         """Adds 1."""
         return x + 1
+
+    def called(message: Any) -> bool:
+        return is_call(message.tool_calls[0]["name"], message.tool_calls[0]["args"])
 
     bound = chat.bind_tools(
         [add], tool_choice="required", strict=True
@@ -169,22 +172,22 @@ def langchain_calls(url: str, model: str) -> Calls:
         whole: Any = None
         for piece in bound.stream("你好"):
             whole = piece if whole is None else whole + piece
-        return is_call(whole.tool_calls[0]["name"], whole.tool_calls[0]["args"])
+        return called(whole)
 
+    answer: dict[str, Any] = SCHEMA | {"title": "answer", "description": "An answer."}
+    parsed: Any = chat.with_structured_output(answer, method="json_schema")
     return {
         "chat": lambda: bool(chat.invoke("你好").content),
         "chat streamed": lambda: "".join(str(one.content) for one in chat.stream("你好"))
         == chat.invoke("你好").content,
-        "tools": lambda: is_call(*(bound.invoke("你好").tool_calls[0][key] for key in ("name", "args"))),
+        "tools": lambda: called(bound.invoke("你好")),
         "tools streamed": streamed,
         "tools, the answer of one": answered,
-        "json_schema": lambda: chat.with_structured_output(SCHEMA | {"title": "answer", "description": "An answer."},
-                                                           method="json_schema").invoke("你好")["ok"]
-        in ("yes", "no"),  # type: ignore[index]
+        "json_schema": lambda: parsed.invoke("你好")["ok"] in ("yes", "no"),
         "completions": lambda: bool(OpenAI(**common, max_tokens=4).invoke("Hi")),
         "embeddings": lambda: len(OpenAIEmbeddings(**common, check_embedding_ctx_length=False)
                                   .embed_documents(["a", "b"])) == 2,
-        "responses": lambda: bool(ChatOpenAI(**common, use_responses_api=True, max_tokens=8).invoke("Hi").content),
+        "responses": lambda: bool(ChatOpenAI(**common | {"use_responses_api": True}).invoke("Hi").content),
     }  # fmt: skip
 
 

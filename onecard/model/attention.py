@@ -66,7 +66,7 @@ def attend_packed(
     """
     cache, bias = options.get("cache"), options.get("position_bias")
     if cache is None or attention_mask is None or bias is not None or options.get("softcap") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[arg-type]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attention_mask, options.get("dropout", 0.0), scale=options.get("scaling"), enable_gqa=True
