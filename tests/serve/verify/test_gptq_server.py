@@ -14,7 +14,7 @@ from onecard.programs import verify_server as program
 from tests.serve.api.serving import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.gptq]
-LITTLE = ["--calibration_samples", "48", "--calibration_len", "64", "--eval_samples", "4", "--group_size", "128",
+LITTLE = ["--calibration_samples", "48", "--calibration_len", "64", "--eval_samples", "4", "--group_size", "32",
           "--device", "cpu"]  # fmt: skip
 
 
