@@ -14,6 +14,7 @@ import yaml
 
 N_OF_EACH_KIND = 18
 LANGUAGES = ("en", "zh")
+UNANSWERED = ("elsewhere", "unknown_names", "elsewhere_later", "unknown_names_later")
 
 
 class PlantedQuestion(NamedTuple):
@@ -26,7 +27,8 @@ class PlantedQuestion(NamedTuple):
 class PlantedSet(NamedTuple):
     """Texts by the name of their file; 100 questions and 20 from elsewhere; as many others to calibrate with.
 
-    unknown_names: what the documents tell of some things, asked of one that is not in them; 6.
+    unknown_names: what the documents tell of some things, asked of one that is not in them; 6. later: 20 from elsewhere
+    and 20 of unknown names more, written once the search was decided.
     """
 
     files: dict[str, str]
@@ -34,12 +36,14 @@ class PlantedSet(NamedTuple):
     elsewhere: list[PlantedQuestion]
     unknown_names: list[PlantedQuestion]
     calibration: list[PlantedQuestion]
+    elsewhere_later: list[PlantedQuestion]
+    unknown_names_later: list[PlantedQuestion]
 
 
 def planted(seed: int = 0) -> PlantedSet:
     """All documents and questions."""
     draw = random.Random(seed)
-    found = PlantedSet({}, [], [], [], [])
+    found = PlantedSet({}, [], [], [], [], [], [])
     text = Path(__file__).with_name("planted_documents.yaml").read_text(encoding="utf-8")
     for language, parts in yaml.safe_load(text).items():
         asked = _generated(draw, language, parts, found.files)
@@ -51,8 +55,8 @@ def planted(seed: int = 0) -> PlantedSet:
         n = 50 - len(parts["handwritten"])
         found.questions.extend(asked[:n])
         found.calibration.extend(asked[n : n + 50])
-        found.elsewhere.extend(PlantedQuestion(each, "") for each in parts["elsewhere"])
-        found.unknown_names.extend(PlantedQuestion(each, "") for each in parts["unknown_names"])
+        for name in UNANSWERED:
+            getattr(found, name).extend(PlantedQuestion(each, "") for each in parts[name])
         found.calibration.extend(PlantedQuestion(each, "") for each in parts["elsewhere_calibration"])
     return found
 

@@ -29,6 +29,8 @@ BUSY_SECONDS = 60.0  # another process may be adding
 COMMON_SHARE = 0.1
 MOST_WORDS = 64  # of a question that is a whole text, those that tell most
 FEW_CHUNKS = 1000  # of fewer chunks every word counts
+MOST_ROWS = 20_000  # chunks that a query ranks: BM25 costs about a microsecond for each
+LONG_COUNT = 1000  # a word in more chunks takes long to count, and there are few of them: their counts are kept
 _FORMAT = "1"
 _HEADING_WEIGHT = 2.0  # a word in the file's name or a heading counts as two in the text
 _TOKENIZER = "tokenize='porter unicode61 remove_diacritics 2'"
@@ -83,6 +85,7 @@ class DocumentIndex:
                 f"holds no index; make one: {command('documents')} add FOLDER --index {folder}", str(folder)
             )
         self._lock, self._n_written = threading.RLock(), 0
+        self._counted: tuple[tuple[int, int], dict[str, int]] | None = None
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -174,33 +177,36 @@ class DocumentIndex:
     def n_chunks(self) -> int:
         """How many chunks there are."""
         with self._explained():
-            return int(self._db.execute("SELECT count(*) FROM chunks").fetchone()[0])
+            return int(self._db.execute("SELECT coalesce(sum(n_chunks), 0) FROM documents").fetchone()[0])
 
     def weights(self, words: Sequence[str]) -> dict[str, float]:
         """The words as they are indexed ("towers" -> "tower"), each with what it tells: ln(chunks / chunks with it)."""
-        n = max(self.n_chunks(), FEW_CHUNKS)
-        found = {}
-        for word in self._indexed(" ".join(words)):
-            with self._explained():
-                row = self._db.execute("SELECT doc FROM counts WHERE term = ?", (word,)).fetchone()
-            n_with = row[0] if row else 0
-            found[word] = math.log(1 + (n - n_with + 0.5) / (n_with + 0.5))  # never negative, as Lucene has it
-        return found
+        n, (indexed,) = max(self.n_chunks(), FEW_CHUNKS), self._indexed([" ".join(words)])
+        return {
+            word: math.log(1 + (n - n_with + 0.5) / (n_with + 0.5))  # never negative, as Lucene has it
+            for word, n_with in zip(indexed, map(self._n_with, indexed), strict=True)
+        }
 
     def by_words(self, weights: dict[str, float], most: int) -> list[int]:
         """The chunks with these words, best first by BM25; words that tell little are left out."""
         least = math.log(1 / COMMON_SHARE) if self.n_chunks() > FEW_CHUNKS else 0.0
         telling = {word: weight for word, weight in weights.items() if weight >= least} or weights
-        if not telling:
+        asked, n_rows = [], 0
+        for word in nlargest(MOST_WORDS, telling, key=telling.__getitem__):
+            n_rows += self._n_with(word)
+            if asked and n_rows > MOST_ROWS:
+                break
+            asked.append(f'"{word}"')
+        if not asked:
             return []
-        asked = " OR ".join(f'"{word}"' for word in nlargest(MOST_WORDS, telling, key=telling.__getitem__))
         query = f"SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words, {_HEADING_WEIGHT}) LIMIT ?"  # noqa: S608
         with self._explained():
-            return [row[0] for row in self._db.execute(query, (asked, most))]
+            return [row[0] for row in self._db.execute(query, (" OR ".join(asked), most))]
 
-    def words_of(self, chunk: StoredChunk) -> set[str]:
-        """The words of a chunk, as they are indexed, those of its file's name and its headings included."""
-        return self._indexed(" ".join(search_words(f"{Path(chunk.document).stem} {chunk.headings} {chunk.text}")))
+    def words_of(self, chunks: Sequence[StoredChunk]) -> list[set[str]]:
+        """The words of each chunk, as they are indexed, those of its file's name and its headings included."""
+        texts = (f"{Path(chunk.document).stem} {chunk.headings} {chunk.text}" for chunk in chunks)
+        return self._indexed([" ".join(search_words(text)) for text in texts])
 
     def vectors(self) -> Iterator[tuple[int, bytes]]:
         """(chunk, vector) of all chunks that have one."""
@@ -235,8 +241,27 @@ class DocumentIndex:
         db.execute("DELETE FROM chunks WHERE document = ?", (document,))
         db.execute("DELETE FROM documents WHERE id = ?", (document,))
 
-    def _indexed(self, words: str) -> set[str]:
+    def _n_with(self, word: str) -> int:
+        """How many chunks hold a word, as it is indexed."""
+        with self._explained():
+            if self._counted is None or self._counted[0] != self.version():
+                self._counted = self.version(), {}
+            kept = self._counted[1]
+            if word not in kept:
+                row = self._db.execute("SELECT doc FROM counts WHERE term = ?", (word,)).fetchone()
+                if row is None or row[0] <= LONG_COUNT:
+                    return int(row[0]) if row else 0
+                kept[word] = int(row[0])
+            return kept[word]
+
+    def _indexed(self, texts: Sequence[str]) -> list[set[str]]:
+        """The words of each text as the index keeps words."""
+        found: list[set[str]] = [set() for _ in texts]
         with self._explained():
             self._db.execute("DELETE FROM scratch")
-            self._db.execute("INSERT INTO scratch VALUES (?)", (words,))
-            return {row[0] for row in self._db.execute("SELECT DISTINCT term FROM scratch_words")}
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT INTO scratch (rowid, text) VALUES (?, ?)", enumerate(texts))
+            self._db.execute("COMMIT")
+            for number, term in self._db.execute("SELECT DISTINCT doc, term FROM scratch_words"):
+                found[number].add(term)
+        return found

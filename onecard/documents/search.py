@@ -67,7 +67,7 @@ class DocumentSearch:
 
     def _coverages(self, chunks: Sequence[StoredChunk], weights: dict[str, float]) -> list[float]:
         """Of all that the words tell, the share that stands in each chunk; one of several words alone is nothing."""
-        found = [self.index.words_of(chunk) & weights.keys() for chunk in chunks[:N_COVERED]]
+        found = [words & weights.keys() for words in self.index.words_of(chunks[:N_COVERED])]
         least, total = min(2, len(weights)), sum(weights.values()) or 1.0
         return [sum(weights[word] for word in words) / total if len(words) >= least else 0.0 for words in found]
 
