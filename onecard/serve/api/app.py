@@ -39,7 +39,7 @@ from onecard.serve.api.requests import validation_error as as_field_error
 from onecard.serve.api.response_events import ResponseBuilder, ResponseEvents
 from onecard.serve.api.response_request import response_ask
 from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form, new_head
-from onecard.serve.api.simple import SimpleAnswer, SimpleRequest, SimpleResponseBuilder, simple_ask
+from onecard.serve.api.simple import SimpleAnswer, SimpleRequest, SimpleResponseBuilder, path_question, simple_ask
 from onecard.serve.api.stream import EventStream, EventWriter, StreamEventBuilder, events
 from onecard.serve.api.tokenize import (
     Detokenized,
@@ -258,8 +258,8 @@ async def responses(request: Request, body: schema.ResponseRequest) -> Response:
 
 
 async def query(request: Request, text: str) -> Response:
-    """Answer the text of the path, as the server was started (--simple)."""
-    return await ask_simply(request, SimpleRequest(text=text or None))
+    """Answer the text of the path, as the server was started (--simple). text: for the OpenAPI document."""
+    return await ask_simply(request, SimpleRequest(text=path_question(request.scope) or None))
 
 
 async def ask_simply(request: Request, body: SimpleRequest) -> Response:

@@ -5,8 +5,10 @@ Knows the two forms. Checking, waiting and answering are those of /v1/chat/compl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
+from urllib.parse import unquote_to_bytes
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
@@ -17,6 +19,7 @@ from onecard.serve.api.responses import ChatResponseBuilder
 from onecard.serve.api.schema import Length, SamplingParameters, UsageBody
 from onecard.serve.api.work import Progress
 from onecard.serve.http_error import bad_request
+from onecard.serve.security import QUERY
 
 Question = Annotated[StrictStr, Field(min_length=1)]
 ONE_QUESTION = {
@@ -50,6 +53,17 @@ class SimpleAnswer(BaseModel):
     text: str
     finish_reason: str
     usage: UsageBody
+
+
+def path_question(scope: Mapping[str, Any]) -> str:
+    """The text of GET /query/TEXT, of the bytes that came: what a question mark or another encoding lost is refused."""
+    if scope["query_string"]:
+        raise bad_request("a question mark in the text is written %3F in a path; parameters go into POST /", "text")
+    try:
+        path = unquote_to_bytes(scope["raw_path"]).decode()
+    except UnicodeDecodeError:
+        raise bad_request("the text of the path is not UTF-8; send its bytes in UTF-8, as %E4%BD%A0", "text") from None
+    return path.partition(QUERY)[2]
 
 
 def simple_ask(body: SimpleRequest, defaults: ServerDefaults) -> GenerationParams:

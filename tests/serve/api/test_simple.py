@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,41 @@ def test_no_such_model_method_or_question(simple: Running) -> None:
         assert client.get("/").status_code == 405 and client.put("/").status_code == 405
         assert client.post("/query/a").status_code == 405
         assert client.get("/query/").status_code == 400
+
+
+def curl(*words: str) -> tuple[int, Any]:
+    """Status and body that the program curl got."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    start = ["curl", "--silent", "--show-error", "--noproxy", "*", "--write-out", "\n%{http_code}", *words]
+    body, _, status = subprocess.run(start, capture_output=True, check=True, timeout=120).stdout.rpartition(b"\n")
+    return int(status), json.loads(body)
+
+
+def test_curl_asks_in_chinese_by_path_and_body(simple: Running) -> None:
+    text = "你好 三条河？100% / a#b?c"
+    n_tokens = chat(simple, text)["usage"]["prompt_tokens"]
+    bodies = [["-d", json.dumps({"text": text}, ensure_ascii=escaped), "-H", "Content-Type: application/json"]
+              for escaped in (False, True)]  # fmt: skip
+    for words in ([f"{simple.url}/query/{quote(text, safe='')}"], *([f"{simple.url}/", *body] for body in bodies)):
+        status, answer = curl(*words)
+        assert (status, answer["usage"]["prompt_tokens"]) == (200, n_tokens), answer
+    status, answer = curl(f"{simple.url}/query/你好")  # as it is typed: curl sends the bytes of the terminal
+    assert (status, answer["usage"]["prompt_tokens"]) == (200, chat(simple, "你好")["usage"]["prompt_tokens"])
+
+
+def test_curl_is_told_what_of_a_text_would_be_lost_and_what_is_too_long(simple: Running) -> None:
+    cases = [
+        (["/query/What is 2?and why".replace(" ", "%20")], 400, "%3F"),
+        (["/query/" + quote("你好".encode("gbk"))], 400, "not UTF-8"),
+        (["/query/" + "a%20" * 700], 400, "context length is 201 tokens"),
+        (["/query/" + "a" * 90_000], 400, "context length is 201 tokens"),
+        (["/", "-d", "text=hello"], 400, "Content-Type: application/json"),
+        (["/", "-d", json.dumps({"text": "a" * 5000}), "-H", "Content-Type: application/json"], 413, "max_body_bytes"),
+    ]
+    for (path, *words), status, told in cases:
+        found, answer = curl(simple.url + path, *words)
+        assert (found, told in answer["error"]["message"]) == (status, True), (path[:40], answer)
 
 
 def test_a_foreign_page_cannot_ask_by_an_image(simple: Running) -> None:
