@@ -249,9 +249,32 @@ def test_langchain_asks_as_in_the_documentation(server: Running) -> None:
     assert "not in the documents" in str(example("langchain_openai", server.url).content)
 
 
+# Seen with llama-index-llms-openai-like 0.8.1 and llama-index-core 0.14.25, which bring 20 packages and openai below 3.
+NEEDS_LLAMA_INDEX = "llama-index-llms-openai-like is not installed; it needs an environment of its own (openai below 3)"
+
+
 def test_llama_index_asks_as_in_the_documentation(server: Running) -> None:
-    pytest.importorskip("llama_index.llms.openai_like", reason="llama-index-llms-openai-like is not installed")
+    pytest.importorskip("llama_index.llms.openai_like", reason=NEEDS_LLAMA_INDEX)
     assert "not in the documents" in str(example("llama_index", server.url))
+
+
+def test_llama_index_streams_the_same_answer_with_its_sources(server: Running) -> None:
+    openai_like = pytest.importorskip("llama_index.llms.openai_like", reason=NEEDS_LLAMA_INDEX)
+    from llama_index.core.llms import ChatMessage
+
+    llm = openai_like.OpenAILike(
+        api_base=f"{server.url}/v1",
+        api_key="none",
+        model=DOCUMENTS_MODEL,
+        is_chat_model=True,
+        temperature=0,
+        max_tokens=8,
+    )
+    turns = [ChatMessage(role="user", content=QUESTION)]
+    whole = llm.chat(turns)
+    assert "- [1] manual.pdf, page 3" in whole.message.content
+    assert whole.raw.onecard["sources"][0]["file"] == "manual.pdf"
+    assert "".join(piece.delta or "" for piece in llm.stream_chat(turns)) == whole.message.content
 
 
 def test_the_terminal_has_a_command_for_it(engine: Any, scripted: Any, capsys: Any) -> None:
