@@ -248,6 +248,7 @@ def test_numbers_of_other_families(models: Callable[[str], Path], tmp_path: Path
     assert found["llama.attention.key_length"] == found["llama.rope.dimension_count"] == 32
     found = contents(export(models("yarn"), tmp_path / "yarn"))
     assert found["general.architecture"] == "qwen3"
+    # LLM_KV_ROPE_SCALING_... of https://github.com/ggml-org/llama.cpp/blob/master/src/llama-arch.cpp
     assert found["qwen3.rope.scaling.type"] == "yarn"
     assert found["qwen3.rope.scaling.factor"] == 4.0
     assert found["qwen3.rope.scaling.original_context_length"] == 64

@@ -200,7 +200,11 @@ def yarn(directory: Path, **settings: Any) -> Path:
 
 
 def llama_cpp_yarn(found: dict[str, Any], n: int) -> tuple[Tensor, float]:
-    """Frequencies and factor of ggml's rope_yarn, from what a file says; betas as by the options of llama.cpp."""
+    """Frequencies and factor of ggml's rope_yarn, from what a file says; betas as by the options of llama.cpp.
+
+    https://github.com/ggml-org/llama.cpp: ggml_rope_yarn_corr_dims in ggml/src/ggml.c, rope_yarn in
+    ggml/src/ggml-cpu/ops.cpp, and the names of the keys (LLM_KV_ROPE_SCALING_...) in src/llama-arch.cpp.
+    """
     rope = {key.removeprefix("qwen3.rope."): value for key, value in found.items() if "rope." in key}
     base, factor, context = rope["freq_base"], rope["scaling.factor"], rope["scaling.original_context_length"]
 
