@@ -168,7 +168,7 @@ def milliseconds(work: Callable[[str], Any], queries: Sequence[str]) -> dict[str
         work(query)
         for name, clock in clocks.items():
             times[name].append(1000 * (clock() - begun[name]))
-    found = {}
+    found: dict[str, float] = {}
     for name, each in times.items():
         each.sort()
         at = {"median": each[len(each) // 2], "p95": each[int(len(each) * 0.95)], "longest": each[-1]}

@@ -191,7 +191,8 @@ class DocumentIndex:
         """The chunks with these words, best first by BM25; words that tell little are left out."""
         least = math.log(1 / COMMON_SHARE) if self.n_chunks() > FEW_CHUNKS else 0.0
         telling = {word: weight for word, weight in weights.items() if weight >= least} or weights
-        asked, n_rows = [], 0
+        asked: list[str] = []
+        n_rows = 0
         for word in nlargest(MOST_WORDS, telling, key=telling.__getitem__):
             n_rows += self._n_with(word)
             if asked and n_rows > MOST_ROWS:
