@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from benchmarks import answering_on_cpu, context_per_vram, kl_anchor, memory_ladder, packing, step_speed
+from benchmarks import answering_on_cpu, context_per_vram, kl_anchor, long_context, memory_ladder, packing, step_speed
 from benchmarks.plain import upcast_like_peft
 from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, random_samples
@@ -194,6 +194,15 @@ def test_kl_anchor_halves_what_is_forgotten_at_equal_exact_match(tmp_path: Path)
     without, anchored = json.loads(output.read_text(encoding="utf-8"))["rows"]
     assert anchored["forgetting"][0] < 0.5 * without["forgetting"][0] and without["exact_match"][0] > 0.5
     assert anchored["exact_match"][0] > without["exact_match"][0] - 0.05
+
+
+def test_yarn_reads_on_where_the_base_without_it_does_not(tmp_path: Path) -> None:
+    output = tmp_path / "long_context.json"
+    long_context.main(["--texts", "6", "--scalings", "none,yarn:4", "--seed", "3", "--output", str(output)])
+    found, kept = (json.loads(path.read_text(encoding="utf-8"))["losses"]
+                   for path in (output, long_context.RESULTS / "long_context.json"))  # fmt: skip
+    for losses in (found, kept):
+        assert losses["yarn:4"]["192-384"] < losses["none"]["192-384"]
 
 
 SMALL = {
