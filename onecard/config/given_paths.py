@@ -34,7 +34,7 @@ TRAINED_WEIGHTS = "trained_weights.safetensors"
 OTHER_KINDS = {
     "PREFIX_TUNING": "a prefix-tuning", "P_TUNING": "a p-tuning", "PROMPT_TUNING": "a prompt-tuning",
     "MULTITASK_PROMPT_TUNING": "a prompt-tuning", "ADAPTION_PROMPT": "an adaption-prompt",
-    "BOTTLENECK": "a bottleneck",
+    "BOTTLENECK": "another kit's bottleneck",
 }  # fmt: skip
 NOT_MERGEABLE = (
     "PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "BOTTLENECK"
@@ -117,7 +117,8 @@ def other_kind(adapter_config: Mapping[str, Any], *, gives_reward: bool = False)
         return (f"is a reward model (finetune --objective reward): it gives answers a number and writes none. Choose "
                 f"among answers with it: {command('generate')} --best_of 8 --reward RUN")  # fmt: skip
     kind = str(adapter_config.get("peft_type") or "LORA")
-    if kind.lower() in get_args(PeftMethodName):
+    # LLM-Adapters writes the same name for another form, which does not say where its networks stand.
+    if kind.lower() in get_args(PeftMethodName) and (kind != "BOTTLENECK" or "form" in adapter_config):
         return ""
     message = f"is {OTHER_KINDS.get(kind, kind)} adapter, which cannot be loaded here"
     if kind in NOT_MERGEABLE:

@@ -11,7 +11,7 @@ from onecard.console import nearest
 # PEFT's own names, in small letters (model/lora/methods.py), and LoRA's forms by the names they are known under.
 PeftMethodName = Literal[
     "lora", "rslora", "dora", "pissa", "loftq", "olora", "adalora", "ia3", "vera", "oft", "miss", "shira", "randlora",
-    "loha", "lokr", "prompt_tuning", "p_tuning", "prefix_tuning",
+    "loha", "lokr", "prompt_tuning", "p_tuning", "prefix_tuning", "bottleneck",
 ]  # fmt: skip
 SHORT_NAMES = {"prompt": "prompt_tuning", "prefix": "prefix_tuning"}
 # Trained vectors stand in front of every text, and no layer has an adapter.
@@ -20,6 +20,8 @@ LORA_FORMS: dict[str, tuple[str, Any]] = {
     "rslora": ("use_rslora", True), "dora": ("use_dora", True), "pissa": ("lora_init", "pissa"),
     "loftq": ("lora_init", "loftq"), "olora": ("lora_init", "olora"),
 }  # fmt: skip
+# Bottleneck adapters by where they stand: --peft_option form=..., and names of the method by themselves.
+BOTTLENECK_FORMS = ("houlsby", "pfeiffer", "parallel")
 # Without an adapter: all weights of the base, or those of its last N layers.
 FULL, FREEZE = "full", "freeze:"
 # Which of LoRA's settings another method has, too; the others are its own, by --peft_option.
@@ -27,7 +29,7 @@ METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "adalora": ("lora_r", "lora_alpha", "lora_dropout"), "ia3": (), "vera": ("lora_dropout",), "oft": (),
     "miss": ("lora_dropout",), "shira": ("lora_r",),
     "randlora": ("lora_dropout",), "loha": ("lora_r", "lora_alpha"), "lokr": ("lora_r", "lora_alpha"),
-    "prompt_tuning": (), "p_tuning": (), "prefix_tuning": (),
+    "prompt_tuning": (), "p_tuning": (), "prefix_tuning": (), "bottleneck": ("lora_dropout",),
 }  # fmt: skip
 # Their products have the shape of the stored weights, which 4 bits pack otherwise.
 NOT_IN_4_BITS = ("loha", "lokr")
@@ -40,7 +42,8 @@ class LoraOptions:
     peft_method: str = "lora"
     """Kind of adapter: lora; rslora, dora, pissa, loftq and olora, which are --use_rslora, --use_dora and --lora_init;
     adalora, ia3, vera, oft, miss, shira, randlora, loha, lokr; prompt, p_tuning and prefix, which train what stands in
-    front of every text. No adapter, in 16 or 32 bits: full trains all weights, freeze:2 those of the last 2 layers.
+    front of every text; houlsby, pfeiffer and parallel, which are bottleneck adapters. No adapter, in 16 or 32 bits:
+    full trains all weights, freeze:2 those of the last 2 layers.
     What each is for: docs/en/training.md."""
     peft_option: str = field(default="", metadata={"several": True})
     """Settings of the method itself as PEFT calls them: r=128 d_initial=0.1 (vera), num_virtual_tokens=50 (prompt)."""
@@ -75,6 +78,12 @@ class LoraOptions:
         if name and getattr(self, name) in (getattr(type(self), name), value):
             setattr(self, name, value)
             self.peft_method = "lora"
+        if self.peft_method in BOTTLENECK_FORMS:
+            form = f"form={self.peft_method}"
+            if "form=" not in self.peft_option:
+                self.peft_option = f"{form},{self.peft_option}".strip(",")
+            if form in self.peft_option:
+                self.peft_method = "bottleneck"
 
     @property
     def peft_options(self) -> dict[str, str]:
@@ -97,6 +106,11 @@ class LoraOptions:
     def has_virtual_tokens(self) -> bool:
         """Whether what is trained stands in front of every text, and no layer has an adapter."""
         return self.peft_method in VIRTUAL_TOKENS
+
+    @property
+    def sized_by_model(self) -> bool:
+        """Whether how much is trained follows from the model as a whole, and not from its linear layers."""
+        return self.has_virtual_tokens or self.peft_method == "bottleneck"
 
     @property
     def may_recompute(self) -> bool:
@@ -147,15 +161,17 @@ class LoraOptions:
         if method in LORA_FORMS:
             name, value = LORA_FORMS[method]
             return [("--peft_method", f"{method} is --{name} {value}, and contradicts --{name} {getattr(self, name)}")]
+        if method in BOTTLENECK_FORMS:
+            return [("--peft_method", f"{method} contradicts --peft_option {self.peft_option}")]
         if method == "lora":
             return []
         if method not in METHOD_SETTINGS and not self.tunes_base:
-            known = (*get_args(PeftMethodName), *SHORT_NAMES, FULL, f"{FREEZE}N (N of 1 and more)")
+            known = (*get_args(PeftMethodName), *SHORT_NAMES, *BOTTLENECK_FORMS, FULL, f"{FREEZE}N (N of 1 and more)")
             return [("--peft_method", f"{method!r} is not one of {', '.join(known)}{nearest(method, known)}")]
         kept: tuple[str, ...] = ("peft_method",)
         hint = "; it has no adapter"
         if not self.tunes_base:
-            layers = () if self.has_virtual_tokens else ("lora_target_modules",)
+            layers = () if self.sized_by_model else ("lora_target_modules",)
             kept = ("peft_method", "peft_option", *layers, *METHOD_SETTINGS[method])
             hint = "; its own settings are given by --peft_option"
         given = [f.name for f in fields(self) if f.name not in kept and getattr(self, f.name) != f.default]

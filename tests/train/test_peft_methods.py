@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.plan_accuracy import real_run, toy_config
 from onecard.config.base_model import ModelOptions
-from onecard.config.lora import LORA_FORMS, NOT_IN_4_BITS, LoraOptions
+from onecard.config.lora import BOTTLENECK_FORMS, LORA_FORMS, NOT_IN_4_BITS, LoraOptions
 from onecard.config.parsing import parse
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
@@ -30,8 +30,9 @@ from tests.live_memory import held_bytes, peak_bytes
 from tests.runs import assert_same_end, run_and_stop
 
 OTHERS = [name for name in METHODS if name != "lora"]
-FAST = [("vera", 32), ("p_tuning", 32)]
-EVERY = [(name, bits) for name in [*OTHERS, "olora"] for bits in (4, 8, 16, 32)]
+FORMS = [*OTHERS[:-1], *BOTTLENECK_FORMS]  # each form of bottlenecks by itself
+FAST = [("vera", 32), ("p_tuning", 32), ("houlsby", 32)]
+EVERY = [(name, bits) for name in [*FORMS, "olora"] for bits in (4, 8, 16, 32)]
 # At a rate of LoRA those with few or bounded weights would barely move in the steps of a test.
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"lora_r": 4, "learning_rate": 3e-2},
@@ -42,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"learning_rate": 0.1, "peft_option": "num_virtual_tokens=5"},
     "p_tuning": {"peft_option": "num_virtual_tokens=5"},
     "prefix_tuning": {"learning_rate": 0.1, "peft_option": "num_virtual_tokens=5"},
+    **{form: {"peft_method": "bottleneck", "peft_option": f"form={form}"} for form in BOTTLENECK_FORMS},
 }  # fmt: skip
 IDS = torch.tensor([[1, 5, 9, 33, 7, 120, 64, 3]])
 
@@ -98,13 +100,14 @@ def test_olora_is_refused_on_quantised_weights(tiny_base, instructions, tmp_path
         finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", bits=8, lora_init="olora"))
 
 
-@pytest.mark.parametrize(("method", "bits"), marked([(name, 32) for name in [*OTHERS, "olora"]]))
+@pytest.mark.parametrize(("method", "bits"), marked([(name, 32) for name in [*FORMS, "olora"]]))
 def test_merged_it_answers_alike_or_is_refused_by_name(method, bits, tiny_base, instructions, tmp_path) -> None:
     run = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", **options_of(method, bits)))
     (tmp_path / "merged").mkdir()
     settings = MergeSettings(dtype="fp32")
-    if method != "olora" and not METHODS[method].mergeable:
-        with pytest.raises(ModelError, match=f"of the method {method}, which is not merged here"):
+    name = LoraOptions(method).peft_method
+    if not METHODS[name].mergeable:
+        with pytest.raises(ModelError, match=f"of the method {name}, which is not merged here"):
             merge_into(tmp_path / "merged", str(tiny_base), [str(run)], settings)
         return
     merge_into(tmp_path / "merged", str(tiny_base), [str(run)], settings)
@@ -114,10 +117,10 @@ def test_merged_it_answers_alike_or_is_refused_by_name(method, bits, tiny_base, 
         assert (merged(IDS).logits - bundle.model(IDS).logits).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(("method", "bits"), marked([(name, 32) for name in OTHERS]))
+@pytest.mark.parametrize(("method", "bits"), marked([(name, 32) for name in FORMS]))
 def test_its_memory_is_planned(method, bits) -> None:
     """Weights that are trained to the number, all live tensors within 3 %; of virtual tokens a whole step, too."""
-    option = SETTINGS[method].get("peft_option", "")
+    option, method = SETTINGS[method].get("peft_option", ""), SETTINGS[method].get("peft_method", method)
     setup = MemoryConfig(bits, FP32, 2, 96, rank=2, peft_method=method, peft_option=option, loss_chunk=64, on_gpu=False,
                          gradient_checkpointing=LoraOptions(method).may_recompute)  # fmt: skip
     config = toy_config("llama", num_hidden_layers=2)
@@ -132,7 +135,7 @@ def test_its_memory_is_planned(method, bits) -> None:
     if method in ("shira", "adalora"):  # its places, which peft keeps outside of the buffers; its scores
         still[0] = 2 * 4 * sum(p.numel() for p in trained)
     assert 0.97 <= planned / sum(still.values()) <= 1.03
-    if LoraOptions(method).has_virtual_tokens:
+    if LoraOptions(method).sized_by_model:
         take_step(run)
         peak = held_bytes(run.plain_model, run.optimizer) + peak_bytes(lambda: take_step(run))
         assert 0.97 <= plan.tensor_bytes / peak <= 1.03

@@ -31,7 +31,7 @@ from onecard.model.lora.formats import (
     infer_config,
     read_adapter,
     read_config,
-    refuse_virtual,
+    refuse_never_merged,
 )
 
 FLAG = "--adapter_only"
@@ -54,7 +54,7 @@ def export_adapter(settings: GgufSettings) -> Path:
     if settings.gguf_type not in KINDS:
         raise ConfigError("--gguf_type", f"{settings.gguf_type} is no kind of number for an adapter; use f16 or f32")
     files = read_adapter(settings.adapters[0])
-    refuse_virtual(files)
+    refuse_never_merged(files)
     for note in files.notes:
         warn(note)
     base = locate(settings.model_path)

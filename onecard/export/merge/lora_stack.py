@@ -22,7 +22,7 @@ from onecard.export.io.base import LazyCheckpoint
 from onecard.export.merge.rounding import is_finite
 from onecard.installation import command
 from onecard.model.lora.adapter import ADAPTER, add_product, attach_files
-from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config, refuse_virtual
+from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config, refuse_never_merged
 from onecard.model.lora.methods import is_mergeable
 from onecard.model.lora.vocabulary import rows_in
 
@@ -164,7 +164,7 @@ def adapt(base: LazyCheckpoint, adapters: Sequence[str], scale: float = 1.0) -> 
 def _stage(base: LazyCheckpoint, source: str, rows_before: int, scale: float) -> LoadedLora:
     files = read_adapter(source)
     kind = str((read_config(files.config_directory) if files.config_directory else {}).get("peft_type") or "LORA")
-    refuse_virtual(files)
+    refuse_never_merged(files)
     if not is_mergeable(kind):
         raise ModelError(
             f"{files.directory} is an adapter of the method {kind.lower()}, which is not merged here: leave it beside "

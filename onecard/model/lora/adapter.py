@@ -1,4 +1,4 @@
-"""LoRA adapters on a frozen base: attach, load, save, restore. The only file that imports peft.
+"""LoRA adapters on a frozen base: attach, load, save, restore. Of all files only it and bottleneck.py import peft.
 
 Knows tensor names, shapes and PEFT's files. It does not know data, steps or optimizers. What it writes is plain PEFT:
 `PeftModel.from_pretrained(base, directory)` gives the same logits without this project, whatever the start was.
@@ -46,6 +46,7 @@ from onecard.console import first_line, say
 from onecard.errors import ConfigError, ModelError
 from onecard.model.lora import init as adapter_starts
 from onecard.model.lora import vocabulary as adapter_tokens
+from onecard.model.lora.bottleneck import BottleneckConfig, bottleneck_places, register_bottleneck
 from onecard.model.lora.formats import (
     CONFIG,
     ENCODER,
@@ -117,11 +118,7 @@ def add_lora(
     linear = adaptable_layers(model)
     left_out = linear_layers(model).keys() - linear.keys()
     adapter_starts.check_start(options, linear)
-    layers = AdaptedLayers(
-        target_modules(model, options.lora_target_modules, linear),
-        target_parameters(model, options.lora_target_parameters),
-        transposed=any(isinstance(layer, Conv1D) for layer in linear.values()),
-    )
+    layers = _adapted_layers(model, options, linear)
     beside = adapter_tokens.config_settings(model, options, new_ids)
     if gives_reward:
         add_reward_head(model)
@@ -137,10 +134,22 @@ def add_lora(
     adapter_tokens.train_in_fp32(peft_model)
     adapter_tokens.check_both_ends(peft_model.get_base_model(), options)
     _check_trainable(peft_model)
-    if left_out and options.lora_target_modules.strip() == ALL_LINEAR:
+    if left_out and options.lora_target_modules.strip() == ALL_LINEAR and not options.sized_by_model:
         kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in left_out}))
         say(f"{len(left_out)} dense or shared layers ({kinds}) get no adapter: peft means the experts by these names")
     return peft_model
+
+
+def _adapted_layers(model: nn.Module, options: LoraOptions, linear: dict[str, Any]) -> AdaptedLayers:
+    if options.peft_method == "bottleneck":
+        with _as_config_error(options):
+            form = _new_config(options, AdaptedLayers([], None, transposed=False), {}).form
+        return AdaptedLayers(bottleneck_places(model, form), None, transposed=False)
+    return AdaptedLayers(
+        target_modules(model, options.lora_target_modules, linear),
+        target_parameters(model, options.lora_target_parameters),
+        transposed=any(isinstance(layer, Conv1D) for layer in linear.values()),
+    )
 
 
 def _add_virtual_tokens(model: nn.Module, options: LoraOptions) -> PeftModel:
@@ -346,6 +355,7 @@ def describe_trainable(model: nn.Module) -> str:
         kind = f"{config.peft_type.value}, {config.num_virtual_tokens} virtual tokens in front of every text"
         return f"{n_trained:,} of {n_all:,} weights are trained ({100 * n_trained / n_all:.2f} %): {kind}"
     kind = f"rank {config.r}" if config.peft_type == PeftType.LORA else config.peft_type.value
+    kind = f"{kind} {config.form}" if isinstance(config, BottleneckConfig) else kind
     if not any(p.requires_grad and is_adapter_weight(name) for name, p in peft_model.named_parameters()):
         kind = f"nothing of {kind}"
     return (
@@ -415,7 +425,9 @@ def trained_part(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _config_class(options: LoraOptions) -> Any:
     """PEFT's configuration of the chosen method. Raises ConfigError for what beside the adapter it cannot train."""
-    found: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[options.peft_method.upper()]]
+    register_bottleneck()
+    kind: Any = options.peft_method.upper()  # PEFT's kinds are texts; one of them is none of its own
+    found: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     if options.train_new_tokens and "trainable_token_indices" not in found.__dataclass_fields__:
         raise ConfigError("--train_new_tokens", f"does not go with --peft_method {options.peft_method}")
     return found
@@ -553,6 +565,7 @@ def _saved_form(peft_model: PeftModel) -> tuple[dict[str, Tensor], PeftConfig]:
 def _config_of(files: AdapterFiles, trainable: bool) -> PeftConfig:
     if files.config_directory is None:
         return LoraConfig(**infer_config(files), inference_mode=not trainable)
+    register_bottleneck()
     stored = read_config(files.config_directory)
     start = stored.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(("pissa", "olora", "corda")):

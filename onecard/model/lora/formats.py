@@ -25,7 +25,7 @@ from onecard.console import warn
 from onecard.errors import ConfigError, ModelError
 from onecard.installation import command
 from onecard.model.files import locate, safetensors_header
-from onecard.model.lora.methods import is_adapter_weight, is_virtual, starts_at_zero
+from onecard.model.lora.methods import is_adapter_weight, starts_at_zero, why_never_merged
 from onecard.model.rope_scaling import MARK
 
 PREFIX = "base_model.model."
@@ -178,13 +178,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def refuse_virtual(files: AdapterFiles) -> None:
-    """Raise ModelError for an adapter of virtual tokens, which can become no part of its base."""
+def refuse_never_merged(files: AdapterFiles) -> None:
+    """Raise ModelError for an adapter that can become no part of its base: virtual tokens, bottlenecks."""
     kind = read_config(files.config_directory).get("peft_type") if files.config_directory else None
-    if kind and is_virtual(str(kind)):
+    reason = why_never_merged(str(kind)) if kind else ""
+    if reason:
         raise ModelError(
             f"{files.directory} is an adapter of the method {str(kind).lower()}, which is not merged here or anywhere: "
-            "no weight of a base can hold what stands in front of every text. Answer with it beside its base "
+            f"{reason}. Answer with it beside its base "
             f"({command('chat')}, {command('serve')}), or train a LoRA adapter on the same data"
         )
 

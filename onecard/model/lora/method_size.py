@@ -48,8 +48,8 @@ def method_tensors(
     return [in_layer(name, trained) for name in names], [sum(in_layer(name, own)) for name in names], sum(of_all)
 
 
-def virtual_tensors(options: LoraOptions, config: Any, **own_code: Any) -> tuple[int, ...]:
-    """Numbers of weights in each tensor of virtual tokens, for a model of this configuration."""
+def whole_model_tensors(options: LoraOptions, config: Any, **own_code: Any) -> tuple[int, ...]:
+    """Numbers of weights that are trained in each tensor, for a whole model of this configuration."""
     with torch.device("meta"):
         model = add_lora(AutoModelForCausalLM.from_config(config, **own_code), options)
     return tuple(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)

@@ -133,6 +133,13 @@ def _prefix_tuning(options: LoraOptions, _: AdaptedLayers) -> dict[str, Any]:
     return {name: value for name, value in ours.items() if name not in options.peft_options}
 
 
+def _bottleneck(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    # The scale of the parallel form is that of its authors.
+    ours = {"scaling": 4.0} if options.peft_options.get("form") == "parallel" else {}
+    kept = {name: value for name, value in ours.items() if name not in options.peft_options}
+    return {"dropout": options.lora_dropout, "target_modules": layers.modules, **kept}
+
+
 METHODS = {
     "lora": PeftMethod(_lora, "lora_", ("lora_B",), {"init_lora_weights": True}, alpha="lora_alpha"),
     "adalora": PeftMethod(
@@ -153,6 +160,7 @@ METHODS = {
     ),
     "p_tuning": PeftMethod(_p_tuning, "", (), mergeable=False),
     "prefix_tuning": PeftMethod(_prefix_tuning, "", (), {"init_weights": None}, mergeable=False),
+    "bottleneck": PeftMethod(_bottleneck, "bottleneck_", ("bottleneck_up",), mergeable=False),
 }
 
 
@@ -173,9 +181,13 @@ def is_mergeable(peft_type: str) -> bool:
     return METHODS[peft_type.lower()].mergeable
 
 
-def is_virtual(peft_type: str) -> bool:
-    """Whether an adapter of this kind is vectors in front of every text, which no weight of a base can hold."""
-    return not METHODS[peft_type.lower()].prefix
+def why_never_merged(peft_type: str) -> str:
+    """Why no weight of a base can hold what an adapter of this kind does, here or anywhere; else empty."""
+    if not METHODS[peft_type.lower()].prefix:
+        return "no weight of a base can hold what stands in front of every text"
+    if peft_type.lower() == "bottleneck":
+        return "no weight of a base can hold the non-linearity between its two matrices"
+    return ""
 
 
 def scale_adapter(config: Any, scale: float, directory: Any) -> list[str]:

@@ -23,6 +23,7 @@ FLAG_OF = {
     "r": "--lora_r", "target_r": "--lora_r", "lora_alpha": "--lora_alpha", "alpha": "--lora_alpha",
     "lora_dropout": "--lora_dropout",
     "vera_dropout": "--lora_dropout", "randlora_dropout": "--lora_dropout", "miss_dropout": "--lora_dropout",
+    "dropout": "--lora_dropout",
 }  # fmt: skip
 ALWAYS_BY_FLAG = ("peft_type", "modules_to_save", "trainable_token_indices", "base_model_name_or_path")
 SET_HERE = {

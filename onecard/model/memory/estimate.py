@@ -42,7 +42,7 @@ GROWING_SLACK, FIXED_SLACK = (0.08, 40 * 2**20), (0.3, 50 * 2**20)
 NF4_TABLE_BYTES = FP32 * (1 + 16 + 256)
 # 8-bit Adam (arXiv:2110.02861): two bytes per weight and an fp32 scale for each 256; small tensors keep fp32 state.
 ADAM8_BLOCK, ADAM8_SMALLEST = 256, 4096
-VIRTUAL = Linear("virtual tokens", 0, 0, bias=False, count=1)  # in the place of a layer: they are in front of all
+WHOLE_MODEL = Linear("whole model", 0, 0, bias=False, count=1)  # in the place of a layer: virtual tokens, bottlenecks
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ def adapter_shapes(model: Architecture, setup: MemoryConfig) -> list[tuple[Linea
     options = LoraOptions(setup.peft_method)
     if options.tunes_base:
         return []
-    if options.has_virtual_tokens:
-        return [(VIRTUAL, _virtual_shapes(model, setup.peft_method, setup.peft_option))]
+    if options.sized_by_model:
+        return [(WHOLE_MODEL, _whole_model_shapes(model, setup.peft_method, setup.peft_option))]
     wanted = [name.strip().rsplit(".", 1)[-1] for name in setup.targets.split(",")]
     everywhere = setup.targets.strip() == "all-linear"
     experts = [name.strip() for name in setup.expert_targets.split(",") if name.strip()]
@@ -254,12 +254,12 @@ def _method_tensors(
 
 
 @lru_cache(maxsize=64)
-def _virtual_shapes(model: Architecture, method: str, option: str) -> tuple[int, ...]:
-    """How many weights each tensor of virtual tokens has."""
-    from onecard.model.lora.method_size import virtual_tensors  # only here: peft takes seconds
+def _whole_model_shapes(model: Architecture, method: str, option: str) -> tuple[int, ...]:
+    """How many weights each tensor has of a method whose size follows from the whole model."""
+    from onecard.model.lora.method_size import whole_model_tensors  # only here: peft takes seconds
 
     config, own_code = model.source.read()
-    return virtual_tensors(LoraOptions(method, option), config, **own_code)
+    return whole_model_tensors(LoraOptions(method, option), config, **own_code)
 
 
 @lru_cache(maxsize=64)
@@ -356,7 +356,7 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
     name = "embeddings and head" if setup.train_embeddings else "rows of new tokens"
     kind = f"rank {setup.rank}" if setup.peft_method == "lora" else setup.peft_method
     beside = 0
-    if setup.peft_method != "lora" and not tuned and not LoraOptions(setup.peft_method).has_virtual_tokens:
+    if setup.peft_method != "lora" and not tuned and not LoraOptions(setup.peft_method).sized_by_model:
         beside = _of_method(setup, [linear for linear, _ in adapter_shapes(model, setup)])[1]
     return [
         MemoryComponent(f"adapter, {kind}, fp32", _n_adapter(model, setup) * FP32),

@@ -260,16 +260,14 @@ def _head_lines(plan: Plan) -> list[str]:
     rows = "1 row" if setup.rows == 1 else f"{setup.rows} rows"
     targets = "all linear layers" if setup.targets.strip() == "all-linear" else setup.targets
     lines = _wrap(f"{model.name}, {_billions(model.n_weights)} weights, on {_card(plan.card)}")
-    if LoraOptions(setup.peft_method).has_virtual_tokens:
-        lines += _wrap(
-            f"base in {setup.bits} bits, arithmetic in {8 * setup.element_bytes}, virtual tokens ({setup.peft_method})"
-            f"; {rows} of up to {plan.longest_row:,} tokens at once"
-        )
-    else:
-        lines += _wrap(
-            f"base in {setup.bits} bits, arithmetic in {8 * setup.element_bytes}, LoRA rank {setup.rank} on {targets}; "
-            f"{rows} of up to {plan.longest_row:,} tokens at once"
-        )
+    options = LoraOptions(setup.peft_method)
+    what = f"LoRA rank {setup.rank} on {targets}"
+    if options.sized_by_model:
+        what = f"virtual tokens ({setup.peft_method})" if options.has_virtual_tokens else "bottleneck adapters"
+    lines += _wrap(
+        f"base in {setup.bits} bits, arithmetic in {8 * setup.element_bytes}, {what}; "
+        f"{rows} of up to {plan.longest_row:,} tokens at once"
+    )
     if model.stored_bits:
         lines += _wrap(f"note: its files are quantised already, to {model.stored_bits} bits")
     lines += [line for note in model.notes for line in _wrap(f"note: {note}")]

@@ -7,6 +7,7 @@ layers. Parameter names, state dicts and adapter files are the same with and wit
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -117,11 +118,11 @@ def tile_mlps(model: nn.Module, tile_tokens: int, kind: type[TiledMLP] = TiledML
 def plain_mlps(model: nn.Module) -> dict[str, nn.Module]:
     """The feed-forward blocks that can run in tiles, by name."""
     return {
-        f"{path}.{name}" if path else name: child
+        f"{path}.{name}" if path else name: block
         for path, layer in model.named_modules()
         if _is_decoder_layer(layer)
-        for name, child in layer.named_children()
-        if name in MLP_NAMES and _is_plain_mlp(child)
+        for name, block in _blocks(layer)
+        if _is_plain_mlp(block)
     }
 
 
@@ -137,6 +138,14 @@ def _is_decoder_layer(module: nn.Module) -> bool:
     """A feed-forward block and attention side by side; both names are the same in all families so far."""
     names = [name for name, _ in module.named_children()]
     return any(name in MLP_NAMES for name in names) and any("attn" in name or "attention" in name for name in names)
+
+
+def _blocks(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The feed-forward blocks of a layer, by name; inside the adapter where one stands beside the whole block."""
+    for name, child in layer.named_children():
+        if name in MLP_NAMES:
+            inside = getattr(child, "base_layer", None)
+            yield (name, child) if inside is None else (f"{name}.base_layer", inside)
 
 
 def _is_plain_mlp(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType
@@ -15,6 +15,7 @@ from onecard.config.lora import LORA_FORMS, METHOD_SETTINGS, LoraOptions, PeftMe
 from onecard.errors import ConfigError
 from onecard.model.lora import methods
 from onecard.model.lora.adapter import add_lora, trained_part
+from onecard.model.lora.bottleneck import register_bottleneck
 from onecard.model.lora.methods import (
     METHODS,
     PROMPT,
@@ -31,8 +32,10 @@ PACKAGE = Path(methods.__file__).parents[2]
 def test_the_option_and_the_table_and_peft_agree() -> None:
     assert METHODS.keys() | LORA_FORMS.keys() == set(get_args(PeftMethodName))
     assert METHOD_SETTINGS.keys() == METHODS.keys() - {"lora"}
+    register_bottleneck()
+    assert {name.upper() for name in METHODS} - {kind.value for kind in PeftType} == {"BOTTLENECK"}
     for name, method in METHODS.items():
-        kind = PeftType[name.upper()]
+        kind: Any = name.upper()
         assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == method.prefix or method.prefix == "" == layer_of(PROMPT[0])
         accepted = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__.keys()
         assert peft_settings(LoraOptions(peft_method=name), AdaptedLayers(["q_proj"], None, False)).keys() <= accepted
@@ -43,7 +46,8 @@ def test_the_option_and_the_table_and_peft_agree() -> None:
     ("name", "layer"),
     [("base_model.model.a.q_proj.lora_A.default.weight", "base_model.model.a.q_proj"),
      ("base_model.model.a.experts.base_layer.lora_B.weight", "base_model.model.a.experts.base_layer"),
-     ("a.q_proj.lora_magnitude_vector", "a.q_proj"), ("model.embed_tokens.lora_embedding_A", "model.embed_tokens"),
+     ("a.q_proj.lora_magnitude_vector", "a.q_proj"), ("a.mlp.bottleneck_up.default.bias", "a.mlp"),
+     ("model.embed_tokens.lora_embedding_A", "model.embed_tokens"),
      ("prompt_encoder.default.embedding.weight", ""), ("prompt_embeddings", ""), ("model.prompt_encoder.weight", None),
      ("a.q_proj.base_layer.weight", None), ("a.explora_A.weight", None),
      ("model.embed_tokens.token_adapter.trainable_tokens_delta", None)],
