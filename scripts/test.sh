@@ -5,6 +5,7 @@
 #   bash scripts/test.sh                    everything but the tests marked slow
 #   bash scripts/test.sh --all              the slow ones too
 #   bash scripts/test.sh --gptq             only the tests of GPTQ, which run in .venv-gptq
+#   bash scripts/test.sh --trl              only the comparison of losses with TRL's, which runs in .venv-trl
 #   bash scripts/test.sh --real             only the tests on real small models (330 MB, installed into .venv)
 #   bash scripts/test.sh tests/data -x      other words go to pytest
 set -euo pipefail

@@ -22,11 +22,12 @@ settings.load_profile("onecard")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if importlib.util.find_spec("gptqmodel") is None:
-        missing = pytest.mark.skip(reason="gptqmodel is not installed: bash scripts/test.sh --gptq")
-        for item in items:
-            if item.get_closest_marker("gptq"):
-                item.add_marker(missing)
+    for mark, package in (("gptq", "gptqmodel"), ("trl", "trl")):
+        if importlib.util.find_spec(package) is None:
+            missing = pytest.mark.skip(reason=f"{package} is not installed: bash scripts/test.sh --{mark}")
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(missing)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -422,7 +422,7 @@ def test_every_flag_in_the_documents_exists() -> None:
         for config in (FinetuneConfig, GenerateConfig, ChatConfig, ServeConfig, StudioOptions, *tool_options())
         for name in cli.options_of(config)
     }
-    known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--real", "--examples", "--serve"}
+    known |= {"--config", "--print_config", "--help", "--all", "--gptq", "--trl", "--real", "--examples", "--serve"}
     # of pip, torchrun and pytest
     known |= {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     known |= {"--no-build-isolation", "--index-url", "--language", "--version", "--stat"}

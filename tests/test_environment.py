@@ -75,26 +75,27 @@ def test_a_python_that_is_too_old_or_new_is_named(clone: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("words", "marks"),
-    [([], ["not slow and not gptq and not real", "not slow and (gpu or simcard)", "not slow and gptq"]),
-     (["--all"], ["(slow or not slow) and not gptq and not real", "(slow or not slow) and (gpu or simcard)",
-                  "(slow or not slow) and gptq"]),
-     (["--gptq"], ["not slow and gptq"]), (["--real"], ["real"]),
-     (["tests/data", "-x"], ["not slow and not gptq and not real"]),
-     (["tests/gpu"], ["not slow and not gptq and not real", "not slow and (gpu or simcard)"])],
+    [([], ["not slow and not gptq and not trl and not real", "not slow and (gpu or simcard)",
+            "not slow and gptq", "not slow and trl"]),
+     (["--all"], ["(slow or not slow) and not gptq and not trl and not real", "(slow or not slow) and (gpu or simcard)",
+                  "(slow or not slow) and gptq", "(slow or not slow) and trl"]),
+     (["--gptq"], ["not slow and gptq"]), (["--trl"], ["not slow and trl"]), (["--real"], ["real"]),
+     (["tests/data", "-x"], ["not slow and not gptq and not trl and not real"]),
+     (["tests/gpu"], ["not slow and not gptq and not trl and not real", "not slow and (gpu or simcard)"])],
 )  # fmt: skip
 def test_the_checks_that_are_run(
     words: list[str], marks: list[str], called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(test, "prepare_venv", lambda *files: Path("python"))
-    monkeypatch.setattr(test, "prepare_gptq_venv", lambda: Path("python"))
+    monkeypatch.setattr(test, "prepare_layer", lambda name: Path("python"))
     test.main(words)
     ran = [line for line in called if " pytest " in line]
     assert [line.split(" -m ")[-1].split(" -n ")[0].split(" tests")[0] for line in ran] == marks
     assert all(line.endswith("tests/data -x") for line in ran) or words != ["tests/data", "-x"]
-    assert ("ruff check" in " ".join(called)) is (words not in (["--gptq"], ["--real"]))
+    assert ("ruff check" in " ".join(called)) is (words not in (["--gptq"], ["--trl"], ["--real"]))
     if not words:
         assert "--simcard sm75:11GiB,sm75:11GiB,late,garbage tests/gpu tests/simcard" in ran[1]
-        assert "tests/export/quantize" in ran[2] or "tests/" in ran[2]
+        assert "tests/export/test_gptq.py" in ran[2] and ran[3].endswith("tests/objectives/test_trl.py")
 
 
 @pytest.mark.parametrize(("code", "words", "ends"), [(5, ["tests/x"], 0), (5, [], 5), (1, ["tests/x"], 1)])

@@ -25,7 +25,7 @@ HANDS_ON = {
     "quickstart": ("finetune", "generate", "chat", "evaluate"),
     "recipe": ("data", "inspect", "finetune", "evaluate", "score"),
 }  # fmt: skip
-OWN_WORDS = {"quantize": {"method"}, "test": {"all", "gptq", "real"}, "quickstart": {"examples"}}
+OWN_WORDS = {"quantize": {"method"}, "test": {"all", "gptq", "trl", "real"}, "quickstart": {"examples"}}
 # Options of other programs that are started from here, or that a person starts.
 FOREIGN = {"gpus", "query", "format", "nproc_per_node", "standalone", "use_deepspeed", "python", "clear",
            "quiet", "dist", "durations", "check", "simcard", "run"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The environments of a clone, .venv and .venv-gptq: made with the standard library alone, on any system."""
+"""The environments of a clone, .venv and the layers over it: made with the standard library alone, on any system."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def prepare_venv(*files: str, venv: Path = VENV) -> Path:
     return python_of(venv)
 
 
-def prepare_gptq_venv() -> Path:
-    """The Python of .venv-gptq, which is .venv and requirements-gptq.txt on top. Raises OneCardError.
+def prepare_layer(name: str) -> Path:
+    """The Python of .venv-NAME, which is .venv and requirements-NAME.txt on top. Raises OneCardError.
 
-    It is apart because peft imports gptqmodel wherever it finds it: every start of every program would take some
-    seconds longer and print its banner.
+    gptq is apart because peft imports gptqmodel wherever it finds it: every start of every program would take some
+    seconds longer and print its banner. trl is apart so that nothing of the product can come to need it.
     """
-    layer, file = VENV.with_name(f"{VENV.name}-gptq"), "requirements-gptq.txt"
+    layer, file = VENV.with_name(f"{VENV.name}-{name}"), f"requirements-{name}.txt"
     wanted = _stamp_of((*FOR_TESTS, file))
     if _read(layer / ".installed") != wanted:
         shutil.rmtree(layer, ignore_errors=True)

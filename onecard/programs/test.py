@@ -5,6 +5,7 @@ needed, apart from the install.
   (nothing)      everything but the tests marked slow
   --all          the slow ones too
   --gptq         only the tests of GPTQ, which run in .venv-gptq
+  --trl          only the comparison of losses with TRL's, which runs in .venv-trl
   --real         only the tests on real small models (330 MB, installed into .venv)
 Other words go to pytest, such as tests/data -x. Environment variable TEST_PROCESSES: how many run at once (2).
 """
@@ -19,9 +20,11 @@ from pathlib import Path
 from onecard.console import say
 from onecard.errors import ConfigError
 from onecard.installation import IS_CLONE, SHIPPED, program_name
-from onecard.programs._environment import FOR_TESTS, VENV, call, prepare_gptq_venv, prepare_venv, script_of
+from onecard.programs._environment import FOR_TESTS, VENV, call, prepare_layer, prepare_venv, script_of
 
 NOTHING_COLLECTED = 5  # pytest's exit code
+LAYERS = {"gptq": "GPTQ", "trl": "TRL"}
+"""Marks of tests that have an environment of their own, and what is said of them."""
 SIMULATED = "sm75:11GiB,sm75:11GiB,late,garbage"
 
 
@@ -29,26 +32,27 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line. Raises SystemExit when a check fails."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & {*words}:
-        say(f"usage: {program_name() or 'onecard'} test [--all | --gptq | --real] [WORDS OF PYTEST]\n\n{__doc__}")
+        usage = "test [--all | --gptq | --trl | --real] [WORDS OF PYTEST]"
+        say(f"usage: {program_name() or 'onecard'} {usage}\n\n{__doc__}")
         raise SystemExit(0)
     if not IS_CLONE:
         raise ConfigError("", "the tests are not installed with the program: run this in a clone of the repository")
-    own = {"--all", "--gptq", "--real"}
+    layers = [mark for mark in LAYERS if f"--{mark}" in words]
+    own = {"--all", "--real", *(f"--{mark}" for mark in LAYERS)}
     slow = "(slow or not slow)" if "--all" in words else "not slow"
     others = [word for word in words if word not in own]
     python = prepare_venv(*FOR_TESTS)
     if "--real" in words:
         _real(python, others)
         return
-    if "--gptq" not in words:
+    if not layers:
         _lint(python)
         _most(python, slow, others)
-    if "--gptq" in words or not others:
-        gptq = prepare_gptq_venv()
-        say("== pytest, GPTQ")
+    for mark in layers or ([] if others else LAYERS):
+        layer = prepare_layer(mark)
+        say(f"== pytest, {LAYERS[mark]}")
         # Collecting all the others takes longer than these tests do.
-        places = [] if others else _marked_gptq()
-        _tests(gptq, f"{slow} and gptq", others, *places)
+        _tests(layer, f"{slow} and {mark}", others, *([] if others else _marked(mark)))
     say("== all checks passed")
 
 
@@ -79,9 +83,9 @@ def _lint(python: Path) -> None:
 
 
 def _most(python: Path, slow: str, words: Sequence[str]) -> None:
-    """All tests but those of GPTQ and of real models; those of cards once more in processes with a simulated card."""
+    """All tests but those of layers and of real models; those of cards once more in processes with a simulated card."""
     say("== pytest")
-    _tests(python, f"{slow} and not gptq and not real", words, is_spread=True)
+    _tests(python, f"{slow} and not gptq and not trl and not real", words, is_spread=True)
     if not words or any(word.startswith(("tests/gpu", "tests/simcard")) for word in words):
         say("== pytest, simulated card")
         places = () if words else ("tests/gpu", "tests/simcard")
@@ -95,9 +99,9 @@ def _real(python: Path, words: Sequence[str]) -> None:
     _tests(python, "real", words, "tests/real")
 
 
-def _marked_gptq() -> list[str]:
+def _marked(mark: str) -> list[str]:
     files = sorted((SHIPPED / "tests").rglob("test_*.py"))
-    found = [file for file in files if "mark.gptq" in file.read_text(encoding="utf-8")]
+    found = [file for file in files if f"mark.{mark}" in file.read_text(encoding="utf-8")]
     return [file.relative_to(SHIPPED).as_posix() for file in found]
 
 
