@@ -193,15 +193,17 @@ def test_a_step_does_not_depend_on_how_it_is_cut_or_sampled(
 ) -> None:
     found = []
     for number, (micro, batch) in enumerate([(1, 3), (5, 64)]):
-        options = {**OPTIONS, "max_steps": 2, "micro_batch": micro, "micro_tokens": 0, "rollout_batch": batch}
+        options = {**OPTIONS, "max_steps": 2, "micro_batch": micro, "micro_tokens": 0, "rollout_batch": batch,
+                   "learning_rate": 5e-4}  # fmt: skip
         run = finetune(tiny.config_for(tiny_base, instructions, tmp_path / f"run{number}", **options))
         found.append((run, [row["grad_norm"] for row in read_log(run) if "loss" in row]))
     (one, norms), (other, other_norms) = found
     assert rows_of(one) == rows_of(other)
     assert norms == pytest.approx(other_norms, rel=1e-4) and norms[0] > 0
     tensors = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
-    # Two steps of Adam move a weight by up to 6e-3; how far rounding moves it differs from one processor to another.
-    assert tiny.largest_difference(*tensors) < 3e-5
+    # Adam divides a gradient by its own size, so where one is about 0 its rounding is the learning rate's size: that of
+    # 3e-3 made 1.1e-5 of it. The gradients themselves are compared in test_cuts.py.
+    assert tiny.largest_difference(*tensors) < 1e-5
 
 
 def test_what_is_drawn_for_an_answer_does_not_depend_on_those_beside_it(tiny_base: Path, sp_tokenizer: Any) -> None:
@@ -377,21 +379,3 @@ def test_a_prompt_without_an_answer_to_compare_with_is_named_before_the_first_st
     with pytest.raises(DataError, match=r"prompts.json:\d+ has no recorded answer, which --reward number"):
         finetune(tiny.config_for(tiny_base, data, tmp_path / "run", **options))
     assert "step 1/" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_example_learns_to_answer_and_to_stop(seed: int, tmp_path: Path) -> None:
-    """The settings of scripts/finetune_rewards.sh."""
-    root = Path(__file__).resolve().parents[2]
-    options = {
-        "objective": "grpo", "reward_file": str(root / "sample" / "rewards.py"), "prompt_type": "auto", "seed": seed,
-        "learning_rate": 2e-3, "max_steps": 30, "num_epoch": 9, "cutoff_len": 128, "rollout_max_tokens": 10,
-        "micro_batch": 0, "micro_tokens": 4096, "test_size": 16, "save_steps": 30,
-    }  # fmt: skip
-    data = root / "sample" / "reward_prompts.json"
-    run = finetune(tiny.config_for(root / "sample" / "tiny-llama", data, tmp_path / "run", **options))
-    rewards = [row["reward"] for row in read_log(run) if "loss" in row]
-    assert len(rewards) == 30
-    assert np.mean(rewards[:3]) < 0.4 and np.mean(rewards[-5:]) > 0.8, rewards
-    assert [row["eval_reward"] for row in read_log(run) if "eval_reward" in row][-1] > 0.6
