@@ -175,14 +175,21 @@ def test_the_odds_ratio_of_orpo_behind_longer_prompts(trainer: Trainer, tiny_bas
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     samples, theirs = pairs(*RAGGED), trainer(ORPOTrainer, ORPOConfig, settings={"max_length": 64, "beta": 0.1})
+    ours = load(tiny_base)
+    for model in (ours, theirs.model):
+        model.get_output_embeddings().weight.data *= 10
+    for each in samples:  # an odds is a probability where that is small, so rejected answers are the likeliest ones
+        for place in range(each.rejected.labels.count(-100), len(each.rejected.labels)):
+            token = int(ours(torch.tensor([each.rejected.input_ids[:place]])).logits[0, -1].argmax())
+            each.rejected.input_ids[place] = each.rejected.labels[place] = token
     rows = [row for each in samples for row in (each.chosen, each.rejected)]
     logs = [
         theirs.get_batch_logps(theirs.model(ids).logits, torch.tensor([row.labels]), average_log_prob=True)
         for row in rows for ids in [torch.tensor([row.input_ids])]
     ]  # fmt: skip
     chosen, rejected = torch.cat(logs).view(-1, 2).unbind(1)
+    assert float(rejected.exp().min()) > 0.04
     wanted = (-chosen - theirs.odds_ratio_loss(chosen, rejected)[0]).mean()
-    ours = load(tiny_base)
     compare(ours, our_loss("orpo", ours, samples, 0, {}), theirs.model, wanted)
 
 
