@@ -68,11 +68,11 @@ def _is_in(folder: Path, name: str) -> bool:
 
 
 def _absolute(value: Any) -> Any:
-    """A path, or each of several."""
+    """A path, or each of several; an empty text is none, though Path("") is the folder that one is in."""
     if isinstance(value, list):
         return [_absolute(one) for one in value]
     path = Path(value).expanduser()
-    return value if value in WORDS or not path.exists() else str(path.absolute())
+    return value if value in ("", *WORDS) or not path.exists() else str(path.absolute())
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def test_the_stored_options_mean_the_same_in_another_folder(
     finetune(config)
     stored = yaml.safe_load(Path("outputs/mine/onecard.yaml").read_text(encoding="utf-8"))
     assert {name: stored[name] for name in RELATIVE} == {n: str(here / path) for n, path in RELATIVE.items()}
+    assert stored["ask_file"] == "", "no file of questions is not the folder that one is in"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     finetune(parse(FinetuneConfig, ["--config", str(here / "outputs/mine/onecard.yaml"), "--num_epoch", "2"]))
