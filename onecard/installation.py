@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import sys
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -64,6 +63,8 @@ def requirements(extra: str = "") -> list[str]:
     if IS_CLONE:
         lines = (SHIPPED / requirements_name(extra)).read_text(encoding="utf-8").splitlines()
         return [text for line in lines if (text := line.partition("#")[0].strip()) and not text.startswith("-")]
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     wanted = [Requirement(text) for text in metadata.requires("onecard") or []]

@@ -1,15 +1,14 @@
 """From the command line and YAML to a config, with all that is wrong said at once.
 
-Order: defaults < the options stored with a run < ``--config file.yaml`` < flags. jsonargparse makes the help text and
-checks the types; this module adds what it lacks: every bad setting in one answer, each by its flag's name, and the
-name that an unknown one has here. Nothing heavy is imported, so ``--help`` answers at once.
+Order: defaults < the options stored with a run < ``--config file.yaml`` < flags. argparse writes the help text and
+jsonargparse checks the types; this module adds what they lack: every bad setting in one answer, each by its flag's
+name, and the name that an unknown one has here. Nothing heavy is imported, so ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import inspect
 import json
 import re
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -36,6 +35,7 @@ from onecard.translation import LANGUAGE_FLAG, LANGUAGES, typed_language, use_la
 
 Config = TypeVar("Config")
 CONFIG_FLAG, PRINT_FLAG = "config", "print_config"
+VALUE = "value"  # what a parser of one type calls the value that it checks
 LANGUAGE_HELP = "Language of the messages; auto: that of the system."
 
 
@@ -67,9 +67,8 @@ def parse(
     words = list(sys.argv[1:] if argv is None else argv)
     use_language(typed_language(words))
     options = options_of(config_class)
-    parser = _parser(config_class, options, description, dict(defaults or {}), verb)
     if any(word in ("-h", "--help") for word in words):
-        parser.print_help()
+        _help_parser(config_class, options, description, dict(defaults or {}), verb).print_help()
         raise SystemExit(0)
 
     problems: list[Problem] = []
@@ -78,10 +77,10 @@ def parse(
     from_files: dict[str, Any] = {}
     for file in yaml_files:
         from_files |= _read_yaml(Path(shipped_file(file)), options, problems)
-    flags = _checked(typed, options, parser, problems)
+    flags = _checked(typed, options, problems)
     if stored is not None:
-        values |= _checked(stored({**from_files, **flags}), options, parser, problems)
-    values |= _checked(from_files, options, parser, problems)
+        values |= _checked(stored({**from_files, **flags}), options, problems)
+    values |= _checked(from_files, options, problems)
     values = with_shipped_files(values | flags)
     config = _build(config_class, options, values)
     problems += problems_of(config)
@@ -140,37 +139,40 @@ def to_yaml(config: object) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _parser(
+def _help_parser(
     config_class: type, options: Mapping[str, Option], description: str, defaults: dict[str, Any], verb: str
-) -> Any:
-    """A jsonargparse parser whose help groups options as the config does."""
-    import jsonargparse
-
-    class Formatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-        """Leaves the description as `_wrapped` made it."""
-
-    parser = jsonargparse.ArgumentParser(
+) -> argparse.ArgumentParser:
+    """A parser whose help groups options as the config does; it is never given words to read."""
+    parser = argparse.ArgumentParser(
         prog=" ".join([program_name(), *sys.argv[1:2]]) if program_name() else None,
         description=_wrapped(description or (config_class.__doc__ or "").split("\n")[0]),
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # leaves the description as `_wrapped` made it
         usage=f"%(prog)s {verb} [--config FILE.yaml] [--OPTION VALUE ...]".replace("  ", " "),
     )
-    parser.add_argument(f"--{CONFIG_FLAG}", type=str, metavar="FILE", help="YAML file of options; flags win over it.")
+    parser.add_argument(f"--{CONFIG_FLAG}", metavar="FILE", help="YAML file of options; flags win over it.")
     parser.add_argument(f"--{PRINT_FLAG}", action="store_true", help="Print the resolved options as YAML and exit.")
     if LANGUAGE_FLAG not in options:
-        parser.add_argument(f"--{LANGUAGE_FLAG}", choices=LANGUAGES, default="auto", help=LANGUAGE_HELP)
+        parser.add_argument(f"--{LANGUAGE_FLAG}", choices=LANGUAGES, help=f"{LANGUAGE_HELP} (default: auto)")
     given = {name: option.default for name, option in options.items()} | defaults
     for holder, group in _holders(config_class, options):
-        about = (holder.__doc__ or "").split("\n")[0].rstrip(".")
-        section = parser.add_argument_group(about)
+        section = parser.add_argument_group((holder.__doc__ or "").split("\n")[0].rstrip("."))
         for name, text in help_texts(holder).items():
             if name in options and options[name].group == group:
-                section.add_argument(
-                    f"--{name}", type=options[name].type, default=given[name], help=with_commands(text)
-                )
+                metavar, kind = _shown_type(options[name].type)
+                default = "null" if given[name] is None else given[name]
+                about = f"{with_commands(text)} ({kind}default: {default})".replace("%", "%%")
+                section.add_argument(f"--{name}", metavar=metavar, help=about)
     return parser
+
+
+def _shown_type(kind: Any) -> tuple[str | None, str]:
+    """What stands after a flag in the help, `{4,8,16,32}` (None: the flag's own name), and `type: int, `."""
+    if kind is bool:
+        return "{true,false}", ""
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(str(c).lower() if isinstance(c, bool) else str(c) for c in get_args(kind)) + "}", ""
+    name = kind.__name__ if type(kind) is type else str(kind).replace("typing.", "").replace("None", "null")
+    return None, f"type: {name}, "
 
 
 def _holders(config_class: type, options: Mapping[str, Option]) -> list[tuple[type, str]]:
@@ -183,20 +185,23 @@ def _holders(config_class: type, options: Mapping[str, Option]) -> list[tuple[ty
 
 @cache
 def help_texts(holder: type) -> dict[str, str]:
-    """The text under each field of a dataclass, by the field's name, those of its bases last.
-
-    Read from the source with one parse per class; jsonargparse's own way takes longer than all else that --help does.
-    """
+    """The text under each field of a dataclass, by the field's name, those of its bases last."""
     found: dict[str, str] = {}
     for kind in holder.__mro__[:-1]:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        lines = body.body if isinstance(body, ast.ClassDef) else []
+        lines = _classes_in(kind.__module__)[kind.__name__].body
         for line, after in zip(lines, [*lines[1:], None], strict=True):
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                 is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 text = ast.literal_eval(after.value) if is_text else ""  # type: ignore[union-attr]
                 found[line.target.id] = found.get(line.target.id) or str(text)
     return found
+
+
+@cache
+def _classes_in(module: str) -> dict[str, ast.ClassDef]:
+    """The source of each class of a module; `inspect.getsource` reads a class in Python, ten times as slowly."""
+    source = Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
 def _wrapped(text: str) -> str:
@@ -288,9 +293,17 @@ def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem
     return {key: value for key, value in content.items() if key in options}
 
 
-def _checked(
-    raw: Mapping[str, Any], options: Mapping[str, Option], parser: Any, problems: list[Problem]
-) -> dict[str, Any]:
+@cache
+def _parser_of(kind: Any) -> Any:
+    """A parser of one value of this type: one of all options looks at each of them for each value."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument(f"--{VALUE}", type=kind, default=argparse.SUPPRESS)
+    return parser
+
+
+def _checked(raw: Mapping[str, Any], options: Mapping[str, Option], problems: list[Problem]) -> dict[str, Any]:
     """Values of the right type; each that is not becomes a problem."""
     good: dict[str, Any] = {}
     for name, value in raw.items():
@@ -312,9 +325,9 @@ def _checked(
             good[name] = ",".join(str(part) for part in value)
             continue
         try:
-            words = [f"--{name}={value}"] if isinstance(value, str) else None
-            parsed = parser.parse_args(words) if words else parser.parse_object({name: value})
-            good[name] = parsed[name]
+            parser = _parser_of(option.type)
+            words = [f"--{VALUE}={value}"] if isinstance(value, str) else None
+            good[name] = (parser.parse_args(words) if words else parser.parse_object({VALUE: value}))[VALUE]
         except Exception:  # jsonargparse raises several kinds; each means that the value does not fit the type
             wrong, advice = option.advice
             more = f"; {advice}" if wrong and re.fullmatch(wrong, str(value), re.IGNORECASE) else ""
