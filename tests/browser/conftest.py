@@ -1,5 +1,7 @@
 """A real Chromium, and pages to open in it: one browser and one server per module, a context of its own per test.
 
+`open_page` opens pages to chat and ask; `open_view` those of the studio that a module's fixture `studio` serves.
+
 Skipped, with the reason printed, where there is no Chromium or no playwright. ONECARD_SCREENSHOTS=<run
 directory> writes what the README shows into docs/screenshots/.
 """
@@ -8,12 +10,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from onecard.studio.context import StudioContext
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -97,24 +102,99 @@ def is_foreign(url: str) -> bool:
 @contextmanager
 def serving(web_page: Any, **options: Any) -> Iterator[str]:
     """The address of a page that is served from a thread of this process."""
-    import uvicorn
-
     from onecard.config.inference import PageOptions
-    from onecard.serve.listen import open_socket
     from onecard.serve.web import app as web
     from onecard.serve.web.server import MountHooks, page_application
 
     page = PageOptions(**options)
     doors = MountHooks(lambda app: web.mount(app, web_page, auth=page.auth), web.public_link)
     application = page_application(doors, page, max_body_bytes=2_000_000)
+    with served(application) as address:
+        yield address
+
+
+@contextmanager
+def served(application: Any, end: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """The address of an application that is served from a thread of this process; `end` ends its open streams."""
+    import uvicorn
+
+    from onecard.serve.listen import open_socket
+
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
     with open_socket("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        end()
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)
+
+
+class Studio(NamedTuple):
+    """A studio that is served: where, and its folders."""
+
+    address: str
+    context: StudioContext
+
+
+@contextmanager
+def serving_studio(folder: Path, *, program: Sequence[str] = (), **options: Any) -> Iterator[Studio]:
+    """A studio whose output root is `folder`/out; with a program that takes the place of `onecard`, if any."""
+    from onecard.config.studio import StudioOptions
+    from onecard.studio.app import studio_app
+    from onecard.studio.context import open_context
+    from onecard.studio.jobs import ALIVE
+
+    asked = StudioOptions(output_root=str(folder / "out"), **options)
+    context = open_context(asked)
+    if program:
+        context.jobs.program = tuple(program)
+    with served(studio_app(asked, context), context.events.close) as address:
+        yield Studio(address, context)
+    for job in context.jobs.all():  # of a test that failed
+        if job["state"] in ALIVE:
+            context.jobs.cancel(job["id"])
+
+
+@pytest.fixture
+def open_view(browser: Any, studio: Studio) -> Iterator[Any]:
+    """open_view("runs") -> a page; foreign requests and errors in it fail the test."""
+    contexts: list[Any] = []
+    errors: list[str] = []
+
+    def told(said: Any) -> None:
+        # That a question was refused (4xx) is told on the page, and by the browser as well.
+        if said.type in ("error", "warning") and "with a status of 4" not in said.text:
+            errors.append(said.text)
+
+    def opened(view: str, *, with_policy: bool = False, **options: Any) -> Any:
+        # The page's own policy forbids `eval`, by which playwright waits for conditions and axe-core is brought in.
+        viewport = {"viewport": {"width": 1366, "height": 768}, "locale": "en-US"}
+        context = browser.new_context(**(viewport | options), bypass_csp=not with_policy)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", told)
+        page.on("request", lambda asked: errors.append(asked.url) if is_foreign(asked.url) else None)
+        page.goto(f"{studio.address}#{view}")
+        page.wait_for_selector("body[data-ready]")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def press_until(page: Any, selector: str, key: str = "Tab") -> None:
+    """Go on with the keyboard until this part has the focus."""
+    for _ in range(80):
+        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{selector} is not reached by {key}")
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "") -> Any:

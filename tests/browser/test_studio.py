@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from onecard.config.studio import StudioOptions
-from onecard.studio.app import studio_app
-from onecard.studio.context import StudioContext, open_context
-from tests.browser.conftest import is_foreign, wait_until
+from tests.browser.conftest import Studio, press_until, serving_studio, wait_until
 from tests.browser.test_accessibility import DESKTOP, PHONE, faults
 from tests.covering import every_pair_fast
 
@@ -34,67 +30,17 @@ def make_run(root: Path, name: str, rows: int, **settings: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, StudioContext]]:
-    """The address of a studio with two runs in it, and its folders."""
-    import uvicorn
-
-    from onecard.serve.listen import open_socket
-
-    folder = tmp_path_factory.mktemp("studio")
-    options = StudioOptions(output_root=str(folder / "out"))
-    context = open_context(options)
-    context.jobs.program = (sys.executable, str(STUB))
-    make_run(context.output_root, "first", 40, bits=4)
-    make_run(context.output_root, "second", 90, bits=8)
-    app = studio_app(options, context)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    with open_socket("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        wait_until(lambda: server.started)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/", context
-        context.events.close()
-        server.should_exit = True
-        thread.join(10)
-
-
-@pytest.fixture
-def open_view(browser: Any, studio: tuple[str, StudioContext]) -> Iterator[Any]:
-    """open_view("runs") -> a page; foreign requests and errors in it fail the test."""
-    contexts: list[Any] = []
-    errors: list[str] = []
-
-    def opened(view: str, *, with_policy: bool = False, **options: Any) -> Any:
-        # The page's own policy forbids `eval`, by which playwright waits for conditions and axe-core is brought in.
-        context = browser.new_context(**(DESKTOP | {"locale": "en-US"} | options), bypass_csp=not with_policy)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
-        page.on("request", lambda asked: errors.append(asked.url) if is_foreign(asked.url) else None)
-        page.goto(f"{studio[0]}#{view}")
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert errors == []
-
-
-def press_until(page: Any, selector: str, key: str = "Tab") -> None:
-    """Go on with the keyboard until this part has the focus."""
-    for _ in range(80):
-        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
-            return
-        page.keyboard.press(key)
-    raise AssertionError(f"{selector} is not reached by {key}")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """One with two runs in it."""
+    with serving_studio(tmp_path_factory.mktemp("studio"), program=(sys.executable, str(STUB))) as found:
+        make_run(found.context.output_root, "first", 40, bits=4)
+        make_run(found.context.output_root, "second", 90, bits=8)
+        yield found
 
 
 # Two of five times the curve of a run whose only row comes while it is loaded is not drawn: to be mended in train.js.
 @pytest.mark.slow
-def test_a_run_is_queued_by_keyboard_alone_and_watched_on_a_second_page(open_view: Any, studio: Any) -> None:
+def test_a_run_is_queued_by_keyboard_alone_and_watched_on_a_second_page(open_view: Any, studio: Studio) -> None:
     """Under the page's own policy: nothing in it is refused by the browser."""
     page = open_view("data", with_policy=True)
     press_until(page, "#tab-data")
@@ -117,7 +63,7 @@ def test_a_run_is_queued_by_keyboard_alone_and_watched_on_a_second_page(open_vie
     other.wait_for_selector("ol.queue .badge:has-text('进行中')")
     other.wait_for_selector("#run-log:has-text('step 1')")
     page.wait_for_selector("#chart-loss canvas")
-    (studio[1].output_root / "by-keyboard" / "go").touch()
+    (studio.context.output_root / "by-keyboard" / "go").touch()
     page.wait_for_selector("ol.queue .badge:has-text('done')")
     other.wait_for_selector("ol.queue .badge:has-text('完成')")
     wait_until(lambda: "by-keyboard" in page.input_value("#watched-run"))
@@ -141,7 +87,7 @@ def test_what_is_wrong_stands_at_its_field_and_a_failure_says_why(open_view: Any
     page.wait_for_selector("ol.queue li:has-text('Put these settings right')")
 
 
-def test_runs_are_compared_noted_deleted_and_restored(open_view: Any, studio: Any) -> None:
+def test_runs_are_compared_noted_deleted_and_restored(open_view: Any, studio: Studio) -> None:
     page = open_view("runs")
     page.wait_for_selector("#runs tr:has-text('second')")
     page.check("[aria-label='first: compare']")
@@ -154,7 +100,7 @@ def test_runs_are_compared_noted_deleted_and_restored(open_view: Any, studio: An
     page.wait_for_selector("#details-title:focus")
     page.fill("#notes", "the better one")
     page.press("#notes", "Tab")
-    wait_until(lambda: (studio[1].output_root / "second" / "studio.json").exists())
+    wait_until(lambda: (studio.context.output_root / "second" / "studio.json").exists())
     page.fill("#new-name", "renamed")
     page.press("#new-name", "Enter")
     page.wait_for_selector("#details-title:has-text('renamed')")
@@ -165,7 +111,7 @@ def test_runs_are_compared_noted_deleted_and_restored(open_view: Any, studio: An
     page.click("#show-trash")
     page.click("button:has-text('Restore')")
     page.wait_for_selector("#runs tr:has-text('renamed')")
-    (studio[1].output_root / "renamed").rename(studio[1].output_root / "second")
+    (studio.context.output_root / "renamed").rename(studio.context.output_root / "second")
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from onecard.config.studio import StudioOptions
 from onecard.data.cutoff_effect import at_limit
-from onecard.studio.app import studio_app
-from onecard.studio.context import open_context
-from tests.browser.conftest import is_foreign, wait_until
+from tests.browser.conftest import Studio, serving_studio, wait_until
 from tests.browser.test_accessibility import DESKTOP, PHONE, faults
 
 pytestmark = pytest.mark.slow
@@ -22,49 +18,10 @@ RECORDS = [{"instruction": f"Say {i}", "output": f"{i} times. " * (i % 7)} for i
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a studio with the real worker."""
-    import uvicorn
-
-    from onecard.serve.listen import open_socket
-
-    options = StudioOptions(output_root=str(tmp_path_factory.mktemp("studio") / "out"))
-    context = open_context(options)
-    server = uvicorn.Server(
-        uvicorn.Config(studio_app(options, context), log_level="warning", timeout_graceful_shutdown=1)
-    )
-    with open_socket("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        wait_until(lambda: server.started)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        context.events.close()
-        server.should_exit = True
-        thread.join(10)
-
-
-@pytest.fixture
-def open_view(browser: Any, address: str) -> Iterator[Any]:
-    """open_view("data") -> a page; foreign requests and errors in it fail the test."""
-    contexts: list[Any] = []
-    errors: list[str] = []
-
-    def opened(view: str, **options: Any) -> Any:
-        # The page's own policy forbids `eval`, by which axe-core is brought in.
-        context = browser.new_context(**(DESKTOP | {"locale": "en-US"} | options), bypass_csp=True)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(120_000)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda asked: errors.append(asked.url) if is_foreign(asked.url) else None)
-        page.goto(f"{address}#{view}")
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert errors == []
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """One with the real worker."""
+    with serving_studio(tmp_path_factory.mktemp("studio")) as found:
+        yield found
 
 
 def upload(page: Any, tmp_path: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.browser.test_studio import open_view, studio  # noqa: F401 (fixtures)
+from tests.browser.test_studio import studio  # noqa: F401 (a fixture)
 
 DRAWS = """async () => {
   const { Chart } = await import("/static/charts.js");
@@ -39,7 +39,7 @@ DRAWS = """async () => {
 }"""
 
 
-def test_a_curve_is_drawn_anew_where_that_can_be_seen_and_stays_zoomed(open_view: Any) -> None:  # noqa: F811
+def test_a_curve_is_drawn_anew_where_that_can_be_seen_and_stays_zoomed(open_view: Any) -> None:
     """A row of two thousand is a third of a pixel here: the second, and a new extreme, are drawn."""
     found = open_view("runs").evaluate(DRAWS)
     assert found["counts"] == [0, 1, 2, 2, 3, 4]
@@ -47,7 +47,7 @@ def test_a_curve_is_drawn_anew_where_that_can_be_seen_and_stays_zoomed(open_view
     assert found["told"] == "loss, a 0 (2005)", "a screen reader hears of each row"
 
 
-def test_the_runs_that_are_compared_are_remembered(open_view: Any) -> None:  # noqa: F811
+def test_the_runs_that_are_compared_are_remembered(open_view: Any) -> None:
     page = open_view("runs")
     page.wait_for_selector("#chart-compare canvas")
     page.uncheck("[aria-label='first: compare']")

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from onecard.config.studio import StudioOptions
-from onecard.studio.app import studio_app
-from onecard.studio.context import open_context
-from tests.browser.conftest import wait_until
+from tests.browser.conftest import serving_studio, wait_until
 from tests.browser.test_accessibility import DESKTOP
 
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 240.0  # programs that import torch, on a machine that does other things as well
 
 
-class Studio(NamedTuple):
+class RealStudio(NamedTuple):
     """Where it listens, where its runs are, and a folder that it reads data from."""
 
     address: str
@@ -29,28 +25,14 @@ class Studio(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    import uvicorn
-
-    from onecard.serve.listen import open_socket
-
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealStudio]:
     folder = tmp_path_factory.mktemp("studio")
-    options = StudioOptions(data_root=[str(folder)], output_root=str(folder / "out"))
-    context = open_context(options)
-    config = uvicorn.Config(studio_app(options, context), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    with open_socket("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        wait_until(lambda: server.started)
-        yield Studio(f"http://127.0.0.1:{listening.getsockname()[1]}/", context.output_root, folder)
-        context.events.close()
-        server.should_exit = True
-        thread.join(10)
+    with serving_studio(folder, data_root=[str(folder)]) as found:
+        yield RealStudio(found.address, found.context.output_root, folder)
 
 
 @pytest.fixture
-def page(browser: Any, studio: Studio) -> Iterator[Any]:
+def page(browser: Any, studio: RealStudio) -> Iterator[Any]:
     context = browser.new_context(**DESKTOP, locale="en-US", bypass_csp=True)
     page, errors = context.new_page(), []
     page.set_default_timeout(1000 * PATIENCE_SECONDS)
@@ -83,7 +65,7 @@ def checkpoints(run: Path) -> set[str]:
     return {path.parent.name for path in run.glob("checkpoint-*/manifest.json")}
 
 
-def test_a_run_is_paused_saved_asked_given_back_stopped_and_resumed(page: Any, studio: Studio) -> None:
+def test_a_run_is_paused_saved_asked_given_back_stopped_and_resumed(page: Any, studio: RealStudio) -> None:
     data = write_rows(studio.data / "numbers.jsonl", [f"the number {k}" for k in range(40)])
     run, badge = studio.output / "steered", "#view-train .facts .badge"
     page.click("#tab-train")
@@ -139,7 +121,7 @@ def test_a_run_is_paused_saved_asked_given_back_stopped_and_resumed(page: Any, s
     page.wait_for_selector(f"{badge}:has-text('stopped')")
 
 
-def test_data_are_cleaned_split_and_mixed(page: Any, studio: Studio) -> None:
+def test_data_are_cleaned_split_and_mixed(page: Any, studio: RealStudio) -> None:
     places = ("the mill of a town", "seven quiet farms", "a bridge made of iron", "gardens", "us")
     sentences = [f"{word} rivers flow past {place}" for word in ("Wide", "Cold", "Old", "Loud") for place in places]
     planted = write_rows(studio.data / "planted.jsonl", [*sentences, *sentences[:6]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -11,80 +10,22 @@ from typing import Any
 
 import pytest
 
-from onecard.config.studio import StudioOptions
-from onecard.studio.app import studio_app
-from onecard.studio.context import open_context
-from tests.browser.conftest import is_foreign, wait_until
+from tests.browser.conftest import Studio, press_until, serving_studio
 from tests.browser.test_accessibility import DESKTOP, PHONE, faults
 
 STUB = Path(__file__).resolve().parents[1] / "studio" / "stub_use.py"
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a studio with one run in it."""
-    import uvicorn
-
-    from onecard.serve.listen import open_socket
-
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """One with one run in it."""
     folder = tmp_path_factory.mktemp("studio")
-    options = StudioOptions(data_root=[str(folder)], output_root=str(folder / "out"))
-    context = open_context(options)
-    context.jobs.program = (sys.executable, str(STUB), str(folder / "stub"))
-    (context.output_root / "my-run").mkdir()
-    names = '{"base_model_name_or_path": "base"}'
-    (context.output_root / "my-run" / "adapter_config.json").write_text(names, encoding="utf-8")
-    config = uvicorn.Config(studio_app(options, context), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    with open_socket("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        wait_until(lambda: server.started)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        context.events.close()
-        server.should_exit = True
-        thread.join(10)
-
-
-class Opened:
-    """Pages of the studio; what went wrong in them fails the test."""
-
-    def __init__(self, browser: Any, url: str) -> None:
-        self._browser, self._url, self._contexts = browser, url, []
-        self.errors: list[str] = []
-
-    def __call__(self, view: str, **options: Any) -> Any:
-        # The studio's own policy forbids `eval`, by which playwright waits for conditions and axe-core is brought in.
-        context = self._browser.new_context(**(DESKTOP | {"locale": "en-US"} | options), bypass_csp=True)
-        self._contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda asked: self.errors.append(asked.url) if is_foreign(asked.url) else None)
-        page.goto(f"{self._url}#{view}")
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    def close(self) -> None:
-        for context in self._contexts:
-            context.close()
-
-
-@pytest.fixture
-def open_view(browser: Any, studio: str) -> Iterator[Opened]:
-    opened = Opened(browser, studio)
-    yield opened
-    opened.close()
-    assert opened.errors == []
-
-
-def press_until(page: Any, selector: str, key: str = "Tab") -> None:
-    """Go on with the keyboard until this part has the focus."""
-    for _ in range(60):
-        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
-            return
-        page.keyboard.press(key)
-    raise AssertionError(f"{selector} is not reached by {key}")
+    program = (sys.executable, str(STUB), str(folder / "stub"))
+    with serving_studio(folder, program=program, data_root=[str(folder)]) as found:
+        run = found.context.output_root / "my-run"
+        run.mkdir()
+        (run / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}', encoding="utf-8")
+        yield found
 
 
 def load(page: Any) -> None:
