@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,6 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
         yield found
 
 
-# Two of five times the curve of a run whose only row comes while it is loaded is not drawn: to be mended in train.js.
-@pytest.mark.slow
 def test_a_run_is_queued_by_keyboard_alone_and_watched_on_a_second_page(open_view: Any, studio: Studio) -> None:
     """Under the page's own policy: nothing in it is refused by the browser."""
     page = open_view("data", with_policy=True)
@@ -67,6 +66,64 @@ def test_a_run_is_queued_by_keyboard_alone_and_watched_on_a_second_page(open_vie
     page.wait_for_selector("ol.queue .badge:has-text('done')")
     other.wait_for_selector("ol.queue .badge:has-text('完成')")
     wait_until(lambda: "by-keyboard" in page.input_value("#watched-run"))
+
+
+def test_a_row_that_comes_while_the_log_is_loaded_is_drawn(
+    open_view: Any, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to the first request was made before the row was written, and comes behind the news of it."""
+    run = make_run(studio.context.output_root, "late", 0)
+    whole = (run / "log.jsonl").read_text(encoding="utf-8")
+    (run / "log.jsonl").write_text("", encoding="utf-8")
+    told: list[str] = []
+    publish = studio.context.events.publish
+    monkeypatch.setattr(
+        studio.context.events, "publish", lambda name, content: (publish(name, content), told.append(name))
+    )
+    page = open_view("train")
+    page.wait_for_selector("#watched-run option[value=late]", state="attached")
+    n_asked = 0
+
+    def late(route: Any) -> None:
+        nonlocal n_asked
+        n_asked += 1
+        answer = route.fetch()
+        if n_asked == 1:
+            told.clear()
+            (run / "log.jsonl").write_text(whole, encoding="utf-8")
+            wait_until(lambda: "rows" in told, seconds=60)
+            time.sleep(0.3)  # until the page has heard it; where that takes longer, nothing is tested
+        route.fulfill(response=answer)
+
+    page.route("**/api/runs/late/rows*", late)
+    page.select_option("#watched-run", "late")
+    page.wait_for_selector("#chart-loss[aria-label*='0.5'] canvas")
+    assert n_asked
+    page.unroute_all(behavior="wait")
+
+
+def test_a_run_that_is_over_can_be_looked_at_while_another_goes_on(open_view: Any, studio: Studio) -> None:
+    page = open_view("train")
+    page.fill("#run-name", "goes-on")
+    page.fill("#more-options", "wandb_project")
+    page.press("#more-options", "Enter")
+    page.fill("#opt-wandb_project", "wait")
+    page.press("#opt-wandb_project", "Tab")
+    page.wait_for_selector("#command:has-text('--wandb_project=wait')")
+    page.click("#add-run")
+    page.wait_for_selector("#run-log:has-text('step 1')")
+    assert page.input_value("#watched-run") == "goes-on"
+    page.select_option("#watched-run", "second")
+    page.wait_for_selector("#chart-loss[aria-label*='(90)']")
+    run = studio.context.output_root / "goes-on"
+    for step in (2, 3):
+        with (run / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(f'{{"step": {step}, "loss": 0.25}}\n')
+        page.wait_for_function(f"onecard.studio.Alpine.$data(document.querySelector('#view-train > div')).runs"
+                               f".find((row) => row.id === 'goes-on').step === {step}")  # fmt: skip
+        assert page.input_value("#watched-run") == "second"
+    (run / "go").touch()
+    page.wait_for_selector("ol.queue .badge:has-text('done')")
 
 
 def test_what_is_wrong_stands_at_its_field_and_a_failure_says_why(open_view: Any) -> None:

@@ -107,7 +107,7 @@ export class Chart {
 // The curves of one run: loaded whole once, then only what was added.
 export class RunCurves {
   constructor(id) {
-    Object.assign(this, { id, mark: "", next: 0, series: {}, loading: null });
+    Object.assign(this, { id, mark: "", next: 0, series: {}, loading: null, missed: null });
   }
 
   // `shown` is called with a few points of a long log, and again with all.
@@ -118,12 +118,17 @@ export class RunCurves {
       shown();
     };
     const all = async () => {
+      this.missed = null;
       if (!this.mark) {
         const first = await api("GET", `${path}&preview=1`);
         taken(first);
-        if (!first.is_preview) return;
+        if (!first.is_preview && (!this.missed || this.add(this.missed))) return;
       }
-      taken(await api("GET", path));
+      // What came meanwhile may be later than the answer.
+      do {
+        this.missed = null;
+        taken(await api("GET", path));
+      } while (this.missed && !this.add(this.missed));
     };
     this.loading ??= all().finally(() => { this.loading = null; });
     await this.loading;
@@ -132,6 +137,12 @@ export class RunCurves {
 
   // Take in news of `rows`. false: they do not follow on what is here, so it has to be loaded again.
   add(news) {
+    const isKnown = this.follows(news);
+    if (!isKnown || this.loading) this.missed = news; // the answer that is awaited may have been made before it
+    return isKnown;
+  }
+
+  follows(news) {
     if (news.next <= this.next && news.mark === this.mark) return true;
     if (!news.series || news.mark !== this.mark || news.from !== this.next) return false;
     for (const [name, [steps, values]] of Object.entries(news.series)) {

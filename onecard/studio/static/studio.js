@@ -148,6 +148,47 @@ async function attempt(work) {
   }
 }
 
+// Requests of one kind, of which the newest counts: ask(work) is `attempt`, but gives undefined, and tells no error, where
+// it was asked once more before the answer came. An early answer that comes late then replaces no later one.
+function newest() {
+  let number = 0;
+  return async (work) => {
+    const mine = ++number;
+    const found = await attempt(() => work().catch((reason) => {
+      if (mine === number) throw reason;
+    }));
+    return mine === number ? found : undefined;
+  };
+}
+
+// A function that does the work, once more where it was called before that ended: its answer may be older than the call.
+function oneByOne(work) {
+  let going = null;
+  let isAsked = false;
+  const whileAsked = async () => {
+    while (isAsked) {
+      isAsked = false;
+      await attempt(work);
+    }
+  };
+  return () => {
+    isAsked = true;
+    going ??= whileAsked().finally(() => { going = null; });
+    return going;
+  };
+}
+
+// [what the work gives, the news of these names that came before it did]: they may be later than what it tells.
+async function withNews(names, work) {
+  const news = [];
+  const stops = names.map((name) => on(name, (content) => news.push([name, content])));
+  try {
+    return [await work(), news];
+  } finally {
+    stops.forEach((stop) => stop());
+  }
+}
+
 async function text(path) {
   const response = await fetch(path);
   if (!response.ok) throw new Error(`${path}: ${response.status}`);
@@ -165,7 +206,7 @@ async function start() {
   Alpine.magic("t", () => t);
   Alpine.magic("format", () => format);
   Alpine.magic("attempt", () => attempt);
-  const studio = { Alpine, api, attempt, on, t, format, focusOn, tell: (...parts) => Alpine.store("ui").tell(...parts) };
+  const studio = { Alpine, api, attempt, newest, oneByOne, withNews, on, t, format, focusOn, tell: (...parts) => Alpine.store("ui").tell(...parts) };
   const main = document.getElementById("main");
   views.forEach(([html, module], at) => {
     const panel = document.createElement("div");

@@ -35,11 +35,13 @@ function keptRounds() {
   }
 }
 
-export default function ({ Alpine, api, attempt, on, t, tell, format }) {
+export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on, t, tell, format }) {
   const sheet = document.createElement("link");
   sheet.rel = "stylesheet";
   sheet.href = "/static/views/use.css";
   document.head.append(sheet);
+
+  const pairs = newest();
 
   Alpine.data("chatView", () => ({
     server: { state: "off", source: "", models: [], base: "", error: "" },
@@ -49,7 +51,9 @@ export default function ({ Alpine, api, attempt, on, t, tell, format }) {
     isAnswering: false, isVoting: false, abort: null,
     blind: { pair: null, n_votes: 0, n_pairs: 0, result: null, file: "" }, wasSame: false,
 
+    load: null, // named here: what init adds to `this` becomes one for all views
     init() {
+      this.load = oneByOne(() => this.readState());
       on("shown", (name) => { if (name === "chat") this.load(); });
       on("online", () => this.load());
       on("chat", (state) => {
@@ -67,15 +71,14 @@ export default function ({ Alpine, api, attempt, on, t, tell, format }) {
     kindText(one) { return one.kind === "adapter" ? "" : ` (${t(`chat.kind_${one.kind}`)})`; },
     baseText(name) { return name && name === this.server.base ? ` (${t("chat.base")})` : ""; },
 
-    async load() {
-      const told = await attempt(() => api("GET", "/api/chat"));
-      if (!told) return;
+    async readState() {
+      const [told, news] = await withNews(["chat"], () => api("GET", "/api/chat"));
       this.sources = told.sources;
       this.training = told.training;
       if (!this.sources.some((one) => one.path === this.source)) {
         this.source = told.source || (this.sources[0] ? this.sources[0].path : "");
       }
-      this.take(told);
+      this.take(news.length ? news.at(-1)[1] : told);
     },
     take(state) {
       const isNew = state.state === "ready" && this.server.models.join() !== state.models.join();
@@ -242,7 +245,7 @@ export default function ({ Alpine, api, attempt, on, t, tell, format }) {
       if (view) this.blind = { result: null, file: "", ...view };
     },
     async showBlind(query = {}) {
-      this.takeBlind(await attempt(() => api("GET", `/api/chat/blind?${new URLSearchParams({ ...this.names(), ...query })}`)));
+      this.takeBlind(await pairs(() => api("GET", `/api/chat/blind?${new URLSearchParams({ ...this.names(), ...query })}`)));
     },
     result() { return this.showBlind({ result: "1" }); },
     async askBlind() {

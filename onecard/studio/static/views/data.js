@@ -38,7 +38,9 @@ export function bars(effect, limit) {
   return found.map((bar) => ({ ...bar, key: `${bar.from}-${bar.to}`, style: { height: `${(100 * bar.n) / most}%` }, room: { flexGrow: String(bar.share) } }));
 }
 
-export default function ({ Alpine, api, attempt, on, t, format, tell }) {
+export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) {
+  const [readings, samples, folders, searches, logs] = Array.from({ length: 5 }, newest);
+
   Alpine.data("dataView", () => ({
     sources: [],
     typed: "",
@@ -49,7 +51,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
     catalogue: { query: "", entries: null },
     found: null,
     asked: null,
-    busy: false,
+    nReading: 0,
     limit: 1024,
     effect: { samples: 0, cut: 0, dropped: 0, cutShare: 0, droppedShare: 0 },
     bars: [],
@@ -67,6 +69,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
       on("job", (job) => this.jobNews(job));
       on("language", () => { if (this.found) this.read(); });
     },
+    get busy() { return this.nReading > 0; },
     get base() { return this.$store.draft.options.model_path || ""; },
     get baseName() { return this.base || t("data.toy_base"); },
     keep() {
@@ -115,14 +118,14 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
     cancelUpload(at) { Alpine.raw(this.uploads[at].request).abort(); },
 
     async browse(folder) {
-      this.browsing = await attempt(() => api("GET", `/api/data/files?folder=${encodeURIComponent(folder)}`)) || this.browsing;
+      this.browsing = await folders(() => api("GET", `/api/data/files?folder=${encodeURIComponent(folder)}`)) || this.browsing;
     },
     choose(entry) {
       if (entry.bytes === null) this.browse(entry.path);
       else this.add(entry.path);
     },
     async search() {
-      const answer = await attempt(() => api("GET", `/api/data/catalogue?q=${encodeURIComponent(this.catalogue.query)}`));
+      const answer = await searches(() => api("GET", `/api/data/catalogue?q=${encodeURIComponent(this.catalogue.query)}`));
       if (answer) this.catalogue.entries = answer.entries;
     },
 
@@ -134,11 +137,11 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
     defaultBase() { return "sample/tiny-llama"; },
     async read() {
       if (!this.sources.length) return;
-      this.busy = true;
+      this.nReading += 1;
       this.keep();
       const asked = this.question;
-      const found = await attempt(() => api("POST", "/api/data/read", asked));
-      this.busy = false;
+      const found = await readings(() => api("POST", "/api/data/read", asked));
+      this.nReading -= 1;
       if (!found) return;
       Object.assign(this, { found, asked });
       this.number = 0;
@@ -167,9 +170,9 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
     async show(number) {
       const last = this.found.n_samples - 1;
       const wanted = Math.min(Math.max(0, Number(number) || 0), last);
-      const answer = await attempt(() => api("POST", "/api/data/tokens", { ...this.asked, numbers: [wanted] }));
+      this.number = wanted; // at once, so that the next press goes on from it
+      const answer = await samples(() => api("POST", "/api/data/tokens", { ...this.asked, numbers: [wanted] }));
       if (!answer || !answer.samples.length) return;
-      this.number = wanted;
       this.sample = answer.samples[0];
       this.token = null;
       this.draw();
@@ -233,7 +236,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
     async jobNews(job) {
       if (!this.job || job.id !== this.job.id) return;
       this.job = { id: job.id, state: job.state, results: job.about.results };
-      const answer = await attempt(() => api("GET", `/api/jobs/${job.id}/log?after=0`));
+      const answer = await logs(() => api("GET", `/api/jobs/${job.id}/log?after=0`));
       if (answer) this.log = answer.text;
     },
     get jobState() { return this.job ? t(`data.job_${this.job.state}`) : ""; },

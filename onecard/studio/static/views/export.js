@@ -2,13 +2,17 @@
 const SOON = 300; // ms: news that come close together load the list once
 const AMOUNT = /: ([\d.]+) of ([\d.]+)/; // what the programs write of their progress
 
-export default function ({ Alpine, api, attempt, on, t, tell }) {
+export default function ({ Alpine, api, attempt, newest, oneByOne, on, t, tell }) {
+  const logs = newest();
+
   Alpine.data("exportView", () => ({
     kinds: {}, jobs: [], sources: [],
     source: "", kind: "merge", options: {}, name: "", address: "http://127.0.0.1:8000/v1",
     isTyped: false, isStarting: false, isCardInUse: false, problem: "", wrong: "", shown: "", log: "", asked: "", soon: 0,
 
+    load: null, // named here: what init adds to `this` becomes one for all views
     init() {
+      this.load = oneByOne(() => this.readJobs());
       on("shown", (name) => { if (name === "export") this.load(); });
       on("online", () => this.load());
       on("job", (job) => {
@@ -31,9 +35,8 @@ export default function ({ Alpine, api, attempt, on, t, tell }) {
       return values.length ? ` · ${values.join(", ")}` : "";
     },
 
-    async load() {
-      const told = await attempt(() => api("GET", "/api/export"));
-      if (!told) return;
+    async readJobs() {
+      const told = await api("GET", "/api/export");
       const isFirst = !this.kindNames.length;
       this.kinds = told.kinds;
       this.sources = told.sources;
@@ -95,7 +98,7 @@ export default function ({ Alpine, api, attempt, on, t, tell }) {
     },
     async loadLog() {
       const id = this.shown;
-      const told = await attempt(() => api("GET", `/api/jobs/${id}/log`));
+      const told = await logs(() => api("GET", `/api/jobs/${id}/log`));
       if (told && this.shown === id) this.log = told.text || "…";
     },
   }));

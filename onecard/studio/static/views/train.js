@@ -10,56 +10,69 @@ const ALLOWED = {
 };
 const SERIES = ["forgetting", "learning_rate", "tokens_per_s", "peak_bytes"];
 
-export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn }) {
+export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on, t, format, tell, focusOn }) {
   let curves = null;
   let charts = {};
   let drawing = false;
   let checking = null;
+  const checks = newest();
 
   Alpine.data("trainView", () => ({
     options: [], name: "", search: "", extra: [], checked: { command: null, name: "", problems: [] }, busy: false,
-    queue: { entries: [], is_held: false }, runs: [], chosen: null, run: null, drawn: [],
+    queue: { entries: [], is_held: false }, runs: [], chosen: null, isPicked: false, run: null, drawn: [],
     question: "", answer: "", asking: false, questions: [], log: "", canAsk: false,
 
+    refresh: null, // named here: what init adds to `this` becomes one for all views
     init() {
       const heard = [
-        on("queue", (queue) => { this.queue = queue; this.check(); this.watchNext(); }),
-        on("run", (row) => this.update(row)),
-        on("gone", ({ id }) => { this.runs = this.runs.filter((one) => one.id !== id); }),
+        on("queue", (queue) => { this.hear("queue", queue); this.check(); }),
+        on("run", (row) => this.hear("run", row)),
+        on("gone", (gone) => this.hear("gone", gone)),
         on("rows", (news) => this.grow(news)),
         on("online", () => this.load()),
         on("theme", () => Object.values(charts).forEach((chart) => chart.redraw())),
         on("language", () => { this.remakeCharts(); this.check(); }),
         on("shown", (tab) => { if (tab === "train") { this.check(); this.later(); } }),
-        on("watch", (id) => this.choose(id)),
+        on("watch", (id) => this.pick(id)),
       ];
+      this.refresh = oneByOne(() => this.readOutput());
       this.destroy = () => heard.forEach((stop) => stop());
       attempt(async () => { this.options = (await api("GET", "/api/options")).options; });
       this.$watch("$store.draft.options", () => this.check());
     },
     async load() {
       await attempt(async () => {
-        const [queue, table] = await Promise.all([api("GET", "/api/queue"), api("GET", "/api/runs")]);
+        const [[queue, table], news] = await withNews(["queue", "run", "gone"], () => Promise.all([api("GET", "/api/queue"), api("GET", "/api/runs")]));
         Object.assign(this, { queue, runs: table.runs, canAsk: table.can_ask });
+        news.forEach(([name, content]) => this.hear(name, content));
         const first = this.runs.find((row) => RUNNING.includes(row.state)) ?? this.runs[0];
         if (!this.chosen && first) await this.choose(first.id);
         else if (this.chosen) await this.choose(this.chosen);
       });
     },
+    hear(name, content) {
+      if (name === "run") this.update(content);
+      else if (name === "gone") this.runs = this.runs.filter((one) => one.id !== content.id);
+      else { this.queue = content; this.watchNext(); }
+    },
     update(row) {
       const at = this.runs.findIndex((one) => one.id === row.id);
       if (at >= 0) this.runs[at] = row;
       else this.runs.unshift(row);
-      const watchesOld = !this.run || !RUNNING.includes(this.run.state);
       if (row.id === this.chosen) { this.run = row; this.refresh(); }
-      else if (watchesOld && RUNNING.includes(row.state)) this.choose(row.id);
+      else if (RUNNING.includes(row.state)) this.follow(row.id);
     },
-
-    // The run that the queue has begun, unless the one that is watched goes on.
     watchNext() {
       const begun = this.queue.entries.find((entry) => ["starting", "running"].includes(entry.state) && entry.run);
-      const goesOn = this.run && RUNNING.includes(this.run.state);
-      if (begun && begun.run !== this.chosen && !goesOn) this.choose(begun.run);
+      if (begun) this.follow(begun.run);
+    },
+    // Watch a run that goes on, unless the one that is watched does, or somebody looks at one that is over.
+    follow(id) {
+      if (id !== this.chosen && !this.isPicked && !RUNNING.includes(this.run?.state)) this.choose(id);
+    },
+    pick(id) {
+      this.isPicked = !RUNNING.includes(this.runs.find((one) => one.id === id)?.state);
+      return this.choose(id);
     },
 
     // --- the next run
@@ -98,20 +111,21 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
     check() {
       clearTimeout(checking);
       if (this.$store.ui.tab !== "train") return;
-      checking = setTimeout(() => attempt(async () => {
-        this.checked = await api("POST", "/api/queue/check", { options: this.$store.draft.options, name: this.name });
-      }), 250);
+      checking = setTimeout(async () => {
+        const body = { options: this.$store.draft.options, name: this.name };
+        this.checked = (await checks(() => api("POST", "/api/queue/check", body))) ?? this.checked;
+      }, 250);
     },
     queueIsFree() { return !this.queue.entries.some((entry) => ["waiting", "starting", "running"].includes(entry.state)); },
     async add() {
       if (this.busy) return;
       this.busy = true;
       const name = this.name || this.checked.name;
-      const done = await attempt(() => api("POST", "/api/queue", { options: this.$store.draft.options, name }));
+      const done = await this.change("POST", "/api/queue", { options: this.$store.draft.options, name });
       this.busy = false;
       if (!done) return this.check();
-      this.queue = done;
-      this.name = "";
+      Object.assign(this, { name: "", isPicked: false });
+      this.watchNext();
       tell(t("train.added", { name }), "done");
       this.check();
     },
@@ -130,15 +144,19 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
       return [...this.queue.entries.filter(isOpen), ...this.queue.entries.filter((entry) => !isOpen(entry)).reverse()];
     },
     async change(method, path, body) {
-      const queue = await attempt(() => api(method, path, body));
-      if (queue) this.queue = queue;
+      const told = await attempt(() => withNews(["queue"], () => api(method, path, body)));
+      if (!told) return undefined;
+      const [queue, news] = told;
+      this.queue = news.length ? news.at(-1)[1] : queue;
       return queue;
     },
     move(entry, by) { return this.change("POST", `/api/queue/${entry.id}/move`, { by }); },
     remove(entry) { return this.change("DELETE", `/api/queue/${entry.id}`); },
     hold() { return this.change("POST", "/api/queue/hold", { is_held: !this.queue.is_held }); },
     async resume(run) {
-      if (await this.change("POST", `/api/runs/${encodeURIComponent(run)}/resume`, {})) tell(t("train.resumed"), "done");
+      if (!(await this.change("POST", `/api/runs/${encodeURIComponent(run)}/resume`, {}))) return;
+      this.isPicked = false;
+      tell(t("train.resumed"), "done");
     },
     edit(entry) {
       this.$store.draft.clear();
@@ -163,18 +181,16 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
       await attempt(() => wanted.load(() => { if (wanted === curves) this.later(); }));
       await this.refresh();
     },
-    async refresh() {
+    async readOutput() {
       const id = this.chosen;
       if (this.$store.ui.tab !== "train") return;
-      await attempt(async () => {
-        const path = `/api/runs/${encodeURIComponent(id)}`;
-        const [log, asked] = await Promise.all([api("GET", `${path}/log`), api("GET", `${path}/questions`)]);
-        if (id !== this.chosen) return;
-        const shown = document.getElementById("run-log");
-        const follows = shown.scrollTop + shown.clientHeight > shown.scrollHeight - 40;
-        Object.assign(this, { log: log.text, questions: asked.questions });
-        if (follows) this.$nextTick(() => { shown.scrollTop = shown.scrollHeight; });
-      });
+      const path = `/api/runs/${encodeURIComponent(id)}`;
+      const [log, asked] = await Promise.all([api("GET", `${path}/log`), api("GET", `${path}/questions`)]);
+      if (id !== this.chosen) return;
+      const shown = document.getElementById("run-log");
+      const follows = shown.scrollTop + shown.clientHeight > shown.scrollHeight - 40;
+      Object.assign(this, { log: log.text, questions: asked.questions });
+      if (follows) this.$nextTick(() => { shown.scrollTop = shown.scrollHeight; });
     },
     async grow(news) {
       if (!curves || news.id !== curves.id) return;
