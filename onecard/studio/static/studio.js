@@ -1,6 +1,7 @@
 // The shell: words, tabs, messages, the one stream of news, and the views that are loaded into it.
 import Alpine from "/static/vendor/alpine-csp.esm.min.js";
 import { api, ApiFailure } from "/static/api.js";
+import { focusFrom, focusOn, keepFocus } from "/static/focus.js";
 import * as format from "/static/format.js";
 
 const VIEWS = ["data", "model", "train", "runs", "chat", "export"];
@@ -26,6 +27,7 @@ const ui = {
   show(name, { focus = false } = {}) {
     this.tab = name;
     history.replaceState(null, "", `#${name}`);
+    scrollTo(0, 0);
     if (focus) document.getElementById(`tab-${name}`).focus();
     emit("shown", name);
   },
@@ -62,6 +64,7 @@ const ui = {
     if (kind !== "error") setTimeout(() => this.dismiss(id), 6000);
   },
   dismiss(id) {
+    if (document.getElementById(`toast-${id}`)?.contains(document.activeElement)) document.getElementById("main").focus();
     this.toasts = this.toasts.filter((toast) => toast.id !== id);
   },
 };
@@ -90,13 +93,6 @@ function t(key, values = {}) {
 
 function emit(name, detail) {
   window.dispatchEvent(new CustomEvent(`studio:${name}`, { detail }));
-}
-
-// Put the focus on a part, once what x-show uncovers is there: a hidden one cannot have it.
-function focusOn(id, tries = 30) {
-  const part = document.getElementById(id);
-  if (part && part.offsetParent) part.focus();
-  else if (tries) requestAnimationFrame(() => focusOn(id, tries - 1));
 }
 
 // News of the studio by name (`job`, `run`, `rows`, `queue`), and of the shell: shown, language, theme, online.
@@ -206,7 +202,7 @@ async function start() {
   Alpine.magic("t", () => t);
   Alpine.magic("format", () => format);
   Alpine.magic("attempt", () => attempt);
-  const studio = { Alpine, api, attempt, newest, oneByOne, withNews, on, t, format, focusOn, tell: (...parts) => Alpine.store("ui").tell(...parts) };
+  const studio = { Alpine, api, attempt, newest, oneByOne, withNews, on, t, format, focusFrom, focusOn, tell: (...parts) => Alpine.store("ui").tell(...parts) };
   const main = document.getElementById("main");
   views.forEach(([html, module], at) => {
     const panel = document.createElement("div");
@@ -222,6 +218,7 @@ async function start() {
   Alpine.store("ui").setLanguage(Alpine.store("ui").language);
   window.onecard = { studio };
   Alpine.start();
+  keepFocus(main);
   document.body.dataset.ready = "yes";
   window.addEventListener("hashchange", () => {
     const name = location.hash.slice(1);

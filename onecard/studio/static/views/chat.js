@@ -35,7 +35,7 @@ function keptRounds() {
   }
 }
 
-export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on, t, tell, format }) {
+export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on, t, tell, format, focusFrom, focusOn }) {
   const sheet = document.createElement("link");
   sheet.rel = "stylesheet";
   sheet.href = "/static/views/use.css";
@@ -48,7 +48,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     sources: [], training: [], source: "", bits: "", isStarting: false,
     modes: ["one", "two", "blind"], mode: "one", chosen: ["", ""],
     temperature: 0.7, maxTokens: 512, question: "", rounds: keptRounds(),
-    isAnswering: false, isVoting: false, abort: null,
+    isAwaited: false, isAnswering: false, isVoting: false, abort: null,
     blind: { pair: null, n_votes: 0, n_pairs: 0, result: null, file: "" }, wasSame: false,
 
     load: null, // named here: what init adds to `this` becomes one for all views
@@ -88,10 +88,13 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
         this.chosen = state.models.includes(this.chosen[0]) && this.chosen[0] !== this.chosen[1] ? this.chosen : [first, second];
         if (state.models.length < 2) this.mode = "one";
         if (this.mode === "blind") this.showBlind();
+        if (this.isAwaited) focusFrom(["chat-start", "chat-anyway", "chat-stop"], "chat-question");
+        this.isAwaited = false;
       }
     },
     async start(anyway) {
       this.isStarting = true;
+      this.isAwaited = true;
       const body = { source: this.source, bits: this.bits ? Number(this.bits) : null, anyway };
       const state = await attempt(() => api("POST", "/api/chat/start", body));
       this.isStarting = false;
@@ -154,7 +157,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
       await Promise.all(this.rounds[at].answers.map((answer) => this.stream(answer, at, question)));
       this.isAnswering = false;
       this.keep();
-      this.focus("chat-question");
+      focusFrom(["chat-send", "chat-halt"], "chat-question");
       return undefined;
     },
     async stream(answer, at, question) {
@@ -231,14 +234,6 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
       const [share, low, high] = result.share_b.map((value) => format.percent(value));
       return `${t("chat.share", { b: result.b, share, low, high })} ${verdict}`;
     },
-    // What x-show uncovers, or stops disabling, is there some moments later than the next tick.
-    focus(id, tries = 40) {
-      setTimeout(() => {
-        const part = document.getElementById(id);
-        part.focus();
-        if (document.activeElement !== part && tries) this.focus(id, tries - 1);
-      }, 25);
-    },
     names() { return { a: this.chosen[0], b: this.chosen[1] }; },
     takeBlind(view, wasSame = false) {
       this.wasSame = wasSame;
@@ -257,7 +252,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
       if (!view) return;
       this.question = "";
       this.takeBlind(view, view.is_same);
-      if (view.pair) this.focus("vote-1");
+      if (view.pair) focusFrom(["chat-question", "chat-send"], "vote-1");
     },
     async vote(place) {
       const { pair } = this.blind;
@@ -265,7 +260,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
       const view = await attempt(() => api("POST", "/api/chat/blind/vote", { ...this.names(), key: pair.key, place }));
       this.isVoting = false;
       this.takeBlind(view);
-      this.focus("chat-question");
+      focusFrom(["vote-1", "vote-0", "vote-2"], "chat-question");
     },
     async undo() {
       this.takeBlind(await attempt(() => api("POST", "/api/chat/blind/undo", this.names())));

@@ -70,6 +70,10 @@ export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) 
       on("language", () => { if (this.found) this.read(); });
     },
     get busy() { return this.nReading > 0; },
+    get readState() {
+      if (this.busy) return t("data.reading_about");
+      return this.found ? t("data.effect_samples", { n: format.number(this.found.n_samples) }) : "";
+    },
     get base() { return this.$store.draft.options.model_path || ""; },
     get baseName() { return this.base || t("data.toy_base"); },
     keep() {
@@ -250,7 +254,7 @@ export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) 
       this.$store.draft.set({ ...cleared, ...this.found.options, cutoff_len: Number(this.limit) });
       sessionStorage.setItem("onecard.n_tokens", String(this.found.n_tokens));
       tell(t("data.used"), "done");
-      this.$store.ui.show("model");
+      this.$store.ui.show("model", { focus: true });
     },
   }));
 }

@@ -208,7 +208,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
       const options = { ...this.options, model_path: this.isToy ? null : this.base, micro_batch: this.options.micro_batch || null, num_epoch: this.epochs };
       this.$store.draft.set(options);
       tell(t("model.used"), "done");
-      this.$store.ui.show("train");
+      this.$store.ui.show("train", { focus: true });
     },
   }));
 }

@@ -18,7 +18,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
   const checks = newest();
 
   Alpine.data("trainView", () => ({
-    options: [], name: "", search: "", extra: [], checked: { command: null, name: "", problems: [] }, busy: false,
+    options: [], name: "", search: "", unknown: "", extra: [], checked: { command: null, name: "", problems: [] }, busy: false,
     queue: { entries: [], is_held: false }, runs: [], chosen: null, isPicked: false, run: null, drawn: [],
     question: "", answer: "", asking: false, questions: [], log: "", canAsk: false,
 
@@ -94,8 +94,10 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     set(option, value) { this.$store.draft.set({ [option.name]: value.trim() }); this.check(); },
     rename(name) { this.name = name.trim(); this.check(); },
     found() { return this.options.find((one) => one.name === this.search.replace(/^--/, "")); },
+    seek(text) { Object.assign(this, { search: text.trim(), unknown: "" }); },
     showMore() {
       const option = this.found();
+      this.unknown = option ? "" : this.search;
       if (option && !this.extra.includes(option.name)) this.extra.push(option.name);
       if (option) focusOn(`opt-${option.name}`);
       if (option) this.search = "";
@@ -238,8 +240,10 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     },
     progressText() {
       if (!this.run) return "";
-      const values = { step: format.number(this.run.step), total: this.run.total ? format.number(this.run.total) : "–" };
-      return `${t("train.step_of", values)} · ${t("train.loss_now", { loss: format.loss(this.run.loss) })}`;
+      const { step, total } = this.run;
+      const values = { step: format.number(step), total: format.number(total) };
+      const place = total ? t("train.step_of", values) : `${t("train.step")} ${values.step}`;
+      return `${place} · ${t("train.loss_now", { loss: format.loss(this.run.loss) })}`;
     },
     // The time that is left, by the speed of the last minutes of the log.
     endText() {
@@ -262,6 +266,11 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
       tell(t(`train.sent_${kind}`));
       const found = sent.request ? await attempt(() => this.replyTo(path, sent.request)) : null;
       if (found && found.state === "failed") tell(found.error, "error");
+    },
+    onQuestionKey(event) {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      if (this.question.trim() && !this.asking) this.ask();
     },
     async ask() {
       const path = `/api/runs/${encodeURIComponent(this.chosen)}`;
