@@ -88,9 +88,9 @@ def test_a_run_is_paused_saved_asked_given_back_stopped_and_resumed(page: Any, s
     page.wait_for_selector(f"{badge}:has-text('paused')")
     at_rest = steps_of(run)
     page.click("#save")
-    wait_until(lambda: checkpoints(run), PATIENCE_SECONDS, "a checkpoint of a run that pauses")
+    wanted = f"checkpoint-{at_rest[-1]}"  # beside those that it saves by itself
+    wait_until(lambda: wanted in checkpoints(run), PATIENCE_SECONDS, "a checkpoint of a run that pauses")
     assert steps_of(run) == at_rest
-    assert checkpoints(run) == {f"checkpoint-{at_rest[-1]}"}
 
     page.click("#continue")
     page.wait_for_selector(f"{badge}:has-text('trains')")
