@@ -62,7 +62,7 @@ def attend_packed(
     """As transformers' own function, which copies shared keys and values for each head where there is a mask.
 
     On a CPU the kernel reads them where they are, with the same result: for a packed row of continuous batching, whose
-    keys are those of all requests, in a half to a quarter of the time. Shapes as in `attend`.
+    keys are those of all requests, that is quicker. Shapes as in `attend`.
     """
     cache, bias = options.get("cache"), options.get("position_bias")
     if cache is None or attention_mask is None or bias is not None or options.get("softcap") is not None:

@@ -189,9 +189,10 @@ def quantized_linear_types() -> tuple[type[nn.Module], ...]:
 
 def weight_bits(module: nn.Module) -> int:
     """Bits per weight of one linear layer: 4, 8, or those of its dtype."""
-    kind = type(module).__name__
-    if kind in ("Linear4bit", "Linear8bitLt"):
-        return 4 if kind == "Linear4bit" else 8
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    for name, bits in (("Linear4bit", 4), ("Linear8bitLt", 8)):
+        if name in kinds:
+            return bits
     return module.weight.element_size() * 8  # type: ignore[operator]
 
 

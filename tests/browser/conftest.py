@@ -131,6 +131,14 @@ def served(application: Any, end: Callable[[], None] = lambda: None) -> Iterator
         thread.join(30)
 
 
+def set_option(page: Any, name: str, value: str) -> None:
+    """Bring an option into the view Train by its name, and give it a value."""
+    page.fill("#more-options", name)
+    page.press("#more-options", "Enter")
+    page.fill(f"#opt-{name}", value)
+    page.press(f"#opt-{name}", "Tab")  # a value counts when its field is left
+
+
 class Studio(NamedTuple):
     """A studio that is served: where, and its folders."""
 

@@ -304,9 +304,13 @@ def test_what_comes_back_to_the_box_leaves_what_was_typed_there(open_page: Any, 
     note_says(page, "memory is full")
     wait_until(lambda: page.input_value("#oc-box textarea") == "memory of <b>", what="an edit that failed comes back")
     page.fill("#oc-box textarea", "")
-    send(page, "memory please")
-    page.wait_for_timeout(300)  # the box is emptied while the question is on its way
+    with page.expect_request(lambda request: "/queue/join" in request.url):  # the note of before is still there
+        send(page, "memory please")
+    page.wait_for_timeout(300)
+    at_rest(page)
     wait_until(lambda: page.is_visible("#oc-note") and page.input_value("#oc-box textarea") == "memory please")
+    page.wait_for_timeout(300)
+    assert page.input_value("#oc-box textarea") == "memory please"
 
 
 def test_another_page_and_back_and_a_closed_tab_lose_nothing(open_page: Any, url: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.conftest import Studio, press_until, serving_studio, wait_until
+from tests.browser.conftest import Studio, press_until, serving_studio, set_option, wait_until
 from tests.browser.test_accessibility import DESKTOP, PHONE, faults
 from tests.covering import every_pair_fast
 
@@ -105,10 +105,7 @@ def test_a_row_that_comes_while_the_log_is_loaded_is_drawn(
 def test_a_run_that_is_over_can_be_looked_at_while_another_goes_on(open_view: Any, studio: Studio) -> None:
     page = open_view("train")
     page.fill("#run-name", "goes-on")
-    page.fill("#more-options", "wandb_project")
-    page.press("#more-options", "Enter")
-    page.fill("#opt-wandb_project", "wait")
-    page.press("#opt-wandb_project", "Tab")
+    set_option(page, "wandb_project", "wait")
     page.wait_for_selector("#command:has-text('--wandb_project=wait')")
     page.click("#add-run")
     page.wait_for_selector("#run-log:has-text('step 1')")
@@ -134,10 +131,7 @@ def test_what_is_wrong_stands_at_its_field_and_a_failure_says_why(open_view: Any
     assert page.is_disabled("#add-run")
     page.fill("#opt-num_epoch", "1")
     page.fill("#run-name", "fails")
-    page.fill("#more-options", "seed")
-    page.press("#more-options", "Enter")
-    page.fill("#opt-seed", "2")
-    page.press("#opt-seed", "Tab")
+    set_option(page, "seed", "2")
     page.wait_for_selector("#command:has-text('--seed=2')")
     page.click("#add-run")
     page.wait_for_selector("ol.queue li:has-text('there is no usable row; give another file')")

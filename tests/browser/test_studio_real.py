@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.browser.conftest import serving_studio, wait_until
+from tests.browser.conftest import serving_studio, set_option, wait_until
 from tests.browser.test_accessibility import DESKTOP
 
 pytestmark = pytest.mark.slow
@@ -74,10 +74,7 @@ def test_a_run_is_paused_saved_asked_given_back_stopped_and_resumed(page: Any, s
                         "test_size": "0"}.items():  # fmt: skip
         page.fill(f"#opt-{name}", value)
         page.press(f"#opt-{name}", "Tab")
-    page.fill("#more-options", "log_steps")
-    page.press("#more-options", "Enter")
-    page.fill("#opt-log_steps", "1")
-    page.press("#opt-log_steps", "Tab")
+    set_option(page, "log_steps", "1")
     page.select_option("#opt-bits", "32")
     page.wait_for_selector("#command:has-text('--bits=32'):has-text('--log_steps=1')")
     page.click("#add-run:enabled")

@@ -16,7 +16,7 @@ import pytest
 
 from onecard.console import say
 from onecard.installation import SHIPPED
-from tests.browser.conftest import Studio, press_until, serving_studio
+from tests.browser.conftest import Studio, press_until, serving_studio, set_option
 
 pytestmark = pytest.mark.slow
 LONGEST_S = 240  # from the opened page to an answer of the tuned model, on two cores
@@ -61,10 +61,7 @@ def test_by_mouse_in_english(open_view: Any, studio: Studio, tmp_path: Path) -> 
     clock.passed("the plan is made")
     page.click("#use-plan")
     page.fill("#run-name", "mine")
-    page.fill("#more-options", "max_steps")
-    page.press("#more-options", "Enter")
-    page.fill("#opt-max_steps", str(N_STEPS))
-    page.press("#opt-max_steps", "Tab")
+    set_option(page, "max_steps", str(N_STEPS))
     page.wait_for_selector(f"#command:has-text('--max_steps={N_STEPS}')")
     page.click("#add-run")
     page.wait_for_selector("#question", state="visible")

@@ -1,8 +1,8 @@
 """A quantised output head that is dequantised some rows at a time, forward and backward.
 
-bitsandbytes dequantises a whole matrix for each product: of a head with 128,256 rows of 4,096 weights that is 1 GiB in
-16 bits, more than all else that a small card needs beside its weights. Knows the forms of bitsandbytes' weights; which
-layer is the head is `lm_head.py`'s.
+bitsandbytes dequantises a whole matrix for each product of many tokens: of a head with 128,256 rows of 4,096 weights
+that is 1 GiB in 16 bits. Knows rows and gradients; the forms of the weights are `quantization.py`'s, and which layer is
+the head is `lm_head.py`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK, dense_rows, product_with_rows
 
-TILE_BYTES = 64 << 20  # of dequantised rows; a matrix product this wide keeps a card busy
+TILE_BYTES = 64 << 20  # of dequantised rows: 8,192 of 4,096 weights in 16 bits. What is quickest was not measured
 
 
 def dequantise_in_tiles(layer: nn.Module, *, tile_bytes: int = TILE_BYTES) -> None:
@@ -25,13 +25,11 @@ def dequantise_in_tiles(layer: nn.Module, *, tile_bytes: int = TILE_BYTES) -> No
     Outputs are those of the layer; the gradient of its input is summed over the tiles in fp32, so it is the layer's up
     to rounding, and bit for bit where one tile holds all rows. The weights themselves learn nothing.
     """
-    plain = type(layer)
 
-    class Tiled(plain):  # type: ignore[misc, valid-type]
+    class Tiled(type(layer)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             return _Product.apply(x, self, tile_bytes)
 
-    Tiled.__name__ = Tiled.__qualname__ = plain.__name__
     layer.__class__ = Tiled
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from onecard.inference.engine import InferenceEngine
 from tests.inference.batched.conftest import batch_of, free_share, request_of, settle
 
 MIB = 2**20
+LONG_ANSWER = 120
 
 
 def cache_bytes(engine: InferenceEngine) -> int:
@@ -28,8 +30,9 @@ def ask(engine: InferenceEngine, number: int) -> str:
     chance = random.Random(number)
     sampling = SamplingOptions(max_new_tokens=chance.randint(1, 24), temperature=chance.choice((0.0, 1.2)))
     text = "".join(chance.choice("fox 12+?") for _ in range(chance.randint(1, 300)))
-    # Chunks, before it leaves; how many an answer has depends on how busy the machine is.
-    most = chance.choice((0, 0, 1, 4)) if chance.random() < 0.2 else None
+    most = chance.randint(0, 4) if chance.random() < 0.2 else None  # chunks, before it leaves
+    if most is not None:  # more tokens than a busy machine puts into so few chunks
+        sampling = replace(sampling, max_new_tokens=LONG_ANSWER)
     for n_read, chunks in enumerate(engine.stream(request_of(text, sampling=sampling, number=number))):
         if chunks[0].finish_reason:
             return str(chunks[0].finish_reason)
@@ -52,7 +55,7 @@ def test_requests_of_any_length_leave_nothing_behind(engine: InferenceEngine, n:
             peaks.append(process.memory_info().rss)
             assert cache_bytes(engine) <= planned + 2 * BLOCK_TOKENS * size.token_bytes
     assert free_share(engine) == 1
-    assert ends.total() == n and ends["left"] > 0 and ends["length"] > n / 4
+    assert ends.total() == n and ends["left"] > n / 20 and ends["length"] > n / 4
     print(dict(ends), "RSS in MiB after each tenth:", [round(peak / MIB) for peak in peaks])
     if n > 1000:  # the first ones take memory that stays: buffers of threads, and of the longest step
         assert max(peaks[2:]) - peaks[1] < 16 * MIB

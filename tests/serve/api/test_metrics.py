@@ -70,11 +70,6 @@ def test_requests_and_tokens_are_counted_by_key_and_written_to_the_file(
     assert "texts" not in rows[0]
 
 
-def rows_of(log: Path) -> list[str]:
-    """What each request of a log asked; a row is written behind its answer, so the last one may come later."""
-    return [json.loads(line)["texts"][0][1] for line in log.read_text(encoding="utf-8").splitlines()]
-
-
 def test_a_log_that_was_moved_is_begun_anew_and_one_that_cannot_be_written_stops_nobody(
     engine: InferenceEngine, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,15 +77,24 @@ def test_a_log_that_was_moved_is_begun_anew_and_one_that_cannot_be_written_stops
     folder.mkdir()
     log = folder / "requests.jsonl"
     with serving(engine, LimitOptions(), ServeOptions(request_log=str(log), log_prompts=True)) as server:
+
+        def wait_for_rows(n: int) -> None:
+            """A request is counted, and its row written at once, behind its answer."""
+            wait_until(lambda: values(server, "any")["requests_total", "", CHAT, "200"] == n, seconds=60)
+
         assert server.chat("shown").status_code == 200
+        wait_for_rows(1)
         log.rename(folder / "old.jsonl")
         assert server.chat("shown again").status_code == 200
+        wait_for_rows(2)
         shutil.rmtree(folder)
         assert [server.chat().status_code for _ in range(2)] == [200, 200]
+        wait_for_rows(4)
         folder.mkdir()
         assert server.chat("back").status_code == 200
-        wait_until(lambda: log.is_file() and rows_of(log)[-1:] == ["back"], seconds=60)
-    assert "shown again" not in rows_of(log)
+        wait_for_rows(5)
+        (row,) = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert row["texts"][0] == ["user", "back"]
     assert capfd.readouterr().err.count("--request_log") == 1
     with (
         pytest.raises(ConfigError, match=r"--request_log: .* cannot be written"),
