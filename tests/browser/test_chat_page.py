@@ -261,6 +261,11 @@ def answer_dialogs(page: Any, agree: bool) -> list[str]:
     return asked
 
 
+def fields(page: Any) -> tuple[str, str]:
+    """What stands in the system text and in the box."""
+    return page.input_value("#oc-system textarea"), page.input_value("#oc-box textarea")
+
+
 @pytest.mark.parametrize("agree", [False, True])
 def test_typed_text_is_replaced_only_when_the_person_agrees(
     open_page: Any, url: str, tmp_path: Path, agree: bool
@@ -282,11 +287,12 @@ def test_typed_text_is_replaced_only_when_the_person_agrees(
         page.fill("#oc-system textarea", "You are a pirate")
         step()
         wait_until(lambda number=number: page.wait_for_timeout(100) or len(questions) == number, what=name)
-        page.wait_for_timeout(400)
-        changed = page.input_value("#oc-system textarea"), page.input_value("#oc-box textarea")
         replaced = {"reset": ("", "my words"), "example": ("You are a pirate", "Show me code")}
-        assert changed == (replaced.get(name, ("A parrot", "my words")) if agree else ("You are a pirate", "my words"))
-    assert len(bubbles(page)) == agree
+        wanted = replaced.get(name, ("A parrot", "my words")) if agree else ("You are a pirate", "my words")
+        wait_until(lambda wanted=wanted: fields(page) == wanted, what=f"{name}: {wanted}")
+        page.wait_for_timeout(400)
+        assert fields(page) == wanted  # still
+    wait_until(lambda: len(bubbles(page)) == agree)
     assert ["my words" in question for question in questions] == [False, True, False]
 
 
