@@ -101,6 +101,20 @@ def test_streamed_layers_are_bitwise_resident_ones(family: str, bits: int, offlo
     assert all(same) if is_simulated() else sum(same) > len(same) // 2
 
 
+def test_experts_come_one_by_one_where_few_are_chosen(tmp_path: Path) -> None:
+    """Each token chooses 2 of 32; what is not copied holds NaN, with late streams on the simulated card."""
+    save_small("qwen3_moe", tmp_path, num_hidden_layers=LAYERS, num_local_experts=32)
+    answers = []
+    for where in ("on", "off"):
+        model = model_of(tmp_path, 4, where).eval()
+        with torch.inference_mode():
+            answers.append([model(input_ids=torch.tensor([ids], device="cuda")).logits.cpu()
+                            for ids in ([5, 6, 7], [8], [9], [*range(3, 45)], [5], [6])])  # fmt: skip
+    assert all(bool(logits.isfinite().all()) for logits in answers[0])
+    same = [torch.equal(*pair) for pair in zip(*answers, strict=True)]
+    assert all(same) if is_simulated() else sum(same) > len(same) // 2
+
+
 def test_the_card_holds_the_slots_alone(tmp_path: Path) -> None:
     save_small("llama", tmp_path, num_hidden_layers=LAYERS, intermediate_size=4096)
     torch.cuda.synchronize()

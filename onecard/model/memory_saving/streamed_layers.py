@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onecard.errors import ConfigError, ModelError
 from onecard.model.hardware import empty_cache
 from onecard.model.memory_saving.activation_offload import Pool, SideStream, is_dense
-from onecard.model.model_layers import decoder_layers, inside_adapters
+from onecard.model.model_layers import decoder_layers, expert_tensors, inside_adapters
 from onecard.model.quantization import quantised_tensors
 
 FLAG = "--stream_layers"
@@ -35,9 +35,14 @@ class StreamedLayers:
     forward, the one before on the way back, where checkpointed layers are computed again. The last layers are still
     there when the way back begins, and so are the first when the next pass begins.
 
+    Of a mixture of experts that chooses fewer than it has for a micro-batch, as for the next token of an answer, only
+    the chosen ones are copied, once the layer's router has named them. Where it chooses more, nearly all are used, and
+    they come with their layer, ahead.
+
     What is trained, buffers, modules shared by several layers and adapters stay on the device. A layer's gradients
     need its weights until the layer before begins, so training needs recomputed layers: a graph that is recorded
-    without raises RuntimeError. `slot_bytes`: of one slot; `ram_bytes`: of all layers; `n_copies`: copies so far.
+    without raises RuntimeError. `slot_bytes`: of one slot; `ram_bytes`: of all layers; `n_copies`: copies of layers so
+    far; `copied_bytes`: all that was copied so far.
     """
 
     def __init__(self, layers: list[nn.Module], device: torch.device, *, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -50,15 +55,21 @@ class StreamedLayers:
             self._side.may_write(slot)
         self._held: list[int | None] = [None] * len(self._slots)
         self._copied: list[Any] = [None] * len(self._slots)
+        self._experts: dict[int, _Experts] = {}  # by layer
+        self._missing: list[set[int]] = [set() for _ in self._slots]  # experts of the layer that is there
+        self._few_chosen = False  # as the last router did: then copies leave experts out
         self._ram = _Ram(chunk_bytes, pinned=device.type == "cuda")
-        self._layers = [self._pack(own, self._slots[n % len(self._slots)]) for n, own in enumerate(tensors)]
-        self._last, self.n_copies = 0, 0
+        self._layers = [self._pack(n, own) for n, own in enumerate(tensors)]
+        self._last, self.n_copies, self.copied_bytes = 0, 0, 0
         for index, layer in enumerate(layers):
             _streamers[layer] = (self, index)
             layer.register_forward_pre_hook(_refuse_graph)
             # Inside a checkpoint the layer itself is not called again, only what is in it.
             for module in layer.modules():
                 module.register_forward_pre_hook(partial(_bring, self, index))
+            if index in self._experts:
+                chooses = self._experts[index].module
+                chooses.register_forward_pre_hook(partial(_bring_chosen, self, index), with_kwargs=True)
 
     @property
     def ram_bytes(self) -> int:
@@ -91,27 +102,59 @@ class StreamedLayers:
             if beside != slot and self._held[beside] != neighbour:
                 self._copy(neighbour)
 
+    def bring_experts(self, index: int, chosen: Tensor | None = None) -> None:
+        """Let the stream that computes find the experts of layer `index`, which was brought, that are chosen.
+
+        chosen: their numbers, any shape; None: all of them.
+        """
+        experts, slot = self._experts.get(index), index % len(self._slots)
+        if experts is None:
+            return
+        self._few_chosen = chosen is not None and chosen.numel() < experts.n
+        missing = self._missing[slot]
+        if missing and self._few_chosen:
+            missing = missing.intersection(chosen.unique().tolist())  # type: ignore[union-attr]
+        if not missing:
+            return
+        with torch.no_grad(), self._side.after_compute():
+            for start, n_bytes in experts.tensors:
+                for number in sorted(missing):
+                    self._send(index, start + number * n_bytes, start + (number + 1) * n_bytes)
+        self._side.let_compute_wait(self._side.mark())
+        self._missing[slot] = self._missing[slot] - missing
+
     def _copy(self, index: int) -> None:
         """Queue the copy of a layer into its slot, behind all that still computes there."""
-        number = index % len(self._slots)
+        number, waiting = index % len(self._slots), self._experts.get(index) if self._few_chosen else None
         self._held[number] = None
-        start = 0
         with torch.no_grad(), self._side.after_compute():
-            for piece in self._layers[index]:
-                self._slots[number][start : start + len(piece)].copy_(piece, non_blocking=True)
-                start += len(piece)
+            self._send(index, 0, waiting.start if waiting else self.slot_bytes)
         self._copied[number] = self._side.mark()
+        self._missing[number] = set(range(waiting.n)) if waiting else set()
         self._held[number] = index
         self.n_copies += 1
 
-    def _pack(self, tensors: list[_Streamed], slot: Tensor) -> list[Tensor]:
+    def _send(self, index: int, begin: int, end: int) -> None:
+        """Copy these bytes of a layer to their place in its slot."""
+        slot, start = self._slots[index % len(self._slots)], 0
+        for piece in self._layers[index]:
+            first, last = max(begin, start), min(end, start + len(piece))
+            if first < last:
+                slot[first:last].copy_(piece[first - start : last - start], non_blocking=True)
+                self.copied_bytes += last - first
+            start += len(piece)
+
+    def _pack(self, index: int, tensors: list[_Streamed]) -> list[Tensor]:
         """Move the tensors of one layer into RAM, one behind the other, and let its modules see the slot instead."""
         pieces = self._ram.take(sum(_padded(each.tensor.nbytes) for each in tensors))
-        start = 0
-        for each in tensors:
+        slot, start = self._slots[index % len(self._slots)], 0
+        for each in sorted(tensors, key=lambda each: each.experts is not None):  # they come last
             here = each.tensor.detach()
             _write(here.as_strided((here.numel(),), (1,)).view(torch.uint8), pieces, start)
             each.show(slot[start : start + here.nbytes].view(here.dtype).as_strided(here.shape, here.stride()))
+            if each.experts is not None:
+                experts = self._experts.setdefault(index, _Experts(each.experts, start))
+                experts.tensors.append((start, here.nbytes // experts.n))
             start += _padded(here.nbytes)
         return pieces
 
@@ -122,6 +165,7 @@ class _Streamed:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.parameters: list[nn.Parameter] = []
+        self.experts: nn.Module | None = None  # whose weights it holds, one behind the other
         self.holders: list[tuple[Any, str]] = []
 
     def show(self, view: Tensor) -> None:
@@ -130,6 +174,18 @@ class _Streamed:
         for holder, name in self.holders:
             setattr(holder, name, view)
         self.tensor = view
+
+
+class _Experts:
+    """The experts of a layer in its stretch of bytes: the module that is given the chosen ones, and where they begin.
+
+    `tensors`: of each of their tensors, where it begins, and bytes of one expert in it.
+    """
+
+    def __init__(self, module: nn.Module, start: int) -> None:
+        self.module, self.start = module, start
+        self.n: int = module.num_experts  # type: ignore[assignment]
+        self.tensors: list[tuple[int, int]] = []
 
 
 class _Ram:
@@ -197,6 +253,7 @@ def tensors_in_turn(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if module in _streamers:
             streamer, index = _streamers[module]
             streamer.bring(index)
+            streamer.bring_experts(index)
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             yield f"{path}.{name}" if path else name, tensor
 
@@ -213,6 +270,15 @@ def _check(model: Any, layers: list[nn.Module]) -> None:
 
 def _bring(streamed: StreamedLayers, index: int, module: nn.Module, _inputs: Any) -> None:
     streamed.bring(index, goes_on=not module.training)
+
+
+def _bring_chosen(
+    streamed: StreamedLayers, index: int, _experts: nn.Module, inputs: Any, named: dict[str, Any]
+) -> None:
+    """The experts' only input of whole numbers are those of the chosen ones."""
+    given = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
+    numbers = [value for value in given if not value.is_floating_point() and value.dtype != torch.bool]
+    streamed.bring_experts(index, numbers[0] if len(numbers) == 1 else None)
 
 
 def _refuse_graph(layer: Any, _inputs: Any) -> None:
@@ -248,7 +314,27 @@ def _tensors_of(layer: nn.Module, apart: set[nn.Module]) -> list[_Streamed]:
                 _slot_of(parameter.data, by_memory).parameters.append(parameter)
         for holder, name, tensor in _constants(module):
             _slot_of(tensor, by_memory).holders.append((holder, name))
+        for weight in _of_single_experts(module):
+            _slot_of(weight.data, by_memory).experts = module
     return list(by_memory.values())
+
+
+def _of_single_experts(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of experts that can be copied one by one: they lie one behind the other and are read when chosen.
+
+    The latter holds for the classes that transformers lets choose among implementations (`integrations/moe.py`).
+    """
+    n_experts = getattr(module, "num_experts", 0)
+    if not hasattr(module, "is_transposed") or not isinstance(n_experts, int) or n_experts < 1:
+        return []
+    found = []
+    for weight in expert_tensors(module).values():
+        state = getattr(weight, "quant_state", None)
+        shape = weight.shape if state is None else state.shape
+        frozen = not weight.requires_grad and weight.is_contiguous()
+        if frozen and shape[0] == n_experts and weight.nbytes % n_experts == 0:
+            found.append(weight)
+    return found
 
 
 def _constants(module: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:

@@ -29,12 +29,15 @@ Load = Callable[..., nn.Module]
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory, cpu: Hardware) -> Load:
     """A base of some layers with adapters that differ from zero, the same at each call."""
-    saved: dict[tuple[str, int], Path] = {}
+    saved: dict[tuple[str, int, int], Path] = {}
 
-    def load(family: str, bits: int, n_layers: int = 4, checkpointing: bool = True, **lora: Any) -> nn.Module:
-        place = family, n_layers
+    def load(
+        family: str, bits: int, n_layers: int = 4, checkpointing: bool = True, n_experts: int = 0, **lora: Any
+    ) -> nn.Module:
+        place = family, n_layers, n_experts
         if place not in saved:
-            saved[place] = save_small(family, tmp_path_factory.mktemp(family), num_hidden_layers=n_layers)
+            sizes = {"num_hidden_layers": n_layers, **({"num_local_experts": n_experts} if n_experts else {})}
+            saved[place] = save_small(family, tmp_path_factory.mktemp(family), **sizes)
         options = ModelOptions(model_path=str(saved[place]), bits=bits, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
         base = load_base(options, cpu).model
         torch.manual_seed(0)
@@ -142,6 +145,37 @@ def test_each_layer_travels_once_in_each_direction(load: Load, monkeypatch: pyte
     for _ in range(2):  # the first layer of the next token comes while the last one computes
         answer(even)
     assert order == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("bits", "implementation"), [(4, "eager"), (4, "grouped_mm"), (8, "batched_mm"), (16, "grouped_mm")]
+)
+def test_of_few_chosen_experts_no_others_are_copied(bits: int, implementation: str, load: Load) -> None:
+    """A short text chooses 2 x 3 of 32, a long one nearly all, whose gradients must come right after the short one."""
+    models = [load("qwen3_moe", bits, 3, n_experts=32, lora_target_modules="q_proj") for _ in range(2)]
+    streamed = stream_layers(models[1], "cpu", chunk_bytes=10_000)
+    experts = streamed._experts[0]
+    n_rest, n_one = experts.start, sum(n_bytes for _, n_bytes in experts.tensors)
+    assert len(streamed._experts) == 3 and len(experts.tensors) == 2 and experts.n == 32
+    for model in models:
+        model.set_experts_implementation(implementation)  # type: ignore[operator]
+    for slot in streamed._slots:
+        slot.fill_(255)  # NaN, where an expert is read that was not copied
+    seen: list[list[torch.Tensor]] = [[], []]
+    copied = []
+    for tokens in ([7, 8, 9], [7, 8, 9], [5, 3], list(range(3, 45)), [7, 8, 9]):
+        for model, found in zip(models, seen, strict=True):
+            model.zero_grad()
+            before = streamed.copied_bytes
+            ids = torch.tensor([tokens])
+            loss, _ = summed_loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+            loss.backward()
+            found += [loss.detach(), *[p.grad.clone() for p in trained(model)]]  # type: ignore[union-attr]
+        copied.append(streamed.copied_bytes - before)
+    assert same(*seen)
+    # A step copies two of the three layers, and of each layer at most what three tokens choose.
+    assert copied[-1] <= 2 * n_rest + 3 * 6 * n_one < streamed.slot_bytes < copied[3]
+    assert [*tensors_in_turn(models[1])] and not any(streamed._missing)
 
 
 def test_layers_come_right_after_an_interruption(load: Load) -> None:
