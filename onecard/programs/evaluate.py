@@ -112,6 +112,8 @@ class EvaluateOptions:
                 found.append((f"--{name}", f"{getattr(self, name)} is less than {least_value}"))
         if self.window == 1:
             found.append(("--window", "1 token tells nothing of the next; use 2 or more"))
+        elif 0 < self.window <= self.stride:
+            found.append(("--stride", f"{self.stride} is not below the window of {self.window} tokens"))
         return found
 
     def _sweep_problems(self) -> list[Problem]:
@@ -253,9 +255,11 @@ def sweep(config: EvaluateConfig) -> dict[str, Any]:
 
 def _opened(config: EvaluateConfig) -> tuple[list[EvaluationTask], ModelBundle, dict[str, Any]]:
     """What is measured, the model, and what its answers depend on. Raises OneCardError."""
+    from onecard.curation.make.journal import check_folder
     from onecard.inference.load import load_bundle
 
     options = config.evaluate
+    check_folder(Path(options.output_path))
     is_chat = options.prompt == "chat" or (options.prompt == "auto" and options.lora_path is not None)
     tasks = _tasks(options, is_chat)
     bundle, depends_on = load_bundle(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onecard.curation.make.journal import Journal
+from onecard.curation.make.journal import Journal, JournalEntry
 from onecard.errors import ConfigError, DataError
 from onecard.evaluate.choice import ChoiceTask
 from onecard.evaluate.page import page
@@ -124,6 +124,7 @@ def test_the_grades_of_a_judge_are_in_the_report(words: list[str], tmp_path: Pat
         (["--suite", "cevl:{here}"], "--suite: 'cevl' is none of ceval, .*did you mean ceval"),
         (["--cot"], "--cot: needs --method free"),
         (["--shots", "-1"], "--shots: -1 is less than 0"),
+        (["--window", "8", "--stride", "8"], "--stride: 8 is not below the window of 8 tokens"),
         (["--base_url", "http://127.0.0.1:1/v1"], "--judge_model: and --base_url go together"),
     ],
 )
@@ -220,7 +221,23 @@ def test_the_harness_is_told_what_it_has_to_know(lm_eval_config: Any) -> None:
 
 
 def test_a_journal_of_another_program_is_left_alone(words: list[str], tmp_path: Path) -> None:
-    with Journal(tmp_path / "out", {"verb": "think"}):
-        pass
+    with Journal(tmp_path / "out", {"verb": "think"}) as journal:
+        journal.add(JournalEntry("1"))
     with pytest.raises(ConfigError, match="begun with other settings"):
         evaluate.main([*words, "--output_path", str(tmp_path / "out")])
+
+
+def test_after_a_refusal_the_same_folder_takes_the_right_options(words: list[str], tmp_path: Path) -> None:
+    typed = [*words[2:4], *words[6:], "--output_path", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="--window: 100000 tokens are more than the 512"):
+        evaluate.main([*typed, "--window", "100000"])
+    evaluate.main([*typed, "--window", "8"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["suites"]
+
+
+def test_a_place_that_cannot_take_a_report_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    text = tmp_path / "texts.txt"
+    text.write_text("The quick brown fox.\n", encoding="utf-8")
+    for place, message in ((text, "is a file; give a folder"), (tmp_path, "holds other files")):
+        with pytest.raises(ConfigError, match=f"--output_path: .*{message}"):
+            evaluate.main(["--suite", str(text), "--output_path", str(place), "--model_path", "no/model"])

@@ -1,8 +1,8 @@
 """What has been made so far, in a file that only grows: a start that was killed anywhere goes on behind its last line.
 
-The first line holds what the rows depend on; a start with other settings is refused. Every further line is one task
-that is done: its key, its rows, what it cost, or why it was given up. A line cut by a kill is taken away and its task
-is done again, so nothing is there twice and nothing is lost.
+The first line holds what the rows depend on; a start with other settings is refused once a task is done. Every further
+line is one task that is done: its key, its rows, what it cost, or why it was given up. A line cut by a kill is taken
+away and its task is done again, so nothing is there twice and nothing is lost.
 
 Knows files. Does not know tasks.
 """
@@ -56,13 +56,10 @@ class Journal:
         from filelock import Timeout
 
         try:
+            check_folder(self._path.parent)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
             if not self._path.exists():
-                if any(not file.name.startswith(".") for file in self._path.parent.iterdir()):
-                    raise ConfigError(
-                        "--output_path", f"{self._path.parent} holds other files; give a folder of its own"
-                    )
                 write_whole(self._path, _line(self._depends_on))
             self._read()
             self._stream = self._path.open("ab")
@@ -94,7 +91,9 @@ class Journal:
         except (ValueError, TypeError, IndexError) as reason:
             raise ConfigError("--output_path", f"{self._path} is no journal of this program: {reason}") from reason
         plain = json.loads(_line(self._depends_on))
-        if began_with != plain:
+        if began_with != plain and not entries:  # such as a start whose options the model then refused
+            write_whole(self._path, _line(self._depends_on))
+        elif began_with != plain:
             changed = sorted(key for key in {*began_with, *plain} if began_with.get(key) != plain.get(key))
             raise ConfigError(
                 "--output_path",
@@ -124,6 +123,16 @@ class Journal:
         """Every row that was made, in the order of the tasks."""
         for entry in self.entries:
             yield from entry.rows
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError where no journal can be begun or gone on with, as far as that is seen without holding it."""
+    if folder.is_file():
+        raise ConfigError("--output_path", f"{folder} is a file; give a folder")
+    if (folder / JOURNAL_FILE).exists() or not folder.is_dir():
+        return
+    if any(not file.name.startswith(".") for file in folder.iterdir()):
+        raise ConfigError("--output_path", f"{folder} holds other files; give a folder of its own")
 
 
 def _line(value: dict[str, Any]) -> bytes:
