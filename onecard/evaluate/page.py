@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from onecard.evaluate.report import NAMED, REPORT_FILE, by_group, columns_of, markdown, note_text, shown, word
+from onecard.evaluate.report import REPORT_FILE, by_group, columns_of, is_word, markdown, note_text, shown, word
 from onecard.storage import write_whole
 
 _STYLE = """
@@ -18,15 +18,19 @@ body{overflow-wrap:anywhere}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem}td,th{border:1px solid #8886;padding:.2rem .5rem;text-align:right}
 td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}
+.one td,.one th{white-space:normal}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem 1rem;font-size:.9rem}dt{opacity:.7}dd{margin:0}
 svg{width:100%;height:auto;max-width:44rem}svg text{fill:currentColor;font-size:12px}
+.bars{display:grid;grid-template-columns:fit-content(40%) 1fr auto;gap:.1rem .5rem;align-items:center;max-width:44rem}
+.bars{font-size:.8rem;margin:.5rem 0}.bars svg{height:.8rem}
 details{border:1px solid #8886;border-radius:.3rem;padding:.4rem .6rem;margin:.4rem 0}
+summary small{opacity:.7}
 pre{white-space:pre-wrap;margin:.2rem 0}
 #zh:checked~main .en,#en:checked~main .zh{display:none}
 nav,input[name=language]{display:inline}
 """
-_BAR, _LABEL, _PLOT = 20, 190, 360  # pixels: height of a bar, width of its label, width for 0 to the largest value
 _IN_PLOTS = ("accuracy", "f1", "grade", "perplexity_per_character")
+_IN_SUMMARY = 80  # characters of a question that are seen before its record is opened
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> list[Path]:
@@ -78,12 +82,18 @@ def _spans(english: str, chinese: str) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    shown_values = {name: _both(str(v)) if name in NAMED else escape(str(v)) for name, v in values.items()}
+    shown_values = {name: _both(str(v)) if is_word(name, v) else escape(str(v)) for name, v in values.items()}
     return "<dl>" + "".join(f"<dt>{_both(k)}</dt><dd>{v}</dd>" for k, v in shown_values.items()) + "</dl>"
 
 
 def _table(measures: Sequence[dict[str, Any]]) -> str:
     columns = columns_of(measures)
+    if len(measures) == 1:  # a figure below the other, for narrow screens
+        values = [("n", str(measures[0]["n"]))] + [(_both(name), escape(shown(measures[0]["values"][name])))
+                                                   for name in columns]  # fmt: skip
+        cells = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in values)
+        title = f"<caption>{escape(measures[0]['name'])}</caption>" if measures[0]["name"] else ""
+        return f'<table class="one">{title}{cells}</table>'
     head = "".join(f"<th>{_both(name)}</th>" for name in columns)
     rows = []
     for measure in measures:
@@ -153,18 +163,16 @@ def _plot(measures: Sequence[dict[str, Any]]) -> str:
         return ""
     largest = 1.0 if name in ("accuracy", "f1") else largest
     bars = []
-    for k, (label, value, low, high) in enumerate(spans):
-        middle = k * _BAR + _BAR / 2
-        x = [_LABEL + _PLOT * min(part, largest) / largest for part in (value, low, high)]
-        short = label if len(label) <= 26 else label[:25] + "…"
+    for label, value, low, high in spans:
+        x = [100 * min(part, largest) / largest for part in (value, low, high)]
         bars.append(
-            f'<text x="{_LABEL - 6}" y="{middle + 4:.0f}" text-anchor="end">{escape(short)}</text>'
-            f'<rect x="{_LABEL}" y="{middle - 6:.0f}" width="{x[0] - _LABEL:.1f}" height="12" fill="#4a7fb5"/>'
-            f'<path d="M{x[1]:.1f} {middle:.0f}H{x[2]:.1f}" stroke="currentColor" stroke-width="2"/>'
-            f'<text x="{_LABEL + _PLOT + 6}" y="{middle + 4:.0f}">{shown(float(value))}</text>'
+            f'<span>{escape(label)}</span><svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img">'
+            f"<title>{escape(word(name))}</title>"
+            f'<rect width="{x[0]:.1f}" height="10" fill="#4a7fb5"/><path d="M{x[1]:.1f} 5H{x[2]:.1f}" '
+            'stroke="currentColor" stroke-width="2" vector-effect="non-scaling-stroke"/></svg>'
+            f"<span>{shown(float(value))}</span>"
         )
-    size = f"0 0 {_LABEL + _PLOT + 60} {len(spans) * _BAR}"
-    return f'<svg viewBox="{size}" role="img"><title>{escape(word(name))}</title>{"".join(bars)}</svg>'
+    return f'<div class="bars">{"".join(bars)}</div>'
 
 
 def _record(record: dict[str, Any]) -> str:
@@ -172,4 +180,6 @@ def _record(record: dict[str, Any]) -> str:
         f"<div><b>{_both(name)}</b><pre>{escape(str(record[name]))}</pre></div>"
         for name in ("question", "expected", "got")
     )
-    return f"<details><summary>{escape(record['key'])}</summary>{parts}</details>"
+    flat = " ".join(str(record["question"]).split())
+    short = flat if len(flat) <= _IN_SUMMARY else f"{flat[:_IN_SUMMARY]}…"
+    return f"<details><summary>{escape(record['key'])} <small>{escape(short)}</small></summary>{parts}</details>"

@@ -14,7 +14,7 @@ from onecard import __version__
 
 REPORT_FILE, ANSWERS_FILE = "report.json", "answers.jsonl"
 WORST = 20
-NAMED = ("method", "prompt", "rule", "gain_in")  # settings whose values are names in words.yaml
+_NAMED = ("method", "prompt", "rule", "gain_in", "template")  # settings whose values may be names in words.yaml
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu", "rouge-score")
 
 
@@ -120,8 +120,13 @@ def _settings(values: Mapping[str, Any]) -> list[str]:
     return [f"- {_both(name)}: {_value(name, value)}" for name, value in values.items()]
 
 
+def is_word(name: str, value: Any) -> bool:
+    """Whether words.yaml says the value of this setting in both languages."""
+    return name in _NAMED and str(value) in words()
+
+
 def _value(name: str, value: Any) -> str:
-    return _both(str(value)) if name in NAMED else _cell(str(value))
+    return _both(str(value)) if is_word(name, value) else _cell(str(value))
 
 
 def _both(name: str) -> str:

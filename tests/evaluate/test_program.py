@@ -180,7 +180,9 @@ def test_the_page_asks_nobody_and_what_is_foreign_stays_text() -> None:
     measures = [{"group": group, "name": bad, "n": 4, "values": {"accuracy": [0.5, 0.2, 0.8], "unparsed": 1}}
                 for group in ("total", "subject", "subject")]  # fmt: skip
     suite = {"name": bad, "kind": "choice", "settings": {"path": bad}, "notes": {bad: 1, "cut": 2}}
-    report = build_report({"model": bad}, [{**suite, "measures": measures, "worst": worst}])
+    report = build_report(
+        {"model": bad, "template": "auto", "thinking": "auto"}, [{**suite, "measures": measures, "worst": worst}]
+    )
     assert len(report["suites"][0]["worst"]) == 20 and report["suites"][0]["n_worse"] == 25
     text = page(report)
     tags = Tags()
@@ -189,7 +191,10 @@ def test_the_page_asks_nobody_and_what_is_foreign_stays_text() -> None:
     assert "script" not in {tag for tag, _ in tags.seen}
     assert not [attrs for _, attrs in tags.seen if {"src", "href"} & set(attrs)] and "url(" not in text
     assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in tags.seen
+    assert 'class="bars"' in text and "<text" not in text, "what a plot says does not shrink with it on a phone"
+    assert text.count('class="one"') == 1 and text.count("<small>") == 20
     assert 'class="zh" lang="zh">按学科<' in text and 'class="en">By subject<' in text
+    assert text.count("the tokenizer's own") + text.count("the tokenizer&#x27;s own") == 1
     assert 'class="en">2 answers were cut at' in text and 'class="zh" lang="zh">2 个回答在' in text
     assert "<script" not in re.sub(r"\\<", "", markdown(report))
 
