@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from onecard.train.checkpoint import verify
+from onecard.train.trackers import read_log
 from tests import tiny
 from tests.faults.conftest import assert_as_undisturbed
 from tests.faults.fork_server import ForkServer
@@ -18,6 +19,7 @@ from tests.faults.test_stages import COMMON, SEED
 from tests.objectives.test_preference import pair_file
 
 N_KILLS = 10
+OF_THIS_START = ("tokens_per_s",)  # what a row of the log has that another start may have otherwise
 
 
 def text_file(path: Path) -> Path:
@@ -30,8 +32,17 @@ def pairs(path: Path) -> Path:
     return pair_file(path, 24)
 
 
+def told(run: Path) -> list[dict[str, Any]]:
+    """All that the log says of steps and evaluations."""
+    rows = [row for row in read_log(run) if "loss" in row or "eval_loss" in row]
+    return [{key: value for key, value in row.items() if key not in OF_THIS_START} for row in rows]
+
+
 OBJECTIVES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "dpo": (pairs, {"cache_reference": True}),
+    "ipo": (pairs, {}),
+    "simpo": (pairs, {"label_smoothing": 0.1}),
+    "orpo": (pairs, {}),
     "kto": (pairs, {}),
     "reward": (pairs, {"center_rewards": 0.01}),
     "grpo": (tiny.write_instructions, {"reward": "regex:[aeiou0-9]", "rollouts": 4, "rollout_max_tokens": 6,
@@ -71,4 +82,5 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(
             most = max(1, most - kill_at // 2)
         n_whole += 1
         assert_as_undisturbed(output, tmp_path / "straight")
+        assert told(output) == told(tmp_path / "straight")
         assert verify(output) == []
