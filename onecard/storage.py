@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
+_PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
 
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 # torch.save and safetensors do not raise OSError when the disk is full; this is what they say instead.
@@ -45,6 +47,14 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether this is what `write_whole` leaves of a file where its process was killed."""
+    import psutil  # only here: few starts find one
+
+    found = _PARTIAL.fullmatch(path.name)
+    return found is not None and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1])))
 
 
 def digest_of(path: Path, digest: Any, moved: Callable[[int], Any] | None = None) -> str:

@@ -159,6 +159,8 @@ class CheckpointStore:
         for path in self._entries():
             if _LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+            elif storage.is_abandoned(path):
+                path.unlink(missing_ok=True)
 
     def _write_sealed(self, partial: Path, write: Callable[[Path], None]) -> None:
         if partial.exists():  # in a container every run may have the same process id

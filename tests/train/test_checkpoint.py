@@ -555,6 +555,16 @@ def test_killed_at_any_disk_operation_of_publishing(tmp_path: Path) -> None:
     assert states == {"old", "mixture", "new"}
 
 
+def test_a_file_that_a_killed_process_had_not_put_in_place_is_removed(tmp_path: Path) -> None:
+    """Not that of a process that is at work, such as the studio beside the run."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for number in (gone.pid, os.getpid(), os.getppid()):
+        (tmp_path / f".log.jsonl.{number}.partial").write_text("{")
+    CheckpointStore(tmp_path).tidy()
+    assert names(tmp_path) == [f".log.jsonl.{os.getppid()}.partial"]
+
+
 DRIVER = """
 import sys
 from pathlib import Path
