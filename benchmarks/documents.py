@@ -10,7 +10,10 @@ them Chinese characters; a query is ten words out of one chunk. Writes benchmark
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import shutil
 import sys
 import tempfile
 import time
@@ -26,7 +29,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS, machine, write_result  # noqa: E402
-from benchmarks.planted_documents import LANGUAGES, UNANSWERED, PlantedQuestion, planted, write  # noqa: E402
+from benchmarks.planted_documents import ANSWERED, LANGUAGES, UNANSWERED, PlantedQuestion, planted, write  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import run_main  # noqa: E402
 
@@ -80,7 +83,7 @@ def quality(folder: Path) -> dict[str, Any]:
     index = DocumentIndex(folder / "index", create=True)
     update(index, [folder / "in"], ReadingLimits(300, 100))
     search = DocumentSearch(index)
-    asked: dict[str, list[PlantedQuestion]] = {name: getattr(given, name) for name in ("questions", *UNANSWERED)}
+    asked: dict[str, list[PlantedQuestion]] = {name: getattr(given, name) for name in (*ANSWERED, *UNANSWERED)}
     there = {name: sum(search.find([each.text], 3).is_there for each in them) for name, them in asked.items()}
     index.close()
     return {
@@ -96,8 +99,32 @@ def quality(folder: Path) -> dict[str, Any]:
     }
 
 
+def turned_away(folder: Path) -> dict[str, int]:
+    """Questions to this project's own pages, which name no other thing: how many are taken for such ones."""
+    from onecard.documents.index import DocumentIndex
+    from onecard.documents.other_things import is_about_another
+    from onecard.documents.search import N_COVERED
+    from onecard.documents.update import ReadingLimits, update
+
+    shutil.copytree(ROOT / "docs", folder / "in")
+    questions: list[str] = []
+    for page in sorted(folder.glob("in/*/faq.md")):
+        questions += re.findall(r"^### (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        page.unlink()  # else each question would find itself
+    for file in sorted(ROOT.glob("field-recipes/*/data.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines()[::7]:
+            row = json.loads(line)
+            questions.append(row["messages"][1]["content"] if "messages" in row else row["instruction"])
+    index = DocumentIndex(folder / "index", create=True)
+    update(index, [folder / "in"], ReadingLimits(300, 100))
+    search = search_of(folder)
+    found = [is_about_another(each, search.find([each], N_COVERED).chunks, index.unknown) for each in questions]
+    index.close()
+    return {"questions": len(questions), "turned_away": sum(found)}
+
+
 def search_of(folder: Path) -> Any:
-    """The search in the index that `quality` made."""
+    """The search in the index of a folder."""
     from onecard.documents.engine import open_search
 
     return open_search(folder / "index")
@@ -181,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(DocumentsBenchmarkOptions, argv, description=__doc__ or "")
     with tempfile.TemporaryDirectory() as name:
         result = {"machine": machine("cpu"), "quality": quality(Path(name) / "planted")}
+        result["own_pages"] = turned_away(Path(name) / "pages")
         if options.chunks:
             result["speed"] = speed(Path(name) / "large", options.chunks)
     write_result(options.output, result)

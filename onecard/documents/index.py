@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import nlargest
 from pathlib import Path
@@ -186,6 +186,11 @@ class DocumentIndex:
             word: math.log(1 + (n - n_with + 0.5) / (n_with + 0.5))  # never negative, as Lucene has it
             for word, n_with in zip(indexed, map(self._n_with, indexed), strict=True)
         }
+
+    def unknown(self, words: Collection[str]) -> set[str]:
+        """Those of some words that no chunk holds."""
+        forms = zip(words, self._indexed(list(words)), strict=True)
+        return {word for word, indexed in forms if not any(map(self._n_with, indexed))}
 
     def by_words(self, weights: dict[str, float], most: int) -> list[int]:
         """The chunks with these words, best first by BM25; words that tell little are left out."""

@@ -2,7 +2,8 @@
 
 The order by words (BM25) and the one by meaning are fused by reciprocal ranks: Cormack, Clarke and Buettcher,
 "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods", SIGIR 2009, whose constant is 60.
-Whether a question is answered is decided by its coverage: of all that its words tell, the share that is in one chunk.
+Whether a question is answered is decided by its coverage: of all that its words tell, the share that is in one chunk;
+and by whether it names a thing of its own (`onecard.documents.other_things`).
 Knows an index. Does not know models that answer.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from onecard.documents.index import DocumentIndex, StoredChunk
+from onecard.documents.other_things import is_about_another
 from onecard.documents.words import names_in, question_words
 
 FUSION = 60
@@ -50,9 +52,11 @@ class DocumentSearch:
         chunks = self.index.chunks(fused(orders)[: max(most, N_COVERED)])
         coverages = [max(self._coverages(chunks, own), default=0.0) for own in weights]
         # A question that says enough must have something in the chunk itself, else the subject has changed.
-        leans = len(weights[0]) < FEW_WORDS or coverages[0] > 0
-        coverage = max(coverages) if leans else coverages[0]
-        return SearchResult(tuple(chunks[:most]), coverage, coverage >= self.least_coverage)
+        is_short = len(weights[0]) < FEW_WORDS
+        coverage = max(coverages) if is_short or coverages[0] > 0 else coverages[0]
+        asked = both if is_short or coverages[0] < self.least_coverage else last
+        is_there = coverage >= self.least_coverage and not is_about_another(asked, chunks, self.index.unknown)
+        return SearchResult(tuple(chunks[:most]), coverage, is_there)
 
     def _weights(self, question: str) -> dict[str, float]:
         """What each word of a question tells; names tell more."""

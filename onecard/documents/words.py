@@ -16,6 +16,7 @@ import yaml
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _RUN = re.compile(f"[{_CJK}]+|[^\\W_{_CJK}]+")
 _IS_CJK = re.compile(f"[{_CJK}]")
+_SIGNS = re.compile(r"[^\w \t]+|_")
 # A word with a capital inside a sentence.
 _NAME = re.compile(r"(?<=[a-z,;:] )[A-Z][^\W_]+")
 # "it's", "Smith's": the part behind the apostrophe says nothing.
@@ -39,6 +40,30 @@ def question_words(text: str) -> list[str]:
     english, chinese = _stop_words()
     found = [word for word in search_words(chinese.sub(" ", text)) if word not in english]
     return list(dict.fromkeys(found or search_words(text)))
+
+
+def runs_of(text: str) -> list[str | list[str]]:
+    """What stands together without a sign between: Chinese without its function words, or words with blanks between.
+
+    "the Moor Tower, 松岭的灯塔" -> [["the", "Moor", "Tower"], "松岭", "灯塔"].
+    """
+    found: list[str | list[str]] = []
+    for part in _SIGNS.split(_stop_words()[1].sub("\n", _CLITIC.sub("", text))):
+        is_open = False
+        for run in _RUN.findall(part):
+            if _IS_CJK.match(run):
+                found.append(run)
+            elif is_open and isinstance(found[-1], list):
+                found[-1].append(run)
+            else:
+                found.append([run])
+            is_open = not _IS_CJK.match(run)
+    return found
+
+
+def is_function_word(word: str) -> bool:
+    """Whether a word says nothing about what is asked."""
+    return word.lower() in _stop_words()[0]
 
 
 def names_in(text: str) -> list[str]:

@@ -18,7 +18,8 @@ from benchmarks.planted_documents import PlantedSet, planted, write
 from onecard.console import run_main
 from onecard.documents import vectors as vectors_module
 from onecard.documents.chunks import TextChunk
-from onecard.documents.index import DocumentIndex
+from onecard.documents.index import DocumentIndex, StoredChunk
+from onecard.documents.other_things import is_about_another, named_in
 from onecard.documents.search import LEAST_COVERAGE, DocumentSearch, fused
 from onecard.documents.update import ReadingLimits, UpdateCounts, update
 from onecard.documents.vectors import TextVectors, VectorSearch, stored
@@ -61,7 +62,42 @@ def test_questions_from_elsewhere_are_not_in_the_documents(corpus: PlantedSet, c
     search = DocumentSearch(corpus_index)
     assert len(corpus.elsewhere) == 20
     assert [q.text for q in corpus.elsewhere if search.find([q.text], 3).is_there] == []
-    assert sum(not search.find([q.text], 3).is_there for q in corpus.unknown_names) >= 5
+
+
+def test_questions_about_another_thing_of_a_known_kind_are_not_in_the_documents(
+    corpus: PlantedSet, corpus_index: DocumentIndex
+) -> None:
+    search = DocumentSearch(corpus_index)
+    asked = [q.text for q in (*corpus.unknown_names, *corpus.unknown_names_later, *corpus.unknown_names_held_out)]
+    assert len(asked) == 66
+    # A number is no name.
+    assert [text for text in asked if search.find([text], 3).is_there] == ["报警代码E104是什么意思？"]
+    assert not search.find(["Who founded Quonnabog Foundry?", "And its main product?"], 3).is_there
+    assert len(corpus.paraphrases) == 100
+    assert sum(search.find([q.text], 3).is_there for q in corpus.paraphrases) >= 98
+
+
+def test_a_name_and_its_kind_stand_beside_each_other() -> None:
+    assert named_in("Who owns the Moor Tower, 龙泽大桥的栏杆?") == [("moor", "tower"), ("龙泽", "大桥")]
+    assert named_in("the bridge at Netherby") == []
+    assert named_in("the bridge at Netherby", with_places=True) == [("netherby", "bridge")]
+
+
+def test_three_documents_make_a_kind_and_a_known_name_is_no_other_thing() -> None:
+    def chunks(*titles: str) -> list[StoredChunk]:
+        return [StoredChunk(k, f"{k}.md", 0, title, "The bridge is long.") for k, title in enumerate(titles)]
+
+    bridges = chunks("The Moor bridge", "The Elm bridge", "The Low bridge")
+
+    def is_other(question: str, found: list[StoredChunk], *known: str) -> bool:
+        return is_about_another(question, found, lambda words: set(words) - {"moor", "bridge", *known})
+
+    assert is_other("How long is the fell bridge?", bridges)
+    assert not is_other("How long is the fell bridge?", bridges, "fell"), "what a document holds is no strange name"
+    assert not is_other("How long is the old Moor bridge?", bridges) and not is_other("the fell mill", bridges)
+    assert not is_other("How long is the fell bridge?", bridges[:2]) and not is_other("", bridges)
+    assert not is_other("the fell bridge", chunks("The old bridge", "The old bridge", "The Low bridge"))
+    assert not is_other("the many bridge", chunks("The 3 bridge", "The 4 bridge", "The 5 bridge"))
 
 
 def test_a_question_that_leans_on_the_one_before_it_finds_what_both_are_about(corpus_index: DocumentIndex) -> None:
@@ -200,7 +236,8 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
 ADDING = """
 import sys
 from pathlib import Path
-from onecard.documents.index import DocumentIndex
+from onecard.documents.index import DocumentIndex, StoredChunk
+from onecard.documents.other_things import is_about_another, named_in
 from onecard.documents.update import ReadingLimits, update
 
 class Telling(DocumentIndex):
