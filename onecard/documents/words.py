@@ -7,6 +7,7 @@ questions say nothing about what is asked. Knows texts alone.
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ _CLITIC = re.compile(r"['’](?:s|re|ve|ll|d|m|t)\b", re.IGNORECASE)
 def search_words(text: str) -> list[str]:
     """The words under which a passage is found: "Tower 塔身高41米" -> ["tower", "塔身", "身高", "41", "米"]."""
     found: list[str] = []
-    for run in _RUN.findall(_CLITIC.sub("", text).lower()):
+    for run in _RUN.findall(_CLITIC.sub("", _plain(text)).lower()):
         is_long = len(run) > 1 and _IS_CJK.match(run)
         found += [one + other for one, other in pairwise(run)] if is_long else [run]
     return found
@@ -38,7 +39,7 @@ def question_words(text: str) -> list[str]:
     All words where nothing else is left.
     """
     english, chinese = _stop_words()
-    found = [word for word in search_words(chinese.sub(" ", text)) if word not in english]
+    found = [word for word in search_words(chinese.sub(" ", _plain(text))) if word not in english]
     return list(dict.fromkeys(found or search_words(text)))
 
 
@@ -48,7 +49,7 @@ def runs_of(text: str) -> list[str | list[str]]:
     "the Moor Tower, 松岭的灯塔" -> [["the", "Moor", "Tower"], "松岭", "灯塔"].
     """
     found: list[str | list[str]] = []
-    for part in _SIGNS.split(_stop_words()[1].sub("\n", _CLITIC.sub("", text))):
+    for part in _SIGNS.split(_stop_words()[1].sub("\n", _CLITIC.sub("", _plain(text)))):
         is_open = False
         for run in _RUN.findall(part):
             if _IS_CJK.match(run):
@@ -77,6 +78,12 @@ def size_of(text: str) -> int:
     Of what is no word, such as base64, 16 characters count as one.
     """
     return sum(len(run) if _IS_CJK.match(run) else 1 + len(run) // 16 for run in _RUN.findall(text))
+
+
+def _plain(text: str) -> str:
+    """One form of what Unicode writes in several: letters with their accents apart, as macOS names files; ligatures of
+    print; signs of full width."""
+    return unicodedata.normalize("NFKC", text)
 
 
 @cache

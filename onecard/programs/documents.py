@@ -106,19 +106,25 @@ def list_documents(options: ListedOptions) -> None:
 def remove_documents(options: RemoveOptions) -> None:
     """Take out what the names fit."""
     from fnmatch import fnmatchcase
+    from unicodedata import normalize
 
     from onecard.config.parsing import comma_list
     from onecard.console import nearest, say
-    from onecard.documents.index import DocumentIndex
+    from onecard.documents.index import DocumentIndex, StoredDocument
     from onecard.errors import DataError
 
     index, wanted = DocumentIndex(Path(options.index)), comma_list(options.names)
     documents = index.documents()
+
+    def fits(document: StoredDocument, name: str) -> bool:
+        # macOS tells names with their accents apart, which nobody types.
+        return fnmatchcase(normalize("NFC", document.name), normalize("NFC", name))
+
     for name in wanted:
-        if not any(fnmatchcase(document.name, name) for document in documents):
+        if not any(fits(document, name) for document in documents):
             known = [document.name for document in documents]
             raise DataError(f"no document is called {name}{nearest(name, known)}", options.index)
-    gone = [document for document in documents if any(fnmatchcase(document.name, name) for name in wanted)]
+    gone = [document for document in documents if any(fits(document, name) for name in wanted)]
     index.remove(gone)
     say(f"{len(gone):,} documents were taken out")
 

@@ -120,6 +120,21 @@ def test_names_of_files_and_headings_are_searched_too(tmp_path: Path) -> None:
         assert (chunk.document, chunk.headings) == ("vacation rules.md", "Employees > Leave")
 
 
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ("The ﬁlter is new.", "filter"),
+        ("\u1112\u1161\u11ab\u1100\u116e\u11a8", "한국"),
+        ("代码Ｅ１０４", "E104"),
+        ("ＥＲＲ", "err"),
+    ],
+)
+def test_one_letter_is_found_in_every_form_of_it(written: str, asked: str, tmp_path: Path) -> None:
+    index = DocumentIndex(tmp_path, create=True)
+    index.put("/a", "a.md", "1", [TextChunk(written, 0, ()), TextChunk("nothing", 0, ())])
+    assert [chunk.text for chunk in DocumentSearch(index).find([asked], 5).chunks] == [written]
+
+
 def test_signs_of_the_search_language_are_only_words(corpus_index: DocumentIndex) -> None:
     search = DocumentSearch(corpus_index)
     for question in (
@@ -216,6 +231,10 @@ def test_what_is_removed_is_gone_and_a_slip_is_answered(tmp_path: Path, capsys: 
     documents.main(["add", str(tmp_path / "in"), *index])
     documents.main(["remove", "old/*", *index])
     assert "2 documents were taken out" in capsys.readouterr().out
+    write({"cafe\u0301.md": "delta"}, tmp_path / "in")  # as macOS tells the name
+    documents.main(["add", *index])
+    documents.main(["remove", "café.md", *index])
+    assert "1 documents were taken out" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"no document is called nwe.md \(did you mean new.md\?\)"):
         documents.main(["remove", "nwe.md", *index])
     with pytest.raises(DataError, match="holds no index; make one"):
