@@ -62,6 +62,25 @@ def test_no_module_of_one_system_is_imported_before_it_is_needed() -> None:
         assert not calls & {"os.fork", "os.forkpty", "multiprocessing.Process", "multiprocessing.Pool"}, file
 
 
+def test_files_are_renamed_and_programs_read_as_windows_needs_it() -> None:
+    """There a virus scanner holds a new file for a moment, which `storage.move` waits for; and what a program prints is
+    not in the code page of the system, in which `text=True` alone reads it."""
+    n_moves = n_programs = 0
+    for file in sorted((SHIPPED / "onecard").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name, words = ast.unparse(node.func), {word.arg for word in node.keywords}
+            n_moves += name == "move"
+            is_rename = name.endswith(".replace") and len(node.args) == 1 and not words
+            assert file.name == "storage.py" or not is_rename, f"{file}:{node.lineno}: use storage.move"
+            assert name not in ("os.rename", "os.replace", "shutil.move"), f"{file}:{node.lineno}: use storage.move"
+            if name in ("subprocess.run", "subprocess.Popen"):
+                n_programs += 1
+                assert not words & {"text", "universal_newlines"} or "encoding" in words, f"{file}:{node.lineno}"
+    assert n_moves >= 10 and n_programs >= 8
+
+
 def test_templates_render_the_same_from_a_checkout_with_crlf(tmp_path: Path, sp_tokenizer) -> None:
     files = sorted(FOLDER.glob("*.jinja"))
     assert len(files) >= 7

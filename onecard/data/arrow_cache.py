@@ -27,7 +27,7 @@ from onecard.console import warn
 from onecard.data.encode import EncodedSample
 from onecard.data.sources import ReadReport
 from onecard.errors import DataError, OneCardError
-from onecard.storage import sha256_of, sync_file, write_whole
+from onecard.storage import move, sha256_of, sync_file, write_whole
 
 # (coded sample, where its record is found, its group)
 Row = tuple[EncodedSample, str, int]
@@ -116,7 +116,7 @@ def write_cache(target: Path, key: str, report: DatasetReport, batches: Iterable
             "fingerprint": content.fingerprint(),
             "report": report.as_dict(),
         }
-        partial.replace(target)
+        move(partial, target)
         write_whole(target.with_suffix(".json"), json.dumps(manifest, ensure_ascii=False))
         return content.fingerprint()
     except OSError as reason:

@@ -184,7 +184,7 @@ def _sentencepiece() -> list[Finding]:
 def _gradio() -> list[Finding]:
     """In a process of its own: it is large, and only the pages need it."""
     command = [sys.executable, "-c", "import gradio; print(gradio.__version__)"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
     error = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
     return doctor.judge_kernel("gradio", "cpu", error, needed=False, remedy=install_command())
 

@@ -133,7 +133,9 @@ def nvidia_smi(query: str) -> list[list[str]]:
         return []
     command = [program, query, "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=SMI_SECONDS
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):  # it hangs where the driver does; torch's own word remains
         return []
     lines = done.stdout.splitlines() if done.returncode == 0 else []

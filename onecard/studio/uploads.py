@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from onecard.config.given_paths import DATA_SUFFIXES
 from onecard.serve.http_error import ApiError, bad_request
+from onecard.storage import move
 from onecard.studio.file_names import RESERVED
 
 PARTIAL = ".partial"
@@ -50,7 +51,9 @@ async def save_upload(pieces: AsyncIterable[bytes], name: str, folder: Path, mos
         if not await _write(partial, pieces, most_bytes):
             raise bad_request(f"{name} is empty", "name", "empty_file")
         with _naming:
-            return partial.replace(_free(folder, name))
+            target = _free(folder, name)
+            move(partial, target)
+            return target
     except OSError as reason:
         if isinstance(reason, ConnectionError):  # the browser has gone
             raise

@@ -19,7 +19,7 @@ from typing import Any
 from onecard.errors import ConfigError, ModelError, Stopped
 from onecard.export.hub.files import PASSING, TIMEOUT_S, TRIES, HubFile, Listing, explained, wait_s
 from onecard.export.io.output import free_room_bytes, new_directory, progress
-from onecard.storage import digest_of, is_no_room, sync_file
+from onecard.storage import digest_of, is_no_room, move, sync_file
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def fetch(listing: Listing, target: Path | None, *, overwrite: bool = False, max
         _fetch_all(listing, place, max_workers)
         _keep_only(place.root, {place.final(file) for file in listing.files})
         staged.rmdir()
-        place.root.replace(staged)
+        move(place.root, staged)
     return target
 
 
@@ -170,7 +170,7 @@ def _bring(
             "it was removed; start again, or name another --endpoint"
         )
     sync_file(part)
-    part.replace(final)
+    move(part, final)
 
 
 def _gather(listing: Listing, file: HubFile, part: Path, moved: Callable[[int], Any], stop: threading.Event) -> bool:

@@ -28,6 +28,7 @@ from onecard.console import first_line
 from onecard.errors import ModelError
 from onecard.manifest import MANIFEST
 from onecard.model.files import check_weights, read_json, safetensors_header, write_json
+from onecard.storage import move
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -211,11 +212,11 @@ class ShardWriter:
         if n == 0:
             raise ModelError(f"there is no tensor to write into {self.directory}")
         if n == 1:
-            (self.directory / _unfinished(0)).replace(self.directory / "model.safetensors")
+            move(self.directory / _unfinished(0), self.directory / "model.safetensors")
             return [self.directory / "model.safetensors"]
         names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
         for i, name in enumerate(names):
-            (self.directory / _unfinished(i)).replace(self.directory / name)
+            move(self.directory / _unfinished(i), self.directory / name)
         weight_map = {tensor: name for name, held in zip(names, self._shards, strict=True) for tensor in held}
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.directory / "model.safetensors.index.json", index)

@@ -34,7 +34,7 @@ from onecard.export.quantize.calibration import Rows
 from onecard.export.quantize.options import GROUP_SIZES
 from onecard.model.files import base_fingerprint, read_json, write_json
 from onecard.model.gptq import QUANTIZE_CONFIG, quiet_gptqmodel
-from onecard.storage import is_no_room
+from onecard.storage import is_no_room, move
 
 KEPT_BY_LAYER = ("llama", "qwen3_moe")  # the families whose half-done work gptqmodel 7.6 can keep
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -112,7 +112,7 @@ def quantize(source: Path, rows: Rows, settings: GptqSettings, target: Path, kep
     copy_small_files(source, target)
     for file in sorted(written.iterdir()):
         if file.name.startswith("model") and ".safetensors" in file.name:
-            file.replace(target / file.name)
+            move(file, target / file.name)
     shutil.rmtree(written)
     _write_configs(source, target, settings)
 
