@@ -16,6 +16,7 @@ from onecard.curation.make.journal import JOURNAL_FILE
 from onecard.errors import ConfigError, DataError
 from onecard.evaluate.report import ANSWERS_FILE, REPORT_FILE
 from onecard.statistics import RESULTS, PairedTest, paired_test
+from onecard.train.findings import AFTER, BEFORE
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,21 @@ class ComparedSuite:
         }  # fmt: skip
 
 
+def folders_of(a: str, b: str) -> tuple[Path, Path]:
+    """Where two evaluations lie, each named by its folder, by a run that has measured itself (--eval_suites), or as
+    "base", which is that of the other run's base."""
+    return _folder_of(a, b), _folder_of(b, a)
+
+
+def _folder_of(side: str, other: str) -> Path:
+    folder = Path(side).expanduser()
+    if (folder / REPORT_FILE).is_file():
+        return folder
+    if side == "base":
+        return Path(other).expanduser() / BEFORE
+    return folder / AFTER if (folder / AFTER).is_dir() else folder
+
+
 def compare_reports(a: Path, b: Path, *, level: float = 0.95, seed: int = 0) -> list[ComparedSuite]:
     """The suites that both folders hold. Raises DataError, and ConfigError where they cannot be compared."""
     first, second = read_evaluation(a), read_evaluation(b)
@@ -141,8 +157,8 @@ def read_evaluation(folder: Path) -> dict[str, dict[str, Any]]:
             row = json.loads(line)
             found[row["suite"]]["rows"][row["key"]] = row
     except FileNotFoundError as reason:
-        raise DataError(f"there is no {Path(reason.filename).name}; onecard evaluate writes it when it has ended",
-                        str(folder)) from None  # fmt: skip
+        raise DataError(f"there is no {Path(reason.filename).name}; onecard evaluate writes it when it has ended, and "
+                        "finetune --eval_suites in a run", str(folder)) from None  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise DataError(f"is no whole evaluation ({type(reason).__name__}: {reason})", str(folder)) from None
     return found

@@ -89,7 +89,9 @@ class EvaluateOptions:
     """Times that the endpoint is asked before the evaluation ends; what was graded is kept."""
     compare: str | list[str] = ""
     """Measure nothing; compare two folders that this program wrote, A B, over the records that both answered, with the
-    interval of the difference. --output_path is then the folder for comparison.json and comparison.md; empty: none."""
+    interval of the difference. A run of finetune --eval_suites stands for what it measured at its end, "base" for what
+    the other run measured before its first step. --output_path is then the folder for comparison.json and
+    comparison.md; empty: none."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -179,11 +181,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare(options: EvaluateOptions) -> dict[str, Any]:
     """Put two evaluations side by side; the comparison, which is written where a folder is named."""
-    from onecard.evaluate.compare import compare_reports, comparison_lines
+    from onecard.evaluate.compare import compare_reports, comparison_lines, folders_of
     from onecard.evaluate.report import comparison_markdown
     from onecard.storage import write_whole
 
-    a, b = (Path(folder).expanduser() for folder in options.compare)
+    a, b = folders_of(*options.compare)
     suites = compare_reports(a, b, level=LEVEL, seed=options.seed)
     found = {"a": str(a), "b": str(b), "level": LEVEL, "suites": [suite.plain() for suite in suites]}
     for line in comparison_lines(suites, LEVEL):

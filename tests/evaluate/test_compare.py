@@ -69,6 +69,23 @@ def test_each_suite_is_compared_over_the_records_of_both(tmp_path: Path, capsys:
     assert all(word(result, 1) != result for result in RESULTS.values())
 
 
+def test_runs_stand_for_what_they_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run, part, f1 in (("old", "before", 0.1), ("old", "after", 0.2), ("new", "before", 0.3), ("new", "after", 0.4)):
+        Path(run, "evaluation").mkdir(parents=True, exist_ok=True)
+        measured(Path(run, "evaluation", part), {"open/q": ("open", {}, [{"f1": f1}] * 10)})
+    for words, said in (
+        (["old", "new"], "f1 0.2000 in A, 0.4000 in B"),
+        (["base", "new"], "f1 0.3000 in A, 0.4000 in B"),
+        (["old", "base"], "f1 0.2000 in A, 0.1000 in B"),
+        (["new/evaluation/before", "old"], "f1 0.3000 in A, 0.2000 in B"),
+    ):
+        evaluate.main(["--compare", *words])
+        assert said in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
