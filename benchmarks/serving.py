@@ -20,10 +20,11 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     given = asdict(options) | {name: Path(getattr(options, name)).name for name in ("output", "model_path")}
     end = time.monotonic() + options.seconds if options.seconds else float("inf")
     rows: list[dict[str, Any]] = []
-    engines, device = open_engines(options)
+    engines, model, device = open_engines(options)
+    forward = partial(forward_alone, model, engines["serial"].tokenizer()(QUESTION)["input_ids"], options.new_tokens)
     with ExitStack() as stack:
         ports = {path: stack.enter_context(serving(engine)) for path, engine in engines.items()}
         for engine in engines.values():
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         for port in ports.values():
             ask(port, 0, 2)  # kernels are chosen and the first memory is taken
         for word in options.clients.split(","):
-            rows += rows_of(int(word), rows, ports, options, end - time.monotonic())
+            rows += rows_of(int(word), rows, ports, options, end - time.monotonic(), forward)
             write_result(options.output, {"options": given, "rows": rows, "machine": machine(device)})
     say_table(
         ["clients", "path", "tokens/s", "of one by one, per CPU second", "first token, s (median)", "worst", "not run"],
@@ -123,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
 COLUMNS = ("clients", "path", "tokens_per_s", "speedup_per_cpu_s", "first_token_median", "first_token_worst", "not_run")
 
 
-def open_engines(options: ServingOptions) -> tuple[dict[str, Any], str]:
-    """The engine of `tools/serve.py` around a base that lies in memory, once for each way to answer, and its device."""
+def open_engines(options: ServingOptions) -> tuple[dict[str, Any], Any, str]:
+    """The engine of `tools/serve.py` around a base in memory, once for each way to answer, the base and its device."""
     import torch
 
     from benchmarks.random_models import base_model
@@ -148,7 +150,7 @@ def open_engines(options: ServingOptions) -> tuple[dict[str, Any], str]:
     engines = {"serial": InferenceEngine(adapters, LimitOptions())}
     if options.max_parallel > 1:
         engines["batched"] = InferenceEngine(adapters, LimitOptions(), ParallelOptions(options.max_parallel))
-    return engines, str(hardware.device)
+    return engines, base.model, str(hardware.device)
 
 
 @contextmanager
@@ -174,7 +176,12 @@ def serving(engine: Any) -> Iterator[int]:
 
 
 def rows_of(
-    n: int, rows: list[dict[str, Any]], ports: dict[str, int], options: ServingOptions, left: float
+    n: int,
+    rows: list[dict[str, Any]],
+    ports: dict[str, int],
+    options: ServingOptions,
+    left: float,
+    forward: Callable[[int], float],
 ) -> list[dict[str, Any]]:
     """So many clients at once, or why they were not let loose: by the time that the last rows took, one at a time."""
     before = next((row for row in reversed(rows) if "seconds" in row), None)
@@ -182,9 +189,12 @@ def rows_of(
     if before and expected > left:
         return [{"clients": n, "not_run": f"{max(0.0, left):.0f} s left, about {expected:.0f} needed"}]
     found: dict[str, list[Measured]] = {path: [] for path in ports}
+    alone: list[float] = []
     for _ in range(options.repeats):
         for path, port in ports.items():
             found[path].append(measure(n, port, options))
+        if len(ports) > 1:
+            alone.append(forward(n))
     new = [row_of(n, path, each) for path, each in found.items()]
     for row, path in zip(new[1:], [*found][1:], strict=True):
         ratios = [
@@ -193,7 +203,26 @@ def rows_of(
         ]
         row["speedup_per_cpu_s"] = round(statistics.median(ratios), 2)
         row["speedups"] = [round(ratio, 2) for ratio in ratios]
+    if alone:
+        new.append({"clients": n, "path": "forward", "speedup_per_cpu_s": round(statistics.median(alone), 2),
+                    "speedups": [round(ratio, 2) for ratio in alone]})  # fmt: skip
     return new
+
+
+def forward_alone(model: Any, prompt: list[int], new_tokens: int, n: int) -> float:
+    """How many times fewer CPU seconds n answers take as rows of one batch than one by one, without a server."""
+    import torch
+
+    def cpu_seconds(n_rows: int) -> float:
+        begun = time.process_time()
+        with torch.inference_mode():
+            ids, cache = torch.tensor([prompt] * n_rows, device=model.device), None
+            for _ in range(new_tokens):
+                found = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids, cache = found.logits[:, -1:].argmax(dim=-1), found.past_key_values
+        return time.process_time() - begun
+
+    return n * cpu_seconds(1) / cpu_seconds(n)
 
 
 def measure(n: int, port: int, options: ServingOptions) -> Measured:
