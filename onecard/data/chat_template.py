@@ -74,6 +74,11 @@ class Template:
     day: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    @property
+    def known_name(self) -> str:
+        """The name of the built-in template that this one is, whatever it was loaded from; else its own."""
+        return built_in_name(self.jinja) or self.name
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

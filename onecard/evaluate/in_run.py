@@ -111,7 +111,7 @@ class RunSuites:
                 parts = answered(folder, self.tasks, self.bundle, journal, BATCH_SIZE, self.directory.name)
         finally:
             model.train(was_training)
-        settings = {"model": what, "template": self.bundle.template.name, "seed": self.run.options.seed}
+        settings = {"model": what, "template": self.bundle.template.known_name, "seed": self.run.options.seed}
         write_report(folder, build_report({**settings, "interval": "95 %"}, parts))
 
 

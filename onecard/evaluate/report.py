@@ -14,7 +14,7 @@ from onecard import __version__
 
 REPORT_FILE, ANSWERS_FILE = "report.json", "answers.jsonl"
 WORST = 20
-_NAMED = ("method", "prompt", "rule", "gain_in", "template")  # settings whose values may be names in words.yaml
+_NAMED = ("method", "prompt", "rule", "gain_in")  # settings whose values are names in words.yaml
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "sacrebleu", "rouge-score")
 
 
@@ -122,7 +122,7 @@ def _settings(values: Mapping[str, Any]) -> list[str]:
 
 def is_word(name: str, value: Any) -> bool:
     """Whether words.yaml says the value of this setting in both languages."""
-    return name in _NAMED and str(value) in words()
+    return name in _NAMED or (name, value) == ("template", "auto")
 
 
 def _value(name: str, value: Any) -> str:

@@ -333,7 +333,7 @@ def _settings(config: EvaluateConfig, bundle: ModelBundle, depends_on: dict[str,
         "adapter": options.lora_path or "-",
         "bits": depends_on["bits"],
     }
-    told |= {"dtype": depends_on["dtype"], "template": bundle.template.name, "base": str(depends_on["base"])[:16]}
+    told |= {"dtype": depends_on["dtype"], "template": bundle.template.known_name, "base": str(depends_on["base"])[:16]}
     told |= {"adapter_scale": options.adapter_scale} if options.adapter_scale != 1 else {}
     return told | {"thinking": options.thinking, "seed": options.seed, "interval": "95 %"}
 

@@ -24,7 +24,7 @@ from onecard.serve.web.browsers import SessionRegistry
 from onecard.serve.web.chat import MAX_REGENERATIONS, ChatInputs, ChatPage, ChatView, remembered_language
 from onecard.serve.web.i18n import word
 from onecard.serve.web.sanitize import original, plain_markdown
-from onecard.serve.web.settings import NAMES, OWN_PROMPT_TYPE, PageSettings, template_name
+from onecard.serve.web.settings import NAMES, OWN_PROMPT_TYPE, PageSettings
 
 Words = Callable[[str], Any]  # language -> what a component shows
 Change = dict[str, Any] | None  # the properties of a component that change; None leaves it as it is
@@ -327,7 +327,7 @@ def asking_first(n_texts: int, known: str) -> str:
 def prompt_choices(engine: InferenceEngine, adapter: str, language: str) -> list[tuple[str, str]]:
     """(shown, value) of the prompt types: the adapter's own first."""
     try:
-        name = template_name(engine.template(adapter))
+        name = engine.template(adapter).known_name
     except OneCardError:
         name = "?"  # an adapter that cannot be read says so when it is asked; the page opens all the same
     own = word(language, "prompt_type.own", name=name)

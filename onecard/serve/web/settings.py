@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from onecard.config.inference import SamplingOptions
-from onecard.data.built_in_templates import BUILT_IN, built_in_name
-from onecard.data.chat_template import Template, thought_switch
+from onecard.data.built_in_templates import BUILT_IN
+from onecard.data.chat_template import thought_switch
 from onecard.inference.engine import InferenceEngine
 from onecard.serve.web.i18n import word
 
@@ -209,11 +209,6 @@ def stored_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def template_name(template: Template) -> str:
-    """The built-in template that this is, whatever the file is called that it was stored in; else its own name."""
-    return built_in_name(template.jinja) or template.name
 
 
 def _text(value: Any) -> str:

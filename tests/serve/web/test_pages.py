@@ -27,7 +27,7 @@ from onecard.serve.web.examples import examples_in, first_messages, questions
 from onecard.serve.web.i18n import LANGUAGES, all_words, language_of, word
 from onecard.serve.web.sanitize import INVISIBLE, original, plain_markdown
 from onecard.serve.web.script import TOO_LARGE, head
-from onecard.serve.web.settings import NAMES, NUMBERS, template_name
+from onecard.serve.web.settings import NAMES, NUMBERS
 from onecard.serve.web.undo import MAX_CHARS, kept
 from tests.fake_engine import HOSTILE, FakeEngine, Script
 
@@ -531,8 +531,8 @@ def test_the_page_carries_no_foreign_address() -> None:
 
 def test_a_stored_template_is_called_by_the_name_that_people_know(sp_tokenizer: Any) -> None:
     own = load_template("vicuna-chat", sp_tokenizer)
-    assert template_name(replace(own, name="chat_template")) == "vicuna-chat"
-    assert template_name(replace(own, name="mine", jinja="{{ messages }}")) == "mine"
+    assert replace(own, name="chat_template").known_name == "vicuna-chat"
+    assert replace(own, name="mine", jinja="{{ messages }}").known_name == "mine"
 
 
 def test_limits_of_the_engine_bound_the_sliders() -> None:
