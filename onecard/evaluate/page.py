@@ -8,7 +8,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from onecard.evaluate.report import REPORT_FILE, by_group, columns_of, is_word, markdown, note_text, shown, word
+from onecard.evaluate.report import (
+    REPORT_FILE,
+    by_group,
+    columns_of,
+    is_word,
+    markdown,
+    note_text,
+    setting,
+    shown,
+    word,
+)
 from onecard.storage import write_whole
 
 _STYLE = """
@@ -19,8 +29,8 @@ body{overflow-wrap:anywhere}
 table{border-collapse:collapse;font-size:.9rem}td,th{border:1px solid #8886;padding:.2rem .5rem;text-align:right}
 td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}
 .one td,.one th{white-space:normal}
-dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem 1rem;font-size:.9rem}dt{opacity:.7}dd{margin:0}
-svg{width:100%;height:auto;max-width:44rem}svg text{fill:currentColor;font-size:12px}
+dl{display:grid;grid-template-columns:fit-content(50%) 1fr;gap:.1rem 1rem;font-size:.9rem}dt{opacity:.7}dd{margin:0}
+svg{width:100%;height:auto;max-width:32rem}svg text{fill:currentColor;font-size:12px}
 .bars{display:grid;grid-template-columns:fit-content(40%) 1fr auto;gap:.1rem .5rem;align-items:center;max-width:44rem}
 .bars{font-size:.8rem;margin:.5rem 0}.bars svg{height:.8rem}
 details{border:1px solid #8886;border-radius:.3rem;padding:.4rem .6rem;margin:.4rem 0}
@@ -82,7 +92,7 @@ def _spans(english: str, chinese: str) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    shown_values = {name: _both(str(v)) if is_word(name, v) else escape(str(v)) for name, v in values.items()}
+    shown_values = {name: _both(str(v)) if is_word(name, v) else escape(setting(v)) for name, v in values.items()}
     return "<dl>" + "".join(f"<dt>{_both(k)}</dt><dd>{v}</dd>" for k, v in shown_values.items()) + "</dl>"
 
 
@@ -115,7 +125,7 @@ def _dial(measures: Sequence[dict[str, Any]], gain_in: str) -> str:
     most = max(kl for _, kl, *_ in points) or 1.0
     least, top = min(0.0, *(low for *_, low, _ in points)), max(0.0, *(high for *_, high in points))
     span = (top - least) or 1.0
-    left, width, height, above = 70, 520, 230, 14
+    left, width, height, above = 60, 290, 180, 14  # pixels of a phone's screen
 
     def place(kl: float, gain: float) -> tuple[float, float]:
         return left + 10 + (width - 40) * kl / most, above + height * (top - gain) / span
@@ -141,15 +151,11 @@ def _dial(measures: Sequence[dict[str, Any]], gain_in: str) -> str:
         f'<text x="{left + 10}" y="{bottom}">0</text>'
         f'<text x="{left + width}" y="{bottom}" text-anchor="end">{most:.4f}</text>'
     )
-    label = "".join(
-        f'<text class="{code}" x="{left + width / 2:.0f}" y="{bottom}" text-anchor="middle">'
-        f"{escape(word('dial', k).format(score=word(gain_in, k)))}</text>"
-        for k, code in enumerate(("en", "zh"))
-    )
+    label = _spans(*(word("dial", k).format(score=word(gain_in, k)) for k in (0, 1)))
     line = f'<polyline points="{" ".join(way)}" fill="none" stroke="#4a7fb5" opacity=".6"/>'
     return (
         f'<svg viewBox="0 0 {left + width + 30} {bottom + 8}" role="img"><title>{escape(word("by_scale"))}</title>'
-        f"{axes}{label}{line}{''.join(drawn)}</svg>"
+        f"{axes}{line}{''.join(drawn)}</svg><br><small>{label}</small>"
     )
 
 

@@ -125,8 +125,13 @@ def is_word(name: str, value: Any) -> bool:
     return name in _NAMED or (name, value) == ("template", "auto")
 
 
+def setting(value: Any) -> str:
+    """The value of a setting as it is read."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _value(name: str, value: Any) -> str:
-    return _both(str(value)) if is_word(name, value) else _cell(str(value))
+    return _both(str(value)) if is_word(name, value) else _cell(setting(value))
 
 
 def _both(name: str) -> str:
