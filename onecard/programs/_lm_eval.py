@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from onecard.config.base_model import ModelOptions, rope_scaling_of
 from onecard.config.inference import AnsweringModelOptions
@@ -85,11 +85,14 @@ def command_of(config: LmEvalConfig) -> list[str]:
 
     options = config.lm_eval
     base = base_path(config.model.model_path, options.lora_path)
+    tokenizer, _ = load_words(replace(config.model, model_path=base), options.lora_path, "auto")
+    # The harness leaves it out by default, of a server, too, which is sent ids; many models are far worse without.
+    begins_with_bos = {"add_bos_token": str(bool(beginning_ids(tokenizer)))}
     if options.base_url:
         model = "local-completions"
         arguments = {"base_url": f"{options.base_url.rstrip('/')}/completions", "tokenizer": base}
         arguments["model"] = options.served_model
-        arguments["tokenizer_backend"] = "huggingface"
+        arguments |= {"tokenizer_backend": "huggingface", **begins_with_bos}
     else:
         if rope_scaling_of(config.model.rope_scaling) is not None:
             raise ConfigError("--rope_scaling", f"{config.model.rope_scaling} does not reach the harness, which loads "
@@ -102,9 +105,7 @@ def command_of(config: LmEvalConfig) -> list[str]:
             arguments["peft"] = options.lora_path
         if run is not None and has_tokenizer(run):
             arguments["tokenizer"] = str(run)
-        tokenizer, _ = load_words(config.model, options.lora_path, "auto")
-        # The harness leaves it out by default, and many models are far worse without.
-        arguments["add_bos_token"] = str(bool(beginning_ids(tokenizer)))
+        arguments |= begins_with_bos
         if config.model.bits in (4, 8):
             arguments[f"load_in_{config.model.bits}bit"] = "True"
         else:

@@ -219,7 +219,8 @@ def test_the_harness_is_told_what_it_has_to_know(lm_eval_config: Any) -> None:
     config.lm_eval.base_url, config.lm_eval.served_model = "http://127.0.0.1:8000/v1", "mine"
     arguments = _lm_eval.command_of(config)[8]
     assert arguments == (
-        f"base_url=http://127.0.0.1:8000/v1/completions,tokenizer={base},model=mine,tokenizer_backend=huggingface"
+        f"base_url=http://127.0.0.1:8000/v1/completions,tokenizer={base},model=mine,tokenizer_backend=huggingface,"
+        "add_bos_token=True"
     )
     with pytest.raises(ConfigError, match="--served_model: and --base_url go together"):
         evaluate.main(["lm-eval", "--tasks", "boolq", "--base_url", "http://127.0.0.1:8000/v1"])
