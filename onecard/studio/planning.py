@@ -1,14 +1,16 @@
 """The memory plan of a run for the page, at every move of a slider. Runs in the studio's worker process.
 
 What takes time is tracing the model's layers on fake tensors, for each number of bits, rank and stretch of lengths
-(`model/memory/extrapolate.py` keeps the traces). So after an answer the plans at the sliders' other stops are made, the
-nearest first, while nobody asks.
+(`model/memory/extrapolate.py` keeps the traces). So a move is answered at once from the traces that are there, by
+nearest ones where its own are not (`model/memory/nearest_sample.py`), and the plan itself follows. After it the plans
+at the sliders' other stops are made, the nearest first, while nobody asks.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +29,7 @@ STOPS: dict[str, tuple[int, ...]] = {
 DEFAULTS = {"bits": 4, "cutoff_len": 1024, "lora_r": 8, "micro_batch": 0}
 FAR = 3  # stops from the present one that are prepared
 MOST_LIMITS = 1000
+WARNING = "warning: "
 Options = tuple[tuple[str, Any], ...]
 _limits: dict[tuple[str, Options, float, bool], dict[str, Any]] = {}
 
@@ -34,6 +37,19 @@ _limits: dict[tuple[str, Options, float, bool], dict[str, Any]] = {}
 def plan(model: str, options: dict[str, Any], gib: float, is_old: bool = False) -> dict[str, Any]:
     """`report.plan_dict`, with what would help where it does not fit. Raises OneCardError as `onecard plan` does."""
     return dict(_plan(model, tuple(sorted(options.items())), gib, is_old))
+
+
+def plan_at_once(model: str, options: dict[str, Any], gib: float, is_old: bool = False) -> dict[str, Any]:
+    """As `plan`, where all traces are there; else about it, within a tenth of a second.
+
+    is_exact: whether it is the plan. is_near: whether traces of other settings of this model stand for those missing.
+    """
+    from onecard.model.memory.nearest_sample import known_traces_alone
+
+    key = tuple(sorted(options.items()))
+    with known_traces_alone() as stood_for:
+        found = _new_plan(model, key, gib, is_old)
+    return {**found, "is_exact": not stood_for, "is_near": all(stood_for)}
 
 
 def limits(model: str, options: dict[str, Any], gib: float, is_old: bool = False) -> dict[str, Any]:
@@ -115,13 +131,21 @@ def _prepare_limits(model: str, options: Options, gib: float, is_old: bool) -> I
 
 @lru_cache(maxsize=512)
 def _plan(model: str, options: Options, gib: float, is_old: bool) -> dict[str, Any]:
+    return _new_plan(model, options, gib, is_old)
+
+
+def _new_plan(model: str, options: Options, gib: float, is_old: bool) -> dict[str, Any]:
+    from onecard.model.memory.activation_peak import warn_again
     from onecard.model.memory.cards import card_of_size, element_bytes
     from onecard.model.memory.plan import make_plan
     from onecard.model.memory.report import advice, plan_dict
 
     architecture, config = _architecture(model), _config(options)
     card, hardware = card_of_size(gib, is_old=is_old)
-    made = make_plan(architecture, config, card, element_bytes=element_bytes(config, hardware, architecture.model_type))
+    width = element_bytes(config, hardware, architecture.model_type)
+    warn_again()
+    with redirect_stderr(io.StringIO()) as said:
+        made = make_plan(architecture, config, card, element_bytes=width)
     found = plan_dict(made)
     positions = architecture.max_positions
     beyond = 0 < positions < made.longest_row // made.rows_per_sample
@@ -133,7 +157,13 @@ def _plan(model: str, options: Options, gib: float, is_old: bool) -> dict[str, A
         "n_weights": architecture.n_weights, "model_type": architecture.model_type,
         "positions": positions if beyond else 0,
         "notes": list(architecture.notes), "advice": [] if made.fits else advice(made, None),
+        "warnings": warnings_in(said.getvalue()),
     }  # fmt: skip
+
+
+def warnings_in(said: str) -> list[str]:
+    """What `console.warn` wrote among these lines."""
+    return [line.removeprefix(WARNING) for line in said.splitlines() if WARNING in line]
 
 
 @lru_cache(maxsize=512)

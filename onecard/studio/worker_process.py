@@ -7,74 +7,120 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from typing import Any, TextIO
 
 from onecard.console import error, quiet_libraries
 from onecard.errors import ConfigError, OneCardError
+from onecard.model.memory.gives_way import GIVES_WAY, GaveWay
 from onecard.studio import data_reading, planning
+from onecard.studio.worker import GAVE_WAY
 from onecard.translation import use_language
 
 QUESTIONS: dict[str, Callable[..., Any]] = {
     "read": data_reading.read_data,
     "tokens": data_reading.tokens_of,
     "plan": planning.plan,
+    "plan_at_once": planning.plan_at_once,
     "limits": planning.limits,
     "machine": planning.machine,
 }
-PREPARED: dict[str, Callable[..., Iterator[None]]] = {"plan": planning.prepare}
+PREPARED: dict[str, Callable[..., Iterator[None]]] = {"plan": planning.prepare, "plan_at_once": planning.prepare}
+PATIENT = "limits"  # asked again and again while they are found: it interrupts nothing
 IDLE_S = 900.0  # then the memory is given back
 PAUSE_S = 0.1  # after a plan: between two questions of a slider that is being moved nothing else is begun
-WARNING = "warning: "
 END = object()
+
+
+class Inbox:
+    """The questions that wait, and whether what is done meanwhile should give way to them."""
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._n_came = self._n_taken = 0  # of those that are urgent; each is counted by one thread
+        self._newest_interruption = -1
+
+    def read(self, stream: Iterable[str]) -> None:
+        """Put in what comes until the stream ends. {"interrupt": n} is for question n, if that is being answered."""
+        for line in stream:
+            message = json.loads(line)
+            if "interrupt" in message:
+                self._newest_interruption = message["interrupt"]
+                continue
+            self._n_came += message["question"] != PATIENT
+            self._lines.put(message)
+        self._lines.put(None)
+
+    def take(self, timeout: float) -> dict[str, Any] | None:
+        """The next question; None at the end. Raises queue.Empty after so many seconds."""
+        message = self._lines.get(timeout=timeout)
+        self._n_taken += message is not None and message["question"] != PATIENT
+        return message
+
+    def somebody_waits(self) -> bool:
+        """Whether there is a question that work done ahead should give way to."""
+        return self._n_came > self._n_taken
+
+    def is_interrupted(self, number: int) -> bool:
+        """Whether this question should give way."""
+        return number <= self._newest_interruption
 
 
 def main() -> None:
     """Answer until the input ends, or nothing was asked for `IDLE_S` seconds."""
     use_language("en")  # the page has its own
     quiet_libraries()
-    answers = _own_output()
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    is_awaited = threading.Event()
-    threading.Thread(target=_read, args=(lines, is_awaited), daemon=True).start()
-    ahead: Iterator[None] = iter(())
-    wait = IDLE_S
+    answers, inbox = _own_output(), Inbox()
+    threading.Thread(target=inbox.read, args=(sys.stdin,), daemon=True).start()
+    begin_ahead: Callable[[], Iterator[None]] = partial(iter, ())
+    ahead, wait = begin_ahead(), IDLE_S
     while True:
-        is_awaited.clear()
         try:
-            line = lines.get(timeout=wait)
+            message = inbox.take(wait)
         except queue.Empty:
             if wait == IDLE_S:
                 return
-            wait = IDLE_S if _go_on(ahead, is_awaited) is END else 0
+            done = go_on(ahead, inbox.somebody_waits)
+            if done is GAVE_WAY:  # what it has made is kept
+                ahead = begin_ahead()
+            wait = IDLE_S if done is END else 0
             continue
-        if not line:
+        if message is None:
             return
-        message = json.loads(line)
         name, arguments = message["question"], message["arguments"]
-        answers.write(json.dumps(answer(name, arguments)) + "\n")
+        with giving_way(partial(inbox.is_interrupted, message.get("number", math.inf))):
+            answers.write(json.dumps(answer(name, arguments)) + "\n")
         answers.flush()
         if name in PREPARED:
-            ahead, wait = PREPARED[name](**arguments), PAUSE_S
+            begin_ahead = partial(PREPARED[name], **arguments)
+            ahead, wait = begin_ahead(), PAUSE_S
 
 
-def _go_on(ahead: Iterator[None], is_awaited: threading.Event) -> object:
-    """Compute a little, or as much of it as can be done until somebody waits for a plan. END: there is no more."""
-    from onecard.model.memory.extrapolate import GIVES_WAY, GaveWay
-
-    before = GIVES_WAY.set(is_awaited.is_set)
+@contextmanager
+def giving_way(gives_way: Callable[[], bool]) -> Iterator[None]:
+    """Within it a plan raises `simulate.GaveWay` as soon as this says so."""
+    before = GIVES_WAY.set(gives_way)
     try:
-        return next(ahead, END)
-    except GaveWay:
-        return None  # the plan that waits has others prepared after it
+        yield
     finally:
         GIVES_WAY.reset(before)
+
+
+def go_on(ahead: Iterator[None], somebody_waits: Callable[[], bool]) -> object:
+    """Compute a little. GAVE_WAY: somebody waited before it was done; END: there is no more."""
+    try:
+        with giving_way(somebody_waits):
+            return next(ahead, END)
+    except GaveWay:
+        return GAVE_WAY
 
 
 def answer(question: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -86,14 +132,16 @@ def answer(question: str, arguments: dict[str, Any]) -> dict[str, Any]:
     except ConfigError as reason:
         return {"error": {"kind": "ConfigError", "message": str(reason), "flag": reason.flag,
                           "problems": list(reason.problems)}}  # fmt: skip
+    except GaveWay:
+        return {GAVE_WAY: True}
     except OneCardError as reason:
         return {"error": {"kind": type(reason).__name__, "message": str(reason)}}
     except Exception as reason:
         told = f"this was not foreseen: {type(reason).__name__}: {reason}"
         error(f"{told}\n{said.getvalue()}{traceback.format_exc()}")  # for the terminal
         return {"error": {"kind": "OneCardError", "message": told}}
-    result["warnings"] = [line.removeprefix(WARNING) for line in said.getvalue().splitlines() if WARNING in line]
-    return {"result": result}
+    warnings = planning.warnings_in(said.getvalue())
+    return {"result": {**result, "warnings": [*result.get("warnings", []), *warnings]}}
 
 
 def _own_output() -> TextIO:
@@ -102,14 +150,6 @@ def _own_output() -> TextIO:
     os.dup2(2, 1)
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     return answers
-
-
-def _read(lines: queue.SimpleQueue[str], is_awaited: threading.Event) -> None:
-    for line in sys.stdin:
-        lines.put(line)
-        if json.loads(line)["question"] in PREPARED:
-            is_awaited.set()
-    lines.put("")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class WorkerHere(Worker):
         super().__init__()
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
-    def ask(self, question: str, arguments: dict[str, Any], *, replaces: str = "") -> Any:
+    def ask(self, question: str, arguments: dict[str, Any], *, replaces: str = "", gives_way: bool = False) -> Any:
         self.asked.append((question, arguments))
         answer = worker_process.answer(question, arguments)
         if "error" in answer:

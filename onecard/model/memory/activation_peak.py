@@ -20,7 +20,8 @@ import torch
 from onecard.config.lora import LoraOptions
 from onecard.console import warn
 from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
-from onecard.model.memory.extrapolate import Sample, sample
+from onecard.model.memory.extrapolate import NotTraced, Sample
+from onecard.model.memory.nearest_sample import sample_or_nearest
 from onecard.model.memory.simulate import BACKWARD, LAYER, LOSS, Part, TooManyOperations
 
 # Families whose plan is more than 3 % from what a small model of it takes: planned over measured. With some
@@ -61,6 +62,8 @@ def find_peak(model: Any, setup: Any) -> ActivationPeak:
     try:
         with _isolated():
             return _simulated_peak(model, setup)
+    except NotTraced:  # an answer at once, of a model that is not known yet
+        pass
     except TooManyOperations:
         _warn_once(f"{model.name} ({model.model_type}) goes through its tokens in too many operations")
     except Exception as reason:  # a plan that cannot be made must not stop a training run
@@ -94,12 +97,12 @@ def _nameless(model: Any) -> Any:
 
 def _simulated_peak(model: Any, setup: Any) -> ActivationPeak:
     model = _nameless(model)
-    found = [sample(model, setup, Part.LAYERS if setup.loss_chunk else Part.WHOLE)]
+    found = [sample_or_nearest(model, setup, Part.LAYERS if setup.loss_chunk else Part.WHOLE)]
     apart = setup.loss_chunk > 0 and bool(found[0].kinds)
     if apart:
-        found.append(sample(model, setup, Part.LOSS))
+        found.append(sample_or_nearest(model, setup, Part.LOSS))
     elif setup.loss_chunk:  # layers that are not told apart
-        found = [sample(model, setup)]
+        found = [sample_or_nearest(model, setup, Part.WHOLE)]
     n_trained = LoraOptions(setup.peft_method).n_last_layers
     moments = [_of_whole_model(each, found[0], n_trained) for each in found]
     total, inputs, phase = (np.concatenate(column) for column in zip(*moments, strict=True))
@@ -126,6 +129,11 @@ def _of_whole_model(found: Sample, layers: Sample, n_trained: int) -> tuple[np.n
     at_loss = (phase == LOSS) & bool(found.kinds)
     extra[at_loss], inputs[at_loss] = whole - traced[-1] + entry, whole
     return found.live + extra, inputs, phase
+
+
+def warn_again() -> None:
+    """Let the next plan say what it warns of, also where another one has said it before."""
+    _warn_once.cache_clear()
 
 
 @cache

@@ -25,6 +25,7 @@ from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
 from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
 from onecard.model.memory import fake_model
+from onecard.model.memory.gives_way import GIVES_WAY, GaveWay
 from onecard.model.memory.simulate import LOSS, WHOLE_STEP, MemoryTrace, Part, TooManyOperations, run
 from onecard.model.memory_saving.activation_offload import MIN_BYTES
 
@@ -270,23 +271,31 @@ _working_options: dict[Any, dict[str, bool]] = {}
 _failed: dict[Any, str] = {}
 
 
-class GaveWay(BaseException):
-    """A trace that was not begun, because a plan that somebody waits for comes first. No error of any model's code."""
+class NotTraced(Exception):
+    """A size that no trace is known of, where nothing may be traced."""
 
 
-# Asked before each trace: whether to give way. Traces that were made before are kept.
-GIVES_WAY: ContextVar[Callable[[], bool]] = ContextVar("GIVES_WAY", default=bool)
+# Whether only traces that are there may be used, for an answer at once.
+KNOWN_ALONE: ContextVar[bool] = ContextVar("KNOWN_ALONE", default=False)
+_traced_setups: dict[tuple[Any, Part], dict[Any, None]] = {}
+
+
+def traced_setups(model: Any, part: Part) -> list[Any]:
+    """The setups of which there are, or were, traces, as `sample` asks for them; the newest last."""
+    return [*_traced_setups.get((model, part), {})]
 
 
 @lru_cache(maxsize=512)
 def traced(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
-    """A micro-batch that runs on fake tensors. Raises ModelError, TooManyOperations."""
-    if GIVES_WAY.get()():
-        raise GaveWay
+    """A micro-batch that runs on fake tensors. Raises ModelError, TooManyOperations, NotTraced."""
     apart = replace(setup, rows=1, length=1, loss_chunk=0, mlp_tile=0, offload_activations=False)
     key = (model, apart)
     if key in _failed:  # one failure stands for all sizes: a plan asks for many
         raise ModelError(_failed[key])
+    if KNOWN_ALONE.get():
+        raise NotTraced
+    if GIVES_WAY.get()():
+        raise GaveWay
     reasons: list[Exception] = []
     for options in [_working_options[key]] if key in _working_options else BUILD_OPTIONS:
         try:
@@ -301,6 +310,7 @@ def traced(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
         _working_options[key] = options
         if part is Part.LOSS:
             trace = _picked(trace, [number for number, phase in enumerate(trace.phase) if phase == LOSS])
+        _traced_setups.setdefault((model, part), {})[setup] = None
         kept = np.array(trace.kept, dtype=float)
         sizes = np.array([size for _, size in trace.sent], dtype=float)
         return Sample(trace, np.array(trace.live, dtype=float), kept, float(trace.entry), sizes, built.kinds)

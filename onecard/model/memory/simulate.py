@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from onecard.model.memory import shape_cache
 from onecard.model.memory.fake_kernels import KernelStandIns, SkippedComputation, bytes_inside
 from onecard.model.memory.fake_model import CPU, FakeModel
+from onecard.model.memory.gives_way import GIVES_WAY, GaveWay
 from onecard.model.memory_saving.activation_offload import ActivationOffload, Pool
 from onecard.model.memory_saving.tiled_mlp import TiledMLP, tile_mlps
 
@@ -88,6 +89,7 @@ class Recorder(TorchDispatchMode):
         self.at_boundary = False
         self.offload: RecordedOffload | None = None
         self._attributes = shape_cache.attributes_of(model.mode)
+        self._gives_way = GIVES_WAY.get()
         self._known = {tensor.untyped_storage()._cdata for tensor in _persistent_tensors(model.peft)}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._live = 0
@@ -103,6 +105,8 @@ class Recorder(TorchDispatchMode):
             return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._gives_way():
+            raise GaveWay
         if self.at_boundary:
             if self.offload is not None:
                 self.offload.settle()  # what the layer leaves, without what is on its way to RAM

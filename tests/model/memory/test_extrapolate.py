@@ -66,21 +66,22 @@ def test_the_loss_is_traced_once_for_all_ranks_and_bits(of_setup):
         assert len(set(changed)) == len(setups), "what is trained beside the layers"
 
 
-def test_what_is_computed_ahead_gives_way_and_keeps_its_traces():
+def test_what_gives_way_keeps_its_traces_and_is_the_same_afterwards():
+    """Also in the middle of a trace, forward and backward, and of layers that are computed again."""
     model = architecture_of(LLAMA | {"hidden_size": 320, "num_attention_heads": 10, "num_key_value_heads": 5})
-    setup, asked = MemoryConfig(4, 2, 1, 300, loss_chunk=128), []
-
-    def somebody_waits() -> bool:
-        asked.append(True)
-        return len(asked) == 2
-
-    def ahead() -> int:
-        extrapolate.GIVES_WAY.set(somebody_waits)
-        return account(model, setup).tensor_bytes
-
+    setup = MemoryConfig(4, 2, 1, 300, loss_chunk=128)
+    undisturbed = account(model, setup)
     extrapolate.traced.cache_clear()
-    with pytest.raises(extrapolate.GaveWay):
-        copy_context().run(ahead)
-    assert extrapolate.traced.cache_info().currsize == 1
-    assert copy_context().run(ahead) == account(model, setup).tensor_bytes
-    assert extrapolate.traced.cache_info().currsize == len(asked) - 1, "the first was not made again"
+    counts = []
+
+    def until(n_operations: int) -> None:
+        n_asked = itertools.count()
+        extrapolate.GIVES_WAY.set(lambda: next(n_asked) == n_operations)
+        account(model, setup)
+
+    for n_operations in (0, 1, 150, 900, 2500):
+        with pytest.raises(extrapolate.GaveWay):
+            copy_context().run(until, n_operations)
+        counts.append(extrapolate.traced.cache_info().currsize)
+    assert counts[0] == 0 and counts[-1] > 0, counts
+    assert account(model, setup) == undisturbed

@@ -139,24 +139,29 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
       const asking = new AbortController();
       this.asking = asking;
       this.busy = true;
-      const begun = performance.now();
-      let plan;
+      const { question } = this;
+      const planned = (path) => api("POST", path, question, { signal: asking.signal });
       try {
-        plan = await api("POST", "/api/plan", this.question, { signal: asking.signal });
+        // About as much is shown at once; of a model that is new here nothing is known yet.
+        let plan = await planned("/api/plan/at_once");
+        if (!plan.is_exact && plan.is_near && this.asking === asking) this.plan = plan;
+        if (!plan.is_exact) plan = await planned("/api/plan");
+        if (this.asking !== asking) return;
+        this.plan = plan;
+        this.limits = null;
+        this.pollLimits();
       } catch (reason) {
-        if (reason.name === "AbortError" || reason.code === "superseded") return;
+        if (this.asking !== asking || reason.name === "AbortError" || reason.code === "superseded") return;
         this.plan = null;
         tell(reason.message, "error");
+      } finally {
+        if (this.asking === asking) {
+          this.busy = false;
+          this.asking = null;
+        }
       }
-      if (this.asking !== asking) return;
-      this.busy = false;
-      this.asking = null;
-      if (!plan) return;
-      this.plan = plan;
-      this.tookMs = performance.now() - begun;
-      this.limits = null;
-      this.pollLimits();
     },
+    get isEstimate() { return this.plan.is_exact === false; },
     async pollLimits() {
       const question = this.question;
       const found = await attempt(() => api("POST", "/api/plan/limits", question).catch((reason) => {
@@ -189,6 +194,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
     get verdict() {
       const { fits, peak_bytes: peak, card_bytes: total, left_bytes: left } = this.plan;
       const values = { peak: this.size(peak), total: this.size(total), left: this.size(left) };
+      if (this.isEstimate) return t(fits ? "model.about_fits" : "model.about_misfits", values);
       if (fits) return t("model.fits", values);
       return peak > total ? t("model.misfits", values) : t("model.ram_short", { need: this.size(this.plan.ram_bytes), there: this.size(this.plan.card_ram_bytes) });
     },
@@ -199,6 +205,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
 
     get seconds() { return this.speed > 0 && this.nTokens > 0 ? (this.nTokens * this.epochs) / this.speed : 0; },
     get time() {
+      if (!this.nTokens) return t("model.no_tokens");
       if (!this.seconds) return t("model.no_speed");
       return t("model.takes", { time: format.duration(this.seconds), end: format.date(Date.now() / 1000 + this.seconds) });
     },

@@ -1,0 +1,95 @@
+"""About what a micro-batch takes, at once: from traces that are there already, of other settings.
+
+A trace takes tenths of a second, and a plan asks for up to thirty. What the layers of one model take is much the same
+at another rank or number of bits, and goes with the tokens; so until the traces of a setting are made, those of the
+nearest one stand for them. Knows traces; weights, adapter and optimizer are `estimate.py`'s and need none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+from onecard.model.memory.extrapolate import KNOWN_ALONE, NotTraced, Sample, sample, traced, traced_setups
+from onecard.model.memory.simulate import Part
+
+SIZES = ("rows", "length", "loss_chunk", "mlp_tile")  # that traces are extended over
+WHOLE_CHUNKS = 4  # rows of so many chunks of the loss are extended from those that were traced
+_stood_for: ContextVar[list[bool] | None] = ContextVar("_stood_for", default=None)
+
+
+@contextmanager
+def known_traces_alone() -> Iterator[list[bool]]:
+    """Within it nothing is traced. Yields whether there was another trace, for each that is missing."""
+    found: list[bool] = []
+    alone, noted = KNOWN_ALONE.set(True), _stood_for.set(found)
+    try:
+        yield found
+    finally:
+        KNOWN_ALONE.reset(alone)
+        _stood_for.reset(noted)
+
+
+def sample_or_nearest(model: Any, setup: Any, part: Part) -> Sample:
+    """`extrapolate.sample`; within `known_traces_alone` that of the nearest setting which is known.
+
+    Raises NotTraced where nothing of this model is.
+    """
+    stood_for = _stood_for.get()
+    if stood_for is None:
+        return sample(model, setup, part)
+    try:
+        return sample(model, setup, part)
+    except NotTraced:
+        found = _nearest(model, setup, part)
+    stood_for.append(found is not None)
+    if found is None:
+        raise NotTraced
+    return found
+
+
+def _nearest(model: Any, setup: Any, part: Part) -> Sample | None:
+    known = traced_setups(model, part)
+    settings = {replace(each, **dict.fromkeys(SIZES, 1)): None for each in known}  # in the order of `known`
+    for each in sorted(settings, key=partial(_distance, setup)):
+        for sizes in _sizes(setup):
+            try:
+                found = sample(model, replace(each, **sizes), part)
+            except NotTraced:
+                continue
+            return _scaled(found, setup.element_bytes / each.element_bytes)
+    for each in sorted(known, key=lambda each: (*_distance(setup, each), abs(each.tokens - setup.tokens))):
+        try:
+            found = traced(model, each, part)
+        except NotTraced:  # it was let go
+            continue
+        return _scaled(found, setup.tokens * setup.element_bytes / (each.tokens * each.element_bytes))
+    return None
+
+
+def _sizes(setup: Any) -> Iterator[dict[str, int]]:
+    """The sizes of `setup`, and others that take about as much: the same tokens in rows of another number."""
+    rows = {setup.rows: setup.length, 2: -(-setup.tokens // 2), 1: setup.tokens}
+    for n_rows, length in rows.items():
+        sizes = {"rows": n_rows, "length": length, "loss_chunk": setup.loss_chunk, "mlp_tile": setup.mlp_tile}
+        yield sizes
+        if 1 < setup.loss_chunk < n_rows * length:
+            yield {**sizes, "length": WHOLE_CHUNKS * setup.loss_chunk // n_rows}
+
+
+def _distance(setup: Any, known: Any) -> tuple[float, ...]:
+    """How much another setting changes what a micro-batch takes, what changes most first."""
+    differ = {each.name for each in fields(setup) if getattr(setup, each.name) != getattr(known, each.name)}
+    first = [float(name in differ) for name in ("gradient_checkpointing", "offload_activations", "element_bytes")]
+    ranks = abs(math.log(max(1, setup.rank) / max(1, known.rank)))
+    return (*first, float(len(differ.difference(SIZES))), abs(setup.bits - known.bits), ranks)
+
+
+def _scaled(found: Sample, factor: float) -> Sample:
+    return replace(found, live=found.live * factor, kept=found.kept * factor, entry=found.entry * factor,
+                   sizes=found.sizes * factor)  # fmt: skip
