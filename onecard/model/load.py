@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from onecard.config.base_model import ModelOptions, memory_map
 from onecard.console import say, warn
 from onecard.errors import ConfigError, ModelError
+from onecard.model.allocator import give_back_freed_ram
 from onecard.model.attention import choose_kernel
 from onecard.model.files import base_fingerprint, check_weights, locate, read_json
 from onecard.model.gptq import (
@@ -239,6 +240,7 @@ def _load(
 def _placement(options: ModelOptions, device: torch.device) -> dict[str, Any]:
     """Where the layers go: all on one device or into RAM, or over several as far as each one's share reaches."""
     if options.stream_layers == "on":
+        give_back_freed_ram()  # such a model may fill the RAM, and a heap would keep what each of its weights leaves
         return {"device_map": {"": "cpu"}}
     if options.max_memory is None:
         return {"device_map": {"": device}}
