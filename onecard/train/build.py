@@ -16,7 +16,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from onecard.config.lora import LoraOptions
 from onecard.config.problems import refuse
 from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig
-from onecard.console import say, warn
+from onecard.console import first_line, say, warn
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
 from onecard.data.dataset import cache_directory
@@ -37,7 +37,7 @@ from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers
-from onecard.model.out_of_memory import give_back_memory
+from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.model.output_head import positions_in_front
 from onecard.model.packed_rows import check_packing
 from onecard.model.rope_scaling import check_same_positions
@@ -58,7 +58,7 @@ from onecard.train.resume import ResumePoint, continued
 from onecard.train.run import HeldOutSources, Run
 from onecard.train.rundir import RunDirectory
 from onecard.train.state import TrainerState, restore_state
-from onecard.train.step import use_limits
+from onecard.train.step import SMALLER_HINT, use_limits
 from onecard.train.trackers import Reporter, open_trackers
 
 # They stand in a run's identity only when used: runs from before them go on.
@@ -199,8 +199,20 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
               state: TrainerState, point: ResumePoint | None, directory: RunDirectory) -> Run:  # fmt: skip
     """Load the base, add or restore the adapter, and build the optimizer.
 
-    `config` is one that `auto_config.resolve` has filled in.
+    `config` is one that `auto_config.resolve` has filled in. Raises ModelError where memory runs out meanwhile.
     """
+    try:
+        return _built(config, hardware, accelerator, data, state, point, directory)
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
+        place = f"out of memory on {hardware.name} while the run is built ({first_line(reason)})"
+        raise ModelError(f"{place}; end what else uses it, or {SMALLER_HINT}") from reason
+
+
+def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator, data: TrainingData,
+           state: TrainerState, point: ResumePoint | None, directory: RunDirectory) -> Run:  # fmt: skip
+    """As `build_run`, which it is the inside of."""
     options = config.train
     state = replace(state, choices=choices_of(config))
     in_ram = replace(config.model, stream_layers="on") if options.shard else config.model
