@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +21,11 @@ from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.errors import ModelError
 from onecard.model.hardware import detect
 from onecard.model.out_of_memory import give_back_memory
+from onecard.recipes import finetune
+from onecard.train import build
 from onecard.train.run import Run
 from onecard.train.step import take_step
+from tests import tiny
 from tests.simcard.card import Card
 
 pytestmark = pytest.mark.simcard
@@ -31,16 +37,18 @@ LENGTH = 24  # so short that no limit can be made smaller: the second attempt is
 
 
 @pytest.fixture
-def run(card: Card) -> Iterator[Run]:
+def run(card: Card, request: pytest.FixtureRequest) -> Iterator[Run]:
+    """With all layers on the card, or of five that pass through it."""
+    where = getattr(request, "param", "off")
     config = FinetuneConfig(
-        ModelOptions("small", bits=4, gradient_checkpointing=True),
+        ModelOptions("small", bits=4, gradient_checkpointing=True, stream_layers=where),
         DataOptions(cutoff_len=LENGTH),
         LoraOptions(lora_r=4, lora_target_modules="q_proj,down_proj", lora_dropout=0.1),
         TrainOptions(total_batch=2, micro_batch=1, max_steps=9, optimizer="adamw"),
         MemoryOptions(loss_chunk=8, offload_activations="on", pretend_turing=True),
     )
-    turing = detect("cuda", pretend_turing=True)
-    yield build_run(config, turing, random_base(SMALL, config.model, turing), random_samples([LENGTH] * 4, 128))
+    turing, base = detect("cuda", pretend_turing=True), SMALL | {"num_hidden_layers": 5 if where == "on" else 1}
+    yield build_run(config, turing, random_base(base, config.model, turing), random_samples([LENGTH] * 4, 128))
     gc.unfreeze()
     card.native.fail_after(0, -1)
     give_back_memory()
@@ -77,16 +85,24 @@ class Snapshot:
         return len(pairs) > 4 and same and self.run.accelerator.scaler.state_dict() == self.scaler
 
 
-@pytest.mark.parametrize("every", [25, pytest.param(1, marks=pytest.mark.slow)])
+def _places(run: Run) -> list[int]:
+    """Where the frozen weights lie: those of layers that pass through, in their slots."""
+    return [p.data_ptr() for p in run.plain_model.parameters() if not p.requires_grad]
+
+
+@pytest.mark.parametrize(("run", "every"), [
+    ("off", 25), pytest.param("off", 1, marks=pytest.mark.slow),
+    ("on", 97), pytest.param("on", 1, marks=pytest.mark.slow),
+], indirect=["run"])  # fmt: skip
 def test_each_allocation_of_a_step_may_fail(run: Run, card: Card, every: int) -> None:
     for _ in range(2):
         take_step(run)  # the optimizer has its state, the offload its buffers
-    before = Snapshot(run)
+    before, places = Snapshot(run), _places(run)
     n_before = torch.cuda.memory_stats()["allocation.all.allocated"]
     loss = take_step(run).loss
     n_allocations = torch.cuda.memory_stats()["allocation.all.allocated"] - n_before
     after = Snapshot(run)
-    repeated, ended = 0, 0
+    held, repeated, ended = torch.cuda.memory_allocated(), 0, 0
     gc.freeze()  # each failure looks for cycles: not among all modules
     for number in range(0, n_allocations, every):
         before.put_back()
@@ -100,7 +116,41 @@ def test_each_allocation_of_a_step_may_fail(run: Run, card: Card, every: int) ->
         else:
             assert [event.row["event"] for event in run.events] == ["out_of_memory"], number
             assert result.loss == loss and after.is_now(), number
+            assert _places(run) == places and torch.cuda.memory_allocated() == held, number
             repeated += 1
         card.native.fail_after(0, -1)
     assert n_allocations > 300 and repeated + ended == -(-n_allocations // every)
     assert repeated > 5 * ended > (0 if every == 1 else -1)
+
+
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", ["off", "on"])
+def test_each_allocation_while_a_run_is_built_may_fail(
+    where: str, every: int, card: Card, tiny_base: Path, instructions: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = tiny.config_for(
+        tiny_base, instructions, tmp_path / "run", device="cuda", bits=4, dtype="fp16", max_steps=1,
+        gradient_checkpointing=True, stream_layers=where, head_bits="8", offload_embeddings="on",
+    )  # fmt: skip
+    real, n_allowed, n_taken = build.build_run, -1, 0
+
+    def counted(*args: Any) -> Run:
+        nonlocal n_taken
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        card.native.fail_after(0, n_allowed)
+        try:
+            return real(*args)
+        finally:
+            card.native.fail_after(0, -1)
+            n_taken = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+
+    monkeypatch.setattr(build, "build_run", counted)
+    finetune(config)
+    n_allocations = n_taken
+    for n_allowed in range(0, n_allocations, every):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        with pytest.raises(ModelError, match=r"out of memory on|do not fit on|does not fit on") as told:
+            finetune(config)
+        assert "fewer --bits" in str(told.value), n_allowed
+    assert n_allocations > 100
