@@ -263,13 +263,16 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from onecard.model.lora.vocabulary import freeze_adapter
     from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
+    from onecard.model.memory_saving.streamed_layers import stream_layers
     from onecard.model.trained import make_trainable
+    from onecard.train.build import prepared
     from onecard.train.oom import MicroBatchLimits
     from onecard.train.optim import allocate_state, build_optimizer
     from onecard.train.run import Run
     from onecard.train.step import use_limits
 
-    options = ModelOptions(bits=setup.bits, gradient_checkpointing=setup.gradient_checkpointing)
+    options = ModelOptions(bits=setup.bits, gradient_checkpointing=setup.gradient_checkpointing,
+                           stream_layers="on" if setup.stream_layers else "off")  # fmt: skip
     base = random_base(config, options, hardware)
     if setup.eager_attention:
         base.model.set_attn_implementation("eager")
@@ -284,6 +287,8 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     plain = make_trainable(base.model, lora, new_ids=list(range(n_all - setup.n_new_tokens, n_all)))
     if setup.only_vocabulary:
         freeze_adapter(plain)
+    if setup.stream_layers:
+        stream_layers(plain, hardware.device, embeddings_stay=setup.offload_embeddings)
     train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer, learning_rate=2e-4)
     optimizer = build_optimizer(plain, train)
     allocate_state(optimizer)
@@ -291,7 +296,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     mixed = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(base.dtype), "no")
     accelerator = Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed,
                               kwargs_handlers=[AutocastKwargs(cache_enabled=False)])  # fmt: skip
-    model, stepped = accelerator.prepare_model(plain, evaluation_mode=True), accelerator.prepare(optimizer)
+    model, stepped = prepared(accelerator, plain, setup.stream_layers), accelerator.prepare(optimizer)
     if setup.offload_embeddings:  # last: accelerate would move them back
         embeddings_to_ram(plain, hardware.device)
     ids = np.random.default_rng(0).integers(3, config["vocab_size"], (2 * setup.rows, setup.length)).tolist()

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -32,6 +33,8 @@ from onecard.errors import ModelError  # noqa: E402
 CARD = "sm75:80GiB"
 MODES = ("fixed", "expandable")
 PRECISION = 0.008  # of the tensors
+IN_RAM = {"stream_layers": True, "offload_activations": True, "offload_embeddings": True,
+          "optimizer": "paged_adamw_8bit"}  # fmt: skip
 # split, model, rows, length, and the rest of a `MemoryConfig`. "fit": looked at when the constants were chosen.
 ROWS: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("fit", "Llama-3.2-1B", 4, 1000, {"bits": 16}),
@@ -46,6 +49,11 @@ ROWS: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("held_out", "Qwen3-8B", 3, 1500, {"bits": 4}),
     ("held_out", "Mistral-7B", 1, 8192, {"bits": 4, "mlp_tile": 2048}),
     ("held_out", "Llama-3.1-8B", 1, 16384, {"bits": 4, "offload_activations": True, "mlp_tile": 4096}),
+    ("streamed", "Llama-3.1-8B", 1, 512, {"bits": 4, "loss_chunk": 256, "head_bits": 8, **IN_RAM}),
+    ("streamed", "Llama-3.1-8B", 1, 4096, {"bits": 4, **IN_RAM}),
+    ("streamed", "Qwen2.5-32B", 1, 2048, {"bits": 4, **IN_RAM}),
+    ("streamed", "Llama-3.1-70B", 1, 512, {"bits": 4, **IN_RAM}),
+    ("streamed", "Llama-3.1-70B", 1, 4096, {"bits": 4, "offload_activations": True, "stream_layers": True}),
 ]
 FOUR_LAYERS = ("test", "Llama-3.2-3B/4", 2, 2048, {"bits": 4, "loss_chunk": 512})  # the first so many of a model
 
@@ -57,7 +65,7 @@ class ReservedMemoryOptions:
     rows: str = ""
     """Numbers of rows, counted from 0; empty: all of the split."""
     split: str = "all"
-    """fit, held_out or all."""
+    """fit, held_out, streamed or all."""
     row: int = -1
     """Inside the process of one row: its number."""
     mode: str = "fixed"
@@ -103,6 +111,7 @@ def in_this_process(model: str, rows: int, length: int, rest: dict[str, Any], *,
     from onecard.model.hardware import detect
     from onecard.model.memory.architecture import architecture_of
     from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, MemoryConfig, account
+    from onecard.model.memory_saving import streamed_layers
     from onecard.model.out_of_memory import give_back_memory
     from tests.simcard.card import shapes_only
 
@@ -111,7 +120,7 @@ def in_this_process(model: str, rows: int, length: int, rest: dict[str, Any], *,
     setup = MemoryConfig(element_bytes=2, rows=rows, length=length, repeats_kv=True, expandable_segments=expandable,
                          **rest)  # fmt: skip
     planned = account(architecture_of(config), setup)
-    with shapes_only():
+    with shapes_only(), patch.object(streamed_layers, "_write"):  # which would touch each page of so much RAM
         run = real_run(config, setup, detect("cuda", pretend_turing=True))
         give_back_memory()
         try:

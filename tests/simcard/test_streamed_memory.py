@@ -19,12 +19,11 @@ from onecard.model.memory_saving import streamed_layers
 from onecard.model.out_of_memory import give_back_memory
 from onecard.train.auto_config import _filled
 from onecard.train.step import take_step
+from tests.simcard.card import Card
 
 pytestmark = pytest.mark.simcard
 
-LLAMA_70B = config_of("Llama-3.1-8B") | {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-}  # fmt: skip
+LLAMA_70B = config_of("Llama-3.1-70B")
 MIDDLE = config_of("Llama-3.1-8B") | {"num_hidden_layers": 6, "vocab_size": 32000}
 
 
@@ -36,7 +35,7 @@ MIDDLE = config_of("Llama-3.1-8B") | {"num_hidden_layers": 6, "vocab_size": 3200
     pytest.param(LLAMA_70B, 10.0, 4096, 11.0, id="70B long", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_step_stays_within_the_card_that_the_plan_chose_streaming_for(
-    config: dict[str, Any], gib: float, length: int, limit: float, monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any], gib: float, length: int, limit: float, card: Card, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(streamed_layers, "_write", lambda *_: None)  # no page of so much RAM is touched
@@ -45,7 +44,8 @@ def test_a_step_stays_within_the_card_that_the_plan_chose_streaming_for(
         ModelOptions("a model", bits=4), DataOptions(cutoff_len=length), train=TrainOptions(total_batch=4, max_steps=9),
         memory=MemoryOptions(pretend_turing=True),
     )  # fmt: skip
-    plan = make_plan(architecture_of(config), options, CardSpec("a card", int(gib * GIB), 64 * GIB))
+    here = CardSpec("a card", int(gib * GIB), 64 * GIB, expandable_segments=card.spec.expandable)
+    plan = make_plan(architecture_of(config), options, here)
     assert plan.fits and plan.setup.stream_layers
     filled, turing = _filled(options, plan), detect("cuda", pretend_turing=True)
     samples = random_samples([length] * 4, config["vocab_size"])
