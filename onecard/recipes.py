@@ -60,6 +60,7 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.train.held_out import Likeness
     from onecard.train.resume import resolve_start_adapter, resolve_txt_split, start_position, take_over
     from onecard.train.rundir import RunDirectory, RunSettings, portable
+    from onecard.train.shared_prompt import resolve_shared_prompt
     from onecard.train.trackers import check_trackers
 
     refuse(problems_of(config))
@@ -82,7 +83,7 @@ def finetune(config: FinetuneConfig) -> Path:
         config = replace(config, data=replace(config.data, test_size=data.test_size))
         config = auto_config.resolve_total_batch(config, point, data.train.n_per_epoch)
         config = auto_config.resolve_learning_rate(config, first.model, point)
-        pinned = auto_config.pin_choices(config, point)
+        pinned = resolve_shared_prompt(auto_config.pin_choices(config, point), data, first.model)
         fitted, plan = auto_config.resolve(pinned, hardware, first, data.longest, accelerator)
         state = training_state(config, data, point)
         fitted = auto_config.resolve_lengths(fitted, data.train.n_per_epoch, len(data.test))

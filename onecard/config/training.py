@@ -42,7 +42,7 @@ CACHES_REFERENCE = ("dpo", "ipo")
 _TAKEN_BY = {
     "pref_beta": PREFERENCE_OBJECTIVES, "label_smoothing": ("dpo", "simpo"), "sft_weight": ("dpo", "ipo", "simpo"),
     "simpo_gamma": ("simpo",), "cache_reference": CACHES_REFERENCE, "desirable_weight": ("kto",),
-    "undesirable_weight": ("kto",), "center_rewards": ("reward",),
+    "undesirable_weight": ("kto",), "center_rewards": ("reward",), "share_prompt": NEEDS_PAIRS,
 }  # fmt: skip
 
 
@@ -84,6 +84,9 @@ class TrainOptions(RolloutOptions):
     cache_reference: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
     """Compute the log-probabilities of the reference (dpo, ipo) once, before training, and keep them with the encoded
     data (on, off). auto: with --init_adapter, whose adapter is then the reference; off: that is always the base."""
+    share_prompt: Literal["auto", True, False] = field(default="auto", metadata={"bare": "true"})
+    """Read the prompt of a pair once: both answers stand behind it in one row and do not see each other (dpo, ipo,
+    simpo, orpo, reward). The result is the same. auto: where it saves a tenth of the work, and the base can."""
     num_epoch: float = 3
     """Passes over the training data."""
     max_steps: int = 0
@@ -261,6 +264,11 @@ class TrainOptions(RolloutOptions):
         """Whether rows hold several texts that must not see one another."""
         return self.packs and (self.objective != "pretrain" or self.pack_attention == "document")
 
+    @property
+    def masks_parts(self) -> bool:
+        """Whether rows have parts that must not see one another: texts, or the two answers of a pair."""
+        return self.masks_documents or self.share_prompt is True
+
     def _packing_problems(self) -> list[Problem]:
         found: list[Problem] = []
         if self.packing is True and self.objective not in ("sft", "pretrain"):
@@ -287,9 +295,13 @@ class TrainOptions(RolloutOptions):
         return found
 
     @property
+    def of_pairs(self) -> bool:
+        return self.objective in NEEDS_PAIRS
+
+    @property
     def rows_per_sample(self) -> int:
         """Rows of tokens that one sample has: 2 where it is a pair."""
-        return 2 if self.objective in NEEDS_PAIRS else 1
+        return 2 if self.of_pairs else 1
 
     @property
     def answer_tokens(self) -> int:
@@ -316,7 +328,7 @@ class TrainOptions(RolloutOptions):
             found.append(("--label_smoothing", f"{self.label_smoothing:g} is no share of pairs; use 0 up to below 0.5"))
         for name in given:
             if (
-                name not in ("label_smoothing", "cache_reference")
+                name not in ("label_smoothing", "cache_reference", "share_prompt")
                 and given[name] != "auto"
                 and not 0 <= given[name] < math.inf
             ):
@@ -409,6 +421,11 @@ class FinetuneConfig:
     def row_tokens(self) -> int:
         """Tokens of the rows that whole samples share; 0: each sample is a row."""
         return self.data.cutoff_len if self.train.packs and self.train.objective != "pretrain" else 0
+
+    @property
+    def keeps_prompts_apart(self) -> bool:
+        """Whether these options do not go with answers that share a row."""
+        return self.lora.has_virtual_tokens or self.model.attn_implementation == "flash_attention_2"
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
@@ -569,6 +586,9 @@ class FinetuneConfig:
         if objective not in (*PREFERENCE_OBJECTIVES, "reward"):
             return []
         found: list[Problem] = self._reward_problems() if objective == "reward" else []
+        if self.train.share_prompt is True and self.keeps_prompts_apart:
+            text = "virtual tokens" if self.lora.has_virtual_tokens else "--attn_implementation flash_attention_2"
+            found.append(("--share_prompt", f"does not go with {text}, which take no mask of this kind; leave it out"))
         if self.data.train_on == "everything":
             found.append(("--train_on", f"everything does not go with --objective {objective}: answers are compared"))
         if self.train.deepspeed:

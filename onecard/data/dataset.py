@@ -111,6 +111,13 @@ class EncodedDataset:
         """Of each sample that is a text learned whole, int64 (n_samples,); of others 0."""
         return self._column(lambda batch: batch.column("n_characters").to_numpy(), np.int64)
 
+    @cached_property
+    def first_learned(self) -> np.ndarray:
+        """The place of the first learned token of each sample, int32 (n_samples,); each has one."""
+        spans = [batch.column("spans") for batch in self._batches]
+        parts = [column.values.to_numpy()[column.offsets.to_numpy()[:-1]] for column in spans]
+        return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
+
     def first_beyond(self, limit: int) -> tuple[int, int] | None:
         """The number of the first sample that holds an id of `limit` or more, and that id; None where none does."""
         for start, batch in zip(self._starts, self._batches, strict=False):

@@ -18,10 +18,13 @@ from torch.nn.functional import cross_entropy, pad
 from onecard.data.encode import IGNORE_INDEX
 from onecard.model.chunked_loss import SCALE, SupervisedTokens, loss_and_gradients, losses_in_place, scale_in_place
 from onecard.model.output_head import OutputHead, logits_at, states_and_head
+from onecard.model.shared_prompt import CHOSEN, REJECTED, forward_inputs
 
 
 def answer_log_probs(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities of the learned tokens summed by row, fp32 (batch,), and their numbers (batch,).
+
+    Of rows that hold both answers of a pair (`segments`, objectives/shared_prompt.py) by answer, (2 batch,).
 
         labels  -100 -100  7  9      -> [log p(7|..) + log p(9|..), log p(4|..)], [2, 1]
                 -100 -100  4 -100
@@ -29,7 +32,12 @@ def answer_log_probs(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tok
     The rest as for `token_log_probs`.
     """
     each, n_tokens = token_log_probs(model, batch, chunk_tokens=chunk_tokens)
-    return each.sum(dim=1), n_tokens
+    if "segments" not in batch:
+        return each.sum(dim=1), n_tokens
+    learned = pad(batch["labels"][:, 1:] != IGNORE_INDEX, (0, 1)).to(each.device)
+    sides = [(batch["segments"] == side).to(each.device) for side in (CHOSEN, REJECTED)]
+    sums, counts = (torch.stack([(of * side).sum(dim=1) for side in sides], dim=1) for of in (each, learned))
+    return sums.flatten(), counts.flatten()
 
 
 def token_log_probs(
@@ -41,9 +49,7 @@ def token_log_probs(
     temperature. batch, chunk_tokens and what is raised: as for `chunked_loss.summed_loss`; weights of tokens are not
     looked at.
     """
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
-    if "position_ids" in batch:
-        inputs["position_ids"] = batch["position_ids"]
+    inputs = forward_inputs(model, batch)
     targets = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     n_tokens = (targets != IGNORE_INDEX).sum(dim=1)
     found = states_and_head(model, inputs) if chunk_tokens > 0 else None

@@ -42,8 +42,9 @@ NOT_TRAINED = {
 # Their forward pass turns the hidden states into the dtype of the head's weights, which is bytes once it is quantised.
 HEAD_READ_DIRECTLY = ("falcon_mamba", "hy_v4", "mamba", "mamba2", "xlstm")
 # Numbers of config.json from which on attention works otherwise.
-WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "local_attention",
-           "original_max_position_embeddings", "max_position_embeddings")  # fmt: skip
+ATTENTION_WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size",
+                     "local_attention")  # fmt: skip
+WINDOWS = (*ATTENTION_WINDOWS, "original_max_position_embeddings", "max_position_embeddings")
 # They write `is_decoder: false` and are decoders all the same.
 DECODERS = ("gpt_neox", "gpt_neox_japanese")
 
@@ -66,9 +67,18 @@ class ConfigSource:
     @cached_property
     def windows(self) -> tuple[int, ...]:
         """Numbers of tokens beyond which attention works otherwise."""
-        config = self.read()[0].get_text_config()
-        found = {getattr(config, name, None) for name in WINDOWS}
-        return tuple(sorted(number for number in found if type(number) is int and number > 1))
+        return _numbers(self.read()[0], WINDOWS)
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """The tokens that layers with the narrowest window see; None where all see the whole row."""
+    return next(iter(_numbers(config, ATTENTION_WINDOWS)), None)
+
+
+def _numbers(config: PreTrainedConfig, names: tuple[str, ...]) -> tuple[int, ...]:
+    """The values of these settings that are numbers above 1, ascending."""
+    found = {getattr(config.get_text_config(), name, None) for name in names}
+    return tuple(sorted(number for number in found if type(number) is int and number > 1))
 
 
 def read_model_config(raw: dict[str, Any], name: str, code_source: str | None = None) -> PreTrainedConfig:

@@ -1,4 +1,5 @@
-"""Whether a model keeps the texts of one row apart, found by trying: names of families would always be out of date.
+"""Whether a model keeps the texts of one row apart, or two answers to one prompt, found by trying: names of families
+would always be out of date.
 
 What does it is transformers: of positions that begin anew in a row it makes a mask (create_causal_mask), which SDPA's
 memory-efficient kernel and the plain one take on every card, Turing included; FlashAttention is not needed. Families
@@ -14,41 +15,60 @@ from torch import Tensor, nn
 
 from onecard.errors import ModelError
 from onecard.model.input_limits import embedding_rows
+from onecard.model.model_config import attention_window
+from onecard.model.shared_prompt import CHOSEN, PROMPT, REJECTED, forward_inputs
 from onecard.model.trained import base_of
 
 N_BEFORE, N_BEHIND = 7, 5  # tokens of the two texts
+N_PROMPT, N_CHOSEN = 6, 4  # tokens of the prompt and the first of two answers behind it; the second has N_BEHIND
 # What may remain of the first text's effect on the second: numbers round otherwise in another place of a row.
 LARGEST_SHARE, ROUNDING = 0.1, 1e-5
 
 
 def check_packing(model: nn.Module, device: Any) -> None:
     """Raise ModelError where a text behind another one in a row is not computed as it is alone."""
-    was_training, base = model.training, base_of(model)
-    model.eval()
-    try:
-        with torch.no_grad():
-            is_apart = _keeps_apart(model, embedding_rows(base), device)
-    except (TypeError, ValueError):  # it takes no positions
-        is_apart = False
-    finally:
-        model.train(was_training)
-    if not is_apart:
+    positions = [*range(N_BEFORE), *range(N_BEHIND)]
+    if not _keeps_apart(model, 0, N_BEFORE, {"position_ids": positions}, device):
+        name = type(base_of(model)).__name__
         raise ModelError(
-            f"{type(base).__name__} cannot keep the texts of a packed row apart: in its attention a text sees the ones "
-            "before it; leave --packing out (for --objective pretrain: --pack_attention document)"
+            f"{name} cannot keep the texts of a packed row apart: in its attention a text sees the ones before it; "
+            "leave --packing out (for --objective pretrain: --pack_attention document)"
         )
 
 
-def _keeps_apart(model: nn.Module, n_rows: int, device: Any) -> bool:
-    """Whether the second text has the logits that it has alone, measured by what the first one does without a mask."""
-    ids = (torch.arange(N_BEFORE + N_BEHIND) * 7 + 3).remainder(n_rows).unsqueeze(0).to(device)
-    positions = torch.cat([torch.arange(N_BEFORE), torch.arange(N_BEHIND)]).unsqueeze(0).to(device)
+def why_prompts_stand_apart(model: nn.Module, device: Any, longest: int) -> str | None:
+    """Why this model cannot take rows of up to `longest` tokens in which two answers share a prompt; None if it can."""
+    window = attention_window(base_of(model).config)
+    if window is not None and window < longest:
+        return f"its attention has a window of {window:,} tokens, and the longest pair has {longest:,}"
+    positions = [*range(N_PROMPT + N_CHOSEN), *range(N_PROMPT, N_PROMPT + N_BEHIND)]
+    segments = [PROMPT] * N_PROMPT + [CHOSEN] * N_CHOSEN + [REJECTED] * N_BEHIND
+    apart = _keeps_apart(model, N_PROMPT, N_CHOSEN, {"position_ids": positions, "segments": segments}, device)
+    return None if apart else "in its attention the second answer sees the first one"
 
-    def logits(tokens: Tensor, **more: Any) -> Tensor:
-        found: Any = model(input_ids=tokens, attention_mask=None, use_cache=False, **more)
+
+def _keeps_apart(model: nn.Module, n_prompt: int, n_between: int, told: dict[str, list[int]], device: Any) -> bool:
+    """Whether the last tokens have the logits that they have behind the first `n_prompt` alone, and not the next ones.
+
+    Measured by what those do where nothing is told. told: what is said of each token of the row, by name.
+    """
+    was_training, n_rows = model.training, embedding_rows(base_of(model))
+    ids = (torch.arange(n_prompt + n_between + N_BEHIND) * 7 + 3).remainder(n_rows)[None].to(device)
+    known = {name: torch.tensor([values], device=device) for name, values in told.items()}
+
+    def logits(batch: dict[str, Tensor]) -> Tensor:
+        found: Any = model(**forward_inputs(model, batch))
         behind: Tensor = found.logits[0, -N_BEHIND:].float()
         return behind
 
-    alone, seen, apart = logits(ids[:, N_BEFORE:]), logits(ids), logits(ids, position_ids=positions)
+    model.eval()
+    try:
+        with torch.no_grad():
+            alone = logits({"input_ids": torch.cat([ids[:, :n_prompt], ids[:, -N_BEHIND:]], dim=1)})
+            seen, apart = logits({"input_ids": ids}), logits({"input_ids": ids, **known})
+    except (TypeError, ValueError, RuntimeError):  # it takes no positions, or no such mask
+        return False
+    finally:
+        model.train(was_training)
     effect, left = (float((each - alone).abs().max()) for each in (seen, apart))
     return left <= max(LARGEST_SHARE * effect, ROUNDING * float(alone.abs().max()))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from onecard.errors import ModelError
 from onecard.model.output_head import innermost, states_and_head
+from onecard.model.shared_prompt import forward_inputs
 
 SCORE = "score"
 
@@ -34,15 +35,15 @@ def add_reward_head(model: Any) -> None:
 
 
 def rewards(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The reward of each row, fp32 (batch,); input_ids (batch, seq), padded on the right, last (batch,): the place of
-    each row's last token. Raises ModelError for a model whose states cannot be had."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": None, "use_cache": False}
-    found = states_and_head(model, inputs)
+    """The reward of each text, fp32, in the shape of `last`: (batch,) or (batch, n), the place where each text of a row
+    ends; input_ids (batch, seq), padded on the right. Raises ModelError for a model whose states cannot be had."""
+    found = states_and_head(model, forward_inputs(model, batch))
     if found is None:
         raise ModelError(f"what enters the head of {type(innermost(model)).__name__} is not known, so it cannot be "
                          "made a reward model (finetune --objective reward)")  # fmt: skip
     hidden = found[0]
-    rows = torch.arange(len(hidden), device=hidden.device)
+    last = batch["last"].to(hidden.device)
+    rows = torch.arange(len(hidden), device=hidden.device).view(-1, *[1] * (last.dim() - 1))
     score: nn.Module = getattr(innermost(model), SCORE)
-    each: Tensor = score(hidden[rows, batch["last"].to(hidden.device)].float())
+    each: Tensor = score(hidden[rows, last].float())
     return each.squeeze(-1)

@@ -57,6 +57,9 @@ class SampleView:
         """What the samples are, in words, where that is not told by the data."""
         return ""
 
+    shares_prompt: bool = False
+    """Whether the two answers of a sample are in one row."""
+
     @property
     def tokens_per_character(self) -> float | None:
         """Of the texts that are learned; None where samples are no texts."""

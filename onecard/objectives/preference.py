@@ -27,6 +27,7 @@ from onecard.model.answer_log_probs import answer_log_probs
 from onecard.model.lora.adapter import unwrap
 from onecard.objectives.base import LossSums, Objective, SampleView
 from onecard.objectives.next_token import SupervisedFineTuning
+from onecard.objectives.shared_prompt import collate_pairs, pair_lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class AnswerPair:
     """Of the chosen answer in the data set; the rejected one's follows."""
     reference: np.ndarray | None = None
     """float32 (2,), the log-probabilities of both under the reference, where they were computed before."""
+    n_shared: int | None = None
+    """Both answers are in one row, in which so many tokens of the prompt stand once; None: each is a row."""
 
     @property
     def record(self) -> str:
@@ -46,20 +49,30 @@ class AnswerPair:
 
 
 class PairView(SampleView):
-    """Every two rows, which lie side by side, are one sample; both are padded to the longer one."""
+    """Every two rows, which lie side by side, are one sample; both are padded to the longer one, or share a prompt."""
 
     def __init__(self, dataset: EncodedDataset, rows: np.ndarray) -> None:
         super().__init__(dataset, rows[::2])
         self.pairs = rows.reshape(-1, 2)
-        self.lengths = 2 * dataset.lengths[self.pairs].max(axis=1)
+        self.share(None)
         self.units = np.ones(len(self.pairs), dtype=np.int64)
         self.reference: np.ndarray | None = None
         """float32 (n_rows of the data set,), the log-probability of each answer under the reference, where cached."""
 
+    def share(self, n_shared: np.ndarray | None) -> None:
+        """Let pairs share so many tokens of their prompts, int32 (n_pairs of the data set,); None: answers are rows."""
+        self.n_shared, self.shares_prompt = n_shared, n_shared is not None
+        of_pairs = None if n_shared is None else n_shared[self.rows // 2]
+        self.lengths = pair_lengths(self.dataset.lengths[self.pairs], of_pairs)
+
     def __getitem__(self, position: int) -> AnswerPair:
-        row, other = map(int, self.pairs[position])
-        reference = None if self.reference is None else self.reference[[row, other]]
-        return AnswerPair(self.dataset[row], self.dataset[other], row, reference)
+        return self.pair(int(self.rows[position]))
+
+    def pair(self, row: int) -> AnswerPair:
+        """The pair whose chosen answer is this row of the data set."""
+        reference = None if self.reference is None else self.reference[[row, row + 1]]
+        shared = None if self.n_shared is None else int(self.n_shared[row // 2])
+        return AnswerPair(self.dataset[row], self.dataset[row + 1], row, reference, shared)
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ class PreferenceObjective(Objective):
         return pair_length(sample)
 
     def collate(self, samples: Sequence[AnswerPair]) -> dict[str, Tensor]:
-        batch = collate([row for pair in samples for row in (pair.chosen, pair.rejected)], pad_id=0)
+        batch = collated(samples)
         known = [pair.reference for pair in samples if pair.reference is not None]
         return {**batch, "reference": torch.from_numpy(np.stack(known))} if len(known) == len(samples) else batch
 
@@ -190,8 +203,17 @@ class OddsRatioPreference(PreferenceObjective):
 
 
 def pair_length(pair: AnswerPair) -> int:
-    """Tokens that a pair adds to a micro-batch, where the shorter answer is padded."""
-    return 2 * max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
+    """`pair_lengths` of one."""
+    lengths = np.array([[len(pair.chosen.input_ids), len(pair.rejected.input_ids)]])
+    return int(pair_lengths(lengths, None if pair.n_shared is None else np.array([pair.n_shared]))[0])
+
+
+def collated(samples: Sequence[AnswerPair]) -> dict[str, Tensor]:
+    """A batch of pairs: two rows for each, or one row where they share their prompts."""
+    shared = [(each.chosen, each.rejected, each.n_shared) for each in samples if each.n_shared is not None]
+    if shared:
+        return collate_pairs(shared, pad_id=0)
+    return collate([row for pair in samples for row in (pair.chosen, pair.rejected)], pad_id=0)
 
 
 def pair_log_probs(model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from onecard.data.pairs import RatedPairEncoder
 from onecard.model.reward_head import rewards
 from onecard.objectives.base import LossSums, Objective
 from onecard.objectives.next_token import SupervisedFineTuning
-from onecard.objectives.preference import AnswerPair, PairView, pair_length
+from onecard.objectives.preference import AnswerPair, PairView, collated, pair_length
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,12 @@ class RewardModelling(Objective):
 
     def collate(self, samples: Sequence[AnswerPair]) -> dict[str, Tensor]:
         margins = [json.loads(pair.chosen.fields or "0") for pair in samples]
-        rows = collate_rows([row for pair in samples for row in (pair.chosen, pair.rejected)])
-        return {**rows, "margins": torch.tensor(margins, dtype=torch.float32)}
+        rows = [row for pair in samples for row in (pair.chosen, pair.rejected)]
+        batch = {**collated(samples), "last": last_tokens(rows)}
+        if "segments" in batch:  # the second answer ends where the first one's row and its own part of it do
+            shared = torch.tensor([pair.n_shared for pair in samples])
+            batch["last"] = torch.stack([batch["last"][::2], batch["last"].view(-1, 2).sum(dim=1) + 1 - shared], dim=1)
+        return {**batch, "margins": torch.tensor(margins, dtype=torch.float32)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
         return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
@@ -73,5 +77,9 @@ class RewardModelling(Objective):
 
 def collate_rows(rows: Sequence[LabelledSample]) -> dict[str, Tensor]:
     """Rows to what `reward_head.rewards` takes."""
-    batch = collate(rows, pad_id=0)
-    return {"input_ids": batch["input_ids"], "last": torch.tensor([len(row.input_ids) - 1 for row in rows])}
+    return {"input_ids": collate(rows, pad_id=0)["input_ids"], "last": last_tokens(rows)}
+
+
+def last_tokens(rows: Sequence[LabelledSample]) -> Tensor:
+    """The place of the last token of each row, (n,)."""
+    return torch.tensor([len(row.input_ids) - 1 for row in rows])

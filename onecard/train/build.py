@@ -15,7 +15,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from onecard.config.lora import LoraOptions
 from onecard.config.problems import refuse
-from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig
+from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig, TrainOptions
 from onecard.console import first_line, say, warn
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
@@ -39,9 +39,9 @@ from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.model.output_head import positions_in_front
-from onecard.model.packed_rows import check_packing
+from onecard.model.packed_rows import check_packing, why_prompts_stand_apart
 from onecard.model.rope_scaling import check_same_positions
-from onecard.model.trained import make_trainable
+from onecard.model.trained import base_of, make_trainable
 from onecard.objectives.base import Objective, SampleView
 from onecard.objectives.registry import objective_named
 from onecard.train.anchor import LARGEST_PASS, Anchor
@@ -81,6 +81,8 @@ class TrainingData:
     least_pass: int = 1
     near_duplicates: float | None = None
     """The similarity of rows that decided which are held out; None: none did."""
+    must_share_prompt: bool = False
+    """Whether --share_prompt on was typed."""
 
     @property
     def longest(self) -> int:
@@ -137,7 +139,7 @@ def prepare_data(
     sources = None if test.parts is None else HeldOutSources(dataset.names, test.parts)
     least_pass = max(1, config.row_tokens, LARGEST_PASS if config.train.kl_anchor else 0)
     return TrainingData(tokenizer, template, train, test, train.fingerprint, test_size, objective, sources,
-                        least_pass, rows.threshold)  # fmt: skip
+                        least_pass, rows.threshold, config.train.share_prompt is True)  # fmt: skip
 
 
 def _shares(train: SampleView) -> list[str]:
@@ -254,9 +256,8 @@ def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator,
         embedding.neftune_noise_alpha = options.neftune_alpha
         embedding.register_forward_hook(neftune_post_forward_hook)
     use_limits(run, limits_of(config))
-    if options.masks_documents:
-        with accelerator.autocast():
-            check_packing(model, accelerator.device)
+    with accelerator.autocast():
+        _check_shared_rows(options, model, accelerator.device, data)
     if hardware.is_gpu:
         give_back_memory()  # blocks of whole weights, quantised since, whose sizes no step asks for
     if cached is not None:
@@ -265,6 +266,22 @@ def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator,
         restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)
     return run
+
+
+def _check_shared_rows(options: TrainOptions, model: Any, device: Any, data: TrainingData) -> None:
+    """Raise ModelError where the base does not keep apart what shares a row; two answers get a row each instead, unless
+    --share_prompt was asked for."""
+    if options.masks_documents:
+        check_packing(model, device)
+    why = why_prompts_stand_apart(model, device, data.longest) if data.train.shares_prompt else None
+    if why is None:
+        return
+    said = f"{type(base_of(model)).__name__} cannot read the prompt of a pair once: {why}"
+    if data.must_share_prompt:
+        raise ModelError(f"{said}; leave --share_prompt out")
+    warn(f"{said}. Each answer is a row, which is more than was planned")
+    for view in (data.train, data.test):
+        view.share(None)
 
 
 def _check_virtual_tokens(config: FinetuneConfig, plain: Any, data: TrainingData) -> None:

@@ -125,7 +125,7 @@ def _compute(run: Run, cached: CachedReference, missing: Sequence[int]) -> None:
     saved_s = time.monotonic()
     try:
         for start in range(0, len(ordered), BLOCK):
-            block = [AnswerPair(dataset[row], dataset[row + 1], row) for row in ordered[start : start + BLOCK]]
+            block = [run.train_samples.pair(row) for row in ordered[start : start + BLOCK]]
             found = ReferenceScores(run, of_adapter=cached.adapter is not None)
             evaluate(run, block, objective=found)
             own = torch.tensor([found.scores.get(pair.row, (0.0, 0.0)) for pair in block])

@@ -86,8 +86,8 @@ class MemoryConfig:
     """The frozen layers lie in RAM and pass through a few slots on the card."""
     eager_attention: bool = False
     """Scores of all pairs of tokens exist at once."""
-    masks_documents: bool = False
-    """Rows hold several texts, which a mask keeps apart."""
+    masks_parts: bool = False
+    """Rows hold several texts, or two answers, which a mask keeps apart."""
     repeats_kv: bool = False
     """Keys and values are copied for every query head, as the kernel of older cards needs them."""
     on_gpu: bool = True
@@ -162,8 +162,8 @@ def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
 
 
 def _mask(model: Architecture, setup: MemoryConfig) -> MemoryComponent:
-    """The mask of rows of several texts: bool, and as numbers for each layer that is not computed again."""
-    cells = setup.rows * setup.length**2 * setup.masks_documents * (not setup.eager_attention)  # eager has one anyway
+    """The mask of rows of several parts: bool, and as numbers for each layer that is not computed again."""
+    cells = setup.rows * setup.length**2 * setup.masks_parts * (not setup.eager_attention)  # eager has one anyway
     n_layers = 1 if setup.gradient_checkpointing else model.n_layers
     return MemoryComponent("mask of packed rows", cells * (1 + setup.element_bytes * n_layers), transient=True)
 
