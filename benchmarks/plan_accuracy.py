@@ -284,7 +284,8 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
         peft_method=setup.peft_method, peft_option=setup.peft_option,
     )  # fmt: skip
     n_all = int(config["vocab_size"])
-    plain = make_trainable(base.model, lora, new_ids=list(range(n_all - setup.n_new_tokens, n_all)))
+    new_ids = list(range(n_all - setup.n_new_tokens, n_all))
+    plain = make_trainable(base.model, lora, new_ids=new_ids, gives_reward=setup.gives_reward)
     if setup.only_vocabulary:
         freeze_adapter(plain)
     if setup.stream_layers:

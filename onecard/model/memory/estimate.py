@@ -68,6 +68,8 @@ class MemoryConfig:
     """Copies of embeddings and head are trained in full, in fp32, beside the frozen ones."""
     n_new_tokens: int = 0
     """Rows of embeddings and head that are trained, in fp32."""
+    gives_reward: bool = False
+    """A scalar head gives each text a number, in the place of logits."""
     only_vocabulary: bool = False
     """The adapter beside them is there, and not trained."""
     lora_dropout: float = 0.0
@@ -279,9 +281,15 @@ def vocabulary_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
     return [n_rows * model.hidden_size] * (1 if model.tied else 2) if n_rows else []
 
 
+def _whole_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
+    """How many weights each tensor has that is trained and is of no adapter's layer."""
+    scalar_head = [model.hidden_size] * setup.gives_reward
+    return [*vocabulary_shapes(model, setup), *tuned_shapes(model, setup.peft_method), *scalar_head]
+
+
 def n_trained(model: Architecture, setup: MemoryConfig) -> int:
-    """Weights of the adapter, unless it waits, and those of the base that are trained."""
-    of_base = sum(vocabulary_shapes(model, setup)) + sum(tuned_shapes(model, setup.peft_method))
+    """Weights of the adapter, unless it waits, and those beside it that are trained."""
+    of_base = sum(_whole_shapes(model, setup))
     return (not setup.only_vocabulary) * _n_adapter(model, setup) + of_base
 
 
@@ -293,7 +301,7 @@ def optimizer_bytes(model: Architecture, setup: MemoryConfig) -> int:
     """The state of the optimizer: two numbers per trained weight."""
     adapter = [] if setup.only_vocabulary else adapter_shapes(model, setup)
     every = [(size, linear.count) for linear, sizes in adapter for size in sizes]
-    every += [(size, 1) for size in (*vocabulary_shapes(model, setup), *tuned_shapes(model, setup.peft_method))]
+    every += [(size, 1) for size in _whole_shapes(model, setup)]
     total = 0
     for size, count in every:
         small = "8bit" not in setup.optimizer or size < ADAM8_SMALLEST
@@ -363,6 +371,8 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
         MemoryComponent("base: what is trained, fp32 in place of 16 bits", tuned * (FP32 - setup.element_bytes)),
         MemoryComponent("adapter, what is not trained", beside),
         MemoryComponent(f"{name}, trained, fp32", whole * kept),
+        # peft keeps the head that it copies.
+        MemoryComponent("scalar head, fp32", setup.gives_reward * 2 * model.hidden_size * FP32),
         MemoryComponent("gradients, fp32" if whole or tuned else "its gradients, fp32", n_trained(model, setup) * FP32),
         MemoryComponent(f"optimizer state, {setup.optimizer}", optimizer_bytes(model, setup)),
     ]
@@ -393,7 +403,7 @@ def _stepping(model: Architecture, setup: MemoryConfig) -> int:
     if setup.on_gpu or "8bit" in setup.optimizer:
         return 0
     every = [size for linear, sizes in adapter_shapes(model, setup) for size in sizes * min(2, linear.count)]
-    every += [*vocabulary_shapes(model, setup), *tuned_shapes(model, setup.peft_method)]
+    every += _whole_shapes(model, setup)
     largest = sorted(every, reverse=True)
     return FP32 * (2 * sum(largest[:1]) + sum(largest[1:2]))
 

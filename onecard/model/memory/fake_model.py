@@ -74,7 +74,8 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
         lora = replace(lora, peft_method=f"{FREEZE}{len(layers)}")
     n_rows = base.get_input_embeddings().weight.shape[0]
     with torch.device("meta"):
-        peft = make_trainable(base, lora, new_ids=list(range(n_rows - setup.n_new_tokens, n_rows)))
+        new_ids = list(range(n_rows - setup.n_new_tokens, n_rows))
+        peft = make_trainable(base, lora, new_ids=new_ids, gives_reward=setup.gives_reward)
     if setup.gradient_checkpointing:
         checkpoint_layers(base, reentrant=setup.bits == 8)
     if setup.on_gpu and setup.bits == 8:

@@ -267,6 +267,7 @@ def _first_setup(
         peft_option=config.lora.peft_option,
         train_embeddings=bool(config.lora.train_embeddings),
         n_new_tokens=len(read_new_tokens(config.model.model_path)) if config.lora.train_new_tokens else 0,
+        gives_reward=train.objective == "reward",
         only_vocabulary=config.lora.only_vocabulary,
         lora_dropout=config.lora.lora_dropout,
         optimizer="adamw" if train.optimizer == "auto" else train.optimizer,

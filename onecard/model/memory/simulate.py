@@ -257,8 +257,6 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
 
     Of the layers alone the loss is of one token, and of the loss alone there is no backward pass through layers.
     """
-    from onecard.model.chunked_loss import summed_loss
-
     tile_mlps(model.peft, setup.mlp_tile if training else 0, FewTiles)
     model.peft.train(training)
     n_rows = min(setup.tokens, CHUNKS * setup.loss_chunk) if setup.loss_chunk else setup.tokens
@@ -280,7 +278,7 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
                  for name in ("input_ids", "labels", "attention_mask")}  # fmt: skip
         stack.enter_context(offload or nullcontext())
         with _autocast(setup):
-            loss, n_supervised = summed_loss(model.peft, batch, chunk_tokens=setup.loss_chunk)
+            loss, n_supervised = _loss(model, setup, batch)
         if offload is not None:
             offload.turn_back()
         if training and part is not Part.LOSS:
@@ -290,6 +288,16 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
     before = [trace.entry, *recorder.boundaries]
     trace.kept = [after - then for then, after in zip(before, recorder.boundaries, strict=False)]
     return trace
+
+
+def _loss(model: FakeModel, setup: Any, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
+    from onecard.model.chunked_loss import summed_loss
+    from onecard.model.reward_head import rewards
+
+    if setup.gives_reward:
+        of_rows = rewards(model.peft, {**batch, "last": torch.zeros(setup.rows, dtype=torch.int64)})
+        return of_rows.sum(), setup.rows
+    return summed_loss(model.peft, batch, chunk_tokens=setup.loss_chunk)
 
 
 def _backward(loss: Tensor) -> None:
