@@ -84,6 +84,8 @@ class DocumentIndex:
             raise DataError(
                 f"holds no index; make one: {command('documents')} add FOLDER --index {folder}", str(folder)
             )
+        if self.path.parent.is_file():
+            raise DataError("is a file; name a folder for the index", str(folder))
         self._lock, self._n_written = threading.RLock(), 0
         self._counted: tuple[tuple[int, int], dict[str, int]] | None = None
         with self._explained():

@@ -58,6 +58,10 @@ class SummarizeConfig:
 
 def ask_documents(config: AskDocumentsConfig) -> None:
     """Answer one question on standard output, or chat."""
+    from onecard.documents.index import DocumentIndex
+
+    DocumentIndex(Path(config.asked.index)).close()  # one that is not there is told before a model is loaded
+
     from collections.abc import Iterator
 
     from onecard.config.inference import DOCUMENTS_MODEL

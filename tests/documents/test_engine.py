@@ -299,12 +299,13 @@ def test_without_an_index_the_command_says_how_to_get_one() -> None:
 
 
 def test_one_question_in_the_terminal_prints_the_answer_alone(
-    index_folder: Path, tiny_base: Path, scripted: Any, capsys: pytest.CaptureFixture[str]
+    index_folder: Path, tiny_base: Path, scripted: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     scripted("Nobody is asked.")
     words = ["--index", str(index_folder), "--model_path", str(tiny_base), "--device", "cpu", "--bits", "32"]
     assert run_main(lambda: documents.main(["ask", "Who", "painted", "the chapel?", *words])) == 0
     assert capsys.readouterr().out == "That is not in the documents.\n"
+    monkeypatch.setattr("onecard.inference.engine.open_engine", lambda *words, **more: pytest.fail("a model is loaded"))
     assert run_main(lambda: documents.main(["ask", "x", *words[2:], "--index", str(index_folder / "none")])) == 1
     assert "holds no index; make one" in capsys.readouterr().err
 

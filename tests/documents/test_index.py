@@ -249,6 +249,8 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.db").write_bytes(b"no database at all" * 100)
     with pytest.raises(DataError, match="the index cannot be used: file is not a database"):
         DocumentIndex(tmp_path)
+    with pytest.raises(DataError, match="is a file; name a folder for the index"):
+        DocumentIndex(tmp_path / "index.db", create=True)
 
 
 # Put each document, and say so: the parent kills in the middle.
