@@ -23,6 +23,7 @@ _NUMBERS = frozenset(
      "steps")
 )  # fmt: skip
 _CELLS = re.compile(r"(\S(?:.*?\S)?)(\s{2,}|$)")
+_FLAG = re.compile(r"(--\w+: )(.+)")
 # What stands in front of a message: the flag or the place that is to blame.
 _PREFIX = re.compile(r"((?:note|--\w+|(?:[A-Za-z]:)?[^:]+:\d+(?:#\d+)?|[^\s:]+|\S+\.\w+): )(.+)")
 _chosen = {"language": "auto"}
@@ -84,6 +85,10 @@ def _value(text: str, to: str) -> str:
 def _line(line: str, to: str) -> str:
     body = line.strip()
     indent = line[: len(line) - len(line.lstrip())]
+    flag = _FLAG.fullmatch(body)
+    after = in_catalogue(flag[2], to) if flag else None
+    if flag and after:  # before the whole line, in which the flag would be a part of a value
+        return f"{indent}{flag[1]}{after}"
     whole = _value(body, to)
     if whole != body:
         return indent + whole
