@@ -48,23 +48,30 @@ def update(index: DocumentIndex, paths: Sequence[Path], limits: ReadingLimits, e
     if missing:
         raise DataError("there is no such file or folder", missing[0])
     model = _vectors(index, embed_model)
-    folders = [path for path in paths if path.expanduser().is_dir()]
-    known = index.folders([str(path.expanduser().resolve()) for path in folders])
-    places = list(paths) or [Path(folder) for folder in known]
+    known = [Path(folder) for folder in index.folders()]
+    given = [_place_of(path, known) for path in paths]
+    index.folders([str(place) for place in given if place.is_dir()])
+    places = given or known
     if not places:
         raise DataError("no folder was added yet; name one", str(index.path.parent))
     counts, versions = UpdateCounts(), {(each.folder, each.name): each.sha256 for each in index.documents()}
     for place in places:
-        if not place.expanduser().exists():
+        if not place.exists():
             warn(f"{place}: not there now; its documents stay as they are")
             continue
         seen = set()
-        for folder, name, file in _files(place.expanduser().resolve(), counts):
+        for folder, name, file in _files(place, counts):
             seen.add((folder, name))
             _put(index, (folder, name, file), versions.get((folder, name)), limits, model, counts)
-        if place.expanduser().is_dir():
-            counts.n_gone += _remove_gone(index, str(place.expanduser().resolve()), seen)
+        if place.is_dir():
+            counts.n_gone += _remove_gone(index, str(place), seen)
     return counts
+
+
+def _place_of(path: Path, known: Sequence[Path]) -> Path:
+    """The whole path; of a folder that was added before, as it was named then: macOS takes names in other capitals."""
+    place = path.expanduser().resolve()
+    return next((folder for folder in known if folder.is_dir() and folder.samefile(place)), place)
 
 
 def _vectors(index: DocumentIndex, embed_model: str) -> TextVectors | None:

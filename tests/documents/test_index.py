@@ -189,6 +189,17 @@ def test_only_what_changed_is_read_and_what_is_gone_is_taken_out(tmp_path: Path)
     assert update(index, [], LIMITS) == UpdateCounts() and len(index.documents()) == 2
 
 
+def test_a_folder_in_other_capitals_is_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS both names are one folder, whose documents would have been in the index twice."""
+    index = DocumentIndex(tmp_path / "index", create=True)
+    for name in ("Manuals", "manuals"):
+        write({"a.md": "alpha"}, tmp_path / name)
+    monkeypatch.setattr(Path, "samefile", lambda self, other: str(self).casefold() == str(other).casefold())
+    assert update(index, [tmp_path / "Manuals"], LIMITS) == UpdateCounts(n_read=1)
+    assert update(index, [tmp_path / "manuals"], LIMITS) == UpdateCounts(n_same=1)
+    assert len(index.folders()) == len(index.documents()) == 1
+
+
 def test_bad_documents_are_named_and_the_rest_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, outside = tmp_path / "in", tmp_path / "secret.txt"
     write({"good.md": "all is well", "empty.md": "", "long.txt": "word " * 300_000, "other.xyz": "x"}, folder)
