@@ -18,6 +18,8 @@ from onecard.documents.index import StoredChunk
 _CITED = re.compile(r"\[(\d{1,2})\]")
 # A quote and the number behind it, before the next sentence: "thirty days" [2]
 _QUOTED = re.compile(r"""["“「『]([^"“”「」『』\n]{4,400})["”」』][^\["“「『\n]{0,30}\[(\d{1,2})\]""")
+# Of two digits at least: single ones count steps and items.
+_NUMBER = re.compile(r"\d[\d,]*\d(?:\.\d+)?|\d\.\d+")
 
 
 class CheckedQuote(NamedTuple):
@@ -49,8 +51,8 @@ def place_of(passage: StoredChunk, language: str) -> str:
 
 
 def listing(answer: str, passages: Sequence[StoredChunk], language: str) -> str:
-    """What is written below an answer: the passages that it cites, all that were shown where it cites none, and quotes
-    that do not stand where they should. Nothing below an answer that says that there is none."""
+    """What is written below an answer: the passages that it cites, all that were shown where it cites none, quotes that
+    do not stand where they should, and numbers that stand nowhere. Nothing below one that says that there is none."""
     words = wordings()[language]
     if answer.strip().startswith(words["not_there"]):
         return ""
@@ -60,6 +62,8 @@ def listing(answer: str, passages: Sequence[StoredChunk], language: str) -> str:
     lines = [f"- [{number}] {place_of(passages[number - 1], language)}" for number in numbers]
     wrong = [quote for quote in checked_quotes(answer, passages) if not quote.is_found]
     lines += ["- " + words["not_quoted"].format(number=quote.number, quote=quote.text) for quote in wrong]
+    if strange := unfounded_numbers(answer, passages):
+        lines.append("- " + words["no_such_number"].format(numbers=", ".join(strange)))
     return f"\n\n{title}:\n\n" + "\n".join(lines)
 
 
@@ -99,6 +103,17 @@ def checked_quotes(answer: str, passages: Sequence[StoredChunk]) -> list[Checked
         passage = passages[int(number) - 1].text if 1 <= int(number) <= len(passages) else ""
         found.append(CheckedQuote(text, int(number), _plain(text) in _plain(passage)))
     return found
+
+
+def unfounded_numbers(answer: str, passages: Sequence[StoredChunk]) -> list[str]:
+    """Numbers of an answer that stand in none of the passages that its model read.
+
+    "900 hours [1], not 1,200" -> ["1,200"] of a passage with 900.
+    """
+    there = {number.replace(",", "") for each in passages for text in (each.document, each.headings, each.text)
+             for number in _NUMBER.findall(text)}  # fmt: skip
+    found = dict.fromkeys(_NUMBER.findall(_CITED.sub("", answer)))
+    return [number for number in found if number.replace(",", "") not in there]
 
 
 def _plain(text: str) -> str:

@@ -19,7 +19,14 @@ from onecard.documents.chunks import TextChunk
 from onecard.documents.engine import DocumentsEngine, open_search
 from onecard.documents.index import DocumentIndex, StoredChunk
 from onecard.documents.reading import Block
-from onecard.documents.sources import checked_quotes, cited_numbers, listing, source_fields, without_listing
+from onecard.documents.sources import (
+    checked_quotes,
+    cited_numbers,
+    listing,
+    source_fields,
+    unfounded_numbers,
+    without_listing,
+)
 from onecard.documents.summary import DocumentSummary
 from onecard.errors import ConfigError, DataError
 from onecard.inference.engine import GenerationRequest, InferenceEngine, LimitExceeded, open_engine
@@ -185,6 +192,19 @@ def test_quotes_are_looked_up_in_the_passage_that_they_name() -> None:
     ]  # fmt: skip
     assert 'not in [9] word for word: "far away"' in listing(answer, PASSAGES, "en")
     assert [source["quotes"] for source in source_fields("No quote.", PASSAGES)] == [[], []]
+
+
+def test_a_number_that_stands_in_no_passage_is_named() -> None:
+    assert unfounded_numbers("It moves 120 litres [1], not 1,200; see [12]. 3 steps, 4.5 bar.", PASSAGES) == [
+        "1,200",
+        "4.5",
+    ]
+    thousand = [PASSAGES[0]._replace(text="1200 litres")]
+    assert unfounded_numbers("1,200 litres", thousand) == []
+    assert listing("47 litres [1].", PASSAGES, "en").endswith("\n- numbers of the answer that stand in no passage: 47")
+    assert listing("47 升 [1]。", PASSAGES, "zh").endswith("\n- 回答里有而所有段落都没有的数字：47")
+    answer = "47 litres [1]."
+    assert without_listing(answer + listing(answer, PASSAGES, "en")) == answer
 
 
 def test_cited_passages_are_listed_and_all_where_none_is() -> None:
