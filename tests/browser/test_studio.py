@@ -182,3 +182,15 @@ def test_axe_finds_no_serious_fault_and_nothing_is_too_wide(
     page.wait_for_selector("#details-title:focus")
     assert faults(page) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_keyboard_comes_back_to_the_views_from_the_end_of_a_page(open_view: Any) -> None:
+    page = open_view("runs")
+    page.wait_for_selector("#runs tr:has-text('second')")
+    assert page.get_attribute("#tab-runs", "accesskey") == "t"
+    assert page.locator("#to-tabs").bounding_box()["x"] < 0
+    page.focus("#to-tabs")
+    box = page.locator("#to-tabs").bounding_box()
+    assert box["x"] >= 0 and box["y"] >= 0, "it is seen while it has the focus"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#tab-runs:focus")

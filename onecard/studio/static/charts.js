@@ -5,6 +5,7 @@ import { api } from "/static/api.js";
 export const COLOURS = ["#3b7dd8", "#d2691e", "#1f9070", "#b4519d", "#8a6fd1", "#9a7d0a", "#2f8fb3", "#cc4b4b", "#6b7a8f", "#a0653a"];
 const MOST_POINTS = 3000; // of a series that has grown; then it is loaded anew, thinned
 const HALF_A_PIXEL = 0.5;
+const BINARY = Array.from({ length: 60 }, (_, power) => 2 ** power); // bytes between ticks
 const WHOLE = Array.from({ length: 9 }, (_, power) => [1, 2, 5].map((one) => one * 10 ** power)).flat(); // steps between ticks
 
 function colour(name) {
@@ -16,10 +17,11 @@ function colour(name) {
   return found;
 }
 
-// A chart in an element. lines: [{label, values: [steps, values], colour, dots}]; tell(value) writes a number.
+// A chart in an element. lines: [{label, values: [steps, values], colour, dots}]; tell(value) writes a number, `step` is
+// the word for what the values are drawn over, and `binary` says that they are bytes.
 export class Chart {
-  constructor(element, { title, tell, height = 220, logarithmic = false }) {
-    Object.assign(this, { element, title, tell, height, logarithmic, lines: [], plot: null, shape: "", drawn: [], ends: [] });
+  constructor(element, { title, tell, step, height = 220, logarithmic = false, binary = false }) {
+    Object.assign(this, { element, title, tell, step, height, logarithmic, binary, lines: [], plot: null, shape: "", drawn: [], ends: [] });
     this.observer = new ResizeObserver(() => this.resize());
     this.observer.observe(element);
   }
@@ -28,7 +30,7 @@ export class Chart {
     this.lines = lines.filter((line) => line.values && line.values[0].length);
     this.element.setAttribute("role", "img");
     this.element.setAttribute("aria-label", this.summary());
-    const shape = JSON.stringify([this.title, this.logarithmic, ...this.lines.map((line) => [line.label, line.colour])]);
+    const shape = JSON.stringify([this.title, this.logarithmic, this.binary, ...this.lines.map((line) => [line.label, line.colour])]);
     const isSame = this.plot && shape === this.shape;
     if (isSame && this.lines.every((line, at) => this.looksAsDrawn(line, this.drawn[at]))) return;
     this.drawn = this.lines.map(({ values: [steps] }) => ({ steps, n: steps.length }));
@@ -77,9 +79,9 @@ export class Chart {
       scales: { x: { time: false }, y: { distr: this.logarithmic ? 3 : 1 } },
       legend: { live: true },
       cursor: { drag: { x: true, y: false }, points: { size: 6 } },
-      axes: [{ ...axis, incrs: WHOLE }, { ...axis, size: 64, values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : this.tell(tick))) }],
+      axes: [{ ...axis, incrs: WHOLE, size: 30 }, { ...axis, size: 64, ...(this.binary ? { incrs: BINARY } : {}), values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : this.tell(tick))) }],
       series: [
-        { label: "step", value: (plot, value) => (value === null ? "–" : String(value)) },
+        { label: this.step, value: (plot, value) => (value === null ? "–" : String(value)) },
         ...this.lines.map((line) => ({
           label: line.label, stroke: line.colour, width: 1.6, spanGaps: true, points: { show: Boolean(line.dots), size: 6 },
           value: (plot, value) => (value === null || value === undefined ? "–" : this.tell(value)),

@@ -10,7 +10,7 @@ export function loss(value) {
   return value === null || value === undefined ? "–" : value.toLocaleString(locale(), { minimumFractionDigits: 4, maximumFractionDigits: 4 });
 }
 export function rate(value) {
-  return value === null || value === undefined ? "–" : value.toExponential(2);
+  return value === null || value === undefined ? "–" : value ? value.toExponential(2) : "0";
 }
 export function percent(value, digits = 0) {
   return value === null || value === undefined ? "–" : value.toLocaleString(locale(), { style: "percent", maximumFractionDigits: digits });

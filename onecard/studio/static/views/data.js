@@ -38,10 +38,14 @@ export function bars(effect, limit) {
   return found.map((bar) => ({ ...bar, key: `${bar.from}-${bar.to}`, style: { height: `${(100 * bar.n) / most}%` }, room: { flexGrow: String(bar.share) } }));
 }
 
+// What is named by a long path, an upload for one, is known by its end.
+const shortName = (name) => (/[/\\]/.test(name) && name.length > 40 ? `…/${name.split(/[/\\]/).at(-1)}` : name);
+
 export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) {
   const [readings, samples, folders, searches, logs] = Array.from({ length: 5 }, newest);
 
   Alpine.data("dataView", () => ({
+    shortName,
     sources: [],
     typed: "",
     reading: { ...READING },

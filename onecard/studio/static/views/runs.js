@@ -132,8 +132,8 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
       this.$nextTick(() => {
         const tells = { learning_rate: format.rate, tokens_per_s: (v) => format.number(v), peak_bytes: format.bytes };
         const tellValue = tells[this.series] ?? ((v) => format.number(v, 4));
-        chart ??= new Chart(document.getElementById("chart-compare"), { title: "", tell: tellValue, height: 320, logarithmic: this.logarithmic });
-        Object.assign(chart, { title: this.seriesLabel(this.series), tell: tellValue });
+        chart ??= new Chart(document.getElementById("chart-compare"), { title: "", tell: tellValue, step: t("runs.col_step"), height: 320, logarithmic: this.logarithmic });
+        Object.assign(chart, { title: this.seriesLabel(this.series), tell: tellValue, binary: this.series === "peak_bytes" });
         chart.draw(this.compared.map((id, at) => ({
           label: id, values: curves.get(id)?.series[this.series], colour: COLOURS[at % COLOURS.length], dots: this.series.startsWith("eval"),
         })));

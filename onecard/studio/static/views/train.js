@@ -10,6 +10,9 @@ const ALLOWED = {
 };
 const SERIES = ["forgetting", "learning_rate", "tokens_per_s", "peak_bytes"];
 
+// The end of a long path, which is what tells it from others.
+const atEnd = (text) => (text.length > 28 && /[/\\]/.test(text) ? `…${text.slice(text.length - 26).replace(/^[^/\\]*/, "")}` : text);
+
 export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on, t, format, tell, focusOn }) {
   let curves = null;
   let charts = {};
@@ -85,7 +88,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     choiceLabel(option, choice) { return choice === "" ? t("train.default", { value: String(option.default) }) : choice; },
     standard(option) {
       if (["learning_rate", "total_batch"].includes(option.name)) return t("train.by_itself"); // 0: chosen by the kit
-      return [null, undefined].includes(option.default) ? "" : String(option.default);
+      return [null, undefined].includes(option.default) ? "" : atEnd(String(option.default));
     },
     value(option) {
       const value = this.$store.draft.options[option.name];
@@ -223,9 +226,11 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     },
     makeCharts() {
       const tells = { forgetting: (v) => format.number(v, 4), learning_rate: format.rate, tokens_per_s: (v) => format.number(v), peak_bytes: format.bytes };
-      charts.loss = new Chart(document.getElementById("chart-loss"), { title: t("train.series_loss"), tell: (v) => format.number(v, 4), height: 280 });
+      charts.loss = new Chart(document.getElementById("chart-loss"), { title: t("train.series_loss"), tell: (v) => format.number(v, 4), step: t("train.step"), height: 280 });
       for (const name of SERIES) {
-        charts[name] = new Chart(document.getElementById(`chart-${name}`), { title: t(`train.series_${name}`), tell: tells[name], height: 170 });
+        charts[name] = new Chart(document.getElementById(`chart-${name}`), {
+          title: t(`train.series_${name}`), tell: tells[name], step: t("train.step"), height: 170, binary: name === "peak_bytes",
+        });
       }
     },
     remakeCharts() {
