@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import onecard
+from onecard.config.training import FinetuneConfig
+from tests import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHILD_LIMIT_S = 120
@@ -154,12 +156,34 @@ def import_everything() -> None:
             names.append(found.name)
     for name in names:
         importlib.import_module(name)
+    # As in tests/conftest.py: no test takes the power away, and none looks at the picture.
+    os.fsync = lambda _descriptor: None
+    importlib.import_module("onecard.train.trackers").draw_loss = lambda _run_dir, _unit="": None
     gc.collect()
     gc.freeze()  # a child's collector would write into every page that it shares with this process
 
 
+def plan(order: dict[str, Any]) -> None:
+    """Plan the memory of a run here, too: a child inherits the simulated steps, which are half of what it computes.
+
+    What is wrong with the run is for the child to say.
+    """
+    from onecard.model.hardware import detect
+    from onecard.train.auto_config import first_plan
+
+    config = config_of(order)
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        first_plan(config, detect(config.model.device, pretend_turing=config.memory.pretend_turing))
+
+
+def config_of(order: dict[str, Any]) -> FinetuneConfig:
+    return tiny.config_for(Path(order["base"]), Path(order["data"]), Path(order["output"]), **order["options"])
+
+
 def fork(order: dict[str, Any]) -> int:
     """Fork a child that does one run; returns its process id."""
+    if "tool" not in order:
+        plan(order)
     pid = os.fork()
     if pid:
         return pid
@@ -182,10 +206,9 @@ def run_once(order: dict[str, Any]) -> int:
     """What finetune.py does once its options are parsed."""
     from onecard.console import run_main
     from onecard.recipes import finetune
-    from tests import tiny
 
     limit_files(order["file_limit_bytes"])
-    config = tiny.config_for(Path(order["base"]), Path(order["data"]), Path(order["output"]), **order["options"])
+    config = config_of(order)
 
     def main() -> None:
         finetune(config)
