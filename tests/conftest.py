@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from tests import tiny
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# bitsandbytes hands functions to torch.compile when it is imported, which costs each process 1.5 seconds of a core.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # How long an example takes says how busy the machine is.
 settings.register_profile("onecard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("onecard")
@@ -49,6 +52,30 @@ def _imported_modules_are_no_garbage() -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _files_are_not_waited_for() -> Iterator[None]:
+    """No test takes the power away: a run of three steps would wait forty times for the disk."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_end_with_a_blank_picture() -> Iterator[None]:
+    """Drawing loss.png is a third of a tiny run; test_trackers.py calls the function itself."""
+    if "torch" not in sys.modules:  # files that train nothing need not import it for this
+        yield
+        return
+    from onecard.train import trackers
+
+    def leave_blank(run_dir: Path, _unit: str = "") -> None:
+        (run_dir / "loss.png").write_bytes(b"")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trackers, "draw_loss", leave_blank)
+        yield
 
 
 @pytest.fixture(scope="session")

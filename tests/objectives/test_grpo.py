@@ -27,7 +27,7 @@ from onecard.objectives.reward_file import RewardError
 from onecard.programs import inspect_run
 from onecard.recipes import finetune
 from onecard.train.answer_log import ROLLOUTS_NAME, AnswerLog
-from onecard.train.trackers import read_log
+from onecard.train.trackers import draw_loss, read_log
 from tests import tiny
 from tests.runs import assert_same_end, run_and_stop
 
@@ -289,7 +289,7 @@ def test_a_step_tells_what_was_sampled(tiny_base: Path, instructions: Path, tmp_
         assert row["completions/mean_length"] == sum(each["n_tokens"] for each in sampled) / 16
         assert row["completions/clipped_ratio"] == sum(not each["ended"] for each in sampled) / 16
         assert row["kl"] > 0 and 0 <= row["clip_ratio"] < 1
-    assert (run / "loss.png").stat().st_size > 10_000
+    assert draw_loss(run).stat().st_size > 10_000
 
 
 def test_divergence_and_clipped_share_are_counted_by_token(tiny_base: Path) -> None:

@@ -21,7 +21,6 @@ from onecard.errors import OneCardError
 from onecard.model.memory.estimate import GIB
 from onecard.recipes import finetune
 from onecard.train import intervals, loop
-from onecard.train import trackers as reporting
 from onecard.train.answer_log import QUESTIONS_NAME, read_answers
 from onecard.train.resume import NOT_OF_THE_RUN
 from onecard.train.trackers import read_log
@@ -209,7 +208,6 @@ def bench(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporting, "draw_loss", lambda run_dir, unit: None)
     monkeypatch.setattr(intervals, "WAIT_PER_TIME_TAKEN", 0)
     monkeypatch.setitem(sys.modules, "wandb", None)
 
