@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 def measured(options: CostOptions) -> dict[str, Any]:
     """CPU seconds of the meter, and of the rest from the first step to the last, of one run."""
     from onecard import recipes
-    from onecard.train import loop
+    from onecard.train import loop, validation
 
     spent: dict[str, list[float]] = {"meter": [], "run": []}
     texts: set[int] = set()
@@ -85,8 +85,8 @@ def measured(options: CostOptions) -> dict[str, Any]:
 
         return result
 
-    meter, train = loop._forgetting, loop.train
-    loop._forgetting, loop.train = timed("meter", meter), timed("run", train)
+    meter, train = validation._forgetting, loop.train
+    validation._forgetting, loop.train = timed("meter", meter), timed("run", train)
     try:
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             recipes.finetune(FinetuneConfig(
@@ -95,7 +95,7 @@ def measured(options: CostOptions) -> dict[str, Any]:
                 train=TrainOptions(output_path=str(Path(folder) / "run"), max_steps=options.max_steps),
             ))  # fmt: skip
     finally:
-        loop._forgetting, loop.train = meter, train
+        validation._forgetting, loop.train = meter, train
     meter_s = sum(spent["meter"])
     return {"meter_s": round(meter_s, 3), "rest_s": round(sum(spent["run"]) - meter_s, 3),
             "evaluations": len(spent["meter"]), "texts": max(texts)}  # fmt: skip

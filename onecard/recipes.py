@@ -119,8 +119,9 @@ def _trained(
 ) -> TrainerState:
     """Train a run that is built, from its rehearsal to its last step; its log is closed whatever happens."""
     from onecard.train.build import open_reporter
-    from onecard.train.loop import report_events, train
+    from onecard.train.loop import train
     from onecard.train.memory_probe import rehearse_if_wanted
+    from onecard.train.run import report_events
 
     reporter = open_reporter(config, run, directory)
     try:

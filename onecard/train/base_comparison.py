@@ -21,9 +21,9 @@ from onecard.objectives.preference import adapter_off
 from onecard.statistics import paired_test
 from onecard.storage import write_whole
 from onecard.train.findings import COMPARISON_NAME as FILE_NAME
-from onecard.train.loop import evaluator_of
 from onecard.train.run import Run
 from onecard.train.state import restore_state
+from onecard.train.validation import evaluator_of
 
 
 class BaseComparison:

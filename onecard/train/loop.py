@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list
 
 from onecard.config.training import TrainOptions
@@ -23,25 +21,20 @@ from onecard.console import say, warn
 from onecard.data.batches import step_samples, steps_per_epoch
 from onecard.errors import CheckpointError, DataError, Stopped
 from onecard.model.hardware import peak_reserved_bytes
-from onecard.objectives.base import Objective
-from onecard.objectives.preference import adapter_off
 from onecard.objectives.reward_file import RewardError
-from onecard.train.evaluate import Evaluator
-from onecard.train.forgetting import measure_forgetting, noise_floor
 from onecard.train.intervals import Timer
-from onecard.train.run import Run, RunEvent
+from onecard.train.run import Run, RunEvent, report_events
 from onecard.train.run_control import RunControl
 from onecard.train.signals import Interrupts
 from onecard.train.source_losses import SourceLosses
 from onecard.train.state import TrainerState, write_state
 from onecard.train.step import NotFinite, StepRequests, StepResult, take_step
-from onecard.train.trackers import ACCURACY, FORGETTING, Reporter
+from onecard.train.trackers import Reporter, rounded
+from onecard.train.validation import validate
 
 # The fp16 scaler halves its scale with each step that it leaves out; from 65,536 this many halvings lead to nothing.
 MAX_SKIPPED_IN_A_ROW = 50
-NOT_MEASURED = "out of memory: forgetting is not measured in this start of the run"
 SHORTEST_WAIT_S = 0.1  # less is a look into the control folder
-LARGEST_EXPONENT = 700.0  # exp of more is no float
 
 
 def total_steps(options: TrainOptions, n_samples: int) -> int:
@@ -109,13 +102,19 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
                 raise Stopped(saves.stopped_by(name), interrupts.exit_code or 143)
     control.folder.refuse_all()
     control.folder.say("evaluating", state.step, state.total_steps)  # of the result, if it is to be measured
+    _say_why_it_ended(run)
+    return state
+
+
+def _say_why_it_ended(run: Run) -> None:
+    """Where that is not the last step that was planned."""
+    state = run.state
     if _has_stopped_early(run):
-        lower = "lower loss" if options.stop_on == "loss" else "lower sum of loss and forgetting"
+        lower = "lower loss" if run.options.stop_on == "loss" else "lower sum of loss and forgetting"
         reason = f"{state.evaluations_since_best} evaluations in a row found no {lower} (--early_stopping_patience)"
         say(f"ended after step {state.step} of {state.total_steps}: {reason}")
     if run.clock is not None and state.clock == run.clock.option and state.step == state.total_steps:
         say(f"ended after step {state.step} by {state.clock}; without it, or with another time, the run goes on")
-    return state
 
 
 def _has_stopped_early(run: Run) -> bool:
@@ -228,13 +227,6 @@ def _known_to_all(accelerator: Any, failure: CheckpointError | None) -> Checkpoi
     return failure if failure is not None or told is None else CheckpointError(told[0], disk_full=told[1])
 
 
-def report_events(run: Run, reporter: Reporter) -> None:
-    """Report what happened since the last time, each event once."""
-    while run.events:
-        event = run.events.pop(0)
-        reporter.event(event.row, event.message)
-
-
 def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float, sources: SourceLosses) -> None:
     options, state, data = run.options, run.state, run.train_samples
     row: dict[str, Any] = {
@@ -244,7 +236,7 @@ def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float, so
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "skipped_steps": state.skipped_steps,
-        **_rounded(result.metrics),
+        **rounded(result.metrics),
     }
     peak = peak_reserved_bytes()
     if peak is not None:
@@ -261,140 +253,9 @@ def _report(run: Run, reporter: Reporter, result: StepResult, seconds: float, so
 def _evaluate_and_ask(run: Run, reporter: Reporter, control: RunControl) -> bool:
     """Evaluate, and ask the questions of --ask and --ask_file; True when this is the best step so far."""
     with control.folder.meanwhile("evaluating"):
-        improved = _evaluate(run, reporter)
+        improved = validate(run, reporter)
         control.ask_standing(run)
     return improved
-
-
-def _evaluate(run: Run, reporter: Reporter) -> bool:
-    """Evaluate if there are held-out rows; True when this is the best step so far, by any count that is kept."""
-    state = run.state
-    if not run.test_samples:
-        return False
-    started_s = time.monotonic()
-    with reporter.evaluation(state.step) as progress:
-        loss, more = _held_out_losses(run, progress)
-    seconds = time.monotonic() - started_s
-    if not math.isfinite(loss):
-        warn(f"step {state.step}: the evaluation loss is {loss}, so this step is not taken for the best; the base "
-             "cannot compute a held-out row, or the weights diverge (lower --learning_rate)")  # fmt: skip
-    # A NaN, of an older start too, must not stay the best.
-    best = state.best_loss if state.best_loss is not None and math.isfinite(state.best_loss) else math.inf
-    improved = loss < best
-    if improved:
-        state.best_step, state.best_loss = state.step, loss
-    forgetting = _forgetting(run)
-    balanced = bool(run.options.balances) and _is_better_balanced(run, loss, forgetting)
-    # Those by the clock do not count: where a run ends must not depend on how fast the machine is.
-    if balanced if run.options.stop_on == "balanced" else improved:
-        state.evaluations_since_best = 0
-    elif state.step % run.options.eval_steps == 0:
-        state.evaluations_since_best += 1
-    report_events(run, reporter)
-    row = {"step": state.step, **({"eval_loss": loss} if run.rollouts is None else {}), "best_step": state.best_step}
-    row |= {"balanced_step": state.balanced_step} if run.options.balances else {}
-    accuracy = f", accuracy {more[f'eval_{ACCURACY}']:.1%}" if f"eval_{ACCURACY}" in more else ""
-    said = f"evaluation loss {loss:.4f}" if run.rollouts is None else f"mean reward of held-out prompts {-loss:.4f}"
-    best_so_far = " (best so far)" if improved else ""
-    took = f"{len(run.test_samples):,} rows in {seconds:,.1f} s"
-    perplexities = _perplexities(run, loss)
-    if perplexities:
-        both = " and ".join(f"{value:,.4g}" for value in perplexities.values())
-        took = f"perplexity per token and per character {both}, {took}"
-    best_balance = " (best balanced so far)" if balanced else ""
-    forgot = "".join(
-        f"\nstep {state.step}: forgetting {kl:.2g} nats per token{best_balance}" for kl in forgetting.values()
-    )
-    reporter.event(
-        row | more | perplexities | forgetting, f"step {state.step}: {said}{accuracy}{best_so_far}, {took}{forgot}"
-    )
-    return improved or balanced
-
-
-def _is_better_balanced(run: Run, loss: float, forgetting: dict[str, float]) -> bool:
-    """Whether the sum of loss and forgetting, both in nats, is the lowest so far; the state then keeps it.
-
-    No other evaluation has less of both, so the step is on their front; a nat gained is worth a nat forgotten.
-    """
-    state, total = run.state, loss + forgetting.get(FORGETTING, math.nan)
-    improved = total < (math.inf if state.balanced_sum is None else state.balanced_sum)
-    if improved:
-        state.balanced_step, state.balanced_sum = state.step, total
-    return improved
-
-
-def _forgetting(run: Run) -> dict[str, float]:
-    """How far the model has moved from its base, for the log; the first time, what rounding alone gives is said."""
-    rows = run.forgetting_rows
-    if not rows:
-        return {}
-    device = run.accelerator.device
-    if not run.knows_noise:
-        run.knows_noise = True
-        noise = noise_floor(run.model, rows, device, adapter_off)
-        if noise is not None:
-            floor = {"step": run.state.step, "event": "forgetting", "texts": len(rows), "noise": noise}
-            message = f"forgetting is measured on {len(rows)} texts; rounding alone gives {noise:.1g}"
-            run.events.append(RunEvent(floor, message))
-    found = measure_forgetting(run.model, rows, device, adapter_off, run.base_states)
-    if found is None:
-        run.events.append(RunEvent({"step": run.state.step, "event": "forgetting", "kl": None}, NOT_MEASURED))
-        run.forgetting_rows = ()
-    return {} if found is None else {FORGETTING: found.kl}
-
-
-def _perplexities(run: Run, loss: float) -> dict[str, float]:
-    """Of texts: exp of the loss per token, and per character, which is the same unit for every tokenizer."""
-    per_character = getattr(run.test_samples, "tokens_per_character", None)
-    if per_character is None:
-        return {}
-    nats = {"perplexity": loss, "perplexity_per_character": loss * per_character}
-    return {name: math.exp(value) if value < LARGEST_EXPONENT else math.inf for name, value in nats.items()}
-
-
-def _held_out_losses(run: Run, progress: Callable[[int, int], None]) -> tuple[float, dict[str, float]]:
-    """The loss of all held-out samples per unit; each metric as eval_NAME and, where there are several sources, their
-    losses as eval_loss/NAME."""
-    sources = run.test_sources
-    if sources is None:
-        whole, of_sources = evaluate(run, run.test_samples, progress), {}
-    else:
-        members = [np.flatnonzero(sources.parts == number) for number in range(len(sources.names))]
-        of_sources = {
-            name: evaluate(run, [run.test_samples[int(i)] for i in chosen], progress)
-            for name, chosen in zip(sources.names, members, strict=True)
-            if len(chosen)
-        }
-        whole = sum(of_sources.values(), torch.zeros(()))
-    loss, n_units, *metrics = whole.tolist()
-    means = {f"eval_{name}": mean for name, mean in _rounded(run.objective.means(metrics)).items()}
-    return loss / n_units, means | {f"eval_loss/{name}": float(sums[0] / sums[1]) for name, sums in of_sources.items()}
-
-
-def _rounded(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in metrics.items()}
-
-
-def evaluate(
-    run: Run, samples: Sequence[Any], progress: Callable[[int, int], None] = lambda done, total: None,
-    objective: Objective | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """The sums of held-out samples (`Evaluator.sums`) by the run's objective, or this one, under the run's limits; of
-    sampled answers the loss is the reward, negated."""
-    if run.rollouts is not None:
-        found: torch.Tensor = run.rollouts.evaluate(run, samples)
-        return found
-    return evaluator_of(run, progress).sums(objective or run.objective, samples)
-
-
-def evaluator_of(run: Run, progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluator:
-    """What evaluates with the run's model under its limits; that memory ran out is reported as an event."""
-
-    def on_change(change: str) -> None:
-        message = f"evaluation after step {run.state.step}: out of memory; {change}. The result does not change."
-        run.events.append(RunEvent({"step": run.state.step, "event": "out_of_memory", "change": change}, message))
-
-    return Evaluator(run.model, run.accelerator, run.limits, run.evaluation_limits, on_change, progress)
 
 
 def _overflowing(step: int) -> str:

@@ -23,10 +23,10 @@ from onecard.data.packing import packed
 from onecard.model.hardware import peak_reserved_bytes, reset_peak
 from onecard.model.memory.estimate import GIB
 from onecard.train.intervals import WAIT_PER_TIME_TAKEN
-from onecard.train.loop import evaluate
 from onecard.train.oom import MicroBatchLimits
 from onecard.train.run import Run
 from onecard.train.step import accumulate, make_room
+from onecard.train.validation import evaluate
 
 # On a CPU, by itself: a rehearsal of at most this share of the run's tokens, or where less room than this is left.
 LARGEST_SHARE, ENOUGH_ROOM = 0.03, 0.5

@@ -29,9 +29,9 @@ from onecard.model.lora.formats import read_adapter
 from onecard.objectives.base import LossSums, Objective
 from onecard.objectives.preference import AnswerPair, adapter_off, pair_log_probs
 from onecard.storage import sha256_of, write_whole
-from onecard.train.loop import evaluate
 from onecard.train.resume import ResumePoint
 from onecard.train.run import Run
+from onecard.train.validation import evaluate
 
 BASE = "base"
 BLOCK = 512  # pairs between two looks at the clock

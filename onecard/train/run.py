@@ -23,6 +23,7 @@ from onecard.train.end_by_clock import EndByClock
 from onecard.train.evaluate import EvaluationLimits
 from onecard.train.oom import MicroBatchLimits
 from onecard.train.state import OPTIMIZER_NAME, RANKS_NAME, TrainerState
+from onecard.train.trackers import Reporter
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,10 @@ class Run:
     def records(self, indices: np.ndarray) -> list[str]:
         """The names of samples, as a person finds them in the data."""
         return [self.train_samples[int(i)].record for i in indices]
+
+
+def report_events(run: Run, reporter: Reporter) -> None:
+    """Report what happened since the last time, each event once."""
+    while run.events:
+        event = run.events.pop(0)
+        reporter.event(event.row, event.message)

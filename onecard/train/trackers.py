@@ -164,6 +164,11 @@ class Reporter:
             tracker.log(numbers, step=row["step"])
 
 
+def rounded(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics as they are logged."""
+    return {name: round(value, 6) for name, value in metrics.items()}
+
+
 def draw_loss(run_dir: Path, unit: str = "supervised token") -> Path | None:
     """Draw training and evaluation loss over the steps into loss.png, below them the accuracies and the rewards of
     preference steps, and forgetting; None when there is nothing to draw.

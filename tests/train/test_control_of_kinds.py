@@ -111,7 +111,7 @@ def test_asked_at_odd_moments(
 
     before(memory_probe, "rehearse", lambda: ask("probe"))
     before(loop, "save", ask_thrice)
-    before(loop, "_evaluate", lambda: ask(f"evaluation after step {status(run).step}"))
+    before(loop, "validate", lambda: ask(f"evaluation after step {status(run).step}"))
     before(RunDirectory, "publish", ask_too_late)
     assert_same_weights(undisturbed, finetune(tiny.config_for(tiny_base, instructions, run, **options)))
     found = {name: each for name, request in sent.items() if (each := reply(run, request))}

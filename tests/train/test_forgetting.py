@@ -15,7 +15,7 @@ from onecard.model.divergence import BaseStates, kl_from_base, kl_of_rounding
 from onecard.model.lora.adapter import add_lora
 from onecard.objectives.preference import adapter_off
 from onecard.recipes import finetune
-from onecard.train import build, forgetting, loop
+from onecard.train import build, forgetting, validation
 from onecard.train.forgetting import FEWEST_TEXTS, affordable_rows, forgetting_texts, measure_forgetting, noise_floor
 from onecard.train.trackers import read_log
 from tests import tiny
@@ -172,7 +172,7 @@ def test_a_run_that_measures_forgetting_is_the_run_that_does_not(
 def test_memory_that_takes_no_text_ends_the_measuring_and_not_the_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "measure_forgetting", lambda *_: None)
+    monkeypatch.setattr(validation, "measure_forgetting", lambda *_: None)
     data = tiny.write_instructions(tmp_path / "data.json")
     finetune(tiny.config_for(base, data, tmp_path / "run", test_size=4, eval_steps=1))
     assert capsys.readouterr().out.count("out of memory: forgetting is not measured") == 1

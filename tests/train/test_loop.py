@@ -16,7 +16,7 @@ from onecard.config.problems import problems_of, refuse
 from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.errors import ConfigError, OneCardError
 from onecard.recipes import finetune
-from onecard.train import checkpoint, loop
+from onecard.train import checkpoint, loop, validation
 from onecard.train.checkpoint import CheckpointStore, verify
 from onecard.train.loop import total_steps
 from onecard.train.state import read_state
@@ -83,14 +83,14 @@ def test_balanced_weights_have_the_lowest_sum_of_loss_and_forgetting(
 
     A base of random weights has little to forget, so what is measured counts 20 times.
     """
-    real = loop.measure_forgetting
+    real = validation.measure_forgetting
 
     def measured(*arguments: Any) -> Any:
         found = real(*arguments)
         assert found is not None
         return replace(found, kl=20 * found.kl)
 
-    monkeypatch.setattr(loop, "measure_forgetting", measured)
+    monkeypatch.setattr(validation, "measure_forgetting", measured)
 
     def config(output: str, **changes: Any) -> FinetuneConfig:
         options = RISING | {"final_weights": "balanced", **changes}
@@ -245,8 +245,6 @@ def test_a_short_last_step_counts_its_own_tokens_only(tiny_base: Path, tmp_path:
 
 def test_endless_overflow_ends_the_run(tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch) -> None:
     """A scaler that leaves out every step learns nothing all night; some steps left out are normal."""
-    from onecard.train import loop
-
     real_step, n_steps = loop.take_step, 0
 
     def overflowing(*args, **kwargs):

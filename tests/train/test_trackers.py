@@ -17,7 +17,7 @@ from accelerate import PartialState
 from onecard.errors import ConfigError
 from onecard.objectives.registry import objective_named
 from onecard.recipes import finetune
-from onecard.train import loop
+from onecard.train import loop, validation
 from onecard.train import memory_probe as rehearsal
 from onecard.train import trackers as reporting
 from onecard.train.trackers import Reporter, check_trackers, draw_loss, open_trackers, read_log
@@ -76,7 +76,7 @@ def test_the_speed_counts_training_alone(
 
         return slow
 
-    for module, name, seconds in ((loop, "take_step", 2.0), (loop, "evaluate", 500.0), (loop, "save", 300.0),
+    for module, name, seconds in ((loop, "take_step", 2.0), (validation, "evaluate", 500.0), (loop, "save", 300.0),
                                   (rehearsal, "accumulate", 800.0)):  # fmt: skip
         monkeypatch.setattr(module, name, taking(seconds, getattr(module, name)))
     options = {"test_size": 4, "eval_steps": 1, "total_batch": 5, "log_steps": 2, "rehearsal": True, "num_epoch": 2}
