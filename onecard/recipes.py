@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from onecard.train.rollouts import Rollouts
     from onecard.train.run import Run
     from onecard.train.run_control import RunControl
-    from onecard.train.rundir import RunDirectory
+    from onecard.train.rundir import RunDirectory, RunSettings
     from onecard.train.state import TrainerState
 
 
@@ -49,12 +49,9 @@ def finetune(config: FinetuneConfig) -> Path:
     from onecard.curation.alike import clusters_of_groups, likeness
     from onecard.inference.call import ModelBundle
     from onecard.model.hardware import detect
-    from onecard.model.trained import describe_trained, write_result
-    from onecard.serve.verify.make import check_after_training
+    from onecard.model.trained import describe_trained
     from onecard.train import auto_config
-    from onecard.train.advice import LearnedData, advise
     from onecard.train.asking import standing_questions
-    from onecard.train.base_comparison import BaseComparison
     from onecard.train.build import build_accelerator, build_run, prepare_data, training_state
     from onecard.train.end_by_clock import end_by_clock
     from onecard.train.held_out import Likeness
@@ -99,19 +96,29 @@ def finetune(config: FinetuneConfig) -> Path:
         directory.write_settings(settings)
         if point is not None:
             take_over(point, run.state, directory)
-        comparisons: list[BaseComparison | RunSuites] = [
-            BaseComparison(run, directory.path, config.lora),
-            *suites(run, data),
-        ]
-        state = _trained(config, run, directory, comparisons)
-        directory.publish(settings, state, config.train, partial(write_result, run.plain_model))
-        for comparison in comparisons:
-            comparison.after()
-        check_after_training(config, run, data, directory.path)
-        if accelerator.is_main_process and run.rollouts is None:
-            report = data.train.dataset.report
-            advise(directory.path, LearnedData(data.train.n_per_epoch, report.n_samples, report.n_cut))
+        _train_and_publish(config, run, data, directory, settings, suites(run, data))
     return directory.path
+
+
+def _train_and_publish(
+    config: FinetuneConfig, run: Run, data: TrainingData, directory: RunDirectory, settings: RunSettings,
+    suites: Sequence[RunSuites],
+) -> None:  # fmt: skip
+    """Train a run that is built, put its result in place, and say how it compares with the base."""
+    from onecard.model.trained import write_result
+    from onecard.serve.verify.make import check_after_training
+    from onecard.train.advice import LearnedData, advise
+    from onecard.train.base_comparison import BaseComparison
+
+    comparisons: list[BaseComparison | RunSuites] = [BaseComparison(run, directory.path, config.lora), *suites]
+    state = _trained(config, run, directory, comparisons)
+    directory.publish(settings, state, config.train, partial(write_result, run.plain_model))
+    for comparison in comparisons:
+        comparison.after()
+    check_after_training(config, run, data, directory.path)
+    if run.accelerator.is_main_process and run.rollouts is None:
+        report = data.train.dataset.report
+        advise(directory.path, LearnedData(data.train.n_per_epoch, report.n_samples, report.n_cut))
 
 
 def _trained(

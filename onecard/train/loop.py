@@ -46,10 +46,8 @@ def total_steps(options: TrainOptions, n_samples: int) -> int:
 def train(run: Run, reporter: Reporter) -> TrainerState:
     """Train to the last step, saving on the way; returns the final state with the last checkpoint written.
 
-    Raises:
-        Stopped: after Ctrl-C or SIGTERM, with the finished step saved.
-        NotFinite: when the loss is NaN or Inf; the newest checkpoint then holds the last finite weights.
-        CheckpointError: when the *final* checkpoint cannot be written.
+    Raises Stopped after Ctrl-C or SIGTERM, with the finished step saved; NotFinite when the loss is NaN or Inf, where
+    the newest checkpoint holds the last finite weights; CheckpointError when the *final* one cannot be written.
     """
     options, state = run.options, run.state
     run.model.train()
