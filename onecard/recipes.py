@@ -124,15 +124,15 @@ def _train_and_publish(
 def _trained(
     config: FinetuneConfig, run: Run, directory: RunDirectory, comparisons: Sequence[BaseComparison | RunSuites]
 ) -> TrainerState:
-    """Train a run that is built, from its rehearsal to its last step; its log is closed whatever happens."""
+    """Train a run that is built, from its memory probe to its last step; its log is closed whatever happens."""
     from onecard.train.build import open_reporter
     from onecard.train.loop import train
-    from onecard.train.memory_probe import rehearse_if_wanted
+    from onecard.train.memory_probe import probe_if_wanted
     from onecard.train.run import report_events
 
     reporter = open_reporter(config, run, directory)
     try:
-        rehearse_if_wanted(run, config.memory.rehearsal)
+        probe_if_wanted(run, config.memory.rehearsal)
         for comparison in comparisons:
             comparison.before()
         return train(run, reporter)

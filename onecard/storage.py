@@ -16,9 +16,9 @@ from typing import Any
 CHUNK_BYTES = 1 << 20
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
 
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 # torch.save and safetensors do not raise OSError when the disk is full; this is what they say instead.
-_NO_ROOM_WORDS = (
+_DISK_FULL_WORDS = (
     "no space left",
     "file too large",
     "disk quota exceeded",
@@ -121,14 +121,14 @@ def move(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def is_no_room(reason: BaseException | None) -> bool:
+def is_disk_full(reason: BaseException | None) -> bool:
     """True when an error, or the one behind it, says that the disk is full, over quota or read-only."""
     seen: set[int] = set()
     while reason is not None and id(reason) not in seen:
         seen.add(id(reason))
-        if isinstance(reason, OSError) and reason.errno in _NO_ROOM:
+        if isinstance(reason, OSError) and reason.errno in _DISK_FULL:
             return True
-        if isinstance(reason, Exception) and any(words in str(reason).lower() for words in _NO_ROOM_WORDS):
+        if isinstance(reason, Exception) and any(words in str(reason).lower() for words in _DISK_FULL_WORDS):
             return True
         reason = reason.__cause__ or reason.__context__
     return False

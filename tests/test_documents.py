@@ -367,16 +367,16 @@ def defined_in(module: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", ["docs/en/architecture.md", "docs/zh/architecture.md"])
-def test_every_hop_is_a_function_of_today(page: str) -> None:
-    hops = re.findall(
+def test_every_function_of_the_call_chains_exists(page: str) -> None:
+    named = re.findall(
         r"`((?:config|data|model|objectives|train|inference|serve|export)\.[\w.]+)`", text_of(page).split("<!--")[0]
     )
-    assert len(hops) >= 40
-    for hop in hops:
-        parts = hop.split(".")
+    assert len(named) >= 40
+    for name in named:
+        parts = name.split(".")
         files = [(n, (REPOSITORY / "onecard").joinpath(*parts[:n]).with_suffix(".py")) for n in range(1, len(parts))]
-        (depth, module), *_ = [found for found in files if found[1].is_file()] or pytest.fail(f"no module: {hop}")
-        assert ".".join(parts[depth:]) in defined_in(module), hop
+        (depth, module), *_ = [found for found in files if found[1].is_file()] or pytest.fail(f"no module: {name}")
+        assert ".".join(parts[depth:]) in defined_in(module), name
 
 
 def test_every_template_in_the_documents_exists() -> None:

@@ -35,7 +35,7 @@ Row = tuple[EncodedSample, str, int]
 _KEPT_DROPPED_RECORDS = 1000
 _STALE_PARTIAL_S = 24 * 3600
 _CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -120,7 +120,7 @@ def write_cache(target: Path, key: str, report: DatasetReport, batches: Iterable
         write_whole(target.with_suffix(".json"), json.dumps(manifest, ensure_ascii=False))
         return content.fingerprint()
     except OSError as reason:
-        if reason.errno not in _NO_ROOM | _CANNOT_WRITE:
+        if reason.errno not in _DISK_FULL | _CANNOT_WRITE:
             raise
         raise OneCardError(
             f"--cache_path {target.parent}: the encoded data could not be written ({reason.strerror or reason}). "

@@ -1,7 +1,7 @@
 """Answers from a model: prompts in, answers out, whole or while they are being written.
 
-One generator for every face: `stream` types an answer live, `answer_rows` gives many whole ones, and both run the same
-call of `model.generate` (call.py) with the same settings.
+One generator for page, terminal and API: `stream` types an answer live, `answer_rows` gives many whole ones, both by
+the same call of `model.generate` (call.py) with the same settings.
 
 What the model is fed comes from `prompt_for`, the same function that training uses. Does not know files
 (inference/batch/run.py), queues and adapters (engine.py) or terminals.

@@ -1,6 +1,6 @@
-"""A conversation as the faces hold it: turns that are asked, answered, undone and edited, and the part that still fits.
+"""A conversation as page, terminal and API hold it: asked, answered, undone, edited, and cut to the context.
 
-A session never changes: each step gives a new one, so that a face can keep the old one until an answer is whole.
+A `ChatHistory` is immutable: each step gives a new one, so that a page can keep the old one until an answer is whole.
 Knows turns and numbers of tokens. It does not know models, the engine, tokenizers, pages or terminals.
 """
 

@@ -247,7 +247,7 @@ class CheckpointStore:
         return self.run_dir / f".{name}.{state}-{os.getpid()}"
 
     def _raise_as_checkpoint_error(self, reason: BaseException, target: Path) -> None:
-        no_room = isinstance(reason, Exception) and storage.is_no_room(reason)
+        no_room = isinstance(reason, Exception) and storage.is_disk_full(reason)
         if isinstance(reason, CheckpointError) or not (no_room or isinstance(reason, OSError)):
             return
         todo = "Make room there or give another --output_path" if no_room else "Check the disk and your right to write"

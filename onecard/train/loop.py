@@ -51,7 +51,7 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     """
     options, state = run.options, run.state
     run.model.train()
-    report_events(run, reporter)  # those of the rehearsal
+    report_events(run, reporter)  # those of the memory probe
     evaluation, saves = Timer(options.eval_minutes), Saved(run, Timer(options.save_minutes))
     control = run.control or RunControl()
     control.folder.say("training", state.step, state.total_steps)

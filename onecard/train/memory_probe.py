@@ -28,7 +28,7 @@ from onecard.train.run import Run
 from onecard.train.step import accumulate, make_room
 from onecard.train.validation import evaluate
 
-# On a CPU, by itself: a rehearsal of at most this share of the run's tokens, or where less room than this is left.
+# On a CPU, by itself: a probe of at most this share of the run's tokens, or where less room than this is left.
 LARGEST_SHARE, ENOUGH_ROOM = 0.03, 0.5
 MOST_TRIED = 4096  # samples in which rows to share are looked for
 
@@ -62,8 +62,8 @@ def worst_micro_batch(lengths: np.ndarray, limits: MicroBatchLimits, total_batch
     return LargestMicroBatch(int(rows[best]), int(longest_first[best]))
 
 
-def rehearse_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
-    """Rehearse, or say why not. auto: on a card always; on a CPU where memory is short or it takes little of the run.
+def probe_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
+    """Probe the memory, or say why not. auto: on a card always; on a CPU where memory is short or it takes little time.
 
     There the plan is exact and the machine's memory large, while a short run would wait longer than it trains.
     """
@@ -76,11 +76,11 @@ def rehearse_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
             say(f"no rehearsal: it would take {min(1.0, share):.0%} of the time of this run, and "
                 f"{run.planned_bytes / GIB:.2f} of {room / GIB:.1f} GiB are planned (--rehearsal on)")  # fmt: skip
     if wanted and run.state.step < run.state.total_steps:
-        rehearse(run)
+        probe_memory(run)
 
 
 def _share_of_run(run: Run) -> float:
-    """The tokens of a rehearsal as a share of those that are left to train on, padding aside."""
+    """The tokens of a probe as a share of those that are left to train on, padding aside."""
     lengths = _lengths(run)
     worst, _ = _largest(lengths, run.limits, _rows_per_step(run))
     longest = int(lengths.max())
@@ -88,7 +88,7 @@ def _share_of_run(run: Run) -> float:
     return tried / max(1.0, _tokens_left(run))
 
 
-def rehearse(run: Run) -> None:
+def probe_memory(run: Run) -> None:
     """Try the worst micro-batch of training and of evaluation; say the peak beside the plan's, and how long it takes.
 
     Raises ModelError, with the plan beside what happened, when not even the smallest limits fit.
@@ -106,7 +106,7 @@ def rehearse(run: Run) -> None:
     if worst.length < lengths[longest]:
         _fitting(run, lambda: (LargestMicroBatch(1, int(lengths[longest])), np.array([longest])))
     run.engine.forget()
-    evaluation_s = _rehearse_evaluation(run) if run.test_samples else 0.0
+    evaluation_s = _probe_evaluation(run) if run.test_samples else 0.0
     said = f"rehearsed {worst.rows} x {worst.length:,} tokens"
     peak = peak_reserved_bytes()
     if peak is not None and run.accelerator.device.type != "cpu":
@@ -115,7 +115,7 @@ def rehearse(run: Run) -> None:
     say(f"{said}; {_duration(run, worst.tokens / max(seconds, 1e-9), evaluation_s)}")
 
 
-def _rehearse_evaluation(run: Run) -> float:
+def _probe_evaluation(run: Run) -> float:
     """Evaluate the largest micro-batch of held-out rows; returns the seconds that all would take at its speed."""
     lengths = run.objective.lengths(run.test_samples)
     largest, samples = _largest(lengths, run.limits, len(lengths))

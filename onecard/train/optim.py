@@ -102,7 +102,7 @@ def build_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.opti
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its state now, all zeros, as the first step would: it is then in the rehearsal's peak.
+    """Give every parameter its state now, all zeros, as the first step would: it is then in the memory probe's peak.
 
     The state that a step makes of it is the same, bit for bit. For AdamW of torch and the optimizers of bitsandbytes.
     """

@@ -109,7 +109,7 @@ def test_asked_at_odd_moments(
             send(run, "ask", question="Say hello")
         refused.append("ask")
 
-    before(memory_probe, "rehearse", lambda: ask("probe"))
+    before(memory_probe, "probe_memory", lambda: ask("probe"))
     before(loop, "save", ask_thrice)
     before(loop, "validate", lambda: ask(f"evaluation after step {status(run).step}"))
     before(RunDirectory, "publish", ask_too_late)

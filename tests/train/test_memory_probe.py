@@ -1,4 +1,4 @@
-"""The rehearsal finds the worst micro-batch before the first step, and leaves nothing behind."""
+"""The memory probe finds the worst micro-batch before the first step, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from onecard.model.memory.estimate import GIB
 from onecard.model.memory.plan import CardSpec
 from onecard.objectives import next_token
 from onecard.recipes import finetune
-from onecard.train import memory_probe as rehearsal
+from onecard.train import memory_probe
 from onecard.train.memory_probe import LargestMicroBatch, worst_micro_batch
 from onecard.train.oom import MicroBatchLimits
 from onecard.train.state import TrainerState
@@ -141,14 +141,14 @@ def test_the_longest_row_is_tried_too(
 ) -> None:
     """Many short rows have more tokens, but the attention of the long one may be larger."""
     seen: list[tuple[int, ...]] = []
-    real = rehearsal.accumulate
+    real = memory_probe.accumulate
 
     def watched(run: Any, data: Any, micros: Any, supervised: int) -> Any:
         seen.append(tuple(int(n) for n in run.train_samples.lengths[micros[0]]))
         assert all(module.training for module in run.model.modules()), "layers would not be computed again"
         return real(run, data, micros, supervised)
 
-    monkeypatch.setattr(rehearsal, "accumulate", watched)
+    monkeypatch.setattr(memory_probe, "accumulate", watched)
     options = {**LONG, "total_batch": 32, "micro_tokens": 2100, "gradient_checkpointing": True, "test_size": 0}
     finetune(tiny.config_for(tiny_base, one_long_row, tmp_path / "run", **options, max_steps=1))
     assert len(seen) == 4 and len(seen[0]) == len(seen[1]) > 10 and max(seen[0]) < 200
@@ -219,15 +219,15 @@ def test_on_a_cpu_it_takes_little_of_the_run_or_memory_is_short(
     steps: int, planned_gib: int, wanted: Any, expected: bool, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A step has 800 tokens; a rehearsal takes 8 x 100 twice. Of 16 GiB more than half are enough room."""
+    """A step has 800 tokens; a probe takes 8 x 100 twice. Of 16 GiB more than half are enough room."""
     done: list[Any] = []
-    monkeypatch.setattr(rehearsal, "rehearse", done.append)
+    monkeypatch.setattr(memory_probe, "probe_memory", done.append)
     card = CardSpec("CPU", 20 * GIB, 16 * GIB, is_gpu=False)
     run: Any = SimpleNamespace(
         state=TrainerState(total_steps=steps), options=TrainOptions(total_batch=8), limits=MicroBatchLimits(),
         plan=SimpleNamespace(card=card), planned_bytes=planned_gib * GIB, train_samples=EqualRows(),
     )  # fmt: skip
-    rehearsal.rehearse_if_wanted(run, wanted)
+    memory_probe.probe_if_wanted(run, wanted)
     assert bool(done) == expected
     said = "no rehearsal: it would take 67% of the time of this run, and 1.00 of 16.0 GiB are planned"
     assert (said in capsys.readouterr().out) == (wanted == "auto" and not expected)

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from onecard.errors import ConfigError, ModelError
-from onecard.storage import is_no_room, write_whole
+from onecard.storage import is_disk_full, write_whole
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -140,5 +140,5 @@ def _line(value: dict[str, Any]) -> bytes:
 
 
 def _unwritable(path: Path, reason: OSError) -> ModelError:
-    what = "no room for" if is_no_room(reason) else "cannot write"
+    what = "no room for" if is_disk_full(reason) else "cannot write"
     return ModelError(f"{what} {path}: {reason.strerror or reason}; what was made before is kept, start again to go on")

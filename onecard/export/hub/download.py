@@ -18,8 +18,8 @@ from typing import Any
 
 from onecard.errors import ConfigError, ModelError, Stopped
 from onecard.export.hub.files import PASSING, TIMEOUT_S, TRIES, HubFile, Listing, explained, wait_s
-from onecard.export.io.output import free_room_bytes, new_directory, progress
-from onecard.storage import digest_of, is_no_room, move, sync_file
+from onecard.export.io.output import free_disk_bytes, new_directory, progress
+from onecard.storage import digest_of, is_disk_full, move, sync_file
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DownloadPaths:
 
     def free_bytes(self) -> int:
         """Free room on the disk of this place, which need not exist yet."""
-        return free_room_bytes(self.root)
+        return free_disk_bytes(self.root)
 
 
 def cache_place(listing: Listing) -> DownloadPaths:
@@ -275,7 +275,7 @@ def _disk_explained(place: DownloadPaths) -> Iterator[None]:
             "left there and start again"
         ) from reason
     except OSError as reason:
-        if not is_no_room(reason):
+        if not is_disk_full(reason):
             raise
         raise ModelError(
             f"no room in {place.root}: the disk is full or takes no files; make room, and the same command goes on"

@@ -21,7 +21,7 @@ from onecard.config.problems import Problem
 from onecard.console import first_line, say
 from onecard.errors import ConfigError, ModelError
 from onecard.manifest import content_files
-from onecard.storage import is_no_room, move, sync_directory, sync_file
+from onecard.storage import is_disk_full, move, sync_directory, sync_file
 
 OUTPUT_FLAG = "--output_path"
 LINE_SECONDS = 20.0  # between two lines of progress where there is no terminal
@@ -107,7 +107,7 @@ def _staged(target: Path, overwrite: bool, inputs: Sequence[Path], needed_bytes:
 
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     lock = FileLock(target.with_name(f".{target.name}.lock"))
-    with _no_room_explained(target):
+    with _full_disk_explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -118,10 +118,10 @@ def _staged(target: Path, overwrite: bool, inputs: Sequence[Path], needed_bytes:
                 ) from reason
             raise ConfigError(OUTPUT_FLAG, f"{target} is being written by another process; wait for it") from reason
     try:
-        with _no_room_explained(target):
+        with _full_disk_explained(target):
             _tidy(target, partial, old)
             _check_target(target, overwrite, inputs)
-            _check_room(target, needed_bytes)
+            _check_disk_space(target, needed_bytes)
             try:
                 yield partial
                 _make_durable(partial)
@@ -167,14 +167,14 @@ def _is_there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def free_room_bytes(path: Path) -> int:
+def free_disk_bytes(path: Path) -> int:
     """Free room on the disk of a path that need not exist yet."""
     there = next(folder for folder in (path, *path.parents) if folder.is_dir())
     return shutil.disk_usage(there).free
 
 
-def _check_room(target: Path, needed_bytes: int) -> None:
-    free_bytes = free_room_bytes(target.parent)
+def _check_disk_space(target: Path, needed_bytes: int) -> None:
+    free_bytes = free_disk_bytes(target.parent)
     if needed_bytes > free_bytes:
         raise ModelError(
             f"{target} needs about {needed_bytes / 2**30:.2f} GiB, and its disk has {free_bytes / 2**30:.2f} GiB free; "
@@ -212,13 +212,13 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _no_room_explained(target: Path) -> Iterator[None]:
+def _full_disk_explained(target: Path) -> Iterator[None]:
     try:
         yield
     except ModelError:
         raise
     except Exception as reason:
-        if is_no_room(reason):
+        if is_disk_full(reason):
             raise ModelError(
                 f"no room for {target}: the disk is full or takes no files ({first_line(reason)}); "
                 "nothing was left behind there, make room and start again"

@@ -34,7 +34,7 @@ from onecard.export.quantize.calibration import Rows
 from onecard.export.quantize.options import GROUP_SIZES
 from onecard.model.files import base_fingerprint, read_json, write_json
 from onecard.model.gptq import QUANTIZE_CONFIG, quiet_gptqmodel
-from onecard.storage import is_no_room, move
+from onecard.storage import is_disk_full, move
 
 KEPT_BY_LAYER = ("llama", "qwen3_moe")  # the families whose half-done work gptqmodel 7.6 can keep
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -106,7 +106,7 @@ def quantize(source: Path, rows: Rows, settings: GptqSettings, target: Path, kep
             f"quantising does not fit on {settings.device}: use a smaller --batch_size or --calibration_len"
         ) from reason
     except (RuntimeError, ValueError, NotImplementedError, KeyError, TypeError, AttributeError) as reason:
-        if is_no_room(reason):
+        if is_disk_full(reason):
             raise
         raise ModelError(f"gptqmodel cannot quantise {source}: {first_line(reason)} (its log: {log})") from reason
     copy_small_files(source, target)
