@@ -27,7 +27,7 @@ from onecard.config.inference import LimitOptions, SamplingOptions, ServeOptions
 from onecard.console import nearest
 from onecard.errors import OneCardError
 from onecard.inference.engine import InferenceEngine
-from onecard.serve.api import adapters, schema
+from onecard.serve.api import adapters, answer_schema, schema
 from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.jobs import RequestThread, RequestThreads, Work, stopping
 from onecard.serve.api.log import RequestFile, RequestLog, note_of
@@ -166,14 +166,14 @@ def paths(*, simple: bool = False) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, redirect_slashes=False)
     streamed = {"text/event-stream": {"schema": {"type": "string"}}}
     table: list[tuple[str, str, Callable[..., Any], type, dict[str, Any]]] = [
-        ("GET", "/health", health, schema.Health, {}),
+        ("GET", "/health", health, answer_schema.Health, {}),
         ("GET", "/metrics", metrics, str, {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}),
-        ("GET", "/v1/models", list_models, schema.ModelList, {}),
-        ("GET", "/v1/models/{model_id:path}", show_model, schema.ModelCard, {}),
-        ("POST", "/v1/chat/completions", chat_completions, schema.ChatCompletion, streamed),
-        ("POST", "/v1/completions", completions, schema.Completion, streamed),
-        ("POST", "/v1/responses", responses, schema.ResponseBody, streamed),
-        ("POST", "/v1/embeddings", embeddings, schema.EmbeddingList, {}),
+        ("GET", "/v1/models", list_models, answer_schema.ModelList, {}),
+        ("GET", "/v1/models/{model_id:path}", show_model, answer_schema.ModelCard, {}),
+        ("POST", "/v1/chat/completions", chat_completions, answer_schema.ChatCompletion, streamed),
+        ("POST", "/v1/completions", completions, answer_schema.Completion, streamed),
+        ("POST", "/v1/responses", responses, answer_schema.ResponseBody, streamed),
+        ("POST", "/v1/embeddings", embeddings, answer_schema.EmbeddingList, {}),
         ("POST", "/tokenize", tokenize, Tokens, {}),
         ("POST", "/detokenize", detokenize, Detokenized, {}),
         ("POST", "/v1/load_lora_adapter", adapters.load_adapter, str, {}),
@@ -189,7 +189,7 @@ def paths(*, simple: bool = False) -> APIRouter:
         for status, words in REFUSALS.items():
             answering = method == "POST" or path.startswith(QUERY)
             if answering or status in FOR_READING or (status == 404 and "{" in path):
-                answers[status] = {"model": schema.ErrorBody, "description": words}
+                answers[status] = {"model": answer_schema.ErrorBody, "description": words}
         router.add_api_route(path, endpoint, methods=[method], response_model=None, responses=answers)
         allowed = ("GET", "HEAD", "OPTIONS") if method == "GET" else (method, "OPTIONS")
         if method == "GET":

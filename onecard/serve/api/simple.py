@@ -13,10 +13,11 @@ from urllib.parse import unquote_to_bytes
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from onecard.data.messages import Turn
+from onecard.serve.api.answer_schema import UsageBody
 from onecard.serve.api.parameters import check_names, close_request
 from onecard.serve.api.requests import GenerationParams, ServerDefaults, common_ask
 from onecard.serve.api.responses import ChatResponseBuilder
-from onecard.serve.api.schema import Length, SamplingParameters, UsageBody
+from onecard.serve.api.schema import Length, SamplingParameters
 from onecard.serve.api.work import Progress
 from onecard.serve.http_error import bad_request
 from onecard.serve.security import QUERY
