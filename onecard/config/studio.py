@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from onecard.config.inference import API_KEY_VARIABLE, address_problems, is_loopback, list_problems, plain_host
+from onecard.config.addresses import address_problems, is_loopback, list_problems, plain_host
+from onecard.config.inference import API_KEY_VARIABLE
 from onecard.config.problems import Problem
 
 

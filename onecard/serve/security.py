@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from starlette.middleware.cors import CORSMiddleware
 
-from onecard.config.inference import is_address, is_loopback, plain_host, plain_origin, split_list
+from onecard.config.addresses import is_address, is_loopback, plain_host, plain_origin, split_list
 from onecard.installation import command
 from onecard.serve.http_error import NOTE_KEY, ApiError, send_error
 from onecard.serve.keys import RequestRates, digest_of, name_of

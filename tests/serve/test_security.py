@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from onecard.config.inference import plain_host, plain_origin
+from onecard.config.addresses import plain_host, plain_origin
 from onecard.serve import security
 from onecard.serve.keys import digest_of
 from onecard.serve.security import (
