@@ -1,4 +1,4 @@
-"""What a record means: which of the known shapes it has, and the conversation or document in it.
+"""Formats of records: which of the known ones a record has, and the conversation or document in it.
 
 Knows keys, roles and the order of turns. Does not know files, lines, templates or tokenizers.
 

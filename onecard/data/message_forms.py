@@ -1,4 +1,4 @@
-"""The form in which a chat template takes tool calls and thoughts, found out by rendering probes.
+"""Which form of tool calls and thoughts a chat template takes, found out by rendering probes.
 
 Templates differ: arguments as an object (Qwen, Llama, Mistral) or as text (DeepSeek), ids of nine characters (Mistral),
 thoughts under a key of their own (Qwen3, gpt-oss) or in the content.

@@ -1,4 +1,4 @@
-"""The dial of an adapter: what it gains and what it forgets at each strength, and which strength is best.
+"""Scales of an adapter compared: what it gains and what it forgets at each, and which is best.
 
 The gain is the paired difference from scale 0 over the same records, more is better; forgetting is KL(base || adapter)
 per token over the texts of `train/forgetting.py`. The best scale forgets least among those that are in no suite worse

@@ -1,4 +1,4 @@
-"""One base model and the adapters that can speak through it, one at a time.
+"""One base model and its adapters, of which one at a time is active.
 
 Each adapter brings its own tokenizer and prompt template, so that it is asked in the words it was trained with. Knows
 run directories, and how an adapter is deactivated and another one activated. It does not know requests or queues:

@@ -1,4 +1,4 @@
-"""What a model makes of a text without answering it: a vector for the whole, and a probability for each token.
+"""Embeddings and log-probabilities: a vector for a whole text, and a probability for each of its tokens.
 
 Knows one model and token ids. It does not know queues, limits (engine.py) or how clients name things
 (serve/api/app.py).

@@ -1,4 +1,4 @@
-"""Take a recipe of a field from its data to a verdict: split, look, train, score, judge.
+"""Run a recipe for a domain, from its data to a verdict: split, look, train, score, judge.
 
 onecard recipe medical
 onecard recipe legal --model_path Qwen/Qwen2.5-7B-Instruct --output_path outputs/legal

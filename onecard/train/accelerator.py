@@ -1,4 +1,4 @@
-"""The one place that differs between plain training and DeepSpeed: backward, and the step that ends it.
+"""Engines of a training step, plain, sharded and DeepSpeed: backward, and the step that ends it.
 
 DeepSpeed clips, steps and zeroes gradients inside its own engine (`deepspeed_engine.py`); everywhere else accelerate's
 optimizer does. The loop sees one interface. Knows nothing of data or checkpoints.

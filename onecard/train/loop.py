@@ -1,4 +1,4 @@
-"""One run, top to bottom.
+"""The training loop of one run, top to bottom.
 
 next step (`step.py`: samples and learning rate -> micro-batches -> loss per unit of the *whole* step ->
 clip -> optimizer) -> log -> maybe evaluate -> maybe save (`intervals.py`). `accelerate` brings mixed precision, the

@@ -1,4 +1,4 @@
-"""What one run is made of, and what its steps tell."""
+"""The parts of one run, and the events that its steps report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop grants at the end of the step.
+"""Ctrl-C and SIGTERM as requests that the loop carries out at the end of the step.
 
 The first signal sets `requested`; the loop looks at it between steps, saves and leaves. The second one leaves at
 once. Knows nothing of steps or checkpoints.

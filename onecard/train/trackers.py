@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar, log.jsonl, the loss curve, and W&B or TensorBoard when asked for.
+"""What a run logs: the progress bar, log.jsonl, the loss curve, and W&B or TensorBoard when asked for.
 
 Only the first process of a multi-process run reports. Nothing leaves the machine unless ``--wandb`` is typed.
 """

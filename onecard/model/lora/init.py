@@ -1,4 +1,4 @@
-"""The arithmetic of two special starts of an adapter: LoftQ and PiSSA.
+"""The arithmetic of two initialisations of LoRA: LoftQ and PiSSA.
 
 Knows matrices. W is a base weight (out, in), A (r, in) and B (out, r) the adapter, s its scaling: the layer computes
 W + s B A. It writes no files and imports no peft; `adapter.py` decides when what is called.

@@ -1,4 +1,4 @@
-"""Cards that are only thought of, such as the one a person might buy, and what of the known models fits on one.
+"""Hypothetical cards, such as the one a person might buy, and the largest known model that fits on one.
 
 Knows options and plans. Asks no device; `train/auto_config.py` describes the card that is there.
 """
