@@ -86,6 +86,39 @@ def test_packed_rows_are_read_alike(key_heads: int, with_mask: bool, monkeypatch
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("cost", [0, 10**9])
+def test_each_request_of_a_packed_row_reads_its_own_keys(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three requests with 1, 3 and 1 new tokens; those of the others change nothing, however they are read."""
+    monkeypatch.setattr("onecard.model.attention._PRODUCTS_PER_CALL", cost)
+    kernel, n_keys = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        n_keys.append(key.shape[2])
+        return kernel(query, key, *rest, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", counted)
+
+    class Cache:
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, **_: Any) -> Any:
+            return key_states, value_states
+
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(1, heads, n, 16) for heads, n in ((8, 5), (2, 12), (2, 12)))
+    lengths = [(0, 1, 0, 4), (1, 4, 4, 10), (4, 5, 10, 12)]  # queries and keys of each
+    mask = torch.full((1, 1, 5, 12), torch.finfo(torch.float32).min)
+    alone = []
+    for start, end, first, last in lengths:
+        mask[..., start:end, first:last] = torch.where(masked(1, end - start, last - first), 0.0, mask.min())
+        part = (query[:, :, start:end], key[:, :, first:last], value[:, :, first:last])
+        alone.append(kernel(*part, mask[..., start:end, first:last], enable_gqa=True).transpose(1, 2))
+    ends = {"cu_seq_lens_q": torch.tensor([0, 1, 4, 5]), "cu_seq_lens_k": torch.tensor([0, 4, 10, 12])}
+    module: Any = Attention(4)
+    module.layer_idx = 0
+    got, _ = attend_packed(module, query, key, value, mask, cache=Cache(), **ends)
+    torch.testing.assert_close(got, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-6)
+    assert n_keys == ([4, 6, 2] if cost == 0 else [12])
+
+
 def test_a_soft_cap_is_refused_as_before() -> None:
     query = torch.randn(1, 2, 4, 16)
     with pytest.raises(ValueError, match="softcap"):
