@@ -34,7 +34,13 @@ from onecard.model.hardware import Hardware, choose_dtype, count_gpus
 from onecard.model.memory_saving.streamed_layers import place_beside_layers
 from onecard.model.model_config import ignored_keys, read_model_config, without_chance
 from onecard.model.model_layers import UNQUANTISED_SHARE
-from onecard.model.quantization import keep_one_arithmetic_on_cpu, loading_config, quantization_config, unquantised
+from onecard.model.quantization import (
+    RanOutQuantizing,
+    keep_one_arithmetic_on_cpu,
+    loading_config,
+    quantization_config,
+    unquantised,
+)
 from onecard.model.rope_scaling import check_scaled, scale_rope
 
 __all__ = ["LoadedBase", "base_fingerprint", "checkpoint_layers", "load_base", "load_tokenizer"]
@@ -225,7 +231,7 @@ def _load(
         loaded: Any = AutoModelForCausalLM.from_pretrained(options.model_path, **arguments)
     except pickle.UnpicklingError as reason:
         raise ModelError(f"{directory} holds pickled weights with code inside; refused, nothing was run") from reason
-    except torch.OutOfMemoryError as reason:
+    except (torch.OutOfMemoryError, RanOutQuantizing) as reason:
         raise ModelError(
             f"{options.model_path} in {options.bits} bits does not fit on {device}; use fewer --bits or "
             f"a smaller model ({_first_line(reason)})"

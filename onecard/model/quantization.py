@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from onecard.console import quiet_libraries
 from onecard.errors import ConfigError
 from onecard.model.model_layers import expert_tensors, quantised_layers
+from onecard.model.out_of_memory import is_out_of_memory
 
 QUANTIZER = "onecard_bitsandbytes"
 NF4_SETTINGS: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
@@ -103,6 +104,10 @@ class _MoreLayers:
         return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
 
 
+class RanOutQuantizing(BaseException):
+    """Memory ran out while a weight was quantised. No Exception: transformers collects those, and loads on."""
+
+
 class _Through:
     """Quantises on the device that the config names, weight by weight, and puts the result where the weight came from.
 
@@ -112,6 +117,14 @@ class _Through:
     hf_quantizer: Any
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        try:
+            return self._converted(input_dict, **kwargs)
+        except (RuntimeError, MemoryError) as reason:
+            if not is_out_of_memory(reason):
+                raise
+            raise RanOutQuantizing(str(reason)) from reason
+
+    def _converted(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         through = self.hf_quantizer.quantization_config.through
         if through is None:
             return self.quantise(input_dict, **kwargs)
