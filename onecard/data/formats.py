@@ -27,7 +27,7 @@ from onecard.data.columns import THOUGHT, Columns, renamed
 from onecard.data.content_parts import refuse_media
 from onecard.data.learn_marks import LABELS, NOT_A_GOOD_ANSWER, record_mark
 from onecard.data.messages import Conversation, Document, Turn
-from onecard.data.preference import CHOSEN_LEARNED, REJECTED_UNUSABLE, both_sides, has_pair
+from onecard.data.preference import CHOSEN_LEARNED, REJECTED_UNUSABLE, both_sides, check_sides, has_pair
 from onecard.data.thoughts import has_thought
 from onecard.data.tool_calls import TOOL_FIELDS, lists_tools, tool_list, tools_in_system
 from onecard.data.turn_objects import (
@@ -81,8 +81,10 @@ def to_sample(value: Any, record: str, columns: Columns = ()) -> ParsedRecord:
     value = _whole_conversation(value)
     # A column that is there for other rows only is null in this one.
     shape = next((shape for shape in _SHAPES if all(value.get(key) is not None for key in shape.required)), None)
-    if has_pair(value) and (shape is None or (shape.convert is _from_turns and not _ends_with_answer(value, shape))):
-        return _preference(value, record)
+    if shape is None or (shape.convert is _from_turns and not _ends_with_answer(value, shape)):
+        if has_pair(value):
+            return _preference(value, record)
+        check_sides(value)
     if shape is None:
         nulls = tuple(key for key, content in value.items() if content is None)
         raise UnusableRecord(_unknown_shape(tuple(map(str, value)), nulls))

@@ -24,6 +24,14 @@ def has_pair(record: Mapping[str, Any]) -> bool:
     return record.get("chosen") is not None and record.get("rejected") is not None
 
 
+def check_sides(record: Mapping[str, Any]) -> None:
+    """Raise UnusableRecord for a record that has one answer of a pair and not the other."""
+    given = [key for key in ("chosen", "rejected") if record.get(key) is not None]
+    if len(given) == 1:
+        missing = "rejected" if given == ["chosen"] else "chosen"
+        raise UnusableRecord(f'"{given[0]}" of a preference pair is there, but "{missing}" is missing')
+
+
 def both_sides(
     record: Mapping[str, Any], answers: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:

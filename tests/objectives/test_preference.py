@@ -283,13 +283,21 @@ def test_pairs_that_teach_no_preference_are_named_and_counted(tmp_path: Path, sp
         {"prompt": "Hi", "chosen": "Hello.", "rejected": ""},
         {"instruction": "Hi", "output": "Hello."},
         {"prompt": "Hi", "chosen": "Hello."},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "rejected": {"from": "gpt", "value": "Go."},
+            "chosen": None,
+        },
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     report = encoded(path, sp_tokenizer, tmp_path).report
     dropped = {place.rpartition(":")[2]: reason for place, reason in report.dropped_records}
     assert dropped == {"2": EQUAL_ANSWERS, "3": OTHER_PROMPT, "4": TOO_LONG.format(96), "5": NO_PAIR, "6": NO_PAIR}
-    assert (report.n_samples, report.read.n_bad) == (2, 1)
+    assert (report.n_samples, report.read.n_bad) == (2, 2)
+    reasons = [bad.reason for bad in report.read.bad]
+    assert reasons[0] == '"chosen" of a preference pair is there, but "rejected" is missing'
+    assert reasons[1] == '"rejected" of a preference pair is there, but "chosen" is missing'
     path.write_text("\n".join(map(json.dumps, rows[1:])), encoding="utf-8")
     with pytest.raises(DataError, match=f"nothing can be learned.*{EQUAL_ANSWERS}"):
         encoded(path, sp_tokenizer, tmp_path)
