@@ -15,11 +15,13 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from onecard.model.memory.extrapolate import KNOWN_ALONE, NotTraced, Sample, sample, traced, traced_setups
 from onecard.model.memory.simulate import Part
 
 SIZES = ("rows", "length", "loss_chunk", "mlp_tile")  # that traces are extended over
-WHOLE_CHUNKS = 4  # rows of so many chunks of the loss are extended from those that were traced
+WHOLE_CHUNKS = 4  # of the loss in a row: those of longer rows take as much, one after the other
 _stood_for: ContextVar[list[bool] | None] = ContextVar("_stood_for", default=None)
 
 
@@ -57,28 +59,29 @@ def _nearest(model: Any, setup: Any, part: Part) -> Sample | None:
     known = traced_setups(model, part)
     settings = {replace(each, **dict.fromkeys(SIZES, 1)): None for each in known}  # in the order of `known`
     for each in sorted(settings, key=partial(_distance, setup)):
-        for sizes in _sizes(setup):
+        for sizes in _sizes(setup, part):
             try:
                 found = sample(model, replace(each, **sizes), part)
             except NotTraced:
                 continue
-            return _scaled(found, setup.element_bytes / each.element_bytes)
+            return _adjusted(found, setup, each, 1.0)
     for each in sorted(known, key=lambda each: (*_distance(setup, each), abs(each.tokens - setup.tokens))):
         try:
             found = traced(model, each, part)
         except NotTraced:  # it was let go
             continue
-        return _scaled(found, setup.tokens * setup.element_bytes / (each.tokens * each.element_bytes))
+        return _adjusted(found, setup, each, setup.tokens / each.tokens)
     return None
 
 
-def _sizes(setup: Any) -> Iterator[dict[str, int]]:
-    """The sizes of `setup`, and others that take about as much: the same tokens in rows of another number."""
-    rows = {setup.rows: setup.length, 2: -(-setup.tokens // 2), 1: setup.tokens}
-    for n_rows, length in rows.items():
+def _sizes(setup: Any, part: Part) -> Iterator[dict[str, int]]:
+    """The sizes of `setup`, and others that take about as much, or more."""
+    for n_rows, length in {setup.rows: setup.length, 2: -(-setup.tokens // 2), 1: setup.tokens}.items():
         sizes = {"rows": n_rows, "length": length, "loss_chunk": setup.loss_chunk, "mlp_tile": setup.mlp_tile}
         yield sizes
-        if 1 < setup.loss_chunk < n_rows * length:
+        if part is not Part.LOSS and setup.mlp_tile:
+            yield {**sizes, "mlp_tile": 0}
+        if part is Part.LOSS and 1 < setup.loss_chunk < n_rows * length:  # logits of a chunk are most of it
             yield {**sizes, "length": WHOLE_CHUNKS * setup.loss_chunk // n_rows}
 
 
@@ -90,6 +93,12 @@ def _distance(setup: Any, known: Any) -> tuple[float, ...]:
     return (*first, float(len(differ.difference(SIZES))), abs(setup.bits - known.bits), ranks)
 
 
-def _scaled(found: Sample, factor: float) -> Sample:
-    return replace(found, live=found.live * factor, kept=found.kept * factor, entry=found.entry * factor,
-                   sizes=found.sizes * factor)  # fmt: skip
+def _adjusted(found: Sample, setup: Any, known: Any, factor: float) -> Sample:
+    """The sample of `known` for so many times its tokens, with the arithmetic and the layer inputs of `setup`."""
+    factor *= setup.element_bytes / known.element_bytes
+    found = replace(found, live=found.live * factor, kept=found.kept * factor, entry=found.entry * factor,
+                    sizes=found.sizes * factor)  # fmt: skip
+    if setup.offload_activations and not known.offload_activations:
+        trace = replace(found.trace, sent=[(position, 0) for position in range(len(found.kept))])
+        found = replace(found, trace=trace, sizes=found.kept, kept=np.zeros(len(found.kept)))
+    return found
