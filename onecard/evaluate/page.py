@@ -30,6 +30,7 @@ table{border-collapse:collapse;font-size:.9rem}td,th{border:1px solid #8886;padd
 td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}
 .one td,.one th{white-space:normal}
 dl{display:grid;grid-template-columns:fit-content(50%) 1fr;gap:.1rem 1rem;font-size:.9rem}dt{opacity:.7}dd{margin:0}
+figure{margin:.6rem 0}figcaption{font-size:.9rem;opacity:.7}
 svg{width:100%;height:auto;max-width:32rem}svg text{fill:currentColor;font-size:12px}
 .bars{display:grid;grid-template-columns:fit-content(40%) 1fr auto;gap:.1rem .5rem;align-items:center;max-width:44rem}
 .bars{font-size:.8rem;margin:.5rem 0}.bars svg{height:.8rem}
@@ -178,7 +179,7 @@ def _plot(measures: Sequence[dict[str, Any]]) -> str:
             'stroke="currentColor" stroke-width="2" vector-effect="non-scaling-stroke"/></svg>'
             f"<span>{shown(float(value))}</span>"
         )
-    return f'<div class="bars">{"".join(bars)}</div>'
+    return f'<figure><figcaption>{_both(name)}</figcaption><div class="bars">{"".join(bars)}</div></figure>'
 
 
 def _record(record: dict[str, Any]) -> str:
