@@ -1,7 +1,7 @@
 """A newcomer's whole way through the studio, with the real programs on the embedded base, as one person would go it.
 
 From a file to a plan, a run that is asked while it trains, a chat beside the base, the table of runs, an export. Once
-by mouse in English (the keyboard types texts and numbers), once by keyboard alone in Chinese.
+by mouse (the keyboard types texts and numbers), once by keyboard alone, each in English and in Chinese.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 LONGEST_S = 240  # from the opened page to an answer of the tuned model, on two cores
 N_ROWS, N_STEPS = 120, 60
 QUESTION = "What is the capital of Poland?"
+LANGUAGES = [("en-US", "done"), ("zh-CN", "完成")]  # and the word for what has ended well
 STEP_MS = 150_000  # of waiting for one thing; the machine may be busy
 
 
@@ -48,8 +49,9 @@ class Clock:
         return now - self.began
 
 
-def test_by_mouse_in_english(open_view: Any, studio: Studio, tmp_path: Path) -> None:
-    clock, page = Clock(), open_view("data")
+@pytest.mark.parametrize(("locale", "done"), LANGUAGES)
+def test_by_mouse(open_view: Any, studio: Studio, tmp_path: Path, locale: str, done: str) -> None:
+    clock, page = Clock(), open_view("data", locale=locale)
     page.set_default_timeout(STEP_MS)
     page.set_input_files("#view-data input[type=file]", tmp_path / "rows.json")
     page.wait_for_selector("#view-data .sources .name")
@@ -70,7 +72,7 @@ def test_by_mouse_in_english(open_view: Any, studio: Studio, tmp_path: Path) -> 
     page.click("#ask")
     page.wait_for_selector(f"#view-train caption:has-text('{QUESTION}')")
     clock.passed("the running training has answered")
-    page.wait_for_selector("ol.queue .badge:has-text('done')")
+    page.wait_for_selector(f"ol.queue .badge:has-text('{done}')")
     page.wait_for_selector("#chart-loss canvas")
     clock.passed("it is trained")
 
@@ -97,13 +99,14 @@ def test_by_mouse_in_english(open_view: Any, studio: Studio, tmp_path: Path) -> 
     page.click("#tab-export")
     page.wait_for_selector("#export-source option[value=mine]", state="attached")
     page.click("#export-start")
-    page.wait_for_selector("li[data-job=mine-merge] .state:has-text('done')")
+    page.wait_for_selector(f"li[data-job=mine-merge] .state:has-text('{done}')")
     clock.passed("it is exported")
     assert list((studio.context.output_root / "mine-merge").glob("*.safetensors"))
 
 
-def test_by_keyboard_in_chinese(open_view: Any, studio: Studio, tmp_path: Path) -> None:
-    clock, page = Clock(), open_view("data", locale="zh-CN")
+@pytest.mark.parametrize(("locale", "done"), LANGUAGES)
+def test_by_keyboard(open_view: Any, studio: Studio, tmp_path: Path, locale: str, done: str) -> None:
+    clock, page = Clock(), open_view("data", locale=locale)
     page.set_default_timeout(STEP_MS)
     keys = page.keyboard
     press_until(page, "#data-name")
@@ -141,7 +144,7 @@ def test_by_keyboard_in_chinese(open_view: Any, studio: Studio, tmp_path: Path) 
     page.wait_for_selector(f"#view-train caption:has-text('{QUESTION}')")
     assert page.evaluate("document.activeElement.id") == "question"
     clock.passed("the running training has answered")
-    page.wait_for_selector("ol.queue .badge:has-text('完成')")
+    page.wait_for_selector(f"ol.queue .badge:has-text('{done}')")
     page.wait_for_selector("#chart-loss canvas")
     clock.passed("it is trained")
 
@@ -180,6 +183,6 @@ def test_by_keyboard_in_chinese(open_view: Any, studio: Studio, tmp_path: Path) 
     page.wait_for_selector("#export-source option[value=mine]", state="attached")
     press_until(page, "#export-start")
     keys.press("Enter")
-    page.wait_for_selector("li[data-job=mine-merge] .state:has-text('完成')")
+    page.wait_for_selector(f"li[data-job=mine-merge] .state:has-text('{done}')")
     clock.passed("it is exported")
     assert list((studio.context.output_root / "mine-merge").glob("*.safetensors"))
