@@ -19,7 +19,7 @@ class BestOfOptions(ReadingOptions):
 
     best_of: int = 1
     """With --data_path: sample so many answers to each question (--temperature above 0), and write the best one."""
-    reward: str = field(default="", metadata={"several": True})
+    reward: str = field(default="", metadata={"several": "texts"})
     """With --best_of, what an answer is worth: the directory of a run of finetune --objective reward, or checkers:
     exact, number, json_schema:FILE, regex:PATTERN, length:50-200, language:zh, each with a weight if wanted."""
     reward_file: str = ""

@@ -17,6 +17,7 @@ class Option:
     bare: str | None  # the value that the flag means when none is typed after it
     advice: tuple[str, str]  # values that are not taken (a regular expression), and what to do for them
     takes_several: bool  # names with commas between them; spaces and a list are taken, too
+    takes_any_text: bool  # of these: each may hold brackets and quotes, such as a pattern or a path
 
     @property
     def flag(self) -> str:
@@ -53,7 +54,9 @@ def options_of(config_class: type) -> dict[str, Option]:
             if is_dataclass(value):
                 continue
             bare = "true" if types[item.name] is bool else item.metadata.get("bare")
-            several = bool(item.metadata.get("several"))
+            several = item.metadata.get("several")
             advice = item.metadata.get("advice", ("", ""))
-            found[item.name] = Option(item.name, group, types[item.name], value, bare, advice, several)
+            found[item.name] = Option(
+                item.name, group, types[item.name], value, bare, advice, bool(several), several == "texts"
+            )
     return found

@@ -253,7 +253,9 @@ def _read_words(
             position += len(more)
             paths[name] = [*paths.get(name, []), value, *more]
             several = paths[name] if len(paths[name]) > 1 else value
-            typed[name] = several if options[name].takes_paths else _without_brackets(",".join([value, *more]))
+            joined = ",".join([value, *more])
+            plain = joined if options[name].takes_any_text else _without_brackets(joined)
+            typed[name] = several if options[name].takes_paths else plain
         else:
             typed[name] = value if has_value else options[name].bare
     return typed, yaml_files

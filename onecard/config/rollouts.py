@@ -74,7 +74,7 @@ def reward_file_parts(text: str) -> tuple[str, str]:
 class RolloutOptions:
     """Answers that are sampled while training, and what they are worth (--objective grpo)."""
 
-    reward: str = field(default="", metadata={"several": True})
+    reward: str = field(default="", metadata={"several": "texts"})
     """What an answer is worth: exact (equals the recorded answer), number (its last number does), regex:PATTERN,
     json_schema:FILE (without FILE: the row's field json_schema), length (shorter is better; length:50-200 characters),
     language:zh. Each with a weight if wanted; they are added: number:1,length:-200:0.2."""

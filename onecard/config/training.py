@@ -138,7 +138,7 @@ class TrainOptions(RolloutOptions):
     """End after so many evaluations by --eval_steps in a row that found no lower loss; 0: never."""
     stop_on: Literal["loss", "balanced"] = "loss"
     """What --early_stopping_patience waits for: a lower evaluation loss, or a lower sum of it and forgetting."""
-    eval_suites: str = field(default="", metadata={"several": True})
+    eval_suites: str = field(default="", metadata={"several": "texts"})
     """Suites as onecard evaluate has them, KIND:PATH with commas between them, to measure the base on before the first
     step and the result at the end, in OUTPUT_PATH/evaluation; one process."""
     ask: list[str] = field(default_factory=list)

@@ -458,3 +458,10 @@ def test_a_verb_stands_first(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert " make [--config FILE.yaml]" in shown
     assert "--path" in shown
+
+
+@pytest.mark.parametrize("typed", ["regex:[0-9]+, 'a'", 'regex:^["{]', "number,length:-20:0.5"])
+def test_patterns_of_rewards_and_paths_of_suites_stay_as_they_were_typed(typed: str) -> None:
+    config = finetune("--objective", "grpo", "--reward", typed, "--eval_suites", f"open:{typed}")
+    assert config.train.reward == typed and config.train.eval_suites == f"open:{typed}"
+    assert finetune("--objective", "grpo", "--reward", "number", "length:-20").train.reward == "number,length:-20"
