@@ -76,7 +76,11 @@ def own_reports(run: Path, baseline: Path | None) -> tuple[Path, Path] | None:
 def _judge_task(verdict: ShipVerdict, found: RunFindings, other: RunFindings | None, level: float) -> None:
     """The losses of the held-out records, paired."""
     if not found.tuned or (other is not None and not other.tuned):
-        which = "the run" if not found.tuned else "the baseline"
+        which, without = ("the run", found) if not found.tuned else ("the baseline", other)
+        if without is not None and without.of_rewards:
+            verdict.open.append(f"held-out records: {which} learned from rewards and has no losses to compare; what it "
+                                "gained is in two folders of onecard evaluate, --reports BEFORE AFTER")  # fmt: skip
+            return
         verdict.open.append(f"held-out records: {which} has no result in {COMPARISON_NAME}; it has not ended, or "
                             "compared nothing (finetune --test_size 0, or --compare_with_base false)")  # fmt: skip
         return

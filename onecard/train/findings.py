@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import DataError
-from onecard.train.trackers import FORGETTING, LOG_NAME, read_log
+from onecard.train.trackers import FORGETTING, LOG_NAME, REWARD, read_log
 
 COMPARISON_NAME = "base_comparison.json"
 BEFORE, AFTER = Path("evaluation", "before"), Path("evaluation", "after")  # what --eval_suites found, in the run
@@ -27,6 +27,8 @@ class RunFindings:
     forgetting: float | None = None
     noise: float = 0.0
     """KL by rounding alone."""
+    of_rewards: bool = False
+    """Whether it learned from rewards, so that there are no losses to compare."""
 
 
 def read_findings(run_dir: Path) -> RunFindings:
@@ -49,7 +51,8 @@ def read_findings(run_dir: Path) -> RunFindings:
         raise DataError(
             "does not hold a loss of base and result for each record", str(run_dir / COMPARISON_NAME)
         ) from None
-    return RunFindings(series[0], base, tuned, kl[-1] if kl else None, noise[-1] if noise else 0.0)
+    of_rewards = any(REWARD in row for row in rows)
+    return RunFindings(series[0], base, tuned, kl[-1] if kl else None, noise[-1] if noise else 0.0, of_rewards)
 
 
 def _content(path: Path) -> dict[str, Any]:

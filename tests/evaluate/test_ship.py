@@ -164,6 +164,12 @@ def test_a_run_that_has_no_result_yet_is_undecided(tmp_path: Path) -> None:
     assert found.word == UNDECIDED and "it has not ended" in found.open[0]
 
 
+def test_a_run_that_learned_from_rewards_is_told_what_shows_its_gain(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.0, "reward": 0.5}\n', encoding="utf-8")
+    found = judge_run(tmp_path, most_forgetting=0.1, level=0.99)
+    assert found.word == UNDECIDED and "learned from rewards and has no losses" in found.open[0]
+
+
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     run = planted(tmp_path / "run", 0)
     code = (
