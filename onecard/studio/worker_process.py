@@ -46,7 +46,7 @@ class Inbox:
     def __init__(self) -> None:
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._n_came = self._n_taken = 0  # of those that are urgent; each is counted by one thread
-        self._newest_interruption = -1
+        self._newest_interruption = self._newest_taken = -1
 
     def read(self, stream: Iterable[str]) -> None:
         """Put in what comes until the stream ends. {"interrupt": n} is for question n, if that is being answered."""
@@ -62,12 +62,14 @@ class Inbox:
     def take(self, timeout: float) -> dict[str, Any] | None:
         """The next question; None at the end. Raises queue.Empty after so many seconds."""
         message = self._lines.get(timeout=timeout)
-        self._n_taken += message is not None and message["question"] != PATIENT
+        if message is not None:
+            self._n_taken += message["question"] != PATIENT
+            self._newest_taken = message.get("number", -1)
         return message
 
     def somebody_waits(self) -> bool:
-        """Whether there is a question that work done ahead should give way to."""
-        return self._n_came > self._n_taken
+        """Whether work done ahead should give way: to an urgent question, or to one that keeps another from coming."""
+        return self._n_came > self._n_taken or self._newest_interruption > self._newest_taken
 
     def is_interrupted(self, number: int) -> bool:
         """Whether this question should give way."""

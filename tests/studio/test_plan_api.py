@@ -146,6 +146,16 @@ def test_the_worker_tells_what_waits_and_what_is_interrupted():
     assert inbox.take(1) is None
 
 
+def test_what_waits_behind_a_patient_question_is_waited_for():
+    inbox = worker_process.Inbox()
+    inbox.read([json.dumps({"question": "limits", "number": 5})])
+    assert not inbox.somebody_waits(), "limits are asked for again and again"
+    inbox.read([json.dumps({"interrupt": 5})])
+    assert inbox.somebody_waits()
+    inbox.take(1)
+    assert not inbox.somebody_waits()
+
+
 PROCESS = """
 import json, sys
 for line in sys.stdin:
