@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += torch.empty_like(parameter).normal_(0, 0.02)
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.02))
     rows = []
     for prompt, chosen, rejected in CASES[: options.cases]:
         apart = pair_of(prompt, chosen, rejected, int(sizes["vocab_size"]))
@@ -107,7 +107,8 @@ def pair_of(prompt: int, chosen: int, rejected: int, vocab: int) -> Any:
     for n in (chosen, rejected):
         answer = torch.randint(3, vocab, (n,)).tolist()
         sides.append(LabelledSample([*asked, *answer], [IGNORE_INDEX] * prompt + answer, "a pair", 0))
-    return AnswerPair(*sides, reference=torch.tensor([-3.0 * chosen, -3.0 * rejected]).numpy())
+    better, worse = sides
+    return AnswerPair(better, worse, reference=torch.tensor([-3.0 * chosen, -3.0 * rejected]).numpy())
 
 
 def measured(model: Any, apart: Any, shared: Any, rounds: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from onecard.model.packed_rows import check_packing, why_prompts_stand_apart
 from onecard.model.rope_scaling import check_same_positions
 from onecard.model.trained import base_of, make_trainable
 from onecard.objectives.base import Objective, SampleView
+from onecard.objectives.preference import PairView
 from onecard.objectives.registry import objective_named
 from onecard.train.anchor import LARGEST_PASS, Anchor
 from onecard.train.auto_config import as_it_began, choices_of, limits_of, resolve_test_size
@@ -281,7 +282,8 @@ def _check_shared_rows(options: TrainOptions, model: Any, device: Any, data: Tra
         raise ModelError(f"{said}; leave --share_prompt out")
     warn(f"{said}. Each answer is a row, which is more than was planned")
     for view in (data.train, data.test):
-        view.share(None)
+        if isinstance(view, PairView):
+            view.share(None)
 
 
 def _check_virtual_tokens(config: FinetuneConfig, plain: Any, data: TrainingData) -> None:
