@@ -5,7 +5,7 @@ everything once, stays single-threaded, and forks a child for each start; the ch
 parsing and ends with the exit code that the real program would have.
 
 Requests and answers are lines of JSON on standard input and output:
-    {"start": {"base", "data", "output", "options", "log", "file_limit_bytes"}} -> {"pid": 4711}
+    {"start": {"base", "data", "output", "options", "log", "file_limit_bytes", "environment"}} -> {"pid": 4711}
     {"start": {"tool", "words", "watched", "kill_at", "kill_with", "log", "file_limit_bytes"}} -> {"pid": 4712}
     {"wait": 4711} -> {"code": -9}
 The second starts `onecard TOOL WORDS`, counts its disk operations under the folder `watched`, and sends it the signal
@@ -92,13 +92,14 @@ class ForkServer:
         )  # fmt: skip
 
     def start(
-        self, base: Path, data: Path, output: Path, options: dict[str, Any], *, file_limit_bytes: int = 0
-    ) -> Start:
+        self, base: Path, data: Path, output: Path, options: dict[str, Any], *, file_limit_bytes: int = 0,
+        environment: dict[str, str] | None = None,
+    ) -> Start:  # fmt: skip
         """Start one run; see `tiny.config_for` for the options."""
         self.n_starts += 1
         log = self.scratch / f"start-{self.n_starts}.log"
         paths = {"base": str(base), "data": str(data), "output": str(output), "log": str(log)}
-        order = {**paths, "options": options, "file_limit_bytes": file_limit_bytes}
+        order = {**paths, "options": options, "file_limit_bytes": file_limit_bytes, "environment": environment or {}}
         pid = self.ask({"start": order})["pid"]
         self.running.add(pid)
         return Start(self, pid, log)
@@ -208,6 +209,7 @@ def run_once(order: dict[str, Any]) -> int:
     from onecard.recipes import finetune
 
     limit_files(order["file_limit_bytes"])
+    os.environ.update(order["environment"])
     config = config_of(order)
 
     def main() -> None:
