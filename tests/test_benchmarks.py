@@ -181,7 +181,7 @@ def test_packing(tmp_path: Path) -> None:
     packing.main(["--rows", "60", "--rounds", "2", "--steps", "1", "--total_batch", "8", "--cutoff_len", "256",
                   "--output", str(output)])  # fmt: skip
     result = json.loads(output.read_text(encoding="utf-8"))
-    packed, padded, fixed = result["rows"]
+    packed, padded, fixed = result["rows"][:3]  # TRL, where it is installed, follows
     assert packed["packed_to_this"] == 1.0 and result["facts"]["samples"] == 60
     assert min(row["computed_to_real_tokens"] for row in (packed, padded, fixed)) >= 1
     assert result["facts"]["loss_difference"] <= packing.TOLERANCE
