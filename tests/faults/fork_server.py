@@ -151,7 +151,8 @@ def import_everything() -> None:
     names = ["transformers.models.llama." + name for name in ("modeling_llama", "tokenization_llama")]
     names += ["transformers.integrations.sdpa_attention", "sentencepiece.sentencepiece_model_pb2", "gguf"]
     names += ["PIL.JpegImagePlugin", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo"]
-    names += ["pyarrow.dataset", "jsonargparse", "typeshed_client", "tests.tiny"]
+    names += ["pyarrow.dataset", "jsonargparse", "typeshed_client", "tests.tiny", "numpy.ctypeslib", "attrs"]
+    names += ["torch.utils.serialization.config", "transformers.models.idefics", "peft.tuners.lora.bnb"]
     for found in pkgutil.walk_packages(onecard.__path__, "onecard."):
         if not found.name.startswith(("onecard.serve.", "onecard.__main__")):
             names.append(found.name)
@@ -160,6 +161,9 @@ def import_everything() -> None:
     # As in tests/conftest.py: no test takes the power away, and none looks at the picture.
     os.fsync = lambda _descriptor: None
     importlib.import_module("onecard.train.trackers").draw_loss = lambda _run_dir, _unit="": None
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions, kept for all families
     gc.collect()
     gc.freeze()  # a child's collector would write into every page that it shares with this process
 
