@@ -88,7 +88,7 @@ def _data(text: str) -> str:
     # rows.jsn beside rows.json is a slip of the hand; a data set of the Hub that has a dot has an owner.
     is_slip = path.suffix and near and "/" not in text
     is_hub_id = HUB_ID.fullmatch(text) and path.suffix.lower() not in DATA_SUFFIXES and not is_slip
-    return "" if path.exists() or (is_hub_id and not _is_own(path)) else f"there is no file or folder {text}{near}"
+    return "" if is_hub_id and not _is_own(path) else _must_exist(text)
 
 
 def _directory(text: str) -> str:
@@ -183,7 +183,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _must_exist(text: str) -> str:
     path = Path(text).expanduser()
-    return "" if path.exists() else f"there is no file or directory {text}{_near(path)}"
+    return "" if path.exists() else f"there is no file or folder {text}{_near(path)}"
 
 
 def _template(text: str) -> str:
