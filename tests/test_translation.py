@@ -212,6 +212,20 @@ def test_the_language_is_the_one_typed_else_that_of_the_system(monkeypatch: pyte
         cli.parse(FinetuneConfig, ["--language", "fr"])
 
 
+def test_what_an_export_proves_is_in_chinese() -> None:
+    proof = (
+        "merged 1 adapter(s) into a/b, in fp16: proven on the reopened files: 28 of 28 target layers changed, 38 "
+        "tensors finite and as merged, names as in the base; on 6 probe prompts 98.9% of what the adapters change in "
+        "the predictions is kept (KL divergence of base + adapters 2.2e-06 from the result, 1.6e-04 from the base), "
+        "and the likeliest token is the same at 236 of 236 places; the rest is lost to the rounding to fp16 "
+        "(merge_lora.py --dtype fp32 loses nothing) (computed in float32, layer by layer while merging)"
+    )
+    taken = "--output_path: /a/b exists already; give another place, or add --overwrite"
+    for said in (proof, taken, "chat template: alpaca, in the GGUF and, as a Go template, in the Modelfile"):
+        shown = translated(said, "zh")
+        assert shown != said and not PROSE.search(shown), shown
+
+
 def test_a_flag_stands_before_a_message_and_not_in_it() -> None:
     shown = translated("--method: awq is not made here: cards before the RTX 40 series compute nothing in fp8; use bnb "
                        "with --bits 8", "zh")  # fmt: skip
