@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from torch.overrides import TorchFunctionMode
 
 from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
@@ -344,4 +345,14 @@ def _picked(trace: MemoryTrace, places: list[int]) -> MemoryTrace:
 @lru_cache(maxsize=4)
 def _built(model: Any, setup: Any, *options: tuple[str, bool]) -> Any:
     config, own_code = model.source.read()
-    return fake_model.build(config, setup, **dict(options), **own_code)
+    with _GivesWay():
+        return fake_model.build(config, setup, **dict(options), **own_code)
+
+
+class _GivesWay(TorchFunctionMode):
+    """Asks before each call of torch, of which a model that is built makes hundreds, whether to give way."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if GIVES_WAY.get()():
+            raise GaveWay
+        return func(*args, **(kwargs or {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextvars import copy_context
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 
 from onecard.model.memory import extrapolate
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import MemoryConfig, account
+from onecard.model.memory.estimate import MemoryConfig, MemoryEstimate, account
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 688,
@@ -67,21 +68,22 @@ def test_the_loss_is_traced_once_for_all_ranks_and_bits(of_setup):
 
 
 def test_what_gives_way_keeps_its_traces_and_is_the_same_afterwards():
-    """Also in the middle of a trace, forward and backward, and of layers that are computed again."""
+    """While the model is built, and in the middle of a trace: forward, backward, and of layers computed again."""
     model = architecture_of(LLAMA | {"hidden_size": 320, "num_attention_heads": 10, "num_key_value_heads": 5})
     setup = MemoryConfig(4, 2, 1, 300, loss_chunk=128)
-    undisturbed = account(model, setup)
-    extrapolate.traced.cache_clear()
-    counts = []
+    n_kept = {}
 
-    def until(n_operations: int) -> None:
+    def asked(gives_way_at: float) -> tuple[MemoryEstimate, int]:
         n_asked = itertools.count()
-        extrapolate.GIVES_WAY.set(lambda: next(n_asked) == n_operations)
-        account(model, setup)
+        extrapolate.GIVES_WAY.set(lambda: next(n_asked) >= gives_way_at)
+        for cached in (extrapolate.traced, extrapolate._built):
+            cached.cache_clear()
+        return account(model, setup), next(n_asked)
 
-    for n_operations in (0, 1, 150, 900, 2500):
+    undisturbed, n_questions = copy_context().run(asked, math.inf)
+    for share in (0.02, 0.3, 0.7):
         with pytest.raises(extrapolate.GaveWay):
-            copy_context().run(until, n_operations)
-        counts.append(extrapolate.traced.cache_info().currsize)
-    assert counts[0] == 0 and counts[-1] > 0, counts
+            copy_context().run(asked, share * n_questions)
+        n_kept[share] = extrapolate.traced.cache_info().currsize
+    assert n_kept[0.02] == 0 < n_kept[0.7], n_kept
     assert account(model, setup) == undisturbed
