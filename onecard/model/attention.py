@@ -89,10 +89,10 @@ def _spans(options: Mapping[str, Any], width: int) -> list[tuple[slice, slice]]:
 
     options: has the cumulative lengths as `cache.update` leaves them, (requests + 1,) each.
     """
-    bounds = [options.get(f"cu_seq_lens_{side}") for side in "qk"]
-    if any(ends is None for ends in bounds):
+    query_ends, key_ends = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
+    if query_ends is None or key_ends is None:
         return [(slice(None), slice(None))]
-    queries, keys = ([slice(*ends) for ends in pairwise(side.tolist())] for side in bounds)
+    queries, keys = ([slice(*ends) for ends in pairwise(side.tolist())] for side in (query_ends, key_ends))
     spans = list(zip(queries, keys, strict=True))
     n_own = sum((q.stop - q.start) * (k.stop - k.start) for q, k in spans)
     n_foreign = queries[-1].stop * keys[-1].stop - n_own
