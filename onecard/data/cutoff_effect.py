@@ -59,22 +59,5 @@ def cutoff_effect(whole: EncodedDataset, template: Template, tokenizer: Any) -> 
     }
 
 
-def at_limit(effect: dict[str, Any], limit: int) -> dict[str, int]:
-    """n_samples, n_cut and n_dropped at a limit: what the page computes while a slider moves."""
-    n_short = _at_least(effect["questions"], limit)
-    n_talks = _at_least(effect["lengths"], 0)
-    room = max(1, limit - effect["n_bos"])
-    pieces = sum(count * -(-n_tokens // room) for n_tokens, count in effect["documents"])
-    return {
-        "n_samples": n_talks - n_short + pieces,
-        "n_cut": _at_least(effect["lengths"], limit + 1) - n_short,
-        "n_dropped": _at_least(effect["records"], limit),
-    }
-
-
 def _counts(values: np.ndarray) -> Counts:
     return sorted(Counter(values.tolist()).items())
-
-
-def _at_least(counts: Counts, least: int) -> int:
-    return sum(count for value, count in counts if value >= least)

@@ -298,7 +298,6 @@ ANSWERS = {
     question: tuple(shape.required[1] for shape in _SHAPES if shape.required[0] == question)
     for question in (shape.required[0] for shape in _SHAPES if len(shape.required) == 2)
 }
-SHAPE_NAMES = tuple(shape.name for shape in _SHAPES)
 
 
 def required_keys(name: str) -> list[str]:

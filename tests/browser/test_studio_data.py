@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from onecard.data.cutoff_effect import at_limit
 from tests.browser.conftest import Studio, serving_studio, wait_until
 from tests.browser.test_accessibility import DESKTOP, PHONE, faults
+from tests.data.test_cutoff_effect import at_limit
 
 pytestmark = pytest.mark.slow
 RECORDS = [{"instruction": f"Say {i}", "output": f"{i} times. " * (i % 7)} for i in range(1, 60)]

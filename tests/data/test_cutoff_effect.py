@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from onecard.data.chat_template import load_template
-from onecard.data.cutoff_effect import QuestionLengthEncoder, at_limit, cutoff_effect
+from onecard.data.cutoff_effect import QuestionLengthEncoder, cutoff_effect
 from onecard.data.dataset import encode_dataset
 from onecard.data.encode import EncodeSettings
 from onecard.data.inspect import NO_LIMIT
@@ -17,6 +18,23 @@ from onecard.errors import DataError
 from tests.data.conftest import APPEND_ONLY, REWRITES_HISTORY, SPACED
 
 LIMITS = (8, 20, 33, 48, 90, 100, 250, 1000)
+
+
+def at_limit(effect: dict[str, Any], limit: int) -> dict[str, int]:
+    """n_samples, n_cut and n_dropped at a limit: what the page computes while a slider moves."""
+    n_short = at_least(effect["questions"], limit)
+    n_talks = at_least(effect["lengths"], 0)
+    room = max(1, limit - effect["n_bos"])
+    pieces = sum(count * -(-n_tokens // room) for n_tokens, count in effect["documents"])
+    return {
+        "n_samples": n_talks - n_short + pieces,
+        "n_cut": at_least(effect["lengths"], limit + 1) - n_short,
+        "n_dropped": at_least(effect["records"], limit),
+    }
+
+
+def at_least(counts: list[tuple[int, int]], least: int) -> int:
+    return sum(count for value, count in counts if value >= least)
 
 
 @pytest.fixture(scope="module")

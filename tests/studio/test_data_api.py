@@ -9,12 +9,12 @@ from pathlib import Path
 import anyio
 import pytest
 
-from onecard.data.cutoff_effect import at_limit
 from onecard.errors import OneCardError
 from onecard.serve.http_error import ApiError
 from onecard.studio.named import FIRST_ROWS, named_data
 from onecard.studio.uploads import PARTIAL, remove_stale, safe_name, save_upload
 from onecard.studio.worker import Worker
+from tests.data.test_cutoff_effect import at_limit
 from tests.studio.worker_here import SAMPLE, WorkerHere, client
 
 RECORDS = [{"instruction": f"Say {i}", "output": f"{i} times 你好"} for i in range(20)]

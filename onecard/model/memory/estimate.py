@@ -26,7 +26,6 @@ from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK
 GIB = 2**30
 FP32 = 4  # bytes
 RNG_BYTES = 5056  # each checkpoint keeps the state of the CPU's generator; it lies in RAM
-IDS_BYTES = 8  # token ids, labels and masks are int64
 
 # Assumed, not measured: what a process holds before its first tensor (context, kernels, cuBLAS workspaces).
 CUDA_CONTEXT_BYTES = GIB // 2
