@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 UNQUANTISED_SHARE = 0.05  # of the weights outside embeddings and head; below it nothing is said
 # Subclasses of nn.Linear whose forward pass is nn.Linear's in other words.
-LINEAR_TYPES = ("Linear4bit", "Linear8bitLt", "FalconLinear")
+LINEAR_TYPES = ("Linear4bit", "Linear8bitLt", "FalconLinear", "FewRowsLinear")
 # Their layers choose tokens or experts, or the weights are read past `forward`: small, never quantised, no adapter.
 CHOOSING = re.compile(r"Router|Gating|Indexer|AltUp|MoE\w*Gate$")
 # The fused kernels of state-space layers read these weights directly: an adapter would be passed by in training.

@@ -34,6 +34,7 @@ from onecard.inference.out_of_memory import OutOfMemory
 from onecard.inference.prefix_cache import can_be_kept
 from onecard.inference.shared_adapters import SharedAdapters
 from onecard.model.attention import allow_paged_cache
+from onecard.model.few_rows import quicken_few_rows
 from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.model.output_head import positions_in_front
 
@@ -350,6 +351,7 @@ def open_batch(adapters: AdapterManager, parallel: ParallelOptions, prefix_cache
     try:
         allow_paged_cache(inner_model(adapters.model))
         check_batched(adapters.model)
+        quicken_few_rows(inner_model(adapters.model))
         size = choose_size(adapters.model, parallel.max_parallel, parallel.kv_cache_gib, prefix_cache_gib)
         shared = adapters.share() if len(adapters.names) > 1 else None
         return Batch(adapters.model, size, shared)
