@@ -166,7 +166,7 @@ def _mask(model: Architecture, setup: MemoryConfig) -> MemoryComponent:
     """The mask of rows of several parts: bool, and as numbers for each layer that is not computed again."""
     cells = setup.rows * setup.length**2 * setup.masks_parts * (not setup.eager_attention)  # eager has one anyway
     n_layers = 1 if setup.gradient_checkpointing else model.n_layers
-    return MemoryComponent("mask of packed rows", cells * (1 + setup.element_bytes * n_layers), transient=True)
+    return MemoryComponent("mask of shared rows", cells * (1 + setup.element_bytes * n_layers), transient=True)
 
 
 def _on_fullest(part: MemoryComponent, model: Architecture, setup: MemoryConfig) -> MemoryComponent:
