@@ -92,7 +92,9 @@ def step_of(checkpoint: Path) -> int:
 
 def assert_as_undisturbed(run: Path, undisturbed: Path, *, n_files: int = 7) -> None:
     """The run ended exactly like the undisturbed one, byte for byte and loss for loss, and left nothing behind."""
-    pairs = [(run / name, undisturbed / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
+    names = [name for name in ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "config.json")
+             if (undisturbed / name).exists()]  # fmt: skip
+    pairs = [(run / name, undisturbed / name) for name in names]
     pairs += [(newest(run) / path.name, path) for path in newest(undisturbed).iterdir()]
     assert len(pairs) == n_files
     for ours, expected in pairs:

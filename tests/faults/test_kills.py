@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 
-from onecard.config.lora import METHOD_SETTINGS
 from onecard.train.checkpoint import verify
 from tests.faults.conftest import Bench, assert_as_undisturbed, newest, step_of
 from tests.faults.fork_server import Start
 
 SEED = int(os.environ.get("ONECARD_KILL_SEED", "20261120"))
 N_STEPS = 30  # three epochs
-WITH_ONE_MORE = ("adalora", "p_tuning")  # file in a checkpoint: the ranks, and what makes the virtual tokens
 
 
 @dataclass
@@ -69,16 +67,9 @@ class Killer:
         return phase, delay_s
 
 
-@pytest.mark.parametrize(
-    ("n_kills", "method"),
-    [(10, "lora"), *(pytest.param(n_kills, method, marks=pytest.mark.slow) for n_kills, method in
-                     [(100, "lora"), (6, "adalora"), (6, "p_tuning"), (6, "prefix_tuning")])],
-)  # fmt: skip
-def test_killed_at_random_moments_it_ends_with_the_same_bits(
-    bench: Bench, tmp_path: Path, n_kills: int, method: str
-) -> None:
-    dropout = {} if "lora_dropout" in METHOD_SETTINGS.get(method, ("lora_dropout",)) else {"lora_dropout": 0.0}
-    straight, options = tmp_path / "straight", {"num_epoch": 3, "peft_method": method, **dropout}
+@pytest.mark.parametrize("n_kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(bench: Bench, tmp_path: Path, n_kills: int) -> None:
+    straight, options = tmp_path / "straight", {"num_epoch": 3}
     start = bench.start(straight, **options)
     assert start.wait_for("\nstep 1/")
     first_s = time.monotonic()
@@ -90,7 +81,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
         run = tmp_path / f"run-{n_ended}"
         killer.run_until_done(run, n_kills)
         n_ended += 1
-        assert_as_undisturbed(run, straight, n_files=7 + (method in WITH_ONE_MORE))
+        assert_as_undisturbed(run, straight)
         assert list(run.glob("*.broken*")) == []
         assert verify(run) == []
     print(f"seed {SEED}: {n_kills} kills, {killer.n_resumed} starts from a checkpoint, {n_ended} runs ended alike")

@@ -1,15 +1,17 @@
-"""Runs of each objective, killed at random disk operations: the same command goes on and ends with the same bits."""
+"""Runs of each objective and method, killed at random disk operations: they go on and end with the same bits."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from onecard.config.lora import BOTTLENECK_FORMS, METHOD_SETTINGS, PeftMethodName
 from onecard.train.checkpoint import verify
 from onecard.train.trackers import read_log
 from tests import tiny
@@ -18,7 +20,6 @@ from tests.faults.fork_server import ForkServer
 from tests.faults.test_stages import COMMON, SEED
 from tests.objectives.test_preference import pair_file
 
-N_KILLS = 10
 OF_THIS_START = ("tokens_per_s",)  # what a row of the log has that another start may have otherwise
 
 
@@ -49,6 +50,56 @@ OBJECTIVES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
                                        "grpo_updates": 2}),
     "pretrain": (text_file, {"cutoff_len": 64}),
 }  # fmt: skip
+# What a method takes beside its name; those without the option refuse a dropout.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_r": 4}, "rslora": {}, "dora": {}, "pissa": {}, "olora": {}, "loftq": {"bits": 4}, "adalora": {},
+    "ia3": {}, "vera": {"peft_option": "r=32"}, "oft": {"peft_option": "oft_block_size=8"},
+    "miss": {"peft_option": "r=4"}, "shira": {}, "randlora": {"peft_option": "r=8"}, "loha": {}, "lokr": {},
+    "prompt_tuning": {}, "p_tuning": {}, "prefix_tuning": {}, "houlsby": {}, "pfeiffer": {}, "parallel": {},
+    "full": {"bits": 16}, "freeze:1": {"bits": 16},
+}  # fmt: skip
+OF_BASE = ("full", "freeze:1")
+WITHOUT_DROPOUT = {*OF_BASE, *(name for name, taken in METHOD_SETTINGS.items() if "lora_dropout" not in taken)}
+WITH_ONE_MORE = ("adalora", "p_tuning")  # file in a checkpoint: the ranks, and what makes the virtual tokens
+
+
+@dataclass(frozen=True)
+class KilledProgram:
+    """A run that is started again and again and killed, beside one that nothing disturbs."""
+
+    server: ForkServer
+    folder: Path
+    options: dict[str, Any]
+    name: str
+
+    def start(self, output: Path, kill_at: int = 0) -> tuple[int, str]:
+        words = [word for name, value in self.options.items() for word in (f"--{name}", str(value))]
+        place = ["--output_path", str(output), "--cache_path", str(output.parent / f"{output.name}-cache")]
+        begun = self.server.start_tool("finetune", [*words, *place], watched=output, kill_at=kill_at)
+        return begun.wait(), begun.output()
+
+    def assert_survives(self, n_kills: int, n_files: int = 7) -> None:
+        """Kill runs at random moments, `n_kills` times in all: each ends as the undisturbed one did."""
+        code, printed = self.start(self.folder / "straight")
+        assert code == 0, printed
+        adapter = self.folder / "straight" / "adapter_model.safetensors"
+        learned = tiny.tensors_of(adapter) if adapter.exists() else {}
+        assert all(learned[name].any() for name in learned if "lora_B" in name), "nothing learned, which proves little"
+        n_operations, moments = int(printed.split()[-2]), random.Random(f"{SEED} {self.name}")
+        n_killed = n_whole = 0
+        while n_killed < n_kills:
+            output, most = self.folder / f"run-{n_whole}", n_operations
+            code = -9
+            while code:
+                kill_at = moments.randint(1, most) if n_killed < n_kills else 0
+                code, printed = self.start(output, kill_at)
+                assert code in (0, -9), f"seed {SEED}, kill {n_killed} at {kill_at}: {code}\n{printed}"
+                n_killed += code == -9
+                most = max(1, most - kill_at // 2)
+            n_whole += 1
+            assert_as_undisturbed(output, self.folder / "straight", n_files=n_files)
+            assert told(output) == told(self.folder / "straight")
+            assert verify(output) == []
 
 
 @pytest.mark.slow
@@ -60,29 +111,21 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(
     options = {"cutoff_len": 96, **COMMON, "test_size": 4, "eval_steps": 2, "max_steps": 5, "num_epoch": 9,
                "objective": objective, "model_path": tiny_base, "data_path": write(tmp_path / "data.jsonl"),
                **own, "prompt_type": "chatml"}  # fmt: skip
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    KilledProgram(server, tmp_path, options, objective).assert_survives(10)
 
-    def start(output: Path, kill_at: int = 0) -> tuple[int, str]:
-        place = ["--output_path", str(output), "--cache_path", str(output.parent / f"{output.name}-cache")]
-        begun = server.start_tool("finetune", [*words, *place], watched=output, kill_at=kill_at)
-        return begun.wait(), begun.output()
 
-    code, printed = start(tmp_path / "straight")
-    assert code == 0, printed
-    learned = tiny.tensors_of(tmp_path / "straight" / "adapter_model.safetensors")
-    assert all(learned[name].any() for name in learned if "lora_B" in name), "nothing was learned, which proves little"
-    n_operations, moments = int(printed.split()[-2]), random.Random(f"{SEED} {objective}")
-    n_killed = n_whole = 0
-    while n_killed < N_KILLS:
-        output, most = tmp_path / f"run-{n_whole}", n_operations
-        code = -9
-        while code:
-            kill_at = moments.randint(1, most) if n_killed < N_KILLS else 0
-            code, printed = start(output, kill_at)
-            assert code in (0, -9), f"seed {SEED}, kill {n_killed} at {kill_at}: {code}\n{printed}"
-            n_killed += code == -9
-            most = max(1, most - kill_at // 2)
-        n_whole += 1
-        assert_as_undisturbed(output, tmp_path / "straight")
-        assert told(output) == told(tmp_path / "straight")
-        assert verify(output) == []
+@pytest.mark.slow
+@pytest.mark.parametrize("method", list(METHODS))
+def test_each_method_killed_at_random_moments_ends_with_the_same_bits(
+    method: str, server: ForkServer, tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    dropout = 0.0 if method in WITHOUT_DROPOUT else 0.1
+    options = {**COMMON, "max_steps": 5, "num_epoch": 9, "lora_dropout": dropout, "peft_method": method,
+               "model_path": tiny_base, "data_path": instructions, **METHODS[method]}  # fmt: skip
+    n_files = 7 + (method in WITH_ONE_MORE) - (method in OF_BASE)  # these have no adapter_config.json in a checkpoint
+    KilledProgram(server, tmp_path, options, method).assert_survives(4, n_files)
+
+
+def test_no_method_is_left_out() -> None:
+    known = {*get_args(PeftMethodName), *BOTTLENECK_FORMS, *OF_BASE}
+    assert {*METHODS, "bottleneck"} == known  # which has its three forms
