@@ -29,7 +29,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert [step for step, _ in got] == [step for step, _ in expected]
     assert max(abs(a - b) for (_, a), (_, b) in zip(got, expected, strict=True)) < 1e-6
     weights = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
-    assert tiny.largest_difference(*weights) < 1e-4
+    assert tiny.largest_difference(*weights) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +109,17 @@ def test_accelerate_launch_equals_one(one_process: Path, tiny_base: Path, instru
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{}, {"bits": 16}, {"bits": 4}, {"gradient_checkpointing": True, "use_dora": True}], ids=str
-)
+    "options",
+    [{}, {"micro_batch": 2}, {"bits": 16}, {"bits": 4}, {"gradient_checkpointing": True, "use_dora": True},
+     {"peft_method": "bottleneck", "peft_option": "form=houlsby"}],
+    ids=str,
+)  # fmt: skip
 def test_a_base_over_two_processes_equals_one(options, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
-    """--shard, with the rehearsal and 4 held-out rows, which are no whole number of turns for 2 processes."""
+    """--shard, with the rehearsal and 4 held-out rows, which are no whole number of turns for 2 processes.
+
+    Three rows at once are two micro-batches of a step, one for each process: their gradients are added in the order of
+    one process, and the weights are equal to the last bit. Two rows are three, added in another order: 2e-8 apart.
+    """
     AcceleratorState._reset_state(True)
     shared = {**SHARED, "rehearsal": True, "micro_batch": 3, **options}
     one = finetune(tiny.config_for(tiny_base, instructions, tmp_path / "one" / "run", **shared))
