@@ -112,7 +112,8 @@ def _zero(config: dict[str, Any], path: Path) -> dict[str, Any]:
     stage = max(STAGES) if stage == AUTO else stage
     if stage == 3:
         raise ConfigError(FLAG, f"{path}: ZeRO stage 3 divides the base weights, which this version does not do; "
-                          "stages 1 and 2 work. Base too large for one card? --bits 4")  # fmt: skip
+                          "stages 1 and 2 work. Base too large for one card? --shard in the place of --deepspeed "
+                          "divides it, or --bits 4")  # fmt: skip
     if stage not in STAGES or isinstance(stage, bool):
         raise ConfigError(FLAG, f"{path}: zero_optimization.stage is {stage!r}; 1 and 2 work (0 is what runs without "
                           "--deepspeed)")  # fmt: skip
