@@ -81,13 +81,22 @@ def test_zero2_equals_one_plain_process(one_process: Path, zero2: Path) -> None:
     assert_close(one_process, zero2)
 
 
-def test_zero1_with_loraplus_and_state_in_ram(configured: Configured, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [1, 2])
+def test_loraplus_and_state_in_ram(stage: int, configured: Configured, tmp_path: Path) -> None:
     """Two parameter groups, and optimizer state that lies in RAM: also the same."""
     plain = finetune(configured(tmp_path / "plain", loraplus_ratio=4.0))
-    zero = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    zero = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
     config = configured(tmp_path / "zero", zero, loraplus_ratio=4.0)
     finish(launch(torchrun(2), config, tmp_path / "zero"))
     assert_close(plain, tmp_path / "zero" / "run", loss=2e-6)
+
+
+def test_zero2_with_bottleneck_adapters(configured: Configured, tmp_path: Path) -> None:
+    method = {"peft_method": "bottleneck", "peft_option": "form=houlsby"}
+    plain = finetune(configured(tmp_path / "plain", **method))
+    config = configured(tmp_path / "zero", USUAL, **method)
+    finish(launch(torchrun(2), config, tmp_path / "zero"))
+    assert_close(plain, tmp_path / "zero" / "run")
 
 
 def test_ctrl_c_and_on(configured: Configured, zero2: Path, tmp_path: Path) -> None:
