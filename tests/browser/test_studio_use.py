@@ -129,7 +129,7 @@ def test_an_export_goes_on_without_the_page_and_a_second_one_sees_it(open_view: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("device", "locale", "scheme"), [*product(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])][::3]
+    ("device", "locale", "scheme"), product(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])
 )
 def test_axe_finds_no_serious_fault(open_view: Any, device: str, locale: str, scheme: str) -> None:
     view = DESKTOP if device == "desktop" else PHONE
@@ -149,7 +149,7 @@ def test_axe_finds_no_serious_fault(open_view: Any, device: str, locale: str, sc
         page.wait_for_selector("#vote-1", state="visible")
     assert faults(page) == []
     page.evaluate("location.hash = 'export'")
-    name = f"made-{device}-{scheme}"
+    name = f"made-{device}-{locale}-{scheme}".lower()
     page.fill("#export-name", name)
     page.click("#export-start")
     page.wait_for_selector(f"li[data-job={name}] .state.good")
