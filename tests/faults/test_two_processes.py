@@ -53,10 +53,12 @@ def test_two_processes_take_the_steps_of_one(case: str, server: ForkServer, tiny
         assert [code for code, _ in ended] == [0] * len(ranks), ended
     one, two = (told(tmp_path / name / "run") for name in places)
     assert len(one) == len(two) == 6
-    worst = max((abs(other[key] - row[key]) / max(1, abs(row[key])), key)
-                for row, other in zip(one, two, strict=True) for key in row)  # fmt: skip
+    apart = [(abs(other[key] - row[key]) / max(1, abs(row[key])), key)
+             for row, other in zip(one, two, strict=True) for key in row]  # fmt: skip
     weights = [tiny.tensors_of(tmp_path / name / "run" / "adapter_model.safetensors") for name in places]
-    print(case, worst, tiny.largest_difference(*weights))
-    assert worst[0] <= 1e-6, worst
-    assert tiny.largest_difference(*weights) < 1e-4
+    worst, of_losses = max(apart), max(each for each in apart if each[1] in ("loss", "eval_loss", "grad_norm"))
+    print(case, worst, of_losses, tiny.largest_difference(*weights))
+    assert of_losses[0] <= 1e-6, of_losses
+    assert worst[0] <= 1e-5, worst  # sums of log-probabilities in fp32, and rounded to six digits in the log
+    assert tiny.largest_difference(*weights) < 1e-6
     assert all(weights[0][name].any() for name in weights[0] if "lora_B" in name)
