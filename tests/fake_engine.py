@@ -77,7 +77,7 @@ class FakeEngine:
     def template(self, adapter: str = "", prompt_type: str = "") -> SimpleNamespace:
         own = ("vicuna-chat", "{{ enable_thinking }}") if adapter == "pirate" else ("alpaca", "")
         name, jinja = (prompt_type, "") if prompt_type else own
-        return SimpleNamespace(name=name, jinja=jinja)
+        return SimpleNamespace(name=name, known_name=name, jinja=jinja)
 
     def count_tokens(self, turns: Sequence[Turn], adapter: str = "", prompt_type: str = "") -> int:
         return sum(4 + len(turn.content.split()) for turn in turns)

@@ -75,6 +75,7 @@ NEVER = {
     ("onecard.evaluate.questions", "suite"): "training says it of --eval_suites (in_run.py)",
     ("onecard.evaluate.text_metrics", "suite"): "training says it of --eval_suites (in_run.py)",
     ("onecard.evaluate.choice", "suite"): "training says it of --eval_suites (in_run.py)",
+    ("onecard.evaluate.compare", "eval_suites"): "of finetune, which the message names",
     ("onecard.evaluate.tables", "split"): "training says it of --eval_suites (in_run.py)",
     ("onecard.evaluate.suites", "subjects"): "training asks suites as they are by default (in_run.py)",
     ("onecard.evaluate.choice", "shots"): "training asks suites as they are by default (in_run.py)",

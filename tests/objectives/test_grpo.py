@@ -194,7 +194,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_or_sampled(
     found = []
     for number, (micro, batch) in enumerate([(1, 3), (5, 64)]):
         options = {**OPTIONS, "max_steps": 2, "micro_batch": micro, "micro_tokens": 0, "rollout_batch": batch,
-                   "learning_rate": 5e-4}  # fmt: skip
+                   "learning_rate": 1e-4}  # fmt: skip
         run = finetune(tiny.config_for(tiny_base, instructions, tmp_path / f"run{number}", **options))
         found.append((run, [row["grad_norm"] for row in read_log(run) if "loss" in row]))
     (one, norms), (other, other_norms) = found
@@ -202,7 +202,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_or_sampled(
     assert norms == pytest.approx(other_norms, rel=1e-4) and norms[0] > 0
     tensors = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
     # Adam divides a gradient by its own size, so where one is about 0 its rounding is the learning rate's size: that of
-    # 3e-3 made 1.1e-5 of it. The gradients themselves are compared in test_cuts.py.
+    # 5e-4 made 1.2e-5 of it on one processor. The gradients themselves are compared in test_cuts.py.
     assert tiny.largest_difference(*tensors) < 1e-5
 
 

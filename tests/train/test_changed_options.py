@@ -119,7 +119,7 @@ TABLE = {
     "pack_attention": Row("block"),  # of packed rows
     "pref_beta": Row(0.5), "label_smoothing": Row(0.1), "sft_weight": Row(0.5), "simpo_gamma": Row(0.5),  # not of sft
     "desirable_weight": Row(2.0), "undesirable_weight": Row(2.0), "center_rewards": Row(0.01),
-    "cache_reference": Row(True),
+    "cache_reference": Row(True), "share_prompt": Row(True),
     "num_epoch": Row(3, lambda s: s.steps == [7, 8, 9, 10, 11, 12]),
     "max_steps": Row(7, lambda s: s.steps == [7]),
     "finish_by": same("23:59", lambda s: s.run.clock.option == "--finish_by 23:59"),
