@@ -91,7 +91,7 @@ def source_fields(answer: str, passages: Sequence[StoredChunk]) -> tuple[Mapping
 
 
 def cited_numbers(answer: str, n_passages: int) -> list[int]:
-    """The numbers of passages that an answer names, each once: "A [2]. B [1][9]." -> [2, 1] of two passages."""
+    """The numbers of passages that an answer names, each once: `A [2]. B [1][9].` -> `[2, 1]` of two."""
     found = dict.fromkeys(int(number) for number in _CITED.findall(answer))
     return [number for number in found if 1 <= number <= n_passages]
 
@@ -108,7 +108,7 @@ def checked_quotes(answer: str, passages: Sequence[StoredChunk]) -> list[Checked
 def unfounded_numbers(answer: str, passages: Sequence[StoredChunk]) -> list[str]:
     """Numbers of an answer that stand in none of the passages that its model read.
 
-    "900 hours [1], not 1,200" -> ["1,200"] of a passage with 900.
+    `900 hours [1], not 1,200` -> `["1,200"]` of a passage with 900.
     """
     there = {number.replace(",", "") for each in passages for text in (each.document, each.headings, each.text)
              for number in _NUMBER.findall(text)}  # fmt: skip
