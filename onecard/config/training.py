@@ -241,6 +241,11 @@ class TrainOptions(RolloutOptions):
         return int(number) if word == "average" and number.isdecimal() else 0
 
     @property
+    def n_kept(self) -> int:
+        """How many of the newest checkpoints stay."""
+        return max(self.keep_checkpoints, self.n_averaged)
+
+    @property
     def schedule_settings(self) -> dict[str, float]:
         """--schedule_options by name. Raises ValueError where they cannot be read."""
         pairs = (part.split(":") for part in self.schedule_options.replace(" ", "").split(",") if part)

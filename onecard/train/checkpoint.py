@@ -81,7 +81,7 @@ class CheckpointStore:
                 f"{target} was written but reads back differently: {'; '.join(broken)}. It is kept as {aside.name}; "
                 "older checkpoints are untouched. Check the disk."
             )
-        self._rotate(step, best_steps, max(MIN_KEPT, keep_last))
+        self.rotate(step, best_steps, keep_last)
         return target
 
     def newest_whole(self) -> FoundCheckpoint | None:
@@ -198,9 +198,13 @@ class CheckpointStore:
             else:
                 storage.move(old, target)
 
-    def _rotate(self, newest_step: int, best_steps: Sequence[int | None], keep_last: int) -> None:
-        """Remove old checkpoints: none that is the newest, a best one, or among the last `keep_last` usable ones."""
+    def rotate(self, newest_step: int, best_steps: Sequence[int | None], keep_last: int) -> None:
+        """Remove old checkpoints: none that is the newest, a best one, or among the last `keep_last` usable ones.
+
+        Never fewer than two of these stay.
+        """
         self._restore_replaced()
+        keep_last = max(MIN_KEPT, keep_last)
         kept = [newest_step, *best_steps]
         n_last = 0
         for step, path in sorted(self._checkpoints().items(), reverse=True):

@@ -204,7 +204,7 @@ def save(run: Run, *, final: bool) -> int | None:
                 state.step,
                 lambda directory: write_state(directory, run.plain_model, training, state),
                 best_steps=(state.best_step, state.balanced_step),
-                keep_last=max(run.options.keep_checkpoints, run.options.n_averaged),
+                keep_last=run.options.n_kept,
             )
         except CheckpointError as reason:
             failure = reason

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from onecard import manifest
 from onecard.config.data import data_portions
 from onecard.config.given_paths import is_tuned_model
 from onecard.config.training import FinetuneConfig, TrainOptions
@@ -133,6 +134,8 @@ class RunDirectory:
         """
         if quiet_rank():
             return
+        if manifest.problems(self.path, sizes_only=True):  # no result yet: starts killed before a rotation left more
+            self.store.rotate(state.step, (state.best_step, state.balanced_step), options.n_kept)
         best = {"best": state.best_step, "balanced": state.balanced_step}.get(options.final_weights)
         step = state.step if best is None else best
         averaged = self.store.newest_steps(options.n_averaged)

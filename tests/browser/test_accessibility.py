@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import pytest
 
 from tests.browser.conftest import serving, wait_until
 from tests.browser.test_chat_page import ask, at_rest, bubbles, choose, send
+from tests.covering import every_pair_fast
 from tests.fake_engine import FakeEngine
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
@@ -61,15 +61,8 @@ def faults(page: Any) -> list[str]:
     return [f"{fault['id']}: {node['html'][:160]} {node['any']}" for fault in serious for node in fault["nodes"]]
 
 
-AT_ONCE = [("desktop", "en-US", "light"), ("phone", "zh-CN", "dark")]  # each value once; the others are slow
-
-
 @pytest.mark.parametrize(
-    ("device", "locale", "scheme"),
-    [
-        pytest.param(*each, marks=() if each in AT_ONCE else pytest.mark.slow)
-        for each in product(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])
-    ],
+    ("device", "locale", "scheme"), every_pair_fast(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])
 )
 def test_axe_finds_no_serious_fault(
     open_page: Any, chat_url: str, ask_url: str, device: str, locale: str, scheme: str

@@ -90,12 +90,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def assert_as_undisturbed(run: Path, undisturbed: Path, *, n_files: int = 7, n_kills: int = 1) -> None:
-    """The run ended exactly like the undisturbed one, byte for byte and loss for loss, and left nothing behind.
-
-    Each of `n_kills` kills in a row between a save and its rotation leaves a checkpoint that was about to go, until a
-    further save.
-    """
+def assert_as_undisturbed(run: Path, undisturbed: Path, *, n_files: int = 7) -> None:
+    """The run ended exactly like the undisturbed one, byte for byte and loss for loss, and left nothing behind."""
     names = [name for name in ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "config.json")
              if (undisturbed / name).exists()]  # fmt: skip
     pairs = [(run / name, undisturbed / name) for name in names]
@@ -109,4 +105,5 @@ def assert_as_undisturbed(run: Path, undisturbed: Path, *, n_files: int = 7, n_k
     assert hidden == [], "left behind"
     kept, expected_kept = ({step_of(path) for path in end.glob("checkpoint-*[0-9]")} for end in (run, undisturbed))
     assert kept >= expected_kept
-    assert len(kept - expected_kept) <= n_kills
+    # A stop by a signal saves a step of its own, which is then among the last two.
+    assert len(kept - expected_kept) <= 1

@@ -97,7 +97,7 @@ class KilledProgram:
                 n_killed += code == -9
                 most = max(1, most - kill_at // 2)
             n_whole += 1
-            assert_as_undisturbed(output, self.folder / "straight", n_files=n_files, n_kills=n_kills)
+            assert_as_undisturbed(output, self.folder / "straight", n_files=n_files)
             assert told(output) == told(self.folder / "straight")
             assert verify(output) == []
 

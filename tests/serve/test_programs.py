@@ -86,8 +86,7 @@ def test_api_and_page_on_one_port_with_a_key_and_adapters(adapters_folder: Path)
         assert ask(address + "/", {}, Origin="https://evil.example", **with_key)[0] == 403
 
 
-@pytest.mark.slow  # each start takes 15 seconds of a core; the page with a password is among the fast ones
-@pytest.mark.parametrize("words", [["chat.py"], ["generate.py", "--web"]])
+@pytest.mark.parametrize("words", [pytest.param(["chat.py"], marks=pytest.mark.slow), ["generate.py", "--web"]])
 def test_a_page_by_itself(lively_base: Path, words: list[str]) -> None:
     with started(*words, "--model_path", str(lively_base)) as address:
         status, page = ask(address + "/")
