@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -50,6 +51,8 @@ class NeedleOptions:
 
     model_path: str = ""
     """The model: a directory."""
+    name: str = ""
+    """What the result calls it; empty: the directory's name."""
     scalings: str = "none,yarn:4"
     """Values of --rope_scaling, with commas between them; the first and the last are trained, too."""
     lengths: str = "1000,2000"
@@ -85,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(NeedleOptions, argv, description=__doc__ or "")
     scalings = comma_list(options.scalings)
     found: dict[str, dict[str, Any]] = {}
-    told = {name: value for name, value in asdict(options).items() if name not in ("output", "debug", "model_path")}
-    name = "SmolLM2-135M-Instruct" if "smollm2" in options.model_path else Path(options.model_path).name
+    told = {
+        name: value for name, value in asdict(options).items() if name not in ("output", "debug", "model_path", "name")
+    }
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # What is trained, the last scaling and then the first one, which says what training alone gives.
         runs = dict.fromkeys((scalings[-1], scalings[0])) if options.steps else {}
@@ -95,16 +99,16 @@ def main(argv: list[str] | None = None) -> None:
             run = str(trained(options, scaling, Path(folder) / scaling.replace(":", "-"))) if is_trained else None
             found[f"{scaling}, trained" if is_trained else scaling] = measured(options, scaling, run)
             # Each time: on a small machine the whole takes an hour.
-            write_result(
-                options.output, {"model": name, "options": told, "found": found, "machine": machine("cpu")}
-            )  # fmt: skip
+            result = {"model": options.name or Path(options.model_path).name, "options": told, "found": found}
+            write_result(options.output, result | {"machine": machine("cpu")})
     first = next(iter(found.values()))
     for kind in ("lengths", "distances"):
         rows = [[each, *values[kind].values()] for each, values in found.items()]
         say_table([f"of {first['asked']}, by {kind}", *map(str, first[kind])], rows)
 
 
-def paragraphs() -> list[str]:
+@cache
+def paragraphs() -> tuple[str, ...]:
     """Plain paragraphs of this project's pages."""
     found = []
     for page in sorted((ROOT / "docs" / "en").glob("*.md")):
@@ -112,7 +116,7 @@ def paragraphs() -> list[str]:
             text = " ".join(part.split())
             if len(text) > 80 and re.fullmatch(r"[A-Z][^|`]*", text):
                 found.append(text)
-    return found
+    return tuple(found)
 
 
 def haystack(tokenizer: Any, n_tokens: int, seed: int, names: Sequence[str], n_needles: int) -> Haystack:
@@ -123,7 +127,7 @@ def haystack(tokenizer: Any, n_tokens: int, seed: int, names: Sequence[str], n_n
     room = n_tokens - sum(len(tokenizer(f"{each}\n\n")["input_ids"]) for each in needles)
     parts: list[str] = []
     while room > 0:
-        pool = paragraphs()
+        pool = [*paragraphs()]
         draw.shuffle(pool)
         for text in pool:
             room -= len(tokenizer(f"{text}\n\n")["input_ids"])

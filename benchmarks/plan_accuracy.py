@@ -250,7 +250,6 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
 
     Two, because the gradients of the adapter are there from the second on: the plan counts them.
     """
-    import numpy as np
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import AutocastKwargs
@@ -259,7 +258,6 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from onecard.config.base_model import ModelOptions
     from onecard.config.lora import LoraOptions
     from onecard.config.training import TrainOptions
-    from onecard.data.encode import LabelledSample
     from onecard.model.lora.vocabulary import freeze_adapter
     from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
@@ -300,12 +298,21 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     model, stepped = prepared(accelerator, plain, setup.stream_layers), accelerator.prepare(optimizer)
     if setup.offload_embeddings:  # last: accelerate would move them back
         embeddings_to_ram(plain, hardware.device)
-    ids = np.random.default_rng(0).integers(3, config["vocab_size"], (2 * setup.rows, setup.length)).tolist()
-    samples = Samples(LabelledSample(row, [-100, *row[1:]], str(number), number) for number, row in enumerate(ids))
+    samples = random_samples(n_all, 2 * setup.rows, setup.length)
     run = Run(train, model, plain, stepped, accelerator, samples, [], None)  # type: ignore[arg-type]
     use_limits(run, MicroBatchLimits(setup.rows, 0, setup.loss_chunk, setup.offload_activations, setup.mlp_tile))
     plain.train()
     return run
+
+
+def random_samples(n_ids: int, n_rows: int, length: int) -> Samples:
+    """Rows of random ids, learned but for their first."""
+    import numpy as np
+
+    from onecard.data.encode import LabelledSample
+
+    ids = np.random.default_rng(0).integers(3, n_ids, (n_rows, length)).tolist()
+    return Samples(LabelledSample(row, [-100, *row[1:]], str(number), number) for number, row in enumerate(ids))
 
 
 class OneSource:

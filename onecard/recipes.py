@@ -80,7 +80,7 @@ def finetune(config: FinetuneConfig) -> Path:
         config = replace(config, data=replace(config.data, test_size=data.test_size))
         config = auto_config.resolve_total_batch(config, point, data.train.n_per_epoch)
         config = auto_config.resolve_learning_rate(config, first.model, point)
-        pinned = resolve_shared_prompt(auto_config.pin_choices(config, point), data, first.model)
+        pinned = resolve_shared_prompt(auto_config.pin_choices(config, point), data.train, data.test, first.model)
         fitted, plan = auto_config.resolve(pinned, hardware, first, data.longest, accelerator)
         state = training_state(config, data, point)
         fitted = auto_config.resolve_lengths(fitted, data.train.n_per_epoch, len(data.test))

@@ -80,7 +80,7 @@ class PlanView:
         return await self._planned(request, "plan", gives_way=True)
 
     async def plan_at_once(self, request: Request) -> Response:
-        """As `plan`, within a tenth of a second; {is_exact: false} where it is about that and `plan` takes longer."""
+        """As `plan`, without a trace (benchmarks/plan_moves.py); {is_exact: false} where it is about that."""
         return await self._planned(request, "plan_at_once", gives_way=False)
 
     async def _planned(self, request: Request, question: str, *, gives_way: bool) -> Response:

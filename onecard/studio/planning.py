@@ -40,7 +40,7 @@ def plan(model: str, options: dict[str, Any], gib: float, is_old: bool = False) 
 
 
 def plan_at_once(model: str, options: dict[str, Any], gib: float, is_old: bool = False) -> dict[str, Any]:
-    """As `plan`, where all traces are there; else about it, within a tenth of a second.
+    """As `plan`, where all traces are there; else about it, without making one.
 
     is_exact: whether it is the plan. is_near: whether traces of other settings of this model stand for those missing.
     """

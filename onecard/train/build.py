@@ -15,7 +15,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from onecard.config.lora import LoraOptions
 from onecard.config.problems import refuse
-from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig, TrainOptions
+from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig
 from onecard.console import first_line, say, warn
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
@@ -39,11 +39,9 @@ from onecard.model.memory_saving.sharded_layers import shard_layers
 from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.model.output_head import positions_in_front
-from onecard.model.packed_rows import check_packing, why_prompts_stand_apart
 from onecard.model.rope_scaling import check_same_positions
-from onecard.model.trained import base_of, make_trainable
+from onecard.model.trained import make_trainable
 from onecard.objectives.base import Objective, SampleView
-from onecard.objectives.preference import PairView
 from onecard.objectives.registry import objective_named
 from onecard.train.anchor import LARGEST_PASS, Anchor
 from onecard.train.auto_config import as_it_began, choices_of, limits_of, resolve_test_size
@@ -58,6 +56,7 @@ from onecard.train.reference import CachedReference, cached_reference, check_sta
 from onecard.train.resume import ResumePoint, continued
 from onecard.train.run import HeldOutSources, Run
 from onecard.train.rundir import RunDirectory
+from onecard.train.shared_prompt import check_shared_rows
 from onecard.train.state import TrainerState, restore_state
 from onecard.train.step import SMALLER_HINT, use_limits
 from onecard.train.trackers import Reporter, open_trackers
@@ -215,7 +214,7 @@ def build_run(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerat
 
 def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator, data: TrainingData,
            state: TrainerState, point: ResumePoint | None, directory: RunDirectory) -> Run:  # fmt: skip
-    """As `build_run`, which it is the inside of."""
+    """`build_run`, whose errors of memory are not told yet."""
     options = config.train
     state = replace(state, choices=choices_of(config))
     in_ram = replace(config.model, stream_layers="on") if options.shard else config.model
@@ -258,7 +257,9 @@ def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator,
         embedding.register_forward_hook(neftune_post_forward_hook)
     use_limits(run, limits_of(config))
     with accelerator.autocast():
-        _check_shared_rows(options, model, accelerator.device, data)
+        check_shared_rows(
+            options, model, accelerator.device, (data.train, data.test), must_share=data.must_share_prompt
+        )
     if hardware.is_gpu:
         give_back_memory()  # blocks of whole weights, quantised since, whose sizes no step asks for
     if cached is not None:
@@ -267,23 +268,6 @@ def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator,
         restore_state(point.path, plain, run.training, options)
         tidy_loaded_state(optimizer)
     return run
-
-
-def _check_shared_rows(options: TrainOptions, model: Any, device: Any, data: TrainingData) -> None:
-    """Raise ModelError where the base does not keep apart what shares a row; two answers get a row each instead, unless
-    --share_prompt was asked for."""
-    if options.masks_documents:
-        check_packing(model, device)
-    why = why_prompts_stand_apart(model, device, data.longest) if data.train.shares_prompt else None
-    if why is None:
-        return
-    said = f"{type(base_of(model)).__name__} cannot read the prompt of a pair once: {why}"
-    if data.must_share_prompt:
-        raise ModelError(f"{said}; leave --share_prompt out")
-    warn(f"{said}. Each answer is a row, which is more than was planned")
-    for view in (data.train, data.test):
-        if isinstance(view, PairView):
-            view.share(None)
 
 
 def _check_virtual_tokens(config: FinetuneConfig, plain: Any, data: TrainingData) -> None:
