@@ -66,6 +66,7 @@ class LimitedConnection(H11Protocol):
         super().__init__(*args, **names)
         self._limits = limits
         self._awaited: tuple[str, object] = ("head", None)
+        self._n_resumed = 0
         self.waiting_since = limits.clock()
 
     def connection_made(self, transport: Any) -> None:
@@ -81,12 +82,17 @@ class LimitedConnection(H11Protocol):
         else:
             self.end(f"more than {most} are open, and all are in use")
 
+    def resume_writing(self) -> None:
+        self._n_resumed += 1
+        super().resume_writing()
+
     def awaited(self) -> tuple[str, object]:
         """What the client has to do next, ("", None) while it waits for us, and what changes when it did."""
         is_answered = self.cycle is None or self.cycle.response_complete
         n_unread = self.transport.get_write_buffer_size()
         if n_unread and (is_answered or self.flow.write_paused):  # nothing is added now: only reading changes it
-            return "reading", n_unread
+            # Both: between two looks all of it may have been read and as many bytes been added.
+            return "reading", (n_unread, self._n_resumed)
         if is_answered:
             return "head", self.cycle
         # While reading is paused it is the application that has not taken the body yet.

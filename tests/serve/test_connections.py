@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from uvicorn import Config
+from uvicorn.server import ServerState
 
-from onecard.serve.connections import ConnectionLimits
+from onecard.serve.connections import ConnectionLimits, LimitedConnection
 from onecard.serve.security import NetworkRules, Protection
 from tests.serve.bare_server import inside, listening
 
@@ -40,6 +42,9 @@ class Clock:
     def forward(self, seconds: float) -> None:
         """Move on, after the server has looked: a state lasts from the first look that finds it."""
         self.wait_for_looks()
+        self.forward_at_once(seconds)
+
+    def forward_at_once(self, seconds: float) -> None:
         self._now += seconds
 
     def wait_for_looks(self) -> None:
@@ -178,6 +183,46 @@ def test_a_slow_reader_gets_all_of_its_answer() -> None:
             more = client.recv(1_000_000)
             n_read += len(more)
     assert size < n_read < size + 1000  # and the headers
+
+
+class FullTransport:
+    """A transport that has the same number of bytes to send whenever it is asked."""
+
+    def __init__(self) -> None:
+        self.is_aborted = False
+
+    def get_extra_info(self, name: str) -> Any:
+        return {"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)}.get(name)
+
+    def set_protocol(self, protocol: Any) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 100_000
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_buffer_that_is_as_full_as_before_was_read_in_between(reads: bool) -> None:
+    clock = Clock()
+
+    async def main() -> bool:
+        transport, config = FullTransport(), Config(inside, lifespan="off")
+        config.load()
+        connection = LimitedConnection(config, ServerState(), {}, limits=limits(unread_seconds=300, clock=clock))
+        connection.connection_made(transport)
+        connection.pause_writing()
+        for _ in range(4):
+            connection.check()
+            clock.forward_at_once(200)
+            if reads:
+                connection.resume_writing()
+                connection.pause_writing()
+        return transport.is_aborted
+
+    assert asyncio.run(main()) != reads
 
 
 def test_a_client_that_stops_reading_is_ended(capsys: pytest.CaptureFixture[str]) -> None:
