@@ -14,7 +14,7 @@ import numpy as np
 
 from onecard.data.chat_template import Template
 from onecard.data.dataset import EncodedDataset
-from onecard.data.encode import DroppedSample, EncodedSample, Encoder, SamplePlan
+from onecard.data.encode import DroppedSample, EncodedSample, Encoder, SamplePlan, exchanges
 from onecard.data.tokenization import segment_tokenizer
 
 Counts = list[tuple[int, int]]  # (value, how many have it), by value
@@ -27,8 +27,16 @@ class QuestionLengthEncoder(Encoder):
         fitted = super()._fit(draft, ids)
         if isinstance(fitted, DroppedSample) or not draft.turns:
             return fitted
-        length = str(self.question_length(draft))
+        length = str(self._question_length(draft, ids))
         return [coded._replace(fields=length) for coded in fitted]
+
+    def _question_length(self, draft: SamplePlan, ids: list[list[int]]) -> int:
+        """Tokens in front of the last answer once older exchanges are gone: with as many the sample is dropped."""
+        head, starts = exchanges(draft.turns)
+        if starts == [len(head)] and draft.segments[-1].is_answer:  # one exchange, whose ids are known
+            return len(self.tokens.beginning_of(draft.segments[0].text)) + sum(map(len, ids[:-1]))
+        coded, answer = self.last_exchange(draft)
+        return len(coded.ids) - len(answer)
 
 
 def cutoff_effect(whole: EncodedDataset, template: Template, tokenizer: Any) -> dict[str, Any]:

@@ -289,7 +289,7 @@ class Encoder:
 
     def _shorten(self, draft: SamplePlan) -> list[EncodedSample] | DroppedSample:
         """Whole oldest exchanges go first, the system turn stays; then the end of the last answer goes."""
-        head, starts = _exchanges(draft.turns)
+        head, starts = exchanges(draft.turns)
         # The shorter the history the shorter the sample, so the first length that fits is found by halving.
         low, high, best = 1, len(starts) - 1, None
         while low <= high:
@@ -304,14 +304,9 @@ class Encoder:
             return [best]
         return self._cut_answer(draft)
 
-    def question_length(self, draft: SamplePlan) -> int:
-        """Tokens in front of the last answer once older exchanges are gone: with as many the sample is dropped."""
-        coded, answer = self._last_exchange(draft)
-        return len(coded.ids) - len(answer)
-
-    def _last_exchange(self, draft: SamplePlan) -> tuple[EncodedSample, list[int]]:
+    def last_exchange(self, draft: SamplePlan) -> tuple[EncodedSample, list[int]]:
         """The last exchange alone, without an end token, and the ids of its answer."""
-        head, starts = _exchanges(draft.turns)
+        head, starts = exchanges(draft.turns)
         last = self._draft((*head, *draft.turns[starts[-1] :]), learn_last=True)
         open_ended = last._replace(segments=[*last.segments[:-1], last.segments[-1]._replace(end="")])
         ids = self.tokens.ids([open_ended.segments])[0]
@@ -320,7 +315,7 @@ class Encoder:
     def _cut_answer(self, draft: SamplePlan) -> list[EncodedSample] | DroppedSample:
         """The last answer cut to what fits, without an end token: the model must not learn to stop there."""
         limit = self.settings.cutoff_len
-        coded, answer = self._last_exchange(draft)
+        coded, answer = self.last_exchange(draft)
         if len(coded.ids) - len(answer) >= limit:
             # Kept in the cache, which programs read that were started otherwise: so no whole command.
             return DroppedSample(f"the question alone takes all {limit} tokens of a sample (finetune --cutoff_len)")
@@ -365,7 +360,7 @@ def segments_of(plans: Sequence[list[SamplePlan] | DroppedSample]) -> list[list[
     return [draft.segments for plan in plans if not isinstance(plan, DroppedSample) for draft in plan]
 
 
-def _exchanges(turns: tuple[Turn, ...]) -> tuple[list[Turn], list[int]]:
+def exchanges(turns: tuple[Turn, ...]) -> tuple[list[Turn], list[int]]:
     """The turns that stand before all exchanges, and where each exchange begins."""
     head = [turn for turn in turns[:2] if turn.role in ("system", "tool_list")]
     return head, [k for k, turn in enumerate(turns) if turn.role == "user"] or [len(head)]
