@@ -105,8 +105,6 @@ class InferenceOptions:
     """Reserve the key-value cache at once, at full length, which --compile needs."""
     compile: bool = False
     """Compile the decoding step (GPU only): the first answer waits for that. What it gains was not measured yet."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = scale_problems(self.adapter_scale)

@@ -34,7 +34,9 @@ from onecard.installation import program_name, with_commands
 from onecard.translation import LANGUAGE_FLAG, LANGUAGES, typed_language, use_language
 
 Config = TypeVar("Config")
-CONFIG_FLAG, PRINT_FLAG = "config", "print_config"
+CONFIG_FLAG, PRINT_FLAG, DEBUG_FLAG = "config", "print_config", "debug"
+# What every program takes, and which values; `translation.typed_language` and `console.run_main` look at the words.
+GENERAL = {LANGUAGE_FLAG: LANGUAGES, DEBUG_FLAG: ("", "true", "false")}
 VALUE = "value"  # what a parser of one type calls the value that it checks
 LANGUAGE_HELP = "Language of the messages; auto: that of the system."
 
@@ -153,6 +155,8 @@ def _help_parser(
     parser.add_argument(f"--{PRINT_FLAG}", action="store_true", help="Print the resolved options as YAML and exit.")
     if LANGUAGE_FLAG not in options:
         parser.add_argument(f"--{LANGUAGE_FLAG}", choices=LANGUAGES, help=f"{LANGUAGE_HELP} (default: auto)")
+    if DEBUG_FLAG not in options:
+        parser.add_argument(f"--{DEBUG_FLAG}", action="store_true", help="Show tracebacks.")
     given = {name: option.default for name, option in options.items()} | defaults
     for holder, group in _holders(config_class, options):
         section = parser.add_argument_group((holder.__doc__ or "").split("\n")[0].rstrip("."))
@@ -236,10 +240,9 @@ def _read_words(
         if not has_value and has_more:
             value, has_value = words[position], "="
             position += 1
-        if name == LANGUAGE_FLAG and value not in LANGUAGES:
-            problems.append((word, f"{value!r} is not one of {', '.join(LANGUAGES)}"))
-        elif name == LANGUAGE_FLAG and name not in options:
-            continue
+        if name in GENERAL and name not in options:
+            if value not in GENERAL[name]:
+                problems.append((f"--{name}", f"{value!r} is not one of {', '.join(filter(None, GENERAL[name]))}"))
         elif name != CONFIG_FLAG and name not in options:
             problems.append((f"--{name}", unknown_option(name, options)))
         elif not has_value and (name == CONFIG_FLAG or options[name].bare is None):
@@ -289,7 +292,7 @@ def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"--{CONFIG_FLAG}", f"{path} must hold `option: value` lines, not a {type(content).__name__}")
-    unknown = [str(key) for key in content if key not in options]
+    unknown = [str(key) for key in content if key not in (*options, DEBUG_FLAG)]
     for key in unknown:
         problems.append((f"{path}: {key}", unknown_option(key, options)))
     return {key: value for key, value in content.items() if key in options}

@@ -36,8 +36,6 @@ class StudioOptions:
     """Print the address and open no browser."""
     language: Literal["auto", "en", "zh"] = "auto"
     """Language of the messages here; the page has its own switch."""
-    debug: bool = False
-    """Show tracebacks."""
 
     @property
     def key(self) -> str | None:

@@ -35,8 +35,6 @@ class BlindOptions:
     """Prompt template. auto takes the one stored with the adapter, for the base beside it, too."""
     batch_size: int = 8
     """Questions that are answered at once."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "a", "b", "output_path")

@@ -33,8 +33,6 @@ class ListOptions:
     """Only those made by: HG (people), SI (a model), MIX (both) or COL (collected from other sets)."""
     json: bool = False
     """Print one JSON list instead of lines."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         tags = (("lang", LANGUAGE_TAGS), ("task", TASK_TAGS), ("generation", GENERATION_TAGS))
@@ -53,8 +51,6 @@ class ShowOptions:
     """Its name in the catalogue."""
     json: bool = False
     """Print one JSON object instead of text."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         return missing(self, "name")
@@ -84,8 +80,6 @@ class GetOptions:
     """Say how many files and bytes there are, and fetch nothing."""
     overwrite: bool = False
     """Replace what is there."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "name")

@@ -37,8 +37,6 @@ class CleanOptions(ReadingOptions):
     """Words in a row that make an overlap with an evaluation; a Chinese character is a word."""
     overwrite: bool = False
     """Replace what is at output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = super().problems() + missing(self, "data_path", "output_path")

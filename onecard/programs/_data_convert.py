@@ -19,8 +19,6 @@ class ConvertOptions:
     """New jsonl file."""
     overwrite: bool = False
     """Replace what is at output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         return missing(self, "data_path", "output_path")

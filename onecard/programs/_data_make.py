@@ -43,8 +43,6 @@ class MakeOptions(ReadingOptions):
     """Price of a million tokens of prompts, for the cost."""
     price_completion: float = 0.0
     """Price of a million tokens of answers, for the cost."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = super().problems() + missing(self, "data_path", "output_path", "model")
@@ -116,7 +114,7 @@ onecard data make qa-from-documents --data_path texts.jsonl --output_path made -
 """
 VERBS = {"self-instruct": SelfInstructOptions, "qa-from-documents": QaFromDocumentsOptions, "think": ThinkOptions}
 _OF_THE_ENDPOINT = ("api_key_env", "timeout_s", "max_attempts", "base_url", "price_prompt", "price_completion")
-_MAY_CHANGE = (*_OF_THE_ENDPOINT, "n_rows", "output_path", "data_path", "debug")
+_MAY_CHANGE = (*_OF_THE_ENDPOINT, "n_rows", "output_path", "data_path")
 
 
 def main(argv: list[str] | None = None) -> None:

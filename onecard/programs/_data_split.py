@@ -26,8 +26,6 @@ class SplitOptions(ReadingOptions):
     """Another seed makes another split; the same seed always the same."""
     overwrite: bool = False
     """Replace what is at output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = super().problems() + missing(self, "data_path", "output_path")

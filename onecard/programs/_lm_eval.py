@@ -41,8 +41,6 @@ class LmEvalOptions:
     """Folder for the harness's own results, each answer included; empty: they are only printed."""
     apply_chat_template: bool = False
     """Ask in the tokenizer's chat template."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "tasks")

@@ -27,8 +27,6 @@ class ShipOptions:
     perplexing to the result (exp(0.1) - 1)."""
     level: float = 0.99
     """Level of the intervals. At 0.95 one run in twenty that changed nothing would be called better or worse."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "run")

@@ -29,8 +29,6 @@ class WriteChecksumsOptions:
     """Directory whose files are hashed, those in folders below it, too; the list is written into it."""
     overwrite: bool = False
     """Replace the list where there is one."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         return _path_problems(self.model_path)
@@ -46,8 +44,6 @@ class VerifyChecksumsOptions:
     """Files that are in no list are an error, too."""
     json: bool = False
     """Print one JSON object instead of text."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         return _path_problems(self.model_path)

@@ -29,8 +29,6 @@ class DoctorOptions:
 
     json: bool = False
     """Print one JSON object instead of a table."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,8 +29,6 @@ class IndexOptions:
 
     index: str = "outputs/documents"
     """Folder of the index."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 @dataclass

@@ -42,8 +42,6 @@ class DownloadOptions:
     """List files, sizes and free room, and fetch nothing."""
     overwrite: bool = False
     """Replace --output_path where it exists."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []

@@ -92,8 +92,6 @@ class EvaluateOptions:
     interval of the difference. A run of finetune --eval_suites stands for what it measured at its end, "base" for what
     the other run measured before its first step. --output_path is then the folder for comparison.json and
     comparison.md; empty: none."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         if self.compare:
@@ -157,7 +155,7 @@ LEVEL = 0.95  # of the intervals of a comparison, as of those of a report
 # Options that change how an evaluation is carried out, and none of its figures.
 _MAY_CHANGE = (
     "suite", "output_path", "lora_path", "sweep_scale", "batch_size", "base_url", "judge_model", "api_key_env",
-    "timeout_s", "max_attempts", "debug",
+    "timeout_s", "max_attempts",
 )  # fmt: skip
 
 

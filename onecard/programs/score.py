@@ -44,8 +44,6 @@ class ScoreOptions(ReadingOptions):
     """Answers shown side by side."""
     json: bool = False
     """Print one JSON object instead of tables."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = super().problems()

@@ -45,8 +45,6 @@ class VerifyServerOptions:
     """Time for all requests together."""
     json: bool = False
     """Print one JSON object."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         found = missing(self, "url", "run")

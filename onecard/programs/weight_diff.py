@@ -59,8 +59,6 @@ class VerifyDiffOptions:
     """The tuned model, to be compared too: a model directory or a Hub id."""
     new_rows: Literal["zeros", "mean"] = "zeros"
     """What a classic difference takes for the base's rows of added tokens: zeros (Vicuna), mean (Alpaca, WizardLM)."""
-    debug: bool = False
-    """Show tracebacks."""
 
     def problems(self) -> list[Problem]:
         return missing(self, "base_path", "diff_path")

@@ -420,6 +420,14 @@ def test_a_wrong_flag_is_one_message_and_exit_2(entry: str) -> None:
     assert "Traceback (most recent call last)" in run(entry, "--model_pth", "x", "--debug").stderr
 
 
+def test_every_program_takes_debug(tmp_path: Path) -> None:
+    stored = tmp_path / "stored.yaml"
+    stored.write_text("debug: false\nseed: 7\n", encoding="utf-8")  # as --print_config has written it
+    for words in (["--debug"], ["--debug", "true"], ["--debug=false"], ["--config", str(stored)]):
+        assert cli.parse(GenerateConfig, words).sampling.seed == (7 if "--config" in words else 42)
+    assert refusal("--debug", "x", config_class=GenerateConfig) == "--debug: 'x' is not one of true, false"
+
+
 def test_finetune_chat_starts_from_its_own_defaults() -> None:
     shown = yaml.safe_load(run("finetune_chat.py", "--print_config").stdout)
     plain = yaml.safe_load(run("finetune.py", "--print_config").stdout)

@@ -36,8 +36,6 @@ class OutputOptions:
     """A new directory for the result."""
     overwrite: bool = False
     """Replace what is at --output_path."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 @dataclass
