@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import sys
@@ -47,6 +48,23 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The object in some JSON; empty for whatever else it is."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none, or it is being written."""
+    try:
+        return json_object(path.read_bytes())
+    except OSError:
+        return {}
 
 
 def is_abandoned(path: Path) -> bool:

@@ -23,7 +23,8 @@ import httpx
 from onecard.config.inference import API_KEY_VARIABLE
 from onecard.inference.run_files import adapters_in
 from onecard.serve.http_error import ApiError, bad_request
-from onecard.studio.jobs import ALIVE, Jobs
+from onecard.studio.failures import reason_in
+from onecard.studio.jobs import ALIVE, Jobs, new_id
 from onecard.studio.processes import start_apart
 from onecard.studio.sources import ModelSource
 from onecard.studio.supervisor import LOG
@@ -85,7 +86,7 @@ class ChatServer:
             words += ["--lora_path", str(path), "--adapters_path", str(path.parent)]
         else:
             words += ["--model_path", str(path)]
-        job_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        job_id = new_id()
         key_file = self.jobs.path(job_id) / KEY_FILE
         key_file.parent.mkdir(parents=True)
         descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -134,7 +135,8 @@ class ChatServer:
             return ChatState("off")
         source = str(job["about"].get("source", ""))
         if job["state"] not in ALIVE:
-            return ChatState("failed", source, error=self._why(job["id"]))
+            why = reason_in(self.jobs.log(job["id"])["text"]) or "it ended without a word; start it again"
+            return ChatState("failed", source, error=why)
         if self._address(job["id"]) is None:
             return ChatState("starting", source)
         models, base = self._models(job)
@@ -163,12 +165,6 @@ class ChatServer:
         except OSError:
             return None
         return found[0] if found else None
-
-    def _why(self, job_id: str) -> str:
-        """The last line of its output that is an error, else the last one."""
-        lines = [line for line in self.jobs.log(job_id)["text"].splitlines() if line.strip()]
-        marked = [line for line in lines if line.startswith(("error:", "错误"))]
-        return (marked or lines or ["it ended without a word; start it again"])[-1]
 
     def _models(self, job: dict[str, Any]) -> tuple[tuple[str, ...], str]:
         """The names that this server's models have, and the base's; asked once."""

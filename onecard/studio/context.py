@@ -33,10 +33,7 @@ class StudioContext:
         return (*self.data_roots, self.output_root)
 
     def safe_path(self, text: str, roots: Iterable[Path]) -> Path:
-        """The path of a text from the browser, resolved with its links; it need not exist.
-
-        A relative one is looked for in each root, then taken as one in the first. Raises ApiError (400, 403).
-        """
+        """See `safe_path`."""
         return safe_path(text, roots)
 
 
@@ -52,7 +49,10 @@ def open_context(options: StudioOptions) -> StudioContext:
 
 
 def safe_path(text: str, roots: Iterable[Path]) -> Path:
-    """See `StudioContext.safe_path`."""
+    """The path of a text from the browser, resolved with its links; it need not exist.
+
+    A relative one is looked for in each root, then taken as one in the first. Raises ApiError (400, 403).
+    """
     roots = tuple(roots)
     if not isinstance(text, str) or not text.strip() or "\0" in text or len(text) > 4096:
         raise bad_request("this is no path", code="bad_path")

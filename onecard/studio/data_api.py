@@ -14,9 +14,8 @@ from onecard.data.catalogue.entries import CatalogueEntry, entries
 from onecard.data.catalogue.place import downloaded
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
-from onecard.studio.file_names import is_portable
-from onecard.studio.http import StudioJson, json_body
-from onecard.studio.language import in_language, language_of
+from onecard.studio.folders import is_portable
+from onecard.studio.http import StudioJson, in_language, json_body, language_of
 from onecard.studio.named import NamedData, base_name, folder_entries, named_data
 from onecard.studio.options import checked_options, words_of
 from onecard.studio.uploads import remove_stale, save_upload

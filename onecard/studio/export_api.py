@@ -20,17 +20,17 @@ from onecard.export.io.output import new_directory
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
 from onecard.studio.export_kinds import KINDS, ExportKind, checked_options, server_address
-from onecard.studio.file_names import is_portable
-from onecard.studio.http import LANGUAGE_HEADER, StudioJson, json_body
+from onecard.studio.failures import last_line, reason_in
+from onecard.studio.folders import bytes_in, is_portable
+from onecard.studio.http import StudioJson, json_body, language_of
 from onecard.studio.jobs import ALIVE
 from onecard.studio.sources import sources_in
 from onecard.studio.use_api import refuse_while_training, source_of, text_of
-from onecard.translation import LANGUAGES, translated
+from onecard.translation import translated
 
 PREFIX = "export-"  # of the kinds of jobs
 NAME = re.compile(r"[\w][\w.+-]{0,99}")  # one folder of the output folder, never a path
 MOST_SHOWN = 100  # jobs
-ERROR_MARKS = ("error:", "错误")
 
 
 def routes(context: StudioContext) -> list[BaseRoute]:
@@ -47,8 +47,7 @@ class ExportApi:
 
     def shown(self, request: Request) -> Response:
         """What can be exported, in which ways, and what has been, the newest first."""
-        to = request.headers.get(LANGUAGE_HEADER, "en")
-        to = to if to in LANGUAGES else "en"
+        to = language_of(request)
         kinds = {name: {"options": kind.options, "writes": kind.writes, "takes": kind.takes,
                         "missing": translated(kind.missing, to)} for name, kind in KINDS.items()}  # fmt: skip
         found = [job for job in self._context.jobs.all() if job["kind"].startswith(PREFIX)]
@@ -110,32 +109,21 @@ class ExportApi:
 
     def told(self, job: dict[str, Any]) -> dict[str, Any]:
         """A job as the page shows it: its last line, why it failed, the size of what it made."""
-        lines = [line for line in self._context.jobs.log(job["id"])["text"].splitlines() if line.strip()]
+        log = self._context.jobs.log(job["id"])["text"]
         name = job["about"].get("target", "")
         target = self._context.output_root / name
         is_there = bool(name) and target.is_dir()
         if name and job["state"] == "cancelled":
             tidy(target)
-        marked = [line for line in lines if line.startswith(ERROR_MARKS)]
         options = job["about"].get("options", {})
         return {
             "id": job["id"], "name": name or options.get("url", ""), "kind": job["kind"].removeprefix(PREFIX),
             "source": job["title"], "state": job["state"],
             "exit_code": job["exit_code"], "created": job["created"], "ended": job["ended"],
             "command": job["command"], "options": options,
-            "line": lines[-1] if lines else "",
-            "error": (marked or lines or [""])[-1] if job["state"] == "failed" else "",
-            "path": str(target) if is_there else "", "bytes": size_of(target) if is_there else None,
+            "line": last_line(log), "error": reason_in(log) if job["state"] == "failed" else "",
+            "path": str(target) if is_there else "", "bytes": bytes_in(target) if is_there else None,
         }  # fmt: skip
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files in it."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size if path.is_file() and not path.is_symlink() else 0
-    return total
 
 
 def tidy(target: Path) -> None:

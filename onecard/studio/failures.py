@@ -33,6 +33,11 @@ def failure_of(job: dict[str, Any], log: str, *, has_checkpoint: bool = False) -
     return Failure(said or last_line(log), "resume" if has_checkpoint else "log")
 
 
+def reason_in(log: str) -> str:
+    """What a program that failed said last: its error, else its last line."""
+    return last_error(log) or last_line(log)
+
+
 def last_error(log: str) -> str:
     """The last message that began with `error:`, with the lines that belong to it."""
     lines = plain_lines(log)

@@ -51,8 +51,7 @@ async def json_body(request: Request, *required: str) -> dict[str, Any]:
 
 def answer_error(request: Request, reason: Exception) -> Response:
     """Any error as JSON: {"error": {message, type, param, code, problems}}; problems are [flag, text]."""
-    to = request.headers.get(LANGUAGE_HEADER, "en")
-    to = to if to in LANGUAGES else "en"
+    to = language_of(request)
     problems: list[tuple[str, str]] = []
     if isinstance(reason, ApiError):
         error = reason
@@ -68,6 +67,19 @@ def answer_error(request: Request, reason: Exception) -> Response:
     body["error"]["message"] = printable(translated(error.message, to))
     body["error"]["problems"] = [[flag, printable(translated(text, to))] for flag, text in problems]
     return StudioJson(body, error.status_code)
+
+
+def language_of(request: Request) -> str:
+    """en or zh, as the page says."""
+    named = request.headers.get(LANGUAGE_HEADER, "en")
+    return named if named in LANGUAGES and named != "auto" else "en"
+
+
+def in_language(value: Any, language: str) -> Any:
+    """The same with every text in it as a message of that language; what is no message stays."""
+    if isinstance(value, str):
+        return translated(value, language)
+    return [in_language(each, language) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def finite(content: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from onecard.serve.http_error import ApiError
-from onecard.storage import write_whole
+from onecard.storage import read_json_object, write_whole
 from onecard.studio.processes import process_of, start_apart
 from onecard.studio.supervisor import EXIT, LOG, PROCESS, SPEC
 
@@ -52,7 +52,7 @@ class Jobs:
         job_id: given again, a job that was written down and not started is started, and one that was is left alone.
         log: where its output goes instead of its folder. about: kept beside it for who lists it (a result's path).
         """
-        job_id = job_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        job_id = job_id or new_id()
         folder = self.path(job_id)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / SPEC).exists():
@@ -78,11 +78,11 @@ class Jobs:
         """
         self._reap()
         folder = self.path(job_id)
-        spec = _read(folder / SPEC)
-        if spec is None:
+        spec = read_json_object(folder / SPEC)
+        if not spec:
             raise ApiError(404, "there is no such job", code="no_such_job")
         state = self.state(job_id)
-        ended = (_read(folder / EXIT) or {}) if state not in ALIVE else {}
+        ended = read_json_object(folder / EXIT) if state not in ALIVE else {}
         log = Path(spec["log"])
         return {**spec, "state": state, "exit_code": ended.get("code"), "ended": ended.get("ended"),
                 "log_bytes": log.stat().st_size if log.is_file() else 0}  # fmt: skip
@@ -92,16 +92,16 @@ class Jobs:
         folder = self.path(job_id)
         if not (folder / PROCESS).exists():
             return "starting"
-        marks = _read(folder / PROCESS)
-        if any(process_of(mark) for mark in (marks or {}).values()):
+        marks = read_json_object(folder / PROCESS)
+        if any(process_of(mark) for mark in marks.values()):
             return "running"
         # In this order: a process that ended between the two questions has left its code.
-        ended = _read(folder / EXIT)
-        if ended is not None:
+        ended = read_json_object(folder / EXIT)
+        if ended:
             is_wanted = ended["code"] in STOPPED or (folder / CANCELLED).exists()
             return "done" if ended["code"] == 0 else CANCELLED if is_wanted else "failed"
         with suppress(OSError):
-            if marks is None and time.time() - (folder / PROCESS).stat().st_mtime < CLAIM_S:
+            if not marks and time.time() - (folder / PROCESS).stat().st_mtime < CLAIM_S:
                 return "starting"
         return "lost"
 
@@ -132,7 +132,7 @@ class Jobs:
     def cancel(self, job_id: str) -> None:
         """Ask the job's process to end (SIGTERM); asked again, it is killed."""
         folder = self.path(job_id)
-        marks = _read(folder / PROCESS) or {}
+        marks = read_json_object(folder / PROCESS)
         is_asked = (folder / CANCELLED).exists()
         if self.state(job_id) == "running":
             write_whole(folder / CANCELLED, "")
@@ -146,9 +146,6 @@ class Jobs:
         self._started = [process for process in self._started if process.poll() is None]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+def new_id() -> str:
+    """Of a job or an entry of the queue; later ones come behind earlier ones in the alphabet."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"

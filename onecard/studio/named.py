@@ -6,7 +6,8 @@ Knows paths and names. Opens no data, and asks no network.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from onecard.config.data import BUILT_IN_TEMPLATES, LARGEST_AMOUNT, DataPortion
 from onecard.config.given_paths import DATA_SUFFIXES, HUB_ID, shipped_file
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext, leads_within
+from onecard.studio.folders import folders_below
 
 MOST_SOURCES = 50
 FIRST_ROWS = 500  # of a data set that is not on this disk, unless more are asked for
@@ -23,6 +25,7 @@ MOST_ENTRIES = 500  # of a folder
 MOST_LOOKED_AT = 5_000  # folders, for models
 LONGEST_PATH = 4096
 DEEPEST = 4  # folders below a root, for models
+NO_MODELS = (".", "checkpoint-", "node_modules")  # beginnings of names of folders that are not looked into
 
 
 class NamedData(NamedTuple):
@@ -159,7 +162,7 @@ def local_models(context: StudioContext) -> list[str]:
     found = dict.fromkeys([DEFAULT_BASE])
     n_left = MOST_LOOKED_AT
     for root in context.readable:
-        for folder in _folders(root, DEEPEST):
+        for folder in chain([root], folders_below(root, DEEPEST, NO_MODELS)):
             n_left -= 1
             if n_left < 0:
                 break
@@ -178,20 +181,6 @@ def cached_models() -> list[str]:
         if any(snapshots.glob("*/config.json")) and any(snapshots.glob("*/*.safetensors")):
             found.append(folder.name.removeprefix("models--").replace("--", "/"))
     return found
-
-
-def _folders(root: Path, depth: int) -> Iterator[Path]:
-    """The folder and those below it; hidden ones, links and checkpoints of runs are left out."""
-    yield root
-    if depth == 0:
-        return
-    try:
-        below = sorted(entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)
-                       and not entry.name.startswith((".", "checkpoint-", "node_modules")))  # fmt: skip
-    except OSError:
-        return
-    for path in below:
-        yield from _folders(Path(path), depth - 1)
 
 
 def _template(context: StudioContext, text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,13 @@ from onecard.config.options import options_of
 from onecard.config.training import FinetuneConfig
 from onecard.serve.http_error import bad_request
 from onecard.studio.context import StudioContext
-from onecard.studio.http import StudioJson, json_body
-from onecard.studio.language import in_language, language_of
+from onecard.studio.http import StudioJson, in_language, json_body, language_of
 from onecard.studio.named import base_name, local_models
 from onecard.studio.options import checked_options
 from onecard.studio.planning import DEFAULTS, STOPS
+from onecard.studio.run_log import last_rows
 from onecard.studio.worker import Worker
+from onecard.train.trackers import LOG_NAME
 
 # Cards by name: memory in GiB, and whether they are of the Turing generation, which has no bf16.
 CARDS = (
@@ -42,7 +42,7 @@ NOT_PLANNED = (
     "pretend_turing",
     "stages",
 )
-LOG, TAIL_BYTES, MOST_RUNS = "log.jsonl", 65_536, 50
+MOST_RUNS = 50
 
 
 def routes(context: StudioContext, worker: Worker | None = None) -> list[BaseRoute]:
@@ -120,31 +120,15 @@ class PlanView:
 
 def run_speeds(root: Path) -> list[dict[str, Any]]:
     """The median speed of each run's last rows, and the time of a step."""
-    logs = [path for pattern in (f"*/{LOG}", f"*/*/{LOG}") for path in root.glob(pattern)]
+    logs = [path for pattern in (f"*/{LOG_NAME}", f"*/*/{LOG_NAME}") for path in root.glob(pattern)]
     newest = sorted(logs, key=lambda path: -path.stat().st_mtime)[:MOST_RUNS]
     found = []
     for log in newest:
-        rates = [row["tokens_per_s"] for row in last_rows(log) if _is_rate(row.get("tokens_per_s"))]
+        rates = [row["tokens_per_s"] for row in last_rows(log.parent) if _is_rate(row.get("tokens_per_s"))]
         if rates:
             name = log.parent.relative_to(root).as_posix()
             found.append({"run": name, "tokens_per_s": statistics.median(rates), "n_rows": len(rates)})
     return found
-
-
-def last_rows(log: Path) -> list[dict[str, Any]]:
-    """The last whole rows of a log, of at most `TAIL_BYTES`."""
-    with log.open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - TAIL_BYTES))
-        lines = stream.read().decode("utf-8", "replace").splitlines()
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the first may be cut by the reading, the last by a kill
-            continue
-        rows += [row] if isinstance(row, dict) else []
-    return rows
 
 
 def _is_rate(value: Any) -> bool:

@@ -7,7 +7,6 @@ its claim keeps from running twice (supervisor.py). What became of a run is aske
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from filelock import FileLock, Timeout
 from onecard.errors import CheckpointError
 from onecard.serve.http_error import ApiError
 from onecard.storage import write_whole
-from onecard.studio.jobs import ALIVE
+from onecard.studio.jobs import ALIVE, new_id
 from onecard.studio.runs import STUDIO_LOG, Runs
 
 QUEUE_FILE, QUEUE_LOCK, RUNNER_LOCK = "queue.json", "queue.lock", "runner.lock"
@@ -51,7 +50,7 @@ class RunQueue:
 
     def add(self, name: str, words: Sequence[str], options: Mapping[str, Any], output: Path) -> str:
         """Put a run at the end; its number. Raises ApiError (409) where a run of the queue has the folder."""
-        entry_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        entry_id = new_id()
         entry = {"id": entry_id, "name": name, "words": list(words), "options": dict(options),
                  "output": str(output), "phase": WAITING, "added": time.time()}  # fmt: skip
         with self._changing() as content:

@@ -5,7 +5,6 @@ A log that a resumed run has written anew is another file and is read from its b
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from onecard.storage import json_object
 from onecard.train.trackers import FORGETTING, LOG_NAME
 
 # What is drawn. Others of a row (the losses of sources, rewards) are in the file.
@@ -163,15 +163,7 @@ def columns_of(lines: bytes) -> Columns:
 
 def rows_of(lines: bytes) -> list[dict[str, Any]]:
     """The rows with a step in these lines."""
-    found = []
-    for line in lines.splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), (int, float)):
-            found.append(row)
-    return found
+    return [row for row in map(json_object, lines.splitlines()) if isinstance(row.get("step"), (int, float))]
 
 
 def spread_lines(path: Path, n: int) -> bytes:

@@ -19,10 +19,10 @@ import yaml
 from onecard.config.problems import Problem
 from onecard.errors import CheckpointError, ConfigError
 from onecard.serve.http_error import ApiError
-from onecard.storage import move, write_whole
+from onecard.storage import json_object, move, read_json_object, write_whole
 from onecard.studio.context import leads_within
 from onecard.studio.control_link import ControlLink
-from onecard.studio.file_names import is_portable
+from onecard.studio.folders import bytes_in, is_portable
 from onecard.studio.jobs import ALIVE, Jobs
 from onecard.studio.run_log import last_rows
 from onecard.train.advice import ADVICE_NAME
@@ -88,7 +88,7 @@ class Runs:
         rows = last_rows(run)
         step = max([row["step"] for row in rows] + [position.get("step") or 0])
         state, told = self.state(run)
-        comparison = _json(run / COMPARISON_NAME)
+        comparison = read_json_object(run / COMPARISON_NAME)
         return {
             "id": self.id_of(run), "state": state, "step": told.get("step") or step,
             "total": told.get("total_steps") or position.get("total_steps") or None,
@@ -96,7 +96,7 @@ class Runs:
             "objective": options.get("objective"), "method": options.get("peft_method"), "bits": options.get("bits"),
             "loss": _newest(rows, "loss"), "eval_loss": _newest(rows, "eval_loss") or position.get("best_loss"),
             "speed": _newest(rows, "tokens_per_s"), **verdict(comparison), "size": self._size(run),
-            "date": _date(run), "notes": str(_json(run / STUDIO_FILE).get("notes", "")),
+            "date": _date(run), "notes": str(read_json_object(run / STUDIO_FILE).get("notes", "")),
         }  # fmt: skip
 
     def state(self, run: Path) -> tuple[str, dict[str, Any]]:
@@ -104,7 +104,7 @@ class Runs:
 
         A run that wrote no status (of an earlier version) is known by its lock and by what it left.
         """
-        job_id = _json(run / STUDIO_FILE).get("job")
+        job_id = read_json_object(run / STUDIO_FILE).get("job")
         job, created = "", 0.0
         if isinstance(job_id, str):
             with suppress(ApiError):
@@ -137,14 +137,14 @@ class Runs:
             with suppress(OSError):
                 if file.is_file() and len(files) < MOST_FILES and not file.name.startswith("."):
                     files.append({"name": file.relative_to(run).as_posix(), "size": file.stat().st_size})
-        comparison = _json(run / COMPARISON_NAME)
+        comparison = read_json_object(run / COMPARISON_NAME)
         kept = ("mean_base", "mean_tuned", "difference", "n_better")
         return {
             **self.row(run), "path": str(run), "settings": settings(run), "files": files,
             "advice": _list(run / ADVICE_NAME),
             "comparison": {name: comparison[name] for name in kept if name in comparison},
-            "n_compared": len(comparison.get("tuned") or ()), "words": _json(run / STUDIO_FILE).get("words"),
-            "job": _json(run / STUDIO_FILE).get("job"),
+            "n_compared": len(comparison.get("tuned") or ()), "words": read_json_object(run / STUDIO_FILE).get("words"),
+            "job": read_json_object(run / STUDIO_FILE).get("job"),
         }  # fmt: skip
 
     def differences(self, runs: Sequence[Path]) -> dict[str, list[Any]]:
@@ -158,8 +158,9 @@ class Runs:
 
     def note(self, run: Path, **changes: Any) -> None:
         """Change what studio.json of a run holds. Raises CheckpointError."""
+        content = json.dumps({**read_json_object(run / STUDIO_FILE), **changes}, ensure_ascii=False)
         try:
-            write_whole(run / STUDIO_FILE, json.dumps({**_json(run / STUDIO_FILE), **changes}, ensure_ascii=False))
+            write_whole(run / STUDIO_FILE, content)
         except OSError as reason:
             raise CheckpointError(f"{run / STUDIO_FILE} cannot be written: {reason.strerror or reason}") from None
 
@@ -187,12 +188,12 @@ class Runs:
     def trash(self) -> list[dict[str, Any]]:
         """What lies in the trash, the newest first: {number, id, deleted}."""
         places = sorted((self.root / TRASH).glob("*/run"), reverse=True)
-        return [{"number": place.parent.name, **_json(place.parent / TRASH_NOTE)} for place in places]
+        return [{"number": place.parent.name, **read_json_object(place.parent / TRASH_NOTE)} for place in places]
 
     def restore(self, number: str) -> Path:
         """Put a run of the trash back where it was. Raises ApiError (404), ConfigError where its name is taken."""
         place = self._trashed(number)
-        parts = str(_json(place / TRASH_NOTE).get("id", "")).split(BETWEEN)
+        parts = str(read_json_object(place / TRASH_NOTE).get("id", "")).split(BETWEEN)
         for part in parts:
             check_name(part)
         target = self.root.joinpath(*parts)
@@ -226,11 +227,7 @@ class Runs:
         """Bytes of all files; counted anew when the folder itself has changed."""
         key = tuple(_changed(place) for place in (run, *_folders(run)))
         if run not in self._sizes or self._sizes[run][0] != key:
-            total = 0
-            for file in run.rglob("*"):
-                with suppress(OSError):
-                    total += file.stat().st_size if file.is_file() else 0
-            self._sizes[run] = (key, total)
+            self._sizes[run] = (key, bytes_in(run))
         return self._sizes[run][1]
 
 
@@ -260,10 +257,10 @@ FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def newest_position(run: Path) -> dict[str, Any]:
     """trainer_state.json of the result, else of the newest checkpoint."""
-    found = _json(run / STATE_FILE)
+    found = read_json_object(run / STATE_FILE)
     if not found:
         numbers = [int(place.name[11:]) for place in run.glob("checkpoint-*") if place.name[11:].isdigit()]
-        found = _json(run / f"checkpoint-{max(numbers)}" / STATE_FILE) if numbers else {}
+        found = read_json_object(run / f"checkpoint-{max(numbers)}" / STATE_FILE) if numbers else {}
     return found
 
 
@@ -294,7 +291,7 @@ def questions(run: Path) -> list[dict[str, Any]]:
     """The last answers that the run gave while it went on: step, question, answer."""
     with suppress(OSError):
         lines = (run / QUESTIONS).read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_QUESTIONS:]
-        rows = [_parsed(line) for line in lines]
+        rows = [json_object(line) for line in lines]
         return [row for row in rows if "question" in row or "messages" in row]
     return []
 
@@ -304,22 +301,6 @@ def _folders(place: Path) -> list[Path]:
         return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError:
         return []
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none, or it is being written."""
-    try:
-        return _parsed(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return {}
 
 
 def _list(path: Path) -> list[Any]:

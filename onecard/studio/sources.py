@@ -5,16 +5,13 @@ Reads names of files and small JSON files only. It does not know routes or proce
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from onecard.config.given_paths import is_tuned_model
 from onecard.inference.run_files import ADAPTER_FILES, OPTIONS_NAME
+from onecard.storage import read_json_object
+from onecard.studio.folders import folders_below
 
 DEEPEST = 3  # folders below the output folder that are looked into
 MOST_SOURCES = 2000
@@ -36,7 +33,7 @@ class ModelSource:
 def sources_in(root: Path) -> list[ModelSource]:
     """All below `root`, by path; hidden folders are passed over, and links are not followed."""
     found: list[ModelSource] = []
-    for folder in _folders(root, DEEPEST):
+    for folder in folders_below(root, DEEPEST):
         source = source_at(folder, root)
         if source is not None:
             found.append(source)
@@ -49,7 +46,7 @@ def source_at(folder: Path, root: Path) -> ModelSource | None:
     """What the folder holds, or None."""
     path = folder.relative_to(root).as_posix()
     if (folder / ADAPTER_FILES[0]).is_file():
-        named = _json_of(folder / ADAPTER_FILES[0]).get("base_model_name_or_path")
+        named = read_json_object(folder / ADAPTER_FILES[0]).get("base_model_name_or_path")
         return ModelSource(path, "adapter", str(named or ""))
     if is_tuned_model(folder):
         return ModelSource(path, "tuned")
@@ -57,21 +54,3 @@ def source_at(folder: Path, root: Path) -> ModelSource | None:
     if has_weights and (folder / "config.json").is_file() and not (folder / OPTIONS_NAME).is_file():
         return ModelSource(path, "model")
     return None
-
-
-def _folders(root: Path, depth: int) -> Iterator[Path]:
-    inner: list[Path] = []
-    with suppress(OSError), os.scandir(root) as entries:
-        inner = [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False) and entry.name[:1] != "."]
-    for folder in sorted(inner):
-        yield folder
-        if depth > 1:
-            yield from _folders(folder, depth - 1)
-
-
-def _json_of(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from onecard.config.given_paths import DATA_SUFFIXES
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.storage import move
-from onecard.studio.file_names import RESERVED
+from onecard.studio.folders import RESERVED
 
 PARTIAL = ".partial"
 STALE_S = 3600.0  # a partial upload without a new byte for so long is that of a studio that was killed

@@ -59,7 +59,7 @@ def test_a_job_is_started_told_and_listed_with_its_size(ask: Client, context: St
 
 def test_a_failure_says_why_and_a_cancelled_one_leaves_nothing(ask: Client, context: StudioContext, run: Path) -> None:
     job = ended(ask, export(ask, name="fails")[1]["id"])
-    assert (job["state"], job["error"], job["path"]) == ("failed", "error: no room; make some", "")
+    assert (job["state"], job["error"], job["path"]) == ("failed", "no room; make some", "")
     job = export(ask, name="waits")[1]
     partial = context.output_root / ".waits.partial"
     eventually(partial.is_dir, "it has begun to write")

@@ -19,7 +19,7 @@ from onecard.config.base_model import DEFAULT_BASE
 from onecard.config.studio import StudioOptions
 from onecard.studio.app import studio_app
 from onecard.studio.context import StudioContext, open_context
-from onecard.studio.file_names import is_portable
+from onecard.studio.folders import is_portable
 from tests.serve.bare_server import listening
 from tests.serve.test_connections import FOREVER, get, is_ended, limits
 from tests.studio.conftest import Client

@@ -114,7 +114,7 @@ def test_a_server_that_is_just_starting_is_ended_too_and_one_ends_with_the_studi
 
 def test_why_it_failed_is_told(ask: Client, run: Path) -> None:
     state = load(ask, bits=4)
-    assert (state["state"], state["error"]) == ("failed", "error: 4 bits do not fit; use a smaller model")
+    assert (state["state"], state["error"]) == ("failed", "4 bits do not fit; use a smaller model")
 
 
 def test_a_training_keeps_the_card_unless_the_user_says_so(ask: Client, context: StudioContext, run: Path) -> None:

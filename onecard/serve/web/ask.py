@@ -24,9 +24,9 @@ from onecard.serve.web.settings import (
     PageSettings,
     SettingsReader,
     moved_words,
-    stored_object,
     template_variables,
 )
+from onecard.storage import json_object
 from onecard.translation import translated
 
 FLAG_FILE = "flagged.jsonl"
@@ -116,7 +116,7 @@ class AskPage:
 
     def restore(self, stored: str) -> tuple[dict[str, str], PageSettings]:
         """The texts and the settings that this tab stored last; what is broken counts as absent."""
-        memory = stored_object(stored)
+        memory = json_object(stored)
         texts = {name: text for name, text in memory.items() if isinstance(text, str) and text}
         return texts, self.reader.stored(memory)
 

@@ -21,8 +21,9 @@ from onecard.serve.web.answer import AnswerStep, RunningAnswers, answer_steps, f
 from onecard.serve.web.i18n import LANGUAGES, language_of, word
 from onecard.serve.web.sanitize import original, plain_markdown
 from onecard.serve.web.script import TOO_LARGE
-from onecard.serve.web.settings import PageSettings, SettingsReader, moved_words, stored_object, template_variables
+from onecard.serve.web.settings import PageSettings, SettingsReader, moved_words, template_variables
 from onecard.serve.web.undo import kept, taken
+from onecard.storage import json_object
 from onecard.translation import translated
 
 MAX_REGENERATIONS = 1_000_000
@@ -169,7 +170,7 @@ class ChatPage:
 
     def restore(self, stored: str, browser_language: str, wanted: str = "auto") -> RestoredPage:
         """The page as this browser last saw it, out of its own storage; anything broken in there counts as absent."""
-        memory = stored_object(stored)
+        memory = json_object(stored)
         language = remembered_language(stored, browser_language, wanted)
         settings = self.reader.stored(memory)
         names = ("chat", "partial", "box", "earlier")
@@ -317,7 +318,7 @@ def messages_of(session: ChatHistory, partial: str | None = None) -> list[dict[s
 
 def remembered_language(stored: str, browser_language: str, wanted: str = "auto") -> str:
     """The language that was chosen in this browser before, else the one that the owner or the browser wants."""
-    language = stored_object(stored).get("language")
+    language = json_object(stored).get("language")
     return language if isinstance(language, str) and language in LANGUAGES else language_of(browser_language, wanted)
 
 

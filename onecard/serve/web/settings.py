@@ -5,7 +5,6 @@ Knows options, limits and the engine's adapters. It does not know gradio, sessio
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -200,15 +199,6 @@ def moved_words(moves: Sequence[AdjustedValue], language: str) -> str:
             word(language, "note.moved", name=word(language, move.name), given=given, used=used, allowed=allowed)
         )
     return "\n".join(lines)
-
-
-def stored_object(text: str) -> dict[str, Any]:
-    """The object that a browser has stored; empty for anything else."""
-    try:
-        content = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _text(value: Any) -> str:
