@@ -79,7 +79,7 @@ class ExportApi:
         self.refuse_a_second()
         if kind.needs_card and not body.get("anyway"):
             refuse_while_training(self._context)
-        words = kind.words(source, self._context.output_root / source.path, target, options)
+        words = kind.command(source, self._context.output_root / source.path, target, options)
         about = {"source": source.path, "target": target.name if kind.writes else "", "options": options}
         jobs = replace(self._context.jobs, program=(*self._context.jobs.program[:-1], kind.module))
         job_id = jobs.start(PREFIX + body["kind"], words, title=source.path, about=about)

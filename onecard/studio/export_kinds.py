@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.sources import ModelSource
 
 RUNS = ("adapter", "tuned")  # kinds of sources that know how they were trained
-Words = Callable[[ModelSource, Path, Path, Mapping[str, str]], list[str]]
 
 
 @dataclass(frozen=True)
 class ExportKind:
     """One way to hand a result on.
 
-    words: of (source, its folder, target, options) those of the program. options: of each the values it may have, the
-    first is what is taken. writes: whether there is a target. takes: the kinds of sources that go in. needs_card:
-    whether the model is computed with, and a card used where there is one. package: what must be installed, by which
-    extra. module: what reads the words, where that is not `onecard`.
+    words: those of the program, with {folder} of the source, {weights} (lora or model), {target} and the options in
+    their places. options: of each the values it may have, the first is what is taken. writes: whether there is a
+    target. takes: the kinds of sources that go in. needs_card: whether the model is computed with, and a card used
+    where there is one. package: what must be installed, by which extra. module: what reads the words, where that is
+    not `onecard`.
     """
 
-    words: Words
+    words: str
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     writes: bool = True
     takes: tuple[str, ...] = ("adapter", "tuned", "model")
@@ -36,6 +36,12 @@ class ExportKind:
     extra: str = ""
     module: str = "onecard"
 
+    def command(self, source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
+        """The words for a source that lies in `folder`; a path stays one word, whatever is in it."""
+        weights = "lora" if source.kind == "adapter" else "model"
+        places = {"folder": folder, "weights": weights, "target": target, **options}
+        return [word.format(**places) for word in self.words.split()]
+
     @property
     def missing(self) -> str:
         """How to install what this needs and is not there; empty where nothing is missing."""
@@ -43,58 +49,34 @@ class ExportKind:
         return "" if is_there else f"this needs {self.package}: {install_command(self.extra)}"
 
 
-def _model_words(source: ModelSource, folder: Path) -> list[str]:
-    return ["--lora_path" if source.kind == "adapter" else "--model_path", str(folder)]
-
-
-def _merge(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
-    return ["merge", "--lora_path", str(folder), "--output_path", str(target), "--dtype", options["dtype"],
-            "--format", options["format"]]  # fmt: skip
-
-
-def _gguf(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
-    return ["gguf", *_model_words(source, folder), "--output_path", str(target), "--gguf_type", options["gguf_type"]]
-
-
-def _gguf_adapter(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
-    return [*_gguf(source, folder, target, options), "--adapter_only", "true"]
-
-
-def _quantize(verb: str) -> Words:
-    def words(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
-        return [verb, *_model_words(source, folder), "--output_path", str(target), "--bits", options["bits"]]
-
-    return words
-
-
-def _handover(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
-    return ["handover", options["engine"], str(folder), str(target)]
-
-
-def _adapter(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
-    return [str(folder), str(target)]
-
-
-def _verify(source: ModelSource, folder: Path, target: Path, options: Mapping[str, str]) -> list[str]:
-    return ["verify-server", options["url"], "--run", str(folder)]
-
-
 # The values of each option are those of the program; tests/studio/test_export_api.py compares them.
 KINDS: Mapping[str, ExportKind] = {
     "merge": ExportKind(
-        _merge, {"dtype": ("auto", "fp16", "bf16", "fp32"), "format": ("hf", "pth")}, takes=("adapter",)
+        "merge --lora_path {folder} --output_path {target} --dtype {dtype} --format {format}",
+        {"dtype": ("auto", "fp16", "bf16", "fp32"), "format": ("hf", "pth")}, takes=("adapter",),
     ),
     "gguf": ExportKind(
-        _gguf, {"gguf_type": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4", "bf16", "f32")}
+        "gguf --{weights}_path {folder} --output_path {target} --gguf_type {gguf_type}",
+        {"gguf_type": ("f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4", "bf16", "f32")},
     ),
-    "gguf-adapter": ExportKind(_gguf_adapter, {"gguf_type": ("f16", "bf16", "f32")}, takes=("adapter",)),
+    "gguf-adapter": ExportKind(
+        "gguf --{weights}_path {folder} --output_path {target} --gguf_type {gguf_type} --adapter_only true",
+        {"gguf_type": ("f16", "bf16", "f32")}, takes=("adapter",),
+    ),
     "quantize-gptq": ExportKind(
-        _quantize("quantize-gptq"), {"bits": ("4", "8", "3", "2")}, needs_card=True, package="gptqmodel", extra="gptq"
+        "quantize-gptq --{weights}_path {folder} --output_path {target} --bits {bits}",
+        {"bits": ("4", "8", "3", "2")}, needs_card=True, package="gptqmodel", extra="gptq",
     ),
-    "quantize-bnb": ExportKind(_quantize("quantize-bnb"), {"bits": ("4", "8")}, needs_card=True),
-    "adapter": ExportKind(_adapter, takes=("adapter",), module="onecard.studio.adapter_copy"),
-    "handover": ExportKind(_handover, {"engine": ("vllm", "sglang", "llama.cpp", "ollama", "ray-serve")}, takes=RUNS),
-    "verify-server": ExportKind(_verify, writes=False, takes=RUNS),
+    "quantize-bnb": ExportKind(
+        "quantize-bnb --{weights}_path {folder} --output_path {target} --bits {bits}", {"bits": ("4", "8")},
+        needs_card=True,
+    ),
+    "adapter": ExportKind("{folder} {target}", takes=("adapter",), module="onecard.studio.adapter_copy"),
+    "handover": ExportKind(
+        "handover {engine} {folder} {target}", {"engine": ("vllm", "sglang", "llama.cpp", "ollama", "ray-serve")},
+        takes=RUNS,
+    ),
+    "verify-server": ExportKind("verify-server {url} --run {folder}", writes=False, takes=RUNS),
 }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from onecard.config.problems import Problem
 from onecard.errors import CheckpointError, ConfigError
 from onecard.serve.http_error import ApiError
 from onecard.storage import json_object, move, read_json_object, write_whole
+from onecard.studio import control_link
 from onecard.studio.context import leads_within
-from onecard.studio.control_link import ControlLink
 from onecard.studio.folders import bytes_in, is_portable
 from onecard.studio.jobs import ALIVE, Jobs
 from onecard.studio.run_log import last_rows
@@ -49,7 +49,6 @@ class Runs:
 
     root: Path
     jobs: Jobs
-    control: ControlLink | None = None
     _sizes: dict[Path, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def paths(self) -> Iterator[Path]:
@@ -110,7 +109,7 @@ class Runs:
             with suppress(ApiError):
                 found = self.jobs.get(job_id)
                 job, created = found["state"], found["created"]
-        told = self.control.told(run) if self.control else {}
+        told = control_link.told(run)
         is_held = owner_lives(run)
         # What an earlier start of the run told does not hold once it is started again.
         if told and (told["state"] in RUNNING or told.get("process_began", 0) >= created - 1):

@@ -13,8 +13,9 @@ from starlette.routing import BaseRoute, Route
 
 from onecard.errors import ConfigError
 from onecard.serve.http_error import ApiError, bad_request
+from onecard.studio import control_link
 from onecard.studio.context import OWN_FOLDER, StudioContext
-from onecard.studio.control_link import ASK_FIELDS, KINDS, ControlLink, control_of_runs
+from onecard.studio.control_link import ASK_FIELDS, KINDS
 from onecard.studio.events import EventHub, News
 from onecard.studio.http import StudioJson, json_body
 from onecard.studio.jobs_api import whole_number
@@ -30,9 +31,9 @@ CHANGE_MARKS = ("log.jsonl", STUDIO_LOG, "studio.json", "control/status.json", "
                 ".run.pid")  # fmt: skip
 
 
-def routes(context: StudioContext, control: ControlLink | None = None) -> list[BaseRoute]:
+def routes(context: StudioContext) -> list[BaseRoute]:
     """The paths of runs and of the queue. News: `run`, `gone`, `rows`, `asked`, `queue`."""
-    runs = Runs(context.output_root, context.jobs, control or control_of_runs())
+    runs = Runs(context.output_root, context.jobs)
     queue = RunQueue(context.output_root / OWN_FOLDER, runs)
     parts = RunRoutes(runs, queue, context.events), QueueRoutes(context, runs, queue)
     context.events.watchers.extend([part.news for part in parts])
@@ -78,7 +79,7 @@ class RunRoutes:
         self._seen = found
 
     def table(self, request: Request) -> Response:
-        return StudioJson({"runs": self.runs.table(), "can_ask": self.runs.control is not None})
+        return StudioJson({"runs": self.runs.table()})
 
     def one(self, request: Request) -> Response:
         return StudioJson(self.runs.details(self._run(request)))
@@ -150,8 +151,8 @@ class RunRoutes:
         fields = {name: value for name, value in body.items() if kind == "ask" and name in ASK_FIELDS}
         if kind == "ask" and not (fields.get("question") or fields.get("messages")):
             raise bad_request("the question is empty", "question")
-        if self.runs.control is not None and self.runs.control.told(run):
-            return self.runs.control.send(run, kind, **fields)
+        if control_link.told(run):
+            return control_link.send(run, kind, **fields)
         job = self.runs.details(run)["job"]
         if kind == "stop" and isinstance(job, str):  # SIGTERM: it finishes its step and saves
             self.runs.jobs.cancel(job)
@@ -159,9 +160,7 @@ class RunRoutes:
         raise ConfigError("", f"{run.name} takes no requests: it has not begun, or an earlier version started it")
 
     def reply(self, request: Request) -> Response:
-        found = (
-            self.runs.control.reply(self._run(request), request.path_params["request"]) if self.runs.control else None
-        )
+        found = control_link.reply(self._run(request), request.path_params["request"])
         if found is None:
             raise ApiError(404, "there is no such request", code="no_such_request")
         return StudioJson(found)

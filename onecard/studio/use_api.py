@@ -19,7 +19,6 @@ from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.blind_chat import add_pair, open_votes, view_of
 from onecard.studio.chat_server import ChatServer, ChatState
 from onecard.studio.context import OWN_FOLDER, StudioContext
-from onecard.studio.control_link import control_of_runs
 from onecard.studio.events import News
 from onecard.studio.http import StudioJson, json_body
 from onecard.studio.runs import Runs
@@ -176,7 +175,7 @@ def source_of(context: StudioContext, text: Any) -> ModelSource:
 
 def trainings(context: StudioContext) -> list[str]:
     """The runs that hold the card now; one that has given it back holds nothing."""
-    runs = Runs(context.output_root, context.jobs, control_of_runs())
+    runs = Runs(context.output_root, context.jobs)
     return [runs.id_of(run) for run in runs.running() if runs.state(run)[0] != "given_back"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from onecard.config.studio import StudioOptions
-from onecard.studio import run_log, runs_api
+from onecard.studio import control_link, run_log
 from onecard.studio.app import studio_app
 from onecard.studio.context import StudioContext
 from onecard.studio.events import Subscriber
@@ -43,7 +43,8 @@ class FakeControl:
 @pytest.fixture
 def control(monkeypatch: pytest.MonkeyPatch) -> FakeControl:
     fake = FakeControl()
-    monkeypatch.setattr(runs_api, "control_of_runs", lambda: fake)
+    for name in ("send", "reply", "told"):
+        monkeypatch.setattr(control_link, name, getattr(fake, name))
     return fake
 
 

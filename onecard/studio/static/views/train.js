@@ -23,7 +23,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
   Alpine.data("trainView", () => ({
     options: [], name: "", search: "", unknown: "", extra: [], checked: { command: null, name: "", problems: [] }, busy: false,
     queue: { entries: [], is_held: false }, runs: [], chosen: null, isPicked: false, run: null, drawn: [],
-    question: "", answer: "", asking: false, questions: [], log: "", canAsk: false,
+    question: "", answer: "", asking: false, questions: [], log: "",
 
     refresh: null, // named here: what init adds to `this` becomes one for all views
     init() {
@@ -46,7 +46,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     async load() {
       await attempt(async () => {
         const [[queue, table], news] = await withNews(["queue", "run", "gone"], () => Promise.all([api("GET", "/api/queue"), api("GET", "/api/runs")]));
-        Object.assign(this, { queue, runs: table.runs, canAsk: table.can_ask });
+        Object.assign(this, { queue, runs: table.runs });
         news.forEach(([name, content]) => this.hear(name, content));
         const first = this.runs.find((row) => RUNNING.includes(row.state)) ?? this.runs[0];
         if (!this.chosen && first) await this.choose(first.id);
@@ -240,8 +240,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     },
     has(name) { return this.drawn.includes(name); },
     can(what) {
-      if (!this.run || !ALLOWED[what].includes(this.run.state)) return false;
-      return this.canAsk || ["stop", "resume"].includes(what);
+      return !!this.run && ALLOWED[what].includes(this.run.state);
     },
     progressText() {
       if (!this.run) return "";
