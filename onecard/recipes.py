@@ -192,12 +192,12 @@ def open_questions(
     run: Run, bundle: ModelBundle, folder: ControlFolder, standing: Sequence[Sequence[Turn]]
 ) -> RunControl:
     """What carries out requests to a run, and asks its model; the `standing` questions at each evaluation."""
-    from onecard.inference.live_answers import LiveAnswers
+    from onecard.inference.live_answers import live_answer
     from onecard.train.answer_log import QUESTIONS_NAME, AnswerLog
     from onecard.train.asking import Questions, answering_context, refusal_of
     from onecard.train.run_control import RunControl
 
-    answers = LiveAnswers(replace(bundle, context=partial(answering_context, run.accelerator)))
+    answers = partial(live_answer, replace(bundle, context=partial(answering_context, run.accelerator)))
     log = AnswerLog(folder.run_dir or Path(run.options.output_path), QUESTIONS_NAME)
     if run.accelerator.is_main_process:
         log.keep_up_to(run.state.step)

@@ -10,10 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from onecard.config.inference import DOCUMENTS_MODEL, LimitOptions, ParallelOptions
-from onecard.data.chat_template import Template
 from onecard.data.messages import Turn
 from onecard.data.wordings import language_of
 from onecard.documents.index import EMBED_MODEL, DocumentIndex, StoredChunk
@@ -25,7 +23,6 @@ from onecard.inference.adapters import AdapterManager
 from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.inference.generate import Chunk
 from onecard.inference.history import PromptTooLong, fit_history, prompt_budget
-from onecard.inference.streamer import TokenLogprob
 
 N_SHOWN = 5  # passages that the model reads, where they fit into its context
 FEWEST_CHARS = 80  # of the best passage, where even that has to be cut
@@ -54,31 +51,8 @@ class DocumentsEngine(InferenceEngine):
     def names(self) -> tuple[str, ...]:
         return (*super().names, DOCUMENTS_MODEL)
 
-    def tokenizer(self, adapter: str = "") -> Any:
-        return super().tokenizer(_plain(adapter))
-
-    def template(self, adapter: str = "", prompt_type: str = "") -> Template:
-        return super().template(_plain(adapter), prompt_type)
-
-    def count_tokens(self, turns: Sequence[Turn], adapter: str = "", prompt_type: str = "") -> int:
-        return super().count_tokens(turns, _plain(adapter), prompt_type)
-
-    def prompt_ids(self, request: GenerationRequest) -> list[int]:
-        return super().prompt_ids(replace(request, adapter=_plain(request.adapter)))
-
-    def embed(
-        self, prompts: Sequence[Sequence[int]], adapter: str = "", cancel: threading.Event | None = None
-    ) -> list[Sequence[float]]:
-        return super().embed(prompts, _plain(adapter), cancel)
-
-    def score(
-        self,
-        prompt_ids: Sequence[int],
-        adapter: str = "",
-        top_logprobs: int = 0,
-        cancel: threading.Event | None = None,
-    ) -> list[TokenLogprob | None]:
-        return super().score(prompt_ids, _plain(adapter), top_logprobs, cancel)
+    def adapter_of(self, name: str) -> str:
+        return super().adapter_of("" if name == DOCUMENTS_MODEL else name)
 
     def add_adapter(self, name: str, path: str) -> None:
         if name == DOCUMENTS_MODEL:
@@ -87,21 +61,20 @@ class DocumentsEngine(InferenceEngine):
 
     def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
         """As that of every engine; a raw prompt, which has no question, goes on without documents."""
-        plain = replace(request, adapter=_plain(request.adapter))
         questions = [f"{turn.content}\n{turn.input}".strip() for turn in request.turns if turn.role == "user"]
         if request.adapter != DOCUMENTS_MODEL or request.prompt_ids is not None or not questions:
-            yield from super().stream(plain, cancel)
+            yield from super().stream(request, cancel)
             return
         found, language = self._search.find(questions, N_SHOWN), language_of(questions[-1])
         # An answer that is held to a grammar cannot say that there is none, but in the form that was asked for.
         if not found.is_there and request.grammar is None:
-            n_rows = len(self._rows(plain))  # refuses what cannot be asked
+            n_rows = len(self._rows(request))  # refuses what cannot be asked
             yield [Chunk(wordings()[language]["not_there"], finish_reason="stop")] * n_rows
             return
-        turns, shown = self._with_passages(plain, found.chunks, language)
+        turns, shown = self._with_passages(request, found.chunks, language)
         # Neither JSON nor calls of tools may be added to.
         may_add = request.grammar is None and all(turn.role != "tool_list" for turn in turns)
-        for chunks in super().stream(replace(plain, turns=turns), cancel):
+        for chunks in super().stream(replace(request, turns=turns), cancel):
             yield [_with_sources(chunk, shown, language, may_add) for chunk in chunks]
 
     def _with_passages(
@@ -131,11 +104,6 @@ class DocumentsEngine(InferenceEngine):
                     passages = passages[:-1]
                 else:
                     raise
-
-
-def _plain(adapter: str) -> str:
-    """The adapter that answers: the first one for documents."""
-    return "" if adapter == DOCUMENTS_MODEL else adapter
 
 
 def _with_sources(chunk: Chunk, shown: Sequence[StoredChunk], language: str, may_add: bool) -> Chunk:

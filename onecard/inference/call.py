@@ -35,9 +35,8 @@ from onecard.inference.stopping import (
 from onecard.inference.streamer import (
     BeamStreamer,
     CancelCriteria,
-    CollectLogprobs,
+    EachStep,
     GenerationCancelled,
-    GiveWay,
     LogprobsStreamer,
     StreamState,
     TokenLogprob,
@@ -323,11 +322,13 @@ class GenerateCall:
         if self.stop_texts:
             criteria.append(StopAtText(self.stop_texts, self.bundle.tokenizer, self.n_prompt))
         if self.logprobs:
-            criteria.append(CollectLogprobs(self.logprobs))
+            take = self.logprobs.take
+            criteria.append(EachStep(lambda input_ids: take(input_ids[:, -1])))
         if stream_state is not None:
             criteria.append(CancelCriteria(stream_state, shows=self.sampling.num_beams == 1))
         if self.bundle.turn is not None:
-            criteria.append(GiveWay(self.bundle.turn.give_way))
+            give_way = self.bundle.turn.give_way
+            criteria.append(EachStep(lambda _: give_way()))
         return criteria
 
 

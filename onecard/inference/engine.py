@@ -128,20 +128,24 @@ class InferenceEngine:
     def has(self, adapter: str) -> bool:
         return adapter == "" or adapter in self.names
 
+    def adapter_of(self, name: str) -> str:
+        """The adapter that answers by one of the names; by '' the first."""
+        return name or self._adapters.names[0]
+
     def tokenizer(self, adapter: str = "") -> Any:
-        return self._adapters.get(adapter).tokenizer
+        return self._served(adapter).tokenizer
 
     def template(self, adapter: str = "", prompt_type: str = "") -> Template:
-        return self._adapters.get(adapter, prompt_type).template
+        return self._served(adapter, prompt_type).template
 
     def count_tokens(self, turns: Sequence[Turn], adapter: str = "", prompt_type: str = "") -> int:
         """Tokens of what the model is fed for the next answer to these turns."""
-        served = self._adapters.get(adapter, prompt_type)
+        served = self._served(adapter, prompt_type)
         return len(encode_prompt(turns, served.template, served.tokenizer))
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """What the model is fed for this request, however long. Raises DataError."""
-        return self._prompt(request, self._adapters.get(request.adapter, request.prompt_type)).ids
+        return self._prompt(request, self._served(request.adapter, request.prompt_type)).ids
 
     def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
         """Answer a request: lists with one chunk per answer, the last of which have a `finish_reason`.
@@ -257,15 +261,18 @@ class InferenceEngine:
         with memory_errors(advice), self._talker(request.adapter, request.prompt_type) as bundle:
             yield from stream_rows(bundle, rows, request.sampling, streaming, cancel)
 
+    def _served(self, adapter: str, prompt_type: str = "") -> ServedAdapter:
+        return self._adapters.get(self.adapter_of(adapter), prompt_type)
+
     def _held(self, adapter: str) -> AbstractContextManager[bool]:
         """Keep a shared adapter at hand; False for one that has to answer alone."""
         shared = self._batch.adapters if self._batch else None
-        return shared.held(adapter or self.names[0]) if shared else nullcontext(True)
+        return shared.held(self.adapter_of(adapter)) if shared else nullcontext(True)
 
     @contextmanager
     def _talker(self, adapter: str, prompt_type: str = "") -> Iterator[ModelBundle]:
         """What answers as this adapter. Raises ModelError for one that does not load."""
-        name, batch = adapter or self.names[0], self._batch
+        name, batch = self.adapter_of(adapter), self._batch
         if batch is None or batch.adapters is None:
             turn = batch.turn() if batch else None
             yield replace(self._adapters.use(name, prompt_type), prefixes=self._prefixes, adapter=name, turn=turn)
@@ -284,7 +291,7 @@ class InferenceEngine:
     ) -> Result:
         """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
         cancel = cancel or threading.Event()
-        self._adapters.get(adapter)
+        self._served(adapter)
         with self._held(adapter):
             ticket = self._enter(self._queue, cancel)
             begun = 0.0
@@ -334,7 +341,7 @@ class InferenceEngine:
 
     def _rows(self, request: GenerationRequest) -> list[PromptRow]:
         """The request's prompt, once per answer, after all its limits were checked."""
-        served = self._adapters.get(request.adapter, request.prompt_type)
+        served = self._served(request.adapter, request.prompt_type)
         sampling = request.sampling
         for flag, message in sampling.problems():
             raise LimitExceeded(flag, message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from onecard.config.inference import SamplingOptions
 from onecard.data.messages import Turn
@@ -19,19 +18,16 @@ INTERVAL_SECONDS = 0.1  # of a file that is written anew each time
 LONGEST_SECONDS = 300.0  # for which training waits, and other processes with it
 
 
-@dataclass(frozen=True)
-class LiveAnswers:
-    """Asks the model of `bundle`, in the mode in which it is; its `context` must leave it fit to be trained."""
+def live_answer(
+    bundle: ModelBundle, turns: Sequence[Turn], sampling: SamplingOptions, cancel: threading.Event
+) -> Iterator[Chunk]:
+    """The answer so far, again and again; the last chunk has a `finish_reason`.
 
-    bundle: ModelBundle
-
-    def __call__(self, turns: Sequence[Turn], sampling: SamplingOptions, cancel: threading.Event) -> Iterator[Chunk]:
-        """The answer so far, again and again; the last chunk has a `finish_reason`.
-
-        Raises ContextTooLong, DataError, ConfigError and OutOfMemory, after which the model can be trained on.
-        """
-        streaming = StreamingOptions(interval_seconds=INTERVAL_SECONDS, max_seconds=LONGEST_SECONDS)
-        with memory_errors(ADVICE):
-            row = prepare(self.bundle, turns, sampling)
-            for (chunk,) in stream_rows(self.bundle, [row], sampling, streaming, cancel):
-                yield chunk
+    The model is asked in the mode in which it is; the bundle's `context` must leave it fit to be trained. Raises
+    ContextTooLong, DataError, ConfigError and OutOfMemory, after which the model can be trained on.
+    """
+    streaming = StreamingOptions(interval_seconds=INTERVAL_SECONDS, max_seconds=LONGEST_SECONDS)
+    with memory_errors(ADVICE):
+        row = prepare(bundle, turns, sampling)
+        for (chunk,) in stream_rows(bundle, [row], sampling, streaming, cancel):
+            yield chunk

@@ -123,22 +123,22 @@ class CancelCriteria(StoppingCriteria):
         return torch.full((len(input_ids),), self._watch.must_end, dtype=torch.bool, device=input_ids.device)
 
 
-class GiveWay(StoppingCriteria):
-    """Calls `give_way` after each step and ends nothing."""
+class EachStep(StoppingCriteria):
+    """Calls a function with the ids after each step, and ends nothing."""
 
-    def __init__(self, give_way: Callable[[], None]) -> None:
-        self._give_way = give_way
+    def __init__(self, call: Callable[[Tensor], None]) -> None:
+        self._call = call
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._give_way()
+        self._call(input_ids)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class LogprobsStreamer(LogitsProcessor):
     """Keeps the log-probabilities of each step until the token that was chosen is known.
 
-    The first of our processors, so that it sees the scores before temperature. `collect` is the criterion that goes
-    with it and sees the choice. One beam only: beams change their past.
+    The first of our processors, so that it sees the scores before temperature; a criterion that sees the choice tells
+    it to `take`. One beam only: beams change their past.
     """
 
     def __init__(self, n_rows: int, n_top: int) -> None:
@@ -157,17 +157,6 @@ class LogprobsStreamer(LogitsProcessor):
         entries = token_logprobs(self._logprobs, chosen, self._n_top)
         for row, entry in zip(self.rows, entries, strict=True):
             row.append(entry)
-
-
-class CollectLogprobs(StoppingCriteria):
-    """Tells `LogprobsStreamer` which tokens were chosen and ends nothing."""
-
-    def __init__(self, seen: LogprobsStreamer) -> None:
-        self._seen = seen
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._seen.take(input_ids[:, -1])
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def token_logprobs(logprobs: Tensor, chosen: Tensor, n_top: int) -> list[TokenLogprob]:
