@@ -122,6 +122,16 @@ def parse_verb(
     raise ConfigError("", f"{verb!r} is none of {listed}{nearest(verb, list(verbs))}")
 
 
+def words_by_name(argv: Sequence[str] | None, *names: str) -> list[str]:
+    """The words of a command line with those in front of all options under these names.
+
+    `handover vllm RUN` is `handover --engine vllm --run RUN`; what stands behind the last name's word stays as it is.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    plain = list(takewhile(lambda word: not word.startswith("-"), words))[: len(names)]
+    return [part for pair in zip(names, plain, strict=False) for part in pair] + words[len(plain) :]
+
+
 def missing(options: object, *names: str) -> list[Problem]:
     """The problems of settings that have no default and were not given."""
     return [(f"--{name}", "is missing") for name in names if not getattr(options, name)]

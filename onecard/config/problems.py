@@ -19,6 +19,15 @@ def problems_of(config: object) -> list[Problem]:
     return found
 
 
+def too_small(options: object, **least: float) -> list[Problem]:
+    """The problems of numbers, by the options' names, that are below the least that they may be, or none (NaN)."""
+    return [
+        (f"--{name}", f"{getattr(options, name)} is too little; use {bound} or more")
+        for name, bound in least.items()
+        if not getattr(options, name) >= bound
+    ]
+
+
 def refuse(problems: list[Problem]) -> None:
     """Raise one ConfigError that lists all `problems`; does nothing when there are none."""
     if len(problems) == 1:

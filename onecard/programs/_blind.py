@@ -11,7 +11,7 @@ from onecard.config.base_model import ModelOptions
 from onecard.config.given_paths import is_data_file
 from onecard.config.inference import AnsweringModelOptions, PageOptions, SamplingOptions
 from onecard.config.parsing import missing, parse
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.console import say
 from onecard.errors import ConfigError
 from onecard.inference.run_files import stored_options
@@ -45,9 +45,7 @@ class BlindOptions:
             found.append(("--questions", "is missing; a model needs questions to answer"))
         if all(are_files) and self.questions:
             found.append(("--questions", "goes with a model; --a and --b are both files of answers"))
-        if self.batch_size < 1:
-            found.append(("--batch_size", f"{self.batch_size} answers nothing; use 1 or more"))
-        return found
+        return found + too_small(self, batch_size=1)
 
 
 @dataclass

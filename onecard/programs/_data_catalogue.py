@@ -12,6 +12,7 @@ from onecard.config.problems import Problem
 from onecard.console import say, warn
 from onecard.errors import ConfigError, DataError
 from onecard.installation import command
+from onecard.programs.download import FetchOptions
 
 if TYPE_CHECKING:
     from onecard.data.catalogue.entries import CatalogueEntry
@@ -57,7 +58,7 @@ class ShowOptions:
 
 
 @dataclass
-class GetOptions:
+class GetOptions(FetchOptions):
     """Bring one collection to this disk; --data NAME then learns from there, without a network."""
 
     name: str = ""
@@ -68,23 +69,9 @@ class GetOptions:
     """Where it is fetched from; modelscope needs a package of its own (requirements-modelscope.txt)."""
     include: str = ""
     """Only files like these, with commas between them; empty: all that hold data, and the card (README.md)."""
-    exclude: str = ""
-    """No files like these, with commas between them."""
-    revision: str = "main"
-    """Branch, tag or commit, on the Hugging Face Hub."""
-    endpoint: str = ""
-    """Address of a mirror; empty: that of HF_ENDPOINT, or the Hub itself."""
-    max_workers: int = 4
-    """Files fetched at a time."""
-    dry_run: bool = False
-    """Say how many files and bytes there are, and fetch nothing."""
-    overwrite: bool = False
-    """Replace what is there."""
 
     def problems(self) -> list[Problem]:
-        found = missing(self, "name")
-        if not 1 <= self.max_workers <= 32:
-            found.append(("--max_workers", f"{self.max_workers} is not between 1 and 32"))
+        found = missing(self, "name") + super().problems()
         if self.dry_run and self.hub == "modelscope":
             found.append(("--dry_run", "knows the Hugging Face Hub only; leave out --hub modelscope"))
         return found

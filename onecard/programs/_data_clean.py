@@ -8,7 +8,7 @@ from typing import Literal
 
 from onecard.config.data import ReadingOptions, column_names
 from onecard.config.parsing import comma_list, missing
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 
 
 @dataclass
@@ -39,11 +39,9 @@ class CleanOptions(ReadingOptions):
     """Replace what is at output_path."""
 
     def problems(self) -> list[Problem]:
-        found = super().problems() + missing(self, "data_path", "output_path")
+        found = super().problems() + missing(self, "data_path", "output_path") + too_small(self, min_chars=0)
         if self.near_duplicates and not 0.3 <= self.near_duplicates <= 1:
             found.append(("--near_duplicates", f"{self.near_duplicates} is neither 0 nor between 0.3 and 1"))
-        if self.min_chars < 0:
-            found.append(("--min_chars", f"{self.min_chars} is negative; use 0 or more"))
         if self.max_chars < 0 or 0 < self.max_chars < self.min_chars:
             found.append(("--max_chars", f"{self.max_chars} leaves no record; use 0, or more than --min_chars"))
         if self.ngram < 5:

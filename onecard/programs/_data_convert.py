@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onecard.config.parsing import comma_list, missing
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 
 
 @dataclass
@@ -55,10 +55,7 @@ class ExtractionOptions(ConvertOptions):
     """Turn instructions and their answers into labelled texts."""
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
-        if self.types_per_row < 0:
-            found.append(("--types_per_row", f"{self.types_per_row} is negative; use 0 or more"))
-        return found
+        return super().problems() + too_small(self, types_per_row=0)
 
 
 def convert_data(options: ConvertOptions) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onecard.config.data import ReadingOptions
 from onecard.config.parsing import missing, parse_verb
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 
 if TYPE_CHECKING:
     from onecard.curation.make.journal import Journal
@@ -46,10 +46,7 @@ class MakeOptions(ReadingOptions):
 
     def problems(self) -> list[Problem]:
         found = super().problems() + missing(self, "data_path", "output_path", "model")
-        least = {"max_tokens": 1, "max_attempts": 1, "price_prompt": 0, "price_completion": 0, "temperature": 0}
-        for name, least_value in least.items():
-            if getattr(self, name) < least_value:
-                found.append((f"--{name}", f"{getattr(self, name)} is less than {least_value}"))
+        found += too_small(self, max_tokens=1, max_attempts=1, price_prompt=0, price_completion=0, temperature=0)
         if self.timeout_s <= 0:
             found.append(("--timeout_s", f"{self.timeout_s} leaves no time; use some minutes"))
         return found
@@ -69,11 +66,9 @@ class SelfInstructOptions(MakeOptions):
     """Which examples are shown."""
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
+        found = super().problems() + too_small(self, n_rows=1, n_per_request=1)
         if not 0 < self.novelty <= 1:
             found.append(("--novelty", f"{self.novelty} is not between 0 and 1"))
-        if self.n_rows < 1 or self.n_per_request < 1:
-            found.append(("--n_rows", "and --n_per_request must be 1 or more"))
         return found
 
 
@@ -87,9 +82,7 @@ class QaFromDocumentsOptions(MakeOptions):
     """Most characters of a passage; documents are cut between paragraphs."""
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
-        if self.n_per_passage < 1:
-            found.append(("--n_per_passage", f"{self.n_per_passage} is less than 1"))
+        found = super().problems() + too_small(self, n_per_passage=1)
         if self.passage_chars < 200:
             found.append(("--passage_chars", f"{self.passage_chars} is too short to ask about; use 200 or more"))
         return found
@@ -103,8 +96,7 @@ class ThinkOptions(MakeOptions):
     """Times that a row is asked for until an answer agrees."""
 
     def problems(self) -> list[Problem]:
-        few = [("--n_tries", f"{self.n_tries} is less than 1")] if self.n_tries < 1 else []
-        return super().problems() + few
+        return super().problems() + too_small(self, n_tries=1)
 
 
 _ABOUT = """Ask any OpenAI-compatible endpoint, that of onecard serve too. Started again, a command goes on.

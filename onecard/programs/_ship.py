@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onecard.config.parsing import missing, parse
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.console import say
 from onecard.errors import ConfigError
 
@@ -29,11 +29,9 @@ class ShipOptions:
     """Level of the intervals. At 0.95 one run in twenty that changed nothing would be called better or worse."""
 
     def problems(self) -> list[Problem]:
-        found = missing(self, "run")
+        found = missing(self, "run") + too_small(self, most_forgetting=0)
         if self.reports and (isinstance(self.reports, str) or len(self.reports) != 2):
             found.append(("--reports", "takes two folders: BEFORE AFTER"))
-        if not self.most_forgetting >= 0:
-            found.append(("--most_forgetting", f"{self.most_forgetting} is less than 0"))
         if not 0.5 <= self.level < 1:
             found.append(("--level", f"{self.level} is not from 0.5 to below 1"))
         return found

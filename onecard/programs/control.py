@@ -41,11 +41,9 @@ class Status(RunChoice):
 
 
 @dataclass
-class Ask(SamplingOptions):
+class Ask(SamplingOptions, RunChoice):
     """Let the present weights answer a question; it is kept in the run's questions.jsonl."""
 
-    run: str = "outputs/my-first-adapter"
-    """Directory of the run (its --output_path)."""
     question: str = ""
     """What is asked."""
     system: str = ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onecard.config.parsing import missing, parse_verb
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.console import say
 from onecard.export.io.output import OutputOptions, ShardedOutputOptions, new_directory, parse_size
 
@@ -28,10 +28,7 @@ class HfOptions(ShardedOutputOptions):
     """LLaMA-3 Instruct: the end of a turn also ends an answer."""
 
     def problems(self) -> list[Problem]:
-        found = missing(self, "model_path", "output_path")
-        if self.max_positions < 0:
-            found.append(("--max_positions", f"{self.max_positions} is negative; use 0 or more"))
-        return found + super().problems()
+        return missing(self, "model_path", "output_path") + too_small(self, max_positions=0) + super().problems()
 
 
 @dataclass
@@ -44,10 +41,7 @@ class PthOptions(OutputOptions):
     """Number of .pth files (one per GPU that runs them). 0: what Meta ships: 1, and 2, 4, 8 for 13B, 30B, 65B."""
 
     def problems(self) -> list[Problem]:
-        found = missing(self, "model_path", "output_path")
-        if self.n_shards < 0:
-            found.append(("--n_shards", f"{self.n_shards} is negative; use 0 or more"))
-        return found
+        return missing(self, "model_path", "output_path") + too_small(self, n_shards=0)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from onecard.config.parsing import parse_verb
+from onecard.config.parsing import parse_verb, words_by_name
 from onecard.programs import _data_make
 from onecard.programs._data_catalogue import (
     GetOptions,
@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         _data_make.main(words[1:])
         return
     kinds = {name: kind for name, (kind, _) in VERBS.items()}
-    # `data show belle` is `data show --name belle`.
-    if len(words) > 1 and not words[1].startswith("-") and hasattr(kinds.get(words[0]), "name"):
-        words.insert(1, "--name")
+    if words and hasattr(kinds.get(words[0]), "name"):  # `data show belle` is `data show --name belle`
+        words = [words[0], *words_by_name(words[1:], "--name")]
     verb, options = parse_verb(kinds, words, description=__doc__ or "")
     VERBS[verb][1](options)

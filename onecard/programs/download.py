@@ -19,38 +19,46 @@ N_LISTED = 40
 
 
 @dataclass
-class DownloadOptions:
-    """What is downloaded, from where, and where to."""
+class FetchOptions:
+    """Which files are fetched, from which hub, and how."""
 
-    repo_id: str = ""
-    """Name on the Hub: owner/name."""
-    repo_type: Literal["model", "dataset"] = "model"
-    """What it is."""
-    revision: str = "main"
-    """Branch, tag or commit."""
     output_path: str = ""
     """Directory that will hold the files and nothing else; empty: the cache where training and chat look by Hub id."""
     include: str = ""
     """Only files like these, with commas between them: *.json,*.Q4_K_M.gguf. Empty: what loading needs."""
     exclude: str = ""
     """No files like these, with commas between them."""
+    revision: str = "main"
+    """Branch, tag or commit, on the Hugging Face Hub."""
     endpoint: str = ""
     """Address of a mirror; empty: that of HF_ENDPOINT, or the Hub itself."""
     max_workers: int = 4
     """Files fetched at a time."""
     dry_run: bool = False
-    """List files, sizes and free room, and fetch nothing."""
+    """Say how many files and bytes there are, and how much room, and fetch nothing."""
     overwrite: bool = False
-    """Replace --output_path where it exists."""
+    """Replace what is there."""
 
     def problems(self) -> list[Problem]:
-        found: list[Problem] = []
+        n = self.max_workers
+        return [] if 1 <= n <= 32 else [("--max_workers", f"{n} is not between 1 and 32")]
+
+
+@dataclass
+class DownloadOptions(FetchOptions):
+    """What is downloaded, from where, and where to."""
+
+    repo_id: str = ""
+    """Name on the Hub: owner/name."""
+    repo_type: Literal["model", "dataset"] = "model"
+    """What it is."""
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
         if not self.repo_id:
             found.append(("--repo_id", "is missing; give a name on the Hub, such as Qwen/Qwen3-0.6B"))
         if not self.revision:
             found.append(("--revision", "is empty; give a branch, tag or commit"))
-        if not 1 <= self.max_workers <= 32:
-            found.append(("--max_workers", f"{self.max_workers} is not between 1 and 32"))
         if self.overwrite and not self.output_path:
             found.append(("--overwrite", "needs --output_path; the cache is never overwritten"))
         return found

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onecard.config.base_model import ModelOptions
 from onecard.config.inference import AnsweringModelOptions, scale_problems
 from onecard.config.parsing import comma_list, missing, parse
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.console import say
 from onecard.errors import ConfigError
 from onecard.inference.run_files import stored_options
@@ -105,11 +105,8 @@ class EvaluateOptions:
             found.append(("--cot", f"needs --method free: {self.method} leaves no room to reason"))
         if bool(self.base_url) != bool(self.judge_model):
             found.append(("--judge_model", "and --base_url go together: which model grades, and where it is"))
-        least = {"batch_size": 1, "shots": 0, "limit": 0, "max_new_tokens": 0, "window": 0, "stride": 0, "seed": 0,
-                 "max_attempts": 1}  # fmt: skip
-        for name, least_value in least.items():
-            if getattr(self, name) < least_value:
-                found.append((f"--{name}", f"{getattr(self, name)} is less than {least_value}"))
+        found += too_small(self, batch_size=1, shots=0, limit=0, max_new_tokens=0, window=0, stride=0, seed=0,
+                           max_attempts=1)  # fmt: skip
         if self.window == 1:
             found.append(("--window", "1 token tells nothing of the next; use 2 or more"))
         elif 0 < self.window <= self.stride:

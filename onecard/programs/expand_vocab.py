@@ -13,7 +13,7 @@ from typing import Literal
 
 from onecard.config.data import ReadingOptions
 from onecard.config.parsing import missing, parse_verb
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.export.io.output import OutputOptions, ShardedOutputOptions, parse_size
 
 
@@ -76,10 +76,7 @@ class MergeTokenizerOptions(OutputOptions):
     """Text to measure tokens per character on; without it, what train held out."""
 
     def problems(self) -> list[Problem]:
-        found = missing(self, "tokenizer_path", "new_path", "output_path")
-        if self.max_new < 0:
-            found.append(("--max_new", f"{self.max_new} is negative; use 0 or more"))
-        return found
+        return missing(self, "tokenizer_path", "new_path", "output_path") + too_small(self, max_new=0)
 
 
 @dataclass

@@ -8,13 +8,12 @@ verify-server that compares it with the run afterwards.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onecard.config.parsing import missing, parse
-from onecard.config.problems import Problem
+from onecard.config.parsing import missing, parse, words_by_name
+from onecard.config.problems import Problem, too_small
 from onecard.export.io.output import OutputOptions
 
 WORDS = ("--engine", "--run", "--output_path")
@@ -41,18 +40,12 @@ class HandoverOptions(OutputOptions):
         found = missing(self, "run", "output_path")
         if self.run and not Path(self.run).expanduser().is_dir():
             found.append(("--run", f"{self.run} is not a directory"))
-        if self.context < 0:
-            found.append(("--context", f"{self.context} is less than 0"))
-        return found
+        return found + too_small(self, context=0)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    # `handover vllm RUN OUT` is `handover --engine vllm --run RUN --output_path OUT`.
-    n_plain = next((k for k, word in enumerate(words) if word.startswith("-")), len(words))
-    named = [part for pair in zip(WORDS, words[:n_plain], strict=False) for part in pair]
-    options = parse(HandoverOptions, [*named, *words[min(n_plain, len(WORDS)) :]], description=__doc__ or "")
+    options = parse(HandoverOptions, words_by_name(argv, *WORDS), description=__doc__ or "")
 
     from onecard.serve.handover import hand_over
 

@@ -13,7 +13,7 @@ from typing import Any
 from onecard.config.base_model import DEFAULT_BASE
 from onecard.config.data import DataOptions, toy_base_problem
 from onecard.config.parsing import parse
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.console import escaped, say, warn
 
 BAR_WIDTH = 40
@@ -36,8 +36,7 @@ class InspectOptions:
     data: DataOptions = field(default_factory=DataOptions)
 
     def problems(self) -> list[Problem]:
-        counts = {"--n_shown": self.n_shown, "--n_skipped_shown": self.n_skipped_shown}
-        return [(flag, f"{count} is less than 0") for flag, count in counts.items() if count < 0]
+        return too_small(self, n_shown=0, n_skipped_shown=0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.parsing import parse
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.console import say
 from onecard.errors import ConfigError
 from onecard.train.answer_log import ROLLOUTS_NAME, read_answers
@@ -35,8 +35,7 @@ class InspectRunOptions:
     """Print one JSON object for each answer of the step instead of text."""
 
     def problems(self) -> list[Problem]:
-        counts = {"--step": self.step, "--n_shown": self.n_shown}
-        return [(flag, f"{count} is less than 0") for flag, count in counts.items() if count < 0]
+        return too_small(self, step=0, n_shown=0)
 
 
 def main(argv: list[str] | None = None) -> None:

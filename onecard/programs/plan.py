@@ -17,7 +17,7 @@ from onecard.config.base_model import ModelOptions
 from onecard.config.data import DataOptions
 from onecard.config.lora import LoraOptions
 from onecard.config.parsing import comma_list, parse
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
 from onecard.console import say
 from onecard.errors import ConfigError
@@ -68,10 +68,7 @@ class PlanOptions:
     memory: CardOptions = field(default_factory=CardOptions)
 
     def problems(self) -> list[Problem]:
-        found = list_problems("--lengths", self.lengths, int)
-        for flag, number in (("--tokens_per_s", self.tokens_per_s), ("--n_tokens", self.n_tokens)):
-            if number < 0:
-                found.append((flag, f"{number} is less than 0"))
+        found = list_problems("--lengths", self.lengths, int) + too_small(self, tokens_per_s=0, n_tokens=0)
         if self.plot is not None and Path(self.plot).suffix.lower() != ".png":
             found.append(("--plot", f"{self.plot} is no name of a PNG; end it with .png"))
         return found

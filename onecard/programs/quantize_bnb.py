@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from onecard.config.data import ReadingOptions
 from onecard.config.parsing import parse
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.export.quantize.options import SourceOptions
 from onecard.installation import SHIPPED
 
@@ -34,11 +34,7 @@ class BnbOptions(ReadingOptions):
     """Longest sample in tokens."""
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
-        for name, least in (("eval_samples", 1), ("eval_len", 16)):
-            if getattr(self, name) < least:
-                found.append((f"--{name}", f"{getattr(self, name)} is too little; use {least} or more"))
-        return found
+        return super().problems() + too_small(self, eval_samples=1, eval_len=16)
 
 
 @dataclass

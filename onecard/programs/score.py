@@ -14,7 +14,7 @@ from onecard.config.base_model import ModelOptions
 from onecard.config.data import ReadingOptions
 from onecard.config.inference import AnsweringModelOptions
 from onecard.config.parsing import parse
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.console import escaped, say
 from onecard.inference.run_files import stored_options
 from onecard.installation import SHIPPED
@@ -46,13 +46,7 @@ class ScoreOptions(ReadingOptions):
     """Print one JSON object instead of tables."""
 
     def problems(self) -> list[Problem]:
-        found = super().problems()
-        if self.batch_size < 1:
-            found.append(("--batch_size", f"{self.batch_size} scores nothing; use 1 or more"))
-        for name in ("limit", "examples"):
-            if getattr(self, name) < 0:
-                found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
-        return found
+        return super().problems() + too_small(self, batch_size=1, limit=0, examples=0)
 
 
 @dataclass

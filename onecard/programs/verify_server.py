@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from onecard.config.base_model import ModelOptions
 from onecard.config.inference import AnsweringModelOptions
-from onecard.config.parsing import missing, parse
+from onecard.config.parsing import missing, parse, words_by_name
 from onecard.config.problems import Problem
 from onecard.console import say, warn
 from onecard.errors import OneCardError
@@ -79,9 +78,7 @@ class Undecided(OneCardError):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):  # the address, without its option
-        words.insert(0, "--url")
+    words = words_by_name(argv, "--url")
     verify(
         parse(
             VerifyServerConfig, words, description=__doc__ or "", stored=lambda typed: stored_options(typed.get("run"))

@@ -33,8 +33,8 @@ class MakeDiffOptions(ShardedOutputOptions):
 
 
 @dataclass
-class RecoverOptions(ShardedOutputOptions):
-    """Write base + difference. Memory: one output shard and three tensors."""
+class DiffOptions:
+    """A difference, and what it is one to."""
 
     base_path: str = ""
     """The base: a model directory or a Hub id."""
@@ -44,24 +44,23 @@ class RecoverOptions(ShardedOutputOptions):
     """What a classic difference takes for the base's rows of added tokens: zeros (Vicuna), mean (Alpaca, WizardLM)."""
 
     def problems(self) -> list[Problem]:
-        return missing(self, "base_path", "diff_path", "output_path") + super().problems()
+        return missing(self, "base_path", "diff_path")
 
 
 @dataclass
-class VerifyDiffOptions:
-    """Recover in memory only, and compare. Writes nothing."""
-
-    base_path: str = ""
-    """The base: a model directory or a Hub id."""
-    diff_path: str = ""
-    """The difference: a directory or a Hub id."""
-    tuned_path: str = ""
-    """The tuned model, to be compared too: a model directory or a Hub id."""
-    new_rows: Literal["zeros", "mean"] = "zeros"
-    """What a classic difference takes for the base's rows of added tokens: zeros (Vicuna), mean (Alpaca, WizardLM)."""
+class RecoverOptions(ShardedOutputOptions, DiffOptions):
+    """Write base + difference. Memory: one output shard and three tensors."""
 
     def problems(self) -> list[Problem]:
-        return missing(self, "base_path", "diff_path")
+        return DiffOptions.problems(self) + missing(self, "output_path") + super().problems()
+
+
+@dataclass
+class VerifyDiffOptions(DiffOptions):
+    """Recover in memory only, and compare. Writes nothing."""
+
+    tuned_path: str = ""
+    """The tuned model, to be compared too: a model directory or a Hub id."""
 
 
 VERBS = {"make": MakeDiffOptions, "recover": RecoverOptions, "verify": VerifyDiffOptions}

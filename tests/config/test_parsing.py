@@ -420,6 +420,14 @@ def test_a_wrong_flag_is_one_message_and_exit_2(entry: str) -> None:
     assert "Traceback (most recent call last)" in run(entry, "--model_pth", "x", "--debug").stderr
 
 
+def test_words_in_front_of_all_options_have_names() -> None:
+    assert cli.words_by_name(["vllm", "RUN", "--port", "1"], "--engine", "--run", "--out") == [
+        "--engine", "vllm", "--run", "RUN", "--port", "1",
+    ]  # fmt: skip
+    assert cli.words_by_name(["a", "b"], "--run") == ["--run", "a", "b"]  # which `parse` refuses by name
+    assert cli.words_by_name(["--run", "a"], "--url") == ["--run", "a"]
+
+
 def test_every_program_takes_debug(tmp_path: Path) -> None:
     stored = tmp_path / "stored.yaml"
     stored.write_text("debug: false\nseed: 7\n", encoding="utf-8")  # as --print_config has written it

@@ -123,7 +123,7 @@ def test_the_grades_of_a_judge_are_in_the_report(words: list[str], tmp_path: Pat
         (["--suite", "nowhere"], "--suite: there is no file or folder nowhere"),
         (["--suite", "cevl:{here}"], "--suite: 'cevl' is none of ceval, .*did you mean ceval"),
         (["--cot"], "--cot: needs --method free"),
-        (["--shots", "-1"], "--shots: -1 is less than 0"),
+        (["--shots", "-1"], "--shots: -1 is too little; use 0 or more"),
         (["--window", "8", "--stride", "8"], "--stride: 8 is not below the window of 8 tokens"),
         (["--base_url", "http://127.0.0.1:1/v1"], "--judge_model: and --base_url go together"),
     ],

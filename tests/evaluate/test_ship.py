@@ -139,7 +139,7 @@ def test_the_forgetting_is_that_of_the_step_that_was_published(tmp_path: Path) -
         (["--run", "broken"], "base_comparison.json: cannot be read"),
         (["--run", "short"], "does not hold a loss of base and result for each record"),
         (["--run", "run", "--level", "99"], "--level: 99.0 is not from 0.5"),
-        (["--run", "run", "--most_forgetting", "-1"], "--most_forgetting: -1.0 is less than 0"),
+        (["--run", "run", "--most_forgetting", "-1"], "--most_forgetting: -1.0 is too little; use 0 or more"),
     ],
 )
 def test_what_cannot_be_judged_is_no_verdict(
