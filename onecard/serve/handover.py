@@ -24,7 +24,7 @@ from onecard.export.io import output
 from onecard.export.merge.merge import merge_into
 from onecard.inference.load import base_path, load_words
 from onecard.inference.run_files import run_directory, stored_options
-from onecard.model.files import locate
+from onecard.model.files import locate, read_json
 from onecard.model.lora.formats import adapter_scaling, read_config
 from onecard.model.model_config import read_model_config
 from onecard.model.rope_scaling import context_limit, scale_rope
@@ -108,7 +108,7 @@ def read_run(run: Path, model_path: str = "auto", context: int = 0) -> tuple[Han
     named = str(stored.get("model_path", "auto")) if model_path == "auto" else model_path
     base = str(run.absolute()) if is_whole else base_path(named, str(run))
     tokenizer, template = load_words(ModelOptions(model_path=base), str(run), "auto")
-    raw = _json(locate(base) / "config.json")
+    raw = read_json(locate(base) / "config.json")
     limit, positions = _positions(raw, base, adapter_scaling(run))
     if context > limit:
         raise ModelError(f"--context {context} is more than the {limit} positions of the model; give at most these")
@@ -133,14 +133,6 @@ def _positions(raw: dict[str, Any], base: str, rope_scaling: str) -> tuple[int, 
     positions = {"rope_parameters": config.get_text_config().rope_parameters}
     inside = {"text_config": positions} if "text_config" in raw else positions
     return context_limit(config) or MOST_CONTEXT, inside
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
-        raise ModelError(f"{path} cannot be read ({reason}); give a run whose base is here") from reason
-    return content
 
 
 def _why_merged(config: Mapping[str, Any], rank: int) -> str:

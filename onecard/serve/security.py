@@ -19,7 +19,7 @@ import binascii
 import ipaddress
 import math
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,12 @@ STANDARD_PORTS = (":80", ":443")
 GZIP = ("gzip", "x-gzip")  # RFC 9110, 8.4.1.3
 CLOSED = "pages of other origins may not use this server; open its own page"
 POLICY_VIOLATION = 1008  # code of a refused websocket
+# Browsers are not to guess types, not to show the pages inside foreign ones, and not to pass the address on.
+PLAIN_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"SAMEORIGIN"),
+    (b"referrer-policy", b"same-origin"),
+)
 DRAIN_SECONDS = 30  # so long a body that is too large is still read: who is cut off while sending reads no answer
 
 
@@ -93,7 +99,7 @@ class Protection:
             )  # fmt: skip
         app = OriginCheck(app, origins, is_closed=rules.is_closed)
         app = HostCheck(app, rules.host, [plain_host(name) for name in split_list(rules.allowed_hosts)])
-        self._app = PlainHeaders(app)
+        self._app = AddedHeaders(app, PLAIN_HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
@@ -348,24 +354,19 @@ class BodyRefused(Exception):
     """Ends the reading of a body; `BodyLimit` answers."""
 
 
-class PlainHeaders:
-    """Tells browsers not to guess types, not to show the pages inside foreign ones, not to pass the address on."""
+class AddedHeaders:
+    """Adds headers to every answer; where one is there already it stays, or with `replaces` gives way."""
 
-    HEADERS = (
-        (b"x-content-type-options", b"nosniff"),
-        (b"x-frame-options", b"SAMEORIGIN"),
-        (b"referrer-policy", b"same-origin"),
-    )
-
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, app: App, headers: Sequence[tuple[bytes, bytes]], *, replaces: bool = False) -> None:
+        self._app, self._headers, self._replaces = app, headers, replaces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                known = {name for name, _ in message.get("headers", [])}
-                added = [header for header in self.HEADERS if header[0] not in known]
-                message = {**message, "headers": [*message.get("headers", []), *added]}
+                there = list(message.get("headers", []))
+                first, second = (self._headers, there) if self._replaces else (there, self._headers)
+                known = {name for name, _ in first}
+                message = {**message, "headers": [*first, *(header for header in second if header[0] not in known)]}
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,7 +12,7 @@ from starlette.middleware import Middleware
 
 from onecard.config.studio import StudioOptions
 from onecard.errors import OneCardError
-from onecard.serve.security import NetworkRules, Protection
+from onecard.serve.security import AddedHeaders, NetworkRules, Protection
 from onecard.studio import (
     data_api,
     events,
@@ -33,6 +32,10 @@ POLICY = (
     "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
     "img-src 'self' data:"
 )
+HEADERS = (
+    (b"content-security-policy", POLICY.encode()), (b"x-frame-options", b"DENY"),
+    (b"cross-origin-opener-policy", b"same-origin"), (b"cross-origin-resource-policy", b"same-origin"),
+)  # fmt: skip
 
 
 def studio_app(options: StudioOptions, context: StudioContext | None = None) -> Starlette:
@@ -49,7 +52,7 @@ def studio_app(options: StudioOptions, context: StudioContext | None = None) -> 
     )  # fmt: skip
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(PagePolicy), Middleware(Protection, rules=rules)],
+        middleware=[Middleware(AddedHeaders, headers=HEADERS, replaces=True), Middleware(Protection, rules=rules)],
         exception_handlers={OneCardError: answer_error, HTTPException: answer_error, Exception: answer_error},
         lifespan=_watch,
     )
@@ -67,25 +70,3 @@ async def _watch(app: Starlette) -> AsyncIterator[None]:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-
-
-class PagePolicy:
-    """Adds the content security policy, and refuses to be framed, on every answer."""
-
-    HEADERS = (
-        (b"content-security-policy", POLICY.encode()), (b"x-frame-options", b"DENY"),
-        (b"cross-origin-opener-policy", b"same-origin"), (b"cross-origin-resource-policy", b"same-origin"),
-    )  # fmt: skip
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                ours = {name for name, _ in self.HEADERS}
-                kept = [header for header in message.get("headers", []) if header[0] not in ours]
-                message = {**message, "headers": [*kept, *self.HEADERS]}
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)

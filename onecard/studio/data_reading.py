@@ -68,16 +68,10 @@ def tokens_of(options: dict[str, Any], model_path: str, numbers: Sequence[int]) 
         learned = [label != IGNORE_INDEX for label in sample.labels[: len(ids)]]
         tokens = [[each, text, is_learned, weight] for each, text, is_learned, weight in
                   zip(ids, token_texts(ids, tokenizer), learned, weights, strict=False)]  # fmt: skip
-        question = whole_field(whole, number)
+        question = int(sample.fields) if sample.fields else None  # tokens in front of the last answer; None for a text
         found.append({"number": number, "record": sample.record, "n_tokens": len(sample.input_ids),
                       "question": question, "tokens": tokens})  # fmt: skip
     return {"samples": found, "n_samples": len(whole)}
-
-
-def whole_field(whole: Any, number: int) -> int | None:
-    """Tokens in front of the last answer of a sample; None for a text."""
-    fields = whole[number].fields
-    return int(fields) if fields else None
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:

@@ -104,11 +104,10 @@ def serving(web_page: Any, **options: Any) -> Iterator[str]:
     """The address of a page that is served from a thread of this process."""
     from onecard.config.inference import PageOptions
     from onecard.serve.web import app as web
-    from onecard.serve.web.server import MountHooks, page_application
+    from onecard.serve.web.server import page_application
 
     page = PageOptions(**options)
-    doors = MountHooks(lambda app: web.mount(app, web_page, auth=page.auth), web.public_link)
-    application = page_application(doors, page, max_body_bytes=2_000_000)
+    application = page_application(lambda app: web.mount(app, web_page, auth=page.auth), page, max_body_bytes=2_000_000)
     with served(application) as address:
         yield address
 

@@ -277,7 +277,7 @@ def test_connections_in_use_are_not_closed_for_others() -> None:
 
 SERVERS = {
     "api": "run_server(Protection(app, NetworkRules()), '127.0.0.1', 0)",
-    "page": "serve_page(MountHooks(lambda page: page.mount('/', app), None), PageOptions(port=0), max_body_bytes=1000)",
+    "page": "serve_page(lambda page: page.mount('/', app), PageOptions(port=0), max_body_bytes=1000, public_link=None)",
 }
 
 
@@ -289,7 +289,7 @@ def process_with_few_descriptors(serve: str) -> Iterator[tuple[subprocess.Popen[
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
         from onecard.config.inference import PageOptions
         from onecard.serve.listen import run_server
-        from onecard.serve.web.server import MountHooks, serve_page
+        from onecard.serve.web.server import serve_page
         from onecard.serve.security import NetworkRules, Protection
         from starlette.responses import PlainTextResponse
 

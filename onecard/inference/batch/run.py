@@ -8,7 +8,7 @@ writes the answers that an undisturbed run would have written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -117,22 +117,6 @@ def answer_questions(job: BatchJob, answers: AnswerFile) -> BatchReport:
     return tally
 
 
-@dataclass(frozen=True)
-class QuestionBatch:
-    """Consecutive questions; `first` is the number of the first one in the file, from 0."""
-
-    first: int
-    questions: list[Question]
-
-
-def windows(questions: Iterable[Question], size: int, first: int) -> Iterator[QuestionBatch]:
-    """`size` questions at a time; the last window may be smaller."""
-    remaining = iter(questions)
-    while taken := list(islice(remaining, size)):
-        yield QuestionBatch(first, taken)
-        first += len(taken)
-
-
 def in_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T], too_large: Callable[[T], str]) -> list[R]:
     """What the work makes of the items, in halves when they do not fit into the card's memory together.
 
@@ -168,18 +152,22 @@ def _finished_rows(job: BatchJob, n_done: int, tally: BatchReport) -> Iterator[l
     first = n_done - n_done % size
     each = read_questions(job.source, report=ReadReport())
     questions = islice((question for question in each for _ in range(job.samples)), first, None)
-    for window in windows(questions, size, first):
-        yield from _answer_window(job, window, max(n_done, window.first), tally)
+    while window := list(islice(questions, size)):
+        yield from _answer_window(job, window, first, max(n_done, first), tally)
+        first += len(window)
 
 
 def _answer_window(
-    job: BatchJob, window: QuestionBatch, next_number: int, tally: BatchReport
+    job: BatchJob, window: list[Question], first: int, next_number: int, tally: BatchReport
 ) -> Iterator[list[dict[str, Any]]]:
-    """The window's rows from `next_number` on, each as soon as nothing before it is missing."""
+    """The window's rows from `next_number` on, each as soon as nothing before it is missing.
+
+    first: the number of the window's first question in the file, from 0.
+    """
     finished: dict[int, dict[str, Any]] = {}
     prepared: list[PromptRow] = []
     n_done = next_number
-    for number, question in enumerate(window.questions, start=window.first):
+    for number, question in enumerate(window, start=first):
         try:
             turns = with_system(question.turns, job.system)
             prepared.append(prepare(job.bundle, turns, job.sampling, number=number, grammar=job.grammar))
@@ -193,7 +181,7 @@ def _answer_window(
         if batch and all(row.number < n_done for row in batch):
             continue
         for row, generation in zip(batch, answer_safely(job.bundle, batch, job.sampling), strict=True):
-            fields = window.questions[row.number - window.first].fields
+            fields = window[row.number - first].fields
             finished[row.number] = answer_row(fields, generation.text, generation.finish_reason, own=job.own_fields)
             tally.count(generation)
         ready = []

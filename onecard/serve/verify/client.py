@@ -68,24 +68,21 @@ class ServerClient:
 
     def chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> AnswerReading:
         """The greedy answer to a conversation. Raises NotOffered and ServerUnusable."""
-        told = self._answer("/v1/chat/completions", {"messages": list(messages), "max_tokens": max_tokens},
+        answer = self._answer("/v1/chat/completions", {"messages": list(messages), "max_tokens": max_tokens},
                             {"logprobs": True, "top_logprobs": N_TOP})  # fmt: skip
-        choice = _first_choice(told)
+        choice = _first_choice(answer)
         message = choice.get("message") or {}
         text = "".join(str(message.get(key) or "") for key in ("reasoning_content", "reasoning", "content"))
         rows = (choice.get("logprobs") or {}).get("content") or []
-        tops = [[(row["token"], row["logprob"]), *_alternatives(row.get("top_logprobs") or [])] for row in rows]
-        return _reading(told, choice, text, [row["token"] for row in rows], tops)
+        return _reading(answer, choice, text, *_listed(rows))
 
     def complete(self, prompt: list[int] | str, max_tokens: int) -> AnswerReading:
         """How a prompt goes on greedily, without a template. Raises NotOffered and ServerUnusable."""
-        told = self._answer("/v1/completions", {"prompt": prompt, "max_tokens": max_tokens}, {"logprobs": N_TOP})
-        choice = _first_choice(told)
+        answer = self._answer("/v1/completions", {"prompt": prompt, "max_tokens": max_tokens}, {"logprobs": N_TOP})
+        choice = _first_choice(answer)
         logprobs = choice.get("logprobs") or {}
         if logprobs.get("content"):  # llama.cpp's own server tells them as in a chat
-            rows = logprobs["content"]
-            tokens = [row["token"] for row in rows]
-            tops = [[(row["token"], row["logprob"]), *_alternatives(row.get("top_logprobs") or [])] for row in rows]
+            tokens, tops = _listed(logprobs["content"])
         else:
             tokens = logprobs.get("tokens") or []
             own = logprobs.get("token_logprobs") or []
@@ -95,17 +92,17 @@ class ServerClient:
                 for token, value, top in zip(tokens, own, others, strict=False)
                 if value is not None
             ]
-        return _reading(told, choice, str(choice.get("text") or ""), tokens, tops)
+        return _reading(answer, choice, str(choice.get("text") or ""), tokens, tops)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
         """What the server feeds its model for a conversation, where it tells (vLLM's /tokenize); else None."""
         try:
-            told = self._json("POST", "/tokenize", {"model": self.model, "messages": list(messages)})
+            answer = self._json("POST", "/tokenize", {"model": self.model, "messages": list(messages)})
         except (NotOffered, ServerUnusable):
             return None
-        tokens = told.get("tokens")
-        is_told = isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens)
-        return tokens if is_told else None
+        tokens = answer.get("tokens")
+        are_ids = isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens)
+        return tokens if are_ids else None
 
     def _answer(self, path: str, body: dict[str, Any], logprobs: dict[str, Any]) -> Mapping[str, Any]:
         body = {"model": self.model, "temperature": 0, "stream": False, **body}
@@ -113,9 +110,9 @@ class ServerClient:
             try:
                 return self._json("POST", path, {**body, **logprobs})
             except NotOffered:
-                told = self._json("POST", path, body)
+                answer = self._json("POST", path, body)
                 self._tells_logprobs[path] = False
-                return told
+                return answer
         return self._json("POST", path, body)
 
     def _json(self, method: str, path: str, body: Any = None) -> Mapping[str, Any]:
@@ -155,12 +152,12 @@ class ServerClient:
         if status != 200:
             raise NotOffered(f"HTTP {status}: {self._shown(response)}")
         try:
-            told = response.json()
+            answer = response.json()
         except (ValueError, RecursionError) as reason:
             raise ServerUnusable(f"{self.root}{path} answered no JSON: {self._shown(response)}") from reason
-        if not isinstance(told, Mapping) or (told.get("error") and "choices" not in told):
+        if not isinstance(answer, Mapping) or (answer.get("error") and "choices" not in answer):
             raise NotOffered(self._shown(response))
-        return told
+        return answer
 
     def _shown(self, response: httpx.Response) -> str:
         """What a server said, short, printable, and without the key."""
@@ -182,27 +179,29 @@ def root_of(url: str) -> str:
     return text
 
 
-def _first_choice(told: Mapping[str, Any]) -> Mapping[str, Any]:
-    choices = told.get("choices")
+def _first_choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
         raise NotOffered("the answer has no choices")
     return choices[0]
 
 
-def _alternatives(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    return [(str(row["token"]), float(row["logprob"])) for row in rows]
+def _listed(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[tuple[Any, Any]]]]:
+    """(tokens, their likeliest alternatives) in the form of chats."""
+    tops = [[(one["token"], one["logprob"]) for one in (row, *(row.get("top_logprobs") or []))] for row in rows]
+    return [row["token"] for row in rows], tops
 
 
 def _reading(
-    told: Mapping[str, Any], choice: Mapping[str, Any], text: str, tokens: Sequence[Any],
+    answer: Mapping[str, Any], choice: Mapping[str, Any], text: str, tokens: Sequence[Any],
     tops: Sequence[Sequence[tuple[Any, Any]]],
 ) -> AnswerReading:  # fmt: skip
-    """An answer in whatever form it was told; log-probabilities that are none count as not told."""
+    """An answer in whatever form it came; log-probabilities that are none count as missing."""
     try:
         found = [merged(list({str(token): min(float(value), 0.0) for token, value in top}.items())) for top in tops]
     except (TypeError, ValueError):
         found = []
-    usage = told.get("usage") or {}
+    usage = answer.get("usage") or {}
     n_prompt = int(usage.get("prompt_tokens") or 0)
     plain = tuple(plain_token(str(token)) for token in tokens)
     return AnswerReading(text, str(choice.get("finish_reason") or ""), plain, tuple(found), n_prompt)

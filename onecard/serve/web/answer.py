@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
 
+from onecard.config.inference import SamplingOptions
 from onecard.console import warn
 from onecard.errors import OneCardError
 from onecard.inference.engine import GenerationRequest, InferenceEngine, OutOfMemory, QueueFull
 from onecard.inference.generate import Chunk
 from onecard.serve.web.i18n import word
+from onecard.serve.web.settings import PageSettings, SettingsReader
 from onecard.translation import translated
 
 # Each step draws the whole answer anew in the browser; more often than this only makes a long one stutter.
@@ -67,6 +69,30 @@ class RunningAnswers:
     def __contains__(self, browser: str) -> bool:
         with self._lock:
             return browser in self._cancels
+
+
+class AnsweringPage:
+    """What the handlers of a page have in common, for all browsers at once: engine, settings and running answers."""
+
+    def __init__(
+        self, engine: InferenceEngine, system: str, sampling: SamplingOptions, *, show_beams: bool = False
+    ) -> None:
+        self.engine = engine
+        self.reader = SettingsReader(engine, PageSettings(engine.names[0], "", system, sampling, show_beams))
+        self.running = RunningAnswers()
+
+    @property
+    def start(self) -> PageSettings:
+        """What the page begins with, and goes back to."""
+        return self.reader.start
+
+    def stop(self, browser: str) -> None:
+        """End this browser's answer within a second; what there is of it stays."""
+        self.running.stop(browser)
+
+    def leave(self, browser: str) -> None:
+        """The page was closed: end its answer and forget the session."""
+        self.running.end(browser)
 
 
 def answer_steps(

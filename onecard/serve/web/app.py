@@ -40,7 +40,7 @@ from onecard.serve.web.examples import examples_in
 from onecard.serve.web.i18n import LANGUAGES, word
 from onecard.serve.web.sanitize import FORMULAS
 from onecard.serve.web.script import head, script_terms
-from onecard.serve.web.server import MountHooks, serve_page
+from onecard.serve.web.server import serve_page
 from onecard.serve.web.settings import NAMES, THINKING, SettingsReader
 from onecard.serve.web.votes import BlindVotes
 
@@ -119,7 +119,7 @@ def launch(web_page: WebPage, page: PageOptions, *, max_body_bytes: int = 2_000_
     # A step sends the chat and its newest answer, as JSON in JSON: what is loaded must leave room for that.
     chat_bytes = max_body_bytes // 3
     mounting = partial(mount, web_page=web_page, auth=page.auth, max_chat_bytes=chat_bytes)
-    serve_page(MountHooks(mounting, public_link), page, max_body_bytes=max_body_bytes)
+    serve_page(mounting, page, max_body_bytes=max_body_bytes, public_link=public_link)
 
 
 def mount(app: FastAPI, web_page: WebPage, *, auth: str | None = None, max_chat_bytes: int = 1_000_000) -> None:

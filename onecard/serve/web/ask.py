@@ -17,12 +17,11 @@ from onecard.data.messages import Turn
 from onecard.errors import OneCardError
 from onecard.inference.chat_file import now
 from onecard.inference.engine import GenerationRequest, InferenceEngine
-from onecard.serve.web.answer import RunningAnswers, answer_steps, failure_words
+from onecard.serve.web.answer import AnsweringPage, answer_steps, failure_words
 from onecard.serve.web.i18n import word
 from onecard.serve.web.settings import (
     MAX_TEXT_CHARS,
     PageSettings,
-    SettingsReader,
     moved_words,
     template_variables,
 )
@@ -55,24 +54,17 @@ class AskInputs:
     language: str = "en"
 
 
-class AskPage:
+class AskPage(AnsweringPage):
     """The handlers of the page, for all browsers at once. `flag_path` is the owner's; no request can name one."""
 
     def __init__(
         self, engine: InferenceEngine, system: str, sampling: SamplingOptions, *, show_beams: bool = False,
         flag_path: Path = Path(FLAG_FILE),
     ) -> None:  # fmt: skip
-        self.engine = engine
-        self.reader = SettingsReader(engine, PageSettings(engine.names[0], "", system, sampling, show_beams))
-        self.running = RunningAnswers()
+        super().__init__(engine, system, sampling, show_beams=show_beams)
         self.flag_path = flag_path
         self._writing = threading.Lock()
         self._finished: dict[str, dict[str, Any]] = {}  # browser -> its newest finished answer, which it may flag
-
-    @property
-    def start(self) -> PageSettings:
-        """What the page begins with, and goes back to."""
-        return self.reader.start
 
     def ask(self, question: AskInputs) -> Iterator[AnswerView]:
         """Answer the instruction."""
@@ -120,13 +112,8 @@ class AskPage:
         texts = {name: text for name, text in memory.items() if isinstance(text, str) and text}
         return texts, self.reader.stored(memory)
 
-    def stop(self, browser: str) -> None:
-        """End this browser's answer within a second; what there is of it stays."""
-        self.running.stop(browser)
-
     def leave(self, browser: str) -> None:
-        """The page was closed: end its answer and forget it."""
-        self.running.end(browser)
+        super().leave(browser)
         self._finished.pop(browser, None)
 
     def flag(self, browser: str, comment: str, language: str = "en") -> str:

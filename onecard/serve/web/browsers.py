@@ -13,7 +13,7 @@ from collections.abc import Callable
 from urllib.parse import parse_qs
 
 from onecard.serve.http_error import ApiError
-from onecard.serve.security import App, Message, Receive, Scope, Send, refuse
+from onecard.serve.security import AddedHeaders, App, Receive, Scope, Send, refuse
 
 # The page, its parts, its steps (joined, heard of, cancelled), and logging in.
 _OPEN = re.compile(
@@ -70,7 +70,7 @@ class SessionGuard:
     """Lets only the paths of the pages through, gives every answer the policy, and notices when a page is closed."""
 
     def __init__(self, app: App, presence: SessionRegistry) -> None:
-        self._app, self._presence = app, presence
+        self._app, self._presence = AddedHeaders(app, _HEADERS, replaces=True), presence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -79,13 +79,8 @@ class SessionGuard:
         if scope["type"] != "http" or not _OPEN.fullmatch(path) or ".." in path:
             return await refuse(scope, send, ApiError(403, "the page does not offer this", code="not_offered"))
 
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
-            await send(message)
-
         try:
-            await self._app(scope, receive, send_with_policy)
+            await self._app(scope, receive, send)
         finally:
             if path == "/gradio_api/queue/data":
                 query = parse_qs(scope.get("query_string", b"").decode("latin-1"))

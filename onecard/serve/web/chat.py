@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from onecard.config.inference import SamplingOptions
 from onecard.errors import DataError, OneCardError
 from onecard.inference.chat_file import SavedChat, now, read_chat, to_json
 from onecard.inference.engine import GenerationRequest, InferenceEngine, QueueFull
 from onecard.inference.history import ChatHistory, fit_history, prompt_budget
-from onecard.serve.web.answer import AnswerStep, RunningAnswers, answer_steps, failure_words
+from onecard.serve.web.answer import AnsweringPage, AnswerStep, answer_steps, failure_words
 from onecard.serve.web.i18n import LANGUAGES, language_of, word
 from onecard.serve.web.sanitize import original, plain_markdown
 from onecard.serve.web.script import TOO_LARGE
-from onecard.serve.web.settings import PageSettings, SettingsReader, moved_words, template_variables
+from onecard.serve.web.settings import PageSettings, moved_words, template_variables
 from onecard.serve.web.undo import kept, taken
 from onecard.storage import json_object
 from onecard.translation import translated
@@ -81,20 +80,8 @@ class RestoredPage:
     language: str
 
 
-class ChatPage:
+class ChatPage(AnsweringPage):
     """The handlers of the chat page, for all browsers at once; nothing of a conversation is kept here."""
-
-    def __init__(
-        self, engine: InferenceEngine, system: str, sampling: SamplingOptions, *, show_beams: bool = False
-    ) -> None:
-        self.engine = engine
-        self.reader = SettingsReader(engine, PageSettings(engine.names[0], "", system, sampling, show_beams))
-        self.running = RunningAnswers()
-
-    @property
-    def start(self) -> PageSettings:
-        """What the page begins with, and goes back to."""
-        return self.reader.start
 
     def submit(self, asked: ChatInputs, text: str) -> Iterator[ChatView]:
         """Ask `text`."""
@@ -112,14 +99,6 @@ class ChatPage:
         asked = replace(asked, number=0)
         text = original(text)
         yield from self._guarded(asked, lambda before: before.edit(index, text), text, is_new=False)
-
-    def stop(self, browser: str) -> None:
-        """End this browser's answer within a second; what there is of it stays."""
-        self.running.stop(browser)
-
-    def leave(self, browser: str) -> None:
-        """The page was closed: end its answer and forget the session."""
-        self.running.end(browser)
 
     def undo(self, asked: ChatInputs) -> ChatView:
         """Bring back what Clear, an edit, Regenerate or a loaded file replaced; else take the last exchange back.
