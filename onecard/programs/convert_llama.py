@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     with new_directory(target, overwrite=options.overwrite, inputs=[source], needed_bytes=needed_bytes) as partial:
         if verb == "hf":
             choices = HfConfigChoices(options.max_positions, options.instruct)
-            told = pth_to_hf(source, partial, parse_size(options.max_shard_size, "--max_shard_size"), choices)
+            lines = pth_to_hf(source, partial, parse_size(options.max_shard_size, "--max_shard_size"), choices)
         elif verb == "pth":
-            told = hf_to_pth(source, partial, n_shards=options.n_shards or None)
+            lines = hf_to_pth(source, partial, n_shards=options.n_shards or None)
         else:
-            told = reshard(source, partial, options.n_shards)
-    say("\n".join([f"{source} -> {target}", *told]))
+            lines = reshard(source, partial, options.n_shards)
+    say("\n".join([f"{source} -> {target}", *lines]))

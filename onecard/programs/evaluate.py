@@ -240,9 +240,10 @@ def sweep(config: EvaluateConfig) -> dict[str, Any]:
     if not suites:
         raise ConfigError("--suite", "no record of the suites has a score, so there is no gain to be told")
     best = best_scale(suites, forgetting)
-    told = {"best_scale": "-" if best is None else f"{best:g}", "rule": "sweep_rule", "forgetting_noise": max(noises)}
-    settings = _settings(config, bundle, depends_on)
-    report = build_report(settings | told, [suite.part(forgetting) for suite in suites])
+    settings = _settings(config, bundle, depends_on) | {
+        "best_scale": "-" if best is None else f"{best:g}", "rule": "sweep_rule", "forgetting_noise": max(noises)
+    }  # fmt: skip
+    report = build_report(settings, [suite.part(forgetting) for suite in suites])
     write_report(folder, report)
     for line in sweep_lines(suites, forgetting, best):
         say(line)
@@ -323,14 +324,13 @@ def _settings(config: EvaluateConfig, bundle: ModelBundle, depends_on: dict[str,
     from onecard.inference.load import base_path
 
     options = config.evaluate
-    told = {
-        "model": base_path(config.model.model_path, options.lora_path),
-        "adapter": options.lora_path or "-",
-        "bits": depends_on["bits"],
-    }
-    told |= {"dtype": depends_on["dtype"], "template": bundle.template.known_name, "base": str(depends_on["base"])[:16]}
-    told |= {"adapter_scale": options.adapter_scale} if options.adapter_scale != 1 else {}
-    return told | {"thinking": options.thinking, "seed": options.seed, "interval": "95 %"}
+    settings = {
+        "model": base_path(config.model.model_path, options.lora_path), "adapter": options.lora_path or "-",
+        "bits": depends_on["bits"], "dtype": depends_on["dtype"], "template": bundle.template.known_name,
+        "base": str(depends_on["base"])[:16],
+    }  # fmt: skip
+    settings |= {"adapter_scale": options.adapter_scale} if options.adapter_scale != 1 else {}
+    return settings | {"thinking": options.thinking, "seed": options.seed, "interval": "95 %"}
 
 
 def _judge(

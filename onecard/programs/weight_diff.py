@@ -86,10 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     needed_bytes = open_weights(other).total_bytes
     with new_directory(target, overwrite=options.overwrite, inputs=[base, other], needed_bytes=needed_bytes) as partial:
         if verb == "make":
-            told = weight_diff.make(base, other, partial, options.mode, max_shard_bytes, base_name(options.base_path))
+            lines = weight_diff.make(base, other, partial, options.mode, max_shard_bytes, base_name(options.base_path))
         else:
-            told = weight_diff.recover(base, other, partial, max_shard_bytes, options.new_rows)
-    say("\n".join([f"{base} and {other} -> {target}", *told]))
+            lines = weight_diff.recover(base, other, partial, max_shard_bytes, options.new_rows)
+    say("\n".join([f"{base} and {other} -> {target}", *lines]))
 
 
 def base_name(base_path: str) -> str:

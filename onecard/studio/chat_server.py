@@ -173,10 +173,10 @@ class ChatServer:
             headers = {"authorization": f"Bearer {key_file.read_text(encoding='utf-8')}"}
             try:
                 with httpx.Client(trust_env=False, timeout=5, headers=headers) as client:
-                    told = client.get(f"{address}/v1/models").json()["data"]
+                    listed = client.get(f"{address}/v1/models").json()["data"]
             except (httpx.HTTPError, ValueError, KeyError, TypeError):
                 return (), ""
-            names = tuple(str(model["id"]) for model in told)
+            names = tuple(str(model["id"]) for model in listed)
             self._names[job["id"]] = names, self._base_of(names, job)
         return self._names[job["id"]]
 

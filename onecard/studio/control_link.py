@@ -23,7 +23,7 @@ def reply(run: Path, request_id: str) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
 
-def told(run: Path) -> dict[str, Any]:
+def status(run: Path) -> dict[str, Any]:
     """{state, step, total_steps, ...}; empty for a run that wrote no status."""
     try:
         return asdict(control.status(run))

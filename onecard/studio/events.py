@@ -100,10 +100,10 @@ class EventHub:
             for news in watcher():
                 found.append(news)
         except Exception as reason:  # one broken run must not keep the news of all others
-            told = f"the studio could not look for news: {type(reason).__name__}: {reason}"
-            if told != self._warned:  # not once a second
-                warn(told)
-            self._warned = told
+            message = f"the studio could not look for news: {type(reason).__name__}: {reason}"
+            if message != self._warned:  # not once a second
+                warn(message)
+            self._warned = message
         return found
 
     def _send(self, text: str | None) -> None:

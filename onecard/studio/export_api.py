@@ -34,7 +34,7 @@ MOST_SHOWN = 100  # jobs
 
 
 def routes(context: StudioContext) -> list[BaseRoute]:
-    """GET and POST /api/export; the jobs themselves are told, cancelled and logged at /api/jobs."""
+    """GET and POST /api/export; the jobs themselves are listed, cancelled and logged at /api/jobs."""
     exports = ExportApi(context)
     return [Route("/api/export", exports.shown), Route("/api/export", exports.start, methods=["POST"])]
 
@@ -51,7 +51,7 @@ class ExportApi:
         kinds = {name: {"options": kind.options, "writes": kind.writes, "takes": kind.takes,
                         "missing": translated(kind.missing, to)} for name, kind in KINDS.items()}  # fmt: skip
         found = [job for job in self._context.jobs.all() if job["kind"].startswith(PREFIX)]
-        jobs = [self.told(job) for job in found[:MOST_SHOWN]]
+        jobs = [self.view(job) for job in found[:MOST_SHOWN]]
         sources = [source.to_json() for source in sources_in(self._context.output_root)]
         return StudioJson({"kinds": kinds, "jobs": jobs, "sources": sources})
 
@@ -83,7 +83,7 @@ class ExportApi:
         about = {"source": source.path, "target": target.name if kind.writes else "", "options": options}
         jobs = replace(self._context.jobs, program=(*self._context.jobs.program[:-1], kind.module))
         job_id = jobs.start(PREFIX + body["kind"], words, title=source.path, about=about)
-        return StudioJson(self.told(self._context.jobs.get(job_id)), 201)
+        return StudioJson(self.view(self._context.jobs.get(job_id)), 201)
 
     def target_of(self, body: dict[str, Any], kind: ExportKind) -> Path:
         """A folder of the output folder that is not there yet. Raises ApiError."""
@@ -107,7 +107,7 @@ class ExportApi:
             name = running["about"].get("target") or running["title"]
             raise ApiError(409, f"{name} is being made; wait for its end, or cancel it", code="export_running")
 
-    def told(self, job: dict[str, Any]) -> dict[str, Any]:
+    def view(self, job: dict[str, Any]) -> dict[str, Any]:
         """A job as the page shows it: its last line, why it failed, the size of what it made."""
         log = self._context.jobs.log(job["id"])["text"]
         name = job["about"].get("target", "")

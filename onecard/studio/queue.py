@@ -46,7 +46,7 @@ class RunQueue:
     def listed(self) -> dict[str, Any]:
         """{entries, is_held}: each entry with the `state` of its job, and what it was asked for."""
         content = self._read()
-        return {"entries": [self._told(entry) for entry in content["entries"]], "is_held": content["is_held"]}
+        return {"entries": [self._view(entry) for entry in content["entries"]], "is_held": content["is_held"]}
 
     def add(self, name: str, words: Sequence[str], options: Mapping[str, Any], output: Path) -> str:
         """Put a run at the end; its number. Raises ApiError (409) where a run of the queue has the folder."""
@@ -154,7 +154,7 @@ class RunQueue:
         except ApiError:
             return "none"
 
-    def _told(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def _view(self, entry: dict[str, Any]) -> dict[str, Any]:
         state = WAITING
         if entry["phase"] == STARTED:
             state = self._job_state(entry)

@@ -51,12 +51,12 @@ class QueueRoutes:
         self.queue.tick()
         if not self.context.events.n_pages:
             return
-        now = self.told()
+        now = self.view()
         if now != self._seen:
             self._seen = now
             yield "queue", now
 
-    def told(self) -> dict[str, Any]:
+    def view(self) -> dict[str, Any]:
         """The queue, each entry with its command and, where it failed, why."""
         found = self.queue.listed()
         for entry in found["entries"]:
@@ -81,7 +81,7 @@ class QueueRoutes:
         return StudioJson({"options": option_help()})
 
     def listed(self, request: Request) -> Response:
-        return StudioJson(self.told())
+        return StudioJson(self.view())
 
     async def check(self, request: Request) -> Response:
         """Whether a run could be added: {command, name, problems}."""
@@ -102,7 +102,7 @@ class QueueRoutes:
         """Add a run of `options` under `name`. All that is wrong with them is told by flag."""
         body = await json_body(request, "options")
         entry_id = await run_in_threadpool(self._add, body)
-        return StudioJson({"id": entry_id, **await run_in_threadpool(self.told)}, 201)
+        return StudioJson({"id": entry_id, **await run_in_threadpool(self.view)}, 201)
 
     def _add(self, body: dict[str, Any]) -> str:
         options = given_options(body)
@@ -117,24 +117,24 @@ class QueueRoutes:
     async def hold(self, request: Request) -> Response:
         body = await json_body(request, "is_held")
         await run_in_threadpool(self.queue.hold, body["is_held"] is True)
-        return StudioJson(await run_in_threadpool(self.told))
+        return StudioJson(await run_in_threadpool(self.view))
 
     def remove(self, request: Request) -> Response:
         self.queue.remove(request.path_params["id"])
-        return StudioJson(self.told())
+        return StudioJson(self.view())
 
     async def move(self, request: Request) -> Response:
         body = await json_body(request, "by")
         if body["by"] not in (-1, 1):
             raise bad_request("by is 1 or -1", "by")
         await run_in_threadpool(self.queue.move, request.path_params["id"], body["by"])
-        return StudioJson(await run_in_threadpool(self.told))
+        return StudioJson(await run_in_threadpool(self.view))
 
     async def resume(self, request: Request) -> Response:
         """Add a run that ended early once more: it goes on from its newest checkpoint."""
         await json_body(request)
         await run_in_threadpool(self._resume, request.path_params["id"])
-        return StudioJson(await run_in_threadpool(self.told), 201)
+        return StudioJson(await run_in_threadpool(self.view), 201)
 
     def _resume(self, run_id: str) -> None:
         run = self.runs.path(run_id)

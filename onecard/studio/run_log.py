@@ -50,7 +50,7 @@ class RunLog:
     path: Path
     mark: str = ""  # of the file; another one once it was written anew
     end: int = 0  # bytes of whole lines that were read
-    told: str | None = None  # the mark that pages know; None: no page has asked
+    published: str | None = None  # the mark that pages know; None: no page has asked
     stops: list[int] = field(default_factory=list)  # of the last news and of answers since: where pages may stand
     columns: Columns = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -100,9 +100,9 @@ class RunLogs:
                 goes_on = mark == log.mark and 0 < after <= log.end
                 series = points_of(log.between(after, log.end)) if goes_on else points_of(log.columns, most)
             except OSError:
-                log.told = log.told or ""
+                log.published = log.published or ""
                 return {"mark": "", "next": 0, "is_all": True, "series": {}}
-            log.told = log.mark if log.told is None else log.told
+            log.published = log.mark if log.published is None else log.published
             if log.end not in log.stops:
                 log.stops = [*log.stops[-MOST_STOPS:], log.end]
             return {"mark": log.mark, "next": log.end, "is_all": not goes_on, "series": series}
@@ -132,7 +132,7 @@ class RunLogs:
         with log.lock:
             try:
                 log.read()
-                if log.mark != log.told:
+                if log.mark != log.published:
                     found = [{"mark": log.mark, "from": 0, "next": log.end, "series": None}]
                 else:
                     found = [
@@ -141,7 +141,7 @@ class RunLogs:
                     ]
             except OSError:
                 return []
-            log.told, log.stops = log.mark, [log.end]
+            log.published, log.stops = log.mark, [log.end]
             return found
 
 

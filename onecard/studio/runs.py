@@ -86,11 +86,11 @@ class Runs:
         options, position = settings(run), newest_position(run)
         rows = last_rows(run)
         step = max([row["step"] for row in rows] + [position.get("step") or 0])
-        state, told = self.state(run)
+        state, status = self.state(run)
         comparison = read_json_object(run / COMPARISON_NAME)
         return {
-            "id": self.id_of(run), "state": state, "step": told.get("step") or step,
-            "total": told.get("total_steps") or position.get("total_steps") or None,
+            "id": self.id_of(run), "state": state, "step": status.get("step") or step,
+            "total": status.get("total_steps") or position.get("total_steps") or None,
             "base": _name(options.get("model_path")), "data": _data_name(options),
             "objective": options.get("objective"), "method": options.get("peft_method"), "bits": options.get("bits"),
             "loss": _newest(rows, "loss"), "eval_loss": _newest(rows, "eval_loss") or position.get("best_loss"),
@@ -99,7 +99,7 @@ class Runs:
         }  # fmt: skip
 
     def state(self, run: Path) -> tuple[str, dict[str, Any]]:
-        """starting, training, evaluating, paused, given_back, ended, stopped, failed or lost; and what the run told.
+        """starting, training, evaluating, paused, given_back, ended, stopped, failed or lost; and its status.
 
         A run that wrote no status (of an earlier version) is known by its lock and by what it left.
         """
@@ -109,15 +109,15 @@ class Runs:
             with suppress(ApiError):
                 found = self.jobs.get(job_id)
                 job, created = found["state"], found["created"]
-        told = control_link.told(run)
+        status = control_link.status(run)
         is_held = owner_lives(run)
-        # What an earlier start of the run told does not hold once it is started again.
-        if told and (told["state"] in RUNNING or told.get("process_began", 0) >= created - 1):
-            return str(told["state"]), told
+        # What an earlier start of the run wrote does not hold once it is started again.
+        if status and (status["state"] in RUNNING or status.get("process_began", 0) >= created - 1):
+            return str(status["state"]), status
         if is_held or job in ALIVE:
             return ("training" if is_held else "starting"), {}
-        if told:
-            return str(told["state"]), told
+        if status:
+            return str(status["state"]), status
         if (run / MANIFEST_FILE).is_file():
             return "ended", {}
         return ("failed" if job in ("failed", "lost") else "stopped"), {}

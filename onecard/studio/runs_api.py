@@ -151,7 +151,7 @@ class RunRoutes:
         fields = {name: value for name, value in body.items() if kind == "ask" and name in ASK_FIELDS}
         if kind == "ask" and not (fields.get("question") or fields.get("messages")):
             raise bad_request("the question is empty", "question")
-        if control_link.told(run):
+        if control_link.status(run):
             return control_link.send(run, kind, **fields)
         job = self.runs.details(run)["job"]
         if kind == "stop" and isinstance(job, str):  # SIGTERM: it finishes its step and saves

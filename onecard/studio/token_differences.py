@@ -89,8 +89,8 @@ async def _ids(client: httpx.AsyncClient, body: Mapping[str, Any]) -> list[int]:
 async def _scores(client: httpx.AsyncClient, model: str, ids: Sequence[int]) -> tuple[list[str], list[float]]:
     """The texts of the tokens and their log-probabilities under a model; the first one has none and counts as 0."""
     body = {"model": model, "prompt": list(ids), "echo": True, "logprobs": 0, "max_tokens": 0}
-    told = (await _post(client, "/v1/completions", body))["choices"][0]["logprobs"]
-    return told["tokens"], [value or 0.0 for value in told["token_logprobs"]]
+    logprobs = (await _post(client, "/v1/completions", body))["choices"][0]["logprobs"]
+    return logprobs["tokens"], [value or 0.0 for value in logprobs["token_logprobs"]]
 
 
 async def _post(client: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> Any:

@@ -54,7 +54,7 @@ class ChatApi:
     def __init__(self, context: StudioContext, server: ChatServer) -> None:
         self._context, self._server = context, server
         self._votes = context.output_root / OWN_FOLDER / VOTES
-        self._told: ChatState | None = None
+        self._published: ChatState | None = None
         self._voting, self._starting = asyncio.Lock(), asyncio.Lock()
 
     def news(self) -> Iterator[News]:
@@ -67,8 +67,8 @@ class ChatApi:
         if ended_for:
             self._server.stop()
         state = self._server.state()
-        if state != self._told:
-            self._told = state
+        if state != self._published:
+            self._published = state
             yield "chat", {**state.to_json(), "ended_for": ended_for}
 
     def shown(self, request: Request) -> Response:

@@ -126,10 +126,10 @@ class Worker:
         return self._process
 
 
-def error_of(told: dict[str, Any]) -> OneCardError:
+def error_of(error: dict[str, Any]) -> OneCardError:
     """The error that was raised there."""
-    if told["kind"] != "ConfigError":
-        return KINDS.get(told["kind"], OneCardError)(told["message"])
-    problems = [(flag, text) for flag, text in told["problems"]]
-    message = told["message"].removeprefix(f"{told['flag']}: ")
-    return ConfigError(told["flag"], message, problems)
+    if error["kind"] != "ConfigError":
+        return KINDS.get(error["kind"], OneCardError)(error["message"])
+    problems = [(flag, text) for flag, text in error["problems"]]
+    message = error["message"].removeprefix(f"{error['flag']}: ")
+    return ConfigError(error["flag"], message, problems)

@@ -139,9 +139,9 @@ def answer(question: str, arguments: dict[str, Any]) -> dict[str, Any]:
     except OneCardError as reason:
         return {"error": {"kind": type(reason).__name__, "message": str(reason)}}
     except Exception as reason:
-        told = f"this was not foreseen: {type(reason).__name__}: {reason}"
-        error(f"{told}\n{said.getvalue()}{traceback.format_exc()}")  # for the terminal
-        return {"error": {"kind": "OneCardError", "message": told}}
+        message = f"this was not foreseen: {type(reason).__name__}: {reason}"
+        error(f"{message}\n{said.getvalue()}{traceback.format_exc()}")  # for the terminal
+        return {"error": {"kind": "OneCardError", "message": message}}
     warnings = planning.warnings_in(said.getvalue())
     return {"result": {**result, "warnings": [*result.get("warnings", []), *warnings]}}
 

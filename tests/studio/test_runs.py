@@ -36,15 +36,13 @@ class FakeControl:
     def reply(self, run: Path, request_id: str) -> dict[str, Any] | None:
         return {"state": "done", "text": "42", "error": "", "step": 7, "seconds": 0.5} if request_id == "1-a" else None
 
-    def told(self, run: Path) -> dict[str, Any]:
-        return self.status
-
 
 @pytest.fixture
 def control(monkeypatch: pytest.MonkeyPatch) -> FakeControl:
     fake = FakeControl()
-    for name in ("send", "reply", "told"):
-        monkeypatch.setattr(control_link, name, getattr(fake, name))
+    monkeypatch.setattr(control_link, "send", fake.send)
+    monkeypatch.setattr(control_link, "reply", fake.reply)
+    monkeypatch.setattr(control_link, "status", lambda run: fake.status)
     return fake
 
 

@@ -94,12 +94,12 @@ class Screen:
         rewrites: chunks may change what was shown before, as beams do.
         """
         if self.can_redraw and rewrites:
-            way = self._redrawn()
+            typing = self._redrawn()
         elif self.is_terminal and not rewrites:
-            way = self._grown()
+            typing = self._grown()
         else:
-            way = self._at_the_end()
-        with way as show:
+            typing = self._at_the_end()
+        with typing as show:
             yield show
 
     @contextmanager

@@ -128,15 +128,15 @@ class ServerComparison:
     ) -> ServerFinding:  # fmt: skip
         """Whether conversations become the right prompts, told by /tokenize or seen in the answers."""
         prompts = self.check.prompts
-        told = [self.client.prompt_ids(one.messages) for one in prompts]
-        if all(told):
-            if told == [one.ids for one in prompts]:
+        server_ids = [self.client.prompt_ids(one.messages) for one in prompts]
+        if all(server_ids):
+            if server_ids == [one.ids for one in prompts]:
                 return ServerFinding(YES, f"/tokenize gives the run's ids for {len(prompts)} conversations")
             for cause in self._causes():
-                if told == cause.ids:
+                if server_ids == cause.ids:
                     return ServerFinding(NO, f"{cause.words} (/tokenize gives just these ids)", cause.name)
-            k = next(k for k, one in enumerate(prompts) if told[k] != one.ids)
-            begins = self.tokenizer.decode(told[k] or [], skip_special_tokens=False)[:120]
+            k = next(k for k, one in enumerate(prompts) if server_ids[k] != one.ids)
+            begins = self.tokenizer.decode(server_ids[k] or [], skip_special_tokens=False)[:120]
             words = f"the server feeds its model another prompt, which begins {begins!r}"
             return ServerFinding(NO, f"{words}; {REMEDY}", "wrong template")
         if chat is None:
