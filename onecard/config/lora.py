@@ -24,12 +24,14 @@ LORA_FORMS: dict[str, tuple[str, Any]] = {
 BOTTLENECK_FORMS = ("houlsby", "pfeiffer", "parallel")
 # Without an adapter: all weights of the base, or those of its last N layers.
 FULL, FREEZE = "full", "freeze:"
-# Which of LoRA's settings another method has, too; the others are its own, by --peft_option.
-METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
-    "adalora": ("lora_r", "lora_alpha", "lora_dropout"), "ia3": (), "vera": ("lora_dropout",), "oft": (),
-    "miss": ("lora_dropout",), "shira": ("lora_r",),
-    "randlora": ("lora_dropout",), "loha": ("lora_r", "lora_alpha"), "lokr": ("lora_r", "lora_alpha"),
-    "prompt_tuning": (), "p_tuning": (), "prefix_tuning": (), "bottleneck": ("lora_dropout",),
+# What PEFT calls those of LoRA's settings that a method has; all others are its own, by --peft_option.
+METHOD_SETTINGS: dict[str, dict[str, str]] = {
+    "lora": {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    "adalora": {"lora_r": "target_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    "ia3": {}, "vera": {"lora_dropout": "vera_dropout"}, "oft": {}, "miss": {"lora_dropout": "miss_dropout"},
+    "shira": {"lora_r": "r"}, "randlora": {"lora_dropout": "randlora_dropout"},
+    "loha": {"lora_r": "r", "lora_alpha": "alpha"}, "lokr": {"lora_r": "r", "lora_alpha": "alpha"},
+    "prompt_tuning": {}, "p_tuning": {}, "prefix_tuning": {}, "bottleneck": {"lora_dropout": "dropout"},
 }  # fmt: skip
 # Their products have the shape of the stored weights, which 4 bits pack otherwise.
 NOT_IN_4_BITS = ("loha", "lokr")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from onecard.config.lora import LoraOptions
+from onecard.config.lora import METHOD_SETTINGS, LoraOptions
 from onecard.errors import ConfigError
 
 # pissa: randomised SVD, 16 iterations: seconds per layer instead of minutes, as PEFT recommends. Both take a part of
@@ -38,16 +38,14 @@ class AdaptedLayers:
 class PeftMethod:
     """How one method is configured, and what it makes of a layer."""
 
-    settings: Callable[[LoraOptions, AdaptedLayers], dict[str, Any]]
-    """What its configuration is made with, target_modules included."""
     prefix: str
     """What the names of its tensors begin with, as PEFT registers it; empty for virtual tokens: no layer has them."""
     zero: tuple[str, ...]
     """Parts of the names of those that begin at zero, so that an untrained adapter changes nothing."""
     stored: Mapping[str, Any] = field(default_factory=dict)
     """Settings of one that was trained: how it began no longer matters."""
-    transposed: bool = True
-    """Whether it goes over layers that store (in, out): Conv1D of GPT-2."""
+    transposed: bool | None = False
+    """Whether it goes over layers that store (in, out), Conv1D of GPT-2, if told so (fan_in_fan_out); None: untold."""
     shared: tuple[str, ...] = ()
     """Parts of the names of tensors that are not trained and that all layers use."""
     mergeable: bool = True
@@ -56,121 +54,82 @@ class PeftMethod:
     """Whether two numbers for each weight are kept beside it while it is trained."""
     alpha: str = ""
     """The setting to which all that it adds to the weights is proportional; empty: there is none."""
+    own: Callable[[LoraOptions, AdaptedLayers], dict[str, Any]] = lambda options, layers: {}
+    """Further settings of its configuration."""
+    defaults: Callable[[LoraOptions], dict[str, Any]] = lambda options: {}
+    """Settings that are others here than PEFT's, unless --peft_option gives them."""
 
 
 def _lora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
     return {
-        "r": options.lora_r,
-        "lora_alpha": options.lora_alpha,
-        "lora_dropout": options.lora_dropout,
-        "target_modules": layers.modules,
-        "target_parameters": layers.parameters,
-        "use_rslora": options.use_rslora,
-        "use_dora": options.use_dora,
+        "target_parameters": layers.parameters, "use_rslora": options.use_rslora, "use_dora": options.use_dora,
         "init_lora_weights": MOVING_STARTS.get(options.lora_init, True),
-        "fan_in_fan_out": layers.transposed,
-    }
-
-
-def _adalora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
-    # Its authors begin with 1.5 times the rank that is left. How many steps there are is known later.
-    first = {} if "init_r" in options.peft_options else {"init_r": math.ceil(1.5 * options.lora_r)}
-    return {
-        "r": 8, "target_r": options.lora_r, **first,  # PEFT warns of another r, which it does not use
-        "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
-        "target_modules": layers.modules, "total_step": UNKNOWN_STEPS, "fan_in_fan_out": layers.transposed,
     }  # fmt: skip
 
 
-def _ia3(_: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
-    inside = [name for name in layers.modules if name.rsplit(".", 1)[-1] in FEEDFORWARD]
-    return {
-        "target_modules": layers.modules, "feedforward_modules": inside, "fan_in_fan_out": layers.transposed
-    }  # fmt: skip
-
-
-def _vera(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
-    return {
-        "vera_dropout": options.lora_dropout, "target_modules": layers.modules, "save_projection": True,
-        "fan_in_fan_out": layers.transposed,
-    }  # fmt: skip
-
-
-def _randlora(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
-    # PEFT would write the basis once for each layer; it makes the same one of its key again.
-    return {
-        "randlora_dropout": options.lora_dropout, "target_modules": layers.modules, "save_projection": False,
-        "fan_in_fan_out": layers.transposed,
-    }  # fmt: skip
-
-
-def _miss(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
-    return {"miss_dropout": options.lora_dropout, "target_modules": layers.modules}
-
-
-def _shira(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
-    return {"r": options.lora_r, "target_modules": layers.modules}
-
-
-def _lycoris(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
-    return {"r": options.lora_r, "alpha": options.lora_alpha, "target_modules": layers.modules}
-
-
-def _prompt_tuning(options: LoraOptions, _: AdaptedLayers) -> dict[str, Any]:
-    # As its authors found best for smaller models: vectors of words of the vocabulary. PEFT would draw them from a
-    # distribution some fifty times as wide. https://arxiv.org/abs/2104.08691, figure 3
-    ours = {"num_virtual_tokens": N_VIRTUAL_TOKENS, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    return {name: value for name, value in ours.items() if name not in options.peft_options}
-
-
-def _p_tuning(options: LoraOptions, _: AdaptedLayers) -> dict[str, Any]:
-    return {} if "num_virtual_tokens" in options.peft_options else {"num_virtual_tokens": N_VIRTUAL_TOKENS}
-
-
-def _prefix_tuning(options: LoraOptions, _: AdaptedLayers) -> dict[str, Any]:
-    # In PEFT's comparison a start at zero learned twice as much as its own, at random.
-    ours = {"num_virtual_tokens": N_VIRTUAL_TOKENS, "init_weights": "zero"}
-    return {name: value for name, value in ours.items() if name not in options.peft_options}
-
-
-def _bottleneck(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
-    # The scale of the parallel form is that of its authors.
-    ours = {"scaling": 4.0} if options.peft_options.get("form") == "parallel" else {}
-    kept = {name: value for name, value in ours.items() if name not in options.peft_options}
-    return {"dropout": options.lora_dropout, "target_modules": layers.modules, **kept}
+def _feedforward(_: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
+    return {"feedforward_modules": [name for name in layers.modules if name.rsplit(".", 1)[-1] in FEEDFORWARD]}
 
 
 METHODS = {
-    "lora": PeftMethod(_lora, "lora_", ("lora_B",), {"init_lora_weights": True}, alpha="lora_alpha"),
+    "lora": PeftMethod(
+        "lora_", ("lora_B",), {"init_lora_weights": True}, transposed=True, alpha="lora_alpha", own=_lora
+    ),
     "adalora": PeftMethod(
-        _adalora, "lora_", ("lora_E",), {"tinit": 0, "tfinal": 0, "rank_pattern": None}, scored=True, alpha="lora_alpha"
+        "lora_", ("lora_E",), {"tinit": 0, "tfinal": 0, "rank_pattern": None}, transposed=True, scored=True,
+        alpha="lora_alpha", own=lambda *_: {"r": 8, "total_step": UNKNOWN_STEPS},  # PEFT warns of another r, unused
+        # Its authors begin with 1.5 times the rank that is left. How many steps there are is known later.
+        defaults=lambda options: {"init_r": math.ceil(1.5 * options.lora_r)},
     ),
-    "ia3": PeftMethod(_ia3, "ia3_", ()),
-    "vera": PeftMethod(_vera, "vera_lambda_", ("vera_lambda_b",), shared=("vera_A", "vera_B")),
-    "oft": PeftMethod(lambda _, layers: {"target_modules": layers.modules}, "oft_", ("oft_R",), transposed=False),
-    "miss": PeftMethod(_miss, "miss_", ("miss_block",), transposed=False),
-    "shira": PeftMethod(_shira, "shira_", ("shira_weight",), transposed=False, mergeable=False),
+    "ia3": PeftMethod("ia3_", (), transposed=True, own=_feedforward),
+    "vera": PeftMethod(
+        "vera_lambda_", ("vera_lambda_b",), transposed=True, shared=("vera_A", "vera_B"),
+        own=lambda *_: {"save_projection": True},
+    ),
+    "oft": PeftMethod("oft_", ("oft_R",)),
+    "miss": PeftMethod("miss_", ("miss_block",)),
+    "shira": PeftMethod("shira_", ("shira_weight",), mergeable=False),
     "randlora": PeftMethod(
-        _randlora, "randlora_", ("randlora_lambda",), shared=("randlora_A", "randlora_B"), mergeable=False
+        "randlora_", ("randlora_lambda",), transposed=True, shared=("randlora_A", "randlora_B"), mergeable=False,
+        # PEFT would write the basis once for each layer; it makes the same one of its key again.
+        own=lambda *_: {"save_projection": False},
     ),
-    "loha": PeftMethod(_lycoris, "hada_", ("hada_w2_b",), transposed=False, alpha="alpha"),
-    "lokr": PeftMethod(_lycoris, "lokr_", ("lokr_w1", "lokr_w1_a"), transposed=False, alpha="alpha"),
+    "loha": PeftMethod("hada_", ("hada_w2_b",), alpha="alpha"),
+    "lokr": PeftMethod("lokr_", ("lokr_w1", "lokr_w1_a"), alpha="alpha"),
     "prompt_tuning": PeftMethod(
-        _prompt_tuning, "", (), {"prompt_tuning_init": "RANDOM", "tokenizer_kwargs": None}, mergeable=False
+        "", (), {"prompt_tuning_init": "RANDOM", "tokenizer_kwargs": None}, transposed=None, mergeable=False,
+        # As its authors found best for smaller models: vectors of words of the vocabulary. PEFT would draw them from a
+        # distribution some fifty times as wide. https://arxiv.org/abs/2104.08691, figure 3
+        defaults=lambda _: {"num_virtual_tokens": N_VIRTUAL_TOKENS, "prompt_tuning_init": "SAMPLE_VOCAB"},
     ),
-    "p_tuning": PeftMethod(_p_tuning, "", (), mergeable=False),
-    "prefix_tuning": PeftMethod(_prefix_tuning, "", (), {"init_weights": None}, mergeable=False),
-    "bottleneck": PeftMethod(_bottleneck, "bottleneck_", ("bottleneck_up",), mergeable=False),
-}
+    "p_tuning": PeftMethod(
+        "", (), transposed=None, mergeable=False, defaults=lambda _: {"num_virtual_tokens": N_VIRTUAL_TOKENS}
+    ),
+    "prefix_tuning": PeftMethod(
+        "", (), {"init_weights": None}, transposed=None, mergeable=False,
+        # In PEFT's comparison a start at zero learned twice as much as its own, at random.
+        defaults=lambda _: {"num_virtual_tokens": N_VIRTUAL_TOKENS, "init_weights": "zero"},
+    ),
+    "bottleneck": PeftMethod(
+        "bottleneck_", ("bottleneck_up",), transposed=None, mergeable=False,
+        # The scale of the parallel form is that of its authors.
+        defaults=lambda options: {"scaling": 4.0} if options.peft_options.get("form") == "parallel" else {},
+    ),
+}  # fmt: skip
 
 
 def peft_settings(options: LoraOptions, layers: AdaptedLayers) -> dict[str, Any]:
     """The settings of the chosen method. Raises ConfigError where it cannot do what is asked for."""
     method = METHODS[options.peft_method]
-    settings = method.settings(options, layers)
+    settings = {theirs: getattr(options, ours) for ours, theirs in METHOD_SETTINGS[options.peft_method].items()}
+    settings |= {"target_modules": layers.modules} if method.prefix else {}
+    settings |= {"fan_in_fan_out": layers.transposed} if method.transposed else {}
+    typed = options.peft_options
+    settings |= {name: value for name, value in method.defaults(options).items() if name not in typed}
+    settings |= method.own(options, layers)
     if layers.parameters and not settings.get("target_parameters"):
         raise ConfigError("--lora_target_parameters", f"does not go with --peft_method {options.peft_method}")
-    if layers.transposed and not method.transposed:
+    if layers.transposed and method.transposed is False:
         text = f"{options.peft_method} has no form for the Conv1D layers of this base; use lora, vera or ia3"
         raise ConfigError("--peft_method", text)
     return settings

@@ -9,21 +9,18 @@ import types
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from onecard.config.lora import LoraOptions
+from onecard.config.lora import METHOD_SETTINGS, LoraOptions
 from onecard.console import nearest
 from onecard.errors import ConfigError
 
 FLAG = "--peft_option"
-# What has a flag here, by PEFT's name. r, alpha and dropout are added where a method takes them from one.
+# What has a flag here, by PEFT's name.
 FLAG_OF = {
     "peft_type": "--peft_method", "target_modules": "--lora_target_modules", "use_rslora": "--use_rslora",
     "target_parameters": "--lora_target_parameters", "use_dora": "--use_dora", "init_lora_weights": "--lora_init",
     "modules_to_save": "--train_embeddings", "ensure_weight_tying": "--train_embeddings",
     "trainable_token_indices": "--train_new_tokens", "base_model_name_or_path": "--model_path",
-    "r": "--lora_r", "target_r": "--lora_r", "lora_alpha": "--lora_alpha", "alpha": "--lora_alpha",
-    "lora_dropout": "--lora_dropout",
-    "vera_dropout": "--lora_dropout", "randlora_dropout": "--lora_dropout", "miss_dropout": "--lora_dropout",
-    "dropout": "--lora_dropout",
+    **{theirs: f"--{ours}" for taken in METHOD_SETTINGS.values() for ours, theirs in taken.items()},
 }  # fmt: skip
 ALWAYS_BY_FLAG = ("peft_type", "modules_to_save", "trainable_token_indices", "base_model_name_or_path")
 SET_HERE = {

@@ -31,7 +31,7 @@ PACKAGE = Path(methods.__file__).parents[2]
 
 def test_the_option_and_the_table_and_peft_agree() -> None:
     assert METHODS.keys() | LORA_FORMS.keys() == set(get_args(PeftMethodName))
-    assert METHOD_SETTINGS.keys() == METHODS.keys() - {"lora"}
+    assert METHOD_SETTINGS.keys() == METHODS.keys()
     register_bottleneck()
     assert {name.upper() for name in METHODS} - {kind.value for kind in PeftType} == {"BOTTLENECK"}
     for name, method in METHODS.items():
@@ -68,8 +68,7 @@ def test_the_trained_part_is_what_has_gradients(options: dict, tiny_base: Path) 
 
 
 def test_what_a_method_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> None:
-    ia3 = methods.PeftMethod(lambda _, layers: {"target_modules": layers.modules}, "ia3_", "ia3_none", {})
-    monkeypatch.setitem(METHODS, "ia3", ia3)
+    monkeypatch.setitem(METHODS, "ia3", methods.PeftMethod("ia3_", ("ia3_none",)))
     asked = LoraOptions(peft_method="ia3", train_new_tokens=True)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--train_new_tokens: does not go with --peft_method ia3"):
         add_lora(AutoModelForCausalLM.from_pretrained(tiny_base), asked, new_ids=[5])
