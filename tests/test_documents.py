@@ -41,7 +41,7 @@ DOCUMENTS = ["README.md", "docs/README_zh.md", "CONTRIBUTING.md", "docs/benchmar
 SCRIPTS = sorted(path.name for path in (REPOSITORY / "scripts").glob("*.sh") if path.name != "environment.sh")
 TALKING = ("generate.sh", "chat_7B.sh", "chat_cli.sh", "serve.sh")
 RECIPES = [name for name in SCRIPTS if name not in ("quickstart.sh", "test.sh", "docs.sh", "prove_gpu.sh")]
-TOOLS = sorted(path.name for path in (REPOSITORY / "tools").glob("*.py"))
+TOOLS = sorted(path.name for path in (REPOSITORY / "tools").glob("[!_]*.py"))
 BENCHMARKS = sorted(f"benchmarks/{path.name}" for path in (REPOSITORY / "benchmarks").glob("*.py"))
 SETTINGS = sorted(path.name for path in (REPOSITORY / "config-sample").glob("*.yaml"))
 

@@ -3,13 +3,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from onecard.console import run_main
-from onecard.programs.doctor import main
+from _clone import start
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    start(__file__)

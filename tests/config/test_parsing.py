@@ -21,7 +21,7 @@ from onecard.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRIES = ["finetune.py", "finetune_chat.py", "generate.py", "chat.py"]
-TOOLS = sorted(f"tools/{path.name}" for path in (REPOSITORY / "tools").glob("*.py"))
+TOOLS = sorted(f"tools/{path.name}" for path in (REPOSITORY / "tools").glob("[!_]*.py"))
 HELP_LIMIT_S = 0.3
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy", "pandas", "matplotlib"}
 
