@@ -168,8 +168,8 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     from onecard.inference.rollouts import RolloutSampler
     from onecard.model.memory.rollouts import answers_at_once
     from onecard.objectives.rewards import Answer, Rewards
-    from onecard.train.answer_log import ROLLOUTS_NAME, AnswerLog
     from onecard.train.rollouts import Rollouts
+    from onecard.train.step_log import ROLLOUTS_NAME, StepLog
 
     options = run.options
     sampler = RolloutSampler(
@@ -177,7 +177,7 @@ def open_rollouts(run: Run, tokenizer: Any, template: Template, run_dir: Path) -
     )
     at_once = options.rollout_batch or (answers_at_once(run.plan) if run.plan is not None else 1)
     say(f"{options.rollouts} answers to each prompt, at most {at_once} sampled at once (--rollout_batch)")
-    log = AnswerLog(run_dir, ROLLOUTS_NAME)
+    log = StepLog(run_dir, ROLLOUTS_NAME)
     if run.accelerator.is_main_process:
         log.keep_up_to(run.state.step)
     rewards = Rewards(options)
@@ -193,12 +193,12 @@ def open_questions(
 ) -> RunControl:
     """What carries out requests to a run, and asks its model; the `standing` questions at each evaluation."""
     from onecard.inference.live_answers import live_answer
-    from onecard.train.answer_log import QUESTIONS_NAME, AnswerLog
     from onecard.train.asking import Questions, answering_context, refusal_of
     from onecard.train.run_control import RunControl
+    from onecard.train.step_log import QUESTIONS_NAME, StepLog
 
     answers = partial(live_answer, replace(bundle, context=partial(answering_context, run.accelerator)))
-    log = AnswerLog(folder.run_dir or Path(run.options.output_path), QUESTIONS_NAME)
+    log = StepLog(folder.run_dir or Path(run.options.output_path), QUESTIONS_NAME)
     if run.accelerator.is_main_process:
         log.keep_up_to(run.state.step)
     return RunControl(folder, Questions(answers, log, standing, refusal=refusal_of(run.options)))

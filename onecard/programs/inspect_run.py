@@ -16,7 +16,7 @@ from onecard.config.parsing import parse
 from onecard.config.problems import Problem, too_small
 from onecard.console import say
 from onecard.errors import ConfigError
-from onecard.train.answer_log import ROLLOUTS_NAME, read_answers
+from onecard.train.step_log import ROLLOUTS_NAME, read_rows
 
 MOST_STEPS = 20  # lines of the table
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
                           "rewards can write it (finetune --objective grpo --log_rollouts)")  # fmt: skip
     totals: dict[int, list[float]] = defaultdict(lambda: [0.0] * 4)  # answers, rewards, tokens, cut off
     rows: list[dict[str, Any]] = []
-    for row in read_answers(Path(options.run_path) / ROLLOUTS_NAME):
+    for row in read_rows(Path(options.run_path) / ROLLOUTS_NAME):
         added = (1, row["reward"], row["n_tokens"], not row["ended"])
         totals[row["step"]] = [total + more for total, more in zip(totals[row["step"]], added, strict=True)]
         # The last step is known at the end only.

@@ -28,8 +28,8 @@ from onecard.data.values import UnusableRecord
 from onecard.errors import ConfigError, DataError, OneCardError
 from onecard.installation import command
 from onecard.model.hardware import count_gpus
-from onecard.train.answer_log import AnswerLog
 from onecard.train.run import Run
+from onecard.train.step_log import StepLog
 
 Answerer = Callable[[Sequence[Turn], SamplingOptions, threading.Event], Iterator[Any]]
 MOST_NEW_TOKENS, MOST_BEAMS = 4096, 16
@@ -42,7 +42,7 @@ class Questions:
     """Asks one run's model; `standing` questions are asked again at each evaluation."""
 
     def __init__(
-        self, answer: Answerer, log: AnswerLog, standing: Sequence[Sequence[Turn]] = (), refusal: str = ""
+        self, answer: Answerer, log: StepLog, standing: Sequence[Sequence[Turn]] = (), refusal: str = ""
     ) -> None:
         """refusal: why this run cannot be asked; empty where it can."""
         self._answer, self._log, self._standing, self.refusal = answer, log, standing, refusal

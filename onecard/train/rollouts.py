@@ -20,8 +20,8 @@ from onecard.errors import ModelError
 from onecard.model.out_of_memory import give_back_memory, is_out_of_memory
 from onecard.objectives.grpo import GroupRelative, Rollout, RolloutView, rollout_of
 from onecard.objectives.rewards import Answer, Rewards
-from onecard.train.answer_log import AnswerLog
 from onecard.train.run import Run, RunEvent
+from onecard.train.step_log import StepLog
 
 Sampler = Callable[[Sequence[list[int]], Sequence[int], float], Sequence[Any]]
 
@@ -29,7 +29,7 @@ Sampler = Callable[[Sequence[list[int]], Sequence[int], float], Sequence[Any]]
 class Rollouts:
     """Samples and rewards answers for one run."""
 
-    def __init__(self, sample: Sampler, rewards: Rewards, log: AnswerLog, at_once: int) -> None:
+    def __init__(self, sample: Sampler, rewards: Rewards, log: StepLog, at_once: int) -> None:
         """sample: prompts of ids, numbers of answers and a temperature to answers with ids, text and ended.
 
         at_once: answers that are sampled together.

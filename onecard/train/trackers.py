@@ -5,7 +5,6 @@ Only the first process of a multi-process run reports. Nothing leaves the machin
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import uuid
@@ -18,29 +17,14 @@ from tqdm import tqdm
 
 from onecard.console import say, warn
 from onecard.errors import ConfigError
-from onecard.storage import write_whole
+from onecard.train.step_log import LOG_NAME, StepLog, read_log
 from onecard.translation import translated
 
-LOG_NAME = "log.jsonl"
 SECONDS_PER_LINE = 30
 OF_SOURCE = "loss/"  # names the loss of one source of a mixture in a row
 REWARD, REWARDS, ACCURACY = "reward", "rewards/", "rewards/accuracies"  # metrics in a row; of evaluations behind eval_
 FORGETTING = "forgetting"  # KL(base || tuned) per token
 ANCHOR = "kl_anchor"  # the same on the texts of a step, before its update
-
-
-def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of log.jsonl; a last line that a kill left half-written is passed over."""
-    path = run_dir / LOG_NAME
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 class Reporter:
@@ -59,11 +43,11 @@ class Reporter:
     ) -> None:
         self.run_dir, self.total_steps, self.enabled, self.unit = run_dir, total_steps, enabled, unit
         self.trackers: list[Any] = []
-        self._tokens, self._seconds, self._warned = 0, 0.0, False  # since the last logged row
+        self._tokens, self._seconds = 0, 0.0  # since the last logged row
         if not enabled:
             return
-        self._keep_rows_up_to(first_step)
-        self._log = (run_dir / LOG_NAME).open("a", encoding="utf-8")
+        self._log = StepLog(run_dir, LOG_NAME)
+        self._log.keep_up_to(first_step)
         # A bar redraws itself and would fill a log file, so a file gets one line per logged step instead.
         self.is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -132,11 +116,10 @@ class Reporter:
             yield progress
 
     def close(self) -> None:
-        """Finish the bar, flush the files and draw loss.png."""
+        """Finish the bar and draw loss.png."""
         if not self.enabled:
             return
         self._bar.close()
-        self._log.close()
         for tracker in self.trackers:
             tracker.finish()
         try:
@@ -144,21 +127,8 @@ class Reporter:
         except OSError as reason:
             warn(f"loss.png was not written: {reason}")
 
-    def _keep_rows_up_to(self, step: int) -> None:
-        path = self.run_dir / LOG_NAME
-        rows = [row for row in read_log(self.run_dir) if row.get("step", 0) <= step]
-        if path.is_file():
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-
     def _write(self, row: dict[str, Any]) -> None:
-        try:
-            self._log.write(json.dumps(row) + "\n")
-            self._log.flush()
-        except OSError as reason:
-            # A full disk must not end the run: the log can be redrawn, the night cannot.
-            if not self._warned:
-                warn(f"{LOG_NAME} cannot be written ({reason}); training goes on")
-            self._warned = True
+        self._log.write(row["step"], [row])
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         for tracker in self.trackers:
             tracker.log(numbers, step=row["step"])

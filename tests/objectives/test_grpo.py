@@ -26,8 +26,8 @@ from onecard.objectives.grpo import GroupRelative, Rollout, group_advantages, ro
 from onecard.objectives.reward_file import RewardError
 from onecard.programs import inspect_run
 from onecard.recipes import finetune
-from onecard.train.answer_log import ROLLOUTS_NAME, AnswerLog
 from onecard.train.optim import build_optimizer
+from onecard.train.step_log import ROLLOUTS_NAME, StepLog
 from onecard.train.trackers import draw_loss, read_log
 from tests import tiny
 from tests.runs import assert_same_end, final_checkpoint, run_and_stop
@@ -375,7 +375,7 @@ def test_as_many_answers_are_sampled_at_once_as_training_leaves_room_for() -> No
 
 
 def test_what_was_sampled_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = AnswerLog(tmp_path, ROLLOUTS_NAME)
+    log = StepLog(tmp_path, ROLLOUTS_NAME)
     row = {"record": "a:1", "prompt": "Two\nlines", "reference": "5", "rewards": {"exact": 1.0}, "n_tokens": 4}
     worse = {**row, "answer": "6\x1b[2J", "reward": 0.25, "ended": False, "rewards": {"exact": 0.0}}
     for step in (1, 2, 3):

@@ -21,8 +21,8 @@ from onecard.errors import OneCardError
 from onecard.model.memory.estimate import GIB
 from onecard.recipes import finetune
 from onecard.train import intervals, loop
-from onecard.train.answer_log import QUESTIONS_NAME, read_answers
 from onecard.train.resume import NOT_OF_THE_RUN
+from onecard.train.step_log import QUESTIONS_NAME, read_rows
 from onecard.train.trackers import read_log
 from tests import tiny
 from tests.runs import final_checkpoint, run_and_stop
@@ -143,7 +143,7 @@ TABLE = {
     "early_stopping_patience": same(9, lambda s: s.run.state.evaluations_since_best == 0),
     "stop_on": Row("balanced"),  # of --early_stopping_patience
     "eval_suites": Row("open:missing.jsonl"),
-    "ask": same(["Say hello"], lambda s: [row["step"] for row in read_answers(s.output / QUESTIONS_NAME)] == [8]),
+    "ask": same(["Say hello"], lambda s: [row["step"] for row in read_rows(s.output / QUESTIONS_NAME)] == [8]),
     "ask_file": same("QUESTIONS", lambda s: "step 8: 数到 0 -> " in s.printed),
     "compare_with_base": same(False, lambda s: "held-out records" not in s.printed),
     "server_check": same(True, lambda s: (s.output / "server_check.json").is_file()),

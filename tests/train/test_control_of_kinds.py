@@ -11,9 +11,9 @@ import pytest
 
 from onecard.recipes import finetune
 from onecard.train import loop, memory_probe
-from onecard.train.answer_log import QUESTIONS_NAME, read_answers
 from onecard.train.control import NotRunning, reply, send, status
 from onecard.train.rundir import RunDirectory
+from onecard.train.step_log import QUESTIONS_NAME, read_rows
 from tests import tiny
 
 SHORT = {"total_batch": 4, "max_steps": 3, "num_epoch": 9, "test_size": 4, "eval_steps": 2, "compare_with_base": False}
@@ -121,4 +121,4 @@ def test_asked_at_odd_moments(
     }  # fmt: skip
     assert "the model reads at most 512" in found["long"].error and refused == ["ask"]
     assert found["evaluation after step 3"].error == "the run has ended before this was carried out"
-    assert len(list(read_answers(run / QUESTIONS_NAME))) == 4
+    assert len(list(read_rows(run / QUESTIONS_NAME))) == 4

@@ -21,11 +21,11 @@ from onecard.errors import DataError, Stopped
 from onecard.inference.call import GenerateCall
 from onecard.recipes import finetune
 from onecard.train import asking, control, loop
-from onecard.train.answer_log import QUESTIONS_NAME, read_answers
 from onecard.train.control import NotRunning, Reply, RunStatus, reply, send, status
 from onecard.train.control_folder import ControlFolder
 from onecard.train.end_by_clock import EndByClock
 from onecard.train.intervals import Timer
+from onecard.train.step_log import QUESTIONS_NAME, read_rows
 from tests import tiny
 from tests.launching import ended, fail, finish, launch, torchrun
 from tests.runs import assert_same_end, run_and_stop
@@ -97,7 +97,7 @@ def test_questions_change_no_bit_of_the_run(
     assert {name: each.state for name, each in replies.items()} == dict.fromkeys(visitor.sent, "done")
     assert {name: each.step for name, each in replies.items()} == {"greedy": 2, "drawn": 5, "beams": 8, "state": 9}
     assert replies["state"].text == "checkpoint-9 is saved"
-    rows = list(read_answers(run / QUESTIONS_NAME))
+    rows = list(read_rows(run / QUESTIONS_NAME))
     assert [(row["step"], row["question"], row["answer"]) for row in rows] == [
         (2, "Say hello", replies["greedy"].text), (5, "Say hello", replies["drawn"].text),
         (8, "And?", replies["beams"].text),
@@ -152,7 +152,7 @@ def test_a_run_waits_answers_and_leaves_its_card_and_ends_as_undisturbed(
     assert said["take back"] == ("done", "back on the card, and paused at step 3")
     assert said["continue"] == ("done", "goes on after step 3 of 10")
     assert said["again"] == ("done", "the run was not waiting")
-    assert len(list(read_answers(run / QUESTIONS_NAME))) == 1
+    assert len(list(read_rows(run / QUESTIONS_NAME))) == 1
 
 
 @pytest.mark.parametrize("way", [pytest.param("request", marks=pytest.mark.slow), "signal"])
@@ -197,7 +197,7 @@ def test_a_stop_in_the_middle_of_an_answer_cuts_it(
     at_step[0] = lambda: visitor.send("long", "ask", question="Say hello", max_new_tokens=400, min_new_tokens=400)
     with pytest.raises(Stopped, match="stopped by a request after step 1"):
         finetune(tiny.config_for(tiny_base, instructions, visitor.run, **OPTIONS))
-    (row,) = read_answers(visitor.run / QUESTIONS_NAME)
+    (row,) = read_rows(visitor.run / QUESTIONS_NAME)
     assert row["finish_reason"] == "cancelled" and visitor.reply("long").state == "done"
 
 
@@ -307,7 +307,7 @@ def test_two_processes_answer_wait_stop_and_stay_on_their_cards(
         finish(process)
     assert_same_end(*runs)
     if not shard:
-        rows = [row["step"] for row in read_answers(visitor.run / QUESTIONS_NAME)]
+        rows = [row["step"] for row in read_rows(visitor.run / QUESTIONS_NAME)]
         assert rows == sorted([0, *range(4, 21, 4), paused])
 
 
@@ -323,7 +323,7 @@ def test_standing_questions_make_a_film_strip(
     run_and_stop(config, monkeypatch, after_steps=5)
     run = finetune(config)
     assert_same_end(undisturbed, run)
-    rows = [(row["step"], row["question"]) for row in read_answers(run / QUESTIONS_NAME)]
+    rows = [(row["step"], row["question"]) for row in read_rows(run / QUESTIONS_NAME)]
     assert rows == [(step, text) for step in (0, 4, 8, 10) for text in ("Translate", "Count to 3", "Say hello")]
 
 
