@@ -13,67 +13,47 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any
 
 MAX_MISSING_HALVES = 2  # more are left out: halves that stand for nothing of their own take rows of the embeddings
 
 
-class BpeJoins(Protocol):
-    """The joins of one tokenizer, in the order in which they are tried."""
+@dataclass
+class MergeRules:
+    """Byte-level BPE: only the listed pairs are joined, in the order of the list, the lowest rank first."""
+
+    order: dict[Any, int]
+    _next: int = 0
+
+    def __post_init__(self) -> None:
+        self._next = max(self.order.values(), default=-1) + 1
+
+    def key(self, left: str, right: str) -> Any:
+        """What `order` has for this join."""
+        return left, right
 
     def rank(self, left: str, right: str) -> int | None:
-        """How early the two are joined (the lowest first); None when they never are."""
+        """How early the two are joined; None when they never are."""
+        return self.order.get(self.key(left, right))
 
     def learn(self, left: str, right: str) -> None:
         """Let the two be joined, after all that is known."""
+        self.order[self.key(left, right)] = self._next
+        self._next += 1
 
     def forget(self, left: str, right: str) -> None:
         """Undo `learn`."""
+        del self.order[self.key(left, right)]
 
 
-@dataclass
-class PieceRules:
+class PieceRules(MergeRules):
     """SentencePiece: any two neighbours are joined that make a piece; the order is that of the pieces' scores.
 
     https://github.com/google/sentencepiece/blob/master/src/bpe_model.cc
     """
 
-    order: dict[str, int]
-    _next: int = 0
-
-    def __post_init__(self) -> None:
-        self._next = max(self.order.values(), default=-1) + 1
-
-    def rank(self, left: str, right: str) -> int | None:
-        return self.order.get(left + right)
-
-    def learn(self, left: str, right: str) -> None:
-        self.order[left + right] = self._next
-        self._next += 1
-
-    def forget(self, left: str, right: str) -> None:
-        del self.order[left + right]
-
-
-@dataclass
-class MergeRules:
-    """Byte-level BPE: only the listed pairs are joined, in the order of the list."""
-
-    order: dict[tuple[str, str], int]
-    _next: int = 0
-
-    def __post_init__(self) -> None:
-        self._next = max(self.order.values(), default=-1) + 1
-
-    def rank(self, left: str, right: str) -> int | None:
-        return self.order.get((left, right))
-
-    def learn(self, left: str, right: str) -> None:
-        self.order[left, right] = self._next
-        self._next += 1
-
-    def forget(self, left: str, right: str) -> None:
-        del self.order[left, right]
+    def key(self, left: str, right: str) -> str:
+        return left + right
 
 
 @dataclass
@@ -87,7 +67,7 @@ class VocabularyExtension:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def segment(symbols: Sequence[str], rules: BpeJoins) -> list[str]:
+def segment(symbols: Sequence[str], rules: MergeRules) -> list[str]:
     """Join neighbours, the lowest rank first and the leftmost among equals, until none is left to join.
 
     ["中", "国", "人"] with the rules 中+国 (0), 国+人 (1) -> ["中国", "人"]
@@ -104,7 +84,7 @@ def segment(symbols: Sequence[str], rules: BpeJoins) -> list[str]:
 
 def grow(
     candidates: Iterable[str],
-    rules: BpeJoins,
+    rules: MergeRules,
     known: Collection[str],
     *,
     max_new: int = 0,
@@ -146,7 +126,7 @@ def grow(
 
 
 def _learn(
-    piece: str, rules: BpeJoins, wanted: dict[str, int], present: Collection[str]
+    piece: str, rules: MergeRules, wanted: dict[str, int], present: Collection[str]
 ) -> list[tuple[str, str]] | None:
     """The joins that are missing on the way to a piece, learned; None, and nothing learned, where it is too far."""
     joins: list[tuple[str, str]] = []
@@ -164,12 +144,12 @@ def _learn(
     return joins
 
 
-def _may_join(pair: tuple[str, str], piece: str, present: Collection[str], rules: BpeJoins) -> bool:
+def _may_join(pair: tuple[str, str], piece: str, present: Collection[str], rules: MergeRules) -> bool:
     """Whether this join may be learned: not where SentencePiece has that text as a token of another type."""
     text = pair[0] + pair[1]
-    return text == piece or text not in present or isinstance(rules, MergeRules)
+    return text == piece or text not in present or not isinstance(rules, PieceRules)
 
 
-def _forget(joins: Sequence[tuple[str, str]], rules: BpeJoins) -> None:
+def _forget(joins: Sequence[tuple[str, str]], rules: MergeRules) -> None:
     for left, right in joins:
         rules.forget(left, right)
