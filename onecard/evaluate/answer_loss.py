@@ -19,7 +19,7 @@ from onecard.evaluate.measures import Measure
 from onecard.inference.batch.evaluate import UNLIMITED
 from onecard.inference.call import ModelBundle
 from onecard.inference.generate import longest_sequence
-from onecard.objectives.registry import objective_named
+from onecard.objectives.registry import of_answers
 from onecard.statistics import mean_interval
 
 
@@ -55,7 +55,7 @@ class AnswerLossTask:
     def work(self, bundle: ModelBundle, items: Sequence[AnsweredRecord]) -> list[dict[str, Any]]:
         """The log-probability of each answer, and over how many tokens."""
         settings = EncodeSettings(longest_sequence(bundle.model) or UNLIMITED, train_on="last")
-        encoder = objective_named(bundle.objective).of_answers.encoder
+        encoder = of_answers(bundle.objective).encoder
         rows: list[dict[str, Any]] = []
         texts, asked = [], []
         for item in items:

@@ -106,11 +106,6 @@ class Objective(ABC):
         """The samples that these rows make under these options."""
         return self.samples(dataset, rows)
 
-    @property
-    def of_answers(self) -> Objective:
-        """The objective by which single answers are scored; this one, unless it takes something else."""
-        return self
-
     looks_ahead: ClassVar[bool] = False
     """Whether the loss of a sample depends on the whole step: its `estimator` is then asked before the gradients."""
 
@@ -123,9 +118,9 @@ class Objective(ABC):
         """The same objective for the step of which this was found."""
         return self
 
-    @abstractmethod
     def length(self, sample: Any) -> int:
         """What `samples` has for this sample under `lengths`."""
+        return len(sample.input_ids)
 
     def lengths(self, samples: Sequence[Any]) -> np.ndarray:
         """`length` of each of these samples, (n,)."""
@@ -136,14 +131,14 @@ class Objective(ABC):
     def collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         """One batch of these samples, on the CPU."""
 
-    @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
         """The loss summed over the units of a batch (a scalar, fp32), and the number of these units.
 
         A sum, so that a step does not depend on how it is cut into micro-batches. It calls the forward of `model` as it
         is, wrapped or not, so that hooks of gradients fire. chunk_tokens: at most so many tokens have logits at a time,
-        0: all.
+        0: all. An objective has this or `sums`.
         """
+        return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
 
     def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
         """`loss` with the sums of the metrics; an objective that has some computes both here."""

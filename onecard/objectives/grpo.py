@@ -23,7 +23,6 @@ from onecard.data.encode import IGNORE_INDEX, LabelledSample
 from onecard.data.prompts import PromptEncoder
 from onecard.model.answer_log_probs import token_log_probs
 from onecard.objectives.base import LossSums, Objective, SampleView
-from onecard.objectives.next_token import SupervisedFineTuning
 from onecard.objectives.preference import adapter_off
 
 LEAST_DEVIATION = 1e-4  # added to the deviation of a group's rewards, as TRL has it
@@ -116,10 +115,6 @@ class GroupRelative(Objective):
             options.rollout_temperature, options.rollout_max_tokens, options.mask_overlong,
         )  # fmt: skip
 
-    @property
-    def of_answers(self) -> Objective:
-        return SupervisedFineTuning()
-
     def view(self, dataset: EncodedDataset, rows: np.ndarray, config: FinetuneConfig) -> SampleView:
         return PromptView(dataset, rows, self.max_tokens)
 
@@ -150,9 +145,6 @@ class GroupRelative(Objective):
         metrics = torch.stack([told.sum(dim=0), counts], dim=1).flatten()
         return torch.cat([-told.sum(dim=0)[:1], counts[:1], metrics, torch.zeros(4, dtype=torch.float64)])
 
-    def length(self, sample: Rollout) -> int:
-        return len(sample.input_ids)
-
     def collate(self, samples: Sequence[Rollout]) -> dict[str, Tensor]:
         """Besides what `collate` gives: advantages and weights (batch,), and old (batch, seq) where it is known."""
         batch = collate(samples, pad_id=0)
@@ -171,9 +163,6 @@ class GroupRelative(Objective):
                 # The token at place t is predicted at t - 1.
                 batch["old"][row, each.n_prompt - 1 : len(each.input_ids) - 1] = torch.tensor(each.old)
         return batch
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
-        return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
 
     def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
         reference = self.log_probs(model, batch, chunk_tokens, of_base=True) if self.kl_beta else None

@@ -22,7 +22,6 @@ from onecard.data.pairs import GoodOrBadEncoder
 from onecard.model.answer_log_probs import answer_log_probs
 from onecard.model.input_limits import position_limit
 from onecard.objectives.base import LossSums, Objective, SampleView
-from onecard.objectives.next_token import SupervisedFineTuning
 from onecard.objectives.preference import adapter_off
 
 
@@ -39,9 +38,6 @@ class LogRatio(Objective):
 
     name = "log_ratio"
     unit = "answer"
-
-    def length(self, sample: LabelledSample) -> int:
-        return len(sample.input_ids)
 
     def collate(self, samples: Sequence[LabelledSample]) -> dict[str, Tensor]:
         batch = collate(samples, pad_id=0)
@@ -76,10 +72,6 @@ class KahnemanTversky(LogRatio):
         return replace(self, beta=options.pref_beta or self.beta, desirable_weight=options.desirable_weight,
                        undesirable_weight=options.undesirable_weight)  # fmt: skip
 
-    @property
-    def of_answers(self) -> Objective:
-        return SupervisedFineTuning()
-
     def estimator(self, samples: Sequence[LabelledSample]) -> tuple[Objective, Sequence[LabelledSample]] | None:
         return (LogRatio(), mismatched(samples)) if len(samples) > 1 else None
 
@@ -92,9 +84,6 @@ class KahnemanTversky(LogRatio):
             **super().collate(samples),
             "good": torch.tensor([min(each.weights, default=1) > 0 for each in samples]),
         }
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
-        return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
 
     def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
         policy, reference = log_probs_and_reference(model, batch, chunk_tokens=chunk_tokens)

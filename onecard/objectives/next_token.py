@@ -23,9 +23,6 @@ class SupervisedFineTuning(Objective):
 
     name = "sft"
 
-    def length(self, sample: LabelledSample) -> int:
-        return len(sample.input_ids)
-
     def collate(self, samples: Sequence[LabelledSample]) -> dict[str, Tensor]:
         return collate(samples, pad_id=0)
 

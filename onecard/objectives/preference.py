@@ -26,7 +26,6 @@ from onecard.data.pairs import PairEncoder
 from onecard.model.answer_log_probs import answer_log_probs
 from onecard.model.lora.adapter import unwrap
 from onecard.objectives.base import LossSums, Objective, SampleView
-from onecard.objectives.next_token import SupervisedFineTuning
 from onecard.objectives.shared_prompt import collate_pairs, pair_lengths
 
 
@@ -97,10 +96,6 @@ class PreferenceObjective(Objective):
         beta = options.pref_beta or self.beta
         return replace(self, beta=beta, label_smoothing=options.label_smoothing, sft_weight=options.sft_weight)
 
-    @property
-    def of_answers(self) -> Objective:
-        return SupervisedFineTuning()
-
     def length(self, sample: AnswerPair) -> int:
         return pair_length(sample)
 
@@ -108,9 +103,6 @@ class PreferenceObjective(Objective):
         batch = collated(samples)
         known = [pair.reference for pair in samples if pair.reference is not None]
         return {**batch, "reference": torch.from_numpy(np.stack(known))} if len(known) == len(samples) else batch
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
-        return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
 
     def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
         reference = batch.get("reference") if self.uses_reference else None
@@ -124,14 +116,9 @@ class PreferenceObjective(Objective):
         losses = self.of_pairs(scores)
         if self.sft_weight:
             losses = losses - self.sft_weight * policy[:, 0] / sizes[:, 0]
-        return LossSums(losses.sum(), len(losses), self._metric_sums(scores.detach(), policy.detach()))
-
-    def _metric_sums(self, scores: Tensor, policy: Tensor) -> Tensor:
-        """(n_metrics, 2); a reward is beta times the score, by which TRL, too, says which answer is the better one."""
-        rewards = self.beta * scores
-        margins = rewards[:, 0] - rewards[:, 1]
-        each = torch.stack([*rewards.unbind(1), (margins > 0).float(), margins, *policy.unbind(1)])
-        return torch.stack([each.sum(dim=1), torch.full_like(each[:, 0], len(scores))], dim=1)
+        # A reward is beta times the score, by which TRL, too, says which answer is the better one.
+        metrics = pair_metrics(self.beta * scores.detach(), *policy.detach().unbind(1))
+        return LossSums(losses.sum(), len(losses), metrics)
 
     @abstractmethod
     def of_pairs(self, scores: Tensor) -> Tensor:
@@ -200,6 +187,13 @@ class OddsRatioPreference(PreferenceObjective):
     def of_pairs(self, scores: Tensor) -> Tensor:
         log_odds = scores - _log1mexp(scores)
         return -scores[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+
+
+def pair_metrics(rewards: Tensor, *more: Tensor) -> Tensor:
+    """The sums (n_metrics, 2) of the rewards (n, 2) of pairs, how often and by how much the chosen one's is larger."""
+    margins = rewards[:, 0] - rewards[:, 1]
+    each = torch.stack([*rewards.unbind(1), (margins > 0).float(), margins, *more])
+    return torch.stack([each.sum(dim=1), torch.full_like(each[:, 0], len(rewards))], dim=1)
 
 
 def pair_length(pair: AnswerPair) -> int:

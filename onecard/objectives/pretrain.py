@@ -23,7 +23,7 @@ from onecard.data.encode import (
     SamplePlan,
 )
 from onecard.data.messages import Conversation, Turn
-from onecard.objectives.base import Objective, SampleView
+from onecard.objectives.base import SampleView
 from onecard.objectives.next_token import SupervisedFineTuning
 
 CONVERSATION = (
@@ -140,10 +140,6 @@ class Pretraining(SupervisedFineTuning):
     name = "pretrain"
     unit = "token"
     encoder = WholeTextEncoder
-
-    @property
-    def of_answers(self) -> Objective:
-        return SupervisedFineTuning()
 
     def view(self, dataset: EncodedDataset, rows: np.ndarray, config: FinetuneConfig) -> SampleView:
         train = config.train

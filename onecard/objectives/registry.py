@@ -25,3 +25,8 @@ def objective_named(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise ModelError(f"the objective {name} is none of {', '.join(OBJECTIVES)}; a later version may know it")
     return OBJECTIVES[name]
+
+
+def of_answers(name: str) -> Objective:
+    """The objective by which single answers are scored of a model that was trained with the one of this name."""
+    return known if isinstance(known := objective_named(name), PlainDocuments) else SupervisedFineTuning()

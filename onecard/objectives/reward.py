@@ -20,8 +20,7 @@ from onecard.data.encode import LabelledSample
 from onecard.data.pairs import RatedPairEncoder
 from onecard.model.reward_head import rewards
 from onecard.objectives.base import LossSums, Objective
-from onecard.objectives.next_token import SupervisedFineTuning
-from onecard.objectives.preference import AnswerPair, PairView, collated, pair_length
+from onecard.objectives.preference import AnswerPair, PairView, collated, pair_length, pair_metrics
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,6 @@ class RewardModelling(Objective):
     def with_options(self, options: TrainOptions) -> Objective:
         return replace(self, center=options.center_rewards)
 
-    @property
-    def of_answers(self) -> Objective:
-        return SupervisedFineTuning()
-
     def length(self, sample: AnswerPair) -> int:
         return pair_length(sample)
 
@@ -61,18 +56,13 @@ class RewardModelling(Objective):
             batch["last"] = torch.stack([batch["last"][::2], batch["last"].view(-1, 2).sum(dim=1) + 1 - shared], dim=1)
         return {**batch, "margins": torch.tensor(margins, dtype=torch.float32)}
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> tuple[Tensor, float]:
-        return self.sums(model, batch, chunk_tokens=chunk_tokens)[:2]
-
     def sums(self, model: nn.Module, batch: dict[str, Tensor], *, chunk_tokens: int = 0) -> LossSums:
         found = rewards(model, batch).view(-1, 2)
         apart = found[:, 0] - found[:, 1]
         losses = -logsigmoid(apart - batch["margins"].to(apart.device))
         if self.center:
             losses = losses + self.center * found.sum(dim=1).square()
-        each = torch.stack([*found.detach().unbind(1), (apart > 0).float(), apart.detach()])
-        sums = torch.stack([each.sum(dim=1), torch.full_like(each[:, 0], len(apart))], dim=1)
-        return LossSums(losses.sum(), len(losses), sums)
+        return LossSums(losses.sum(), len(losses), pair_metrics(found.detach()))
 
 
 def collate_rows(rows: Sequence[LabelledSample]) -> dict[str, Tensor]:

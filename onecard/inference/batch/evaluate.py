@@ -21,7 +21,7 @@ from onecard.errors import DataError
 from onecard.inference.batch.run import answer_safely
 from onecard.inference.call import ModelBundle, PromptRow
 from onecard.inference.generate import longest_sequence
-from onecard.objectives.registry import objective_named
+from onecard.objectives.registry import of_answers
 
 # An answer may be right in other tokens than the reference's; beyond this many it is wrong already.
 SPARE_TOKENS = 16
@@ -59,7 +59,7 @@ def read_cases(source: str | Source, bundle: ModelBundle, *, limit: int = 0) -> 
     longest = longest_sequence(bundle.model) or UNLIMITED
     settings = EncodeSettings(cutoff_len=longest, train_on="last")
     cases: list[Case] = []
-    encoder = objective_named(bundle.objective).of_answers.encoder
+    encoder = of_answers(bundle.objective).encoder
     for sample in read(source, report=ReadReport()):
         if limit and len(cases) == limit:
             break
@@ -94,7 +94,7 @@ def score(bundle: ModelBundle, cases: Sequence[Case], *, batch_size: int) -> Sco
 
 def mean_loss(bundle: ModelBundle, samples: Sequence[LabelledSample]) -> float:
     """The loss of answers by the model's objective, per unit (nats per supervised token) over all samples together."""
-    objective = objective_named(bundle.objective).of_answers
+    objective = of_answers(bundle.objective)
     lengths = np.array([objective.length(sample) for sample in samples])
     total, n_units = 0.0, 0.0
     with torch.inference_mode():
