@@ -59,17 +59,8 @@ class CleanSettings:
 
     def plain(self) -> dict[str, Any]:
         """The settings for the report."""
-        return {
-            "data_path": list(self.source.paths),
-            "fix_encoding": self.fix_encoding,
-            "languages": list(self.languages),
-            "min_chars": self.min_chars,
-            "max_chars": self.max_chars,
-            "near_duplicates": self.near_duplicates,
-            "compare": self.compare,
-            "evaluation_path": list(self.evaluation.paths) if self.evaluation else [],
-            "ngram": self.ngram,
-        }
+        found = {name: value for name, value in vars(self).items() if name not in ("source", "evaluation")}
+        return {"data_path": self.source.paths, **found, "evaluation_path": (self.evaluation or Source(())).paths}
 
 
 @dataclass
@@ -243,14 +234,8 @@ def _without_duplicates(
 
 
 def _write_summary(folder: Path, settings: CleanSettings, summary: CleanSummary) -> None:
-    plain = {
-        "n_read": summary.n_read,
-        "n_kept": summary.n_kept,
-        "n_repaired": summary.n_repaired,
-        "removed": dict(summary.removed.most_common()),
-        "skipped_files": summary.skipped_files,
-        "settings": settings.plain(),
-    }
+    counted = {name: value for name, value in vars(summary).items() if name != "examples"}
+    plain = {**counted, "removed": dict(summary.removed.most_common()), "settings": settings.plain()}
     text = json.dumps(plain, ensure_ascii=False, indent=2)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
     (folder / "summary.log").write_text("\n".join(summary.lines()) + "\n", encoding="utf-8")
