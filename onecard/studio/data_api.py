@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -15,7 +14,7 @@ from onecard.data.catalogue.place import downloaded
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
 from onecard.studio.folders import is_portable
-from onecard.studio.http import StudioJson, in_language, json_body, language_of
+from onecard.studio.http import StudioJson, in_language, json_route, language_of, route
 from onecard.studio.named import NamedData, base_name, folder_entries, named_data
 from onecard.studio.options import checked_options, words_of
 from onecard.studio.uploads import remove_stale, save_upload
@@ -31,6 +30,7 @@ PROGRAMS = {
 RESULTS = {"clean": ("data.jsonl",), "split": ("train.jsonl", "validation.jsonl")}
 # What browsers send for a foreign page without asking before. https://fetch.spec.whatwg.org/#cors-safelisted-request-header
 FORM_TYPES = ("", "application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
+SOURCES = ("sources", "model_path")  # what a question about data must say
 FOLDER = "data"  # of the output root: where they go
 
 
@@ -38,13 +38,13 @@ def routes(context: StudioContext, worker: Worker | None = None) -> list[BaseRou
     """The paths of this part, all below /api/data. worker: for tests; else a process of its own."""
     view = DataView(context, worker or Worker())
     return [
-        Route("/api/data/files", view.files),
-        Route("/api/data/catalogue", view.catalogue),
+        route("/api/data/files", view.files),
+        route("/api/data/catalogue", view.catalogue),
         Route("/api/data/uploads/{name}", view.upload, methods=["PUT"]),
-        Route("/api/data/read", view.read, methods=["POST"]),
-        Route("/api/data/tokens", view.tokens, methods=["POST"]),
-        Route("/api/data/stop", view.stop, methods=["POST"]),
-        Route("/api/data/make/{program}", view.make, methods=["POST"]),
+        json_route("/api/data/read", view.read, *SOURCES),
+        json_route("/api/data/tokens", view.tokens, *SOURCES, "numbers"),
+        json_route("/api/data/stop", view.stop),
+        json_route("/api/data/make/{program}", view.make, "sources", "name", status=202),
     ]
 
 
@@ -55,14 +55,13 @@ class DataView:
         self._context, self._worker = context, worker
         remove_stale(context.upload_root)
 
-    def files(self, request: Request) -> Response:
+    def files(self, request: Request) -> dict[str, Any]:
         """Folders and data files of ?folder=, or the roots."""
         context, folder = self._context, request.query_params.get("folder", "")
         if not folder:
             roots = [*context.readable, context.upload_root]
-            return StudioJson({"folder": "", "above": None, "entries": [
-                {"name": str(root), "path": str(root), "bytes": None} for root in dict.fromkeys(roots)
-            ]})  # fmt: skip
+            entries = [{"name": str(root), "path": str(root), "bytes": None} for root in dict.fromkeys(roots)]
+            return {"folder": "", "above": None, "entries": entries}
         path = context.safe_path(folder, [*context.readable, context.upload_root])
         if not path.is_dir():
             raise ApiError(404, f"{folder[:200]}: there is no such folder", code="no_such_path")
@@ -71,13 +70,13 @@ class DataView:
         except OSError as reason:
             raise ApiError(403, f"{path}: {reason.strerror or reason}", code="cannot_read") from reason
         is_root = path in (*context.readable, context.upload_root)
-        return StudioJson({"folder": str(path), "above": "" if is_root else str(path.parent), "entries": listed})
+        return {"folder": str(path), "above": "" if is_root else str(path.parent), "entries": listed}
 
-    def catalogue(self, request: Request) -> Response:
+    def catalogue(self, request: Request) -> dict[str, Any]:
         """The entries of the catalogue whose name or description holds ?q=."""
         words = request.query_params.get("q", "").lower().split()
         found = [entry for entry in entries().values() if all(word in _searched(entry) for word in words)]
-        return StudioJson({"entries": [_entry(each) for each in found]})
+        return {"entries": [_entry(each) for each in found]}
 
     async def upload(self, request: Request) -> Response:
         """The body becomes a file; {path, name}."""
@@ -89,45 +88,37 @@ class DataView:
         )
         return StudioJson({"path": str(path), "name": path.name, "bytes": path.stat().st_size}, 201)
 
-    async def read(self, request: Request) -> Response:
+    def read(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """What is in {sources, options, model_path}; `options` of the answer are the flags of a run on it."""
-        asked = await self._asked(request)
-        found = await run_in_threadpool(self._worker.ask, "read", asked.arguments, replaces=f"read {asked.page}")
+        asked = self._asked(body)
+        found = self._worker.ask("read", asked.arguments, replaces=f"read {asked.page}")
         language = language_of(request)
         found["bad"] = [[*bad[:3], in_language(bad[3], language)] for bad in found["bad"]]
         found["unlearned"] = [[place, in_language(why, language)] for place, why in found["unlearned"]]
         for key in ("toy", "warnings"):
             found[key] = in_language(found[key], language)
         found["notes"] = [[in_language(text, language), count, first] for text, count, first in found["notes"]]
-        return StudioJson({**found, "options": asked.data.for_run, "remote": asked.data.remote})
+        return {**found, "options": asked.data.for_run, "remote": asked.data.remote}
 
-    async def tokens(self, request: Request) -> Response:
+    def tokens(self, request: Request, body: dict[str, Any]) -> Any:
         """Samples by {numbers}, token by token."""
-        asked = await self._asked(request, "numbers")
-        numbers = asked.body["numbers"]
+        asked, numbers = self._asked(body), body["numbers"]
         if not isinstance(numbers, list) or not all(type(each) is int for each in numbers[:100]):
             raise bad_request("numbers must be a list of whole numbers", "numbers")
         arguments = {**asked.arguments, "numbers": numbers[:100]}
-        return StudioJson(
-            await run_in_threadpool(self._worker.ask, "tokens", arguments, replaces=f"tokens {asked.page}")
-        )
+        return self._worker.ask("tokens", arguments, replaces=f"tokens {asked.page}")
 
-    async def stop(self, request: Request) -> Response:
+    def stop(self, request: Request, body: dict[str, Any]) -> dict[str, bool]:
         """End a reading that takes too long."""
-        await json_body(request)
-        await run_in_threadpool(self._worker.stop)
-        return StudioJson({"stopped": True})
+        self._worker.stop()
+        return {"stopped": True}
 
-    async def make(self, request: Request) -> Response:
+    def make(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Start `onecard data clean` or `split` on {sources, options, name} as a job; its result is a new folder."""
         program = request.path_params["program"]
         if program not in PROGRAMS:
             raise ApiError(404, f"{program[:50]!r} is none of {', '.join(PROGRAMS)}", code="no_such_program")
-        body = await json_body(request, "sources", "name")
         options = checked_options(body.get("options", {}), PROGRAMS[program])
-        return StudioJson(await run_in_threadpool(self._start, program, body, options), 202)
-
-    def _start(self, program: str, body: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         data = named_data(self._context, body["sources"], {})
         paths = data.for_run.get("data_path")
         if paths is None:
@@ -153,18 +144,16 @@ class DataView:
                            param="name", code="name_taken")  # fmt: skip
         return target
 
-    async def _asked(self, request: Request, *required: str) -> Asked:
-        body = await json_body(request, "sources", "model_path", *required)
+    def _asked(self, body: dict[str, Any]) -> Asked:
         reading = checked_options(body.get("options", {}), READING)
-        data = await run_in_threadpool(named_data, self._context, body["sources"], reading)
-        base = await run_in_threadpool(base_name, self._context, body["model_path"])
-        return Asked(body, data, {"options": data.for_page, "model_path": base}, str(body.get("page", ""))[:40])
+        data = named_data(self._context, body["sources"], reading)
+        base = base_name(self._context, body["model_path"])
+        return Asked(data, {"options": data.for_page, "model_path": base}, str(body.get("page", ""))[:40])
 
 
 class Asked(NamedTuple):
-    """A checked question about data: its body, what it names, what the worker is asked, and the page it is from."""
+    """A checked question about data: what it names, what the worker is asked, and the page it is from."""
 
-    body: dict[str, Any]
     data: NamedData
     arguments: dict[str, Any]
     page: str

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from onecard.errors import OneCardError
 from onecard.export.io.output import new_directory
@@ -22,7 +21,7 @@ from onecard.studio.context import StudioContext
 from onecard.studio.export_kinds import KINDS, ExportKind, checked_options, server_address
 from onecard.studio.failures import last_line, reason_in
 from onecard.studio.folders import bytes_in, is_portable
-from onecard.studio.http import StudioJson, json_body, language_of
+from onecard.studio.http import json_route, language_of, route
 from onecard.studio.jobs import ALIVE
 from onecard.studio.sources import sources_in
 from onecard.studio.use_api import refuse_while_training, source_of, text_of
@@ -36,7 +35,7 @@ MOST_SHOWN = 100  # jobs
 def routes(context: StudioContext) -> list[BaseRoute]:
     """GET and POST /api/export; the jobs themselves are listed, cancelled and logged at /api/jobs."""
     exports = ExportApi(context)
-    return [Route("/api/export", exports.shown), Route("/api/export", exports.start, methods=["POST"])]
+    return [route("/api/export", exports.shown), json_route("/api/export", exports.start, "kind", "source", status=201)]
 
 
 class ExportApi:
@@ -45,7 +44,7 @@ class ExportApi:
     def __init__(self, context: StudioContext) -> None:
         self._context = context
 
-    def shown(self, request: Request) -> Response:
+    def shown(self, request: Request) -> dict[str, Any]:
         """What can be exported, in which ways, and what has been, the newest first."""
         to = language_of(request)
         kinds = {name: {"options": kind.options, "writes": kind.writes, "takes": kind.takes,
@@ -53,11 +52,10 @@ class ExportApi:
         found = [job for job in self._context.jobs.all() if job["kind"].startswith(PREFIX)]
         jobs = [self.view(job) for job in found[:MOST_SHOWN]]
         sources = [source.to_json() for source in sources_in(self._context.output_root)]
-        return StudioJson({"kinds": kinds, "jobs": jobs, "sources": sources})
+        return {"kinds": kinds, "jobs": jobs, "sources": sources}
 
-    async def start(self, request: Request) -> Response:
+    def start(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """{kind, source, name or url, options?, anyway?}: start a job. 409 where one runs, or the card is in use."""
-        body = await json_body(request, "kind", "source")
         kind = KINDS.get(body["kind"]) if isinstance(body["kind"], str) else None
         if kind is None:
             raise bad_request(f"kind is one of {', '.join(KINDS)}", "kind")
@@ -83,7 +81,7 @@ class ExportApi:
         about = {"source": source.path, "target": target.name if kind.writes else "", "options": options}
         jobs = replace(self._context.jobs, program=(*self._context.jobs.program[:-1], kind.module))
         job_id = jobs.start(PREFIX + body["kind"], words, title=source.path, about=about)
-        return StudioJson(self.view(self._context.jobs.get(job_id)), 201)
+        return self.view(self._context.jobs.get(job_id))
 
     def target_of(self, body: dict[str, Any], kind: ExportKind) -> Path:
         """A folder of the output folder that is not there yet. Raises ApiError."""

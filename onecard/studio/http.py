@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from onecard.errors import ConfigError, OneCardError
 from onecard.serve.http_error import ApiError, bad_request, printable
@@ -22,6 +25,27 @@ class StudioJson(JSONResponse):
 
     def __init__(self, content: Any, status_code: int = 200) -> None:
         super().__init__(finite(content), status_code, {"cache-control": "no-store"})
+
+
+def route(path: str, work: Callable[[Request], Any], method: str = "GET") -> Route:
+    """A path that is answered with what `work` gives, in a thread."""
+
+    def endpoint(request: Request) -> Response:
+        return StudioJson(work(request))
+
+    return Route(path, endpoint, methods=[method])
+
+
+def json_route(
+    path: str, work: Callable[[Request, dict[str, Any]], Any], *required: str, status: int = 200, method: str = "POST"
+) -> Route:
+    """A path that takes a JSON object with these keys and is answered with what `work` makes of it, in a thread."""
+
+    async def endpoint(request: Request) -> Response:
+        body = await json_body(request, *required)
+        return StudioJson(await run_in_threadpool(work, request, body), status)
+
+    return Route(path, endpoint, methods=[method])
 
 
 async def json_body(request: Request, *required: str) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.context import StudioContext
 from onecard.studio.events import News
-from onecard.studio.http import StudioJson
+from onecard.studio.http import route
 from onecard.studio.jobs import ALIVE, Jobs
 
 
@@ -20,23 +20,16 @@ def routes(context: StudioContext) -> list[BaseRoute]:
     jobs = context.jobs
     context.events.watchers.append(JobWatcher(jobs).news)
 
-    def listed(request: Request) -> Response:
-        return StudioJson({"jobs": jobs.all(request.query_params.get("kind", ""))})
-
-    def one(request: Request) -> Response:
-        return StudioJson(jobs.get(request.path_params["id"]))
-
-    def log(request: Request) -> Response:
-        return StudioJson(jobs.log(request.path_params["id"], whole_number(request, "after")))
-
-    def cancel(request: Request) -> Response:
+    def cancel(request: Request) -> dict[str, Any]:
         jobs.cancel(request.path_params["id"])
-        return StudioJson(jobs.get(request.path_params["id"]))
+        return jobs.get(request.path_params["id"])
 
     return [
-        Route("/api/jobs", listed), Route("/api/jobs/{id}", one), Route("/api/jobs/{id}/log", log),
-        Route("/api/jobs/{id}/cancel", cancel, methods=["POST"]),
-    ]  # fmt: skip
+        route("/api/jobs", lambda request: {"jobs": jobs.all(request.query_params.get("kind", ""))}),
+        route("/api/jobs/{id}", lambda request: jobs.get(request.path_params["id"])),
+        route("/api/jobs/{id}/log", lambda r: jobs.log(r.path_params["id"], whole_number(r, "after"))),
+        route("/api/jobs/{id}/cancel", cancel, "POST"),
+    ]
 
 
 class JobWatcher:

@@ -13,7 +13,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from onecard.studio.http import StudioJson
+from onecard.studio.http import route
 from onecard.studio.runs import FAST_LOADER
 
 STATIC = Path(__file__).parent / "static"
@@ -23,7 +23,7 @@ VIEWS = ("data", "model", "train", "runs", "chat", "export")  # in the order of 
 def routes() -> list[BaseRoute]:
     """GET /, /static/..., /api/words and /health."""
     return [
-        Route("/", page), Route("/api/words", words), Route("/health", health),
+        Route("/", page), route("/api/words", lambda _: all_words()), route("/health", lambda _: {"status": "ok"}),
         Mount("/static", FreshFiles(directory=STATIC)),
     ]  # fmt: skip
 
@@ -40,16 +40,6 @@ class FreshFiles(StaticFiles):
 def page(request: Request) -> Response:
     """The one page."""
     return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
-
-
-def words(request: Request) -> Response:
-    """Every text of the page: {language: {view.key: text}}."""
-    return StudioJson(all_words())
-
-
-def health(request: Request) -> Response:
-    """That the studio is there."""
-    return StudioJson({"status": "ok"})
 
 
 @cache

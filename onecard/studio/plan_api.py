@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from onecard.config.base_model import DEFAULT_BASE
 from onecard.config.options import options_of
 from onecard.config.training import FinetuneConfig
 from onecard.serve.http_error import bad_request
 from onecard.studio.context import StudioContext
-from onecard.studio.http import StudioJson, in_language, json_body, language_of
+from onecard.studio.http import in_language, json_route, language_of, route
 from onecard.studio.named import base_name, local_models
 from onecard.studio.options import checked_options
 from onecard.studio.planning import DEFAULTS, STOPS
@@ -43,18 +40,19 @@ NOT_PLANNED = (
     "stages",
 )
 MOST_RUNS = 50
+ASKED = ("model_path", "card")  # what a question about a plan must say
 
 
 def routes(context: StudioContext, worker: Worker | None = None) -> list[BaseRoute]:
     """The paths of this part, all below /api/plan. worker: for tests; else a process of its own."""
     view = PlanView(context, worker or Worker())
     return [
-        Route("/api/plan", view.plan, methods=["POST"]),
-        Route("/api/plan/at_once", view.plan_at_once, methods=["POST"]),
-        Route("/api/plan/limits", view.limits, methods=["POST"]),
-        Route("/api/plan/models", view.models),
-        Route("/api/plan/machine", view.machine),
-        Route("/api/plan/speeds", view.speeds),
+        json_route("/api/plan", view.plan, *ASKED),
+        json_route("/api/plan/at_once", view.plan_at_once, *ASKED),
+        json_route("/api/plan/limits", view.limits, *ASKED),
+        route("/api/plan/models", view.models),
+        route("/api/plan/machine", view.machine),
+        route("/api/plan/speeds", view.speeds),
     ]
 
 
@@ -65,28 +63,27 @@ class PlanView:
         self._context, self._worker = context, worker
         self._names = frozenset(options_of(FinetuneConfig)) - set(NOT_PLANNED)
 
-    def models(self, request: Request) -> Response:
+    def models(self, request: Request) -> dict[str, Any]:
         """Bases on this disk, cards by name, and where the sliders stop: at once, without torch."""
         cards = [{"name": name, "gib": gib, "is_old": is_old} for name, gib, is_old in CARDS]
-        return StudioJson({"default": DEFAULT_BASE, "local": local_models(self._context), "cards": cards,
-                           "stops": STOPS, "defaults": DEFAULTS})  # fmt: skip
+        return {"default": DEFAULT_BASE, "local": local_models(self._context), "cards": cards, "stops": STOPS,
+                "defaults": DEFAULTS}  # fmt: skip
 
-    def machine(self, request: Request) -> Response:
+    def machine(self, request: Request) -> Any:
         """The card that is found here, and the models that are known by name; torch is asked in another process."""
-        return StudioJson(self._worker.ask("machine", {}))
+        return self._worker.ask("machine", {})
 
-    async def plan(self, request: Request) -> Response:
+    def plan(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """What a run of {model_path, options} takes of {card: {gib, is_old}}, and why its settings are as they are."""
-        return await self._planned(request, "plan", gives_way=True)
+        return self._planned(request, body, "plan", gives_way=True)
 
-    async def plan_at_once(self, request: Request) -> Response:
+    def plan_at_once(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """As `plan`, without a trace (benchmarks/plan_moves.py); {is_exact: false} where it is about that."""
-        return await self._planned(request, "plan_at_once", gives_way=False)
+        return self._planned(request, body, "plan_at_once", gives_way=False)
 
-    async def _planned(self, request: Request, question: str, *, gives_way: bool) -> Response:
-        arguments, page = await self._asked(request)
-        ask = partial(self._worker.ask, question, arguments, replaces=f"plan {page}", gives_way=gives_way)
-        found = await run_in_threadpool(ask)
+    def _planned(self, request: Request, body: dict[str, Any], question: str, *, gives_way: bool) -> dict[str, Any]:
+        arguments, page = self._asked(body)
+        found: dict[str, Any] = self._worker.ask(question, arguments, replaces=f"plan {page}", gives_way=gives_way)
         language = language_of(request)
         for part in found["parts"]:
             part["name"] = in_language(part["name"], language)
@@ -94,26 +91,24 @@ class PlanView:
             choice["reason"] = in_language(choice["reason"], language)
         for key in ("notes", "advice", "warnings"):
             found[key] = in_language(found[key], language)
-        return StudioJson(found)
+        return found
 
-    async def limits(self, request: Request) -> Response:
+    def limits(self, request: Request, body: dict[str, Any]) -> Any:
         """The longest context and the largest known model; {ready: false} while they are being found."""
-        arguments, page = await self._asked(request)
-        ask = partial(self._worker.ask, "limits", arguments, replaces=f"limits {page}", gives_way=True)
-        return StudioJson(await run_in_threadpool(ask))
+        arguments, page = self._asked(body)
+        return self._worker.ask("limits", arguments, replaces=f"limits {page}", gives_way=True)
 
-    def speeds(self, request: Request) -> Response:
+    def speeds(self, request: Request) -> dict[str, Any]:
         """Training speeds of the runs in the output root, the newest first: [{run, tokens_per_s, seconds}]."""
-        return StudioJson({"runs": run_speeds(self._context.output_root)})
+        return {"runs": run_speeds(self._context.output_root)}
 
-    async def _asked(self, request: Request) -> tuple[dict[str, Any], str]:
-        body = await json_body(request, "model_path", "card")
+    def _asked(self, body: dict[str, Any]) -> tuple[dict[str, Any], str]:
         card = body["card"]
         gib = card.get("gib") if isinstance(card, dict) else None
         if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 < gib <= LARGEST_CARD:
             raise bad_request(f"the card's memory must be between 0 and {LARGEST_CARD:g} GiB", "card")
         options = checked_options(body.get("options", {}), self._names)
-        base = await run_in_threadpool(base_name, self._context, body["model_path"])
+        base = base_name(self._context, body["model_path"])
         arguments = {"model": base, "options": options, "gib": float(gib), "is_old": bool(card.get("is_old"))}
         return arguments, str(body.get("page", ""))[:40]
 

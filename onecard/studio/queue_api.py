@@ -8,17 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from onecard.errors import ConfigError
 from onecard.serve.http_error import bad_request
 from onecard.studio.context import StudioContext
 from onecard.studio.events import News
 from onecard.studio.failures import failure_of
-from onecard.studio.http import StudioJson, json_body
+from onecard.studio.http import json_route, route
 from onecard.studio.queue import RunQueue
 from onecard.studio.run_words import checked_words, command_line, option_help
 from onecard.studio.runs import OPTIONS_FILE, Runs, check_name, is_run, newest_position
@@ -37,14 +35,15 @@ class QueueRoutes:
     def routes(self) -> list[BaseRoute]:
         """GET /api/options, /api/queue; POST /api/queue, /api/queue/check, /api/queue/hold; one entry: DELETE, move."""
         return [
-            Route("/api/options", self.options), Route("/api/queue", self.listed),
-            Route("/api/queue", self.add, methods=["POST"]),
-            Route("/api/queue/check", self.check, methods=["POST"]),
-            Route("/api/queue/hold", self.hold, methods=["POST"]),
-            Route("/api/queue/{id}", self.remove, methods=["DELETE"]),
-            Route("/api/queue/{id}/move", self.move, methods=["POST"]),
-            Route("/api/runs/{id}/resume", self.resume, methods=["POST"]),
-        ]  # fmt: skip
+            route("/api/options", lambda _: {"options": option_help()}),
+            route("/api/queue", lambda _: self.view()),
+            json_route("/api/queue", self.add, "options", status=201),
+            json_route("/api/queue/check", self.check, "options"),
+            json_route("/api/queue/hold", self.hold, "is_held"),
+            route("/api/queue/{id}", self.remove, "DELETE"),
+            json_route("/api/queue/{id}/move", self.move, "by"),
+            json_route("/api/runs/{id}/resume", self.resume, status=201),
+        ]
 
     def news(self) -> Iterator[News]:
         """Run the queue; `queue` when it has changed."""
@@ -77,18 +76,8 @@ class QueueRoutes:
         log = self.context.jobs.log(entry["id"], max(0, job["log_bytes"] - LOG_TAIL))["text"]
         return failure_of(job, log, has_checkpoint=bool(newest_position(Path(entry["output"]))))
 
-    def options(self, request: Request) -> Response:
-        return StudioJson({"options": option_help()})
-
-    def listed(self, request: Request) -> Response:
-        return StudioJson(self.view())
-
-    async def check(self, request: Request) -> Response:
+    def check(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Whether a run could be added: {command, name, problems}."""
-        body = await json_body(request, "options")
-        return StudioJson(await run_in_threadpool(self._checked, body))
-
-    def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
         options = given_options(body)
         name = body.get("name") or self.free_name(options)
         try:
@@ -98,13 +87,8 @@ class QueueRoutes:
             return {"command": None, "name": name, "problems": [list(problem) for problem in reason.problems]}
         return {"command": command_line(words), "name": name, "problems": []}
 
-    async def add(self, request: Request) -> Response:
-        """Add a run of `options` under `name`. All that is wrong with them is told by flag."""
-        body = await json_body(request, "options")
-        entry_id = await run_in_threadpool(self._add, body)
-        return StudioJson({"id": entry_id, **await run_in_threadpool(self.view)}, 201)
-
-    def _add(self, body: dict[str, Any]) -> str:
+    def add(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """Add a run of `options` under `name`. All that is wrong with them is listed by flag."""
         options = given_options(body)
         name = body.get("name") or self.free_name(options)
         check_name(name)
@@ -112,32 +96,25 @@ class QueueRoutes:
         if is_run(output):
             raise ConfigError("--name", f"there is already a run called {name}; choose another name, or resume it")
         words = checked_words(self.context, options, output)
-        return self.queue.add(name, words, options, output)
+        return {"id": self.queue.add(name, words, options, output), **self.view()}
 
-    async def hold(self, request: Request) -> Response:
-        body = await json_body(request, "is_held")
-        await run_in_threadpool(self.queue.hold, body["is_held"] is True)
-        return StudioJson(await run_in_threadpool(self.view))
+    def hold(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        self.queue.hold(body["is_held"] is True)
+        return self.view()
 
-    def remove(self, request: Request) -> Response:
+    def remove(self, request: Request) -> dict[str, Any]:
         self.queue.remove(request.path_params["id"])
-        return StudioJson(self.view())
+        return self.view()
 
-    async def move(self, request: Request) -> Response:
-        body = await json_body(request, "by")
+    def move(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         if body["by"] not in (-1, 1):
             raise bad_request("by is 1 or -1", "by")
-        await run_in_threadpool(self.queue.move, request.path_params["id"], body["by"])
-        return StudioJson(await run_in_threadpool(self.view))
+        self.queue.move(request.path_params["id"], body["by"])
+        return self.view()
 
-    async def resume(self, request: Request) -> Response:
+    def resume(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Add a run that ended early once more: it goes on from its newest checkpoint."""
-        await json_body(request)
-        await run_in_threadpool(self._resume, request.path_params["id"])
-        return StudioJson(await run_in_threadpool(self.view), 201)
-
-    def _resume(self, run_id: str) -> None:
-        run = self.runs.path(run_id)
+        run = self.runs.path(request.path_params["id"])
         if self.runs.is_running(run):
             raise ConfigError("--name", f"{run.name} goes on already")
         words = self.runs.details(run)["words"]
@@ -146,6 +123,7 @@ class QueueRoutes:
         if not isinstance(words, list):
             raise ConfigError("--name", f"nothing in {run.name} tells with which options it was started")
         self.queue.add(run.name, words, {}, run)
+        return self.view()
 
     def free_name(self, options: dict[str, Any]) -> str:
         """A name after data and day that no run has yet."""

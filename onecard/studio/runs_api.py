@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from onecard.errors import ConfigError
 from onecard.serve.http_error import ApiError, bad_request
@@ -17,7 +15,7 @@ from onecard.studio import control_link
 from onecard.studio.context import OWN_FOLDER, StudioContext
 from onecard.studio.control_link import ASK_FIELDS, KINDS
 from onecard.studio.events import EventHub, News
-from onecard.studio.http import StudioJson, json_body
+from onecard.studio.http import json_route, route
 from onecard.studio.jobs_api import whole_number
 from onecard.studio.queue import RunQueue
 from onecard.studio.queue_api import QueueRoutes
@@ -50,16 +48,20 @@ class RunRoutes:
     def routes(self) -> list[BaseRoute]:
         """Those of the table, of one run and of the trash."""
         return [
-            Route("/api/runs", self.table), Route("/api/differences", self.differences),
-            Route("/api/runs/{id}", self.one), Route("/api/runs/{id}", self.change, methods=["PATCH"]),
-            Route("/api/runs/{id}", self.delete, methods=["DELETE"]),
-            Route("/api/runs/{id}/rows", self.rows), Route("/api/runs/{id}/log", self.log),
-            Route("/api/runs/{id}/questions", self.questions),
-            Route("/api/runs/{id}/control", self.control, methods=["POST"]),
-            Route("/api/runs/{id}/replies/{request}", self.reply),
-            Route("/api/trash", self.trash), Route("/api/trash/{number}", self.purge, methods=["DELETE"]),
-            Route("/api/trash/{number}/restore", self.restore, methods=["POST"]),
-        ]  # fmt: skip
+            route("/api/runs", lambda _: {"runs": self.runs.table()}),
+            route("/api/differences", self.differences),
+            route("/api/runs/{id}", lambda request: self.runs.details(self._run(request))),
+            json_route("/api/runs/{id}", self.change, method="PATCH"),
+            route("/api/runs/{id}", self.delete, "DELETE"),
+            route("/api/runs/{id}/rows", self.rows),
+            route("/api/runs/{id}/log", self.log),
+            route("/api/runs/{id}/questions", lambda request: {"questions": questions(self._run(request))}),
+            json_route("/api/runs/{id}/control", self.control, "kind", status=202),
+            route("/api/runs/{id}/replies/{request}", self.reply),
+            route("/api/trash", lambda _: {"trash": self.runs.trash()}),
+            route("/api/trash/{number}", self.purge, "DELETE"),
+            json_route("/api/trash/{number}/restore", self.restore),
+        ]
 
     def news(self) -> Iterator[News]:
         """`run`: a row that has changed; `gone`: a run that is not there any more; `rows`: what its log grew by."""
@@ -78,28 +80,22 @@ class RunRoutes:
             yield "gone", {"id": run_id}
         self._seen = found
 
-    def table(self, request: Request) -> Response:
-        return StudioJson({"runs": self.runs.table()})
-
-    def one(self, request: Request) -> Response:
-        return StudioJson(self.runs.details(self._run(request)))
-
-    def differences(self, request: Request) -> Response:
+    def differences(self, request: Request) -> dict[str, Any]:
         """The settings in which the runs of `id` (given several times) differ."""
         ids = request.query_params.getlist("id")[:MOST_RUNS]
         found = self.runs.differences([self.runs.path(run_id) for run_id in ids])
-        return StudioJson({"runs": ids, "settings": found})
+        return {"runs": ids, "settings": found}
 
-    def rows(self, request: Request) -> Response:
+    def rows(self, request: Request) -> dict[str, Any]:
         """The curves, or what of them lies behind byte `after` of the file `mark`; preview=1: perhaps a few rows."""
         most, after = whole_number(request, "max_points", 2000), whole_number(request, "after")
         mark = request.query_params.get("mark", "")
         preview = self.logs.preview(self._run(request)) if request.query_params.get("preview") == "1" else None
         if preview is not None:
-            return StudioJson(preview)
-        return StudioJson(self.logs.rows(self._run(request), mark=mark, after=after, most=most))
+            return preview
+        return self.logs.rows(self._run(request), mark=mark, after=after, most=most)
 
-    def log(self, request: Request) -> Response:
+    def log(self, request: Request) -> dict[str, str]:
         """The end of what the run said, as text."""
         try:
             with (self._run(request) / STUDIO_LOG).open("rb") as stream:
@@ -108,18 +104,11 @@ class RunRoutes:
                 text = stream.read().decode("utf-8", "replace")
         except OSError:
             text = ""
-        return StudioJson({"text": text})
+        return {"text": text}
 
-    def questions(self, request: Request) -> Response:
-        """What the run was asked while it went on, and what it answered at which step."""
-        return StudioJson({"questions": questions(self._run(request))})
-
-    async def change(self, request: Request) -> Response:
+    def change(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Change `notes`, or the `name`, which a run that goes on keeps."""
-        body = await json_body(request)
-        return StudioJson(await run_in_threadpool(self._changed, self._run(request), body))
-
-    def _changed(self, run: Path, body: dict[str, Any]) -> dict[str, Any]:
+        run = self._run(request)
         notes = body.get("notes")
         if notes is not None and (not isinstance(notes, str) or len(notes) > MOST_NOTES):
             raise bad_request(f"notes are a text of at most {MOST_NOTES:,} characters", "notes")
@@ -130,21 +119,18 @@ class RunRoutes:
             self.runs.note(run, notes=notes)
         return self.runs.details(run)
 
-    def delete(self, request: Request) -> Response:
+    def delete(self, request: Request) -> dict[str, str]:
         run = self._run(request)
         self._not_queued(run)
-        return StudioJson({"number": self.runs.delete(run)})
+        return {"number": self.runs.delete(run)}
 
     def _not_queued(self, run: Path) -> None:
         if self.queue.waits_for(run):
             raise ApiError(409, f"{run.name} waits in the queue or goes on; take it out or stop it first")
 
-    async def control(self, request: Request) -> Response:
+    def control(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Ask something of a run that goes on: {kind, ...}; gives {request}, whose reply is then asked for."""
-        body = await json_body(request, "kind")
-        return StudioJson({"request": await run_in_threadpool(self._send, self._run(request), body)}, 202)
-
-    def _send(self, run: Path, body: dict[str, Any]) -> str | None:
+        run = self._run(request)
         kind = body.pop("kind")
         if kind not in KINDS:
             raise bad_request(f"kind is one of {', '.join(KINDS)}", "kind")
@@ -152,30 +138,26 @@ class RunRoutes:
         if kind == "ask" and not (fields.get("question") or fields.get("messages")):
             raise bad_request("the question is empty", "question")
         if control_link.status(run):
-            return control_link.send(run, kind, **fields)
+            return {"request": control_link.send(run, kind, **fields)}
         job = self.runs.details(run)["job"]
         if kind == "stop" and isinstance(job, str):  # SIGTERM: it finishes its step and saves
             self.runs.jobs.cancel(job)
-            return None
+            return {"request": None}
         raise ConfigError("", f"{run.name} takes no requests: it has not begun, or an earlier version started it")
 
-    def reply(self, request: Request) -> Response:
+    def reply(self, request: Request) -> dict[str, Any]:
         found = control_link.reply(self._run(request), request.path_params["request"])
         if found is None:
             raise ApiError(404, "there is no such request", code="no_such_request")
-        return StudioJson(found)
+        return found
 
-    def trash(self, request: Request) -> Response:
-        return StudioJson({"trash": self.runs.trash()})
-
-    def purge(self, request: Request) -> Response:
+    def purge(self, request: Request) -> dict[str, Any]:
         self.runs.purge(request.path_params["number"])
-        return StudioJson({"trash": self.runs.trash()})
+        return {"trash": self.runs.trash()}
 
-    async def restore(self, request: Request) -> Response:
-        await json_body(request)
-        run = await run_in_threadpool(self.runs.restore, request.path_params["number"])
-        return StudioJson({"id": self.runs.id_of(run) if is_run(run) else None})
+    def restore(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.restore(request.path_params["number"])
+        return {"id": self.runs.id_of(run) if is_run(run) else None}
 
     def _run(self, request: Request) -> Path:
         return self.runs.path(request.path_params["id"])

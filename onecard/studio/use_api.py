@@ -6,6 +6,7 @@ The browser speaks to one origin and never learns the server's key.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from onecard.studio.blind_chat import add_pair, open_votes, view_of
 from onecard.studio.chat_server import ChatServer, ChatState
 from onecard.studio.context import OWN_FOLDER, StudioContext
 from onecard.studio.events import News
-from onecard.studio.http import StudioJson, json_body
+from onecard.studio.http import StudioJson, json_body, json_route, route
 from onecard.studio.runs import Runs
 from onecard.studio.sources import ModelSource, source_at, sources_in
 from onecard.studio.token_differences import message_of, token_differences
@@ -36,12 +37,12 @@ def routes(context: StudioContext) -> list[BaseRoute]:
     context.events.watchers.append(chat.news)
     context.events.closers.append(server.stop)  # what nobody can ask any more must not keep the card
     return [
-        Route("/api/chat", chat.shown),
-        Route("/api/chat/start", chat.start, methods=["POST"]),
-        Route("/api/chat/stop", chat.stop, methods=["POST"]),
+        route("/api/chat", chat.shown),
+        json_route("/api/chat/start", chat.start, "source"),
+        json_route("/api/chat/stop", chat.stop),
         Route("/api/chat/completions", chat.completions, methods=["POST"]),
         Route("/api/chat/differences", chat.differences, methods=["POST"]),
-        Route("/api/chat/blind", chat.blind_shown),
+        route("/api/chat/blind", chat.blind_shown),
         Route("/api/chat/blind/ask", chat.blind_ask, methods=["POST"]),
         Route("/api/chat/blind/vote", chat.blind_vote, methods=["POST"]),
         Route("/api/chat/blind/undo", chat.blind_undo, methods=["POST"]),
@@ -55,7 +56,7 @@ class ChatApi:
         self._context, self._server = context, server
         self._votes = context.output_root / OWN_FOLDER / VOTES
         self._published: ChatState | None = None
-        self._voting, self._starting = asyncio.Lock(), asyncio.Lock()
+        self._voting, self._starting = asyncio.Lock(), threading.Lock()
 
     def news(self) -> Iterator[News]:
         """`chat`: the server's state, when it is another one than a second ago.
@@ -71,29 +72,25 @@ class ChatApi:
             self._published = state
             yield "chat", {**state.to_json(), "ended_for": ended_for}
 
-    def shown(self, request: Request) -> Response:
+    def shown(self, request: Request) -> dict[str, Any]:
         """The server's state, what could be asked, and which runs are being trained."""
         root = self._context.output_root
-        return StudioJson({**self._server.state().to_json(), "training": trainings(self._context),
-                           "sources": [source.to_json() for source in sources_in(root)]})  # fmt: skip
+        return {**self._server.state().to_json(), "training": trainings(self._context),
+                "sources": [source.to_json() for source in sources_in(root)]}  # fmt: skip
 
-    async def start(self, request: Request) -> Response:
+    def start(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """{source, bits?, anyway?}: load a model. 409 while a run is trained, unless `anyway`."""
-        body = await json_body(request, "source")
-        source = source_of(self._context, body["source"])
-        if not body.get("anyway"):
+        source, anyway = source_of(self._context, body["source"]), bool(body.get("anyway"))
+        if not anyway:
             refuse_while_training(self._context)
-        bits = body.get("bits")
-        async with self._starting:
-            beside = bool(body.get("anyway"))
-            await asyncio.to_thread(lambda: self._server.start(source, bits=bits, beside_training=beside))
-        return StudioJson(self._server.state().to_json())
+        with self._starting:
+            self._server.start(source, bits=body.get("bits"), beside_training=anyway)
+        return self._server.state().to_json()
 
-    async def stop(self, request: Request) -> Response:
+    def stop(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Give the card back."""
-        await json_body(request)
-        await asyncio.to_thread(self._server.stop)
-        return StudioJson(self._server.state().to_json())
+        self._server.stop()
+        return self._server.state().to_json()
 
     async def completions(self, request: Request) -> Response:
         """An OpenAI chat request, passed on; what comes back is passed on as it comes."""
@@ -121,10 +118,10 @@ class ChatApi:
                   for one in found]  # fmt: skip
         return StudioJson({"pieces": pieces})
 
-    def blind_shown(self, request: Request) -> Response:
+    def blind_shown(self, request: Request) -> dict[str, Any]:
         """?a=&b=&result=1: the pair that waits for a vote; with `result`, what the votes so far say."""
         names = two_names(request.query_params)
-        return StudioJson(view_of(open_votes(self._votes, names), with_result="result" in request.query_params))
+        return view_of(open_votes(self._votes, names), with_result="result" in request.query_params)
 
     async def blind_ask(self, request: Request) -> Response:
         """{a, b, messages, max_tokens?, temperature?}: ask both, and show their answers without their names."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import secrets
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -34,11 +35,18 @@ from onecard.serve.api.log import RequestFile, RequestLog, note_of
 from onecard.serve.api.logprobs import TokenTexts
 from onecard.serve.api.metrics import CONTENT_TYPE_LATEST, ServerMetrics
 from onecard.serve.api.prompt_template import for_template
-from onecard.serve.api.requests import JsonRoute, ServerDefaults, chat_ask, completion_ask, embedding_texts
+from onecard.serve.api.requests import (
+    GenerationParams,
+    JsonRoute,
+    ServerDefaults,
+    chat_ask,
+    completion_ask,
+    embedding_texts,
+)
 from onecard.serve.api.requests import validation_error as as_field_error
 from onecard.serve.api.response_events import ResponseBuilder, ResponseEvents
 from onecard.serve.api.response_request import response_ask
-from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form, new_head
+from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form
 from onecard.serve.api.simple import SimpleAnswer, SimpleRequest, SimpleResponseBuilder, path_question, simple_ask
 from onecard.serve.api.stream import EventStream, EventWriter, StreamEventBuilder, events
 from onecard.serve.api.tokenize import (
@@ -49,7 +57,7 @@ from onecard.serve.api.tokenize import (
     text_of_tokens,
     tokens_of,
 )
-from onecard.serve.api.work import EmbeddingsResult, Progress, answer_chat, answer_prompts, embed_texts
+from onecard.serve.api.work import EmbeddingsResult, answer_chat, answer_prompts, embed_texts
 from onecard.serve.http_error import ApiError
 from onecard.serve.keys import read_keys
 from onecard.serve.listen import run_server
@@ -58,6 +66,7 @@ from onecard.serve.security import QUERY, READING_METHODS, NetworkRules, Protect
 __all__ = ["Api", "build_app", "run_server"]
 
 Result = TypeVar("Result")
+Body = TypeVar("Body", bound=schema.ServiceParameters)
 CLIENT_LEFT = 499  # nginx's number for an answer that nobody waits for any more; it is only printed
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 REFUSALS = {
@@ -111,6 +120,13 @@ class Api(FastAPI):
         if model not in self._token_texts:
             self._token_texts[model] = TokenTexts(self.engine.tokenizer(model))
         return self._token_texts[model]
+
+    def head(self, prefix: str, ask: GenerationParams) -> dict[str, Any]:
+        """What stands at the top of every body of one answer, under a fresh id: prefix-0123456789abcdef01234567."""
+        answer_id = f"{prefix}-{secrets.token_hex(12)}"
+        return {
+            "id": answer_id, "created": int(time.time()), "model": ask.model, "system_fingerprint": self.fingerprint
+        }  # fmt: skip
 
     def openapi(self) -> dict[str, Any]:
         """The document at /openapi.json: without FastAPI's own 422, which is never sent; with the key."""
@@ -229,32 +245,21 @@ async def show_model(request: Request, model_id: str) -> Response:
 
 async def chat_completions(request: Request, body: schema.ChatRequest) -> Response:
     """Answer a conversation."""
-    app = app_of(request)
-    check_model(app, body.model)
-    ask = for_template(chat_ask(body, app.defaults), app.engine.template(body.model))
-    note_of(request.scope).add(ask.turns)
-    form = ChatResponseBuilder(ask, new_head("chatcmpl", ask.model, app.fingerprint), app.token_texts(ask.model))
-    return await answer(request, form, lambda cancel: answer_chat(app.engine, ask, cancel))
+    app, ask = asked(request, body, chat_ask)
+    return await answer(request, ChatResponseBuilder(ask, app.head("chatcmpl", ask), app.token_texts(ask.model)))
 
 
 async def completions(request: Request, body: schema.CompletionRequest) -> Response:
     """Go on from raw prompts, without a template."""
-    app = app_of(request)
-    check_model(app, body.model)
-    ask = completion_ask(body, app.defaults)
-    note_of(request.scope).add(ask.prompts)
-    form = CompletionResponseBuilder(ask, new_head("cmpl", ask.model, app.fingerprint), app.token_texts(ask.model))
-    return await answer(request, form, lambda cancel: answer_prompts(app.engine, ask, cancel))
+    app, ask = asked(request, body, completion_ask)
+    return await answer(request, CompletionResponseBuilder(ask, app.head("cmpl", ask), app.token_texts(ask.model)))
 
 
 async def responses(request: Request, body: schema.ResponseRequest) -> Response:
     """Answer a text or a conversation, in the newer form."""
-    app = app_of(request)
-    check_model(app, body.model)
-    ask = for_template(response_ask(body, app.defaults), app.engine.template(body.model))
-    note_of(request.scope).add(ask.turns)
+    app, ask = asked(request, body, response_ask)
     form = ResponseBuilder(ask, body, app.token_texts(ask.model), app.engine.tokenizer(ask.model))
-    return await answer(request, form, lambda cancel: answer_chat(app.engine, ask, cancel))
+    return await answer(request, form)
 
 
 async def query(request: Request, text: str) -> Response:
@@ -264,13 +269,22 @@ async def query(request: Request, text: str) -> Response:
 
 async def ask_simply(request: Request, body: SimpleRequest) -> Response:
     """Answer one question (--simple)."""
+    body.model = body.model or app_of(request).engine.names[0]
+    app, ask = asked(request, body, simple_ask)
+    return await answer(request, SimpleResponseBuilder(ask, app.head("simple", ask), app.token_texts(ask.model)))
+
+
+def asked(
+    request: Request, body: Body, read: Callable[[Body, ServerDefaults], GenerationParams]
+) -> tuple[Api, GenerationParams]:
+    """The application, and what is asked of it. Raises ApiError naming the field that cannot be served."""
     app = app_of(request)
-    body.model = body.model or app.engine.names[0]
     check_model(app, body.model)
-    ask = for_template(simple_ask(body, app.defaults), app.engine.template(body.model))
-    note_of(request.scope).add(ask.turns)
-    form = SimpleResponseBuilder(ask, new_head("simple", ask.model, app.fingerprint), app.token_texts(ask.model))
-    return await answer(request, form, lambda cancel: answer_chat(app.engine, ask, cancel))
+    ask = read(body, app.defaults)
+    if not ask.prompts:
+        ask = for_template(ask, app.engine.template(body.model))
+    note_of(request.scope).add(ask.prompts or ask.turns)
+    return app, ask
 
 
 async def embeddings(request: Request, body: schema.EmbeddingRequest) -> Response:
@@ -312,12 +326,13 @@ def vectors_body(body: schema.EmbeddingRequest, found: EmbeddingsResult) -> Iter
     yield "]}"
 
 
-async def answer(request: Request, form: Form | ResponseBuilder, work: Work[Progress]) -> Response:
-    """Run the work and send its answer, whole or in pieces. What can be refused is refused before the first piece."""
-    note = note_of(request.scope)
+async def answer(request: Request, form: Form | ResponseBuilder) -> Response:
+    """Answer, whole or in pieces. What can be refused is refused before the first piece."""
+    note, engine, ask = note_of(request.scope), app_of(request).engine, form.ask
+    answering = answer_prompts if ask.prompts else answer_chat
     async with AsyncExitStack() as stack:
-        job = await stack.enter_async_context(job_for(request, work))
-        if form.ask.stream:
+        job = await stack.enter_async_context(job_for(request, lambda cancel: answering(engine, ask, cancel)))
+        if ask.stream:
             begun = await job.next()
             assert begun is not None, "without a time limit there is always a snapshot"
             writer: EventWriter
@@ -327,7 +342,7 @@ async def answer(request: Request, form: Form | ResponseBuilder, work: Work[Prog
                 writer = StreamEventBuilder(form, len(begun.chunks))
             return EventStream(events(job, writer, begun, note), stack.pop_all())
         progress = await job.last()
-        note.of_answer(progress, form.ask.n)
+        note.of_answer(progress, ask.n)
         if progress.is_cancelled:
             raise stopping()
     return JSONResponse(form.whole(progress))

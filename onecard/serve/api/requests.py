@@ -320,26 +320,32 @@ def turn_of(message: Message, place: str) -> Turn:
 
 
 def content_text(content: Any, place: str) -> str:
-    """The text of a message's content: a text, or text parts one after another."""
+    """The text of a message's content: a text, or text parts, perhaps with a mark for some cache."""
+    text = texts_of(content, place, ("text",))
+    if content == []:
+        raise bad_request(f"{place} is neither a text nor a list of text parts", place)
+    names = [(k, *pair) for k, part in enumerate(content if isinstance(content, list) else ()) for pair in part.items()]
+    for k, name, value in names:
+        if name not in ("type", "text") and value is not None and not (name in CACHE_MARKS and isinstance(value, dict)):
+            message = f"{name!r} of a text part is not supported"
+            raise bad_request(message, f"{place}[{k}].{name}", "unsupported_parameter")
+    return text
+
+
+def texts_of(content: Any, place: str, kinds: Sequence[str]) -> str:
+    """The text of a content: a text, or parts of these kinds one after another: {"type": "text", "text": "Hi"}."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list) or not content:
+    if not isinstance(content, list):
         raise bad_request(f"{place} is neither a text nor a list of text parts", place)
-    return "".join(part_text(part, f"{place}[{k}]") for k, part in enumerate(content))
-
-
-def part_text(part: Any, place: str) -> str:
-    """The text of one part: {"type": "text", "text": "Hi"}, perhaps with a mark for some cache."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text":
-        message = f"only text parts are supported, this one is {str(kind)[:40]!r}"
-        raise bad_request(message, f"{place}.type", "unsupported_parameter")
-    for name, value in part.items():
-        if name not in ("type", "text") and value is not None and not (name in CACHE_MARKS and isinstance(value, dict)):
-            raise bad_request(f"{name!r} of a text part is not supported", f"{place}.{name}", "unsupported_parameter")
-    if not isinstance(part.get("text"), str):
-        raise bad_request("a text part needs a text", f"{place}.text")
-    return str(part["text"])
+    for k, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in kinds:
+            message = f"only text parts are supported, this one is {str(kind)[:40]!r}"
+            raise bad_request(message, f"{place}[{k}].type", "unsupported_parameter")
+        if not isinstance(part.get("text"), str):
+            raise bad_request("a text part needs a text", f"{place}[{k}].text")
+    return "".join(part["text"] for part in content)
 
 
 def prompts_of(value: Any, param: str) -> tuple[Prompt, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from onecard.inference.grammar import AnswerGrammar, json_grammar
 from onecard.serve.api.answer_format import response_format
 from onecard.serve.api.parameters import check_names
-from onecard.serve.api.requests import GenerationParams, ServerDefaults, chat_ask
+from onecard.serve.api.requests import GenerationParams, ServerDefaults, chat_ask, texts_of
 from onecard.serve.api.schema import ChatRequest, Message, ResponseRequest
 from onecard.serve.http_error import bad_request
 
@@ -75,23 +75,3 @@ def messages_of(items: Any) -> list[Message]:
     if not messages:
         raise bad_request("input holds no message", "input")
     return messages
-
-
-def texts_of(content: Any, place: str, kinds: tuple[str, ...]) -> str:
-    """The text of a content: a text, or text parts one after another. Raises ApiError."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(f"{place} is neither a text nor a list of text parts", place)
-    return "".join(text_of(part, f"{place}[{k}]", kinds) for k, part in enumerate(content))
-
-
-def text_of(part: Any, place: str, kinds: tuple[str, ...]) -> str:
-    """The text of one part: {"type": "input_text", "text": "Hi"}. Raises ApiError."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in kinds:
-        message = f"only text parts are supported, this one is {str(kind)[:40]!r}"
-        raise bad_request(message, f"{place}.type", "unsupported_parameter")
-    if not isinstance(part.get("text"), str):
-        raise bad_request("a text part needs a text", f"{place}.text")
-    return str(part["text"])

@@ -6,7 +6,6 @@ Knows OpenAI's field names. It does not know threads, sockets or how pieces are 
 from __future__ import annotations
 
 import secrets
-import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,12 +34,6 @@ class AnswerParts(NamedTuple):
     content: str
     thought: str
     calls: list[ToolCall]
-
-
-def new_head(prefix: str, model: str, fingerprint: str) -> dict[str, Any]:
-    """What stands at the top of every body of one answer, under a fresh id: prefix-0123456789abcdef01234567."""
-    answer_id = f"{prefix}-{secrets.token_hex(12)}"
-    return {"id": answer_id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 
 
 class ChatResponseBuilder:
