@@ -49,10 +49,8 @@ def judge_system(system: str, python: tuple[int, int, int], is_64_bit: bool) -> 
     if python < (3, 10):
         return [*found, Finding("python", PROBLEM, version, "install Python 3.10 or newer")]
     if not is_64_bit:
-        return [
-            *found,
-            Finding("python", PROBLEM, f"{version}, 32 bits", "install a 64-bit Python; torch has no other"),
-        ]
+        remedy = "install a 64-bit Python; torch has no other"
+        return [*found, Finding("python", PROBLEM, f"{version}, 32 bits", remedy)]
     return [*found, Finding("python", OK, version)]
 
 
@@ -89,23 +87,13 @@ def judge_pairs(installed: Mapping[str, str | None]) -> list[Finding]:
     """Optional packages, and pairs that break one another."""
     found = []
     if installed.get("gptqmodel") and not installed.get("optimum"):
-        found.append(
-            Finding(
-                "gptqmodel",
-                PROBLEM,
-                f"{installed['gptqmodel']} without optimum: then peft refuses every adapter",
-                f"{install_command('gptq')}, or pip uninstall gptqmodel",
-            )
-        )
+        what = f"{installed['gptqmodel']} without optimum: then peft refuses every adapter"
+        remedy = f"{install_command('gptq')}, or pip uninstall gptqmodel"
+        found.append(Finding("gptqmodel", PROBLEM, what, remedy))
     if installed.get("auto-gptq"):
-        found.append(
-            Finding(
-                "auto-gptq",
-                WARNING,
-                f"{installed['auto-gptq']} does not work with today's transformers",
-                f"pip uninstall auto-gptq; its successor is in {requirements_name('gptq')}",
-            )
-        )
+        what = f"{installed['auto-gptq']} does not work with today's transformers"
+        remedy = f"pip uninstall auto-gptq; its successor is in {requirements_name('gptq')}"
+        found.append(Finding("auto-gptq", WARNING, what, remedy))
     there = [f"{name} {version}" for name, version in installed.items() if version]
     return [*found, Finding("optional packages", OK, ", ".join(there) or "none")]
 
@@ -133,16 +121,10 @@ def judge_card(card: CardFacts) -> list[Finding]:
     memory = f"{card.free_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free"
     found = [Finding(name, OK, f"{card.name}, compute capability {major}.{minor}, {memory}")]
     if card.matmul_error:
-        found.append(
-            Finding(
-                f"{name} fp16",
-                PROBLEM,
-                f"a matrix product fails: {card.matmul_error}",
-                f"this torch may be built without the card's generation; older than Turing: {OLD_TORCH}"
-                if card.capability < TURING
-                else f"torch may be built without this card's generation: {GET_TORCH}",
-            )
-        )
+        remedy = f"torch may be built without this card's generation: {GET_TORCH}"
+        if card.capability < TURING:
+            remedy = f"this torch may be built without the card's generation; older than Turing: {OLD_TORCH}"
+        found.append(Finding(f"{name} fp16", PROBLEM, f"a matrix product fails: {card.matmul_error}", remedy))
     else:
         found.append(Finding(f"{name} fp16", OK, "a matrix product ran, and is right"))
     found.append(Finding(f"{name} bf16", OK, "native" if card.bf16_native else "emulated only; fp16 is used instead"))
@@ -152,14 +134,8 @@ def judge_card(card: CardFacts) -> list[Finding]:
     if card.capability < PASCAL:
         found.append(Finding(f"{name} age", PROBLEM, "too old for 4-bit kernels", "use a card of 2016 or newer"))
     elif card.capability < TURING:
-        found.append(
-            Finding(
-                f"{name} age",
-                WARNING,
-                "too old for 8-bit kernels (Turing)",
-                f"use --bits 4 or 16 in {command('finetune')} and {command('generate')}",
-            )
-        )
+        remedy = f"use --bits 4 or 16 in {command('finetune')} and {command('generate')}"
+        found.append(Finding(f"{name} age", WARNING, "too old for 8-bit kernels (Turing)", remedy))
     if card.others:
         who = ", ".join(f"process {pid} ({n_bytes / GIB:.1f} GiB)" for pid, n_bytes in card.others)
         found.append(Finding(f"{name} others", WARNING, f"shared with {who}", "end these, or expect less memory"))
@@ -183,23 +159,15 @@ def judge_settings(environment: Mapping[str, str]) -> list[Finding]:
             found.append(Finding(name, WARNING, "set: nothing is downloaded", f"unset {name} to download models"))
     endpoint = environment.get("HF_ENDPOINT", "")
     if endpoint and not re.match("https?://", endpoint):
-        found.append(
-            Finding("HF_ENDPOINT", WARNING, f"{endpoint} is no address", "write it like https://hf-mirror.com")
-        )
+        remedy = "write it like https://hf-mirror.com"
+        found.append(Finding("HF_ENDPOINT", WARNING, f"{endpoint} is no address", remedy))
     shown = [f"{name}={_without_login(environment[name])}" for name in SHOWN if environment.get(name)]
     hidden = [f"{name} is set" for name in SECRET if environment.get(name)]
     return [*found, Finding("settings", OK, ", ".join(shown + hidden) or "none that matter")]
 
 
-SHOWN = (
-    "HF_ENDPOINT",
-    "HF_HOME",
-    "HF_HUB_CACHE",
-    "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "OMP_NUM_THREADS",
-)
+SHOWN = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF",
+         "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS")  # fmt: skip
 SECRET = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 
 from onecard.config.inference import SamplingOptions
@@ -103,11 +105,14 @@ def answer_steps(
     The engine is drained by a thread of its own: a browser that no longer fetches its steps, or fetches them slowly,
     must not keep the model from the next one.
     """
-    newest = _Newest()
-    threading.Thread(target=_drain, args=(engine, request, cancel, newest), name="onecard-page", daemon=True).start()
+    newest, came = Newest(maxlen=1), threading.Event()
+    draining = partial(_drain, engine, request, cancel, newest, came)
+    threading.Thread(target=draining, name="onecard-page", daemon=True).start()
     begun = 0.0
     while True:
-        chunk, failure = newest.take()
+        came.wait()
+        came.clear()
+        chunk, failure = newest[0]
         now = time.monotonic()
         begun = begun or (now if chunk.usage.n_new_tokens else 0.0)
         status = status_line(chunk, now - begun if begun else 0.0, engine.context_limit, language)
@@ -120,38 +125,24 @@ def answer_steps(
         time.sleep(STEP_SECONDS)
 
 
-class _Newest:
-    """Hands the newest chunk from one thread to another; those that nobody took in time are forgotten."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._chunk = Chunk()
-        self._failure: Exception | None = None
-        self._is_new = False
-
-    def put(self, chunk: Chunk | None = None, failure: Exception | None = None) -> None:
-        with self._changed:
-            self._chunk, self._failure, self._is_new = chunk or self._chunk, failure, True
-            self._changed.notify_all()
-
-    def take(self) -> tuple[Chunk, Exception | None]:
-        """Waits for something new: the newest chunk of all, and what went wrong after it."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_new)
-            self._is_new = False
-            return self._chunk, self._failure
+Newest = deque[tuple[Chunk, Exception | None]]  # of one: a chunk that nobody took in time is forgotten
 
 
-def _drain(engine: InferenceEngine, request: GenerationRequest, cancel: threading.Event, newest: _Newest) -> None:
+def _drain(
+    engine: InferenceEngine, request: GenerationRequest, cancel: threading.Event, newest: Newest, came: threading.Event
+) -> None:
+    """Put each chunk of an answer there, and at last why there will be no more."""
+    chunk = Chunk()
     try:
         for (chunk,) in engine.stream(request, cancel):
-            newest.put(chunk)
-    except OneCardError as reason:
-        newest.put(failure=reason)
+            newest.append((chunk, None))
+            came.set()
     except Exception as reason:
-        # A page must never end in silence; the terminal gets the type, the page the same words.
-        warn(f"while answering on the page: {type(reason).__name__}: {reason}")
-        newest.put(failure=reason)
+        if not isinstance(reason, OneCardError):
+            # A page must never end in silence; the terminal gets the type, the page the same words.
+            warn(f"while answering on the page: {type(reason).__name__}: {reason}")
+        newest.append((chunk, reason))
+        came.set()
 
 
 def status_line(chunk: Chunk, seconds: float, limit: int, language: str) -> str:

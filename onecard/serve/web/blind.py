@@ -11,9 +11,8 @@ from typing import Any
 from onecard.data.messages import Turn
 from onecard.errors import OneCardError
 from onecard.serve.web.answer import as_html, failure_words, letters
-from onecard.serve.web.browsers import SessionRegistry
 from onecard.serve.web.chat import remembered_language
-from onecard.serve.web.events import HIDDEN, Changes, GradioHooks, TranslatedComponents
+from onecard.serve.web.events import HIDDEN, Changes, GradioHooks, PageWiring, TranslatedComponents
 from onecard.serve.web.i18n import word
 from onecard.serve.web.sanitize import plain_markdown
 from onecard.serve.web.votes import PREFERENCES_FILE, BlindVotes
@@ -22,19 +21,15 @@ PLACES = (1, 0, 2)  # the keys, in the order of their buttons; 0: a tie
 VIEW = ("pair", "status", "question", "answers", "answer_1", "answer_2", "votes", "result", "note")
 
 
-class BlindWiring:
+class BlindWiring(PageWiring):
     """The handlers of the page, and the components they read and write."""
 
     def __init__(
-        self,
-        votes: BlindVotes,
-        parts: dict[str, Any],
-        labels: TranslatedComponents,
-        language: str,
+        self, votes: BlindVotes, parts: dict[str, Any], labels: TranslatedComponents, language: str,
         gradio: GradioHooks,
-    ) -> None:
-        self.votes, self.parts, self.labels, self.wanted_language, self.on = votes, parts, labels, language, gradio.on
-        self.presence = SessionRegistry(lambda browser: None)
+    ) -> None:  # fmt: skip
+        super().__init__(parts, labels, language, gradio)
+        self.votes = votes
 
     def connect(self, blocks: Any) -> None:
         p = self.parts
@@ -44,12 +39,7 @@ class BlindWiring:
         self.on(p["undo"].click, self.undo, [p["language"]], view)
         self.on(p["reveal"].click, self.reveal, [p["language"]], view)
         self.on(p["language"].change, self.speak, [p["language"]], [*self.labels.components, *view])
-        p["language"].input(None, [p["language"]], None, js="(language) => { onecard.speak(language); }")
-        p["theme"].click(None, [], None, js="() => { onecard.theme(); }")
-        self.on(blocks.load, self.presence.stay, [], [], event="stay")
-        known = [p["stored"], p["browser_language"]]
-        loading = self.on(blocks.load, self.restore, known, [*view, p["language"]], js="() => onecard.look()")
-        loading.then(None, [p["language"]], None, js="(language) => { onecard.opened(language); }")
+        self.connect_page(blocks, view, "() => onecard.look()")
 
     def _voting(self, place: int) -> Callable[[str, str, str], Changes]:
         return lambda browser, key, language: self._after(lambda: self.votes.vote(key, place), language)

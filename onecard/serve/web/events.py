@@ -67,20 +67,40 @@ class GradioHooks:
     tell: Callable[[str], None]
 
 
-class Wiring:
-    """What both pages have: settings, two languages, light and dark, and an end when the page is closed."""
+class PageWiring:
+    """What every page has: two languages, light and dark, and an end when it is closed (`leave`)."""
 
     def __init__(
-        self,
-        page: ChatPage | AskPage,
-        parts: dict[str, Any],
-        labels: TranslatedComponents,
-        language: str,
-        gradio: GradioHooks,
-    ) -> None:
-        self.page, self.parts, self.labels, self.wanted_language = page, parts, labels, language
+        self, parts: dict[str, Any], labels: TranslatedComponents, language: str, gradio: GradioHooks,
+        leave: Callable[[str], object] = lambda browser: None,
+    ) -> None:  # fmt: skip
+        self.parts, self.labels, self.wanted_language = parts, labels, language
         self.on, self.tell = gradio.on, gradio.tell
-        self.presence = SessionRegistry(page.leave)
+        self.presence = SessionRegistry(leave)
+
+    def connect_page(self, blocks: Any, outputs: list[Any], opening: str) -> None:
+        """`outputs`: what is restored of a page that was loaded anew, by the script `opening`."""
+        p = self.parts
+        p["language"].input(None, [p["language"]], None, js="(language) => { onecard.speak(language); }")
+        p["theme"].click(None, [], None, js="() => { onecard.theme(); }")
+        self.on(blocks.load, self.presence.stay, [], [], event="stay")
+        known = [p["stored"], p["browser_language"]]
+        loading = self.on(blocks.load, self.restore, known, [*outputs, p["language"]], js=opening)
+        loading.then(None, [p["language"]], None, js="(language) => { onecard.opened(language); }")
+
+    def restore(self, browser: str, stored: str, browser_language: str) -> Changes:
+        raise NotImplementedError
+
+
+class Wiring(PageWiring):
+    """What the pages that ask a model have besides: its settings."""
+
+    def __init__(
+        self, page: ChatPage | AskPage, parts: dict[str, Any], labels: TranslatedComponents, language: str,
+        gradio: GradioHooks,
+    ) -> None:  # fmt: skip
+        super().__init__(parts, labels, language, gradio, page.leave)
+        self.page = page
         self.settings = [parts[name] for name in NAMES]
         self.typed = [parts[name] for name in TYPED]
         start = dict(zip(NAMES, page.start.values(), strict=True))
@@ -101,12 +121,7 @@ class Wiring:
             self.on(p["documents"].input, self.documents, [p["documents"], p["language"]], changed)
             self.on(p["adapter"].change, self.is_from_documents, [p["adapter"]], [p["documents"]])
         self.on(p["language"].change, self.speak, [p["language"], p["adapter"]], texts)
-        p["language"].input(None, [p["language"]], None, js="(language) => { onecard.speak(language); }")
-        p["theme"].click(None, [], None, js="() => { onecard.theme(); }")
-        opened = [*outputs, *self.settings, p["language"]]
-        self.on(blocks.load, self.presence.stay, [], [], event="stay")
-        loading = self.on(blocks.load, self.restore, [p["stored"], p["browser_language"]], opened, js=opening)
-        loading.then(None, [p["language"]], None, js="(language) => { onecard.opened(language); }")
+        self.connect_page(blocks, [*outputs, *self.settings], opening)
 
     def reset(self, browser: str, agreed: str, system: str, stop_texts: str, language: str) -> Changes:
         return self.setting_updates(self.page.start, language) if agreed else [None for _ in self.settings]
@@ -131,9 +146,6 @@ class Wiring:
     def speak(self, browser: str, language: str, adapter: str) -> Changes:
         choices = {"choices": prompt_choices(self.page.engine, adapter, language)}
         return [*self.labels.updates(language), choices]
-
-    def restore(self, browser: str, stored: str, browser_language: str) -> Changes:
-        raise NotImplementedError
 
     def stop(self, browser: str) -> Changes:
         self.page.stop(browser)
