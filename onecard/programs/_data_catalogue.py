@@ -119,12 +119,8 @@ def get_entry(options: GetOptions) -> None:
         return
     describe(target, entry.data)
     say(f"{target}: {entry.name}, licence {entry.licence}")
-    say(f"to learn from it: {_learning(entry.name, target if options.output_path else None)}")
-
-
-def _learning(name: str, folder: Path | None) -> str:
-    """The command that learns from a collection, in a folder of its own or where names are looked up."""
-    return f"{command('finetune')} --data {name}" + (f" --data_path {folder}" if folder else "")
+    folder = f" --data_path {target}" if options.output_path else ""
+    say(f"to learn from it: {command('finetune')} --data {entry.name}{folder}")
 
 
 def _fetch(entry: CatalogueEntry, target: Path, options: GetOptions) -> bool:

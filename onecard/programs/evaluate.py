@@ -226,7 +226,9 @@ def sweep(config: EvaluateConfig) -> dict[str, Any]:
             say(f"--- scale {scale:g}")
             bundle = at_scale(bundle, source, scale)
             where = replace(options, adapter_scale=scale, output_path=str(folder / f"scale_{scale:g}"))
-            known = {**depends_on, "adapter_scale": scale} if scale != 1 else _without_scale(depends_on)
+            known = {**depends_on, "adapter_scale": scale}
+            if scale == 1:
+                del known["adapter_scale"]
             _measured(replace(config, evaluate=where), tasks, bundle, known)
             rows[scale] = read_evaluation(Path(where.output_path))
             forgetting[scale], noise = forgetting_at(bundle, scale, journal)
@@ -276,10 +278,6 @@ def _begins_with(options: EvaluateOptions, tasks: list[EvaluationTask], depends_
         name: value for name, value in vars(options).items() if value != defaults[name] and name not in _MAY_CHANGE
     }
     return {"options": chosen, "model": depends_on, "suites": {task.name: task.depends_on() for task in tasks}}
-
-
-def _without_scale(depends_on: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in depends_on.items() if name != "adapter_scale"}
 
 
 def _measured(

@@ -115,7 +115,7 @@ class HostCheck:
     def __init__(self, app: App, host: str, allowed: Iterable[str]) -> None:
         self._app = app
         self._names = {"localhost", host.lower()} | {host_name(name) or name.lower() for name in allowed}
-        self._any_address = is_wildcard(host)
+        self._any_address = is_address(host) and ipaddress.ip_address(host).is_unspecified
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -124,13 +124,10 @@ class HostCheck:
         name = host_name(hosts[0]) if len(hosts) == 1 else None
         if name is None:
             return await refuse(scope, send, ApiError(400, "the Host header is missing or broken", code="bad_host"))
-        if not self._knows(name):
+        if not (name in self._names or is_loopback(name) or (self._any_address and is_address(name))):
             message = f"this server is not called {name!r}; if it should be, start it with --allowed_hosts {name}"
             return await refuse(scope, send, ApiError(403, message, code="host_not_allowed"))
         return await self._app(scope, receive, send)
-
-    def _knows(self, name: str) -> bool:
-        return name in self._names or is_loopback(name) or (self._any_address and is_address(name))
 
 
 class OriginCheck:
@@ -146,7 +143,8 @@ class OriginCheck:
         self._allowed = {origin.rstrip("/").lower() for origin in allowed}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asks = scope["type"] == "http" and is_preflight(scope)
+        asks = scope["type"] == "http" and scope["method"] == "OPTIONS"
+        asks = asks and bool(headers_of(scope, b"access-control-request-method"))
         guarded = scope["type"] == "http" and self._guards(scope)
         changes = scope["type"] == "websocket" or (scope["type"] == "http" and scope["method"] not in READING_METHODS)
         origins = headers_of(scope, b"origin") if changes or asks or guarded else []
@@ -232,11 +230,6 @@ class RateLimit:
 
 def _is_counted(method: str, path: str) -> bool:
     return path.startswith(QUERY) or (method == "POST" and (path == "/" or path.startswith(COUNTED_PATHS)))
-
-
-def is_preflight(scope: Scope) -> bool:
-    """Whether a browser asks, for a page of another origin, if a request would be answered."""
-    return scope["method"] == "OPTIONS" and bool(headers_of(scope, b"access-control-request-method"))
 
 
 class BodyLimit:
@@ -418,8 +411,3 @@ def plain_place(place: str) -> str:
     for port in STANDARD_PORTS:
         place = place.removesuffix(port)
     return place
-
-
-def is_wildcard(host: str) -> bool:
-    """True for the address that stands for all of this machine's."""
-    return is_address(host) and ipaddress.ip_address(host).is_unspecified

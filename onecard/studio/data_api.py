@@ -75,8 +75,8 @@ class DataView:
     def catalogue(self, request: Request) -> dict[str, Any]:
         """The entries of the catalogue whose name or description holds ?q=."""
         words = request.query_params.get("q", "").lower().split()
-        found = [entry for entry in entries().values() if all(word in _searched(entry) for word in words)]
-        return {"entries": [_entry(each) for each in found]}
+        texts = ((each, f"{each.name} {each.about} {' '.join(each.language)}".lower()) for each in entries().values())
+        return {"entries": [_entry(each) for each, text in texts if all(word in text for word in words)]}
 
     async def upload(self, request: Request) -> Response:
         """The body becomes a file; {path, name}."""
@@ -157,10 +157,6 @@ class Asked(NamedTuple):
     data: NamedData
     arguments: dict[str, Any]
     page: str
-
-
-def _searched(entry: CatalogueEntry) -> str:
-    return f"{entry.name} {entry.about} {' '.join(entry.language)}".lower()
 
 
 def _entry(entry: CatalogueEntry) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,9 @@ def run_speeds(root: Path) -> list[dict[str, Any]]:
     newest = sorted(logs, key=lambda path: -path.stat().st_mtime)[:MOST_RUNS]
     found = []
     for log in newest:
-        rates = [row["tokens_per_s"] for row in last_rows(log.parent) if _is_rate(row.get("tokens_per_s"))]
+        logged = [row.get("tokens_per_s") for row in last_rows(log.parent)]
+        rates = [rate for rate in logged if isinstance(rate, (int, float)) and 0 < rate < math.inf]
         if rates:
             name = log.parent.relative_to(root).as_posix()
             found.append({"run": name, "tokens_per_s": statistics.median(rates), "n_rows": len(rates)})
     return found
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e12

@@ -316,12 +316,13 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 
 def vectors_body(body: schema.EmbeddingRequest, found: EmbeddingsResult) -> Iterator[str]:
     """The JSON of an answer to `body`, piece by piece."""
-    encode: Callable[[Sequence[float]], Any] = base64_of if body.encoding_format == "base64" else list
+    is_packed = body.encoding_format == "base64"  # little-endian float32, as OpenAI's clients ask for it
     usage = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
     head = json.dumps({"object": "list", "model": body.model, "usage": usage}, ensure_ascii=False)
     yield head.removesuffix("}") + ', "data": ['
     for k, vector in enumerate(found.vectors):
-        entry = {"object": "embedding", "index": k, "embedding": encode(vector)}
+        packed = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii") if is_packed else None
+        entry = {"object": "embedding", "index": k, "embedding": packed or list(vector)}
         yield (", " if k else "") + json.dumps(entry)
     yield "]}"
 
@@ -380,11 +381,6 @@ def check_model(app: Api, name: str) -> None:
 def card(app: Api, name: str) -> dict[str, Any]:
     """What is told of a model."""
     return {"id": name, "object": "model", "created": app.began, "owned_by": "onecard"}
-
-
-def base64_of(vector: Sequence[float]) -> str:
-    """Little-endian float32 in base64, as OpenAI's clients ask for it."""
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")
 
 
 def refusing(allowed: Sequence[str]) -> Callable[[], Any]:

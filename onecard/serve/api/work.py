@@ -130,7 +130,8 @@ def answer_prompts(engine: InferenceEngine, ask: GenerationParams, cancel: threa
                 yield progress
             if cancel.is_set():
                 break
-    yield replace(progress, chunks=tuple(cancelled_if_open(chunk) for chunk in progress.chunks))
+    ended = (chunk if chunk.finish_reason else replace(chunk, finish_reason="cancelled") for chunk in progress.chunks)
+    yield replace(progress, chunks=tuple(ended))
 
 
 def answers_to(
@@ -138,7 +139,10 @@ def answers_to(
 ) -> Iterator[list[Chunk]]:
     """The engine's stream for one prompt; a single empty answer where none is wanted."""
     if ask.max_new_tokens == 0:
-        check_length(engine, ids)
+        if not ids:  # as the engine checks before it answers
+            raise DataError("the prompt is empty")
+        if len(ids) > engine.prompt_limit:
+            raise ContextTooLong(len(ids), engine.prompt_limit + 1)
         yield [Chunk(finish_reason="length", usage=Usage(len(ids)))] * ask.n
         return
     request = GenerationRequest(
@@ -178,19 +182,6 @@ def echo(
     if ask.top_logprobs is None:
         return Echo(text, (), ids)
     return Echo(text, tuple(engine.score(ids, ask.model, ask.top_logprobs, cancel)), ids)
-
-
-def check_length(engine: InferenceEngine, ids: tuple[int, ...]) -> None:
-    """What the engine checks before it answers. Raises DataError."""
-    if not ids:
-        raise DataError("the prompt is empty")
-    if len(ids) > engine.prompt_limit:
-        raise ContextTooLong(len(ids), engine.prompt_limit + 1)
-
-
-def cancelled_if_open(chunk: Chunk) -> Chunk:
-    """The chunk with an end: nothing will follow any more."""
-    return chunk if chunk.finish_reason else replace(chunk, finish_reason="cancelled")
 
 
 @contextmanager

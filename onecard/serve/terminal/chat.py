@@ -178,9 +178,10 @@ class TerminalChat:
             self.screen.typing(rewrites=request.sampling.num_beams > 1) as show,
         ):
             for (chunk,) in steps:
+                if chunk.place and chunk.place != seen.last.place:
+                    self.screen.note(f"(waiting; {chunk.place} in front)")
                 if chunk.place:
                     seen.begun = time.monotonic()
-                    self._tell_place(chunk.place, seen.last.place)
                 else:
                     show(chunk)
                 seen.last = chunk
@@ -196,10 +197,6 @@ class TerminalChat:
             left_out = f"the oldest {fitted.n_dropped} of {len(session.turns)} messages"
             self.screen.remark(f"({left_out} are not sent: {budget} of {limit} tokens are for the conversation)")
         return fitted.turns
-
-    def _tell_place(self, place: int, before: int) -> None:
-        if place != before:
-            self.screen.note(f"(waiting; {place} in front)")
 
     def _tell(self, last: Chunk, seconds: float) -> None:
         """The line below an answer, or a warning for a program where the answer is cut."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from onecard.data.built_in_templates import BUILT_IN
@@ -62,16 +63,17 @@ def _recipes(template: Template, tokenizer: Any, base: str) -> Iterator[tuple[st
         yield "BOS that training did not have", words, with_bos(right)
         words = f"{tokenizer.bos_token} is missing in front"
         yield "missing BOS", words, lambda turns: right(turns)[right(turns)[:1] == [bos] :]
-    for name, words, changed in (
-        ("missing system text", "leaves the system message out", _without_system),
-        ("joined system text", "writes the system message into the question", _joined),
-        ("empty system text", "puts an empty system message in front", _with_empty_system),
-    ):
-        yield name, f"the server {words}", lambda turns, changed=changed: right(changed(turns))  # type: ignore[misc]
+    words = "the server leaves the system message out"
+    yield "missing system text", words, lambda turns: right([turn for turn in turns if turn.role != "system"])
+    words = "the server writes the system message into the question"
+    yield "joined system text", words, lambda turns: right(_joined(turns))
+    words = "the server puts an empty system message in front"
+    empty = [Turn("system", "")]
+    yield "empty system text", words, lambda turns: right(turns if turns[0].role == "system" else empty + turns)
     writer = PromptRenderer(template, tokenizer)
     words = "what the template writes before an answer is missing"
-    yield ("missing generation prompt", words,
-           lambda turns: _ids_of_text(writer.render(turns, prompt=False), tokenizer))  # fmt: skip
+    plain_ids = partial(tokenizer, add_special_tokens=False)
+    yield "missing generation prompt", words, lambda turns: plain_ids(writer.render(turns, prompt=False))["input_ids"]
     if thought_switch(template.jinja) is not None:
         for wanted in ("on", "off"):
             yield f"thinking {wanted}", f"the server has thoughts {wanted}", through(template.with_thinking(wanted))
@@ -82,22 +84,10 @@ def _recipes(template: Template, tokenizer: Any, base: str) -> Iterator[tuple[st
             yield "wrong template", words, with_bos(through(other))
 
 
-def _ids_of_text(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _without_system(turns: list[Turn]) -> list[Turn]:
-    return [turn for turn in turns if turn.role != "system"]
-
-
 def _joined(turns: list[Turn]) -> list[Turn]:
     if turns[0].role != "system" or turns[1].role != "user":
         return turns
     return [Turn("user", f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:]]
-
-
-def _with_empty_system(turns: list[Turn]) -> list[Turn]:
-    return turns if turns[0].role == "system" else [Turn("system", ""), *turns]
 
 
 def _other_templates(template: Template, tokenizer: Any, base: str) -> list[tuple[str, Template]]:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ class TranslatedComponents:
 
     def __call__(self, kind: Callable[..., Any], words: Mapping[str, str | Words], **arguments: Any) -> Any:
         """Make a component of this kind. `words`: properties that are keys of page_words, or made from a language."""
-        makers = {name: (_word_of(key) if isinstance(key, str) else key) for name, key in words.items()}
+        makers = {name: (partial(word, key=key) if isinstance(key, str) else key) for name, key in words.items()}
         component = kind(**arguments, **{name: make(self.language) for name, make in makers.items()})
         self._entries.append((component, makers))
         return component
@@ -366,7 +367,3 @@ def _asked(browser: str, state: Sequence[Any]) -> ChatInputs:
     chat, partial, earlier, tries, language, *settings = state
     number = int(tries) if isinstance(tries, (int, float)) and 0 <= tries < MAX_REGENERATIONS else 0
     return ChatInputs(browser, chat or "", partial or "", settings, language or "en", number, earlier or "")
-
-
-def _word_of(key: str) -> Words:
-    return lambda language: word(language, key)
