@@ -179,7 +179,7 @@ def test_every_exception_is_still_one() -> None:
     assert met == set(NEVER)
 
 
-def test_the_walk_sees_what_a_program_says() -> None:
+def test_the_search_finds_what_a_program_says() -> None:
     """A remedy of training in what only generate.py reaches would be found."""
     said = {(module, flag) for module, _, flag, _ in named_flags(walk_of(FOLDER / "generate.py"))}
     assert {("onecard.model.load", "bits"), ("onecard.inference.load", "model_path")} <= said

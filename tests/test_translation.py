@@ -154,7 +154,7 @@ def test_everything_that_the_doctor_finds_is_told_in_chinese() -> None:
 
 # What says nothing to a reader by itself: parts of messages, help that is English, and a line with a command in it.
 NOT_SAID = ("7 documents read", "Verbs, each", "its own", "\n--method")
-ROOMS = (
+SPEAKING_MODULES = (
     "documents/chunks", "documents/engine", "documents/index", "documents/reading", "documents/summary",
     "documents/update", "documents/vectors", "data/documents", "programs/documents", "programs/_documents_ask",
     "programs/handover", "serve/handover", "programs/quantize", "programs/quantize_bnb", "programs/quantize_gptq",
@@ -164,10 +164,10 @@ ROOMS = (
 SPEAKERS = {"say", "warn", "UnusableRecord", "ConfigError", "DataError", "ModelError", "OneCardError", "ApiError"}
 
 
-def test_what_the_rooms_around_the_model_say_is_in_chinese() -> None:
+def test_what_the_modules_around_the_model_say_is_in_chinese() -> None:
     said: dict[str, str] = {}
-    for room in ROOMS:
-        for node in ast.walk(ast.parse((REPOSITORY / f"onecard/{room}.py").read_text(encoding="utf-8"))):
+    for module in SPEAKING_MODULES:
+        for node in ast.walk(ast.parse((REPOSITORY / f"onecard/{module}.py").read_text(encoding="utf-8"))):
             texts: list[ast.expr] = []
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in SPEAKERS:
                 texts = node.args
@@ -177,9 +177,9 @@ def test_what_the_rooms_around_the_model_say_is_in_chinese() -> None:
             parts = {id(part) for one in inner if isinstance(one, ast.JoinedStr) for part in ast.walk(one)} - {
                 id(one) for one in inner if isinstance(one, ast.JoinedStr)
             }
-            said |= {text: room for one in inner if id(one) not in parts and PROSE.search(text := _filled(one))}
+            said |= {text: module for one in inner if id(one) not in parts and PROSE.search(text := _filled(one))}
     assert len(said) >= 120
-    english = [(room, text) for text, room in said.items() if not text.startswith(NOT_SAID) and _stays_english(text)]
+    english = [(module, text) for text, module in said.items() if not text.startswith(NOT_SAID) and _stays_english(text)]
     assert not english
 
 

@@ -188,22 +188,24 @@ class ServiceParameters(BaseModel):
     request_id: StrictStr | None = None
 
 
-class SamplingParameters(ServiceParameters):
-    """How answers are chosen; what is left out is as the server was started.
+class AnswerParameters(ServiceParameters):
+    """How an answer is chosen and sent, in all three forms; what is left out is as the server was started."""
 
-    From top_k on they are this server's own, or vLLM's and llama.cpp's: what the answer is held to.
-    """
-
-    max_tokens: LengthOrZero = None
     temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    n: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=BIGGEST)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[Any, WithJsonSchema(STOP)] = None
-    logit_bias: Annotated[Any, WithJsonSchema(LOGIT_BIAS)] = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1, le=BIGGEST)] | None = None
+
+
+class SamplingParameters(AnswerParameters):
+    """What chat and completions share; some of it is vLLM's and llama.cpp's: what the answer is held to."""
+
+    max_tokens: LengthOrZero = None
+    n: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
+    logit_bias: Annotated[Any, WithJsonSchema(LOGIT_BIAS)] = None
     repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     num_beams: Annotated[StrictInt, Field(ge=1, le=BIGGEST)] | None = None
     no_repeat_ngram_size: Annotated[StrictInt, Field(ge=0, le=BIGGEST)] | None = None
@@ -267,7 +269,7 @@ class ReasoningOptions(BaseModel):
     generate_summary: None = None
 
 
-class ResponseRequest(ServiceParameters):
+class ResponseRequest(AnswerParameters):
     """POST /v1/responses, for texts: nothing is kept here, so there is nothing to go on with."""
 
     model_config = {"extra": "allow", "json_schema_extra": close_request}
@@ -276,15 +278,8 @@ class ResponseRequest(ServiceParameters):
     instructions: StrictStr | None = None
     prompt: None = None  # a template that OpenAI keeps
     max_output_tokens: Length = None
-    temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1, le=BIGGEST)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[Any, WithJsonSchema(STOP)] = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
