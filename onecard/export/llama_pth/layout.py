@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -305,11 +305,6 @@ def to_pairs(name: str, tensor: Tensor, params: LlamaParams) -> Tensor:
         return tensor
     half = params.head_dim // 2
     return tensor.view(-1, 2, half, params.dim).transpose(1, 2).reshape(tensor.shape)
-
-
-def with_vocabulary(params: LlamaParams, vocab_size: int) -> LlamaParams:
-    """The params with the number of tokens that the tensors have."""
-    return replace(params, vocab_size=vocab_size)
 
 
 def _number(content: Mapping[str, Any], key: str, place: str, default: int | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -92,7 +92,7 @@ def open_checkpoint(directory: Path) -> LlamaCheckpoint:
     n_tokens = _vocabulary_size(files, shards)
     if params.vocab_size not in (-1, n_tokens):
         raise ModelError(f"{params_file} says vocab_size {params.vocab_size}, but the head has {n_tokens} rows")
-    params = layout.with_vocabulary(params, n_tokens)
+    params = replace(params, vocab_size=n_tokens)
     checkpoint = LlamaCheckpoint(directory, params, shards, tokenizer_model(directory))
     for file, shard in zip(files, shards, strict=True):
         _check_shard(file, shard, checkpoint)

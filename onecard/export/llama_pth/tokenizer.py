@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import shutil
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ def _write_tiktoken(file: Path, directory: Path, params: LlamaParams, instruct: 
     special = _special_names(SPECIAL_31 if params.use_scaled_rope else SPECIAL_3)
     _check_size(file, len(ranks) + len(special), params)
     id_of = {name: len(ranks) + place for place, name in enumerate(special)}
-    write_json(directory / "tokenizer.json", _tokenizer_json(ranks, id_of))
+    _tokenizer(ranks, special).save(str(directory / "tokenizer.json"))
     ends = [EOS, *([END_OF_MESSAGE] if END_OF_MESSAGE in special else []), END_OF_TURN] if instruct else [EOS]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": ends[-1],
@@ -97,37 +99,24 @@ def _write_tiktoken(file: Path, directory: Path, params: LlamaParams, instruct: 
     return SpecialIds(id_of[BOS], ids if instruct else ids[0]), [remark]
 
 
-def _tokenizer_json(ranks: dict[bytes, int], id_of: dict[str, int]) -> dict[str, Any]:
-    """The same tokenizer in the words of the `tokenizers` library: https://huggingface.co/docs/tokenizers."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    cut = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
-    bos, first, second = (
-        {"SpecialToken": {"id": BOS, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-        {"Sequence": {"id": "B", "type_id": 1}},
+def _tokenizer(ranks: dict[bytes, int], special: Sequence[str]) -> Any:
+    """The same tokenizer as the `tokenizers` library has it: https://huggingface.co/docs/tokenizers."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+    texts = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    vocab = {texts[token]: rank for token, rank in ranks.items()}
+    merges = [(texts[left], texts[right]) for left, right in _merges(ranks)]
+    found = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, byte_fallback=False, ignore_merges=True))
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), by_bytes])
+    found.decoder = decoders.ByteLevel()
+    found.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    found.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, found.token_to_id(BOS))]
     )
-    special = {BOS: {"id": BOS, "ids": [id_of[BOS]], "tokens": [BOS]}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": number, "content": name, **flags} for name, number in id_of.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, by_bytes]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, first],
-            "pair": [bos, first, bos, second],
-            "special_tokens": special,
-        },
-        "decoder": by_bytes,
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-            "vocab": {_printable(token): rank for token, rank in ranks.items()}, "merges": _merges(ranks),
-        },
-    }  # fmt: skip
+    return found
 
 
 def _kept_aside(directory: Path) -> Path:
@@ -150,35 +139,19 @@ def _ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every way to make a token of two others, in the order of ranks: what byte-pair encoding replays."""
     found = []
     for token, rank in ranks.items():
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
         found += [(rank, ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
-    return [(_printable(a), _printable(b)) for _, _, _, a, b in sorted(found)]
-
-
-def _printable(token: bytes) -> str:
-    return "".join(map(_letter_of_byte, token))
-
-
-def _letter_of_byte(byte: int) -> str:
-    """GPT-2's letter for a byte: printable bytes stand for themselves, the others for letters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return chr(byte) if byte in printable else chr(0x100 + sum(b not in printable for b in range(byte)))
+    return [(a, b) for _, _, _, a, b in sorted(found)]
 
 
 def _special_names(known: dict[int, str]) -> list[str]:
     """All 256 control tokens of LLaMA-3: the known names at their places, the others numbered in order."""
-    names, reserved = [], 0
-    for place in range(N_SPECIAL):
-        if place in known:
-            names.append(known[place])
-        else:
-            names.append(f"<|reserved_special_token_{reserved}|>")
-            reserved += 1
-    return names
+    reserved = count()
+    return [known.get(n) or f"<|reserved_special_token_{next(reserved)}|>" for n in range(N_SPECIAL)]
 
 
 def _check_size(file: Path, n_tokens: int, params: LlamaParams) -> None:
