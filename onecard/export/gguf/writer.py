@@ -116,19 +116,11 @@ def write(
     _add_vocabulary(writer, vocabulary)
     if chat_template:
         writer.add_chat_template(chat_template)
-    for tensor in planned:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.kind)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
         with progress(f"writing {gguf_type}", sum(tensor.n_bytes for tensor in planned), in_bytes=True) as move_on:
-            for tensor in planned:
-                _write_tensor(writer, _encoded(_source(layout, weights, tensor), tensor))
-                move_on(tensor.n_bytes)
+            _write_tensors(writer, planned, lambda tensor: _source(layout, weights, tensor), move_on)
     finally:
         weights.close()
-        writer.close()
 
 
 def write_adapter(path: Path, layout: GgufLayout, alpha: float, factors: Mapping[str, Tensor], gguf_type: str) -> None:
@@ -145,16 +137,7 @@ def write_adapter(path: Path, layout: GgufLayout, alpha: float, factors: Mapping
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_file_type(FILE_TYPES[gguf_type])
-    for tensor in planned:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in planned:
-            _write_tensor(writer, _encoded(factors[tensor.name], tensor))
-    finally:
-        writer.close()
+    _write_tensors(writer, planned, lambda tensor: factors[tensor.name])
     reader = _reopened(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     alpha_field = reader.get_field(gguf.Keys.Adapter.LORA_ALPHA)
@@ -316,13 +299,26 @@ def _row_pieces(rows: Tensor) -> Iterator[Tensor]:
         yield rows[start : start + step].contiguous()
 
 
-def _write_tensor(writer: gguf.GGUFWriter, data: NDArray[np.generic]) -> None:
+def _write_tensors(
+    writer: gguf.GGUFWriter, planned: list[PlannedTensor], source: Callable[[PlannedTensor], Tensor],
+    move_on: Callable[[int], object] = lambda n_bytes: None,
+) -> None:  # fmt: skip
+    """Write what was added so far, and these tensors; the file is closed then."""
+    for tensor in planned:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.kind)
     try:
-        writer.write_tensor_data(data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in planned:
+            writer.write_tensor_data(_encoded(source(tensor), tensor))
+            move_on(tensor.n_bytes)
     except OSError as reason:
         if reason.errno is None:  # numpy counts what it could write, and does not say why it stopped
             raise OSError(errno.ENOSPC, f"no space left on the device ({reason})") from reason
         raise
+    finally:
+        writer.close()
 
 
 def _reopened(path: Path) -> gguf.GGUFReader:
