@@ -57,8 +57,7 @@ def with_streaming(options: ModelOptions, hardware: Hardware) -> ModelOptions:
     if not hardware.is_gpu or options.max_memory is not None:
         return off
     directory = locate(options.model_path, with_code=options.trust_remote_code)
-    file = directory / "config.json"
-    if is_gptq(stored_quantization(directory, read_json(file)) if file.is_file() else {}):
+    if is_gptq(stored_quantization(directory)):
         return off
     needed = count_weights(directory) * BYTES[options.bits]
     free, _ = free_and_total_bytes(hardware.device)
@@ -94,8 +93,7 @@ def count_weights(directory: Path) -> int:
 def _stored_bits(options: ModelOptions) -> int | None:
     """Of weights that lie there quantised, where their files say it."""
     directory = locate(options.model_path, with_code=options.trust_remote_code)
-    file = directory / "config.json"
-    stored = stored_quantization(directory, read_json(file)) if file.is_file() else {}
+    stored = stored_quantization(directory)
     if stored.get("quant_method", "bitsandbytes") == "bitsandbytes" and stored:
         return 8 if stored.get("load_in_8bit") else 4
     return 4 if stored else None

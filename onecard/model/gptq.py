@@ -30,13 +30,16 @@ QUANTIZE_CONFIG = "quantize_config.json"
 BACKEND = "torch"
 
 
-def stored_quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What a model's files say of how its weights are quantised; empty for plain weights.
+def stored_quantization(directory: Path, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a model's files say of how its weights are quantised; empty for plain weights. config: None: that there.
 
     AutoGPTQ before 0.5 wrote it into quantize_config.json alone. Raises ModelError for a file that is no JSON object.
     """
-    stored = config.get("quantization_config")
-    if stored:
+    if config is None:
+        if not (directory / "config.json").is_file():
+            return {}
+        config = read_json(directory / "config.json")
+    if stored := config.get("quantization_config"):
         return stored if isinstance(stored, dict) else {"quant_method": "unknown"}
     beside = directory / QUANTIZE_CONFIG
     return {"quant_method": "gptq", **read_json(beside)} if beside.is_file() else {}

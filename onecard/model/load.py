@@ -171,9 +171,7 @@ def _checked_config(directory: Path, options: ModelOptions) -> dict[str, Any]:
 def check_stored_bits(options: ModelOptions) -> None:
     """Raise ConfigError for a directory whose weights lie quantised in another form than --bits; loads nothing."""
     directory = Path(options.model_path).expanduser()
-    config_file = directory / "config.json"
-    stored = stored_quantization(directory, read_json(config_file)) if config_file.is_file() else {}
-    if stored:
+    if stored := stored_quantization(directory):
         _check_stored_bits(options, directory, stored)
 
 
