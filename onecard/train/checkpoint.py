@@ -118,10 +118,6 @@ class CheckpointStore:
         whole = (step for step, path in newest if not manifest.problems(path))
         return sorted(islice(whole, number))  # no further one is read
 
-    def verify(self, path: Path, *, require_manifest: bool = True) -> list[str]:
-        """What is wrong with the checkpoint at `path`; an empty list means that it can be used. See :func:`verify`."""
-        return verify(path, require_manifest=require_manifest)
-
     def set_aside_newer(self, step: int) -> list[str]:
         """Rename checkpoints after `step` to `.abandoned`: a run that goes on from `step` shall not find them again.
 
