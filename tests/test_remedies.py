@@ -132,7 +132,7 @@ def classes_of(program: Path) -> list[type]:
 def options_of(program: Path) -> frozenset[str]:
     """All options of a program, of each of its verbs."""
     found = {option for kind in classes_of(program) for option in cli.options_of(kind)}
-    found |= OWN_WORDS.get(program.stem, set()) | {"config", "print_config", "help"}
+    found |= OWN_WORDS.get(program.stem, set()) | {"config", "print_config", "help", "debug"}
     for other in HANDS_ON.get(program.stem, ()):
         found |= options_of(program.with_stem(other))
     assert len(found) > 3, program
