@@ -34,7 +34,7 @@ _PRODUCTS_PER_CALL = 400_000
 
 def choose_kernel(model: PreTrainedModel, hardware: Hardware, dtype: torch.dtype) -> None:
     """Let a model that computes in `dtype` avoid FlashAttention where this card has none for it."""
-    if hardware.is_gpu and not hardware.has_flash_attention_in(dtype.itemsize):
+    if not hardware.has_flash_attention_in(dtype.itemsize):
         avoid_flash(model)
 
 

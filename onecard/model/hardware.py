@@ -54,8 +54,8 @@ class Hardware:
         return self.capability is None or self.capability >= (8, 0)
 
     def has_flash_attention_in(self, element_bytes: int) -> bool:
-        """The same for an arithmetic of so many bytes per number: no card has FlashAttention in fp32."""
-        return self.has_flash_attention and element_bytes < torch.float32.itemsize
+        """The same for an arithmetic of so many bytes per number: no card has it in fp32, a CPU's own takes any."""
+        return self.has_flash_attention and not (self.is_gpu and element_bytes >= torch.float32.itemsize)
 
 
 def detect(device: str = "auto", *, pretend_turing: bool = False) -> Hardware:

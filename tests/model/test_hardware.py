@@ -64,6 +64,13 @@ def test_fragile_families_never_compute_in_fp16() -> None:
     assert {choose_dtype("auto", bits, TURING, family)[0] for family, bits in tried} == {FP32}
 
 
+@pytest.mark.parametrize(("hardware", "in_fp32", "in_16_bits"), [
+    (CPU, True, True), (AMPERE, False, True), (TURING, False, False),
+])  # fmt: skip
+def test_where_attention_reads_shared_keys_without_copies(hardware, in_fp32, in_16_bits) -> None:
+    assert [hardware.has_flash_attention_in(n_bytes) for n_bytes in (4, 2)] == [in_fp32, in_16_bits]
+
+
 def test_detect_cpu() -> None:
     found = detect("cpu")
     assert found.device == torch.device("cpu") and found.total_bytes > 2**28 and found.name and not found.is_gpu
