@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,6 +122,11 @@ def _layer_kind(layer: nn.Module, config: Any, number: int) -> str:
     return json.dumps([repr(layer), settings, listed], default=str)
 
 
+@cache
+def _fake_class(name: str) -> type[FakeTensor]:
+    return type(name, (FakeTensor,), {})
+
+
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Turn parameters, buffers and scales of a model on the meta device into tensors that claim to lie on the CPU.
 
@@ -139,7 +145,9 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     def fake_parameter(parameter: nn.Parameter) -> nn.Parameter:
         if id(parameter) not in parameters:
             same = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
-            vars(same).update(vars(parameter))  # quantisation's notes on its weights
+            if vars(parameter):  # quantised: with its notes, and by the name of its class, which peft asks for
+                vars(same).update(vars(parameter))
+                same.__class__ = _fake_class(type(parameter).__name__)
             if same.requires_grad:
                 same.grad = fake(parameter.detach().clone())  # there from an earlier micro-batch
             parameters[id(parameter)] = (parameter, same)

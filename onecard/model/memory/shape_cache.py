@@ -49,7 +49,7 @@ def attributes_of(mode: FakeTensorMode) -> dict[str, Any]:
 def _key(value: Any, inputs: list[Tensor]) -> Any:
     """What tells arguments apart; appends their tensors to `inputs`. Raises TypeError for real tensors."""
     kind = type(value)
-    if kind is FakeTensor:
+    if isinstance(value, FakeTensor):
         inputs.append(value)
         return _form(value)
     if kind is tuple or kind is list or kind is torch.Size:
