@@ -36,6 +36,7 @@ TOY = {
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "vocab_size": 1500, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+STEPS = 100  # that a run of these benchmarks is planned for: AdaLoRA cuts ranks by their number
 # family or model, rows, length, and the rest of a setup by name. "fit": looked at while the plan was written.
 TOY_ROWS: dict[str, list[tuple[str, int, int, dict[str, Any]]]] = {
     "fit": [
@@ -245,10 +246,11 @@ def _peak_on_card(work: Callable[[], object]) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
-def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
+def real_run(config: dict[str, Any], setup: Any, hardware: Any, **form: Any) -> Any:
     """A run of `onecard.train` over random token ids, put together as `setup` says; every step is two micro-batches.
 
-    Two, because the gradients of the adapter are there from the second on: the plan counts them.
+    Two, because the gradients of the adapter are there from the second on: the plan counts them. form: options of LoRA
+    that change nothing in a plan.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -258,6 +260,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     from onecard.config.base_model import ModelOptions
     from onecard.config.lora import LoraOptions
     from onecard.config.training import TrainOptions
+    from onecard.model.lora.adapter import rank_allocation
     from onecard.model.lora.vocabulary import freeze_adapter
     from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
     from onecard.model.memory_saving.lm_head import quantize_head
@@ -279,7 +282,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
     lora = LoraOptions(
         lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,
         train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,
-        peft_method=setup.peft_method, peft_option=setup.peft_option,
+        peft_method=setup.peft_method, peft_option=setup.peft_option, **form,
     )  # fmt: skip
     n_all = int(config["vocab_size"])
     new_ids = list(range(n_all - setup.n_new_tokens, n_all))
@@ -300,6 +303,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any) -> Any:
         embeddings_to_ram(plain, hardware.device)
     samples = random_samples(n_all, 2 * setup.rows, setup.length)
     run = Run(train, model, plain, stepped, accelerator, samples, [], None)  # type: ignore[arg-type]
+    run.ranks, run.state.total_steps = rank_allocation(plain, lora), STEPS
     use_limits(run, MicroBatchLimits(setup.rows, 0, setup.loss_chunk, setup.offload_activations, setup.mlp_tile))
     plain.train()
     return run

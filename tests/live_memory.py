@@ -86,6 +86,6 @@ def _tensors(value: Any, visited: dict[int, Any]) -> Iterator[torch.Tensor]:
     elif isinstance(value, torch.nn.Module):
         yield from _tensors([*value.parameters(), *value.buffers()], visited)
         for module in value.modules():
-            yield from _tensors([getattr(module, "state", None)], visited)
+            yield from _tensors([getattr(module, name, None) for name in ("state", "shira_indices")], visited)
     elif type(value).__module__.startswith("bitsandbytes"):
         yield from _tensors(list(vars(value).values()), visited)

@@ -73,6 +73,7 @@ from onecard.model.lora.methods import (
 from onecard.model.lora.peft_options import typed_options
 from onecard.model.lora.rank_allocation import RankAllocation, widened
 from onecard.model.lora.routing import LoraProduct
+from onecard.model.lora.sparse import skip_drawing
 from onecard.model.lora.targets import ALL_LINEAR, check_experts, target_modules, target_parameters
 from onecard.model.lora.virtual_tokens import VirtualTokens, check_base, encoder_tensors
 from onecard.model.model_layers import linear_layers
@@ -462,8 +463,9 @@ def check_peft_option(options: LoraOptions) -> None:
 def attach_to_layers(layers: Any, names: list[str], options: LoraOptions) -> PeftModel:
     """Attach a fresh adapter to linear layers that are no language model. Raises ConfigError, as `add_lora` does."""
     with _as_config_error(options):
-        config = _new_config(options, AdaptedLayers(names, None, transposed=False), {})
-        return get_peft_model(layers, replace(config, task_type=None))
+        config = replace(_new_config(options, AdaptedLayers(names, None, transposed=False), {}), task_type=None)
+        skip_drawing(layers, config)
+        return get_peft_model(layers, config)
 
 
 def _attach(model: Any, config: PeftConfig, *, has_no_memory: bool = False) -> PeftModel:
@@ -479,6 +481,8 @@ def _attach(model: Any, config: PeftConfig, *, has_no_memory: bool = False) -> P
             "--bits",
             "8 does not work with DoRA on CPU: peft loses the scales of 8-bit weights there; use --bits 4, 16 or 32",
         )
+    if not has_no_memory:  # its adapter would get some
+        skip_drawing(model, config)
     with warnings.catch_warnings():
         # Between peft and transformers, and of no use to the person who trains: peft asks under the old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from onecard.config.lora import LoraOptions
 from onecard.model.lora.adapter import add_lora, attach_to_layers
 from onecard.model.lora.methods import METHODS
+from onecard.model.lora.sparse import sparse_places
 
 
 def method_tensors(
@@ -24,9 +25,6 @@ def method_tensors(
 
     Then bytes that lie beside them in each, and bytes that all layers share. Raises ConfigError, as `add_lora` does.
     """
-    if options.peft_method == "shira":  # its places are drawn from weights that have memory
-        sizes = [options.lora_r * (n_in + n_out) for _, n_in, n_out in linears]
-        return [[size] for size in sizes], [2 * torch.int32.itemsize * size for size in sizes], 0
     names = [f"{number}.{name}" for number, (name, _, _) in enumerate(linears)]
     with torch.device("meta"):
         layers: Any = nn.ModuleList(
@@ -38,6 +36,7 @@ def method_tensors(
     trained = [(name, tensor.numel()) for name, tensor in model.named_parameters() if tensor.requires_grad]
     beside = [(name, tensor.nbytes) for name, tensor in model.named_buffers()]
     beside += [(name, 2 * torch.float32.itemsize * size) for name, size in trained if method.scored]
+    beside += [(f"{name}.", t.nbytes) for name, module in model.named_modules() for t in sparse_places(module).values()]
     shared = set(method.shared)
     of_all = [size for name, size in beside if shared & set(name.split("."))]
     own = [(name, size) for name, size in beside if not shared & set(name.split("."))]

@@ -379,8 +379,6 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
 
 def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     """What one micro-batch needs beside the weights, at its worst moment: the real model runs on fake tensors."""
-    if setup.peft_method == "shira":  # it has no form on fake tensors; LoRA has as many weights
-        return _activations(model, replace(setup, peft_method="lora", peft_option=""))
     found = find_peak(model, setup)
     name = "the loss and its gradient" if found.phase == LOSS else "one layer, computed again"
     batch, inputs, rest = found.batch, found.inputs, found.rest - found.batch

@@ -48,6 +48,12 @@ class KernelStandIns(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("grouped_mm", "_grouped_mm"):  # its shape function knows bf16 alone
             return GroupedProduct.apply(args[0], args[1])
+        if name == "sparse_coo_tensor":
+            values = args[1].view_as(args[1])
+            values.of_sparse_matrix = True
+            return values
+        if name == "add_" and hasattr(args[1], "of_sparse_matrix"):
+            return SparseSum.apply(args[0], args[1], 2 if self.on_gpu else 1)
         if not self.on_gpu:
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
@@ -88,6 +94,29 @@ class GroupedProduct(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         of_rows = grad_outputs[0].new_empty(len(grad_outputs[0]), weight.shape[1])
         return of_rows, torch.empty_like(weight) if rows is not None else None
+
+
+class SparseSum(torch.autograd.Function):
+    """dense (rows, columns) += a sparse matrix of `values` (n): aten's sums in the wider of two types, and their masks.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/sparse/SparseTensorMath.cpp, and beside it
+    cuda/SparseCUDATensorMath.cu, whose sum is beside the widened matrix.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, values: Tensor, n_wide: int) -> Tensor:
+        ctx.mark_dirty(dense)
+        ctx.save_for_backward(values.new_empty(2, len(values), dtype=torch.int64), values)
+        _wide = [dense.to(values.dtype) for _ in range(n_wide) if dense.dtype != values.dtype]
+        return dense
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of `values`, read at their places from the dense one, in their type."""
+        places, values = ctx.saved_tensors
+        wide = grad_outputs[0].to(values.dtype)
+        found, _copy = wide.flatten().index_select(0, places[0]), places.clone()
+        return None, found * values, None
 
 
 class FusedAttention(torch.autograd.Function):

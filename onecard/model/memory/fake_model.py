@@ -132,6 +132,7 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
     https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html
     """
+    from onecard.model.lora.sparse import sparse_places
     from onecard.model.quantization import quantised_tensors
 
     made: dict[int, tuple[Tensor, Tensor]] = {}
@@ -160,3 +161,5 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
             module._parameters[name] = parameter if parameter is None else fake_parameter(parameter)
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer if buffer is None else fake(buffer)
+        places = sparse_places(module)
+        places.update({name: fake(tensor) for name, tensor in places.items()})
