@@ -99,7 +99,7 @@ class PromptedModel(VirtualTokens, PeftModelForCausalLM):
     """A base with virtual tokens in front of its texts."""
 
 
-# PiSSA's first matrices by model. The saved form is the difference to them, so they live as long as the model does.
+# PiSSA's first matrices by model, in RAM. The saved form is the difference to them, so they live as long as it does.
 _pissa_starts: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
 
@@ -131,7 +131,8 @@ def add_lora(
         adapter_starts.start_loftq(peft_model, ADAPTER)
     if moves_weights:
         live = _live_tensors(peft_model)
-        _pissa_starts[peft_model] = {name: tensor.clone() for name, tensor in live.items() if is_adapter_weight(name)}
+        first = {name: tensor for name, tensor in live.items() if is_adapter_weight(name)}
+        _pissa_starts[peft_model] = {name: tensor.to("cpu", copy=True) for name, tensor in first.items()}
     adapter_tokens.train_in_fp32(peft_model)
     adapter_tokens.check_both_ends(peft_model.get_base_model(), options)
     _check_trainable(peft_model)

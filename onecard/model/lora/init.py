@@ -79,7 +79,7 @@ def join_pissa(tensors: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str
         if name not in start:  # rows of tokens, whole embeddings
             joined[name] = tensor
             continue
-        first = start[name].cpu()
+        first = start[name]
         joined[name] = torch.cat([tensor, first]) if ".lora_A" in name else torch.cat([tensor, -first], dim=1)
     return joined
 
