@@ -52,10 +52,10 @@ def model() -> Architecture:
 
 def setup_of(method: str, bits: int, **changes: Any) -> MemoryConfig:
     named = LoraOptions("lora" if method in {*AS_LORA, "dora"} else method)  # a bottleneck's form becomes an option
-    options = {"peft_method": named.peft_method, "peft_option": named.peft_option, "rank": 2, "loss_chunk": 64,
-               "on_gpu": False, "gradient_checkpointing": named.may_recompute,
-               **SETTINGS.get(method, {}), **changes}  # fmt: skip
-    return MemoryConfig(bits, 2 if bits == 16 else 4, rows=2, length=96, **options)
+    options = {"element_bytes": 2 if bits == 16 else 4, "rows": 2, "length": 96, "rank": 2, "loss_chunk": 64,
+               "peft_method": named.peft_method, "peft_option": named.peft_option, "on_gpu": False,
+               "gradient_checkpointing": named.may_recompute, **SETTINGS.get(method, {}), **changes}  # fmt: skip
+    return MemoryConfig(bits, **options)
 
 
 @pytest.mark.parametrize(
