@@ -265,14 +265,9 @@ class TrainOptions(RolloutOptions):
         return self.packing is True or (self.packing == "auto" and self.objective == "pretrain")
 
     @property
-    def masks_documents(self) -> bool:
+    def packs_texts(self) -> bool:
         """Whether rows hold several texts that must not see one another."""
         return self.packs and (self.objective != "pretrain" or self.pack_attention == "document")
-
-    @property
-    def masks_parts(self) -> bool:
-        """Whether rows have parts that must not see one another: texts, or the two answers of a pair."""
-        return self.masks_documents or self.share_prompt is True
 
     def _packing_problems(self) -> list[Problem]:
         found: list[Problem] = []
@@ -544,7 +539,7 @@ class FinetuneConfig:
         """What does not go with vectors in front of every text, which --init_adapter may bring, too."""
         train, objective = self.train, f"--objective {self.train.objective}"
         asked = {
-            "--packing": (train.masks_documents, "each text of a row would need them in front of itself"),
+            "--packing": (train.packs_texts, "each text of a row would need them in front of itself"),
             objective: (train.objective in ("grpo", "reward"), "use lora"),
             "--shard": (train.shard, "leave it out"), "--deepspeed": (train.deepspeed, "leave it out"),
         }  # fmt: skip

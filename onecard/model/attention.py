@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from onecard.model.hardware import Hardware
 
-NAME, FAKE_SDPA = "onecard_sdpa", "onecard_sizes"
+NAME = "onecard_sdpa"
 # In this order of preference; the plain kernel remains for shapes that the efficient one refuses.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # What a call of the kernel for one request costs on a CPU, in products of a query's and a key's number: measured with 9
@@ -97,25 +97,6 @@ def _spans(options: Mapping[str, Any], width: int) -> list[tuple[slice, slice]]:
     n_own = sum((q.stop - q.start) * (k.stop - k.start) for q, k in spans)
     n_foreign = queries[-1].stop * keys[-1].stop - n_own
     return spans if n_foreign * width > _PRODUCTS_PER_CALL * len(spans) else [(slice(None), slice(None))]
-
-
-def skip_packing_mask(model: PreTrainedModel) -> None:
-    """Let a model without bytes leave its causal mask out where the real one does.
-
-    transformers looks into the positions for several texts in one row, and takes them for there where it cannot look.
-    """
-    kind = getattr(model.config, "_attn_implementation", None)
-    if kind not in ("sdpa", NAME):
-        return
-    name = f"{FAKE_SDPA}_{kind}"  # transformers looks it up at each call: models of both kinds may be held
-    AttentionInterface.register(name, attend if kind == NAME else sdpa_attention_forward)
-    AttentionMaskInterface.register(name, _mask_without_packing)
-    model.set_attn_implementation(name)
-
-
-def _mask_without_packing(*args: Any, **options: Any) -> Tensor | None:
-    skip = options.get("allow_is_causal_skip", True) or not options.get("use_vmap", False)
-    return sdpa_mask(*args, **{**options, "allow_is_causal_skip": skip})
 
 
 def attend(

@@ -1,9 +1,10 @@
 """Whether a model keeps the texts of one row apart, or two answers to one prompt, found by trying: names of families
 would always be out of date.
 
-What does it is transformers: of positions that begin anew in a row it makes a mask (create_causal_mask), which SDPA's
-memory-efficient kernel and the plain one take on every card, Turing included; FlashAttention is not needed. Families
-with an attention or a state of their own (ALiBi, Mamba, RWKV) may not look at positions.
+Texts are kept apart by attention over each alone (packed_attention.py) or by the mask that transformers makes of
+positions that begin anew in a row, which SDPA's memory-efficient kernel and the plain one take on every card, Turing
+included; FlashAttention is not needed. Families with an attention or a state of their own (ALiBi, Mamba, RWKV) may look
+at neither.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onecard.console import warn
 from onecard.errors import ModelError
 from onecard.model.input_limits import embedding_rows
 from onecard.model.model_config import attention_window
+from onecard.model.packed_attention import attend_by_mask, attend_by_text
 from onecard.model.shared_prompt import CHOSEN, PROMPT, REJECTED, forward_inputs
 from onecard.model.trained import base_of
 
@@ -25,15 +28,27 @@ N_PROMPT, N_CHOSEN = 6, 4  # tokens of the prompt and the first of two answers b
 LARGEST_SHARE, ROUNDING = 0.1, 1e-5
 
 
-def check_packing(model: nn.Module, device: Any) -> None:
-    """Raise ModelError where a text behind another one in a row is not computed as it is alone."""
-    positions = [*range(N_BEFORE), *range(N_BEHIND)]
-    if not _keeps_apart(model, 0, N_BEFORE, {"position_ids": positions}, device):
-        name = type(base_of(model)).__name__
+def keep_texts_apart(model: nn.Module, device: Any) -> None:
+    """Let a model compute the texts of packed rows as it does each alone: text by text, or by a mask where it must.
+
+    Raises ModelError where a text behind another one is not computed as it is alone in either way.
+    """
+    positions = {"position_ids": [*range(N_BEFORE), *range(N_BEHIND)]}
+    base, name = base_of(model), type(base_of(model)).__name__
+    tries = attend_by_text(base)
+    if tries and _keeps_apart(model, 0, N_BEFORE, positions, device):
+        return
+    attend_by_mask(base)
+    if not _keeps_apart(model, 0, N_BEFORE, positions, device):
+        # Through transformers FlashAttention tells them apart in batches of a single row only.
+        is_flash = "flash" in str(base.config._attn_implementation)
+        out = "--packing out (for --objective pretrain: --pack_attention document)"
         raise ModelError(
             f"{name} cannot keep the texts of a packed row apart: in its attention a text sees the ones before it; "
-            "leave --packing out (for --objective pretrain: --pack_attention document)"
+            f"leave {'--attn_implementation out' if is_flash else out}"
         )
+    if tries:
+        warn(f"{name} needs a mask over whole packed rows, which takes more than was planned")
 
 
 def why_prompts_stand_apart(model: nn.Module, device: Any, longest: int) -> str | None:
@@ -50,15 +65,17 @@ def why_prompts_stand_apart(model: nn.Module, device: Any, longest: int) -> str 
 def _keeps_apart(model: nn.Module, n_prompt: int, n_between: int, told: dict[str, list[int]], device: Any) -> bool:
     """Whether the last tokens have the logits that they have behind the first `n_prompt` alone, and not the next ones.
 
-    Measured by what those do where nothing is told. told: what is said of each token of the row, by name.
+    Tried in two rows at once, since some kernels look into the positions of a single row only. Measured by what those
+    do where nothing is told. told: what is said of each token of a row, by name.
     """
     was_training, n_rows = model.training, embedding_rows(base_of(model))
-    ids = (torch.arange(n_prompt + n_between + N_BEHIND) * 7 + 3).remainder(n_rows)[None].to(device)
-    known = {name: torch.tensor([values], device=device) for name, values in told.items()}
+    n_tokens = n_prompt + n_between + N_BEHIND
+    ids = (torch.arange(2 * n_tokens).view(2, -1) * 7 + 3).remainder(n_rows).to(device)
+    known = {name: torch.tensor([values, values], device=device) for name, values in told.items()}
 
     def logits(batch: dict[str, Tensor]) -> Tensor:
         found: Any = model(**forward_inputs(model, batch))
-        behind: Tensor = found.logits[0, -N_BEHIND:].float()
+        behind: Tensor = found.logits[:, -N_BEHIND:].float()
         return behind
 
     model.eval()
@@ -66,7 +83,7 @@ def _keeps_apart(model: nn.Module, n_prompt: int, n_between: int, told: dict[str
         with torch.no_grad():
             alone = logits({"input_ids": torch.cat([ids[:, :n_prompt], ids[:, -N_BEHIND:]], dim=1)})
             seen, apart = logits({"input_ids": ids}), logits({"input_ids": ids, **known})
-    except (TypeError, ValueError, RuntimeError):  # it takes no positions, or no such mask
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # it takes no positions, or no such mask
         return False
     finally:
         model.train(was_training)

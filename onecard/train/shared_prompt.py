@@ -17,7 +17,7 @@ from onecard.console import say, warn
 from onecard.errors import ModelError
 from onecard.model.memory.architecture import Architecture
 from onecard.model.model_config import attention_window
-from onecard.model.packed_rows import check_packing, why_prompts_stand_apart
+from onecard.model.packed_rows import keep_texts_apart, why_prompts_stand_apart
 from onecard.model.trained import base_of
 from onecard.objectives.base import SampleView
 from onecard.objectives.preference import PairView
@@ -68,8 +68,8 @@ def check_shared_rows(
 ) -> None:
     """Raise ModelError where the base does not keep apart what shares a row; two answers get a row each instead, unless
     --share_prompt was typed (must_share)."""
-    if options.masks_documents:
-        check_packing(model, device)
+    if options.packs_texts:
+        keep_texts_apart(model, device)
     pairs = [view for view in views if isinstance(view, PairView) and view.shares_prompt]
     longest = max((int(view.lengths.max()) for view in pairs if len(view)), default=0)
     why = why_prompts_stand_apart(model, device, longest) if pairs else None

@@ -16,7 +16,7 @@ from onecard.data.encode import IGNORE_INDEX, LabelledSample
 from onecard.data.packing import in_rows, packed, padded_tokens, row_lengths
 from onecard.errors import ModelError
 from onecard.model.lora.adapter import add_lora
-from onecard.model.packed_rows import check_packing
+from onecard.model.packed_rows import keep_texts_apart
 from onecard.objectives.registry import objective_named
 from onecard.recipes import finetune
 from onecard.train.memory_probe import _largest
@@ -96,7 +96,7 @@ def adapted(family: str, folder: Path) -> Any:
 @pytest.mark.parametrize("chunk_tokens", [0, 8])
 def test_loss_and_gradients_are_those_of_the_samples_alone(family: str, chunk_tokens: int, tmp_path: Path) -> None:
     model, objective = adapted(family, tmp_path), objective_named("sft")
-    check_packing(model, "cpu")
+    keep_texts_apart(model, "cpu")
     samples = random_samples(np.random.RandomState(1), 9)
     lengths = np.array([len(sample.input_ids) for sample in samples])
     order = np.concatenate(packed(np.arange(len(samples)), lengths, 60))
@@ -123,7 +123,7 @@ def test_a_model_that_looks_across_texts_is_refused_by_name(tmp_path: Path) -> N
         targets = "in_proj" if base is mamba else "all-linear"
         model = add_lora(base, LoraOptions(lora_target_modules=targets)).train()
         with pytest.raises(ModelError, match=rf"{type(base).__name__} cannot keep the texts of a packed row apart"):
-            check_packing(model, "cpu")
+            keep_texts_apart(model, "cpu")
         assert model.training
 
 

@@ -87,8 +87,10 @@ class MemoryConfig:
     """The frozen layers lie in RAM and pass through a few slots on the card."""
     eager_attention: bool = False
     """Scores of all pairs of tokens exist at once."""
+    packs_texts: bool = False
+    """Rows hold several texts, each of which sees itself alone."""
     masks_parts: bool = False
-    """Rows hold several texts, or two answers, which a mask keeps apart."""
+    """Rows hold two answers, which a mask keeps apart."""
     repeats_kv: bool = False
     """Keys and values are copied for every query head, as the kernel of older cards needs them."""
     on_gpu: bool = True
@@ -163,7 +165,7 @@ def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
 
 
 def _mask(model: Architecture, setup: MemoryConfig) -> MemoryComponent:
-    """The mask of rows of several parts: bool, and as numbers for each layer that is not computed again."""
+    """The mask of rows of two answers: bool, and as numbers for each layer that is not computed again."""
     cells = setup.rows * setup.length**2 * setup.masks_parts * (not setup.eager_attention)  # eager has one anyway
     n_layers = 1 if setup.gradient_checkpointing else model.n_layers
     return MemoryComponent("mask of shared rows", cells * (1 + setup.element_bytes * n_layers), transient=True)

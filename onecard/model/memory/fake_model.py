@@ -41,13 +41,14 @@ class FakeModel:
 def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True, **own_code: Any) -> FakeModel:
     """The model of a transformers config under `setup` (a `estimate.MemoryConfig`). whole: with all of its layers.
 
-    unpacked: without masks that only several texts in a row need; see `attention.skip_packing_mask`.
+    unpacked: without masks that only several texts in a row need; see `packed_attention.plan_attention`.
     """
     from onecard.config.lora import FREEZE, LoraOptions
-    from onecard.model.attention import avoid_flash, skip_packing_mask
+    from onecard.model.attention import avoid_flash
     from onecard.model.load import checkpoint_layers
     from onecard.model.memory_saving.lm_head import quantize_head
     from onecard.model.output_head import assume_way
+    from onecard.model.packed_attention import plan_attention
     from onecard.model.quantization import compute_as_on_a_card, quantize_on_meta
     from onecard.model.trained import make_trainable
 
@@ -64,7 +65,7 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
     if setup.repeats_kv:
         avoid_flash(base)
     if unpacked:
-        skip_packing_mask(base)
+        plan_attention(base, packed=setup.packs_texts)
     lora = LoraOptions(
         peft_method=setup.peft_method, peft_option=setup.peft_option,
         lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,

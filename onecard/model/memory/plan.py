@@ -279,9 +279,10 @@ def _first_setup(
         mlp_tile=max(0, memory.mlp_tile),
         stream_layers=config.model.stream_layers == "on",
         eager_attention=config.model.attn_implementation == "eager",
-        masks_parts=train.masks_parts,
+        packs_texts=train.packs_texts,
+        masks_parts=train.share_prompt is True,
         # FlashAttention takes no mask, and keys shared by queries are the kernel's own only in it.
-        repeats_kv=card.is_gpu and (card.repeats_kv or element_bytes == FP32 or train.masks_parts),
+        repeats_kv=card.is_gpu and (card.repeats_kv or element_bytes == FP32 or train.share_prompt is True),
         on_gpu=card.is_gpu,
         expandable_segments=card.expandable_segments,
         n_shards=int(os.environ.get("WORLD_SIZE", "1")) if train.shard else 1,

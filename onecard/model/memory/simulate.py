@@ -274,8 +274,8 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
             torch.set_grad_enabled(training),
         ):
             stack.enter_context(context)
-        batch = {name: torch.zeros(setup.rows, setup.length, dtype=torch.int64)
-                 for name in ("input_ids", "labels", "attention_mask")}  # fmt: skip
+        names = ("input_ids", "labels", "attention_mask", *["position_ids"] * setup.packs_texts)
+        batch = {name: torch.zeros(setup.rows, setup.length, dtype=torch.int64) for name in names}
         stack.enter_context(offload or nullcontext())
         with _autocast(setup):
             loss, n_supervised = _loss(model, setup, batch)

@@ -19,6 +19,7 @@ from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import account, n_trained
 from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.memory.rollouts import row_bytes
+from onecard.model.packed_rows import keep_texts_apart
 from onecard.objectives.grpo import Rollout
 from onecard.objectives.preference import AnswerPair
 from onecard.train.step import take_step
@@ -30,7 +31,7 @@ PROMPT, ANSWER, PAIRS = 96, 64, 2  # tokens, and pairs in a micro-batch
 CONFIG = toy_config("llama", num_hidden_layers=2, vocab_size=4096)
 CASES: dict[str, dict[str, Any]] = {
     "dpo": {}, "dpo, cached": {}, "dpo, shared": {}, "ipo": {}, "simpo": {}, "orpo": {}, "kto": {}, "reward": {},
-    "reward, shared": {}, "grpo": {"kl_beta": 0.1},
+    "reward, shared": {}, "grpo": {"kl_beta": 0.1}, "sft, packed": {"packing": True},
 }  # fmt: skip
 
 
@@ -73,6 +74,10 @@ def samples_of(objective: Any, case: str) -> Given:
         rollouts = [Rollout(each.input_ids, each.labels, each.record, each.group, n_prompt=PROMPT) for each in rows]
         view = objective.rollout_view([rollouts[:4], rollouts[4:]], None)
         return Given(list(view), list(view.lengths), list(view.units))
+    if objective.name == "sft":  # of unlike length, which fill rows of the same
+        texts = [LabelledSample(each.input_ids[:n], each.input_ids[:n], each.record, each.group)
+                 for each, n in zip(rows, (90, PROMPT + ANSWER - 90) * 2 * PAIRS, strict=True)]  # fmt: skip
+        return Given(texts, [len(each.input_ids) for each in texts], [len(each.input_ids) for each in texts])
     if objective.name == "kto":
         return Given(rows, [len(each.input_ids) for each in rows], [1] * len(rows))
     shared = PROMPT - 1 if "shared" in case else None
@@ -94,6 +99,7 @@ def test_a_step_takes_what_is_planned(case: str, bits: int) -> None:
     config = tiny.with_options(config, {"bits": bits, "lora_r": 4, "loss_chunk": chunk, "gradient_checkpointing": True})
     shape = make_plan(architecture_of(CONFIG), config, CardSpec("CPU", 2**34, 2**34, is_gpu=False)).setup
     assert shape.gives_reward == (name == "reward") and shape.masks_parts == ("shared" in case)
+    assert shape.packs_texts == ("packed" in case)
     setup = replace(shape, element_bytes=2 if bits == 16 else 4, rows=1, length=1)
     run = real_run(CONFIG, setup, detect("cpu"))
     run.options = replace(options, total_batch=run.options.total_batch, learning_rate=2e-4)
@@ -101,6 +107,10 @@ def test_a_step_takes_what_is_planned(case: str, bits: int) -> None:
     n_rows = PAIRS if name not in ("grpo", "kto") else 2 * PAIRS
     run.options.total_batch, run.limits = len(run.train_samples), replace(run.limits, micro_batch=n_rows)
     setup = replace(setup, rows=n_rows, length=int(run.train_samples.lengths[0]))
+    if "packed" in case:
+        keep_texts_apart(run.plain_model, "cpu")
+        setup = replace(setup, length=PROMPT + ANSWER)
+        run.limits = replace(run.limits, row_tokens=setup.length)
     trained = [each for each in run.plain_model.parameters() if each.requires_grad]
     assert n_trained(architecture_of(CONFIG), setup) == sum(each.numel() for each in trained)
     take_step(run)
