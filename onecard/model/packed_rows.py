@@ -22,7 +22,8 @@ from onecard.model.packed_attention import attend_by_mask, attend_by_text
 from onecard.model.shared_prompt import CHOSEN, PROMPT, REJECTED, forward_inputs
 from onecard.model.trained import base_of
 
-N_BEFORE, N_BEHIND = 7, 5  # tokens of the two texts
+# Tokens of the two texts; some attention looks back in blocks of a few, which then do not end where a text does.
+N_BEFORE, N_BEHIND = 13, 17
 N_PROMPT, N_CHOSEN = 6, 4  # tokens of the prompt and the first of two answers behind it; the second has N_BEHIND
 # What may remain of the first text's effect on the second: numbers round otherwise in another place of a row.
 LARGEST_SHARE, ROUNDING = 0.1, 1e-5

@@ -119,7 +119,10 @@ def test_a_model_that_looks_across_texts_is_refused_by_name(tmp_path: Path) -> N
 
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
     mamba = tf.MambaForCausalLM(tf.MambaConfig(**sizes, intermediate_size=64, state_size=8))
-    for base in (AutoModelForCausalLM.from_pretrained(save_family("bloom", tmp_path)), mamba):
+    small = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "moe_intermediate_size": 16}
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
+    in_blocks = tf.DeepseekV4ForCausalLM(tf.DeepseekV4Config(**small, compress_rates=rates))
+    for base in (AutoModelForCausalLM.from_pretrained(save_family("bloom", tmp_path)), mamba, in_blocks):
         targets = "in_proj" if base is mamba else "all-linear"
         model = add_lora(base, LoraOptions(lora_target_modules=targets)).train()
         with pytest.raises(ModelError, match=rf"{type(base).__name__} cannot keep the texts of a packed row apart"):
