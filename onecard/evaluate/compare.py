@@ -28,24 +28,15 @@ class SuiteScore:
     is_better: int = 1  # -1: less is better
 
 
-def _is_right(row: Mapping[str, Any]) -> float | None:
-    return None if row.get("score") is None else float(row["score"] == 1)
-
-
-def _nats_per_character(row: Mapping[str, Any]) -> float | None:
-    return -row["log_prob"] / max(row["characters"], 1)
-
-
-def _nats_per_answer_token(row: Mapping[str, Any]) -> float | None:
-    return -row["log_prob"] / row["tokens"] if "log_prob" in row else None
-
-
 _F1 = SuiteScore("f1", lambda row: row.get("f1"))
 SCORES = {
-    "open": _F1, "extraction": _F1, "perplexity": SuiteScore("nats_per_character", _nats_per_character, -1),
-    "loss": SuiteScore("nats_per_answer_token", _nats_per_answer_token, -1),
+    "open": _F1, "extraction": _F1,
+    "perplexity": SuiteScore("nats_per_character", lambda row: -row["log_prob"] / max(row["characters"], 1), -1),
+    "loss": SuiteScore(
+        "nats_per_answer_token", lambda row: -row["log_prob"] / row["tokens"] if "log_prob" in row else None, -1
+    ),
 }  # fmt: skip
-CHOICE_SCORE = SuiteScore("accuracy", _is_right)
+CHOICE_SCORE = SuiteScore("accuracy", lambda row: None if row.get("score") is None else float(row["score"] == 1))
 
 
 @dataclass(frozen=True)
