@@ -73,7 +73,7 @@ def parse_stages(words: Sequence[str], *, description: str, defaults: Mapping[st
         else:
             stages.append(Stage(number, name, config))
     if wrong:
-        raise ConfigError("", "\n".join(_told(file, names, len(listed), text) for text, names in wrong.items()))
+        raise ConfigError("", "\n".join(_of_stages(file, names, len(listed), text) for text, names in wrong.items()))
     if len(rest) != len(words_of_a_run):
         for stage in stages:
             say(f"# stage {stage.number}: {stage.name}\n{to_yaml(stage.config).rstrip()}\n---")
@@ -86,7 +86,7 @@ def _as_stored(options: Mapping[str, Any], _typed: Mapping[str, Any]) -> Mapping
     return options
 
 
-def _told(file: str, names: list[str], n_stages: int, text: str) -> str:
+def _of_stages(file: str, names: list[str], n_stages: int, text: str) -> str:
     """A problem with its place: the file, and the stages that have it."""
     which = f"all {n_stages} stages" if len(names) == n_stages > 1 else f"stage {', '.join(names)}"
     return f"{file}: {which}: {text}"

@@ -170,14 +170,14 @@ def _value(kind: ExtractionKind, item: str | EventType, value: Any) -> Any:
 
 def _event(kind: EventType, value: dict[str, Any]) -> dict[str, Any]:
     """An event with its told arguments in the order of its type; one that has several stays a list."""
-    told = {
+    arguments = {
         role: text
         for role in kind.arguments
         if (text := value.get("arguments", {}).get(role)) not in (None, "", _UNTOLD, [])
     }
     trigger = value.get("trigger")
     with_trigger = kind.trigger and isinstance(trigger, str) and trigger not in ("", _UNTOLD)
-    return {**({"trigger": trigger} if with_trigger else {}), "arguments": told}
+    return {**({"trigger": trigger} if with_trigger else {}), "arguments": arguments}
 
 
 def _with_untold(event: dict[str, Any], schema: ExtractionSchema, name: str) -> dict[str, Any]:

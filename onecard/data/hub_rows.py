@@ -67,7 +67,7 @@ def _hub_error(dataset: HubDataset, error: Exception) -> DataError:
     if dataset.collection:
         what = f"the collection ({dataset.hub_id})"
         remedy = f"bring it here first: {command('data')} get {dataset.collection} --endpoint {MIRROR}"
-        told = hub_problem(error, what, dataset.hub_id, kind="dataset", remedy=remedy)
-        return DataError(safe(told, 1000), dataset.collection)
+        problem = hub_problem(error, what, dataset.hub_id, kind="dataset", remedy=remedy)
+        return DataError(safe(problem, 1000), dataset.collection)
     what = f"there is no such file or folder, and the `{dataset.split}` split of the data set on the Hub"
     return DataError(safe(hub_problem(error, what, dataset.hub_id, kind="dataset"), 1000), dataset.hub_id)

@@ -17,7 +17,7 @@ from onecard.errors import DataError
 _MOST_SHAPES = 4096
 _NOTHING: dict[str, Any] = {"parameters": {"type": "object", "properties": {}}}
 _Kind = tuple[Role, bool, int]  # role, whether there is a content, how many calls
-_Way = Callable[[Sequence[Turn]], list[Turn]]
+_Rewrite = Callable[[Sequence[Turn]], list[Turn]]
 
 
 class TurnKeeper:
@@ -29,7 +29,7 @@ class TurnKeeper:
 
     def __init__(self, render: Callable[[Sequence[Turn], bool], str]) -> None:
         self._render = render
-        self._joins: dict[tuple[bool, tuple[_Kind, ...]], _Way | None] = {}
+        self._joins: dict[tuple[bool, tuple[_Kind, ...]], _Rewrite | None] = {}
 
     def kept(self, turns: Sequence[Turn], *, prompt: bool) -> Sequence[Turn]:
         """The turns themselves, or with system turns joined to their neighbours where the template would drop one.
@@ -41,20 +41,20 @@ class TurnKeeper:
         if shape not in self._joins:
             if len(self._joins) >= _MOST_SHAPES:
                 self._joins.clear()
-            self._joins[shape] = self._way(shape[1], prompt)
-        way = self._joins[shape]
-        return way(turns) if way else turns
+            self._joins[shape] = self._find_rewrite(shape[1], prompt)
+        rewrite = self._joins[shape]
+        return rewrite(turns) if rewrite else turns
 
-    def _way(self, kinds: Sequence[_Kind], prompt: bool) -> _Way | None:
+    def _find_rewrite(self, kinds: Sequence[_Kind], prompt: bool) -> _Rewrite | None:
         marks = [_marked(kind, k) for k, kind in enumerate(kinds)]
         lost = first_lost = self._lost(marks, marks, prompt)
         if not lost:
             return None
         if any(turn.role == "system" for turn in lost):
-            for way in (joined_system_turns, without_system_turns):
-                lost = self._lost(marks, way(marks), prompt)
+            for rewrite in (joined_system_turns, without_system_turns):
+                lost = self._lost(marks, rewrite(marks), prompt)
                 if not lost:
-                    return way
+                    return rewrite
         turn = first_lost[0]
         bare = [replace(other, content="") if other.tool_calls else other for other in marks]
         if turn.tool_calls and turn.content and not self._lost(bare, bare, prompt):

@@ -88,8 +88,8 @@ def _part(portion: DataPortion, folder: Path | None, options: _MixingOptions) ->
     entry = known.get(name) or known.get(name.lower())
     if entry is not None:
         here = downloaded(entry.name)
-        told = entry.data if here is None else description_in(here, entry.name)
-        source = _of_description(told, replace(base, collection=entry.name), here)
+        description = entry.data if here is None else description_in(here, entry.name)
+        source = _of_description(description, replace(base, collection=entry.name), here)
         return MixturePart(entry.name, source, portion.amount)
     if "/" in name and not Path(name).suffix:
         return MixturePart(name, replace(base, paths=(name,)), portion.amount)
@@ -102,19 +102,19 @@ def _part(portion: DataPortion, folder: Path | None, options: _MixingOptions) ->
     )
 
 
-def _of_description(told: DatasetDescription, base: Source, folder: Path | None) -> Source:
+def _of_description(description: DatasetDescription, base: Source, folder: Path | None) -> Source:
     """What a description says is read: the files in `folder` where they are there, else those of the Hub."""
-    limit = min(filter(None, (base.limit, told.num_samples)), default=0)
-    source = replace(base, description=told, limit=limit)
-    if folder is not None and told.file_name:
-        path = folder / told.file_name
+    limit = min(filter(None, (base.limit, description.num_samples)), default=0)
+    source = replace(base, description=description, limit=limit)
+    if folder is not None and description.file_name:
+        path = folder / description.file_name
         if not path.exists():
-            raise DataError(f"{told.name} is described to be this file, which is not there", str(path))
+            raise DataError(f"{description.name} is described to be this file, which is not there", str(path))
         return replace(source, paths=(str(path),))
-    if not told.hf_hub_url:
+    if not description.hf_hub_url:
         raise DataError(
-            f"{told.name} lies on ModelScope only ({told.ms_hub_url}): {command('data')} get {told.name} "
-            "brings it here",
-            f"--data {told.name}",
+            f"{description.name} lies on ModelScope only ({description.ms_hub_url}): {command('data')} get "
+            f"{description.name} brings it here",
+            f"--data {description.name}",
         )
-    return replace(source, paths=(told.hf_hub_url,))
+    return replace(source, paths=(description.hf_hub_url,))

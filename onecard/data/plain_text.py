@@ -46,22 +46,22 @@ def texts(stream: BinaryIO, split: TxtSplit) -> Iterator[RawRecord]:
     """
     head = stream.read(_PEEK_BYTES)
     stream.seek(0)
-    way = separator(head) if split == "auto" else split
-    note = "" if split != "auto" else ONE_A_LINE if way == "line" else AT_BLANK_LINES
-    if way == "line" and head.removeprefix(BOM).strip().count(b"\n") == 0:
+    unit = separator(head) if split == "auto" else split
+    note = "" if split != "auto" else ONE_A_LINE if unit == "line" else AT_BLANK_LINES
+    if unit == "line" and head.removeprefix(BOM).strip().count(b"\n") == 0:
         note = ""  # there is nothing to separate
-    longest = MAX_RECORD_BYTES if way == "uncut" else LONGEST_TEXT
+    longest = MAX_RECORD_BYTES if unit == "uncut" else LONGEST_TEXT
     lines: list[bytes] = []
     n_bytes, start, was_cut = 0, 1, False
     for number, line in bounded_lines(stream):
         size = len(line) if line is not None else MAX_RECORD_BYTES + 1
         is_blank = line is not None and not line.removeprefix(BOM).strip()
-        is_full = bool(n_bytes) and n_bytes + size > longest and way in ("paragraph", "file")
-        if n_bytes and (way == "line" or is_full or (is_blank and way != "file")):
+        is_full = bool(n_bytes) and n_bytes + size > longest and unit in ("paragraph", "file")
+        if n_bytes and (unit == "line" or is_full or (is_blank and unit != "file")):
             was_cut = was_cut or (is_full and not is_blank)
             yield from _text(start, lines, n_bytes, longest, CUT if was_cut else note)
             lines, n_bytes, was_cut = [], 0, is_full and not is_blank
-        if is_blank and (way != "file" or not n_bytes):
+        if is_blank and (unit != "file" or not n_bytes):
             continue
         start = start if n_bytes else number
         n_bytes += size

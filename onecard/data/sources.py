@@ -300,10 +300,10 @@ def _sample(
 
 def _files(source: Source, report: ReadReport) -> Iterator[_OpenFile]:
     """Every file and Hub data set, in order."""
-    told = source.description
-    if told is not None and told.has_parts and Path(source.paths[0]).is_dir():
-        rows = hub_rows(HubDataset(source.paths[0], told.subset, told.split))
-        yield _OpenFile(told.name, source.paths[0], islice(rows, source.limit or None))
+    description = source.description
+    if description is not None and description.has_parts and Path(source.paths[0]).is_dir():
+        rows = hub_rows(HubDataset(source.paths[0], description.subset, description.split))
+        yield _OpenFile(description.name, source.paths[0], islice(rows, source.limit or None))
         return
     found = _named_files(source.paths, report.skipped_files)
     taken = _drawn([file for _, file in found if file is not None], source) if source.limit else {}
@@ -336,8 +336,8 @@ def _some_rows(file: Path, txt_split: TxtSplit, numbers: set[int]) -> Iterator[R
 
 
 def _hub_part(name: str, source: Source) -> HubDataset:
-    told = source.description or DatasetDescription("")
-    return HubDataset(hub_id_of(name), told.subset, told.split, told.folder, source.collection)
+    description = source.description or DatasetDescription("")
+    return HubDataset(hub_id_of(name), description.subset, description.split, description.folder, source.collection)
 
 
 def _named_files(paths: tuple[str, ...], skipped: list[str]) -> list[tuple[str, Path | None]]:

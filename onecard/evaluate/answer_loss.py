@@ -73,24 +73,24 @@ class AnswerLossTask:
 
     def report(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The loss per token of all answers and as the mean of records; the dearest records first."""
-        told = [row for row in rows if "log_prob" in row]
-        n_tokens = sum(row["tokens"] for row in told)
+        scored = [row for row in rows if "log_prob" in row]
+        n_tokens = sum(row["tokens"] for row in scored)
         values: dict[str, Any] = {"tokens": n_tokens}
-        if told:
-            values["nats_per_answer_token"] = -sum(row["log_prob"] for row in told) / n_tokens
-            values["mean_of_records"] = mean_interval(list(map(record_loss, told)), seed=self._seed)
+        if scored:
+            values["nats_per_answer_token"] = -sum(row["log_prob"] for row in scored) / n_tokens
+            values["mean_of_records"] = mean_interval(list(map(record_loss, scored)), seed=self._seed)
         turns = {item.key: item.conversation.turns for item in self.items}
-        worst = sorted(told, key=record_loss, reverse=True)
+        worst = sorted(scored, key=record_loss, reverse=True)
         return {
             "settings": {"path": self._path.name},
-            "measures": [Measure("total", "", len(told), values).plain()],
+            "measures": [Measure("total", "", len(scored), values).plain()],
             "worst": [
                 {"key": row["key"], "question": asked.content, "expected": answer.content,
                  "got": f"{record_loss(row):.4f} nats per token"}
                 for row in worst
                 for asked, answer in [turns[row["key"]][-2:]]
             ],
-            "notes": {"no_loss": len(rows) - len(told)},
+            "notes": {"no_loss": len(rows) - len(scored)},
         }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class ChoiceSettings:
     seed: int = 42
 
     @property
-    def room(self) -> int:
+    def answer_tokens(self) -> int:
         """Tokens that an answer may take."""
         return (self.max_new_tokens or (512 if self.cot else 16)) if self.method == "free" else 8
 
@@ -124,7 +124,7 @@ class ChoiceTask:
         self, bundle: ModelBundle, prompts: ChoicePrompts, questions: Sequence[ChoiceQuestion]
     ) -> list[dict[str, Any]]:
         stop = [] if self.settings.is_chat else ["\n\n"] if self.settings.cot else ["\n"]
-        sampling = SamplingOptions(max_new_tokens=self.settings.room, stop=stop)
+        sampling = SamplingOptions(max_new_tokens=self.settings.answer_tokens, stop=stop)
         asked = [prompts.row(question, number) for number, question in enumerate(questions)]
         answers = iter(answer_safely(bundle, [row for row, _ in asked if row is not None], sampling))
         rows = []
@@ -154,11 +154,11 @@ class ChoiceTask:
 
     def report(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Accuracy in total, by category and by subject; what could not be read; the worst questions first."""
-        told = [row for row in rows if row["score"] is not None]
-        measures = [self._measure("total", "", told)]
+        scored = [row for row in rows if row["score"] is not None]
+        measures = [self._measure("total", "", scored)]
         categories: dict[str, list[dict[str, Any]]] = {}
         subjects: dict[str, list[dict[str, Any]]] = {}
-        for row in told:
+        for row in scored:
             subject = self.questions[row["key"]].subject
             subjects.setdefault(subject, []).append(row)
             for category in self.suite.categories.get(subject, ()):
@@ -171,7 +171,7 @@ class ChoiceTask:
         return {
             "settings": self._settings(rows),
             "measures": [measure.plain() for measure in measures],
-            "worst": [self._shown(row) for row in sorted(told, key=_badness) if row["score"] < 1],
+            "worst": [self._shown(row) for row in sorted(scored, key=_badness) if row["score"] < 1],
             "notes": self._notes(rows),
         }
 
@@ -260,9 +260,9 @@ class ChoicePrompts:
         for shots in self._shots(question):
             if self._settings.is_chat:
                 prompt = prompt_for(self.turns(question, shots), self._bundle.template, self._bundle.tokenizer)
-                row = PromptRow(prompt.ids, self._settings.room, number, prompt.continues, prompt.lead)
+                row = PromptRow(prompt.ids, self._settings.answer_tokens, number, prompt.continues, prompt.lead)
             else:
-                row = PromptRow(self._ids([self.plain(question, shots)])[0], self._settings.room, number, True)
+                row = PromptRow(self._ids([self.plain(question, shots)])[0], self._settings.answer_tokens, number, True)
             if len(row.ids) + row.max_new_tokens <= self._limit:
                 return row, len(shots)
         return None, 0

@@ -191,8 +191,8 @@ def _items_in(name: str, value: Any) -> list[ExtractedItem]:
         return [ExtractedItem(name, (value.strip(),))]
     if "subject" in value:
         return [ExtractedItem(name, (value["subject"].strip(), value["object"].strip()))]
-    told = {TRIGGER: value.get("trigger"), **value.get("arguments", {})}
-    pairs = [(role, one) for role, texts in told.items() for one in (texts if isinstance(texts, list) else [texts])]
+    by_role = {TRIGGER: value.get("trigger"), **value.get("arguments", {})}
+    pairs = [(role, one) for role, texts in by_role.items() for one in (texts if isinstance(texts, list) else [texts])]
     return [ExtractedItem(f"{name}/{role}", (str(text or "").strip(),)) for role, text in pairs]
 
 

@@ -64,10 +64,10 @@ def _is_gaokao(file: Path) -> bool:
 
 def gaokao_file(file: Path) -> tuple[str, str, list[Any]]:
     """The keywords of a file, its category in English, and its examples."""
-    told = read_json(file)
-    name = str(told.get("keywords") or told.get("keyword"))
+    content = read_json(file)
+    name = str(content.get("keywords") or content.get("keyword"))
     match = _GAOKAO_NAME.fullmatch(name)
-    return name, match[1] if match else name, told["example"]
+    return name, match[1] if match else name, content["example"]
 
 
 def gaokao_subject(keywords: str) -> str:

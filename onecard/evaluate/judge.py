@@ -41,11 +41,11 @@ def criteria_of(kind: str, language: str) -> str:
 
 def judge_prompt(question: OpenQuestion, answers: Sequence[str]) -> str:
     """What the judge is asked: the question, one answer or two in this order, and what counts."""
-    told = _prompts()[language_of(question.text)]
-    listed = "\n\n".join(f"[{told['answer']} {k}]\n{text}" for k, text in enumerate(answers, start=1))
-    form = ", ".join(f'"{k}": {told["grade"]}' for k in range(1, len(answers) + 1))
+    texts = _prompts()[language_of(question.text)]
+    listed = "\n\n".join(f"[{texts['answer']} {k}]\n{text}" for k, text in enumerate(answers, start=1))
+    form = ", ".join(f'"{k}": {texts["grade"]}' for k in range(1, len(answers) + 1))
     criteria = criteria_of(question.kind, language_of(question.text))
-    return str(told["prompt"]).format(question=question.text, answers=listed, criteria=criteria, form="{" + form + "}")
+    return str(texts["prompt"]).format(question=question.text, answers=listed, criteria=criteria, form="{" + form + "}")
 
 
 def grades_in(text: str, n: int) -> list[float] | None:
@@ -83,11 +83,11 @@ def _grading(question: OpenQuestion, answer: str, order: str) -> Any:
     def work(asker: Asker) -> None:
         messages = [{"role": "user", "content": judge_prompt(question, answers)}]
         raw = []
-        for told in asker.answers(messages, _TRIES):
-            raw.append(told.text)
-            grades = grades_in(told.text, len(answers))
+        for reply in asker.answers(messages, _TRIES):
+            raw.append(reply.text)
+            grades = grades_in(reply.text, len(answers))
             if grades is not None:
-                asker.entry.rows.append({"grades": grades, "raw": told.text})
+                asker.entry.rows.append({"grades": grades, "raw": reply.text})
                 return
         asker.entry.rows += [{"grades": None, "raw": text} for text in raw]
         asker.entry.problem = f"no grades in {len(raw)} answers of the judge"

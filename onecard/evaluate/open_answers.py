@@ -129,14 +129,14 @@ class OpenTask:
         }  # fmt: skip
 
     def _measure(self, group: str, name: str, rows: Sequence[dict[str, Any]]) -> Measure:
-        told = [row for row in rows if "f1" in row]
+        scored = [row for row in rows if "f1" in row]
         values: dict[str, Any] = {}
-        if told:
+        if scored:
             references = {item.key: item.reference for item in self.items}
-            values["exact_match"] = share(sum(row["exact_match"] for row in told), len(told))
+            values["exact_match"] = share(sum(row["exact_match"] for row in scored), len(scored))
             for metric in ("f1", "chrf", "rouge_1", "rouge_2", "rouge_l"):
-                values[metric] = mean_interval([row[metric] for row in told], seed=self._seed)
-            values["bleu"] = corpus_bleu([row["answer"] for row in told], [references[row["key"]] for row in told])
+                values[metric] = mean_interval([row[metric] for row in scored], seed=self._seed)
+            values["bleu"] = corpus_bleu([row["answer"] for row in scored], [references[row["key"]] for row in scored])
         return Measure(group, name, len(rows), values)
 
 

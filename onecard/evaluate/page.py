@@ -131,10 +131,10 @@ def _dial(measures: Sequence[dict[str, Any]], gain_in: str) -> str:
     def place(kl: float, gain: float) -> tuple[float, float]:
         return left + 10 + (width - 40) * kl / most, above + height * (top - gain) / span
 
-    drawn, way = [], []
+    drawn, curve = [], []
     for name, kl, gain, low, high in points:
         (x, y), (_, y_low), (_, y_high) = place(kl, gain), place(kl, low), place(kl, high)
-        way.append(f"{x:.1f},{y:.1f}")
+        curve.append(f"{x:.1f},{y:.1f}")
         drawn.append(
             f'<path d="M{x:.1f} {y_low:.1f}V{y_high:.1f}" stroke="currentColor" stroke-width="1.5"/>'
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#4a7fb5"/>'
@@ -153,7 +153,7 @@ def _dial(measures: Sequence[dict[str, Any]], gain_in: str) -> str:
         f'<text x="{left + width}" y="{bottom}" text-anchor="end">{most:.4f}</text>'
     )
     label = _spans(*(word("dial", k).format(score=word(gain_in, k)) for k in (0, 1)))
-    line = f'<polyline points="{" ".join(way)}" fill="none" stroke="#4a7fb5" opacity=".6"/>'
+    line = f'<polyline points="{" ".join(curve)}" fill="none" stroke="#4a7fb5" opacity=".6"/>'
     return (
         f'<svg viewBox="0 0 {left + width + 30} {bottom + 8}" role="img"><title>{escape(word("by_scale"))}</title>'
         f"{axes}{line}{''.join(drawn)}</svg><br><small>{label}</small>"

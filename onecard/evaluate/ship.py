@@ -93,10 +93,10 @@ def _judge_task(verdict: ShipVerdict, found: RunFindings, other: RunFindings | N
         return
     test = paired_test(before, found.tuned, level=level, resamples=RESAMPLES)
     text = f"held-out records: mean loss {_mean(before):.4f} before, {_mean(found.tuned):.4f} now"
-    verdict.add(-test.direction, _told(text, test, -test.direction, level))
+    verdict.add(-test.direction, _sentence(text, test, -test.direction, level))
 
 
-def _told(text: str, test: PairedTest, direction: int, level: float) -> str:
+def _sentence(text: str, test: PairedTest, direction: int, level: float) -> str:
     value, low, high = test.difference
     return (
         f"{text}, difference {value:+.4f} ({100 * level:g} % interval {low:+.4f} to {high:+.4f}, {test.n} records): "

@@ -27,7 +27,7 @@ def submissions(suite: ChoiceSuite, name: str, rows: Rows, model: str) -> dict[s
     """The files to send by name; none where a benchmark asks for none."""
     name = f"submission_{name.replace('/', '_')}"
     if suite.kind == "gaokao":
-        return {f"{name}_{keywords}.json": _json(told) for keywords, told in _gaokao(suite, rows, model).items()}
+        return {f"{name}_{keywords}.json": _json(answers) for keywords, answers in _gaokao(suite, rows, model).items()}
     if suite.kind not in ("ceval", "cmmlu"):
         return {}
     found = {f"{name}.json": _json(_letters(rows))}

@@ -86,9 +86,9 @@ def _with_header(file: Path) -> Iterator[QuestionRow]:
     for line, cells in lines:
         if len(cells) != len(header):
             raise DataError(f"{len(cells)} fields, {len(header)} are expected", str(file), line)
-        told = {name: cells[number] for name, number in columns.items()}
-        options = tuple(told[name] for name in "abcd")
-        yield QuestionRow(line, told["question"], options, told.get("answer", ""), told.get("explanation", ""))
+        named = {name: cells[number] for name, number in columns.items()}
+        options = tuple(named[name] for name in "abcd")
+        yield QuestionRow(line, named["question"], options, named.get("answer", ""), named.get("explanation", ""))
 
 
 def _without_header(file: Path) -> Iterator[QuestionRow]:

@@ -28,7 +28,7 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # How the logits of a model come about, by model, found at the first call of each; None: not as any of the known ways.
-_ways: weakref.WeakKeyDictionary[nn.Module, _Way | None] = weakref.WeakKeyDictionary()
+_scalings: weakref.WeakKeyDictionary[nn.Module, _LogitScaling | None] = weakref.WeakKeyDictionary()
 
 
 def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def positions_in_front(model: Any) -> int:
 
 
 @dataclass(frozen=True)
-class _Way:
+class _LogitScaling:
     """What a family does to the head's output, in this order: Cohere multiplies, Granite divides, Gemma 2 caps."""
 
     factor: float | None = None
@@ -96,7 +96,7 @@ class OutputHead:
     module: nn.Module
     autocast: bool
     autocast_dtype: torch.dtype
-    way: _Way = field(default_factory=_Way)
+    scaling: _LogitScaling = field(default_factory=_LogitScaling)
     temperature: float = 1.0  # the logits are divided by it
 
     def output(self, hidden: Tensor) -> Tensor:
@@ -110,11 +110,11 @@ class OutputHead:
 
         No layer keeps its own output for its gradient; for one that does, autograd would report the overwriting.
         """
-        if self.way.factor is not None:
-            output.mul_(self.way.factor)
-        if self.way.divisor is not None:
-            output.div_(self.way.divisor)
-        cap = self.way.cap
+        if self.scaling.factor is not None:
+            output.mul_(self.scaling.factor)
+        if self.scaling.divisor is not None:
+            output.div_(self.scaling.divisor)
+        cap = self.scaling.cap
         logits = output.float() if cap is None else output.div_(cap).tanh_().to(torch.float32, copy=True).mul_(cap)
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
@@ -122,19 +122,19 @@ class OutputHead:
         """Turn the gradient of the logits into that of the head's output, in place; `output` is as `finish` left it."""
         if self.temperature != 1:
             gradient.div_(self.temperature)
-        if self.way.cap is not None:
+        if self.scaling.cap is not None:
             for rows, tanh in zip(gradient.split(CAPPED_ROWS), output.split(CAPPED_ROWS), strict=True):
                 rows.mul_(1 - tanh.float().square())
-        if self.way.divisor is not None:
-            gradient.div_(self.way.divisor)
-        if self.way.factor is not None:
-            gradient.mul_(self.way.factor)
+        if self.scaling.divisor is not None:
+            gradient.div_(self.scaling.divisor)
+        if self.scaling.factor is not None:
+            gradient.mul_(self.scaling.factor)
 
 
 def states_and_head(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, OutputHead] | None:
     """What enters the head (batch, seq, hidden), and the head; None, of which is warned once, for an unknown one."""
     inner = innermost(model)
-    is_new = inner not in _ways
+    is_new = inner not in _scalings
     found = _hidden_states(model, inner, inputs)
     if found is None and is_new:
         warn(
@@ -152,9 +152,9 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tupl
     None: there is no head, it is not called once with all positions, or the logits differ.
     """
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    is_new = inner not in _ways
-    if head is None or (not is_new and _ways[inner] is None):
-        _ways[inner] = None
+    is_new = inner not in _scalings
+    if head is None or (not is_new and _scalings[inner] is None):
+        _scalings[inner] = None
         return None
     entered: list[tuple[Tensor, bool, torch.dtype]] = []
     left: list[Tensor] = []
@@ -192,36 +192,37 @@ def _hidden_states(model: nn.Module, inner: Any, inputs: dict[str, Any]) -> tupl
         for hook in hooks:
             hook.remove()
     if is_new:
-        _ways[inner] = _way(inner.config.get_text_config(), head, left[0], logits) if len(entered) == 1 else None
-    way = _ways[inner]
-    if way is None or len(entered) != 1:
+        config = inner.config.get_text_config()
+        _scalings[inner] = _scaling_of(config, head, left[0], logits) if len(entered) == 1 else None
+    scaling = _scalings[inner]
+    if scaling is None or len(entered) != 1:
         return None
     hidden, autocast, dtype = entered[0]
-    return hidden, OutputHead(head, autocast, dtype, way)
+    return hidden, OutputHead(head, autocast, dtype, scaling)
 
 
-def _way(config: Any, head: nn.Module, output: Tensor, logits: Tensor) -> _Way | None:
+def _scaling_of(config: Any, head: nn.Module, output: Tensor, logits: Tensor) -> _LogitScaling | None:
     """Which way leads from the head's `output` to the model's own `logits` of the same token, bit by bit."""
-    for way in _possible_ways(config):
-        made = OutputHead(head, False, output.dtype, way).finish(output.clone())
+    for scaling in _possible_scalings(config):
+        made = OutputHead(head, False, output.dtype, scaling).finish(output.clone())
         if torch.equal(made.to(output.dtype), logits.to(output)):
-            return way
+            return scaling
     return None
 
 
-def _possible_ways(config: Any) -> Iterator[_Way]:
+def _possible_scalings(config: Any) -> Iterator[_LogitScaling]:
     scales = [getattr(config, name, None) for name in SCALES]
     caps = [getattr(config, name, None) for name in CAPS]
     for cap in (*filter(None, caps), None):
-        yield from (_Way(scale, None, cap) for scale in filter(None, scales))
-        yield from (_Way(None, scale, cap) for scale in filter(None, scales))
-        yield _Way(cap=cap)
+        yield from (_LogitScaling(scale, None, cap) for scale in filter(None, scales))
+        yield from (_LogitScaling(None, scale, cap) for scale in filter(None, scales))
+        yield _LogitScaling(cap=cap)
 
 
 def assume_way(model: nn.Module) -> None:
     """Take the first possible way for that of a model whose tensors have no values to find it by."""
     inner = innermost(model)
-    _ways[inner] = next(_possible_ways(inner.config.get_text_config()))
+    _scalings[inner] = next(_possible_scalings(inner.config.get_text_config()))
 
 
 def states_before_head(

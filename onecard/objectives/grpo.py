@@ -139,11 +139,11 @@ class GroupRelative(Objective):
 
     def evaluation_sums(self, rollouts: Sequence[Rollout]) -> Tensor:
         """What `sums` gives of answers that are only judged, flat: the reward, negated, stands for the loss."""
-        told = torch.tensor([_told(each) for each in rollouts], dtype=torch.float64)
-        counts = torch.full((4,), float(len(told)), dtype=torch.float64)
+        values = torch.tensor([_metrics_of(each) for each in rollouts], dtype=torch.float64)
+        counts = torch.full((4,), float(len(values)), dtype=torch.float64)
         counts[1] = 0  # one answer has no deviation
-        metrics = torch.stack([told.sum(dim=0), counts], dim=1).flatten()
-        return torch.cat([-told.sum(dim=0)[:1], counts[:1], metrics, torch.zeros(4, dtype=torch.float64)])
+        metrics = torch.stack([values.sum(dim=0), counts], dim=1).flatten()
+        return torch.cat([-values.sum(dim=0)[:1], counts[:1], metrics, torch.zeros(4, dtype=torch.float64)])
 
     def collate(self, samples: Sequence[Rollout]) -> dict[str, Tensor]:
         """Besides what `collate` gives: advantages and weights (batch,), and old (batch, seq) where it is known."""
@@ -155,7 +155,7 @@ class GroupRelative(Objective):
         ]
         batch["advantages"] = torch.tensor([each.advantage for each in samples])
         batch["weights"] = torch.tensor(weights)
-        batch["told"] = torch.tensor([_told(each) for each in samples])
+        batch["metrics"] = torch.tensor([_metrics_of(each) for each in samples])
         batch["units"] = torch.tensor([self._units(each) for each in samples])
         if any(each.old for each in samples):
             batch["old"] = torch.zeros(batch["labels"].shape)
@@ -174,12 +174,12 @@ class GroupRelative(Objective):
         pull = batch["advantages"].to(policy.device)[:, None]
         losses = -torch.minimum(ratio * pull, ratio.clamp(1 - self.clip, 1 + self.clip_high) * pull)
         clipped = (ratio < 1 - self.clip) & (pull < 0) | (ratio > 1 + self.clip_high) & (pull > 0)
-        told = [batch["told"].sum(dim=0), (clipped & answered).sum()[None], torch.zeros(1)]
+        metrics = [batch["metrics"].sum(dim=0), (clipped & answered).sum()[None], torch.zeros(1)]
         if reference is not None:
             apart = divergence(policy, reference[:, :-1])
-            losses, told[2] = losses + self.kl_beta * apart, (apart.detach() * answered).sum()[None]
+            losses, metrics[2] = losses + self.kl_beta * apart, (apart.detach() * answered).sum()[None]
         of_rows = (losses * answered).sum(dim=1) * batch["weights"].to(policy.device)
-        sums = torch.cat([each.to(policy.device) for each in told])
+        sums = torch.cat([each.to(policy.device) for each in metrics])
         n_rows, n_tokens = torch.full((len(sums) - 2,), len(policy)), int(answered.sum())
         known = ("old" in batch, reference is not None)
         counts = torch.cat([n_rows, torch.tensor([n_tokens * is_known for is_known in known])]).to(sums)
@@ -196,7 +196,7 @@ class GroupRelative(Objective):
             return token_log_probs(model, batch, chunk_tokens=chunk_tokens, temperature=self.temperature)[0]
 
 
-def _told(rollout: Rollout) -> tuple[float, float, float, float]:
+def _metrics_of(rollout: Rollout) -> tuple[float, float, float, float]:
     """What the first metrics are the means of."""
     n_tokens = len(rollout.input_ids) - rollout.n_prompt
     return rollout.reward, rollout.group_std, float(n_tokens), float(not rollout.ended)

@@ -31,7 +31,7 @@ def main(file: str, function: str) -> None:
     try:
         reward, names = _load(Path(file), function)
     except BaseException as reason:  # a file that exits, too
-        tell({"error": _told(reason, file)})
+        tell({"error": _error_text(reason, file)})
         return
     tell({"names": names})
     for line in calls:
@@ -39,7 +39,7 @@ def main(file: str, function: str) -> None:
         try:
             tell(_number(reward(**{name: given[name] for name in names})))
         except BaseException as reason:
-            tell({"error": _told(reason, file)})
+            tell({"error": _error_text(reason, file)})
 
 
 def _load(file: Path, function: str) -> tuple[Callable[..., Any], list[str]]:
@@ -74,7 +74,7 @@ def _number(value: Any) -> dict[str, Any]:
     return {"error": f"returned {value!r:.100} ({type(value).__name__}), and a finite number is expected"}
 
 
-def _told(reason: BaseException, file: str) -> str:
+def _error_text(reason: BaseException, file: str) -> str:
     """The error and the line of the file that it comes from."""
     frames = [frame for frame in traceback.extract_tb(reason.__traceback__) if Path(frame.filename) == Path(file)]
     place = f" in line {frames[-1].lineno}" if frames else ""

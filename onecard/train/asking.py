@@ -49,7 +49,7 @@ class Questions:
 
     def ask(
         self, run: Run, turns: Sequence[Turn], sampling: SamplingOptions,
-        told: Callable[[str], None] = lambda text: None, must_end: Callable[[], bool] = lambda: False,
+        on_text: Callable[[str], None] = lambda text: None, must_end: Callable[[], bool] = lambda: False,
     ) -> str:  # fmt: skip
         """The answer of the present weights, which is logged; `told` gets it while it grows.
 
@@ -61,7 +61,7 @@ class Questions:
         chunk = None
         with _undisturbed(run):
             for chunk in self._answer(turns, sampling, cancel):
-                told(chunk.text)
+                on_text(chunk.text)
                 if must_end():
                     cancel.set()
         assert chunk is not None

@@ -54,9 +54,9 @@ def card_of(hardware: Hardware, vram_gib: float = 0.0, max_memory: str | None = 
     if not hardware.is_gpu:
         total = int(vram_gib * GIB) or hardware.total_bytes
         return CardSpec(hardware.name, total, ram, is_gpu=False, repeats_kv=False)
-    room = min(free_and_total_bytes(device)[0] + reserved_bytes(device) for device in _devices(hardware, max_memory))
+    free = min(free_and_total_bytes(device)[0] + reserved_bytes(device) for device in _devices(hardware, max_memory))
     # Of the context that the plan counts about half is there already, so it is not among what is free.
-    total = int(vram_gib * GIB) or room + CUDA_CONTEXT_BYTES // 2
+    total = int(vram_gib * GIB) or free + CUDA_CONTEXT_BYTES // 2
     return CardSpec(
         hardware.name,
         min(total, hardware.total_bytes),

@@ -59,7 +59,7 @@ class ControlFolder:
         self.run_dir = run_dir
         self._path = None if run_dir is None else run_dir / FOLDER
         self._status = RunStatus("starting", start=secrets.token_hex(8))
-        self._told_s, self._warned = 0.0, False
+        self._written_s, self._warned = 0.0, False
         self._seen: set[str] = set()
         self.waiting: list[Request] = []
 
@@ -105,7 +105,7 @@ class ControlFolder:
     def at_step(self, step: int, total_steps: int) -> None:
         """Keep the step in the status, which is written now and then."""
         self._status = replace(self._status, step=step, total_steps=total_steps)
-        if time.monotonic() - self._told_s >= SECONDS_PER_STEP:
+        if time.monotonic() - self._written_s >= SECONDS_PER_STEP:
             self._tell()
 
     @contextmanager
@@ -173,7 +173,7 @@ class ControlFolder:
             path.unlink()
 
     def _tell(self) -> None:
-        self._told_s = time.monotonic()
+        self._written_s = time.monotonic()
         self._write(STATUS_NAME, asdict(self._status))
 
     def _write(self, name: str, content: dict[str, Any]) -> bool:

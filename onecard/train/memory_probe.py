@@ -69,12 +69,12 @@ def probe_if_wanted(run: Run, wanted: bool | Literal["auto"]) -> None:
     """
     share, plan = _share_of_run(run), run.plan
     if wanted == "auto" and plan is not None and not plan.card.is_gpu:
-        room = min(plan.card.total_bytes, plan.card.ram_bytes)
-        needless = share > LARGEST_SHARE and run.planned_bytes < ENOUGH_ROOM * room
+        limit = min(plan.card.total_bytes, plan.card.ram_bytes)
+        needless = share > LARGEST_SHARE and run.planned_bytes < ENOUGH_ROOM * limit
         wanted = not needless  # the same on every process: their plan is for the same card
         if not wanted and run.state.step < run.state.total_steps:
             say(f"no rehearsal: it would take {min(1.0, share):.0%} of the time of this run, and "
-                f"{run.planned_bytes / GIB:.2f} of {room / GIB:.1f} GiB are planned (--rehearsal on)")  # fmt: skip
+                f"{run.planned_bytes / GIB:.2f} of {limit / GIB:.1f} GiB are planned (--rehearsal on)")  # fmt: skip
     if wanted and run.state.step < run.state.total_steps:
         probe_memory(run)
 

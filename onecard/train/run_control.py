@@ -129,11 +129,11 @@ class RunControl:
             self.folder.poll()
             return interrupts.requested is not None or self.folder.wants("stop")
 
-        def told(text: str) -> None:
+        def on_text(text: str) -> None:
             self.folder.answer(request, Reply("running", text))
 
-        told("")
-        return self.questions.ask(run, turns, sampling, told, must_end)
+        on_text("")
+        return self.questions.ask(run, turns, sampling, on_text, must_end)
 
     def _pause(self, run: Run) -> str:
         self._is_paused = True

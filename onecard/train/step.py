@@ -281,8 +281,8 @@ def _agree(
     if accelerator.num_processes == 1:
         return sums.tolist(), requests, failed
     flags = [float(flag) for flag in (*requests, failed)]
-    told = torch.tensor([*sums.tolist(), *flags], device=accelerator.device)
-    every = accelerator.reduce(told, reduction="sum").tolist()
+    own = torch.tensor([*sums.tolist(), *flags], device=accelerator.device)
+    every = accelerator.reduce(own, reduction="sum").tolist()
     n = len(sums)
     return every[:n], StepRequests(*(count > 0 for count in every[n:-1])), every[-1] > 0
 

@@ -74,8 +74,8 @@ class Reporter:
         peak_gib = row.get("peak_bytes", 0) / 2**30
         memory = f" {peak_gib:.2f}GiB" if peak_gib else ""
         metrics = {"accuracy": ACCURACY, "reward": REWARD}
-        told = "".join(f"{label} {row[name]:.2f}  " for label, name in metrics.items() if name in row)
-        self._bar.set_postfix_str(f"loss {row['loss']:.4f} {told}{speed:,.0f}tok/s{memory}", refresh=False)
+        shown = "".join(f"{label} {row[name]:.2f}  " for label, name in metrics.items() if name in row)
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f} {shown}{speed:,.0f}tok/s{memory}", refresh=False)
         self._bar.update(1)
         if not to_file:
             return
@@ -84,7 +84,7 @@ class Reporter:
         if not self.is_terminal:
             say(
                 f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
-                f"{told}lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
+                f"{shown}lr {row['learning_rate']:.2e}  {speed:,.0f} tokens/s{memory}"
             )
 
     def event(self, row: dict[str, Any], message: str | None = None) -> None:
@@ -101,15 +101,15 @@ class Reporter:
         """Show how far an evaluation is while it goes on, in rows: on a bar; in a file on a line every half minute."""
         bar = tqdm(unit="row", desc="evaluation", leave=False, dynamic_ncols=True,
                    disable=not (self.enabled and self.is_terminal))  # fmt: skip
-        told_s = time.monotonic()
+        said_s = time.monotonic()
 
         def progress(done: int, total: int) -> None:
-            nonlocal told_s
+            nonlocal said_s
             if bar.total != total:
                 bar.reset(total)
             bar.update(done - bar.n)
-            if self.enabled and not self.is_terminal and done < total and time.monotonic() - told_s >= SECONDS_PER_LINE:
-                told_s = time.monotonic()
+            if self.enabled and not self.is_terminal and done < total and time.monotonic() - said_s >= SECONDS_PER_LINE:
+                said_s = time.monotonic()
                 say(f"step {step}: evaluated on {done:,} of {total:,} rows")
 
         with bar:

@@ -128,8 +128,8 @@ class Endpoint:
         """What a server said, short, printable, and without the key."""
         text = content.decode("utf-8", "replace")
         try:
-            told = json.loads(text)
-            error = told.get("error", told)
+            reply = json.loads(text)
+            error = reply.get("error", reply)
             text = str(error.get("message", error) if isinstance(error, dict) else error)
         except (ValueError, AttributeError, RecursionError):
             pass
@@ -169,11 +169,11 @@ def _asked_to_wait(headers: httpx.Headers) -> float | None:
 def _answer_in(content: bytes) -> EndpointAnswer | None:
     """The first choice of a chat completion, or None where the bytes are none."""
     try:
-        told = json.loads(content)
-        choice = told["choices"][0]
+        reply = json.loads(content)
+        choice = reply["choices"][0]
         message = choice["message"]
         text, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning") or ""
-        usage = told.get("usage") or {}
+        usage = reply.get("usage") or {}
         tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         is_whole = choice.get("finish_reason") != "length"
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):

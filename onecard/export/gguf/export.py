@@ -96,7 +96,7 @@ def export_gguf(settings: GgufSettings, also: Callable[[Path], None] | None = No
             chat_template=chat_template_for(source.template, source.tokenizer),
         )  # fmt: skip
         reports = gguf.verify(file, source.model, source.planned)
-        note = _template_told(source, settings)
+        note = _template_note(source, settings)
         if settings.modelfile:
             text = modelfile_for(file.name, source, settings)
             (partial / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
@@ -197,7 +197,7 @@ def modelfile_for(file_name: str, source: GgufSource, settings: GgufSettings, ad
     return ollama.modelfile(file_name, go, stops, settings.ollama, adapter)
 
 
-def _template_told(source: GgufSource, settings: GgufSettings) -> str:
+def _template_note(source: GgufSource, settings: GgufSettings) -> str:
     if source.template is None:
         return "no chat template: none is stored with the model (give one with --prompt_type)"
     built_in = built_in_name(source.template.jinja)

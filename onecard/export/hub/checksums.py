@@ -67,7 +67,7 @@ def write(directory: Path, *, overwrite: bool = False) -> WriteReport:
     target = directory / LIST
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise ConfigError("--overwrite", f"{target} exists already; add --overwrite to replace it, or verify it")
-    files, left_out = _walk(directory)
+    files, left_out = _list_files(directory)
     files.pop(LIST, None)
     if not files:
         raise ModelError(f"{directory} holds no files to hash")
@@ -110,7 +110,7 @@ def verify(directory: Path) -> VerifyReport:
             f"makes a list of what is there now, `{command('download')}` compares with the Hub's own hashes"
         )
     _compare(directory, listed, sizes, report)
-    report.extra = [name for name in _walk(directory)[0] if name not in listed and name != report.source]
+    report.extra = [name for name in _list_files(directory)[0] if name not in listed and name != report.source]
     return report
 
 
@@ -152,7 +152,7 @@ def _compare(directory: Path, listed: Mapping[str, str], sizes: Mapping[str, int
                 report.unreadable.append(name)
 
 
-def _walk(directory: Path) -> tuple[dict[str, Path], list[str]]:
+def _list_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
     """Files by relative name, sorted, and the names that are left out: hidden, unfinished, and what is no file."""
     files: dict[str, Path] = {}
     left_out: list[str] = []

@@ -263,7 +263,7 @@ def explained(repository: Repository) -> Iterator[None]:
     except errors.HFValidationError as reason:
         raise ConfigError("--repo_id", f"{repository.repo_id!r} is no Hub id; write it like owner/name") from reason
     except (errors.HTTPError, errors.LocalEntryNotFoundError) as reason:
-        told = hub_problem(
+        problem = hub_problem(
             reason, what, repository.repo_id, address=repository.address,
             remedy=f"name a mirror by --endpoint {MIRROR} or HF_ENDPOINT. What is there already is kept, and the same "
             "command goes on from it",
@@ -271,7 +271,7 @@ def explained(repository: Repository) -> Iterator[None]:
         is_missing = isinstance(reason, errors.RepositoryNotFoundError) and not isinstance(
             reason, errors.GatedRepoError
         )
-        raise (ConfigError("--repo_id", told) if is_missing else ModelError(told)) from reason
+        raise (ConfigError("--repo_id", problem) if is_missing else ModelError(problem)) from reason
 
 
 def _hub_file(sibling: Any) -> HubFile:

@@ -258,13 +258,13 @@ def progress(what: str, total: int, *, in_bytes: bool = False) -> Iterator[Calla
 
 def _by_lines(what: str, total: int, *, in_bytes: bool) -> Callable[[int], Any]:
     # Kept from now, because a library that speaks too much may be kept off standard output meanwhile.
-    stream, done, told_at = sys.stdout, 0, time.monotonic()
+    stream, done, printed_at = sys.stdout, 0, time.monotonic()
 
     def move_on(n: int) -> None:
-        nonlocal done, told_at
+        nonlocal done, printed_at
         done += n
-        if time.monotonic() - told_at >= LINE_SECONDS:
-            told_at = time.monotonic()
+        if time.monotonic() - printed_at >= LINE_SECONDS:
+            printed_at = time.monotonic()
             amount = f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB" if in_bytes else f"{done} of {total}"
             with contextlib.redirect_stdout(stream):
                 say(f"{what}: {amount}")

@@ -72,17 +72,17 @@ def merge_into(
     if not adapters:
         raise ConfigError("--lora_path", "names no adapter; there is nothing to merge")
     stored = stored or _open(base, adapters, settings)
-    dtypes, told = target_dtypes(settings.dtype), list[str]()
+    dtypes, notes = target_dtypes(settings.dtype), list[str]()
     for dtype in dtypes[:-1]:
         try:
             return _merge_as(dtype, directory, base, stored, adapters, settings)
         except DoesNotFit as reason:
-            told.append(f"{reason}; the result is stored in {NAMES[dtypes[-1]]}, whose steps are 8 times as coarse")
-            say(told[0])
+            notes.append(f"{reason}; the result is stored in {NAMES[dtypes[-1]]}, whose steps are 8 times as coarse")
+            say(notes[0])
         for path in directory.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     report = _merge_as(dtypes[-1], directory, base, stored, adapters, settings)
-    report.notes[:0] = told
+    report.notes[:0] = notes
     return report
 
 
@@ -316,10 +316,10 @@ def _check_vocabulary(adapted: LoraStack, directory: Path, run: Path | None) -> 
     n_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if n_tokens <= adapted.rows:
         return []
-    told = f"the tokenizer of {run or adapted.base.directory} has {n_tokens} tokens, the model {adapted.rows} rows"
+    counts = f"the tokenizer of {run or adapted.base.directory} has {n_tokens} tokens, the model {adapted.rows} rows"
     if run is None:
-        return [f"{told}: the last ones cannot be used, as in the base"]
+        return [f"{counts}: the last ones cannot be used, as in the base"]
     raise ModelError(
-        f"{told}: tokens were added, and neither the base nor an adapter holds rows for them; merge into the base with "
-        "the grown vocabulary that the adapter was trained on"
+        f"{counts}: tokens were added, and neither the base nor an adapter holds rows for them; merge into the base "
+        "with the grown vocabulary that the adapter was trained on"
     )

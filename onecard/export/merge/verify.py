@@ -85,14 +85,14 @@ def verify_merge(
         limit = LARGEST_ACTIVATION if must_fit_fp16 else math.inf
         found = _whole_predictions(adapted, merged, adapters, prompts, limit)
     effect = effect_of(found.adapted, found.base, found.merged)
-    told = f"on {len(prompts)} probe prompts {effect}"
+    text = f"on {len(prompts)} probe prompts {effect}"
     if not effect.is_whole:
-        told += _cause(adapted, merged, prompts, found, effect, report, is_streamed=is_streamed)
+        text += _cause(adapted, merged, prompts, found, effect, report, is_streamed=is_streamed)
     n_changed = report.n_targets - len(report.unchanged)
     how = "layer by layer while merging" if is_streamed else "one whole model after the other"
     return (
         f"proven on the reopened files: {n_changed} of {report.n_targets} target layers changed, {report.n_tensors} "
-        f"tensors finite and as merged, names as in the base; {told} (computed in float32, {how})"
+        f"tensors finite and as merged, names as in the base; {text} (computed in float32, {how})"
     )
 
 
