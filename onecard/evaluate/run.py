@@ -18,7 +18,7 @@ from onecard.curation.make.journal import Journal, JournalEntry
 from onecard.errors import ConfigError, Stopped
 from onecard.evaluate.choice import ChoiceTask
 from onecard.evaluate.questions import SUITE_FLAG
-from onecard.evaluate.report import ANSWERS_FILE
+from onecard.evaluate.report import ANSWERS_FILE, shown
 from onecard.inference.call import ModelBundle
 from onecard.storage import write_whole
 
@@ -134,11 +134,6 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     for suite in report["suites"]:
         total = suite["measures"][0]
-        figures = []
-        for name, value in total["values"].items():
-            if isinstance(value, list):
-                figures.append(f"{name} {value[0]:.4f} [{value[1]:.4f}, {value[2]:.4f}]")
-            else:
-                figures.append(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+        figures = [f"{name} {shown(value)}" for name, value in total["values"].items()]
         lines.append(f"{suite['name']}: {total['n']:,} records; {few(figures, 12)}")
     return lines
