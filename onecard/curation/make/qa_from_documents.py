@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from onecard.curation.make.answers import prompts, texts_in
@@ -65,22 +66,16 @@ def qa_tasks(settings: QaSettings, journal: Journal) -> Iterator[MakingTask]:
             mark = hashlib.sha256(passage.encode("utf-8")).hexdigest()[:16]
             key = f"{sample.record} passage {number} {mark}"
             if mark not in seen and key not in journal.done:
-                yield MakingTask(key, _Passage(settings, sample.record, passage).ask)
+                yield MakingTask(key, partial(_ask, settings, sample.record, passage))
             seen.add(mark)
     if not n_documents:
         raise DataError("no document: texts are needed, and only conversations are there", settings.documents.name)
 
 
-@dataclass(frozen=True)
-class _Passage:
-    settings: QaSettings
-    record: str
-    text: str
-
-    def ask(self, asker: Asker) -> None:
-        prompt = prompts()[self.settings.language]["qa"].format(n_new=self.settings.n_per_passage, passage=self.text)
-        for row in asker.rows(prompt, _usable)[: self.settings.n_per_passage]:
-            asker.entry.rows.append({**row, "provenance": asker.provenance("qa-from-documents", record=self.record)})
+def _ask(settings: QaSettings, record: str, passage: str, asker: Asker) -> None:
+    prompt = prompts()[settings.language]["qa"].format(n_new=settings.n_per_passage, passage=passage)
+    for row in asker.rows(prompt, _usable)[: settings.n_per_passage]:
+        asker.entry.rows.append({**row, "provenance": asker.provenance("qa-from-documents", record=record)})
 
 
 def _usable(item: dict[str, Any]) -> dict[str, Any] | None:

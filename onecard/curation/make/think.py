@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from onecard.curation.make.answers import agrees, prompts, split_thought
@@ -54,32 +55,27 @@ def think_tasks(settings: ThinkSettings, journal: Journal) -> Iterator[MakingTas
     for row in read_rows(settings.source, ReadReport()):
         if not _thinks(row) and _can_be_asked(row) and str(row.place) not in journal.done:
             assert isinstance(row.sample, Conversation)
-            yield MakingTask(str(row.place), _Unthought(settings, row.sample).ask)
+            yield MakingTask(str(row.place), partial(_ask, settings, row.sample))
 
 
-@dataclass(frozen=True)
-class _Unthought:
-    settings: ThinkSettings
-    sample: Conversation
-
-    def ask(self, asker: Asker) -> None:
-        """Ask until an answer agrees; the entry's row holds the whole conversation."""
-        *before, last = self.sample.turns
-        messages = _messages(before)
-        messages[-1]["content"] = prompts()[self.settings.language]["think"].format(question=messages[-1]["content"])
-        for answer in asker.answers(messages, self.settings.n_tries):
-            thought, given = split_thought(answer.text, answer.thought)
-            if not thought:
-                asker.entry.problem = "the model wrote no thought"
-            elif not answer.is_whole or not given:
-                asker.entry.problem = "the answer was cut off; --max_tokens is too small"
-            elif not agrees(given, last.content):
-                asker.entry.problem = "the answer does not agree with the row's"
-            else:
-                turns = [*_messages(before), {"role": "assistant", "content": with_thought(thought, last.content)}]
-                asker.entry.rows.append({"messages": turns, "provenance": asker.provenance("think")})
-                asker.entry.problem = ""
-                return
+def _ask(settings: ThinkSettings, sample: Conversation, asker: Asker) -> None:
+    """Ask until an answer agrees; the entry's row holds the whole conversation."""
+    *before, last = sample.turns
+    messages = _messages(before)
+    messages[-1]["content"] = prompts()[settings.language]["think"].format(question=messages[-1]["content"])
+    for answer in asker.answers(messages, settings.n_tries):
+        thought, given = split_thought(answer.text, answer.thought)
+        if not thought:
+            asker.entry.problem = "the model wrote no thought"
+        elif not answer.is_whole or not given:
+            asker.entry.problem = "the answer was cut off; --max_tokens is too small"
+        elif not agrees(given, last.content):
+            asker.entry.problem = "the answer does not agree with the row's"
+        else:
+            turns = [*_messages(before), {"role": "assistant", "content": with_thought(thought, last.content)}]
+            asker.entry.rows.append({"messages": turns, "provenance": asker.provenance("think")})
+            asker.entry.problem = ""
+            return
 
 
 def _messages(turns: list[Any]) -> list[dict[str, str]]:
