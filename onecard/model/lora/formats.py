@@ -24,7 +24,7 @@ from onecard.config.given_paths import is_tuned_model, other_kind, trained_weigh
 from onecard.console import warn
 from onecard.errors import ConfigError, ModelError
 from onecard.installation import command
-from onecard.model.files import locate, safetensors_header
+from onecard.model.files import locate, read_json, safetensors_header
 from onecard.model.lora.methods import is_adapter_weight, starts_at_zero, why_never_merged
 from onecard.model.rope_scaling import MARK
 
@@ -169,13 +169,7 @@ def find_config(source: str | Path) -> Path | None:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Return adapter_config.json of `directory`. Raises ModelError when it is no JSON object."""
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
-        raise ModelError(f"{directory / CONFIG} cannot be read as JSON ({reason}); copy it again") from reason
-    if not isinstance(config, dict):
-        raise ModelError(f"{directory / CONFIG} holds no JSON object; copy it again")
-    return config
+    return read_json(directory / CONFIG)
 
 
 def refuse_never_merged(files: AdapterFiles) -> None:
