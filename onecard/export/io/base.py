@@ -118,8 +118,11 @@ class LazyCheckpoint:
         return [name for name in self.weights.entries if name not in known and not name.endswith(TABLES)]
 
 
-def open_base(name: str, *, trust_remote_code: bool = False, rope_scaling: str = "none") -> LazyCheckpoint:
-    """Look at a base, a directory or a Hub id, without loading it.
+def open_base(
+    name: str, *, trust_remote_code: bool = False, rope_scaling: str = "none",
+    remedy: str = "merge into the model it was made from, and quantise the result",
+) -> LazyCheckpoint:  # fmt: skip
+    """Look at a base, a directory or a Hub id, without loading it; remedy: what to do with one in few bits instead.
 
     Raises ModelError: no model there, quantised already, unknown family, missing or damaged files, other shapes.
     """
@@ -127,7 +130,7 @@ def open_base(name: str, *, trust_remote_code: bool = False, rope_scaling: str =
     raw = read_config(directory)
     code_source = str(directory) if trust_remote_code and "auto_map" in raw else None
     config = scaled_json(raw, str(directory), rope_scaling, code_source)
-    refuse_quantized(directory, config, "merge into the model it was made from, and quantise the result")
+    refuse_quantized(directory, config, remedy)
     base = LazyCheckpoint(directory, config, open_weights(directory), trust_remote_code, rope_scaling)
     base.skeleton = base.build()
     if _is_tied(base.skeleton):
