@@ -108,7 +108,7 @@ def test_old_names_of_templates(sp_tokenizer) -> None:
 # --- what is not there -----------------------------------------------------------------------------------------------
 
 
-def test_everything_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+def test_everything_that_is_not_there_is_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("[]")
     (tmp_path / "no-adapter").mkdir()
     message = refusal(

@@ -387,7 +387,7 @@ def test_a_document_that_is_named_is_data_and_one_in_a_folder_is_not(tmp_path: P
 
 
 @needs_pdfminer
-def test_pages_without_text_are_told_where_a_pdf_is_read(tmp_path: Path) -> None:
+def test_pages_without_text_are_reported_where_a_pdf_is_read(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", [["First page."], [], ["Last page."]])
     report = ReadReport()
     (sample,) = read(str(tmp_path / "a.pdf"), report=report)

@@ -391,7 +391,7 @@ def test_messages_that_the_template_refuses_are_bad_records(sp_tokenizer, with_t
 @pytest.mark.parametrize("which", TOKENIZERS)
 @any_conversation
 @given(texts=st.lists(text, min_size=1, max_size=4))
-def test_the_fast_way_gives_the_tokenizers_own_ids(request, which, texts):
+def test_the_fast_path_gives_the_tokenizers_own_ids(request, which, texts):
     tokenizer = request.getfixturevalue(which)
     template = load_template("chatml", tokenizer)
     fast, plain = segment_tokenizer(template, tokenizer), SegmentTokenizer(template, tokenizer)

@@ -58,7 +58,7 @@ def test_renders_what_hugging_face_renders(request, which, name, turns, prompt):
 @pytest.mark.parametrize("name", BUILT_IN)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(several=st.lists(turns(), min_size=1, max_size=4), prompt=st.booleans())
-def test_the_quick_way_for_built_in_templates_is_what_rendering_gives(sp_tokenizer, name, several, prompt):
+def test_the_quick_path_for_built_in_templates_is_what_rendering_gives(sp_tokenizer, name, several, prompt):
     writer = PromptRenderer(load_template(name, sp_tokenizer), sp_tokenizer)
     for conversation in several:
         end = -1 if prompt else None

@@ -139,7 +139,7 @@ def grade_by_content(body: dict[str, Any], _: int) -> Reply:
     return completion(f"Because. {json.dumps(grades)}")
 
 
-def test_both_orders_are_asked_and_what_the_order_does_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_orders_are_asked_and_its_effect_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"instruction": "Q1", "class": "qa", "reference": "ref"}, {"instruction": "Q2", "class": "brainstorming"}]
     task = open_task(tmp_path, monkeypatch, rows)
     with scripted(grade_by_content) as endpoint:

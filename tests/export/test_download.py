@@ -439,7 +439,7 @@ def test_a_stored_token_is_not_shown_to_a_mirror(hub: Hub, run: Tool, tmp_path: 
     assert hub.tokens == {"", "Bearer hf_typed"}
 
 
-def test_no_room_is_told_before_anything_is_fetched(hub: Hub, run: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_reported_before_anything_is_fetched(hub: Hub, run: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
@@ -473,7 +473,7 @@ def test_a_disk_that_fills_up_keeps_what_has_come(hub: Hub, run: Tool, monkeypat
     assert hub.fetched("model.safetensors")[-1].startswith("bytes=")
 
 
-def test_two_at_once_are_told(hub: Hub, run: Tool) -> None:
+def test_two_at_once_are_reported(hub: Hub, run: Tool) -> None:
     hub.seconds_per_piece = 0.05
     first: list[Any] = []
     thread = threading.Thread(target=lambda: first.append(tool.main(["--repo_id", "owner/tiny"])))

@@ -258,7 +258,7 @@ def test_numbers_of_other_families(models: Callable[[str], Path], tmp_path: Path
     assert found["tokenizer.ggml.bos_token_id"] == found["tokenizer.ggml.eos_token_id"]
 
 
-def test_sliding_window_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sliding_window_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = gguf_models.save_model(tmp_path / "m", "mistral")
     config = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"sliding_window": 128}
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -151,7 +151,7 @@ def test_generate_answers_with_it(base, made) -> None:
 
 
 @pytest.mark.gptq
-def test_other_bits_are_told_in_one_line(made, capsys) -> None:
+def test_other_bits_are_reported_in_one_line(made, capsys) -> None:
     assert torch.equal(logits_of(made, bits=8), logits_of(made))
     out = capsys.readouterr().out
     assert out == f"{made} holds GPTQ weights of 4 bits; --bits 8 does not change them\n"
@@ -242,7 +242,7 @@ def test_old_autogptq_checkpoint(base, tmp_path, name) -> None:
         (["--damp_percent", "2"], "--damp_percent"),
     ],
 )
-def test_what_cannot_work_is_told_before_the_work(base, tmp_path, words, says) -> None:
+def test_what_cannot_work_is_reported_before_the_work(base, tmp_path, words, says) -> None:
     with pytest.raises(OneCardError, match=says):
         quantised(base, tmp_path / "new", *words)
     assert list(tmp_path.iterdir()) == []

@@ -187,7 +187,7 @@ def test_published_widths() -> None:
     assert found == len(odd) == 21
 
 
-def test_context_lengths_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_context_lengths_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = {"llama-1 in one": 2048, "llama-2 in four": 4096, "llama-3 in one": 131072}
     for generation, length in expected.items():
         meta_model(tmp_path / generation, generation)
@@ -376,7 +376,7 @@ def test_bad_hf_directories_are_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "is no directory" in refused(capsys, tmp_path / "out", "hf", "--model_path", tmp_path / "nowhere")
 
 
-def test_a_missing_tokenizer_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path) -> None:
+def test_a_missing_tokenizer_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path) -> None:
     meta_model(tmp_path / "a" / "meta", "llama-1 in two")
     assert run("hf", "--model_path", tmp_path / "a" / "meta", "--output_path", tmp_path / "hf") == 0
     assert "no tokenizer.model was found" in capsys.readouterr().out

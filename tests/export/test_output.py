@@ -172,7 +172,7 @@ def test_the_working_directory_home_and_the_disk_are_never_targets(
     assert contents(tmp_path) == {}
 
 
-def test_too_little_room_is_told_before_the_work(tmp_path: Path) -> None:
+def test_too_little_room_is_reported_before_the_work(tmp_path: Path) -> None:
     for place in (new_directory, new_file):
         refusal = pytest.raises(ModelError, match=r"needs about .* GiB free; make room")
         with refusal, place(tmp_path / "model", needed_bytes=1 << 60):
@@ -180,7 +180,7 @@ def test_too_little_room_is_told_before_the_work(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_parent_that_is_a_file_is_told(tmp_path: Path) -> None:
+def test_a_parent_that_is_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(ModelError, match="cannot be written"), new_directory(tmp_path / "file" / "model"):
         pytest.fail("the block must not run")

@@ -65,7 +65,7 @@ def test_divergence_is_that_of_the_whole_distributions(family, tmp_path) -> None
         assert quality_of(other, rows, batch_size=batch_size, objective=DOCUMENTS).perplexity == after.perplexity
 
 
-def test_a_model_that_answers_nan_is_told(tiny_base) -> None:
+def test_a_model_that_answers_nan_is_reported(tiny_base) -> None:
     broken = load_base(ModelOptions(model_path=str(tiny_base), bits=32), detect("cpu")).model
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))

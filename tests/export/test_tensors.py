@@ -206,7 +206,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, how: str) -> 
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"model": {"w": torch.zeros(2)}}, {"w": 1.0}, torch.zeros(2)])
-def test_a_pickle_of_something_else_is_told(tmp_path: Path, content: Any) -> None:
+def test_a_pickle_of_something_else_is_reported(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="holds something else than named tensors"):
         open_weights(tmp_path)
@@ -274,38 +274,38 @@ def header_only(file: Path, header: dict[str, Any], n_bytes: int = 0) -> None:
         {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 8]},
     ],
 )
-def test_a_header_that_lies_is_told(tmp_path: Path, entry: dict[str, Any]) -> None:
+def test_a_header_that_lies_is_reported(tmp_path: Path, entry: dict[str, Any]) -> None:
     header_only(tmp_path / "model.safetensors", {"x": entry}, 8)
     with pytest.raises(ModelError, match="is damaged"):
         open_weights(tmp_path)
 
 
-def test_numbers_of_a_kind_unknown_here_are_told(tmp_path: Path) -> None:
+def test_numbers_of_a_kind_unknown_here_are_reported(tmp_path: Path) -> None:
     header_only(tmp_path / "model.safetensors", {"x": {"dtype": "U64", "shape": [1], "data_offsets": [0, 8]}}, 8)
     with pytest.raises(ModelError, match="numbers of the kind U64"):
         open_weights(tmp_path)
 
 
-def test_a_missing_shard_is_told(sharded: Path) -> None:
+def test_a_missing_shard_is_reported(sharded: Path) -> None:
     (sharded / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ModelError, match=r"lacks 1 of 3 weight files: model-00002-of-00003\.safetensors"):
         open_weights(sharded)
 
 
-def test_a_shard_of_another_model_is_told(sharded: Path) -> None:
+def test_a_shard_of_another_model_is_reported(sharded: Path) -> None:
     save_file({"other": torch.zeros(3)}, sharded / "model-00002-of-00003.safetensors")
     with pytest.raises(ModelError, match=r"lacks 2 tensors that model\.safetensors\.index\.json names, such as t2"):
         open_weights(sharded)
 
 
-def test_one_name_in_two_files_is_told(sharded: Path) -> None:
+def test_one_name_in_two_files_is_reported(sharded: Path) -> None:
     first, second = (sharded / f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
     second.write_bytes(first.read_bytes())
     with pytest.raises(ModelError, match=r"holds t0 twice: in model-00001-of-00003.safetensors, model-00002"):
         open_weights(sharded)
 
 
-def test_no_weights_at_all_are_told(tmp_path: Path) -> None:
+def test_no_weights_at_all_are_reported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelError, match=r"holds no weights .* it holds: config\.json"):
         open_weights(tmp_path)

@@ -157,7 +157,7 @@ def test_a_fault_in_one_forward_pass_ends_those_beside_it(merged: Any) -> None:
     assert all(parameter.is_meta for one in passes for parameter in one.model.parameters())  # ready for another try
 
 
-def test_what_rounding_costs_is_told_with_its_share(merged: Any, tmp_path: Path) -> None:
+def test_what_rounding_costs_is_reported_with_its_share(merged: Any, tmp_path: Path) -> None:
     base, _, _, _ = merged
     make_adapter(loaded(base), tmp_path / "small", size=3e-3, target_modules=["q_proj", "down_proj"])
     proofs = {}

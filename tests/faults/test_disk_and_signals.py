@@ -155,7 +155,7 @@ def test_no_room_for_the_final_files_is_no_success(bench: Bench, half: Path, und
     assert_as_undisturbed(half, undisturbed)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(bench: Bench, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_reported_before_anything_is_loaded(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     printed = bench.run(tmp_path / "file" / "run", expect=1, cache_path=str(tmp_path / "cache"))
     assert "cannot be written" in printed
@@ -163,7 +163,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(benc
     assert "records are usable" not in printed
 
 
-def test_a_read_only_output_is_told_before_anything_is_loaded(bench: Bench, tmp_path: Path) -> None:
+def test_a_read_only_output_is_reported_before_anything_is_loaded(bench: Bench, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1000):
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
         for output in (tmp_path / "disk", tmp_path / "disk" / "new"):

@@ -42,7 +42,7 @@ def test_infinite_numbers_are_read_as_transformers_writes_them(model_type, tmp_p
         ({"transformers_version": "someday"}, ["was written by transformers someday"]),
     ],
 )
-def test_an_unknown_model_type_is_told_with_its_writer(writer, words, tmp_path, load_family) -> None:
+def test_an_unknown_model_type_is_reported_with_its_writer(writer, words, tmp_path, load_family) -> None:
     config = {**LLAMA, "model_type": "qwen9", **writer}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for attempt in (lambda: architecture_of(tmp_path), lambda: load_family("", model_path=tmp_path)):

@@ -183,7 +183,7 @@ def test_a_base_that_is_tuned_itself_keeps_the_scaling_in_its_config(tiny_base: 
     assert adapter_scaling(tmp_path) == adapter_scaling(tmp_path / "checkpoint-1") == "none"
 
 
-def test_other_positions_than_trained_are_told_and_plain_peft_warns(run: Path, tiny_base: Path) -> None:
+def test_other_positions_than_trained_are_reported_and_plain_peft_warns(run: Path, tiny_base: Path) -> None:
     base = load_base(base_options(tiny_base, "none"), CPU).model
     notes = load_adapter(base, run, trainable=False).notes
     assert any("trained under --rope_scaling yarn:2, and answers under none here" in note for note in notes), notes

@@ -251,7 +251,7 @@ def test_the_processes_of_a_run_choose_for_the_smallest_of_their_cards(monkeypat
     assert plans[0] != plans[1] == plans[2] == plans[3]
 
 
-def test_settings_larger_than_the_run_are_told_when_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_larger_than_the_run_are_reported_when_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny.with_options(FinetuneConfig(), {"total_batch": 64, "warmup_steps": 50, "num_epoch": 2})
     resolved = fit.resolve_lengths(config, 38, 2).train
     told = capsys.readouterr()

@@ -176,14 +176,14 @@ def test_what_takes_long_is_done_less_often(monkeypatch: pytest.MonkeyPatch) -> 
     ({"eval_steps": 31}, "--eval_steps", "31 is more than the 30 steps"),
     ({"save_steps": 200}, "--save_steps", "200 is more than the 30 steps"),
 ])  # fmt: skip
-def test_settings_that_are_larger_than_the_run_are_told(typed: dict, flag: str, words: str) -> None:
+def test_settings_that_are_larger_than_the_run_are_reported(typed: dict, flag: str, words: str) -> None:
     options = replace(TrainOptions(total_batch=4), **typed)
     found = useless_settings(options, 38, 2, total_steps(options, 38))
     assert [name for name, _ in found] == [flag]
     assert re.search(words, found[0][1])
 
 
-def test_settings_that_do_what_they_say_are_not_told() -> None:
+def test_settings_that_do_what_they_say_are_not_reported() -> None:
     assert useless_settings(TrainOptions(total_batch=4, save_steps=30, eval_steps=30), 38, 2, 30) == []
     assert useless_settings(TrainOptions(total_batch=4, eval_steps=99), 38, 0, 30) == []
     best = useless_settings(TrainOptions(total_batch=4, final_weights="best"), 38, 0, 30)

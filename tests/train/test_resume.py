@@ -144,7 +144,7 @@ def test_a_run_on_a_txt_goes_on_with_the_texts_that_it_had(
     assert "60 of 60 records are usable" in capsys.readouterr().out
 
 
-def test_an_unfinished_run_without_a_checkpoint_is_told(
+def test_an_unfinished_run_without_a_checkpoint_is_reported(
     tiny_base: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     config = tiny.config_for(tiny_base, instructions, tmp_path / "run")

@@ -120,7 +120,7 @@ def test_a_whole_model_has_no_adapter_to_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["head"], indirect=True)
-def test_what_was_trained_whole_stays_and_is_told(adapter: Path, tiny_base: Path) -> None:
+def test_what_was_trained_whole_stays_and_is_reported(adapter: Path, tiny_base: Path) -> None:
     (note,) = load_adapter(loaded(tiny_base), adapter, trainable=False, scale=0.5).notes
     assert "modules_to_save" in note and "stays as trained" in note
 
