@@ -350,7 +350,7 @@ def _named_files(paths: tuple[str, ...], skipped: list[str]) -> list[tuple[str, 
     if twice is not None:
         raise DataError("is given twice; leave one out", twice)
     for path in paths:
-        files = _local_files(Path(path), skipped) if _is_local(path) else [(hub_id_of(path), None)]
+        files = _local_files(Path(path), skipped) if path and Path(path).exists() else [(hub_id_of(path), None)]
         taken = {name for name, _ in found}
         # Two folders may both have a train.json.
         is_unclear = not taken.isdisjoint(name for name, _ in files)
@@ -385,8 +385,3 @@ def _local_files(path: Path, skipped: list[str]) -> list[tuple[str, Path]]:
             skipped.append(safe(inside.as_posix()))
     skipped.sort()
     return sorted(files)
-
-
-def _is_local(data_path: str) -> bool:
-    # An empty path would be the current folder, which nobody means.
-    return bool(data_path) and Path(data_path).exists()

@@ -36,7 +36,8 @@ def locate(name: str, *, what: str = "base model", patterns: tuple[str, ...] = (
         raise ModelError(f"{what} {name} is a file; give the directory that holds it: {path.parent}")
     if not HUB_ID.fullmatch(name) or _looks_local(path):
         raise ModelError(f"{what}: no directory {name}{_nearest_directory(path)}; give a directory or a Hub id")
-    return _from_hub(name, what, patterns or _base_patterns(with_code), weights_wanted=not patterns)
+    of_base = (*SMALL_FILES, "*.safetensors", *(["*.py"] if with_code else []))
+    return _from_hub(name, what, patterns or of_base, weights_wanted=not patterns)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -169,10 +170,6 @@ def _nearest_directory(path: Path) -> str:
         return ""
     hint = nearest(path.name, list(known))
     return hint.replace("mean ", f"mean {parent}/", 1) if hint and parent != Path() else hint
-
-
-def _base_patterns(with_code: bool) -> tuple[str, ...]:
-    return (*SMALL_FILES, "*.safetensors", *(["*.py"] if with_code else []))
 
 
 def _from_hub(name: str, what: str, patterns: tuple[str, ...], *, weights_wanted: bool) -> Path:

@@ -43,7 +43,8 @@ class Rewards:
     def __init__(self, options: RolloutOptions) -> None:
         """Raises ConfigError for a checker that cannot work here."""
         specs = reward_specs(options.reward)
-        names = [spec.name if [s.name for s in specs].count(spec.name) == 1 else _title(spec) for spec in specs]
+        kinds = [spec.name for spec in specs]
+        names = [f"{s.name}:{s.argument}" if s.argument and kinds.count(s.name) > 1 else s.name for s in specs]
         self._needs_reference = [spec.name for spec in specs if spec.name in NEEDS_REFERENCE]
         reads_field = any(spec.name == "json_schema" and not spec.argument for spec in specs)
         self._reads_record = bool(self._needs_reference) or reads_field
@@ -96,10 +97,6 @@ class Rewards:
             return _checker(spec)
         worker = self._worker(f"{REGEX_WORKER}:search", f"--reward regex:{spec.argument}")
         return lambda answer: worker("", answer.text, None, spec.argument, answer.record)
-
-
-def _title(spec: RewardSpec) -> str:
-    return f"{spec.name}:{spec.argument}" if spec.argument else spec.name
 
 
 def _checker(spec: RewardSpec) -> Checker:
