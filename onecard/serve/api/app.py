@@ -6,13 +6,10 @@ Knows paths and what each of them does; checking, waiting, streaming and guardin
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import secrets
-import struct
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -20,7 +17,6 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from onecard import __version__
@@ -28,7 +24,7 @@ from onecard.config.inference import LimitOptions, SamplingOptions, ServeOptions
 from onecard.console import nearest
 from onecard.errors import OneCardError
 from onecard.inference.engine import InferenceEngine
-from onecard.serve.api import adapters, answer_schema, schema
+from onecard.serve.api import adapters, answer_schema, schema, tokenize
 from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.jobs import RequestThread, RequestThreads, Work, stopping
 from onecard.serve.api.log import RequestFile, RequestLog, note_of
@@ -46,18 +42,10 @@ from onecard.serve.api.requests import (
 from onecard.serve.api.requests import validation_error as as_field_error
 from onecard.serve.api.response_events import ResponseBuilder, ResponseEvents
 from onecard.serve.api.response_request import response_ask
-from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form
+from onecard.serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, Form, vectors_body
 from onecard.serve.api.simple import SimpleAnswer, SimpleRequest, SimpleResponseBuilder, path_question, simple_ask
 from onecard.serve.api.stream import EventStream, EventWriter, StreamEventBuilder, events
-from onecard.serve.api.tokenize import (
-    Detokenized,
-    DetokenizeRequest,
-    TokenizeRequest,
-    Tokens,
-    text_of_tokens,
-    tokens_of,
-)
-from onecard.serve.api.work import EmbeddingsResult, answer_chat, answer_prompts, embed_texts
+from onecard.serve.api.work import answer_chat, answer_prompts, embed_texts
 from onecard.serve.http_error import ApiError
 from onecard.serve.keys import read_keys
 from onecard.serve.listen import run_server
@@ -114,6 +102,17 @@ class Api(FastAPI):
     def forget_texts(self, model: str) -> None:
         """Another model may have this name from now on."""
         self._token_texts.pop(model, None)
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for a name that is none of the engine's."""
+        if name not in self.engine.names:
+            known = ", ".join(self.engine.names)
+            message = f"no model is called {name!r}{nearest(name, self.engine.names)}; known: {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def card(self, name: str) -> dict[str, Any]:
+        """What is told of a model."""
+        return {"id": name, "object": "model", "created": self.began, "owned_by": "onecard"}
 
     def token_texts(self, model: str) -> TokenTexts:
         """The texts of this model's tokens."""
@@ -190,8 +189,8 @@ def paths(*, simple: bool = False) -> APIRouter:
         ("POST", "/v1/completions", completions, answer_schema.Completion, streamed),
         ("POST", "/v1/responses", responses, answer_schema.ResponseBody, streamed),
         ("POST", "/v1/embeddings", embeddings, answer_schema.EmbeddingList, {}),
-        ("POST", "/tokenize", tokenize, Tokens, {}),
-        ("POST", "/detokenize", detokenize, Detokenized, {}),
+        ("POST", "/tokenize", tokenize.tokenize, tokenize.Tokens, {}),
+        ("POST", "/detokenize", tokenize.detokenize, tokenize.Detokenized, {}),
         ("POST", "/v1/load_lora_adapter", adapters.load_adapter, str, {}),
         ("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, str, {}),
     ]
@@ -233,14 +232,14 @@ async def metrics(request: Request) -> Response:
 async def list_models(request: Request) -> Response:
     """The names that `model` may have."""
     app = app_of(request)
-    return JSONResponse({"object": "list", "data": [card(app, name) for name in app.engine.names]})
+    return JSONResponse({"object": "list", "data": [app.card(name) for name in app.engine.names]})
 
 
 async def show_model(request: Request, model_id: str) -> Response:
     """One of these names."""
     app = app_of(request)
-    check_model(app, model_id)
-    return JSONResponse(card(app, model_id))
+    app.check_model(model_id)
+    return JSONResponse(app.card(model_id))
 
 
 async def chat_completions(request: Request, body: schema.ChatRequest) -> Response:
@@ -279,7 +278,7 @@ def asked(
 ) -> tuple[Api, GenerationParams]:
     """The application, and what is asked of it. Raises ApiError naming the field that cannot be served."""
     app = app_of(request)
-    check_model(app, body.model)
+    app.check_model(body.model)
     ask = read(body, app.defaults)
     if not ask.prompts:
         ask = for_template(ask, app.engine.template(body.model))
@@ -290,7 +289,7 @@ def asked(
 async def embeddings(request: Request, body: schema.EmbeddingRequest) -> Response:
     """One vector per text: the mean of the last hidden states, of length 1."""
     app, note = app_of(request), note_of(request.scope)
-    check_model(app, body.model)
+    app.check_model(body.model)
     texts = embedding_texts(body, app.defaults.limits)
     note.add(texts)
     async with job_for(request, lambda cancel: embed_texts(app.engine, body.model, texts, cancel)) as job:
@@ -298,33 +297,6 @@ async def embeddings(request: Request, body: schema.EmbeddingRequest) -> Respons
     note.n_prompt_tokens = found.n_tokens
     # Thousands of vectors are long: each is written when its turn has come to be sent, in a thread.
     return StreamingResponse(vectors_body(body, found), media_type="application/json")
-
-
-async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-    """The token ids of a prompt or a conversation."""
-    app = app_of(request)
-    check_model(app, body.model)
-    return JSONResponse(await run_in_threadpool(tokens_of, app.engine, body, app.defaults))
-
-
-async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
-    """The text of token ids."""
-    app = app_of(request)
-    check_model(app, body.model)
-    return JSONResponse(await run_in_threadpool(text_of_tokens, app.engine, body))
-
-
-def vectors_body(body: schema.EmbeddingRequest, found: EmbeddingsResult) -> Iterator[str]:
-    """The JSON of an answer to `body`, piece by piece."""
-    is_packed = body.encoding_format == "base64"  # little-endian float32, as OpenAI's clients ask for it
-    usage = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
-    head = json.dumps({"object": "list", "model": body.model, "usage": usage}, ensure_ascii=False)
-    yield head.removesuffix("}") + ', "data": ['
-    for k, vector in enumerate(found.vectors):
-        packed = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii") if is_packed else None
-        entry = {"object": "embedding", "index": k, "embedding": packed or list(vector)}
-        yield (", " if k else "") + json.dumps(entry)
-    yield "]}"
 
 
 async def answer(request: Request, form: Form | ResponseBuilder) -> Response:
@@ -368,19 +340,6 @@ def app_of(request: Request) -> Api:
     app = request.app
     assert isinstance(app, Api)
     return app
-
-
-def check_model(app: Api, name: str) -> None:
-    """Raises ApiError 404 for a name that is none of the engine's."""
-    if name not in app.engine.names:
-        known = ", ".join(app.engine.names)
-        message = f"no model is called {name!r}{nearest(name, app.engine.names)}; known: {known}"
-        raise ApiError(404, message, param="model", code="model_not_found")
-
-
-def card(app: Api, name: str) -> dict[str, Any]:
-    """What is told of a model."""
-    return {"id": name, "object": "model", "created": app.began, "owned_by": "onecard"}
 
 
 def refusing(allowed: Sequence[str]) -> Callable[[], Any]:

@@ -5,7 +5,11 @@ Knows OpenAI's field names. It does not know threads, sockets or how pieces are 
 
 from __future__ import annotations
 
+import base64
+import json
 import secrets
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +18,8 @@ from onecard.data.thoughts import read_thought
 from onecard.data.tool_answers import read_calls
 from onecard.serve.api.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from onecard.serve.api.requests import GenerationParams
-from onecard.serve.api.work import Echo, Progress
+from onecard.serve.api.schema import EmbeddingRequest
+from onecard.serve.api.work import Echo, EmbeddingsResult, Progress
 
 
 @dataclass
@@ -199,3 +204,16 @@ class CompletionResponseBuilder:
 
 
 Form = ChatResponseBuilder | CompletionResponseBuilder
+
+
+def vectors_body(body: EmbeddingRequest, found: EmbeddingsResult) -> Iterator[str]:
+    """The JSON of an answer to `body`, piece by piece."""
+    is_packed = body.encoding_format == "base64"  # little-endian float32, as OpenAI's clients ask for it
+    usage = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
+    head = json.dumps({"object": "list", "model": body.model, "usage": usage}, ensure_ascii=False)
+    yield head.removesuffix("}") + ', "data": ['
+    for k, vector in enumerate(found.vectors):
+        packed = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii") if is_packed else None
+        entry = {"object": "embedding", "index": k, "embedding": packed or list(vector)}
+        yield (", " if k else "") + json.dumps(entry)
+    yield "]}"

@@ -1,6 +1,6 @@
 """/tokenize and /detokenize in vLLM's form: what a prompt or a conversation becomes for the model, and the way back.
 
-Knows the engine's prompts. It does not know paths or answers.
+Knows the engine's prompts. It does not know paths or how answers are generated.
 https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html#tokenizer-api
 """
 
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, FailFast, Field, StrictBool, StrictInt, StrictStr
+from starlette.concurrency import run_in_threadpool
 
 from onecard.inference.detokenize import decode
 from onecard.inference.engine import GenerationRequest, InferenceEngine
@@ -67,6 +70,20 @@ class Detokenized(BaseModel):
     """The answer of /detokenize, control tokens included."""
 
     prompt: str
+
+
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """The token ids of a prompt or a conversation."""
+    app: Any = request.app
+    app.check_model(body.model)
+    return JSONResponse(await run_in_threadpool(tokens_of, app.engine, body, app.defaults))
+
+
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """The text of token ids."""
+    app: Any = request.app
+    app.check_model(body.model)
+    return JSONResponse(await run_in_threadpool(text_of_tokens, app.engine, body))
 
 
 def tokens_of(engine: InferenceEngine, body: TokenizeRequest, defaults: ServerDefaults) -> dict[str, Any]:
