@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onecard.data.messages import Turn
+from onecard.data.messages import Turn, turns_to_messages
 from onecard.errors import CheckpointError, ConfigError
 from onecard.serve.web.votes import PREFERENCES_FILE, BlindVotes, VotedPair
 from onecard.storage import write_whole
@@ -65,8 +65,7 @@ def view_of(votes: BlindVotes, *, with_result: bool = False) -> dict[str, Any]:
     shown = None
     if pair is not None:
         first, second = votes.in_order(pair)
-        turns = [{"role": turn.role, "content": turn.content} for turn in pair.turns]
-        shown = {"key": pair.key, "messages": turns, "first": first, "second": second}
+        shown = {"key": pair.key, "messages": turns_to_messages(pair.turns), "first": first, "second": second}
     view: dict[str, Any] = {"pair": shown, "n_votes": len(votes.votes), "n_pairs": len(votes.pairs) + votes.n_same}
     if with_result and votes.pairs:
         view |= {"result": votes.export(), "file": str(votes.folder / PREFERENCES_FILE)}

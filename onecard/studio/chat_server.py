@@ -50,10 +50,6 @@ class ChatState:
     base: str = ""
     error: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return {"state": self.state, "source": self.source, "models": list(self.models), "base": self.base,
-                "error": self.error}  # fmt: skip
-
 
 @dataclass
 class ChatServer:

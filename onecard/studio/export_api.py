@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class ExportApi:
                         "missing": translated(kind.missing, to)} for name, kind in KINDS.items()}  # fmt: skip
         found = [job for job in self._context.jobs.all() if job["kind"].startswith(PREFIX)]
         jobs = [self.view(job) for job in found[:MOST_SHOWN]]
-        sources = [source.to_json() for source in sources_in(self._context.output_root)]
+        sources = list(map(asdict, sources_in(self._context.output_root)))
         return {"kinds": kinds, "jobs": jobs, "sources": sources}
 
     def start(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:

@@ -26,9 +26,6 @@ class ModelSource:
     kind: str
     base: str = ""
 
-    def to_json(self) -> dict[str, str]:
-        return {"path": self.path, "kind": self.kind, "base": self.base}
-
 
 def sources_in(root: Path) -> list[ModelSource]:
     """All below `root`, by path; hidden folders are passed over, and links are not followed."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from onecard.data.messages import Turn
+from onecard.data.messages import Turn, turns_to_messages
 from onecard.serve.http_error import ApiError, bad_request
 from onecard.studio.blind_chat import add_pair, open_votes, view_of
 from onecard.studio.chat_server import ChatServer, ChatState
@@ -70,13 +71,13 @@ class ChatApi:
         state = self._server.state()
         if state != self._published:
             self._published = state
-            yield "chat", {**state.to_json(), "ended_for": ended_for}
+            yield "chat", {**asdict(state), "ended_for": ended_for}
 
     def shown(self, request: Request) -> dict[str, Any]:
         """The server's state, what could be asked, and which runs are being trained."""
         root = self._context.output_root
-        return {**self._server.state().to_json(), "training": trainings(self._context),
-                "sources": [source.to_json() for source in sources_in(root)]}  # fmt: skip
+        return {**asdict(self._server.state()), "training": trainings(self._context),
+                "sources": list(map(asdict, sources_in(root)))}  # fmt: skip
 
     def start(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """{source, bits?, anyway?}: load a model. 409 while a run is trained, unless `anyway`."""
@@ -85,12 +86,12 @@ class ChatApi:
             refuse_while_training(self._context)
         with self._starting:
             self._server.start(source, bits=body.get("bits"), beside_training=anyway)
-        return self._server.state().to_json()
+        return asdict(self._server.state())
 
     def stop(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Give the card back."""
         self._server.stop()
-        return self._server.state().to_json()
+        return asdict(self._server.state())
 
     async def completions(self, request: Request) -> Response:
         """An OpenAI chat request, passed on; what comes back is passed on as it comes."""
@@ -108,7 +109,7 @@ class ChatApi:
         """{messages, answer, tuned, base}: the answer's pieces with log p(tuned) - log p(base)."""
         body = await json_body(request, "messages", "answer", "tuned", "base")
         turns, tuned, base = turns_of(body["messages"]), text_of(body, "tuned"), text_of(body, "base")
-        messages, answer = messages_of(turns), text_of(body, "answer")
+        messages, answer = turns_to_messages(turns), text_of(body, "answer")
         async with await asyncio.to_thread(self._server.client) as client:
             try:
                 found = await token_differences(client, messages, answer, tuned, base)
@@ -128,7 +129,7 @@ class ChatApi:
         body = await json_body(request, "messages")
         turns, names = turns_of(body["messages"]), two_names(body)
         asked = {key: body[key] for key in ("max_tokens", "temperature") if body.get(key) is not None}
-        asked["messages"] = messages_of(turns)
+        asked["messages"] = turns_to_messages(turns)
         async with self._voting:
             waiting = open_votes(self._votes, names)
             if waiting.current is not None:  # asked twice: the first pair is voted on first
@@ -195,11 +196,6 @@ def turns_of(messages: Any) -> tuple[Turn, ...]:
     if messages[-1]["role"] != "user":
         raise bad_request("the last message is the user's", "messages")
     return tuple(Turn(message["role"], message["content"]) for message in messages)
-
-
-def messages_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """The same as messages."""
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
 def text_of(body: Any, name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from onecard.config.inference import SamplingOptions
 from onecard.data.encode import encode_prompt
-from onecard.data.messages import Turn
+from onecard.data.messages import Turn, turns_to_messages
 from onecard.data.questions import Question, read_questions
 from onecard.data.sources import ReadReport, Source
 from onecard.errors import DataError
@@ -112,7 +112,7 @@ def make_check(
         with without_adapter(bundle.model):
             base = _answers(bundle, rows, deadline)
     prompts = [
-        CheckedPrompt(record, [{"role": turn.role, "content": turn.content} for turn in turns], rows[k].ids,
+        CheckedPrompt(record, turns_to_messages(turns), rows[k].ids,
                       answers[k], base[k] if base else None)
         for k, (record, turns) in enumerate(turns_of)
         if answers[k].tops and (base is None or base[k].tops)  # else it was out of time
