@@ -1,6 +1,6 @@
 """One call of `model.generate`: what goes in for some prompts, and the reading of what comes out.
 
-The same call serves answers that are typed live and answers that are given whole; a watch on it changes nothing.
+The same call serves answers that are typed live and answers that are given whole; looking in changes nothing.
 Prompts are padded on the left by hand and masked; `model.generate` derives the positions from the mask. Knows ids,
 modes and texts. It does not know conversations, limits of the model or who asks: `generate.py` and `engine.py` do.
 """
@@ -337,21 +337,21 @@ class GenerateThread(threading.Thread):
 
     def __init__(self, call: GenerateCall, stream_state: StreamState) -> None:
         super().__init__(name="onecard-generate", daemon=True)
-        self._call, self._watch = call, stream_state
+        self._call, self._state = call, stream_state
         self._new_ids: list[list[int]] | None = None
         self._error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            new_ids = self._call.run(self._watch)
+            new_ids = self._call.run(self._state)
             # Out of time, `generate` returns what it has, and the answer counts as cut.
-            self._new_ids = new_ids if not self._watch.must_end else None
+            self._new_ids = new_ids if not self._state.must_end else None
         except GenerationCancelled:
             pass
         except BaseException as reason:
             self._error = reason
         finally:
-            self._watch.finish()
+            self._state.finish()
 
     def result(self) -> list[list[int]] | None:
         """The new ids, or None when generation was left early. Raises what generation raised."""

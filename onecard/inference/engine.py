@@ -239,7 +239,7 @@ class InferenceEngine:
             request.show_beams, request.top_logprobs, max_seconds=seconds, logit_bias=request.logit_bias
         )
         if batch:
-            with self._talker(request.adapter, request.prompt_type) as bundle:
+            with self._bundle(request.adapter, request.prompt_type) as bundle:
                 yield from batch.answer(bundle, rows, request.sampling, streaming, cancel)
             return
         advice = (
@@ -249,7 +249,7 @@ class InferenceEngine:
         )
         is_shown = False
         try:
-            with memory_errors(advice), self._talker(request.adapter, request.prompt_type) as bundle:
+            with memory_errors(advice), self._bundle(request.adapter, request.prompt_type) as bundle:
                 for chunks in stream_rows(bundle, rows, request.sampling, streaming, cancel):
                     yield chunks
                     is_shown = is_shown or any(chunk.text for chunk in chunks)
@@ -258,7 +258,7 @@ class InferenceEngine:
             if not self._prefixes.clear() or is_shown:
                 raise
         # Once more, with the memory of the other conversations.
-        with memory_errors(advice), self._talker(request.adapter, request.prompt_type) as bundle:
+        with memory_errors(advice), self._bundle(request.adapter, request.prompt_type) as bundle:
             yield from stream_rows(bundle, rows, request.sampling, streaming, cancel)
 
     def _served(self, adapter: str, prompt_type: str = "") -> ServedAdapter:
@@ -270,7 +270,7 @@ class InferenceEngine:
         return shared.held(self.adapter_of(adapter)) if shared else nullcontext(True)
 
     @contextmanager
-    def _talker(self, adapter: str, prompt_type: str = "") -> Iterator[ModelBundle]:
+    def _bundle(self, adapter: str, prompt_type: str = "") -> Iterator[ModelBundle]:
         """What answers as this adapter. Raises ModelError for one that does not load."""
         name, batch = self.adapter_of(adapter), self._batch
         if batch is None or batch.adapters is None:
@@ -308,7 +308,7 @@ class InferenceEngine:
     ) -> Result:
         def attempt() -> Result:
             advice = "the texts do not fit into memory; send shorter ones, or fewer at once"
-            with memory_errors(advice), self._talker(adapter) as bundle, bundle.turn or nullcontext():
+            with memory_errors(advice), self._bundle(adapter) as bundle, bundle.turn or nullcontext():
                 return work(bundle, lambda: check(bundle))
 
         def check(bundle: ModelBundle | None = None) -> None:

@@ -97,30 +97,30 @@ class StreamState:
 
 
 class BeamStreamer(LogitsProcessor):
-    """Shows the running beams to a watch and changes nothing."""
+    """Shows the running beams to who reads the answer, and changes nothing."""
 
     def __init__(self, stream_state: StreamState) -> None:
-        self._watch = stream_state
+        self._state = stream_state
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows * beams, prompt + new), each row's best beam first."""
-        self._watch.offer(input_ids)
+        self._state.offer(input_ids)
         return scores
 
 
 class CancelCriteria(StoppingCriteria):
-    """Ends all rows when the watch says so: `generate` then returns as if they had ended by themselves.
+    """Ends all rows when nobody waits any more: `generate` then returns as if they had ended by themselves.
 
-    shows: hand the rows, their newest tokens included, to the watch as well.
+    shows: hand the rows, their newest tokens included, to the reader as well.
     """
 
     def __init__(self, stream_state: StreamState, *, shows: bool) -> None:
-        self._watch, self._shows = stream_state, shows
+        self._state, self._shows = stream_state, shows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self._shows:
-            self._watch.offer(input_ids)
-        return torch.full((len(input_ids),), self._watch.must_end, dtype=torch.bool, device=input_ids.device)
+            self._state.offer(input_ids)
+        return torch.full((len(input_ids),), self._state.must_end, dtype=torch.bool, device=input_ids.device)
 
 
 class EachStep(StoppingCriteria):
@@ -173,7 +173,7 @@ def token_logprobs(logprobs: Tensor, chosen: Tensor, n_top: int) -> list[TokenLo
 
 @contextmanager
 def leaving_early(model: Any, stream_state: StreamState) -> Iterator[None]:
-    """Inside, the model's forward pass raises `GenerationCancelled` between two decoder layers when the watch says so.
+    """Inside, the model's forward pass raises `GenerationCancelled` between two decoder layers when nobody waits.
 
     The stopping criteria are asked only after a whole forward pass, and that of a long prompt takes seconds. Not for
     models whose layers lie partly in RAM (their own hooks must not be cut off halfway) or are compiled.

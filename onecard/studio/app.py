@@ -54,14 +54,14 @@ def studio_app(options: StudioOptions, context: StudioContext | None = None) -> 
         routes=routes,
         middleware=[Middleware(AddedHeaders, headers=HEADERS, replaces=True), Middleware(Protection, rules=rules)],
         exception_handlers={OneCardError: answer_error, HTTPException: answer_error, Exception: answer_error},
-        lifespan=_watch,
+        lifespan=_poll_events,
     )
     app.state.context = context
     return app
 
 
 @asynccontextmanager
-async def _watch(app: Starlette) -> AsyncIterator[None]:
+async def _poll_events(app: Starlette) -> AsyncIterator[None]:
     """Look for news while the application runs."""
     task = asyncio.create_task(app.state.context.events.poll())
     try:

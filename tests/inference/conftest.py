@@ -1,4 +1,4 @@
-"""A small base whose answers differ from question to question, a trained-looking run on it, and talkers of both."""
+"""A small base whose answers differ from question to question, a trained-looking run on it, and both as bundles."""
 
 from __future__ import annotations
 

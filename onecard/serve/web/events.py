@@ -45,7 +45,7 @@ class TranslatedComponents:
         self._entries: list[tuple[Any, dict[str, Words]]] = []
 
     def __call__(self, kind: Callable[..., Any], words: Mapping[str, str | Words], **arguments: Any) -> Any:
-        """Make a component of this kind. `words`: properties that are keys of page_words, or made from a language."""
+        """Make a component of this kind. `words`: properties that are keys of words.yaml, or made from a language."""
         makers = {name: (partial(word, key=key) if isinstance(key, str) else key) for name, key in words.items()}
         component = kind(**arguments, **{name: make(self.language) for name, make in makers.items()})
         self._entries.append((component, makers))

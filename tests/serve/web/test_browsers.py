@@ -1,4 +1,4 @@
-"""Which doors of gradio's application are open, and how a closed page is noticed."""
+"""Which paths of gradio's application are open, and how a closed page is noticed."""
 
 from __future__ import annotations
 
