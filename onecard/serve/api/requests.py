@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -22,7 +22,7 @@ from onecard.data.messages import Role, Turn
 from onecard.data.tool_answers import CallStyle
 from onecard.data.tool_calls import calls_of
 from onecard.data.values import UnusableRecord
-from onecard.inference.grammar import AnswerGrammar
+from onecard.inference.engine import GenerationRequest
 from onecard.inference.tool_grammar import HeldTools
 from onecard.serve.api.answer_format import answer_grammar
 from onecard.serve.api.parameters import CACHE_MARKS, check_message_names, check_names, is_number
@@ -66,30 +66,20 @@ class ServerDefaults:
 
 
 @dataclass(frozen=True)
-class GenerationParams:
-    """A request in the engine's words: a conversation, or prompts to go on from, each answered `n` times.
+class GenerationParams(GenerationRequest):
+    """What the engine is asked, each conversation or prompt `n` times, with what the answer's form needs beside it.
 
-    max_new_tokens 0 asks for no answer at all, only for an echo; the client calls it `tokens_field`, and what it says
-    `texts_field`. top_logprobs: None
-    for no log-probabilities. tools: those among the turns that the answer may call, at most `most_calls` times.
-    grammar: what the answer is held to; `for_template` adds the calls.
-    call_style and thought_mark: how calls and thoughts are told from the rest of an answer, as the template says.
+    prompts: what is gone on with, one after another. max_new_tokens 0 asks for no answer at all, only for an echo; the
+    client calls it `tokens_field`, and what it says `texts_field`. tools: those among the turns that the answer may
+    call; `for_template` adds their calls to `grammar`. call_style and thought_mark: how calls and thoughts are told
+    from the rest of an answer, as the template says.
     """
 
-    model: str
-    sampling: SamplingOptions
-    n: int = 1
-    turns: tuple[Turn, ...] = ()
-    template_variables: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] = ()
     max_new_tokens: int = 1
     tokens_field: str = "max_tokens"
     texts_field: str = "messages"
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    continues_answer: bool = False
     echo: bool = False
-    top_logprobs: int | None = None
-    grammar: AnswerGrammar | None = None
     tools: HeldTools | None = None
     call_style: CallStyle | None = None
     reasoning_effort: str | None = None
@@ -99,8 +89,9 @@ class GenerationParams:
     include_usage: bool = False
 
     @property
-    def most_calls(self) -> int | None:
-        return self.tools.most if self.tools else None
+    def model(self) -> str:
+        """As clients name the adapter."""
+        return self.adapter
 
     @property
     def n_choices(self) -> int:
@@ -285,7 +276,7 @@ def common_ask(body: SamplingParameters, defaults: ServerDefaults, max_new_token
     )
     options = body.stream_options
     return GenerationParams(
-        model=body.model,
+        adapter=body.model,
         sampling=sampling,
         n=body.n or 1,
         max_new_tokens=max_new_tokens,

@@ -111,7 +111,7 @@ class ChatResponseBuilder:
         if ask.thought_mark:
             thought, text = read_thought(text, ask.thought_mark, progress.opened, ended=ended)
         if ask.call_style:
-            text, calls = read_calls(text, ask.call_style, ended=ended, most=ask.most_calls)
+            text, calls = read_calls(text, ask.call_style, ended=ended, most=ask.tools.most if ask.tools else None)
         return AnswerParts(text, thought, calls)
 
     def reason(self, progress: Progress, index: int) -> str:

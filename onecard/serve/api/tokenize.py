@@ -14,7 +14,7 @@ from pydantic import BaseModel, FailFast, Field, StrictBool, StrictInt, StrictSt
 from starlette.concurrency import run_in_threadpool
 
 from onecard.inference.detokenize import decode
-from onecard.inference.engine import GenerationRequest, InferenceEngine
+from onecard.inference.engine import InferenceEngine
 from onecard.serve.api.prompt_template import for_template
 from onecard.serve.api.requests import ServerDefaults, chat_ask
 from onecard.serve.api.schema import BIGGEST, ChatRequest, Message, Tool
@@ -111,14 +111,8 @@ def chat_ids(engine: InferenceEngine, body: TokenizeRequest, defaults: ServerDef
         raise bad_request(message, "add_special_tokens")
     chat = {name: getattr(body, name) for name in ("model", "messages", *OF_CHAT)}
     ask = for_template(chat_ask(ChatRequest(**chat), defaults), engine.template(body.model))
-    request = GenerationRequest(
-        turns=ask.turns,
-        adapter=ask.model,
-        template_variables=ask.template_variables,
-        continues_answer=ask.continues_answer,
-    )
     with blaming("messages"):
-        return engine.prompt_ids(request)
+        return engine.prompt_ids(ask)
 
 
 def text_of_tokens(engine: InferenceEngine, body: DetokenizeRequest) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from onecard.data.tokenization import segment_tokenizer
 from onecard.data.tool_answers import CALL_MARKS
 from onecard.errors import ConfigError, DataError
 from onecard.inference.detokenize import decode
-from onecard.inference.engine import GenerationRequest, InferenceEngine
+from onecard.inference.engine import InferenceEngine
 from onecard.inference.generate import Chunk, ContextTooLong, Usage
 from onecard.inference.streamer import TokenLogprob
 from onecard.serve.api.errors import as_api_error
@@ -91,18 +91,7 @@ def answer_chat(engine: InferenceEngine, ask: GenerationParams, cancel: threadin
             opened = thought_in_prompt(ask, PromptRenderer(template, engine.tokenizer(ask.model)))
             if grammar is not None:
                 grammar = replace(grammar, thought=marks[0], closing=marks[1], is_open=bool(opened))
-    request = GenerationRequest(
-        turns=ask.turns,
-        sampling=ask.sampling,
-        adapter=ask.model,
-        template_variables=ask.template_variables,
-        n=ask.n,
-        top_logprobs=ask.top_logprobs,
-        logit_bias=ask.logit_bias,
-        continues_answer=ask.continues_answer,
-        kept_tokens=(*marks, *(CALL_MARKS if ask.tools else ())),
-        grammar=grammar,
-    )
+    request = replace(ask, kept_tokens=(*marks, *(CALL_MARKS if ask.tools else ())), grammar=grammar)
     with blaming(ask.texts_field, ask.tokens_field):
         for chunks in engine.stream(request, cancel):
             yield Progress(tuple(chunks), opened=opened)
@@ -145,17 +134,7 @@ def answers_to(
             raise ContextTooLong(len(ids), engine.prompt_limit + 1)
         yield [Chunk(finish_reason="length", usage=Usage(len(ids)))] * ask.n
         return
-    request = GenerationRequest(
-        prompt_ids=ids,
-        sampling=ask.sampling,
-        adapter=ask.model,
-        n=ask.n,
-        number=number,
-        top_logprobs=ask.top_logprobs,
-        logit_bias=ask.logit_bias,
-        grammar=ask.grammar,
-    )
-    yield from engine.stream(request, cancel)
+    yield from engine.stream(replace(ask, prompt_ids=ids, number=number), cancel)
 
 
 def embed_texts(
