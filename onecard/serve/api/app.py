@@ -120,7 +120,7 @@ class Api(FastAPI):
             self._token_texts[model] = TokenTexts(self.engine.tokenizer(model))
         return self._token_texts[model]
 
-    def head(self, prefix: str, ask: GenerationParams) -> dict[str, Any]:
+    def answer_head(self, prefix: str, ask: GenerationParams) -> dict[str, Any]:
         """What stands at the top of every body of one answer, under a fresh id: prefix-0123456789abcdef01234567."""
         answer_id = f"{prefix}-{secrets.token_hex(12)}"
         return {
@@ -245,13 +245,15 @@ async def show_model(request: Request, model_id: str) -> Response:
 async def chat_completions(request: Request, body: schema.ChatRequest) -> Response:
     """Answer a conversation."""
     app, ask = asked(request, body, chat_ask)
-    return await answer(request, ChatResponseBuilder(ask, app.head("chatcmpl", ask), app.token_texts(ask.model)))
+    return await answer(request, ChatResponseBuilder(ask, app.answer_head("chatcmpl", ask), app.token_texts(ask.model)))
 
 
 async def completions(request: Request, body: schema.CompletionRequest) -> Response:
     """Go on from raw prompts, without a template."""
     app, ask = asked(request, body, completion_ask)
-    return await answer(request, CompletionResponseBuilder(ask, app.head("cmpl", ask), app.token_texts(ask.model)))
+    return await answer(
+        request, CompletionResponseBuilder(ask, app.answer_head("cmpl", ask), app.token_texts(ask.model))
+    )
 
 
 async def responses(request: Request, body: schema.ResponseRequest) -> Response:
@@ -270,7 +272,7 @@ async def ask_simply(request: Request, body: SimpleRequest) -> Response:
     """Answer one question (--simple)."""
     body.model = body.model or app_of(request).engine.names[0]
     app, ask = asked(request, body, simple_ask)
-    return await answer(request, SimpleResponseBuilder(ask, app.head("simple", ask), app.token_texts(ask.model)))
+    return await answer(request, SimpleResponseBuilder(ask, app.answer_head("simple", ask), app.token_texts(ask.model)))
 
 
 def asked(
