@@ -33,7 +33,9 @@ MEND_KERNELS = (
 def examine() -> list[Finding]:
     """Every check of this machine, in the order of a report. Never raises; takes some ten seconds."""
     checks: dict[str, Callable[[], list[Finding]]] = {
-        "system": _system, "RAM": _memory, "disk": _disks, "packages": _packages, "torch": _torch, "cards": _cards,
+        "system": lambda: doctor.judge_system(platform.platform(), sys.version_info[:3], sys.maxsize > 2**32),
+        "RAM": _memory, "disk": _disks, "packages": _packages, "torch": _torch,
+        "cards": _cards,
         "matrix product": _cpu_matmul, "bitsandbytes": _bitsandbytes, "sentencepiece": _sentencepiece,
         "gradio": _gradio, "settings": lambda: doctor.judge_settings(os.environ),
     }  # fmt: skip
@@ -81,10 +83,6 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _system() -> list[Finding]:
-    return doctor.judge_system(platform.platform(), sys.version_info[:3], sys.maxsize > 2**32)
 
 
 def _memory() -> list[Finding]:

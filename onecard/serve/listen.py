@@ -77,8 +77,7 @@ def run_server(
     Raises ConfigError for an address that is unknown or a port that is taken.
     """
     with open_socket(host, port) as listening:
-        stop_answers: Callable[[], None] = getattr(app, "stop_answers", nothing)
-        server = Server(app, before_shutdown or stop_answers)
+        server = Server(app, before_shutdown or getattr(app, "stop_answers", lambda: None))
         say(f"listening on {url_of(listening, host)}  (Ctrl-C stops)")
         if when_open is not None:
             when_open(url_of(listening, host))
@@ -124,7 +123,3 @@ def sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def nothing() -> None:
-    """For applications that have no answers to stop."""
