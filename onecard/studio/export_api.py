@@ -6,6 +6,7 @@ The programs write beside their target and rename it once it is whole and reopen
 from __future__ import annotations
 
 import re
+import threading
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class ExportApi:
     """What each path does."""
 
     def __init__(self, context: StudioContext) -> None:
-        self._context = context
+        self._context, self._starting = context, threading.Lock()
 
     def shown(self, request: Request) -> dict[str, Any]:
         """What can be exported, in which ways, and what has been, the newest first."""
@@ -71,16 +72,17 @@ class ExportApi:
         if "," in str(self._context.output_root / source.path):
             raise bad_request(f"{source.path}: a comma in a path separates adapters; rename the folder", "source")
         options = checked_options(kind, body.get("options", {}))
-        target = self.target_of(body, kind)
         if not kind.writes:
             options["url"] = server_address(body.get("url"))
-        self.refuse_a_second()
-        if kind.needs_card and not body.get("anyway"):
-            refuse_while_training(self._context)
-        words = kind.command(source, self._context.output_root / source.path, target, options)
-        about = {"source": source.path, "target": target.name if kind.writes else "", "options": options}
-        jobs = replace(self._context.jobs, program=(*self._context.jobs.program[:-1], kind.module))
-        job_id = jobs.start(PREFIX + body["kind"], words, title=source.path, about=about)
+        with self._starting:
+            target = self.target_of(body, kind)
+            self.refuse_a_second()
+            if kind.needs_card and not body.get("anyway"):
+                refuse_while_training(self._context)
+            words = kind.command(source, self._context.output_root / source.path, target, options)
+            about = {"source": source.path, "target": target.name if kind.writes else "", "options": options}
+            jobs = replace(self._context.jobs, program=(*self._context.jobs.program[:-1], kind.module))
+            job_id = jobs.start(PREFIX + body["kind"], words, title=source.path, about=about)
         return self.view(self._context.jobs.get(job_id))
 
     def target_of(self, body: dict[str, Any], kind: ExportKind) -> Path:

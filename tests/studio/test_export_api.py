@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from onecard.studio.context import StudioContext
+from onecard.studio.export_api import ExportApi
 from onecard.studio.export_kinds import KINDS
 from tests.inference.conftest import lively_base, run_dir
 from tests.studio.conftest import Client, eventually
@@ -68,6 +72,24 @@ def test_a_failure_says_why_and_a_cancelled_one_leaves_nothing(ask: Client, cont
     assert ask("POST", f"/api/jobs/{job['id']}/cancel", {})[0] == 200
     assert ended(ask, job["id"])["state"] == "cancelled"
     assert not partial.exists() and not (context.output_root / "waits").exists()
+
+
+def test_of_two_that_come_at_once_one_is_started(
+    ask: Client, context: StudioContext, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse, both = ExportApi.refuse_a_second, threading.Barrier(2)
+
+    def refuse_together(self: ExportApi) -> None:
+        refuse(self)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(1)
+
+    monkeypatch.setattr(ExportApi, "refuse_a_second", refuse_together)
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(pool.map(lambda name: export(ask, name=name), ("waits", "waits")))
+    assert sorted(found) == [201, 409]
+    eventually((context.output_root / ".waits.partial").is_dir, "it has begun to write")
+    assert ask("POST", f"/api/jobs/{found[201]['id']}/cancel", {})[0] == 200
 
 
 @pytest.mark.parametrize(
