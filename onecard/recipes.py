@@ -221,7 +221,8 @@ def _ask(config: GenerateConfig) -> None:
     """Answer one instruction, or whoever sits at the keyboard."""
     from onecard.data.messages import Turn
     from onecard.inference.batch.run import with_system
-    from onecard.inference.generate import Chunk, StreamingOptions, prepare, stream_rows
+    from onecard.inference.call import Chunk, StreamingOptions
+    from onecard.inference.generate import prepare, stream_rows
     from onecard.inference.grammar import asked_grammar
     from onecard.inference.load import load_bundle
     from onecard.inference.sampling import CacheOptions

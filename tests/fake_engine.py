@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 from onecard.config.inference import LimitOptions
 from onecard.data.messages import Turn
+from onecard.inference.call import Chunk, Usage
 from onecard.inference.engine import GenerationRequest, OutOfMemory
-from onecard.inference.generate import Chunk, Usage
 from onecard.inference.queue import QueueFull, RequestQueue
 
 HOSTILE = (

@@ -20,8 +20,8 @@ from onecard.documents.sources import listing, prompt_of, source_fields, without
 from onecard.documents.vectors import TextVectors, VectorSearch
 from onecard.errors import ConfigError
 from onecard.inference.adapters import AdapterManager
+from onecard.inference.call import Chunk
 from onecard.inference.engine import GenerationRequest, InferenceEngine
-from onecard.inference.generate import Chunk
 from onecard.inference.history import PromptTooLong, fit_history, prompt_budget
 
 N_SHOWN = 5  # passages that the model reads, where they fit into its context

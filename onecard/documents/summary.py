@@ -16,8 +16,8 @@ from onecard.documents.chunks import chunks_of
 from onecard.documents.reading import Block
 from onecard.documents.sources import wordings
 from onecard.errors import DataError
+from onecard.inference.call import Chunk
 from onecard.inference.engine import GenerationRequest, InferenceEngine
-from onecard.inference.generate import Chunk
 from onecard.inference.history import prompt_budget
 
 LARGEST_PIECE, SMALLEST_PIECE = 400, 25  # words of what parts are put together of

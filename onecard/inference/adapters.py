@@ -21,7 +21,7 @@ from onecard.console import nearest, warn
 from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.chat_template import Template, load_template
 from onecard.errors import ConfigError, ModelError
-from onecard.inference.generate import ModelBundle
+from onecard.inference.call import ModelBundle
 from onecard.inference.load import base_path, load_bundle, load_words
 from onecard.inference.run_files import adapters_in
 from onecard.inference.sampling import CacheOptions

@@ -23,18 +23,10 @@ from onecard.data.tokenization import segment_tokenizer
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.inference.adapters import AdapterManager, ServedAdapter, open_adapters
 from onecard.inference.batched.batch import Batch, PathCounts, open_batch
+from onecard.inference.call import Chunk, ModelBundle, PromptRow, StreamingOptions
 from onecard.inference.detokenize import hidden_ids
 from onecard.inference.embeddings import Check, embed, score
-from onecard.inference.generate import (
-    Chunk,
-    ContextTooLong,
-    ModelBundle,
-    PromptRow,
-    StreamingOptions,
-    held_to,
-    longest_sequence,
-    stream_rows,
-)
+from onecard.inference.generate import ContextTooLong, held_to, longest_sequence, stream_rows
 from onecard.inference.grammar import AnswerGrammar
 from onecard.inference.out_of_memory import OutOfMemory, memory_errors
 from onecard.inference.prefix_cache import PrefixCache

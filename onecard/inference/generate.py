@@ -24,27 +24,10 @@ from onecard.inference.call import Chunk, GenerateCall, GenerateThread, ModelBun
 from onecard.inference.grammar import AnswerGrammar, CompiledGrammar, compiled
 from onecard.inference.model_limits import go_together
 from onecard.inference.stopping import FinishReason
-from onecard.inference.streamer import StreamState, TokenLogprob
+from onecard.inference.streamer import StreamState
 from onecard.model.input_limits import embedding_rows, no_row
 from onecard.model.output_head import positions_in_front
 from onecard.model.rope_scaling import context_limit
-
-__all__ = [
-    "Chunk",
-    "ContextTooLong",
-    "Generation",
-    "ModelBundle",
-    "PromptRow",
-    "StreamingOptions",
-    "TokenLogprob",
-    "Usage",
-    "answer_rows",
-    "generate_batch",
-    "longest_sequence",
-    "prepare",
-    "stream",
-    "stream_rows",
-]  # fmt: skip
 
 
 class ContextTooLong(DataError):

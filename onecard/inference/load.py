@@ -13,7 +13,7 @@ from onecard.console import say, warn
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
 from onecard.errors import ConfigError
-from onecard.inference.generate import ModelBundle
+from onecard.inference.call import ModelBundle
 from onecard.inference.run_files import has_tokenizer, run_directory, stored_template, trained_bits, trained_objective
 from onecard.model.answer_bits import with_answer_bits, with_streaming
 from onecard.model.hardware import detect

@@ -65,8 +65,8 @@ def ask_documents(config: AskDocumentsConfig) -> None:
     from collections.abc import Iterator
 
     from onecard.config.inference import DOCUMENTS_MODEL
+    from onecard.inference.call import Chunk
     from onecard.inference.engine import GenerationRequest, open_engine
-    from onecard.inference.generate import Chunk
     from onecard.inference.history import ChatHistory
     from onecard.recipes import engine_kind
     from onecard.serve.terminal.ask import answer_once

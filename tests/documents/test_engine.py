@@ -29,8 +29,8 @@ from onecard.documents.sources import (
 )
 from onecard.documents.summary import DocumentSummary
 from onecard.errors import ConfigError, DataError
+from onecard.inference.call import Chunk
 from onecard.inference.engine import GenerationRequest, InferenceEngine, LimitExceeded, open_engine
-from onecard.inference.generate import Chunk
 from onecard.inference.history import ChatHistory, PromptTooLong, prompt_budget
 from onecard.programs import documents
 from onecard.serve.terminal.chat import TerminalChat

@@ -15,7 +15,7 @@ from onecard.config.lora import LoraOptions
 from onecard.data.built_in_templates import FOLDER
 from onecard.data.chat_template import load_template
 from onecard.data.messages import Turn
-from onecard.inference.generate import ModelBundle
+from onecard.inference.call import ModelBundle
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
 from onecard.model.lora.adapter import add_lora, save_adapter

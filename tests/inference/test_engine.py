@@ -14,6 +14,7 @@ from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError, ModelError
+from onecard.inference.call import Chunk
 from onecard.inference.engine import (
     ContextTooLong,
     GenerationRequest,
@@ -23,7 +24,7 @@ from onecard.inference.engine import (
     QueueFull,
     open_engine,
 )
-from onecard.inference.generate import Chunk, stream
+from onecard.inference.generate import stream
 from onecard.model.model_layers import decoder_layers
 
 ASK = (Turn("user", "What is the capital of France?"),)

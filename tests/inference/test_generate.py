@@ -16,9 +16,9 @@ from onecard.data.chat_template import Template, load_template
 from onecard.data.encode import encode_prompt
 from onecard.data.messages import Turn
 from onecard.errors import DataError
-from onecard.inference.call import pad_left, padding_id
+from onecard.inference.call import ModelBundle, PromptRow, pad_left, padding_id
 from onecard.inference.detokenize import decode
-from onecard.inference.generate import ModelBundle, PromptRow, answer_rows, generate_batch, prepare
+from onecard.inference.generate import answer_rows, generate_batch, prepare
 
 GREEDY = SamplingOptions(max_new_tokens=12)
 

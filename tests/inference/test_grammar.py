@@ -19,7 +19,8 @@ from onecard.console import run_main
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError
 from onecard.inference import grammar as grammars
-from onecard.inference.generate import ModelBundle, answer_rows, prepare
+from onecard.inference.call import ModelBundle
+from onecard.inference.generate import answer_rows, prepare
 from onecard.inference.grammar import (
     AnswerGrammar,
     GrammarError,

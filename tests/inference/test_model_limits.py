@@ -13,7 +13,8 @@ from onecard.config.inference import SamplingOptions
 from onecard.data.chat_template import load_template
 from onecard.errors import ConfigError
 from onecard.inference import embeddings as reading
-from onecard.inference.generate import ModelBundle, PromptRow, answer_rows, stream_rows
+from onecard.inference.call import ModelBundle, PromptRow
+from onecard.inference.generate import answer_rows, stream_rows
 from onecard.inference.model_limits import check_generation, go_together, reads_in_pieces
 from onecard.inference.sampling import CacheOptions
 from onecard.model.load import load_tokenizer

@@ -11,8 +11,8 @@ from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError
+from onecard.inference.call import Chunk
 from onecard.inference.engine import GenerationRequest, InferenceEngine, open_engine
-from onecard.inference.generate import Chunk
 
 ASK = (Turn("user", "What is the capital of France?"),)
 

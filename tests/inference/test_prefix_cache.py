@@ -12,8 +12,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions
 from onecard.data.messages import Turn
+from onecard.inference.call import Chunk
 from onecard.inference.engine import GenerationRequest, InferenceEngine, OutOfMemory, open_engine
-from onecard.inference.generate import Chunk
 from onecard.inference.prefix_cache import MOST_KEPT, PrefixCache, can_be_kept, new_cache
 from onecard.model.model_layers import decoder_layers
 

@@ -13,8 +13,8 @@ import torch
 from onecard.config.inference import SamplingOptions
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError
-from onecard.inference.call import GenerateCall
-from onecard.inference.generate import PromptRow, StreamingOptions, prepare, stream, stream_rows
+from onecard.inference.call import GenerateCall, PromptRow, StreamingOptions
+from onecard.inference.generate import prepare, stream, stream_rows
 from onecard.inference.sampling import generation_config, logits_processors, mode_of, seeded
 from onecard.inference.streamer import StreamState
 from onecard.model.model_layers import decoder_layers

@@ -23,7 +23,8 @@ from onecard.data.questions import Question, read_questions
 from onecard.data.sources import ReadReport, Source
 from onecard.errors import ConfigError, DataError, ModelError, Stopped
 from onecard.inference.batch.results import BEST_OF_FIELDS, OWN_FIELDS, AnswerFile, answer_row
-from onecard.inference.generate import Generation, ModelBundle, PromptRow, answer_rows, prepare
+from onecard.inference.call import ModelBundle, PromptRow
+from onecard.inference.generate import Generation, answer_rows, prepare
 from onecard.inference.grammar import AnswerGrammar
 from onecard.installation import command
 from onecard.model.out_of_memory import give_back_memory, is_out_of_memory

@@ -16,9 +16,10 @@ from onecard.data.thoughts import closing_mark, opened_thought
 from onecard.data.tokenization import segment_tokenizer
 from onecard.data.tool_answers import CALL_MARKS
 from onecard.errors import ConfigError, DataError
+from onecard.inference.call import Chunk, Usage
 from onecard.inference.detokenize import decode
 from onecard.inference.engine import InferenceEngine
-from onecard.inference.generate import Chunk, ContextTooLong, Usage
+from onecard.inference.generate import ContextTooLong
 from onecard.inference.streamer import TokenLogprob
 from onecard.serve.api.errors import as_api_error
 from onecard.serve.api.requests import GenerationParams, Prompt

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from onecard.console import error, say, say_beside, warn
 from onecard.errors import DataError, ModelError
-from onecard.inference.generate import Chunk
+from onecard.inference.call import Chunk
 from onecard.serve.terminal.input import Keyboard
 from onecard.serve.terminal.screen import Screen
 

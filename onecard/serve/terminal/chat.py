@@ -21,9 +21,9 @@ from onecard.console import nearest
 from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, DataError, OneCardError
+from onecard.inference.call import Chunk
 from onecard.inference.chat_file import SavedChat, load_chat, save_chat
 from onecard.inference.engine import GenerationRequest, InferenceEngine
-from onecard.inference.generate import Chunk
 from onecard.inference.history import ChatHistory, fit_history, prompt_budget
 from onecard.serve.terminal.commands import NAMES, check_command, help_text, parameter_value, split_command
 from onecard.serve.terminal.input import Keyboard, PipedInput, read_message, read_pipe, silent_keys

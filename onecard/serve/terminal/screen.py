@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from onecard import console
-from onecard.inference.generate import Chunk
+from onecard.inference.call import Chunk
 
 ESCAPE_PICTURES = {code: 0x2400 + code for code in range(32)}
 C1_CONTROLS = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # 0x9b begins a sequence as ESC [ does

@@ -17,8 +17,8 @@ from html import escape
 from onecard.config.inference import SamplingOptions
 from onecard.console import warn
 from onecard.errors import OneCardError
+from onecard.inference.call import Chunk
 from onecard.inference.engine import GenerationRequest, InferenceEngine, OutOfMemory, QueueFull
-from onecard.inference.generate import Chunk
 from onecard.serve.web.i18n import word
 from onecard.serve.web.settings import PageSettings, SettingsReader
 from onecard.translation import translated

@@ -16,8 +16,8 @@ from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, ParallelOptions, SamplingOptions
 from onecard.data.messages import Turn
 from onecard.inference.batched.batch import Batch
+from onecard.inference.call import Chunk
 from onecard.inference.engine import GenerationRequest, InferenceEngine, open_engine
-from onecard.inference.generate import Chunk
 
 LIMITS = LimitOptions(max_queue=64, max_beams=4)
 LONG = SamplingOptions(max_new_tokens=400, min_new_tokens=400)

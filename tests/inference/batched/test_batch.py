@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from onecard.config.inference import LimitOptions, ParallelOptions, SamplingOptions
 from onecard.errors import ModelError
 from onecard.inference.batched.batch import check_batched, open_batch
+from onecard.inference.call import ModelBundle
 from onecard.inference.engine import InferenceEngine
-from onecard.inference.generate import ModelBundle
 from onecard.inference.grammar import GrammarError, json_grammar, regex_grammar
 from onecard.inference.out_of_memory import OutOfMemory
 from onecard.inference.queue import QueueFull

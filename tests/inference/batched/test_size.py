@@ -7,7 +7,7 @@ import pytest
 from onecard.config.inference import ParallelOptions
 from onecard.inference.batched import size as sizes
 from onecard.inference.batched.size import BatchSize, choose_size
-from onecard.inference.generate import ModelBundle
+from onecard.inference.call import ModelBundle
 
 MIB = 2**20
 

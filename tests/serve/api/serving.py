@@ -18,8 +18,8 @@ import openai
 
 from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions, LimitOptions, SamplingOptions, ServeOptions
+from onecard.inference.call import Chunk, Usage
 from onecard.inference.engine import GenerationRequest, InferenceEngine, open_engine
-from onecard.inference.generate import Chunk, Usage
 from onecard.inference.stopping import FinishReason
 from onecard.serve.api.app import Api, build_app
 from onecard.serve.listen import Server, open_socket

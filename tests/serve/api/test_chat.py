@@ -10,8 +10,8 @@ import pytest
 
 from onecard.config.inference import LimitOptions, SamplingOptions
 from onecard.data.messages import Turn
+from onecard.inference.call import Chunk
 from onecard.inference.engine import GenerationRequest, InferenceEngine
-from onecard.inference.generate import Chunk
 from tests.serve.api.serving import Running, chat_body, events_of, serving
 
 QUESTION = "What is the capital of France?"

@@ -24,8 +24,8 @@ from types import SimpleNamespace
 from rich.cells import cell_len
 
 from onecard.config.inference import LimitOptions
+from onecard.inference.call import Chunk, Usage
 from onecard.inference.engine import GenerationRequest
-from onecard.inference.generate import Chunk, Usage
 
 PATIENCE_SECONDS = 20
 SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")

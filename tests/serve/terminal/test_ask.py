@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from onecard.errors import DataError
-from onecard.inference.generate import Chunk, Usage
+from onecard.inference.call import Chunk, Usage
 from onecard.serve.terminal.ask import answer_once, interact
 
 

@@ -18,8 +18,8 @@ import pytest
 from onecard.config.inference import SamplingOptions
 from onecard.data.messages import Turn
 from onecard.errors import DataError, ModelError, OneCardError
+from onecard.inference.call import Chunk, Usage
 from onecard.inference.engine import ContextTooLong, LimitExceeded, OutOfMemory, QueueFull
-from onecard.inference.generate import Chunk, Usage
 from onecard.inference.history import ChatHistory
 from onecard.serve.terminal.chat import TerminalChat, chat_in_terminal
 from onecard.serve.terminal.commands import COMMANDS, help_text

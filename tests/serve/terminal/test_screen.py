@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from onecard.errors import DataError
-from onecard.inference.generate import Chunk
+from onecard.inference.call import Chunk
 from onecard.serve.terminal.screen import Screen, last_lines, printable
 
 
