@@ -145,7 +145,7 @@ class InferenceEngine:
         While it waits for its turn the chunks are empty and tell the `place`. Setting `cancel` from any thread, or
         closing the iterator, ends it within a second; the model is then free for the next one, whatever happened.
 
-        Raises LimitExceeded, ContextTooLong, Busy, OutOfMemory and ModelError, always instead of the last chunks.
+        Raises LimitExceeded, ContextTooLong, QueueFull, OutOfMemory and ModelError, always instead of the last chunks.
         """
         cancel = cancel or threading.Event()
         rows = self._rows(request)
@@ -281,7 +281,7 @@ class InferenceEngine:
     def _alone(
         self, adapter: str, cancel: threading.Event | None, work: Callable[[ModelBundle, Check], Result]
     ) -> Result:
-        """Do some work on the model when it is free. Raises what the work raises, Busy, and ModelError if cancelled."""
+        """Do some work on the model when it is free. Raises as the work does; QueueFull; ModelError if cancelled."""
         cancel = cancel or threading.Event()
         self._served(adapter)
         with self._held(adapter):
@@ -320,7 +320,7 @@ class InferenceEngine:
         return attempt()
 
     def _enter(self, line: RequestQueue, cancel: threading.Event) -> object:
-        """Stand in the line. Raises Busy."""
+        """Stand in the line. Raises QueueFull."""
         if self._is_closed:
             raise ModelError("the model is being shut down")
         ticket = line.join()

@@ -144,7 +144,7 @@ def fit_history(turns: Sequence[Turn], count: Count, budget: int) -> FittedHisto
     `count` is called at most 2 + log2(exchanges) times. What is returned was counted, so it fits even where a longer
     conversation happens to have fewer tokens; only then may more be left out than had to be.
 
-    system, u1, a1, u2, a2, u3 with room for 3 turns -> Fitted((system, u3), 4, ...): never half an exchange
+    system, u1, a1, u2, a2, u3 with room for 3 turns -> FittedHistory((system, u3), 4, ...): never half an exchange
 
     Raises PromptTooLong when system turn and newest question alone are over the budget, DataError without a question.
     """

@@ -36,7 +36,7 @@ class RequestQueue:
         self._seconds_each = 5.0
 
     def join(self) -> object:
-        """A ticket; give it back with `leave`, whatever happens. Raises Busy."""
+        """A ticket; give it back with `leave`, whatever happens. Raises QueueFull."""
         ticket = object()
         with self._changed:
             n_waiting = max(len(self._line) - self._at_once, 0)

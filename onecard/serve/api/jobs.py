@@ -107,7 +107,7 @@ class RequestThreads:
     ) -> AsyncIterator[RequestThread[Result]]:
         """A job that is cancelled when the client leaves, when this block ends, or with the server.
 
-        Raises Busy, and ApiError while the server is stopping.
+        Raises QueueFull, and ApiError while the server is stopping.
         """
         if self.is_stopping:
             raise stopping()
