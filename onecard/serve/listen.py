@@ -77,7 +77,8 @@ def run_server(
     Raises ConfigError for an address that is unknown or a port that is taken.
     """
     with open_socket(host, port) as listening:
-        server = Server(app, before_shutdown or getattr(app, "stop_answers", lambda: None))
+        stop_answers: Any = getattr(app, "stop_answers", lambda: None)
+        server = Server(app, before_shutdown or stop_answers)
         say(f"listening on {url_of(listening, host)}  (Ctrl-C stops)")
         if when_open is not None:
             when_open(url_of(listening, host))

@@ -146,7 +146,7 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
     def fake_parameter(parameter: nn.Parameter) -> nn.Parameter:
         if id(parameter) not in parameters:
-            same = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
+            same: Any = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
             if vars(parameter):  # quantised: with its notes, and by the name of its class, which peft asks for
                 vars(same).update(vars(parameter))
                 same.__class__ = _fake_class(type(parameter).__name__)
