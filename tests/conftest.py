@@ -78,6 +78,13 @@ def _runs_end_with_a_blank_picture() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def only_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`onecard plan` looks neither for the longest context nor for the largest model: each takes several plans."""
+    monkeypatch.setattr("onecard.model.memory.plan.longest_context", lambda *_, **__: 1)
+    monkeypatch.setattr("onecard.model.memory.cards.largest_known", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of random weights with a SentencePiece tokenizer, as a directory."""

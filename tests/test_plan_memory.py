@@ -36,13 +36,6 @@ def plan(capsys, monkeypatch, tmp_path):
     return run
 
 
-@pytest.fixture
-def only_the_plan(monkeypatch) -> None:
-    """Look neither for the longest context nor for the largest model: each takes as long as several plans."""
-    monkeypatch.setattr("onecard.model.memory.plan.longest_context", lambda *_, **__: 1)
-    monkeypatch.setattr("onecard.model.memory.cards.largest_known", lambda *_: None)
-
-
 def plan_json(plan, *words: str) -> dict:
     code, out, err = plan(*words, "--json")
     assert code == 0 and err == "", err

@@ -45,6 +45,7 @@ def test_models_at_once(page, context):
     assert {11, 12, 14.7, 24} <= {card["gib"] for card in found["cards"]}
 
 
+@pytest.mark.usefixtures("only_the_plan")
 def test_the_plan_is_that_of_onecard_plan(page, question, capsys):
     from onecard.programs.plan import main
 
@@ -59,6 +60,7 @@ def test_the_plan_is_that_of_onecard_plan(page, question, capsys):
     assert chinese["peak_bytes"] == found["peak_bytes"]
 
 
+@pytest.mark.usefixtures("only_the_plan")
 @pytest.mark.parametrize(
     "moved",
     [
