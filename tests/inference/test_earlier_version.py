@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
+from onecard.console import run_main
 from onecard.data.messages import Turn
 from onecard.inference.chat_file import load_chat
+from onecard.programs import generate
 
 EARLIER = Path(__file__).parent / "earlier_version"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,7 +31,7 @@ def test_a_chat_is_read() -> None:
     assert not loaded.notes
 
 
-def test_a_job_goes_on_with_its_answers(tmp_path: Path) -> None:
+def test_a_job_goes_on_with_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three of five answers stand in the file; the two that are added are the ones that the earlier version gave."""
     shutil.copytree(EARLIER, tmp_path, dirs_exist_ok=True)
     expected = (EARLIER / "answers.jsonl").read_bytes()
@@ -38,11 +40,8 @@ def test_a_job_goes_on_with_its_answers(tmp_path: Path) -> None:
     words = ["--model_path", str(REPOSITORY / "sample" / "tiny-llama"), "--data_path", "questions.json",
              "--output_path", "answers.jsonl", "--max_new_tokens", "8", "--temperature", "0", "--device", "cpu",
              "--bits", "32", "--batch_size", "2"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "generate.py"), *words], cwd=tmp_path, capture_output=True, text=True,
-        encoding="utf-8", check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert run_main(lambda: generate.main(words)) == 0
     assert [json.loads(line) for line in (tmp_path / "answers.jsonl").read_bytes().splitlines()] == [
         json.loads(line) for line in lines
     ]
