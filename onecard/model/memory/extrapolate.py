@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -326,7 +327,9 @@ def _without_loops(trace: MemoryTrace) -> MemoryTrace:
     for one in every:
         kept.append(one)
         for n in LOOPS:
-            if len(kept) >= 2 * n and [k[:3] for k in kept[-n:]] == [k[:3] for k in kept[-2 * n : -n]]:
+            if len(kept) < 2 * n or kept[-1][0] != kept[-1 - n][0]:  # most by far, and cheap to tell
+                continue
+            if [k[:3] for k in kept[-n:]] == [k[:3] for k in kept[-2 * n : -n]]:
                 again = [kept.pop() for _ in range(n)][::-1]
                 rounds = zip(kept[-n:], again, strict=True)
                 kept[-n:] = [(*a[:3], max(a[3], b[3]), max(a[4], b[4])) for a, b in rounds]
@@ -345,7 +348,9 @@ def _picked(trace: MemoryTrace, places: list[int]) -> MemoryTrace:
 @lru_cache(maxsize=4)
 def _built(model: Any, setup: Any, *options: tuple[str, bool]) -> Any:
     config, own_code = model.source.read()
-    with _GivesWay():
+    # Without anybody to give way to, no call need pass through a mode.
+    asks: Any = nullcontext() if GIVES_WAY.get() is bool else _GivesWay()
+    with asks:
         return fake_model.build(config, setup, **dict(options), **own_code)
 
 
