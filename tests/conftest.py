@@ -85,6 +85,14 @@ def only_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onecard.model.memory.cards.largest_known", lambda *_: None)
 
 
+@pytest.fixture
+def peaks_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans trace no model, where only what is decided and said with a peak is looked at: a size takes 0.2 s."""
+    from tests.formula import peak_by_formula
+
+    monkeypatch.setattr("onecard.model.memory.estimate.find_peak", peak_by_formula)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of random weights with a SentencePiece tokenizer, as a directory."""

@@ -131,7 +131,7 @@ def test_the_largest_known_model_fits_and_the_next_larger_one_does_not(plan) -> 
 # --- training options count
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 def test_training_options_change_the_plan(plan) -> None:
     plain = plan_json(plan, "--model_path", LLAMA, "--vram", "80")
     eight = plan_json(plan, "--model_path", LLAMA, "--vram", "80", "--bits", "8")
@@ -146,7 +146,7 @@ def test_training_options_change_the_plan(plan) -> None:
     assert plain["plans"][0]["card"]["total_bytes"] == 80 * GIB and plain["plans"][0]["fits"]
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 def test_memory_options_set_by_hand_stay(plan) -> None:
     words = ("--model_path", LLAMA, "--vram", "24", "--loss_chunk", "128", "--offload_activations", "on")
     found = plan_json(plan, *words, "--head_bits", "8", "--mlp_tile", "2048", "--offload_embeddings", "on")
@@ -156,7 +156,7 @@ def test_memory_options_set_by_hand_stay(plan) -> None:
     assert sum(choice["by_hand"] for choice in found["plans"][0]["choices"]) == 5
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 def test_an_old_card_computes_gemma_in_fp32(plan) -> None:
     new, old = (
         plan_json(plan, "--model_path", "Gemma-2-2B", "--vram", "24", "--pretend_turing", value)["plans"][0]["setup"]
@@ -165,7 +165,7 @@ def test_an_old_card_computes_gemma_in_fp32(plan) -> None:
     assert (new["element_bytes"], old["element_bytes"]) == (2, 4)
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 def test_a_yaml_of_training_serves_the_plan(plan, tmp_path) -> None:
     (tmp_path / "run.yaml").write_text("lora_r: 32\ncutoff_len: 300\nvram: 11\n", encoding="utf-8")
     found = plan_json(plan, "--config", "run.yaml", "--model_path", LLAMA)["plans"][0]
@@ -173,17 +173,19 @@ def test_a_yaml_of_training_serves_the_plan(plan, tmp_path) -> None:
     assert found["card"]["total_bytes"] == 11 * GIB
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 def test_the_options_stored_with_a_run_serve_the_plan(plan, tmp_path) -> None:
     (tmp_path / "onecard.yaml").write_text(to_yaml(FinetuneConfig()), encoding="utf-8")
     found = plan_json(plan, "--config", "onecard.yaml", "--vram", "8,11")
     assert [one["card"]["total_bytes"] for one in found["plans"]] == [8 * GIB, 11 * GIB]
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 @pytest.mark.parametrize(("old", "repeats_kv", "element_bytes"), [("false", False, 2), ("true", True, 4)])
 def test_without_vram_the_card_found_is_taken(plan, monkeypatch, old, repeats_kv, element_bytes) -> None:
     import torch
+
+    import onecard.model.lora.method_size  # noqa: F401  (bitsandbytes looks for a card where it is imported)
 
     card = Hardware(torch.device("cuda", 0), "A Card", 11 * GIB, True, (8, 6))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -221,7 +223,7 @@ def test_every_sample_setting_was_planned() -> None:
 # --- time
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 def test_time_from_a_given_speed(plan) -> None:
     words = ("--vram", "8", "--tokens_per_s", "1000", "--n_tokens", "1200000", "--num_epoch", "3")
     assert "about 1 h 00 min for 3,600,000 tokens at 1,000 tokens/s (given)" in " ".join(plan(*words)[1].split())
@@ -229,7 +231,7 @@ def test_time_from_a_given_speed(plan) -> None:
     assert (found["seconds"], found["n_tokens"], found["tokens_per_s"]) == (3600, 3_600_000, 1000)
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 def test_time_from_the_log_of_a_run(plan, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     rows = [{"step": 1, "tokens_per_s": 10.0}, {"step": 2, "tokens_per_s": 500.0}, {"step": 2, "eval_loss": 1.0},
@@ -242,7 +244,7 @@ def test_time_from_the_log_of_a_run(plan, tmp_path) -> None:
     assert plan_json(plan, *words, "--tokens_per_s", "7")["tokens_per_s"] == 7
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 def test_without_a_speed_it_is_said(plan) -> None:
     assert "no throughput known" in plan("--vram", "8", "--n_tokens", "1000")[1]
     assert plan_json(plan, "--vram", "8", "--n_tokens", "1000")["seconds"] is None
@@ -251,7 +253,7 @@ def test_without_a_speed_it_is_said(plan) -> None:
 # --- the picture
 
 
-@pytest.mark.usefixtures("only_the_plan")
+@pytest.mark.usefixtures("only_the_plan", "peaks_by_formula")
 @pytest.mark.parametrize("models", [LLAMA, pytest.param(f"Qwen3-1.7B,{LLAMA}", marks=pytest.mark.slow)])
 def test_a_picture_is_drawn(plan, tmp_path, models) -> None:
     code, out, err = plan("--models", models, "--vram", "8,24", "--plot", "memory.png")

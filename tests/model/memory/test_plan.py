@@ -11,26 +11,15 @@ from hypothesis import strategies as st
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError
 from onecard.model.memory import estimate
-from onecard.model.memory.activation_peak import ActivationPeak
-from onecard.model.memory.architecture import Architecture, architecture_of
-from onecard.model.memory.estimate import GIB, MemoryConfig, account
+from onecard.model.memory.architecture import architecture_of
+from onecard.model.memory.estimate import GIB, account
 from onecard.model.memory.plan import CardSpec, Plan, longest_context, make_plan
-from onecard.model.memory.simulate import BACKWARD
+from tests.formula import peak_by_formula
 from tests.tiny import with_options
 
 NAMES = ("Llama-3.1-8B", "Qwen2.5-0.5B", "Llama-3.2-1B")  # the two small ones have tied embeddings
 ORDER = ["--gradient_checkpointing", "--micro_tokens", "--loss_chunk", "--offload_activations", "--optimizer",
          "--offload_embeddings", "--head_bits", "--mlp_tile", "--stream_layers"]  # fmt: skip
-
-
-def peak_by_formula(model: Architecture, setup: MemoryConfig) -> ActivationPeak:
-    """In the place of the model on fake tensors, for what is decided with its answers: it reacts to each technique."""
-    hidden = setup.tokens * model.hidden_size * setup.element_bytes
-    n_kept = 2 if setup.offload_activations else model.n_layers * (1 if setup.gradient_checkpointing else 30)
-    wide = min(setup.tokens, setup.mlp_tile or setup.tokens) * model.intermediate_size * 16
-    logits = min(setup.tokens, setup.loss_chunk or setup.tokens) * model.vocab_size * 6
-    sent = (hidden,) * model.n_layers if setup.offload_activations else ()
-    return ActivationPeak(n_kept * hidden, max(12 * hidden + wide, logits), 0, BACKWARD, sent)
 
 
 def card(gib: float, ram_gib: float = 256.0, *, is_gpu: bool = True) -> CardSpec:

@@ -104,6 +104,7 @@ def test_exactly_full_fits_and_a_byte_more_does_not() -> None:
     assert text.startswith("It does not fit: the card's 8.00 GiB are 1 MiB too few.")
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_a_machine_without_a_card_is_not_called_one() -> None:
     config = config_of()
     for gib, verdict in ((1, "the machine's 1.00 GiB are"), (64, "It fits")):
@@ -120,6 +121,7 @@ def test_too_little_ram_is_said_as_such() -> None:
     assert text.startswith("It does not fit: the RAM's 16.00 GiB are 4.00 GiB too few.")
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_advice_is_about_what_stands_in_the_way() -> None:
     plan = plan_of(4, "Qwen2.5-7B", bits=8, micro_batch=4, lora_r=64, gradient_checkpointing=False)
     text = joined(plan_text.verdict_lines(plan, 300))
@@ -216,6 +218,7 @@ def test_stored_bits_are_told() -> None:
 # --- the matrix
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_the_matrix_has_every_peak_and_marks_what_does_not_fit() -> None:
     sizes, lengths, names = (3, 6, 24), (512, 16384), ("Qwen3-1.7B", LLAMA)
     plans = [plan_of(gib, name, cutoff_len=n) for name, gib, n in product(names, sizes, lengths)]
@@ -237,6 +240,7 @@ def test_the_matrix_has_every_peak_and_marks_what_does_not_fit() -> None:
     assert any(plan.setup.stream_layers for plan in plans)
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_a_wide_matrix_goes_on_below() -> None:
     plans = [plan_of(gib) for gib in range(8, 18)]
     lines = plan_text.matrix_lines(plans)
