@@ -358,6 +358,7 @@ def test_a_reward_that_fails_ends_the_run_with_all_steps_before_it_saved(
     assert_same_end(whole, finetune(tiny.config_for(tiny_base, instructions, tmp_path / "cut", **options)))
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_as_many_answers_are_sampled_at_once_as_training_leaves_room_for() -> None:
     from onecard.model.memory.plan import CardSpec, make_plan
     from onecard.model.memory.rollouts import MOST_AT_ONCE, answers_at_once, row_bytes

@@ -95,12 +95,14 @@ def test_each_of_two_cards_holds_half_and_a_layer_more() -> None:
     assert not tight.fits and not {"--offload_activations", "--head_bits"} & set(given_up(tight))
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_fp32_repeats_shared_key_heads_on_every_card() -> None:
     found = [make_plan(architecture_of("Llama-3.2-1B"), FinetuneConfig(), replace(card(24), repeats_kv=False),
                        element_bytes=width) for width in (2, 4)]  # fmt: skip
     assert [one.setup.repeats_kv for one in found] == [False, True]
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_layers_that_cannot_be_recomputed_are_not_said_to_be() -> None:
     model = replace(architecture_of("Llama-3.1-8B"), checkpoints=False)
     found = make_plan(model, FinetuneConfig(), card(8))
