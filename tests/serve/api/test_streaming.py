@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -205,8 +206,10 @@ def test_the_server_stops_while_it_answers(engine: InferenceEngine) -> None:
         waiting.sendall(request_bytes(chat_body(max_tokens=LONG)))
         server.server.should_exit = True
         rest = [line for line in lines if line.startswith("data: ")]
-        raw = read_all(waiting)
+        raw = b""
+        with suppress(ConnectionResetError):
+            raw = read_all(waiting)
     assert json.loads(rest[-1][6:])["error"]["code"] == "server_stopping"
-    # The second one may have come in a moment before or after the end began.
+    # The second one may have come in a moment before or after the end began, or not have been read at all.
     assert raw == b"" or b"server_stopping" in raw
     assert not server.app.jobs
