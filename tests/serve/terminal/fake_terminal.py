@@ -27,7 +27,7 @@ from onecard.config.inference import LimitOptions
 from onecard.inference.call import Chunk, Usage
 from onecard.inference.engine import GenerationRequest
 
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 90.0  # loading torch takes half a minute on a busy machine
 SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 
 
