@@ -48,6 +48,7 @@ class Reporter:
             return
         self._log = StepLog(run_dir, LOG_NAME)
         self._log.keep_up_to(first_step)
+        (run_dir / LOG_NAME).touch()  # there from the beginning, for who watches
         # A bar redraws itself and would fill a log file, so a file gets one line per logged step instead.
         self.is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
