@@ -6,7 +6,6 @@ whoever downloads it. Imports nothing heavy, and opens no weights.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from onecard.config.problems import Problem
 from onecard.config.rollouts import reward_file_parts
 from onecard.console import nearest
 from onecard.installation import SHIPPED, command
+from onecard.storage import read_json_object
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
@@ -104,7 +104,7 @@ def _adapter(text: str) -> str:
         return _directory(text)
     places = [path, *path.glob("checkpoint-*")]
     if any((place / name).is_file() for place in places for name in (*ADAPTER_WEIGHTS, TRAINED_WEIGHTS)):
-        kind = other_kind(_read_config(path))
+        kind = other_kind(read_json_object(path / "adapter_config.json"))
         return f"{text} {kind}" if kind else ""
     held = ", ".join(sorted(inner.name for inner in path.iterdir())[:6]) or "nothing"
     return f"{text} holds no adapter ({ADAPTER_WEIGHTS[0]}); it holds: {held}"
@@ -157,11 +157,8 @@ def foreign_advice(path: Path) -> str:
 
 def _is_foreign(checkpoint: Path) -> bool:
     """Whether a checkpoint was written by the Trainer of transformers, as those of other kits are."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and "log_history" in state and "identity" not in state
+    state = read_json_object(checkpoint / "trainer_state.json")
+    return "log_history" in state and "identity" not in state
 
 
 def _checkpoint(text: str) -> str:
@@ -171,14 +168,6 @@ def _checkpoint(text: str) -> str:
 def _newest_first(path: Path) -> list[Path]:
     numbered = {int(place.name[11:]): place for place in path.glob("checkpoint-*") if place.name[11:].isdigit()}
     return [numbered[step] for step in sorted(numbered, reverse=True)]
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whoever loads it says more
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _must_exist(text: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from onecard.console import warn
 from onecard.errors import ModelError
 from onecard.export.vocabulary.corpus import SPACE
+from onecard.storage import read_json_object
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNUSED_SCORE, ADDED_SCORE = -10000.0, -1000.0
@@ -193,8 +194,8 @@ def _special_ids(tokenizer: Any, directory: Path, n_rows: int, end_id: int | Non
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         raise ModelError(f"the tokenizer in {directory} has no eos token; llama.cpp would never stop")
-    configured = _json_or_empty(directory / "generation_config.json")
-    named = [configured.get("bos_token_id"), _json_or_empty(directory / "config.json").get("bos_token_id"), eos_id]
+    configured = read_json_object(directory / "generation_config.json")
+    named = [configured.get("bos_token_id"), read_json_object(directory / "config.json").get("bos_token_id"), eos_id]
     usable = [i for i in (tokenizer.bos_token_id, *named) if isinstance(i, int) and 0 <= i < n_rows]
     ends = configured.get("eos_token_id")
     others = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < n_rows]
@@ -266,11 +267,3 @@ def _check_ids(texts: Mapping[int, str], n_rows: int, directory: Path) -> None:
             f"the tokenizer in {directory} has {len(texts)} tokens, and the model {n_rows} embedding rows: no row for "
             f"{texts[beyond[0]]!r} (id {beyond[0]}); take the tokenizer that belongs to this model, or resize the model"
         )
-
-
-def _json_or_empty(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -27,6 +27,7 @@ from onecard.installation import command
 from onecard.model.files import locate, read_json, safetensors_header
 from onecard.model.lora.methods import is_adapter_weight, starts_at_zero, why_never_merged
 from onecard.model.rope_scaling import MARK
+from onecard.storage import read_json_object
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -153,12 +154,9 @@ def kept_fingerprint(source: str | Path) -> str | None:
     directory = path.parent if path.is_file() else path
     above = [directory.parent] if directory.name.startswith("checkpoint-") else []
     for place in (directory, *above, *sorted(directory.glob("checkpoint-*"))):
-        try:
-            kept = json.loads((place / STATE).read_text(encoding="utf-8"))["identity"]["base"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # absent, or of another kit's Trainer, whose file has the same name
-        if isinstance(kept, str):
-            return kept
+        identity = read_json_object(place / STATE).get("identity")  # another kit's Trainer has a file of this name, too
+        if isinstance(identity, dict) and isinstance(identity.get("base"), str):
+            return str(identity["base"])
     return None
 
 
