@@ -14,7 +14,7 @@ from typing import Literal
 from onecard.config.addresses import address_problems, is_loopback, list_problems, plain_host, plain_origin
 from onecard.config.base_model import ModelOptions
 from onecard.config.best_of import BestOfOptions
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 
 API_KEY_VARIABLE = "ONECARD_API_KEY"
 MOST_PARALLEL = 256
@@ -299,16 +299,10 @@ class LimitOptions:
     when memory runs out. 0: each turn reads its conversation from the beginning."""
 
     def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        for name in ("max_queue", "rate_limit", "max_request_seconds", "max_prompt_tokens", "prefix_cache_gib"):
-            if not getattr(self, name) >= 0:
-                found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
-        for name in ("max_answer_tokens", "max_beams", "max_choices", "max_embedding_inputs"):
-            if getattr(self, name) < 1:
-                found.append((f"--{name}", f"{getattr(self, name)} allows nothing; use 1 or more"))
-        if self.max_body_bytes < 1000:
-            found.append(("--max_body_bytes", f"{self.max_body_bytes} is less than any request; use 1000 or more"))
-        return found
+        return too_small(
+            self, max_queue=0, rate_limit=0, max_request_seconds=0, max_prompt_tokens=0, prefix_cache_gib=0,
+            max_answer_tokens=1, max_beams=1, max_choices=1, max_embedding_inputs=1, max_body_bytes=1000,
+        )  # fmt: skip
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Literal
 from onecard.config.base_model import ModelOptions, n_gpus_of
 from onecard.config.data import DataOptions
 from onecard.config.lora import NOT_IN_4_BITS, VIRTUAL_TOKENS, LoraOptions
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.config.rollouts import RolloutOptions
 from onecard.installation import command
 
@@ -200,14 +200,11 @@ class TrainOptions(RolloutOptions):
         return self.init_adapter or self.lora_remote_checkpoint
 
     def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        if self.log_steps < 1:
-            found.append(("--log_steps", f"{self.log_steps} is too small; use 1 or more"))
-        for name in ("max_steps", "total_batch", "micro_batch", "micro_tokens", "warmup_steps", "weight_decay",
-                     "max_grad_norm", "seed", "eval_steps", "save_steps", "eval_minutes", "save_minutes",
-                     "early_stopping_patience", "neftune_alpha", "max_hours", "kl_anchor"):  # fmt: skip
-            if getattr(self, name) < 0:
-                found.append((f"--{name}", f"{getattr(self, name)} is negative; use 0 or more"))
+        found = too_small(
+            self, log_steps=1, max_steps=0, total_batch=0, micro_batch=0, micro_tokens=0, warmup_steps=0,
+            weight_decay=0, max_grad_norm=0, seed=0, eval_steps=0, save_steps=0, eval_minutes=0, save_minutes=0,
+            early_stopping_patience=0, neftune_alpha=0, max_hours=0, kl_anchor=0,
+        )  # fmt: skip
         if self.num_epoch <= 0 and not self.max_steps:
             found.append(("--num_epoch", f"{self.num_epoch} would train nothing; use more than 0, or --max_steps"))
         if not 0 <= self.learning_rate < 10:

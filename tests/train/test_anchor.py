@@ -129,7 +129,7 @@ def test_an_anchored_run_forgets_less_and_goes_on_bitwise(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"kl_anchor": -1.0}, "-1.0 is negative"),
+        ({"kl_anchor": -1.0}, "-1.0 is too little"),
         ({"peft_method": "full"}, "does not go with --peft_method full, which changes the base itself"),
         ({"lora_init": "pissa"}, "does not go with --lora_init pissa, which moves a part of the base"),
         ({"deepspeed": "ds.json"}, "does not go with --deepspeed"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onecard.config.data import ReadingOptions
-from onecard.config.problems import Problem
+from onecard.config.problems import Problem, too_small
 from onecard.export.io.output import ShardedOutputOptions
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # weights of a row that share a scale; -1: the whole row
@@ -67,7 +67,4 @@ class CalibrationTextOptions(ReadingOptions):
         found = super().problems()
         if self.calibration == "data" and not self.calibration_path:
             found.append(("--calibration_path", "is needed with --calibration data: the training data"))
-        for name, least in (("calibration_samples", 1), ("calibration_len", 16), ("eval_samples", 1)):
-            if getattr(self, name) < least:
-                found.append((f"--{name}", f"{getattr(self, name)} is too little; use {least} or more"))
-        return found
+        return found + too_small(self, calibration_samples=1, calibration_len=16, eval_samples=1)
