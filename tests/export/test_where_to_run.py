@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from onecard.console import run_main
+from onecard.installation import SCRIPTS
 from onecard.recipes import finetune
 from tests import tiny
 
@@ -44,7 +45,8 @@ def make(form: str) -> Path:
 def run(command: str) -> None:
     """Run one command of the table inside this process."""
     program, *words = shlex.split(command)[1:]
-    module: Any = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    verb = next(verb for verb, script in SCRIPTS.items() if script == program)
+    module: Any = importlib.import_module(f"onecard.programs.{verb.replace('-', '_')}")
     assert run_main(lambda: module.main(words), debug=True) == 0, command
 
 
