@@ -113,6 +113,7 @@ def run(folder: Path, command: str) -> str:
         patch.setattr(sys, "stderr", shown)
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Name a river.\n"), encoding="utf-8"))
         if name.endswith(".py"):
+            patch.syspath_prepend(str((REPOSITORY / name).parent))  # as python has it for a script
             runpy.run_path(str(REPOSITORY / name), run_name="__main__")
         else:
             runpy.run_module(name, run_name="__main__")

@@ -23,6 +23,7 @@ from benchmarks.prove_gpu import Ended, ProofOptions, prove
 from benchmarks.random_models import random_base
 from onecard.config.base_model import ModelOptions
 from onecard.errors import OneCardError
+from onecard.installation import SCRIPTS
 from onecard.model.hardware import detect
 from onecard.model.lora.adapter import linear_layers
 from onecard.model.memory.estimate import MemoryConfig
@@ -38,7 +39,9 @@ HERE = ("plan", "context", "ladder", "speed", "serving")
 def run_here(command: Sequence[str], limit: float, prefix: Path) -> Ended:
     """The program as a function in this process, which has the card already."""
     words = list(command[1:])
-    module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+    verb = next((verb for verb, script in SCRIPTS.items() if script == words[0]), "")
+    of_verb = f"onecard.programs.{verb.replace('-', '_')}"
+    module = importlib.import_module(of_verb if verb else words[0].removesuffix(".py").replace("/", "."))
     out, err, begun, code = io.StringIO(), io.StringIO(), time.monotonic(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
