@@ -117,7 +117,8 @@ def test_a_step_takes_what_is_planned(case: str, bits: int) -> None:
     measured = held_bytes(run.plain_model, run.optimizer) + peak_bytes(lambda: take_step(run))
     planned = account(architecture_of(CONFIG), setup).tensor_bytes
     print(case, bits, planned / measured)
-    assert 0.97 <= planned / measured <= 1.03, (planned, measured)
+    most = 0.01 if "packed" in case else 0.03  # as rows of one text, packed ones would be planned 1.4 % too small
+    assert abs(planned / measured - 1) <= most, (planned, measured)
 
 
 def test_answers_take_no_more_than_is_counted_for_each(tiny_base: Any) -> None:
