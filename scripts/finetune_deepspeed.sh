@@ -8,7 +8,7 @@
 #
 #   N_GPUS=2 MODEL_PATH=Qwen/Qwen2.5-7B-Instruct DATA_PATH=my_data.json bash scripts/finetune_deepspeed.sh
 #
-# DEEPSPEED_CONFIG is the ZeRO configuration (config-sample/deepspeed_zero2.json).
+# DEEPSPEED_CONFIG is the ZeRO configuration (config-sample/deepspeed_zero2.json; deepspeed_zero3.json divides the base).
 # Words after the script go to finetune.py and win.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

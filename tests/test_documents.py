@@ -343,8 +343,9 @@ def test_settings_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_deepspeed_settings() -> None:
-    settings = json.loads(text_of("config-sample/deepspeed_zero2.json"))
-    assert settings["zero_optimization"]["stage"] == 2
+    for stage in (2, 3):
+        settings = json.loads(text_of(f"config-sample/deepspeed_zero{stage}.json"))
+        assert settings["zero_optimization"]["stage"] == stage
 
 
 # --- what is named exists --------------------------------------------------------------------------------------------

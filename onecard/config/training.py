@@ -18,6 +18,7 @@ from onecard.config.data import DataOptions
 from onecard.config.lora import NOT_IN_4_BITS, VIRTUAL_TOKENS, LoraOptions
 from onecard.config.problems import Problem, too_small
 from onecard.config.rollouts import RolloutOptions
+from onecard.config.zero_stage import DIVIDES_BASE, zero_stage
 from onecard.installation import command
 
 LARGEST_TOTAL_BATCH = 32  # of those that are chosen
@@ -198,6 +199,11 @@ class TrainOptions(RolloutOptions):
     def start_adapter(self) -> str | None:
         """Where a new run takes its first adapter weights from, or None for fresh ones."""
         return self.init_adapter or self.lora_remote_checkpoint
+
+    @property
+    def divides_base(self) -> bool:
+        """Whether the frozen layers lie over all processes: by --shard, or by ZeRO stage 3 of --deepspeed."""
+        return self.shard or (self.deepspeed is not None and zero_stage(self.deepspeed) == DIVIDES_BASE)
 
     def problems(self) -> list[Problem]:
         found = too_small(

@@ -210,9 +210,9 @@ def weight_bits(module: nn.Module) -> int:
 
 
 def n_elements(parameter: torch.Tensor) -> int:
-    """Number of weights in a parameter; a 4-bit one stores two in each byte."""
+    """Number of weights in a parameter; a 4-bit one stores two in each byte, and DeepSpeed's ZeRO-3 leaves it empty."""
     state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
+    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def dequantize_4bit(parameter: torch.Tensor) -> torch.Tensor:

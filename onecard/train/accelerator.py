@@ -41,6 +41,10 @@ class TrainingEngine:
         """Whether a gradient that overflows is normal: the fp16 scaler leaves the step out and lowers its scale."""
         return self.scaler is not None
 
+    def whole_weights(self, *, written: bool = False) -> AbstractContextManager[Any]:
+        """Where every trained weight is whole, as it always is here; written: new values are put there."""
+        return nullcontext()
+
     def gathering(self, is_last: bool) -> AbstractContextManager[Any]:
         """The context of one micro-batch."""
         return nullcontext()

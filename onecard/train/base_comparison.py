@@ -59,7 +59,8 @@ class BaseComparison:
         if self.base is None:
             return
         if self.run.options.final_weights != "last":
-            restore_state(self.directory, self.run.plain_model, {}, self.run.options)
+            weights = self.run.engine.whole_weights(written=True)
+            restore_state(self.directory, self.run.plain_model, {}, self.run.options, weights)
         tuned = self._scores()
         test = paired_test(self.base, tuned, seed=self.run.options.seed)
         difference, n_better = test.difference, test.n_down

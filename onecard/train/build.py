@@ -97,7 +97,7 @@ def build_accelerator(config: FinetuneConfig, hardware: Hardware, model_type: st
     """
     model = config.model
     if config.train.deepspeed:
-        check_deepspeed(config.train)
+        check_deepspeed(config)
     dtype, reason = choose_dtype(model.dtype, model.bits, hardware, model_type)
     say(f"{hardware.name}: {model.bits}-bit base, arithmetic in {str(dtype).removeprefix('torch.')} ({reason})")
     # Under DeepSpeed the accelerator only connects the processes; see train/deepspeed_engine.py.
@@ -217,7 +217,7 @@ def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator,
     """`build_run`, whose errors of memory are not told yet."""
     options = config.train
     state = replace(state, choices=choices_of(config))
-    in_ram = replace(config.model, stream_layers="on") if options.shard else config.model
+    in_ram = replace(config.model, stream_layers="on") if options.divides_base else config.model
     base = load_base(in_ram, hardware)
     if hardware.is_gpu:
         check_on_cards(base.model)
@@ -244,7 +244,7 @@ def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator,
             # Only now: accelerate puts what it finds onto the card, and paged state would no longer be paged.
             allocate_state(optimizer)
     run = Run(options, model, plain, stepper, accelerator, data.train, data.test, directory.store, state,
-              evaluation_limits=EvaluationLimits(every_turn=options.shard),
+              evaluation_limits=EvaluationLimits(every_turn=options.divides_base),
               test_sources=data.test_sources)  # fmt: skip
     run.ranks = _rank_allocation(config, plain, state.total_steps)
     run.forgetting_rows = _forgetting_rows(config, data)
@@ -265,7 +265,7 @@ def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator,
     if cached is not None:
         fill_reference(run, cached)
     if point is not None:
-        restore_state(point.path, plain, run.training, options)
+        restore_state(point.path, plain, run.training, options, run.engine.whole_weights(written=True))
         tidy_loaded_state(optimizer)
     return run
 

@@ -16,14 +16,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from onecard.config.training import TrainOptions
+from onecard.config.problems import Problem, refuse
+from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.zero_stage import AUTO, AUTO_STAGE, DIVIDES_BASE
 from onecard.console import nearest, warn
 from onecard.errors import ConfigError
 from onecard.installation import IS_CLONE, install_command
 
 FLAG = "--deepspeed"
-AUTO = "auto"
-STAGES = (1, 2)
+STAGES = (1, 2, 3)
 # What is set by flags; a value in the file is told to be unused.
 _BY_FLAG = {
     "optimizer": "--optimizer", "scheduler": "--schedule", "gradient_clipping": "--max_grad_norm",
@@ -37,15 +38,25 @@ _PASSED_ON = (
     "dump_state", "flops_profiler", "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
     "sparse_gradients", "steps_per_print", "wall_clock_breakdown",
 )  # fmt: skip
+# Of the section about ZeRO: what computes a step in another way, with coarser weights or gradients, or late updates.
+_OTHER_ARITHMETIC = (
+    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "zenflow",
+)  # fmt: skip
+# Larger than any adapter: the optimizer then has one flat parameter for each of its groups, as in stages 1 and 2.
+_WHOLE_GROUP = 10**15
+# Methods whose layers call those of the base and read nothing of them.
+WITH_STAGE_3 = ("lora", "bottleneck")
 _OURS = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
 _KNOWN = ("zero_optimization", *_BY_FLAG, *_PASSED_ON, *_OURS)
 
 
-def check_deepspeed(options: TrainOptions) -> None:
+def check_deepspeed(config: FinetuneConfig) -> None:
     """Find out what keeps ``--deepspeed`` from working, and say what in its file is decided by flags instead.
 
-    Raises ConfigError for a missing package, launcher or file, a ZeRO stage other than 1 and 2, and unknown keys.
+    Raises ConfigError for a missing package, launcher or file, what its file may not ask for, and what does not go with
+    its stage.
     """
+    options = config.train
     if find_spec("deepspeed") is None:
         remedy = install_command("deepspeed")
         raise ConfigError(FLAG, f"needs the package deepspeed: {remedy}. Several GPUs work without it too: torchrun")
@@ -62,6 +73,34 @@ def check_deepspeed(options: TrainOptions) -> None:
     unused = [f"{key} ({flag})" for key, flag in _BY_FLAG.items() if _says_something(content.get(key, AUTO))]
     if unused:
         warn(f"{path} decides how state is divided; these parts are decided by flags instead: {', '.join(unused)}")
+    if options.divides_base:
+        refuse(_problems_of_stage_3(config))
+
+
+def _problems_of_stage_3(config: FinetuneConfig) -> list[Problem]:
+    """What does not go with weights that are put together where a module is called, and nowhere else."""
+    found: list[Problem] = []
+    lora, bits = config.lora, config.model.bits
+    if bits < 16:
+        found.append(("--bits", f"{bits} does not go with ZeRO stage 3 of {FLAG}, use 16 or 32; or stage 2, or --shard"
+                      " in its place, which divides a base of 4 bits"))  # fmt: skip
+    reads = {f"--peft_method {lora.peft_method}": lora.peft_method not in WITH_STAGE_3, "--use_dora": lora.use_dora,
+             f"--lora_init {lora.lora_init}": lora.lora_init in ("pissa", "olora"),
+             "--lora_target_parameters": lora.lora_target_parameters}  # fmt: skip
+    found += [
+        (FLAG, f"with ZeRO stage 3 does not go with {flag}, which needs weights of the base at hand; use plain LoRA, "
+         "or stage 2") for flag, is_on in reads.items() if is_on
+    ]  # fmt: skip
+    if lora.trains_vocabulary:
+        found.append((lora.trains_vocabulary, f"does not go with ZeRO stage 3 of {FLAG}, which keeps embeddings and "
+                      "head whole; use stage 2"))  # fmt: skip
+    of_memory = {"--mlp_tile": config.memory.mlp_tile > 0,
+                 "--offload_activations": config.memory.offload_activations == "on"}  # fmt: skip
+    found += [
+        (flag, f"does not go with ZeRO stage 3 of {FLAG}, whose weights come and go with each call of a module; leave "
+         "it out") for flag, is_on in of_memory.items() if is_on
+    ]  # fmt: skip
+    return found
 
 
 def deepspeed_config(options: TrainOptions) -> dict[str, Any]:
@@ -109,17 +148,22 @@ def _zero(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ConfigError(FLAG, f'{path} has no section "zero_optimization"; add "zero_optimization": {{"stage": 2}}')
     stage = section.get("stage", 0)
-    stage = max(STAGES) if stage == AUTO else stage
-    if stage == 3:
-        raise ConfigError(FLAG, f"{path}: ZeRO stage 3 divides the base weights, which this version does not do; "
-                          "stages 1 and 2 work. Base too large for one card? --shard in the place of --deepspeed "
-                          "divides it, or --bits 4")  # fmt: skip
+    stage = AUTO_STAGE if stage == AUTO else stage
     if stage not in STAGES or isinstance(stage, bool):
-        raise ConfigError(FLAG, f"{path}: zero_optimization.stage is {stage!r}; 1 and 2 work (0 is what runs without "
-                          "--deepspeed)")  # fmt: skip
+        raise ConfigError(FLAG, f"{path}: zero_optimization.stage is {stage!r}; 1, 2 and 3 work (0 is what runs "
+                          "without --deepspeed)")  # fmt: skip
+    other = [key for key in _OTHER_ARITHMETIC if section.get(key) not in (None, False, AUTO)]
+    if other:
+        raise ConfigError(FLAG, f"{path}: zero_optimization.{other[0]} would change what a step computes, which no "
+                          "number of processes may do here; leave it out")  # fmt: skip
+    for key in ("offload_optimizer", "offload_param"):
+        device = section[key].get("device", AUTO) if isinstance(section.get(key), dict) else AUTO
+        if device not in (AUTO, "none", "cpu"):
+            raise ConfigError(FLAG, f"{path}: zero_optimization.{key}.device is {device!r}; cpu works")
     # Our checkpoints fit any number of processes without elastic_checkpoint. With round_robin_gradients DeepSpeed 0.19
     # says wrongly where a parameter's state lies; it only pays where gradients are copied to RAM.
-    return {**_without_auto(section), "stage": stage, "elastic_checkpoint": False, "round_robin_gradients": False}
+    ours = {"stage": stage, "elastic_checkpoint": False, "round_robin_gradients": False}
+    return _without_auto(section) | ours | ({"sub_group_size": _WHOLE_GROUP} if stage == DIVIDES_BASE else {})
 
 
 def _says_something(section: Any) -> bool:

@@ -1,8 +1,11 @@
-"""Training through DeepSpeed: optimizer state (ZeRO-1) and gradients (ZeRO-2) divided over the processes.
+"""Training through DeepSpeed: optimizer state (ZeRO-1), gradients (ZeRO-2) and weights (ZeRO-3) over the processes.
 
 The same loop, the same numbers, the same checkpoints as without it: DeepSpeed sees fp32 adapters and fp32 gradients,
 autocast happens inside the model, and `optimizer.pt` is written in the form of the undivided optimizer. So a run goes
 on with another number of processes, or without DeepSpeed, and the other way round.
+
+ZeRO-3 divides all but the embeddings and the output head, which stay whole everywhere: how often the chunked loss calls
+the head depends on a process's rows, and each call of a divided module is an exchange between all processes.
 
 The only file that imports deepspeed. https://deepspeed.readthedocs.io/en/stable/training.html
 """
@@ -10,16 +13,19 @@ The only file that imports deepspeed. https://deepspeed.readthedocs.io/en/stable
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from onecard.config.zero_stage import DIVIDES_BASE
+from onecard.console import first_line
 from onecard.errors import CheckpointError, ConfigError
+from onecard.model.output_head import innermost
+from onecard.train.optimizer_shards import ShardLayout, join_states, pieces_of_each, split_state
 
 # What DeepSpeed's ZeRO optimizer calls, in its state_dict, the places of parameters in the partition of this process.
 _PIECES = "param_slice_mappings"
@@ -35,6 +41,21 @@ class Autocast(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         with torch.autocast(self.device_type, dtype=self.dtype):
             return self.module(*inputs, **named)
+
+
+class Divided(nn.Module):
+    """A model as ZeRO-3 sees it: without the parameters that stay whole, which at each step it would put away."""
+
+    def __init__(self, module: nn.Module, whole: list[nn.Module]) -> None:
+        super().__init__()
+        self.module = module
+        self._kept = {id(parameter) for one in whole for parameter in one.parameters()}
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)
+
+    def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in super().named_parameters(*arguments, **named) if id(p) not in self._kept)
 
 
 class LossScale:
@@ -114,21 +135,14 @@ class DeepSpeedEngine:
         """Drop the gradients gathered so far. DeepSpeed cannot drop all of them: a step cannot be done again."""
         self.model.optimizer.zero_grad()
 
+    def whole_weights(self, *, written: bool = False) -> AbstractContextManager[Any]:
+        """Where every trained weight is whole, which all processes have to enter; written: new values are put there."""
+        if not self.model.zero_optimization_partition_weights():
+            return nullcontext()
+        import deepspeed
 
-@dataclass(frozen=True)
-class ShardLayout:
-    """Where the parameters of the undivided optimizer lie in the partitions of the processes."""
-
-    names: list[list[str]]
-    """Per parameter group, the parameters in the optimizer's order."""
-    shapes: dict[str, torch.Size]
-    pieces: list[list[dict[str, tuple[int, int]]]]
-    """Per process, per group: name -> (start, length) in its flat partition; the parts of one parameter follow
-    the ranks."""
-
-    def index(self, group: int) -> int:
-        """The number that the first parameter of a group has in `optimizer.pt`."""
-        return sum(len(names) for names in self.names[:group])
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return deepspeed.zero.GatheredParameters(trained, modifier_rank=0 if written else None)
 
 
 class ShardedOptimizer:
@@ -143,7 +157,9 @@ class ShardedOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as the undivided optimizer would store it. Every process has to ask; all get the answer."""
-        return join_states(gather_object([_on_cpu(self.base.state_dict())]), self.layout)
+        with self._with_parameters():
+            own = _on_cpu(self.base.state_dict())
+        return join_states(gather_object([own]), self.layout)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this process's part out of a whole state. The adapter has its stored values already."""
@@ -151,15 +167,31 @@ class ShardedOptimizer:
         found = [len(group["params"]) for group in state["param_groups"]]
         if found != expected:
             raise CheckpointError(f"the optimizer state is for {found} parameters per group; {expected} are trained")
-        sizes = [group["params"][0].numel() for group in self.base.param_groups]
-        self.base.load_state_dict(split_state(state, self.layout, torch.distributed.get_rank(), sizes))
+        with self._with_parameters():
+            sizes = [group["params"][0].numel() for group in self.base.param_groups]
+            self.base.load_state_dict(split_state(state, self.layout, torch.distributed.get_rank(), sizes))
         self.engine.optimizer.refresh_fp32_params()
+
+    @contextmanager
+    def _with_parameters(self) -> Iterator[None]:
+        """Let the optimizer have its flat parameters, by which it knows its state; ZeRO-3 takes them between steps."""
+        if not self.engine.zero_optimization_partition_weights():
+            yield
+            return
+        for group, flat in zip(self.base.param_groups, self.engine.optimizer.fp32_partitioned_groups_flat, strict=True):
+            group["params"] = [flat]
+        try:
+            yield
+        finally:
+            for group in self.base.param_groups:
+                group["params"] = []
 
 
 def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], dtype: torch.dtype,
             device: torch.device) -> tuple[Any, ShardedOptimizer]:  # fmt: skip
     """Hand model and optimizer to DeepSpeed; returns its engine, which is called like the model, and the optimizer.
 
+    Under ZeRO-3 the decoder layers may lie in RAM: they come to the device weight by weight, as they are divided.
     Raises ConfigError for a configuration that DeepSpeed refuses, and for one of its accelerators that is not `device`.
     """
     import deepspeed
@@ -169,88 +201,73 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str
     if own != device.type:
         raise ConfigError("--deepspeed", f"DeepSpeed would train on {own}, but --device says {device.type}; set the "
                           f"environment variable DS_ACCELERATOR={device.type}")  # fmt: skip
+    divides = config["zero_optimization"]["stage"] == DIVIDES_BASE
     whole = model if dtype == torch.float32 else Autocast(model, device.type, dtype)
+    whole = Divided(whole, whole_modules(model)) if divides else whole
     named = {id(parameter): name for name, parameter in whole.named_parameters()}
     groups = [list(group["params"]) for group in optimizer.param_groups]
     names = [[named[id(parameter)] for parameter in group] for group in groups]
     shapes = {named[id(parameter)]: parameter.shape for group in groups for parameter in group}
     _limit_bucket(config["zero_optimization"], sum(shape.numel() for shape in shapes.values()))
-    try:
-        engine, _, _, _ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
-    except (ValueError, TypeError, KeyError, AssertionError) as reason:
-        raise ConfigError("--deepspeed", f"DeepSpeed refuses this configuration: {reason}") from reason
-    own_pieces = [
-        {name: (piece.start, piece.numel) for name, piece in group.items()}
-        for group in engine.optimizer.state_dict()[_PIECES]
-    ]
-    layout = ShardLayout(names, shapes, gather_object([own_pieces]))
+    with left_out(whole, whole_modules(model)) if divides else nullcontext():
+        try:
+            if divides:
+                deepspeed.zero.Init(module=whole, config_dict_or_path=config)
+            engine, _, _, _ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
+        except (ValueError, TypeError, KeyError, AssertionError) as reason:
+            raise ConfigError("--deepspeed", f"DeepSpeed refuses this configuration: {first_line(reason)}") from reason
+    if divides:
+        _move_rest(model, device)
+        pieces = pieces_of_each(names, shapes, torch.distributed.get_world_size())
+    else:
+        pieces = gather_object([_own_pieces(engine)])
+    layout = ShardLayout(names, shapes, pieces)
     scaler = LossScale() if dtype == torch.float16 else None
     return engine, ShardedOptimizer(engine, optimizer, layout, scaler)
 
 
-def join_states(shards: Sequence[dict[str, Any]], layout: ShardLayout) -> dict[str, Any]:
-    """One optimizer state out of the flat ones of all processes.
-
-    Two processes, parameters a (3 values) and b (2), padded to 3 per process:
-
-        process 0: exp_avg [a0 a1 a2]      ->  state {0: {"exp_avg": [a0 a1 a2]}, 1: {"exp_avg": [b0 b1]}}
-        process 1: exp_avg [b0 b1 pad]
-    """
-    state: dict[int, dict[str, Any]] = {}
-    groups = []
-    for number, names in enumerate(layout.names):
-        first = layout.index(number)
-        groups.append({**shards[0]["param_groups"][number], "params": list(range(first, first + len(names)))})
-        flat = [shard["state"].get(number, {}) for shard in shards]
-        for position, name in enumerate(names):
-            pieces = [where[number].get(name) for where in layout.pieces]
-            entry = {key: _joined([part[key] for part in flat], pieces, layout.shapes[name]) for key in flat[0]}
-            if entry:  # before the first step there is no state
-                state[first + position] = entry
-    return {"state": state, "param_groups": groups}
+def _own_pieces(engine: Any) -> list[dict[str, tuple[int, int]]]:
+    """Under ZeRO-1 and 2: per parameter group, where each parameter lies in the partition of this process."""
+    return [
+        {name: (piece.start, piece.numel) for name, piece in group.items()}
+        for group in engine.optimizer.state_dict()[_PIECES]
+    ]
 
 
-def split_state(state: dict[str, Any], layout: ShardLayout, rank: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """The flat optimizer state of process `rank` out of a whole one: the opposite of `join_states`.
-
-    sizes: length of this process's partition per parameter group, padding included; the padding gets zeros.
-    """
-    flat: dict[int, dict[str, Any]] = {}
-    groups = []
-    for number, names in enumerate(layout.names):
-        first = layout.index(number)
-        groups.append({**state["param_groups"][number], "params": [number]})
-        entries = {name: state["state"].get(first + position) for position, name in enumerate(names)}
-        pieces = [where[number] for where in layout.pieces[: rank + 1]]
-        part = {key: _cut({name: entry[key] for name, entry in entries.items()}, pieces, sizes[number])
-                for key in entries[names[0]] or ()}  # fmt: skip
-        if part:
-            flat[number] = part
-    return {"state": flat, "param_groups": groups}
+def whole_modules(model: nn.Module) -> list[nn.Module]:
+    """The input embedding and the output head. Raises ConfigError where something in them is trained."""
+    base = innermost(model)
+    asked = [getattr(base, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    found = [module for module in asked if module is not None]
+    if any(parameter.requires_grad for module in found for parameter in module.parameters()):
+        raise ConfigError("--deepspeed", "ZeRO stage 3 keeps embeddings and output head whole, and cannot train them; "
+                          "use stage 2, or train decoder layers only")  # fmt: skip
+    return found
 
 
-def _cut(values: dict[str, Any], pieces: list[dict[str, tuple[int, int]]], size: int) -> Any:
-    """One process's part of a value of all parameters; `pieces` are those of the processes before it and its own."""
-    example = next(iter(values.values()))
-    if not isinstance(example, Tensor):
-        return example
-    if example.dim() == 0:
-        return example.clone()
-    target = torch.zeros(size, dtype=example.dtype)
-    for name, (start, length) in pieces[-1].items():
-        before = sum(where.get(name, (0, 0))[1] for where in pieces[:-1])
-        target[start : start + length] = values[name].flatten()[before : before + length]
-    return target
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    """Move what ZeRO-3 leaves where it is: the embeddings and the head, and buffers."""
+    for module in whole_modules(model):
+        module.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
-def _joined(parts: list[Any], pieces: list[tuple[int, int] | None], shape: torch.Size) -> Any:
-    if not isinstance(parts[0], Tensor):
-        return parts[0]
-    if parts[0].dim() == 0:
-        # The number of steps, the same everywhere; each parameter counts on with a tensor of its own.
-        return parts[0].clone()
-    found = [part[piece[0] : piece[0] + piece[1]] for part, piece in zip(parts, pieces, strict=True) if piece]
-    return torch.cat(found).reshape(shape).clone()
+@contextmanager
+def left_out(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+    """Take modules out of a model for a while: what walks over it meanwhile leaves them as they are."""
+    places = [
+        (parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+        if child in modules
+    ]  # fmt: skip
+    for parent, name, _ in places:
+        setattr(parent, name, None)
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            setattr(parent, name, child)
 
 
 def _on_cpu(value: Any) -> Any:

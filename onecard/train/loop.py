@@ -198,16 +198,17 @@ def save(run: Run, *, final: bool) -> int | None:
     # On every process: state that is divided between them has to meet before one of them can write it.
     training = {name: holder.state_dict() for name, holder in run.training.items()}
     failure: CheckpointError | None = None
-    if accelerator.is_main_process:
-        try:
-            run.store.save(
-                state.step,
-                lambda directory: write_state(directory, run.plain_model, training, state),
-                best_steps=(state.best_step, state.balanced_step),
-                keep_last=run.options.n_kept,
-            )
-        except CheckpointError as reason:
-            failure = reason
+    with run.engine.whole_weights():
+        if accelerator.is_main_process:
+            try:
+                run.store.save(
+                    state.step,
+                    lambda directory: write_state(directory, run.plain_model, training, state),
+                    best_steps=(state.best_step, state.balanced_step),
+                    keep_last=run.options.n_kept,
+                )
+            except CheckpointError as reason:
+                failure = reason
     failure = _known_to_all(accelerator, failure)
     if failure is None:
         return state.step

@@ -83,6 +83,7 @@ def _is_finite(run: Run, number: int) -> bool:
 
 def _broken_tensors(run: Run) -> Iterator[str]:
     """The unquantised tensors that hold NaN or Inf, by the names that they have in files."""
-    for name, tensor in tensors_in_turn(run.plain_model):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            yield name.removeprefix("base_model.model.").replace(".base_layer", "")
+    with run.engine.whole_weights():
+        for name, tensor in tensors_in_turn(run.plain_model):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                yield name.removeprefix("base_model.model.").replace(".base_layer", "")

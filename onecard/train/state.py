@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,19 @@ def read_state(directory: Path) -> TrainerState:
         ) from reason
 
 
-def restore_state(directory: Path, model: Any, training: dict[str, Any], options: TrainOptions) -> None:
+def restore_state(
+    directory: Path, model: Any, training: dict[str, Any], options: TrainOptions,
+    weights: AbstractContextManager[Any] | None = None,
+) -> None:  # fmt: skip
     """Put a checkpoint's adapter and `training` objects back, bit for bit. Raises CheckpointError on what is missing.
+
+    weights: where the model's weights can be written, if they lie over several processes.
 
     The optimizer keeps the hyper-parameters that the present options gave it. A missing or unreadable optimizer file is
     an error: going on with an empty one would silently be another run.
     """
-    restore_trained(model, directory)
+    with weights or nullcontext():
+        restore_trained(model, directory)
     for name, holder in training.items():
         path = directory / name
         try:

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from onecard.config.training import FinetuneConfig
 from onecard.recipes import finetune
@@ -38,6 +40,14 @@ USUAL = {
                           "contiguous_gradients": True, "round_robin_gradients": True},
     "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000,
     "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
+}  # fmt: skip
+# As the manual of transformers has it, with sizes that cut and prefetch even here.
+ZERO3 = {
+    **{key: value for key, value in USUAL.items() if key != "zero_optimization"},
+    "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
+                          "reduce_bucket_size": 5000, "stage3_prefetch_bucket_size": 20000,
+                          "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+                          "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True},
 }  # fmt: skip
 Configured = Callable[..., FinetuneConfig]
 
@@ -107,6 +117,86 @@ def test_ctrl_c_and_on(configured: Configured, zero2: Path, tmp_path: Path) -> N
     assert_same_end(zero2, tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def zero3(configured: Configured, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed ZeRO-3 run of two processes, with the checkpoint of every step."""
+    directory = tmp_path_factory.mktemp("zero3")
+    finish(launch(torchrun(2), configured(directory, ZERO3, save_steps=1, keep_checkpoints=10), directory))
+    return directory / "run"
+
+
+def test_zero3_equals_one_plain_process(one_process: Path, zero3: Path) -> None:
+    assert_close(one_process, zero3)
+    stored = [torch.load(run / "checkpoint-8" / "optimizer.pt", weights_only=True) for run in (one_process, zero3)]
+    assert stored[0]["state"].keys() == stored[1]["state"].keys()
+    for number, entry in stored[0]["state"].items():
+        assert entry["step"] == stored[1]["state"][number]["step"] == 8
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.allclose(stored[1]["state"][number][name], entry[name], rtol=1e-3, atol=1e-6), (number, name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        # Evaluation between the steps, of a number of rows that is no whole number of turns, and recomputed layers.
+        {"eval_steps": 3, "gradient_checkpointing": True},
+        {"loss_chunk": 3, "lora_dropout": 0.0, "use_rslora": True},  # how often the head is called depends on the rows
+        {"peft_method": "bottleneck", "peft_option": "form=houlsby"},
+    ],
+    ids=str,
+)
+def test_zero3_equals_one_plain_process_for(options: dict, configured: Configured, tmp_path: Path) -> None:
+    plain = finetune(configured(tmp_path / "plain", **options))
+    config = configured(tmp_path / "zero", ZERO3, **options)
+    finish(launch(torchrun(2), config, tmp_path / "zero"))
+    assert_close(plain, tmp_path / "zero" / "run", loss=1e-5)
+
+
+def test_16_bits(configured: Configured, tmp_path: Path) -> None:
+    """Three rows at once are two micro-batches of a step, whose gradients are added in the order of one process.
+
+    ZeRO-3 puts a function of its own around each module, so gradients of one tensor meet in another order than without
+    it, and bf16 rounds them: one process under ZeRO-3 is what two are held against.
+    """
+    AcceleratorState._reset_state(True)
+    options = {"bits": 16, "micro_batch": 3}
+    plain = finetune(configured(tmp_path / "plain", **options))
+    AcceleratorState._reset_state(True)
+    runs = {}
+    for name, zero, n_processes in (("2", USUAL, 2), ("3", ZERO3, 2), ("3 in one process", ZERO3, 1)):
+        config = configured(tmp_path / name, zero, **options)
+        finish(launch(torchrun(n_processes), config, tmp_path / name))
+        runs[name] = tmp_path / name / "run"
+    assert_close(plain, runs["2"])
+    assert_close(runs["3 in one process"], runs["3"])
+    off = [abs(a - b) for (_, a), (_, b) in zip(tiny.losses_of(plain), tiny.losses_of(runs["3"]), strict=True)]
+    assert off[0] == 0 and max(off) < 1e-3
+
+
+def test_zero3_with_all_in_ram(configured: Configured, tmp_path: Path) -> None:
+    """Weights and optimizer state, in two parameter groups, over three processes, whose parts are padded."""
+    plain = finetune(configured(tmp_path / "plain", loraplus_ratio=4.0))
+    in_ram = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    zero = {"zero_optimization": {**ZERO3["zero_optimization"], **in_ram}}
+    config = configured(tmp_path / "zero", zero, loraplus_ratio=4.0)
+    fail(launch(torchrun(3), config, tmp_path / "zero", trouble="SIGTERM-to-torchrun", at_step=3))
+    finish(launch(torchrun(3), config, tmp_path / "zero"))
+    assert_close(plain, tmp_path / "zero" / "run", loss=1e-5)
+
+
+def test_zero3_is_killed_and_goes_on_with_one_and_with_two(
+    configured: Configured, one_process: Path, zero3: Path, tmp_path: Path
+) -> None:
+    config = configured(tmp_path, ZERO3)
+    output = fail(launch(torchrun(2), config, tmp_path, trouble="SIGTERM-to-torchrun", at_step=3))
+    assert "after step 4 of 8; checkpoint-4 is saved" in output, output[-4000:]
+    again = Path(shutil.copytree(tmp_path / "run", tmp_path / "again" / "run"))
+    finetune(configured(tmp_path / "again"))
+    assert_close(one_process, again)
+    finish(launch(torchrun(2), config, tmp_path))
+    assert_same_end(zero3, tmp_path / "run")
+
+
 def cut(run: Path, directory: Path, step: int) -> Path:
     """A copy of a run as if it had been killed right after `step` was saved."""
     copy = Path(shutil.copytree(run, directory))
@@ -122,10 +212,11 @@ def test_zero_goes_on_without_deepspeed(configured: Configured, zero2: Path, one
     assert_close(one_process, run)
 
 
-def test_plain_run_goes_on_as_zero(configured: Configured, one_process: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", [USUAL, ZERO3], ids=["stage 2", "stage 3"])
+def test_plain_run_goes_on_as_zero(zero: dict, configured: Configured, one_process: Path, tmp_path: Path) -> None:
     whole = finetune(configured(tmp_path / "plain", save_steps=1, keep_checkpoints=10))
     run = cut(whole, tmp_path / "run", 4)
-    finish(launch(torchrun(2), configured(tmp_path, USUAL), tmp_path))
+    finish(launch(torchrun(2), configured(tmp_path, zero), tmp_path))
     assert_close(one_process, run)
 
 
@@ -143,16 +234,22 @@ def test_another_learning_rate_and_decay_are_used_when_it_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("trouble", "told"), [("nan-loss", "the loss is nan"), ("nan-gradient", "the gradient norm is")]
-)
+    ("trouble", "told", "zero"),
+    [
+        ("nan-loss", "the loss is nan", USUAL), ("nan-gradient", "the gradient norm is", USUAL),
+        ("nan-gradient", "the gradient norm is", ZERO3),
+    ],
+    ids=["loss", "gradient", "gradient in stage 3"],
+)  # fmt: skip
 def test_nan_ends_the_run_and_is_not_taken(
-    trouble: str, told: str, configured: Configured, zero2: Path, tmp_path: Path
+    trouble: str, told: str, zero: dict, configured: Configured, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    output = fail(launch(torchrun(2), configured(tmp_path, USUAL), tmp_path, trouble=trouble, at_step=4))
+    undisturbed = request.getfixturevalue("zero2" if zero is USUAL else "zero3")
+    output = fail(launch(torchrun(2), configured(tmp_path, zero), tmp_path, trouble=trouble, at_step=4))
     assert f"step 4: {told}" in output, output[-4000:]
     assert "instructions.json" in output
     assert checkpoints(tmp_path / "run") == ["checkpoint-3"]
-    expected, kept = zero2 / "checkpoint-3", tmp_path / "run" / "checkpoint-3"
+    expected, kept = undisturbed / "checkpoint-3", tmp_path / "run" / "checkpoint-3"
     for name in ("adapter_model.safetensors", "optimizer.pt"):
         assert (expected / name).read_bytes() == (kept / name).read_bytes(), name
 
@@ -160,7 +257,6 @@ def test_nan_ends_the_run_and_is_not_taken(
 @pytest.mark.parametrize(
     ("zero", "told"),
     [
-        ({"zero_optimization": {"stage": 3}}, "stages 1 and 2 work"),
         ({"zero_optimization": {"stage": 2, "reduce_bukket_size": 5}}, "DeepSpeed refuses this configuration"),
     ],
 )
@@ -170,10 +266,11 @@ def test_refused(zero: dict, told: str, configured: Configured, tmp_path: Path) 
     assert told in output
 
 
-def test_fp16_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_fp16_scale(stage: str, tmp_path: Path) -> None:
     """No 16-bit run on CPU uses fp16, so the scale is tried on a model of one layer."""
     script = Path(__file__).parent / "zero_fp16.py"
-    command = [sys.executable, "-m", *torchrun(1), str(script)]
+    command = [sys.executable, "-m", *torchrun(1), str(script), stage]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": python_path()}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]

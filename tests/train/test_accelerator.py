@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.config.training import TrainOptions
+from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.zero_stage import zero_stage
 from onecard.errors import CheckpointError, ConfigError
 from onecard.installation import SHIPPED as REPOSITORY
 from onecard.train import deepspeed_config as settings
 from onecard.train.accelerator import TrainingEngine
-from onecard.train.deepspeed_engine import Autocast, LossScale, ShardedOptimizer, ShardLayout, join_states, split_state
+from onecard.train.deepspeed_engine import Autocast, Divided, LossScale, ShardedOptimizer, left_out, whole_modules
+from onecard.train.optimizer_shards import ShardLayout, join_states, pieces_of_each, split_state
+from tests import tiny
 
 Written = Callable[[Any], TrainOptions]
 
@@ -37,6 +40,10 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
     return write
 
 
+def check(options: TrainOptions, **others: Any) -> None:
+    settings.check_deepspeed(tiny.with_options(FinetuneConfig(train=options), others))
+
+
 def test_auto_is_filled(written: Written, capsys: pytest.CaptureFixture[str]) -> None:
     options = written({
         "fp16": {"enabled": "auto", "initial_scale_power": 16}, "train_batch_size": "auto",
@@ -45,7 +52,7 @@ def test_auto_is_filled(written: Written, capsys: pytest.CaptureFixture[str]) ->
         "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto", "allgather_bucket_size": 1000,
                               "offload_optimizer": {"device": "cpu", "pin_memory": "auto"}},
     })  # fmt: skip
-    settings.check_deepspeed(options)
+    check(options)
     assert capsys.readouterr().err == ""
     filled = settings.deepspeed_config(options)
     assert filled == {
@@ -58,7 +65,7 @@ def test_auto_is_filled(written: Written, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_what_flags_decide_is_told(written: Written, capsys: pytest.CaptureFixture[str]) -> None:
-    settings.check_deepspeed(written({
+    check(written({
         "zero_optimization": {"stage": 1}, "train_batch_size": 64, "gradient_clipping": 1.0, "bf16": {"enabled": True},
         "fp16": {"enabled": False}, "optimizer": {"type": "AdamW", "params": {"lr": 3e-5}},
     }))  # fmt: skip
@@ -78,44 +85,92 @@ def test_what_flags_decide_is_told(written: Written, capsys: pytest.CaptureFixtu
         ({"zero_optimization": {"stage": 0}}, "stage is 0"),
         ({"zero_optimization": {"stage": True}}, "stage is True"),
         ({"zero_optimization": {"stage": "2"}}, "stage is '2'"),
-        ({"zero_optimization": {"stage": 3}}, "stages 1 and 2 work"),
+        ({"zero_optimization": {"stage": 4}}, "stage is 4; 1, 2 and 3 work"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights would change"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "device is 'nvme'; cpu works"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow would change"),
         ({"zero_optimisation": {"stage": 2}}, "zero_optimisation (did you mean zero_optimization?)"),
         ({"zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
     ],
 )
 def test_refused(written: Written, content: Any, told: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        settings.check_deepspeed(written(content))
+        check(written(content))
     assert str(refused.value).startswith("--deepspeed")
     assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ({"bits": 4}, r"--bits: 4 does not go with ZeRO stage 3 of --deepspeed.*--shard in its place"),
+        ({"bits": 8}, r"--bits: 8 does not go"),
+        ({"bits": 16, "train_embeddings": "all"}, r"--train_embeddings: does not go with ZeRO stage 3.*use stage 2"),
+        ({"bits": 16, "use_dora": True}, r"--deepspeed: with ZeRO stage 3 does not go with --use_dora.*plain LoRA"),
+        ({"bits": 16, "lora_init": "pissa"}, r"--deepspeed: with ZeRO stage 3 does not go with --lora_init pissa"),
+        ({"bits": 16, "peft_method": "oft"}, r"--deepspeed: with ZeRO stage 3 does not go with --peft_method oft"),
+        ({"bits": 16, "peft_method": "full"}, r"--deepspeed: with ZeRO stage 3 does not go with --peft_method full"),
+        ({"bits": 16, "offload_activations": "on"}, r"--offload_activations: does not go with ZeRO stage 3"),
+        ({"bits": 16, "mlp_tile": 64}, r"--mlp_tile: does not go with ZeRO stage 3"),
+    ],
+)
+def test_what_does_not_go_with_stage_3(written: Written, others: dict[str, Any], told: str) -> None:
+    """The same goes with stage 2."""
+    with pytest.raises(ConfigError, match=told):
+        check(written({"zero_optimization": {"stage": 3}}), **others)
+    check(written({"zero_optimization": {"stage": 2}}), **others)
+
+
+@pytest.mark.parametrize(
+    ("content", "stage"),
+    [
+        ({"zero_optimization": {"stage": 3}}, 3), ({"zero_optimization": {"stage": "auto"}}, 2),
+        ({"zero_optimization": {}}, 0), ({"zero_optimization": 3}, 0), ([1], 0), ("{", 0), ({}, 0),
+    ],
+)  # fmt: skip
+def test_stage_that_a_file_asks_for(written: Written, content: Any, stage: int) -> None:
+    options = written(content)
+    assert zero_stage(options.deepspeed) == stage
+    assert options.divides_base is (stage == 3)
+    assert zero_stage("no-such-file.json") == zero_stage(None) == 0
+
+
+def test_one_flat_parameter_for_each_group_in_stage_3(written: Written) -> None:
+    """Their state is stored by group, whatever the file says."""
+    asked = {"stage": 3, "sub_group_size": 10, "offload_param": {"device": "cpu", "pin_memory": "auto"}}
+    zero = settings.deepspeed_config(written({"zero_optimization": asked}))["zero_optimization"]
+    assert zero.pop("sub_group_size") > 1e12
+    assert zero == {"stage": 3, "offload_param": {"device": "cpu"}, "elastic_checkpoint": False,
+                    "round_robin_gradients": False}  # fmt: skip
 
 
 def test_missing_file(written: Written, tmp_path: Path) -> None:
     options = written({})
     options.deepspeed = str(tmp_path / "no.json")
     with pytest.raises(ConfigError, match=r"no\.json cannot be read .*config-sample/deepspeed_zero2\.json"):
-        settings.check_deepspeed(options)
+        check(options)
     assert (REPOSITORY / "config-sample" / "deepspeed_zero2.json").is_file()
 
 
-def test_sample_config(written: Written) -> None:
-    options = written((REPOSITORY / "config-sample" / "deepspeed_zero2.json").read_text(encoding="utf-8"))
-    settings.check_deepspeed(options)
-    assert settings.deepspeed_config(options)["zero_optimization"]["stage"] == 2
+@pytest.mark.parametrize("stage", [2, 3])
+def test_sample_config(stage: int, written: Written) -> None:
+    options = written((REPOSITORY / "config-sample" / f"deepspeed_zero{stage}.json").read_text(encoding="utf-8"))
+    check(options, bits=16)
+    assert settings.deepspeed_config(options)["zero_optimization"]["stage"] == stage
 
 
 def test_surroundings(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     options = written({"zero_optimization": {"stage": 2}})
-    settings.check_deepspeed(options)
+    check(options)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"pip install .*requirements-deepspeed\.txt"):
         patch.setattr(settings, "find_spec", lambda name: None)
-        settings.check_deepspeed(options)
+        check(options)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="torchrun"):
         patch.delenv("LOCAL_RANK")
-        settings.check_deepspeed(options)
+        check(options)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="accelerate launch"):
         patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        settings.check_deepspeed(options)
+        check(options)
     assert (REPOSITORY / "requirements-deepspeed.txt").is_file()
 
 
@@ -135,6 +190,19 @@ SPLIT = ShardLayout(  # the same with the border in the middle of a
 )  # fmt: skip
 
 
+THIRDS = ShardLayout(  # each parameter in as many parts as there are processes, the last one padded
+    names=LAYOUT.names, shapes=LAYOUT.shapes, pieces=pieces_of_each(LAYOUT.names, LAYOUT.shapes, 3),
+)  # fmt: skip
+
+
+def test_each_parameter_is_cut_for_each_process() -> None:
+    assert THIRDS.pieces == [
+        [{"a": (0, 2), "b": (2, 1)}, {"c": (0, 1)}],
+        [{"a": (0, 2), "b": (2, 1)}, {"c": (0, 1)}],
+        [{"b": (2, 1)}, {}],
+    ]
+
+
 def whole_state() -> dict[str, Any]:
     values = {0: torch.arange(4.0).reshape(2, 2), 1: torch.arange(10.0, 13.0), 2: torch.tensor([20.0, 21.0])}
     state = {number: {"step": torch.tensor(7.0), "exp_avg": value, "exp_avg_sq": value * 2, "note": 3}
@@ -142,13 +210,14 @@ def whole_state() -> dict[str, Any]:
     return {"state": state, "param_groups": [{"lr": 0.1, "params": [0, 1]}, {"lr": 0.2, "params": [2]}]}
 
 
-@pytest.mark.parametrize(("layout", "sizes"), [(LAYOUT, [4, 2]), (SPLIT, [3, 1])])
+@pytest.mark.parametrize(("layout", "sizes"), [(LAYOUT, [4, 2]), (SPLIT, [3, 1]), (THIRDS, [3, 1])])
 def test_state_is_divided_and_joined(layout: ShardLayout, sizes: list[int]) -> None:
     shards = [split_state(whole_state(), layout, rank, sizes) for rank in range(len(layout.pieces))]
     for shard in shards:
         assert [group["params"] for group in shard["param_groups"]] == [[0], [1]]
         assert [shard["state"][number]["exp_avg"].shape for number in (0, 1)] == [(size,) for size in sizes]
-    assert torch.equal(shards[1]["state"][0]["exp_avg"][:1], torch.tensor([10.0 if layout is LAYOUT else 3.0]))
+    first = {id(LAYOUT): 10.0, id(SPLIT): 3.0, id(THIRDS): 2.0}[id(layout)]
+    assert torch.equal(shards[1]["state"][0]["exp_avg"][:1], torch.tensor([first]))
     joined, expected = join_states(shards, layout), whole_state()
     assert joined["param_groups"] == expected["param_groups"]
     assert joined["state"].keys() == expected["state"].keys()
@@ -201,6 +270,43 @@ def test_autocast_is_inside() -> None:
     assert model.module.weight.dtype == torch.float32
 
 
+class Tied(torch.nn.Module):
+    """As a language model whose head has the weights of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+
+def test_what_stays_whole_is_not_seen() -> None:
+    """Neither its modules while the others are divided, nor its weights at any time."""
+    model = Tied()
+    for parameter in model.embedding.parameters():
+        parameter.requires_grad_(False)
+    ends = whole_modules(model)
+    assert ends == [model.embedding, model.head]
+    seen = Divided(model, ends)
+    assert [name for name, _ in seen.named_parameters()] == ["module.layer.weight", "module.layer.bias"]
+    before = [name for name, _ in model.named_modules()]
+    with left_out(seen, ends):
+        assert [name for name, _ in model.named_modules()] == ["", "layer"]
+    assert [name for name, _ in model.named_modules()] == before
+    assert model.head.weight is model.embedding.weight
+
+
+def test_a_trained_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ZeRO stage 3 keeps embeddings and output head whole"):
+        whole_modules(Tied())
+
+
 def test_only_one_file_imports_deepspeed() -> None:
     files = [path for path in (REPOSITORY / "onecard").rglob("*.py") if "import deepspeed" in path.read_text("utf-8")]
     assert [path.name for path in files] == ["deepspeed_engine.py"]
@@ -226,9 +332,9 @@ def test_a_step_left_out_after_an_overflow_is_counted(fused: bool) -> None:
 
     engine = TrainingEngine(SimpleNamespace(scaler=scaler, num_processes=1), model, Scaled(), max_grad_norm=1.0)
     before = model.weight.detach().clone()
-    for factor, left_out in ((torch.inf, True), (1.0, False)):
+    for factor, is_left_out in ((torch.inf, True), (1.0, False)):
         scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
         scaler.unscale_(optimizer)
-        assert engine.step() is left_out
-        assert torch.equal(before, model.weight) is left_out
+        assert engine.step() is is_left_out
+        assert torch.equal(before, model.weight) is is_left_out
     assert scaler.get_scale() == 4.0

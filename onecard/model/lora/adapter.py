@@ -348,7 +348,7 @@ def describe_trainable(model: nn.Module) -> str:
     """One line: how many weights are trained, of how many, and on which layers."""
     peft_model = unwrap(model)
     n_all = sum(n_elements(parameter) for parameter in peft_model.parameters())
-    n_trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+    n_trained = sum(n_elements(parameter) for parameter in peft_model.parameters() if parameter.requires_grad)
     found = dict.fromkeys(layer_of(name) for name, _ in peft_model.named_parameters())
     layers = [name.replace(".base_layer", "") for name in found if name is not None]
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))

@@ -285,7 +285,7 @@ def _first_setup(
         repeats_kv=card.is_gpu and (card.repeats_kv or element_bytes == FP32 or train.share_prompt is True),
         on_gpu=card.is_gpu,
         expandable_segments=card.expandable_segments,
-        n_shards=int(os.environ.get("WORLD_SIZE", "1")) if train.shard else 1,
+        n_shards=int(os.environ.get("WORLD_SIZE", "1")) if train.divides_base else 1,
         n_cards=n_gpus_of(config.model.max_memory) if card.is_gpu else 1,
     )
 
@@ -298,14 +298,18 @@ def _steps(config: FinetuneConfig, card: CardSpec, setup: MemoryConfig) -> list[
     memory, train = config.memory, config.train
     one = setup.n_cards == 1
     frozen = not config.lora.trains_vocabulary and one
+    zero3 = bool(train.deepspeed) and train.divides_base
     free: list[tuple[bool, Step]] = [
         (not train.micro_tokens and not train.micro_batch, _smaller_budget),
         (memory.loss_chunk == 0, _smaller_chunks),
-        (memory.offload_activations == "auto" and setup.gradient_checkpointing and card.is_gpu and one, _offload),
+        (
+            memory.offload_activations == "auto" and setup.gradient_checkpointing and card.is_gpu and one and not zero3,
+            _offload,
+        ),
         (train.optimizer == "auto" and not train.deepspeed, _small_optimizer),
         (memory.offload_embeddings == "auto" and card.is_gpu and frozen, _embeddings_in_ram),
         (memory.head_bits == "auto" and frozen, partial(_small_head, may_move=memory.offload_embeddings == "auto")),
-        (memory.mlp_tile == 0, _tiles),
+        (memory.mlp_tile == 0 and not zero3, _tiles),
     ]
     return [step for is_free, step in free if is_free]
 
