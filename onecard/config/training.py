@@ -528,8 +528,6 @@ class FinetuneConfig:
             found.append(("--bits", text))
         if self.model.stream_layers == "on":
             found.append(("--stream_layers", f"on does not go with {method}: only frozen layers can lie in RAM"))
-        if train.deepspeed:
-            found.append(("--deepspeed", f"does not go with {method}: its checkpoints hold adapters; leave it out"))
         if train.start_adapter:
             text = f"does not go with {method}; merge that adapter ({command('merge')}), and give the result as "
             found.append(("--init_adapter", f"{text}--model_path"))

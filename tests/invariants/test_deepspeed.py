@@ -78,12 +78,12 @@ def zero2(configured: Configured, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory / "run"
 
 
-def assert_close(one: Path, other: Path, *, loss: float = 1e-6) -> None:
+def assert_close(one: Path, other: Path, *, loss: float = 1e-6, file: str = "adapter_model.safetensors") -> None:
     expected, got = tiny.losses_of(one), tiny.losses_of(other)
     assert len(got) == 8
     assert [step for step, _ in got] == [step for step, _ in expected]
     assert max(abs(a - b) for (_, a), (_, b) in zip(got, expected, strict=True)) < loss
-    weights = [tiny.tensors_of(run / "adapter_model.safetensors") for run in (one, other)]
+    weights = [tiny.tensors_of(run / file) for run in (one, other)]
     assert tiny.largest_difference(*weights) < 1e-4
 
 
@@ -101,12 +101,23 @@ def test_loraplus_and_state_in_ram(stage: int, configured: Configured, tmp_path:
     assert_close(plain, tmp_path / "zero" / "run", loss=2e-6)
 
 
-def test_zero2_with_bottleneck_adapters(configured: Configured, tmp_path: Path) -> None:
-    method = {"peft_method": "bottleneck", "peft_option": "form=houlsby"}
+@pytest.mark.parametrize(
+    ("method", "file"),
+    [
+        ({"peft_method": "bottleneck", "peft_option": "form=houlsby"}, "adapter_model.safetensors"),
+        ({"peft_method": "full"}, "model.safetensors"),
+        ({"peft_method": "freeze:1"}, "model.safetensors"),
+    ],
+    ids=["bottleneck", "full", "freeze:1"],
+)
+def test_zero2_with_other_methods(method: dict, file: str, configured: Configured, tmp_path: Path) -> None:
+    """The whole weights of a base are stopped in between, and go on."""
     plain = finetune(configured(tmp_path / "plain", **method))
     config = configured(tmp_path / "zero", USUAL, **method)
+    if file == "model.safetensors":
+        fail(launch(torchrun(2), config, tmp_path / "zero", trouble="SIGTERM-to-torchrun", at_step=3))
     finish(launch(torchrun(2), config, tmp_path / "zero"))
-    assert_close(plain, tmp_path / "zero" / "run")
+    assert_close(plain, tmp_path / "zero" / "run", file=file)
 
 
 def test_ctrl_c_and_on(configured: Configured, zero2: Path, tmp_path: Path) -> None:
