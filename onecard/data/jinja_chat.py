@@ -145,7 +145,37 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals["namespace"], environment.globals["dict"] = _SafeNamespace, _NewDict()
     return environment
+
+
+class _SafeNamespace(jinja2.utils.Namespace):
+    """Jinja's namespace without names of Python's internals: templates come from the Hub and are not to be trusted."""
+
+    def __init__(*args: Any, **names: Any) -> None:  # so that `namespace(self=...)` is possible, as in Jinja's own
+        self, *given = args
+        values = dict(*given, **names)
+        for name in values:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+class _NewDict:
+    """The type `dict` where it is called; by the methods of the type a template could change what it is given."""
+
+    fromkeys = staticmethod(dict.fromkeys)
+
+    def __call__(self, *args: Any, **names: Any) -> dict[Any, Any]:
+        return dict(*args, **names)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.sandbox.SecurityError(f"a template may not use the name {name!r}")
 
 
 def _to_json(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from onecard.data.built_in_templates import BUILT_IN, FOLDER
 from onecard.data.chat_template import PromptRenderer, Segment, Template, load_template
+from onecard.data.jinja_chat import render_chat
 from onecard.data.messages import Turn
 from onecard.data.special_tokens import special_tokens
 from onecard.errors import ConfigError, DataError
@@ -245,6 +246,36 @@ def test_what_a_template_refuses_is_a_data_error(sp_tokenizer, with_template):
     )
     with pytest.raises(DataError, match="too many"):
         segments_of(load_template("auto", tokenizer), CONVERSATIONS[2], tokenizer)
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ namespace({'__call__': 1}) }}",
+        "{{ namespace(_Namespace__attrs=1) }}",
+        "{{ dict.update(messages[0], {'content': 'other'}) }}",
+        "{{ dict.pop(messages[0], 'content') }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+    ],
+)
+def test_a_template_reaches_nothing_but_what_it_is_given(jinja):
+    messages = [dict(each) for each in MESSAGES]
+    with pytest.raises(DataError):
+        render_chat(jinja, messages, {}, add_generation_prompt=False)
+    assert messages == MESSAGES
+
+
+def test_a_template_may_use_namespaces_and_dictionaries_of_its_own():
+    jinja = (
+        "{% set ns = namespace(n=1) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }} {{ dict(a=2).a }} {{ dict.fromkeys(['b'], 3).b }} {{ namespace(self=4).self }}"
+    )
+    assert render_chat(jinja, MESSAGES, {}, add_generation_prompt=False) == "2 2 3 4"
 
 
 def test_the_environment_has_what_hub_templates_use(sp_tokenizer):
