@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Samples in shared rows (--packing) against padding: tokens per second on instruction rows, same steps, same run.
 
-    python benchmarks/packing.py [--rows 1000] [--rounds 7]
+    python benchmarks/packing.py [--rows 1000] [--rounds 7] [--joined 1]
 
 Three ways take the same steps in turns, and must find the same losses: `--packing`; rows padded to the longest of a
 micro-batch, as this project cuts a step (longest first, --micro_tokens); and 8 rows at a time (--micro_batch 8),
@@ -50,6 +50,8 @@ class PackingOptions:
 
     rows: int = 1000
     """Instruction records."""
+    joined: int = 1
+    """Every record has the texts of 1 to so many; with more than 1 they are of unlike lengths."""
     cutoff_len: int = 512
     """Tokens of a shared row."""
     micro_tokens: int = 2048
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        path.write_text(json.dumps(records(options.rows), ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(records(options.rows, options.joined), ensure_ascii=False), encoding="utf-8")
         samples = samples_of(str(path), Path(DEFAULT_BASE), options.cutoff_len)
     ways, padded = build(options, samples)
     with TemporaryDirectory() as folder:
@@ -100,11 +102,13 @@ def main(argv: list[str] | None = None) -> None:
                                   "machine": machine("cpu")})  # fmt: skip
 
 
-def records(n_rows: int) -> list[dict[str, Any]]:
-    """Records of the kinds that sample/merge_sample.json has."""
+def records(n_rows: int, joined: int = 1) -> list[dict[str, Any]]:
+    """Records of the kinds that sample/merge_sample.json has, of 1 to `joined` of them each."""
     from tools.tiny_corpus.build import merge_sample
 
-    return merge_sample(per_task=n_rows // N_TASKS + 1)[:n_rows]
+    every = merge_sample(per_task=n_rows // N_TASKS + 1)[:n_rows]
+    several = [[every[(number + more) % n_rows] for more in range(number % joined + 1)] for number in range(n_rows)]
+    return [{name: "\n".join(str(one[name]) for one in some) for name in some[0]} for some in several]
 
 
 def trl_runs(options: PackingOptions, samples: Any, folder: Path) -> dict[str, Any]:
@@ -127,6 +131,7 @@ def build(options: PackingOptions, samples: Any) -> tuple[dict[str, Callable[[in
     from onecard.data.batches import micro_batches, step_samples
     from onecard.data.packing import padded_tokens
     from onecard.model.hardware import detect
+    from onecard.model.packed_rows import keep_texts_apart
     from onecard.train.oom import MicroBatchLimits
     from onecard.train.step import take_step
 
@@ -148,6 +153,8 @@ def build(options: PackingOptions, samples: Any) -> tuple[dict[str, Callable[[in
     for name, limit in limits.items():
         run = build_run(config, hardware, base_model(config.model, hardware), samples)
         run.limits = limit
+        if limit.row_tokens:
+            keep_texts_apart(run.plain_model, hardware.device)
 
         def step(number: int, *, run: Any = run) -> float:
             run.state.step = number
