@@ -16,8 +16,8 @@ from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
 from onecard.model.lora.adapter import adaptable_layers, add_lora, describe_trainable, load_adapter, save_adapter
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import n_trained
 from onecard.model.memory.plan import CardSpec, make_plan
+from onecard.model.memory.tensor_sizes import n_trained
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.tiled_mlp import tile_mlps
 from onecard.model.model_layers import expert_tensors, linear_layers

@@ -30,8 +30,9 @@ from onecard.model.lora.adapter import (
 )
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import FP32, MemoryConfig, account, n_trained, optimizer_bytes
+from onecard.model.memory.estimate import MemoryConfig, account
 from onecard.model.memory.plan import CardSpec, make_plan
+from onecard.model.memory.tensor_sizes import FP32, n_trained, optimizer_bytes
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head

@@ -25,7 +25,8 @@ from onecard.inference.load import load_bundle
 from onecard.inference.run_files import stored_options
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import FP32, MemoryConfig, account, n_trained
+from onecard.model.memory.estimate import MemoryConfig, account
+from onecard.model.memory.tensor_sizes import FP32, n_trained
 from onecard.model.trained import describe_trained, make_trainable
 from onecard.programs.gguf import main as gguf
 from onecard.recipes import finetune

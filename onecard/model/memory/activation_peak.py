@@ -60,7 +60,7 @@ def find_peak(model: Any, setup: Any) -> ActivationPeak:
         ratio = f"{SEEN_RATIO[model.model_type]:.0%}"
         _warn_once(f"{model.name}: the plan of a small {model.model_type} was {ratio} of what it took")
     try:
-        with _isolated():
+        with isolated():
             return _simulated_peak(model, setup)
     except NotTraced:  # an answer at once, of a model that is not known yet
         pass
@@ -73,7 +73,7 @@ def find_peak(model: Any, setup: Any) -> ActivationPeak:
 
 
 @contextmanager
-def _isolated() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Restore the states of random generators, the default dtype, the mode of gradients and the filters of warnings."""
     dtype, python_state, numpy_state = torch.get_default_dtype(), random.getstate(), np.random.get_state()
     with (
@@ -90,19 +90,28 @@ def _isolated() -> Iterator[None]:
 
 
 @lru_cache(maxsize=64)
-def _nameless(model: Any) -> Any:
+def nameless(model: Any) -> Any:
     """Equal models share their traces under any name."""
     return replace(model, name="", notes=(), source=replace(model.source, name=""))
 
 
+def samples_of_step(model: Any, setup: Any) -> list[Sample]:
+    """The layers of a micro-batch and its loss, or all of it where they are not told apart.
+
+    Raises NotTraced, and whatever a model's own code raises on fake tensors.
+    """
+    model = nameless(model)
+    layers = sample_or_nearest(model, setup, Part.LAYERS if setup.loss_chunk else Part.WHOLE)
+    if not setup.loss_chunk:
+        return [layers]
+    if not layers.kinds:
+        return [sample_or_nearest(model, setup, Part.WHOLE)]
+    return [layers, sample_or_nearest(model, setup, Part.LOSS)]
+
+
 def _simulated_peak(model: Any, setup: Any) -> ActivationPeak:
-    model = _nameless(model)
-    found = [sample_or_nearest(model, setup, Part.LAYERS if setup.loss_chunk else Part.WHOLE)]
-    apart = setup.loss_chunk > 0 and bool(found[0].kinds)
-    if apart:
-        found.append(sample_or_nearest(model, setup, Part.LOSS))
-    elif setup.loss_chunk:  # layers that are not told apart
-        found = [sample_or_nearest(model, setup, Part.WHOLE)]
+    found = samples_of_step(model, setup)
+    apart = len(found) > 1
     n_trained = LoraOptions(setup.peft_method).n_last_layers
     moments = [_of_whole_model(each, found[0], n_trained) for each in found]
     total, inputs, phase = (np.concatenate(column) for column in zip(*moments, strict=True))

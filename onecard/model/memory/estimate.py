@@ -11,20 +11,31 @@ It knows an `Architecture` and a `MemoryConfig`; it does not know cards, options
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 from onecard.config.lora import LoraOptions
-from onecard.model.lora.targets import EXPERTS
 from onecard.model.memory.activation_peak import find_peak
 from onecard.model.memory.architecture import Architecture, Linear
+from onecard.model.memory.reserved_memory import reserved_beyond_tensors
 from onecard.model.memory.simulate import LOSS
+from onecard.model.memory.tensor_sizes import (
+    FP32,
+    adapter_shapes,
+    expert_bits,
+    layer_bytes,
+    linear_bytes,
+    method_tensors_of,
+    n_adapter,
+    n_trained,
+    optimizer_bytes,
+    streamed_layer_bytes,
+    tuned_shapes,
+    vocabulary_shapes,
+    whole_shapes,
+)
 from onecard.model.memory_saving.activation_offload import CHUNK_BYTES
 from onecard.model.memory_saving.streamed_layers import N_SLOTS
-from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK
 
 GIB = 2**30
-FP32 = 4  # bytes
 RNG_BYTES = 5056  # each checkpoint keeps the state of the CPU's generator; it lies in RAM
 
 # Assumed, not measured: what a process holds before its first tensor (context, kernels, cuBLAS workspaces).
@@ -33,15 +44,9 @@ CUDA_CONTEXT_BYTES = GIB // 2
 LIBRARY_BYTES = int(0.55 * GIB)
 # What torch's caching allocator needs beyond the tensors: a share of what comes and goes, and some bytes. Source: the
 # smallest limits under which a step ran with the arithmetic of that allocator (benchmarks/reserved_memory.py), with
-# segments that grow and without; no card has confirmed them yet.
+# segments that grow and without; no card has confirmed them yet. Where those of a fixed size are the question and a
+# step's requests are known, `reserved_memory.py` replays them instead.
 GROWING_SLACK, FIXED_SLACK = (0.08, 40 * 2**20), (0.3, 50 * 2**20)
-
-# NF4 with double quantisation (arXiv:2305.14314): an 8-bit scale for each 64 weights, an fp32 one for each 256 scales,
-# one offset, and two tables of 16 and 256 numbers for each layer.
-NF4_TABLE_BYTES = FP32 * (1 + 16 + 256)
-# 8-bit Adam (arXiv:2110.02861): two bytes per weight and an fp32 scale for each 256; small tensors keep fp32 state.
-ADAM8_BLOCK, ADAM8_SMALLEST = 256, 4096
-WHOLE_MODEL = Linear("whole model", 0, 0, bias=False, count=1)  # in the place of a layer: virtual tokens, bottlenecks
 
 
 @dataclass(frozen=True)
@@ -149,19 +154,35 @@ LIBRARIES = "Python and its libraries"
 INPUTS = "inputs of all layers"
 
 
-def account(model: Architecture, setup: MemoryConfig) -> MemoryEstimate:
-    """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment."""
+def account(model: Architecture, setup: MemoryConfig, within: int = 0) -> MemoryEstimate:
+    """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment.
+
+    within: bytes of the card, where they are known. What does not fit without the allocator's slack is then given a
+    rough one, which takes no time.
+    """
     setup = _possible(model, setup)
     parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup), _mask(model, setup)]
     if setup.n_cards > 1:
         parts = [_on_fullest(part, model, setup) for part in parts]
     if setup.on_gpu:
         moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
-        share, least = GROWING_SLACK if setup.expandable_segments else FIXED_SLACK
-        parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, least + int(moving * share))]
+        tensors = CUDA_CONTEXT_BYTES + sum(part.n_bytes for part in parts if part.place == "card")
+        slack = _rough_slack(setup, moving) if 0 < within < tensors else _slack(model, setup, moving)
+        parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, slack)]
     else:
         parts.append(MemoryComponent(LIBRARIES, LIBRARY_BYTES))
     return MemoryEstimate(tuple(part for part in parts if part.n_bytes))
+
+
+def _slack(model: Architecture, setup: MemoryConfig, moving: int) -> int:
+    """What the allocator needs beyond the tensors, of which `moving` bytes come and go."""
+    found = None if setup.expandable_segments else reserved_beyond_tensors(model, setup, moving)
+    return _rough_slack(setup, moving) if found is None else found
+
+
+def _rough_slack(setup: MemoryConfig, moving: int) -> int:
+    share, least = GROWING_SLACK if setup.expandable_segments else FIXED_SLACK
+    return least + int(moving * share)
 
 
 def _mask(model: Architecture, setup: MemoryConfig) -> MemoryComponent:
@@ -202,118 +223,10 @@ def _possible(model: Architecture, setup: MemoryConfig) -> MemoryConfig:
     )
 
 
-def linear_bytes(n_in: int, n_out: int, bits: int, element_bytes: int) -> int:
-    """One linear layer's weight (n_out, n_in) in `bits`, with the constants that quantisation needs."""
-    n_weights = n_in * n_out
-    if bits == 4:
-        blocks = -(-n_weights // NF4_BLOCK)
-        return -(-n_weights // 2) + blocks + -(-blocks // NF4_SUPERBLOCK) * FP32 + NF4_TABLE_BYTES
-    if bits == 8:
-        return n_weights + n_out * FP32
-    return n_weights * element_bytes
-
-
-def expert_bits(setup: MemoryConfig) -> int:
-    """Bits of experts that lie in one tensor: LLM.int8 has no form for these."""
-    return 4 if setup.bits == 4 else 8 * setup.element_bytes
-
-
-def adapter_shapes(model: Architecture, setup: MemoryConfig) -> list[tuple[Linear, tuple[int, ...]]]:
-    """The linear layers that get an adapter, and how many weights each tensor of one such adapter has."""
-    options = LoraOptions(setup.peft_method)
-    if options.tunes_base:
-        return []
-    if options.sized_by_model:
-        return [(WHOLE_MODEL, _whole_model_shapes(model, setup.peft_method, setup.peft_option))]
-    wanted = [name.strip().rsplit(".", 1)[-1] for name in setup.targets.split(",")]
-    everywhere = setup.targets.strip() == "all-linear"
-    experts = [name.strip() for name in setup.expert_targets.split(",") if name.strip()]
-    chosen = [linear for linear in model.linears if linear.adapted and (everywhere or linear.name in wanted)]
-    chosen += [each for each in model.experts if any(name == EXPERTS or each.name.endswith(name) for name in experts)]
-    if setup.peft_method != "lora":
-        return list(zip(chosen, _of_method(setup, chosen)[0], strict=True))
-    found = []
-    for linear in chosen:
-        magnitude = (linear.n_out,) if setup.use_dora else ()
-        found.append((linear, (setup.rank * linear.n_in, setup.rank * linear.n_out, *magnitude)))
-    return found
-
-
-def _of_method(setup: MemoryConfig, chosen: list[Linear]) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Weights in each tensor of another method than LoRA, by layer, and bytes of what it keeps beside them."""
-    return _method_tensors(setup.peft_method, setup.peft_option, setup.rank, tuple(chosen))
-
-
-@lru_cache(maxsize=64)
-def _method_tensors(
-    method: Any, option: str, rank: int, chosen: tuple[Linear, ...]
-) -> tuple[tuple[tuple[int, ...], ...], int]:
-    from onecard.model.lora.method_size import method_tensors  # only here: peft takes seconds
-
-    options = LoraOptions(peft_method=method, peft_option=option, lora_r=rank)
-    shapes, kept, shared = method_tensors(options, [(linear.name, linear.n_in, linear.n_out) for linear in chosen])
-    beside = sum(linear.count * n_bytes for linear, n_bytes in zip(chosen, kept, strict=True))
-    return tuple(tuple(sizes) for sizes in shapes), beside + shared
-
-
-@lru_cache(maxsize=64)
-def _whole_model_shapes(model: Architecture, method: str, option: str) -> tuple[int, ...]:
-    """How many weights each tensor has of a method whose size follows from the whole model."""
-    from onecard.model.lora.method_size import whole_model_tensors  # only here: peft takes seconds
-
-    config, own_code = model.source.read()
-    return whole_model_tensors(LoraOptions(method, option), config, **own_code)
-
-
-@lru_cache(maxsize=64)
-def tuned_shapes(model: Architecture, method: str) -> tuple[int, ...]:
-    """How many weights of the base each tensor has that is trained itself; none where there is an adapter."""
-    if not LoraOptions(method).tunes_base:
-        return ()
-    from onecard.model.full_tuning import trained_sizes  # only here: it takes seconds
-
-    config, own_code = model.source.read()
-    return trained_sizes(config, LoraOptions(method), **own_code)
-
-
-def vocabulary_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
-    """How many weights of embeddings and head are trained, in each tensor; tied, they are one."""
-    n_rows = model.vocab_size if setup.train_embeddings else setup.n_new_tokens
-    return [n_rows * model.hidden_size] * (1 if model.tied else 2) if n_rows else []
-
-
-def _whole_shapes(model: Architecture, setup: MemoryConfig) -> list[int]:
-    """How many weights each tensor has that is trained and is of no adapter's layer."""
-    scalar_head = [model.hidden_size] * setup.gives_reward
-    return [*vocabulary_shapes(model, setup), *tuned_shapes(model, setup.peft_method), *scalar_head]
-
-
-def n_trained(model: Architecture, setup: MemoryConfig) -> int:
-    """Weights of the adapter, unless it waits, and those beside it that are trained."""
-    of_base = sum(_whole_shapes(model, setup))
-    return (not setup.only_vocabulary) * _n_adapter(model, setup) + of_base
-
-
-def _n_adapter(model: Architecture, setup: MemoryConfig) -> int:
-    return sum(linear.count * sum(sizes) for linear, sizes in adapter_shapes(model, setup))
-
-
-def optimizer_bytes(model: Architecture, setup: MemoryConfig) -> int:
-    """The state of the optimizer: two numbers per trained weight."""
-    adapter = [] if setup.only_vocabulary else adapter_shapes(model, setup)
-    every = [(size, linear.count) for linear, sizes in adapter for size in sizes]
-    every += [(size, 1) for size in _whole_shapes(model, setup)]
-    total = 0
-    for size, count in every:
-        small = "8bit" not in setup.optimizer or size < ADAM8_SMALLEST
-        total += count * (2 * size * FP32 if small else 2 * (size + -(-size // ADAM8_BLOCK) * FP32))
-    return total
-
-
 def _weights(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     mlp_kinds = _mlp_linears(model)
     attention, mlp, experts = (
-        sum(linear.count * _layer_bytes(linear, bits, setup) for linear in linears)
+        sum(linear.count * layer_bytes(linear, bits, setup) for linear in linears)
         for linears, bits in (
             ([linear for linear in model.linears if linear not in mlp_kinds], setup.bits),
             (mlp_kinds, setup.bits),
@@ -342,18 +255,6 @@ def _weights(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]:
     ]  # fmt: skip
 
 
-def _layer_bytes(linear: Linear, bits: int, setup: MemoryConfig) -> int:
-    """One linear layer or one tensor of experts, bias included."""
-    weights = linear_bytes(linear.n_in, linear.n_out, bits, setup.element_bytes)
-    return weights + linear.bias * linear.n_out * setup.element_bytes
-
-
-def streamed_layer_bytes(model: Architecture, setup: MemoryConfig) -> int:
-    """The weights of one decoder layer; where layers differ, of one that has everything."""
-    kinds = [(linear, setup.bits) for linear in model.linears] + [(each, expert_bits(setup)) for each in model.experts]
-    return sum(-(-linear.count // model.n_layers) * _layer_bytes(linear, bits, setup) for linear, bits in kinds)
-
-
 def _embedding_name(model: Architecture, setup: MemoryConfig) -> str:
     return "embeddings and head, tied" if model.tied and setup.head_bits >= 16 else "embeddings"
 
@@ -366,9 +267,9 @@ def _training(model: Architecture, setup: MemoryConfig) -> list[MemoryComponent]
     kind = f"rank {setup.rank}" if setup.peft_method == "lora" else setup.peft_method
     beside = 0
     if setup.peft_method != "lora" and not tuned and not LoraOptions(setup.peft_method).sized_by_model:
-        beside = _of_method(setup, [linear for linear, _ in adapter_shapes(model, setup)])[1]
+        beside = method_tensors_of(setup, [linear for linear, _ in adapter_shapes(model, setup)])[1]
     return [
-        MemoryComponent(f"adapter, {kind}, fp32", _n_adapter(model, setup) * FP32),
+        MemoryComponent(f"adapter, {kind}, fp32", n_adapter(model, setup) * FP32),
         MemoryComponent("base: what is trained, fp32 in place of 16 bits", tuned * (FP32 - setup.element_bytes)),
         MemoryComponent("adapter, what is not trained", beside),
         MemoryComponent(f"{name}, trained, fp32", whole * kept),
@@ -402,7 +303,7 @@ def _stepping(model: Architecture, setup: MemoryConfig) -> int:
     if setup.on_gpu or "8bit" in setup.optimizer:
         return 0
     every = [size for linear, sizes in adapter_shapes(model, setup) for size in sizes * min(2, linear.count)]
-    every += _whole_shapes(model, setup)
+    every += whole_shapes(model, setup)
     largest = sorted(every, reverse=True)
     return FP32 * (2 * sum(largest[:1]) + sum(largest[1:2]))
 

@@ -49,6 +49,7 @@ class Sample:
     kept: np.ndarray
     entry: float
     sizes: np.ndarray
+    blocks: np.ndarray
     kinds: list[int]
     """For each layer of the whole model the position of the traced one that stands for it."""
 
@@ -83,11 +84,16 @@ def sample(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
         return _from_short_rows(model, setup, part)
 
 
+def sample_at_size(model: Any, setup: Any, part: Part) -> Sample:
+    """As `sample`, traced at its own size, where other requests are made than at smaller ones."""
+    return traced(model, _relevant(model, setup, part), part)
+
+
 def _relevant(model: Any, setup: Any, part: Part) -> Any:
     """The setup without what changes nothing in this part at this size, so that equal ones are traced once."""
     setup = replace(
-        setup, optimizer="adamw", offload_embeddings=False, stream_layers=False, expandable_segments=True, n_cards=1,
-        only_vocabulary=False,
+        setup, optimizer="adamw", offload_embeddings=False, stream_layers=False, n_cards=1, only_vocabulary=False,
+        expandable_segments=setup.expandable_segments or not setup.on_gpu,
     )  # fmt: skip
     if setup.mlp_tile >= setup.tokens or part is Part.LOSS:
         setup = replace(setup, mlp_tile=0)
@@ -214,11 +220,13 @@ def _combined(found: list[Sample], points: list[Any], setup: Any, terms: Terms) 
     rows = np.array([terms(point) for point in points])
     scale = np.abs(rows).max(axis=0)
     weights = np.linalg.solve((rows / scale).T, np.array(terms(setup)) / scale)
+    same_requests = all(each.trace.events == found[-1].trace.events for each in found)
     values: dict[str, Any] = {
         key: sum(weight * getattr(each, key) for weight, each in zip(weights, found, strict=True))
-        for key in ("live", "kept", "entry", "sizes")
+        for key in ("live", "kept", "entry", "sizes", *(["blocks"] if same_requests else []))
     }
-    return replace(found[-1], **values)
+    trace = found[-1].trace if same_requests else replace(found[-1].trace, events=[])
+    return replace(found[-1], trace=trace, **values)
 
 
 def _differ(found: list[Sample]) -> bool:
@@ -258,7 +266,9 @@ def _peak_by_phase(found: Sample) -> Sample:
     worst: dict[tuple[int, int], float] = {}
     for place, live in zip(places, found.live, strict=True):
         worst[place] = max(worst.get(place, 0.0), float(live))
-    trace = replace(found.trace, phase=[phase for phase, _ in worst], layer=[layer for _, layer in worst])
+    trace = replace(
+        found.trace, phase=[phase for phase, _ in worst], layer=[layer for _, layer in worst], blocks=[], events=[]
+    )
     return replace(found, trace=trace, live=np.array([*worst.values()]))
 
 
@@ -315,7 +325,8 @@ def traced(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
         _traced_setups.setdefault((model, part), {})[setup] = None
         kept = np.array(trace.kept, dtype=float)
         sizes = np.array([size for _, size in trace.sent], dtype=float)
-        return Sample(trace, np.array(trace.live, dtype=float), kept, float(trace.entry), sizes, built.kinds)
+        blocks = np.array(trace.blocks, dtype=float)
+        return Sample(trace, np.array(trace.live, dtype=float), kept, float(trace.entry), sizes, blocks, built.kinds)
     _failed[key] = str(reasons[0]) or type(reasons[0]).__name__
     raise ModelError(_failed[key]) from reasons[0]
 

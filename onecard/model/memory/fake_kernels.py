@@ -18,20 +18,24 @@ MIXED = ("aten::add", "aten::sub", "aten::mul", "aten::div", "aten::where", "ate
 aten = torch.ops.aten
 
 
-def bytes_inside(func: Any, args: Any, out: Any, on_gpu: bool) -> int:
-    """Bytes that come and go inside one operation: of bitsandbytes, and of a CPU that computes with mixed types."""
+def bytes_inside(func: Any, args: Any, out: Any, on_gpu: bool) -> list[int]:
+    """Bytes that come and go inside one operation: of bitsandbytes, and of a CPU that computes with mixed types.
+
+    A number for each tensor on a card; for a CPU, whose allocator is not modelled, their sum.
+    """
     name = func._name.partition(".")[0]
     if name == "bitsandbytes::gemm_4bit":
         n_out, n_in = args[2]
-        return n_out * n_in * args[0].element_size() + n_out * n_in // 16
+        scales = n_out * n_in // 16  # in fp32, without their offset and with it
+        return [scales, scales, n_out * n_in * args[0].element_size()]
     if name == "bitsandbytes::int8_scaled_mm":
-        return out.numel() * 4
+        return [out.numel() * 4]
     if on_gpu or name.rstrip("_") not in MIXED or not isinstance(out, Tensor):
-        return 0
+        return []
     tensors = [value for value in args if isinstance(value, Tensor) and value.dim()]
     widest = max((tensor.element_size() for tensor in tensors), default=0)
     narrow = [tensor for tensor in (*tensors, out) if tensor.element_size() < widest]
-    return widest * sum(tensor.numel() for tensor in narrow)
+    return [widest * sum(tensor.numel() for tensor in narrow)]
 
 
 class KernelStandIns(TorchFunctionMode):

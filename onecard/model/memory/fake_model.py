@@ -58,7 +58,9 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
         warnings.simplefilter("ignore")
         base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **kernel, **own_code)
     base.requires_grad_(False)
-    layers, numbers, kinds = ([], [], []) if whole else cut_layers(base)
+    layers, numbers, kinds = (
+        ([], [], []) if whole else cut_layers(base, with_last=setup.on_gpu and not setup.expandable_segments)
+    )
     quantize_on_meta(base, setup.bits, dtype)
     if setup.head_bits < 16:
         quantize_head(base, setup.head_bits, dtype)
@@ -89,8 +91,11 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
     return FakeModel(peft.train(), mode, layers, numbers, kinds)
 
 
-def cut_layers(base: Any) -> tuple[list[nn.Module], list[int], list[int]]:
-    """Leave of the decoder layers the first and one of each kind; see `FakeModel`."""
+def cut_layers(base: Any, *, with_last: bool = False) -> tuple[list[nn.Module], list[int], list[int]]:
+    """Leave of the decoder layers the first and one of each kind; see `FakeModel`.
+
+    with_last: the last one, too, so that the others have neighbours on both sides.
+    """
     config = base.config.get_text_config()
     n_layers = config.num_hidden_layers
     lists = [path for path, module in base.named_modules() if isinstance(module, nn.ModuleList)]
@@ -99,6 +104,8 @@ def cut_layers(base: Any) -> tuple[list[nn.Module], list[int], list[int]]:
     )
     every = list(base.get_submodule(path))
     signs = [_layer_kind(layer, config, number) for number, layer in enumerate(every)]
+    if with_last:
+        signs[-1] += " last"
     numbers = [0, *sorted({sign: number for number, sign in reversed([*enumerate(signs)][1:])}.values())]
     of_sign = {signs[number]: position for position, number in enumerate(numbers) if number}
     for name, value in list(vars(config).items()):

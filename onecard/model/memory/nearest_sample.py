@@ -97,7 +97,7 @@ def _adjusted(found: Sample, setup: Any, known: Any, factor: float) -> Sample:
     """The sample of `known` for so many times its tokens, with the arithmetic and the layer inputs of `setup`."""
     factor *= setup.element_bytes / known.element_bytes
     found = replace(found, live=found.live * factor, kept=found.kept * factor, entry=found.entry * factor,
-                    sizes=found.sizes * factor)  # fmt: skip
+                    sizes=found.sizes * factor, blocks=found.blocks * factor)  # fmt: skip
     if setup.offload_activations and not known.offload_activations:
         trace = replace(found.trace, sent=[(position, 0) for position in range(len(found.kept))])
         found = replace(found, trace=trace, sizes=found.kept, kept=np.zeros(len(found.kept)))

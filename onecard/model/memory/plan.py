@@ -20,7 +20,8 @@ from onecard.console import nearest
 from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import Architecture
-from onecard.model.memory.estimate import FP32, GIB, MemoryConfig, MemoryEstimate, account, held_bytes
+from onecard.model.memory.estimate import GIB, MemoryConfig, MemoryEstimate, account, held_bytes
+from onecard.model.memory.tensor_sizes import FP32
 
 DEFAULT_MICRO_TOKENS = 4096
 LOSS_CHUNKS = (1024, 512, 256, 128)
@@ -131,13 +132,14 @@ def _make_plan(
     if config.model.gradient_checkpointing == "auto":
         setup, recompute = _recomputed(model, config, card, setup)
         choices.append(recompute)
-    here = account(model, setup)
+    measured = partial(account, model, within=card.total_bytes)
+    here = measured(setup)
     for step in _steps(config, card, setup):
         if here.card_bytes <= card.total_bytes:
             break
         for changed, choice in step(setup):
-            there = account(model, changed)
-            if there.card_bytes >= here.card_bytes:
+            there = measured(changed)
+            if there.tensor_bytes >= here.tensor_bytes:
                 continue  # of no use here, such as embeddings in RAM whose head is tied to them
             if there.ram_bytes > max(card.ram_bytes, here.ram_bytes):
                 choices += (
@@ -169,7 +171,7 @@ def _recomputed(
     for flag, wanted in needs_it.items():
         if wanted:
             return setup, PlannedSetting(RECOMPUTE, "on", f"goes with {flag}")
-    needed = account(model, without).card_bytes
+    needed = account(model, without, card.total_bytes).card_bytes
     # Without a card, what other programs hold of the machine's memory is not there either.
     room = int(ROOM * (card.total_bytes if card.is_gpu else min(card.total_bytes, card.ram_bytes)))
     if needed <= room:

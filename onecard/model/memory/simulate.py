@@ -56,7 +56,8 @@ class MemoryTrace:
 
     live, phase, layer, names, sizes: for each operation bytes, one of the phases above, the position in the layers that
     were kept, its name, and bytes of new storages. entry: bytes where the first layer begins. kept: what each layer
-    left alive in the forward pass. sent: (layer or -1, bytes) of each tensor that went to RAM.
+    left alive in the forward pass. sent: (layer or -1, bytes) of each tensor that went to RAM. blocks: bytes of each
+    request to the allocator. events: (number of a block, phase, layer), when it is taken and again when it is let go.
     """
 
     live: list[int] = field(default_factory=list)
@@ -67,6 +68,8 @@ class MemoryTrace:
     entry: int = 0
     kept: list[int] = field(default_factory=list)
     sent: list[tuple[int, int]] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    events: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class TooManyOperations(Exception):
@@ -91,7 +94,7 @@ class Recorder(TorchDispatchMode):
         self._attributes = shape_cache.attributes_of(model.mode)
         self._gives_way = GIVES_WAY.get()
         self._known = {tensor.untyped_storage()._cdata for tensor in _persistent_tensors(model.peft)}
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive: dict[int, tuple[StorageWeakRef, int, int]] = {}  # bytes, and which block; -1: another's by now
         self._live = 0
 
     @classmethod
@@ -129,17 +132,28 @@ class Recorder(TorchDispatchMode):
     def live(self) -> int:
         """Bytes alive now."""
         expired = torch.UntypedStorage._expired
-        gone = [key for key, (ref, _) in self._alive.items() if expired(ref.cdata)]
+        gone = [key for key, (ref, *_) in self._alive.items() if expired(ref.cdata)]
         for key in gone:
-            self._live -= self._alive.pop(key)[1]
+            _, n_bytes, block = self._alive.pop(key)
+            self._live -= n_bytes
+            if block >= 0:
+                self.trace.events.append((block, self.phase, self.layer))
         return self._live
+
+    def _take(self, n_bytes: int) -> int:
+        """Note a request of so many bytes; returns its number."""
+        self.trace.blocks.append(n_bytes)
+        self.trace.events.append((len(self.trace.blocks) - 1, self.phase, self.layer))
+        return len(self.trace.blocks) - 1
 
     def _record(self, func: Any, out: Any, args: Any, reused: int | None) -> None:
         self.live()
-        size = 0
+        size, inside = 0, bytes_inside(func, args, out, self.on_gpu)
+        inner, taken_over = [self._take(n_bytes) for n_bytes in inside], -1
         if reused is not None and reused in self._alive:
-            self._live -= self._alive[reused][1]
-            self._alive[reused] = (self._alive[reused][0], 0)
+            ref, n_bytes, taken_over = self._alive[reused]
+            self._live -= n_bytes
+            self._alive[reused] = (ref, 0, -1)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(tensor, Tensor):
                 continue
@@ -147,13 +161,16 @@ class Recorder(TorchDispatchMode):
             key = storage._cdata
             if key in self._known or key in self._alive:
                 continue
-            self._alive[key] = (StorageWeakRef(storage), storage.nbytes())
+            block = taken_over if taken_over >= 0 else self._take(storage.nbytes())
+            taken_over = -1
+            self._alive[key] = (StorageWeakRef(storage), storage.nbytes(), block)
             self._live += storage.nbytes()
             size += storage.nbytes()
         trace = self.trace
         if len(trace.live) > self.most:
             raise TooManyOperations
-        trace.live.append(self._live + bytes_inside(func, args, out, self.on_gpu))
+        trace.events += [(block, self.phase, self.layer) for block in inner]
+        trace.live.append(self._live + sum(inside))
         trace.phase.append(self.phase)
         trace.layer.append(self.layer)
         trace.names.append(func._name)
@@ -313,7 +330,11 @@ def _persistent_tensors(model: nn.Module) -> list[Tensor]:
 
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     found += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return found + [tensor for module in model.modules() for _, _, tensor in quantised_tensors(module)]
+    for module in model.modules():
+        found += [tensor for _, _, tensor in quantised_tensors(module)]
+        scales = getattr(getattr(module, "state", None), "SCB", None)  # an 8-bit layer's after its first product
+        found += [scales] if isinstance(scales, Tensor) else []
+    return found
 
 
 def _n_experts(model: Any) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onecard.model.memory.architecture import Architecture
-from onecard.model.memory.estimate import MemoryConfig, streamed_layer_bytes
+from onecard.model.memory.estimate import MemoryConfig
+from onecard.model.memory.tensor_sizes import streamed_layer_bytes
 
 # Assumed, not measured: a card of 11 to 24 GB in a slot of PCIe 3.0 with 16 lanes, in 16-bit arithmetic.
 COPY_BYTES_PER_S = 12e9

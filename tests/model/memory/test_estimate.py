@@ -12,15 +12,8 @@ import torch
 from benchmarks.plan_accuracy import element_bytes, peaks, real_run, toy_config
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import (
-    FP32,
-    MemoryConfig,
-    MemoryEstimate,
-    account,
-    linear_bytes,
-    n_trained,
-    optimizer_bytes,
-)
+from onecard.model.memory.estimate import MemoryConfig, MemoryEstimate, account
+from onecard.model.memory.tensor_sizes import FP32, linear_bytes, n_trained, optimizer_bytes
 from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import stored_bytes
 from tests.live_memory import held_bytes, peak_bytes

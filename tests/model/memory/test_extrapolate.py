@@ -61,7 +61,8 @@ def test_the_loss_is_traced_once_for_all_ranks_and_bits(of_setup):
     assert len({extrapolate._relevant(model, each, loss) for each in setups}) == 1
     traces = [extrapolate.traced(model, each, loss) for each in setups]
     for each in traces[1:]:
-        assert each.trace == traces[0].trace and each.kinds == traces[0].kinds
+        first, other = (replace(one.trace, blocks=[], events=[]) for one in (traces[0], each))  # of all phases
+        assert first == other and each.kinds == traces[0].kinds
     for other in ({"n_new_tokens": 4}, {"train_embeddings": True}, {"targets": "q_proj,lm_head"}):
         changed = [extrapolate._relevant(model, replace(each, **other), loss) for each in setups]
         assert len(set(changed)) == len(setups), "what is trained beside the layers"

@@ -14,7 +14,8 @@ from benchmarks.plan_accuracy import real_run, toy_config
 from onecard.config.lora import BOTTLENECK_FORMS, NOT_IN_4_BITS, LoraOptions
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import Architecture, architecture_of
-from onecard.model.memory.estimate import MemoryConfig, account, n_trained
+from onecard.model.memory.estimate import MemoryConfig, account
+from onecard.model.memory.tensor_sizes import n_trained
 from onecard.train.step import take_step
 from tests.faults.test_objectives import METHODS, OF_BASE
 from tests.live_memory import held_bytes, peak_bytes

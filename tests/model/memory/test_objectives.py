@@ -16,9 +16,10 @@ from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.data.encode import LabelledSample
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import account, n_trained
+from onecard.model.memory.estimate import account
 from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.memory.rollouts import row_bytes
+from onecard.model.memory.tensor_sizes import n_trained
 from onecard.model.packed_rows import keep_texts_apart
 from onecard.objectives.grpo import Rollout
 from onecard.objectives.preference import AnswerPair

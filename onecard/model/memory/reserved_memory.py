@@ -1,0 +1,186 @@
+"""What a step reserves beyond its tensors where the allocator's segments have a fixed size.
+
+What a freed block leaves there serves requests of about its own size only, so that what is reserved depends on the
+order of all requests. Traces have them for the first layer, the last and one of each kind between; here they become
+those of all layers, and are replayed by the arithmetic of `caching_allocator.py` on top of those of `loading.py`. Knows
+samples of traces and numbers of bytes; `activation_peak.py` knows what is alive.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+from onecard.config.lora import LoraOptions
+from onecard.model.memory.activation_peak import isolated, nameless, samples_of_step
+from onecard.model.memory.architecture import Architecture
+from onecard.model.memory.caching_allocator import CachingAllocator, OutOfRoom, Requests
+from onecard.model.memory.extrapolate import Sample, sample_at_size
+from onecard.model.memory.loading import loading, preparing
+from onecard.model.memory.simulate import BACKWARD, BEFORE, LAYER, LOSS, Part
+
+PRECISION, LITTLE = 0.008, 0.003  # of the bytes of tensors: how closely the smallest limit is looked for
+LARGEST_LEAK = 0.02  # of the tensors of a step, by which its requests may be off what is alive in its trace
+# cuBLAS takes two buffers of 4 MiB and eight of 16 KiB from the allocator, unless CUBLAS_WORKSPACE_CONFIG says
+# otherwise; more from sm_90 on. https://docs.nvidia.com/cuda/cublas/#cublassetworkspace
+CUBLAS_WORKSPACE_BYTES = (2 * 4096 + 8 * 16) * 1024
+
+Section = tuple[int, int]  # phase, and the position of the layer; -1 for none
+
+
+@lru_cache(maxsize=1024)
+def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int) -> int | None:
+    """Bytes that must be reserved beyond those of tensors for a step to run; None where its requests are not known.
+
+    moving: the most bytes of tensors that come and go in the step, by which its requests are checked.
+    """
+    if setup.n_cards > 1 or setup.n_shards > 1 or LoraOptions(setup.peft_method).n_last_layers:
+        return None
+    try:
+        with isolated():
+            samples = _samples_with_requests(model, setup)
+    except Exception:  # `find_peak` has told of it
+        return None
+    if not all(found.trace.events and found.kinds for found in samples):
+        return None
+    step, ends = requests_of_step(samples[0], samples[-1])
+    most_alive = step.most_alive()
+    if abs(most_alive - moving) > LARGEST_LEAK * moving:
+        return None
+    base, (beside, gradients) = loading(model, setup), preparing(model, setup)
+    allocator = CachingAllocator()
+    for requests in (base, beside):
+        allocator.serve(requests)
+        allocator.give_back()
+    _take_a_step(allocator, step, ends, gradients)
+    tensors = base.left() + beside.left() + sum(map(sum, gradients)) + most_alive
+    return smallest_limit(allocator, step, tensors) - tensors
+
+
+def _samples_with_requests(model: Architecture, setup: Any) -> list[Sample]:
+    """Traced at this size where a loop over pieces of a tensor has another number of rounds at smaller ones."""
+    found = samples_of_step(model, setup)
+    parts = [Part.LAYERS, Part.LOSS] if len(found) > 1 else [Part.WHOLE]
+    return [
+        each if each.trace.events or not each.trace.blocks else sample_at_size(nameless(model), setup, part)
+        for each, part in zip(found, parts, strict=True)
+    ]
+
+
+def _take_a_step(allocator: CachingAllocator, step: Requests, ends: list[int], gradients: list[list[int]]) -> None:
+    """The first micro-batch, which makes the gradients; what is free behind it is given back."""
+    allocator.allocate(CUBLAS_WORKSPACE_BYTES)
+    *of_layers, beside = gradients
+    allocator.serve(step, [*zip(ends, reversed(of_layers), strict=True), (ends[-1], beside)])
+    allocator.give_back()
+
+
+def smallest_limit(allocator: CachingAllocator, step: Requests, tensors: int) -> int:
+    """Bytes of the smallest limit that the step runs under, among halvings between `tensors` and what it reserves.
+
+    By chance a step may run under one limit and not under a larger one; so it must run under a little less, too.
+    """
+    free = allocator.copy(math.inf)
+    free.serve(step)
+    too_few, enough = tensors, free.most_reserved
+    while enough - too_few > PRECISION * tensors:
+        middle = (too_few + enough) // 2
+        try:
+            for limit in (middle, middle - int(LITTLE * tensors)):
+                allocator.copy(limit).serve(step)
+            enough = middle
+        except OutOfRoom:
+            too_few = middle
+    return enough
+
+
+class _Trace:
+    """The events of a sample by section, and which blocks outlive the section that takes them."""
+
+    def __init__(self, found: Sample) -> None:
+        self.blocks, self.n_layers = found.blocks, len(found.kept)
+        self.sections: dict[Section, list[int]] = {}
+        self.taken_in: dict[int, Section] = {}
+        let_go_in: dict[int, Section] = {}
+        for block, phase, layer in found.trace.events:
+            section = (phase, layer if phase in (LAYER, BACKWARD) else -1)
+            (let_go_in if block in self.taken_in else self.taken_in)[block] = section
+            self.sections.setdefault(section, []).append(block)
+        self.rank: dict[int, int] = {}  # of a block among those that outlive its section, the last one 0
+        n_left: dict[Section, int] = {}
+        for block, section in reversed(self.taken_in.items()):
+            if let_go_in.get(block) != section:
+                self.rank[block] = n_left.setdefault(section, 0)
+                n_left[section] += 1
+        # What a layer leaves to one further on than the next: by phase and rank, how far.
+        self.far: dict[int, dict[int, int]] = {}
+        for block, (phase, position) in self.taken_in.items():
+            until = let_go_in.get(block, (-1, -1))
+            if until[0] == phase and abs(until[1] - position) > 1:
+                self.far.setdefault(phase, {})[self.rank[block]] = until[1] - position
+
+
+class _Writer:
+    """Writes the requests of a section of a trace for a layer of the whole model.
+
+    A section lets go of what an earlier one left, its own layer's or a neighbour's: the block of the same rank.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self.n_layers, self.requests = n_layers, Requests()
+        self._left: dict[tuple[int, int, int], int] = {}  # by phase, number of the layer, and rank
+
+    def write(self, trace: _Trace, section: Section, number: int) -> None:
+        """number: of the layer, -1 for what is of none."""
+        own: dict[int, int] = {}
+        for rank, distance in trace.far.get(section[0], {}).items():
+            self._let_go((section[0], number - distance, rank))
+        for block in trace.sections.get(section, ()):
+            if block in own:
+                self.requests.let_go(own.pop(block))
+            elif trace.taken_in[block] == section:
+                request = self.requests.take(trace.blocks[block])
+                if block in trace.rank:
+                    self._left[section[0], number, trace.rank[block]] = request
+                else:
+                    own[block] = request
+            else:
+                self._let_go(self._key(trace, block, section, number))
+
+    def let_all_go(self) -> None:
+        """What nothing in the trace let go of is let go after the step."""
+        self.requests.let_go(*self._left.values())
+        self._left.clear()
+
+    def _let_go(self, key: tuple[int, int, int]) -> None:
+        request = self._left.pop(key, -1)
+        if request >= 0:
+            self.requests.let_go(request)
+
+    def _key(self, trace: _Trace, block: int, section: Section, number: int) -> tuple[int, int, int]:
+        """Of a block that another section left, where it is found: layers are as far apart as in the trace."""
+        phase, position = trace.taken_in[block]
+        if position < 0:
+            return phase, -1, trace.rank[block]
+        here, there = (section[1], number) if section[1] >= 0 else (trace.n_layers - 1, self.n_layers - 1)
+        return phase, there + position - here, trace.rank[block]
+
+
+def requests_of_step(layers: Sample, loss: Sample) -> tuple[Requests, list[int]]:
+    """All requests of a micro-batch of the whole model, and how many events there are when each layer is through.
+
+    loss: where it was traced apart, else the same sample; the last layer is through first.
+    """
+    of_layers, of_loss = _Trace(layers), _Trace(loss)
+    kinds, ends = [*enumerate(layers.kinds)], []
+    writer = _Writer(len(kinds))
+    writer.write(of_layers, (BEFORE, -1), -1)
+    for number, position in kinds:
+        writer.write(of_layers, (LAYER, position), number)
+    writer.write(of_loss, (LOSS, -1), -1)
+    for number, position in reversed(kinds):
+        writer.write(of_layers, (BACKWARD, position), number)
+        ends.append(len(writer.requests.events))
+    writer.let_all_go()
+    return writer.requests, ends
