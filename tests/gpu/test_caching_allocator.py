@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onecard.model.allocator import has_expandable_segments
-from onecard.model.memory.caching_allocator import CachingAllocator
+from onecard.model.memory.caching_allocator import Block, CachingAllocator
 from onecard.model.out_of_memory import give_back_memory
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,8 @@ def test_what_is_reserved_is_what_the_plan_says() -> None:
     Of equal free blocks the one with the lower address is taken, and addresses are the driver's: no two are equal here.
     """
     give_back_memory()
-    drawn, ours, held = random.Random(0), CachingAllocator(), []
+    drawn, ours = random.Random(0), CachingAllocator()
+    held: list[tuple[torch.Tensor, Block]] = []
     with torch.cuda.stream(torch.cuda.Stream()):
         start = torch.cuda.memory_reserved()
         for _ in range(300):
