@@ -10,8 +10,7 @@ import pytest
 
 from onecard.config.lora import SHORT_NAMES
 from onecard.model.memory.architecture import architecture_of
-from onecard.model.memory.estimate import GIB, MemoryConfig
-from onecard.model.memory.tensor_sizes import n_trained
+from onecard.model.memory.estimate import GIB, MemoryConfig, n_trained
 from onecard.programs.plan import main
 from tests.faults.test_objectives import METHODS
 
