@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onecard.model.allocator import has_expandable_segments
-from onecard.model.memory.caching_allocator import Block, CachingAllocator
+from onecard.model.memory.caching_allocator import CachingAllocator, MemoryBlock
 from onecard.model.out_of_memory import give_back_memory
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ def test_what_is_reserved_is_what_the_plan_says() -> None:
     """
     give_back_memory()
     drawn, ours = random.Random(0), CachingAllocator()
-    held: list[tuple[torch.Tensor, Block]] = []
+    held: list[tuple[torch.Tensor, MemoryBlock]] = []
     with torch.cuda.stream(torch.cuda.Stream()):
         start = torch.cuda.memory_reserved()
         for _ in range(300):

@@ -68,15 +68,15 @@ class Requests:
         return sum(self.sizes[event] if event >= 0 else -self.sizes[~event] for event in self.events)
 
 
-class Block:
+class MemoryBlock:
     """A stretch of a segment, in use or free, and its neighbours there."""
 
     __slots__ = ("address", "after", "before", "free", "pool", "size")
 
-    def __init__(self, size: int, address: int, pool: list[tuple[int, int, Block]]) -> None:
+    def __init__(self, size: int, address: int, pool: list[tuple[int, int, MemoryBlock]]) -> None:
         self.size, self.address, self.pool, self.free = size, address, pool, False
-        self.before: Block | None = None
-        self.after: Block | None = None
+        self.before: MemoryBlock | None = None
+        self.after: MemoryBlock | None = None
 
 
 class CachingAllocator:
@@ -85,11 +85,11 @@ class CachingAllocator:
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
         self.reserved = self.most_reserved = 0
-        self._small: list[tuple[int, int, Block]] = []  # free blocks by size, then address
-        self._large: list[tuple[int, int, Block]] = []
+        self._small: list[tuple[int, int, MemoryBlock]] = []  # free blocks by size, then address
+        self._large: list[tuple[int, int, MemoryBlock]] = []
         self._lowest_address = 0
 
-    def allocate(self, n_bytes: int) -> Block:
+    def allocate(self, n_bytes: int) -> MemoryBlock:
         """Serve a request. Raises OutOfRoom."""
         size = max(MIN_BLOCK, -(-n_bytes // MIN_BLOCK) * MIN_BLOCK)
         small = size <= SMALL_REQUEST
@@ -98,14 +98,14 @@ class CachingAllocator:
         block = pool.pop(at)[2] if at < len(pool) else self._new_segment(size, pool)
         block.free = False
         if block.size - size >= MIN_BLOCK if small else block.size - size > SMALL_REQUEST:
-            rest = Block(block.size - size, block.address + size, pool)
+            rest = MemoryBlock(block.size - size, block.address + size, pool)
             rest.before, rest.after, block.after, block.size = block, block.after, rest, size
             if rest.after is not None:
                 rest.after.before = rest
             self._keep(rest)
         return block
 
-    def free(self, block: Block) -> None:
+    def free(self, block: MemoryBlock) -> None:
         """Take a block back; it joins its free neighbours."""
         before, after = block.before, block.after
         if after is not None and after.free:
@@ -122,7 +122,7 @@ class CachingAllocator:
 
         after: numbers of events in rising order, and bytes of tensors that are made behind each and stay.
         """
-        blocks: list[Block | None] = [None] * len(requests.sizes)
+        blocks: list[MemoryBlock | None] = [None] * len(requests.sizes)
         start = 0
         for end, kept in (*after, (len(requests.events), ())):
             for event in requests.events[start:end]:
@@ -141,10 +141,10 @@ class CachingAllocator:
         other = CachingAllocator(limit)
         other.reserved = other.most_reserved = self.reserved
         other._lowest_address = self._lowest_address
-        in_use = Block(0, 0, [])
+        in_use = MemoryBlock(0, 0, [])
         for pool, new in ((self._small, other._small), (self._large, other._large)):
             for size, address, block in pool:
-                same = Block(size, address, new)
+                same = MemoryBlock(size, address, new)
                 same.free = True
                 same.before, same.after = block.before and in_use, block.after and in_use
                 new.append((size, address, same))
@@ -157,7 +157,7 @@ class CachingAllocator:
             self.reserved -= sum(size for size, _, _ in whole)
             pool[:] = [entry for entry in pool if entry[2].before is not None or entry[2].after is not None]
 
-    def _new_segment(self, size: int, pool: list[tuple[int, int, Block]]) -> Block:
+    def _new_segment(self, size: int, pool: list[tuple[int, int, MemoryBlock]]) -> MemoryBlock:
         if pool is self._small:
             n_bytes = SMALL_SEGMENT
         else:
@@ -169,17 +169,17 @@ class CachingAllocator:
         self.reserved += n_bytes
         self.most_reserved = max(self.most_reserved, self.reserved)
         self._lowest_address -= n_bytes
-        return Block(n_bytes, self._lowest_address, pool)
+        return MemoryBlock(n_bytes, self._lowest_address, pool)
 
-    def _keep(self, block: Block) -> None:
+    def _keep(self, block: MemoryBlock) -> None:
         block.free = True
         insort(block.pool, (block.size, block.address, block))
 
-    def _remove(self, block: Block) -> None:
+    def _remove(self, block: MemoryBlock) -> None:
         block.pool.pop(bisect_left(block.pool, (block.size, block.address)))
 
     @staticmethod
-    def _join(block: Block, after: Block) -> None:
+    def _join(block: MemoryBlock, after: MemoryBlock) -> None:
         block.size += after.size
         block.after = after.after
         if after.after is not None:
