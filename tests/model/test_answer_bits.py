@@ -93,7 +93,7 @@ def test_a_larger_model_on_a_cpu_names_what_is_faster(auto, monkeypatch, capsys)
     ({"quant_method": "gptq", "bits": 3}, 4),
 ])  # fmt: skip
 def test_weights_that_lie_there_quantised_decide(auto, stored: dict, expected: int, monkeypatch) -> None:
-    monkeypatch.setattr(answer_bits, "stored_quantization", lambda directory, config: stored)
+    monkeypatch.setattr(answer_bits, "stored_quantization", lambda directory: stored)
     assert with_answer_bits(auto, CPU, 32).bits == expected
 
 

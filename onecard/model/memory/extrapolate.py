@@ -225,8 +225,9 @@ def _combined(found: list[Sample], points: list[Any], setup: Any, terms: Terms) 
         key: sum(weight * getattr(each, key) for weight, each in zip(weights, found, strict=True))
         for key in ("live", "kept", "entry", "sizes", *(["blocks"] if same_requests else []))
     }
-    trace = found[-1].trace if same_requests else replace(found[-1].trace, events=[])
-    return replace(found[-1], trace=trace, **values)
+    if same_requests:
+        return replace(found[-1], **values)
+    return replace(found[-1], trace=replace(found[-1].trace, events=[]), blocks=np.zeros(0), **values)
 
 
 def _differ(found: list[Sample]) -> bool:
