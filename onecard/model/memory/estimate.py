@@ -154,11 +154,11 @@ LIBRARIES = "Python and its libraries"
 INPUTS = "inputs of all layers"
 
 
-def account(model: Architecture, setup: MemoryConfig, within: int = 0) -> MemoryEstimate:
+def account(model: Architecture, setup: MemoryConfig, within: int = 0, *, only_fits: bool = False) -> MemoryEstimate:
     """Everything that `setup` holds while it trains `model`, in bytes, at the worst moment.
 
     within: bytes of the card, where they are known. What does not fit without the allocator's slack is then given a
-    rough one, which takes no time.
+    rough one, which takes no time. only_fits: whether it fits within them is all that has to be right.
     """
     setup = _possible(model, setup)
     parts = [*_weights(model, setup), *_training(model, setup), *_activations(model, setup), _mask(model, setup)]
@@ -167,16 +167,17 @@ def account(model: Architecture, setup: MemoryConfig, within: int = 0) -> Memory
     if setup.on_gpu:
         moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
         tensors = CUDA_CONTEXT_BYTES + sum(part.n_bytes for part in parts if part.place == "card")
-        slack = _rough_slack(setup, moving) if 0 < within < tensors else _slack(model, setup, moving)
+        spare = within - tensors if only_fits else None
+        slack = _rough_slack(setup, moving) if 0 < within < tensors else _slack(model, setup, moving, spare)
         parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, slack)]
     else:
         parts.append(MemoryComponent(LIBRARIES, LIBRARY_BYTES))
     return MemoryEstimate(tuple(part for part in parts if part.n_bytes))
 
 
-def _slack(model: Architecture, setup: MemoryConfig, moving: int) -> int:
+def _slack(model: Architecture, setup: MemoryConfig, moving: int, spare: int | None) -> int:
     """What the allocator needs beyond the tensors, of which `moving` bytes come and go."""
-    found = None if setup.expandable_segments else reserved_beyond_tensors(model, setup, moving)
+    found = None if setup.expandable_segments else reserved_beyond_tensors(model, setup, moving, spare)
     return _rough_slack(setup, moving) if found is None else found
 
 

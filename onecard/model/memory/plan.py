@@ -94,16 +94,20 @@ def make_plan(
     *,
     element_bytes: int = 2,
     longest_row: int = 0,
+    only_fits: bool = False,
 ) -> Plan:
     """Choose what is auto in `config` so that `model` trains within `card`.
 
     element_bytes: of the arithmetic, 2 or 4. longest_row: tokens of the longest sample where the data are known;
-    0: --cutoff_len. The plan is returned whether it fits or not. Raises ConfigError for an adapter on layers that the
-    model does not have, and for --train_new_tokens of a base without a list of them.
+    0: --cutoff_len. only_fits: whether it fits is all that is asked, which takes less time. The plan is returned
+    whether it fits or not. Raises ConfigError for an adapter on layers that the model does not have, and for
+    --train_new_tokens of a base without a list of them.
     """
     _check_targets(model, config)
     model = replace(model, checkpoints=model.checkpoints and config.lora.may_recompute)
-    make = partial(_make_plan, model, card=card, element_bytes=element_bytes, longest_row=longest_row)
+    make = partial(
+        _make_plan, model, card=card, element_bytes=element_bytes, longest_row=longest_row, only_fits=only_fits
+    )
     plan = make(config)
     if plan.fits or not _may_stream(model, config, card):
         return plan
@@ -123,7 +127,7 @@ def _may_stream(model: Architecture, config: FinetuneConfig, card: CardSpec) -> 
 
 
 def _make_plan(
-    model: Architecture, config: FinetuneConfig, card: CardSpec, element_bytes: int, longest_row: int
+    model: Architecture, config: FinetuneConfig, card: CardSpec, element_bytes: int, longest_row: int, only_fits: bool
 ) -> Plan:
     limit = config.data.cutoff_len * config.train.rows_per_sample
     longest = min(longest_row or limit, limit)
@@ -132,7 +136,7 @@ def _make_plan(
     if config.model.gradient_checkpointing == "auto":
         setup, recompute = _recomputed(model, config, card, setup)
         choices.append(recompute)
-    measured = partial(account, model, within=card.total_bytes)
+    measured = partial(account, model, within=card.total_bytes, only_fits=only_fits)
     here = measured(setup)
     for step in _steps(config, card, setup):
         if here.card_bytes <= card.total_bytes:
@@ -198,7 +202,9 @@ def fits_somehow(model: Architecture, config: FinetuneConfig, card: CardSpec, *,
         for changed, _ in step(setup):
             least = min(least, held_bytes(model, changed))
             setup = changed
-    return least <= card.total_bytes and make_plan(model, config, card, element_bytes=element_bytes).fits
+    if least > card.total_bytes:
+        return False
+    return make_plan(model, config, card, element_bytes=element_bytes, only_fits=True).fits
 
 
 def longest_context(model: Architecture, config: FinetuneConfig, card: CardSpec, *, element_bytes: int = 2) -> int:

@@ -30,10 +30,11 @@ Section = tuple[int, int]  # phase, and the position of the layer; -1 for none
 
 
 @lru_cache(maxsize=1024)
-def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int) -> int | None:
+def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int, spare: int | None = None) -> int | None:
     """Bytes that must be reserved beyond those of tensors for a step to run; None where its requests are not known.
 
-    moving: the most bytes of tensors that come and go in the step, by which its requests are checked.
+    moving: the most bytes of tensors that come and go in the step, by which its requests are checked. spare: where the
+    question is only whether so many will do; then it is these, or one more.
     """
     if setup.n_cards > 1 or setup.n_shards > 1 or LoraOptions(setup.peft_method).n_last_layers:
         return None
@@ -55,6 +56,8 @@ def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int) -> int
         allocator.give_back()
     _take_a_step(allocator, step, ends, gradients)
     tensors = base.left() + beside.left() + sum(map(sum, gradients)) + most_alive
+    if spare is not None:
+        return spare if _runs(allocator, step, tensors + spare, tensors) else spare + 1
     return smallest_limit(allocator, step, tensors) - tensors
 
 
@@ -77,22 +80,27 @@ def _take_a_step(allocator: CachingAllocator, step: Requests, ends: list[int], g
 
 
 def smallest_limit(allocator: CachingAllocator, step: Requests, tensors: int) -> int:
-    """Bytes of the smallest limit that the step runs under, among halvings between `tensors` and what it reserves.
-
-    By chance a step may run under one limit and not under a larger one; so it must run under a little less, too.
-    """
+    """Bytes of the smallest limit that the step runs under, among halvings between `tensors` and what it reserves."""
     free = allocator.copy(math.inf)
     free.serve(step)
     too_few, enough = tensors, free.most_reserved
     while enough - too_few > PRECISION * tensors:
         middle = (too_few + enough) // 2
-        try:
-            for limit in (middle, middle - int(LITTLE * tensors)):
-                allocator.copy(limit).serve(step)
+        if _runs(allocator, step, middle, tensors):
             enough = middle
-        except OutOfRoom:
+        else:
             too_few = middle
     return enough
+
+
+def _runs(allocator: CachingAllocator, step: Requests, limit: int, tensors: int) -> bool:
+    """Whether a step runs under a limit, and under a little less: one limit may do by chance, and a larger one not."""
+    try:
+        for each in (limit, limit - int(LITTLE * tensors)):
+            allocator.copy(each).serve(step)
+    except OutOfRoom:
+        return False
+    return True
 
 
 class _Trace:
