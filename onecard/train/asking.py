@@ -51,7 +51,7 @@ class Questions:
         self, run: Run, turns: Sequence[Turn], sampling: SamplingOptions,
         on_text: Callable[[str], None] = lambda text: None, must_end: Callable[[], bool] = lambda: False,
     ) -> str:  # fmt: skip
-        """The answer of the present weights, which is logged; `told` gets it while it grows.
+        """The answer of the present weights, which is logged; `on_text` gets it while it grows.
 
         must_end: asked again and again; an answer that is ended so is cut. Raises OneCardError where there is none.
         """

@@ -414,9 +414,10 @@ def test_two_tabs_do_not_disturb_each_other(open_page: Any, url: str) -> None:
 
 def test_what_a_model_says_is_never_run_or_fetched(open_page: Any, url: str) -> None:
     page = open_page(url)
-    shown = ask(page, "Something hostile <img src=http://evil.example/x.png onerror='window.hacked=5'>")
-    assert "<" in shown and "script>window.hacked = 1" in shown
+    ask(page, "Something hostile <img src=http://evil.example/x.png onerror='window.hacked=5'>")
     wait_until(lambda: "entity" in bubbles(page)[-1], 15, "the end of the answer is drawn")
+    shown = bubbles(page)[-1]
+    assert "<" in shown and "script>window.hacked = 1" in shown
     page.wait_for_timeout(300)
     assert page.evaluate("window.hacked") is None
     for tag in ("img", "script", "iframe", "b", "svg.mermaid"):
