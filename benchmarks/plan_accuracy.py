@@ -246,10 +246,10 @@ def _peak_on_card(work: Callable[[], object]) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
-def real_run(config: dict[str, Any], setup: Any, hardware: Any, **form: Any) -> Any:
+def real_run(config: dict[str, Any], setup: Any, hardware: Any, **lora_options: Any) -> Any:
     """A run of `onecard.train` over random token ids, put together as `setup` says; every step is two micro-batches.
 
-    Two, because the gradients of the adapter are there from the second on: the plan counts them. form: options of LoRA
+    Two, because the gradients of the adapter are there from the second on: the plan counts them. lora_options: those
     that change nothing in a plan.
     """
     from accelerate import Accelerator
@@ -282,7 +282,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any, **form: Any) -> 
     lora = LoraOptions(
         lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,
         train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,
-        peft_method=setup.peft_method, peft_option=setup.peft_option, **form,
+        peft_method=setup.peft_method, peft_option=setup.peft_option, **lora_options,
     )  # fmt: skip
     n_all = int(config["vocab_size"])
     new_ids = list(range(n_all - setup.n_new_tokens, n_all))

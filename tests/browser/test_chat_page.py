@@ -66,7 +66,14 @@ def ask(page: Any, text: str) -> str:
     wait_until(lambda: n_kept(page) == n_before + 2, 15, f"an answer to {text!r}")
     at_rest(page)
     wait_until(lambda: page.input_value("#oc-box textarea") == "")
+    # What is kept is drawn a moment later: markup and marks go, letters and figures stay.
+    kept = json.loads(page.input_value("#oc-kept-chat textarea"))["messages"][-1]["content"]
+    wait_until(lambda: in_letters(kept)[-8:] in in_letters(bubbles(page)[-1]), 15, "the end is drawn")
     return bubbles(page)[-1]
+
+
+def in_letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
 
 
 def n_kept(page: Any) -> int:

@@ -45,7 +45,7 @@ class PeftMethod:
     stored: Mapping[str, Any] = field(default_factory=dict)
     """Settings of one that was trained: how it began no longer matters."""
     transposed: bool | None = False
-    """Whether it goes over layers that store (in, out), Conv1D of GPT-2, if told so (fan_in_fan_out); None: untold."""
+    """Whether it goes over layers that store (in, out), Conv1D of GPT-2, by PEFT's fan_in_fan_out; None: without it."""
     shared: tuple[str, ...] = ()
     """Parts of the names of tensors that are not trained and that all layers use."""
     mergeable: bool = True

@@ -41,7 +41,7 @@ def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int, spare:
     try:
         with isolated():
             samples = _samples_with_requests(model, setup)
-    except Exception:  # `find_peak` has told of it
+    except Exception:  # `find_peak` has warned of it
         return None
     if not all(found.trace.events and found.kinds for found in samples):
         return None
