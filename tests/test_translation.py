@@ -153,13 +153,15 @@ def test_everything_that_the_doctor_finds_is_told_in_chinese() -> None:
 
 
 # What says nothing to a reader by itself: parts of messages, help that is English, and a line with a command in it.
-NOT_SAID = ("7 documents read", "Verbs, each", "its own", "\n--method")
+NOT_SAID = ("7 documents read", "Verbs, each", "its own", "\n--method", " (7 tensors differ)")
 SPEAKING_MODULES = (
     "documents/chunks", "documents/engine", "documents/index", "documents/reading", "documents/summary",
     "documents/update", "documents/vectors", "data/documents", "programs/documents", "programs/_documents_ask",
     "programs/handover", "serve/handover", "programs/quantize", "programs/quantize_bnb", "programs/quantize_gptq",
     "programs/recipe", "serve/api/simple", "model/rope_scaling", "config/inference", "config/base_model",
-    "config/parsing", "programs/gguf", "export/gguf/adapter", "export/gguf/export",
+    "config/parsing", "programs/gguf", "export/gguf/adapter", "export/gguf/export", "export/gguf/layout",
+    "export/gguf/ollama", "export/gguf/tokenizer", "export/gguf/writer", "programs/_ship", "evaluate/ship",
+    "evaluate/compare", "train/findings",
 )  # fmt: skip
 SPEAKERS = {"say", "warn", "UnusableRecord", "ConfigError", "DataError", "ModelError", "OneCardError", "ApiError"}
 
