@@ -53,14 +53,14 @@ def judge_run(
     verdict, found = ShipVerdict(), read_findings(run)
     reports = reports or own_reports(run, baseline)
     other = None if baseline is None else read_findings(baseline)
-    _judge_task(verdict, found, other, level)
+    _judge_task(verdict, found, other, level, has_reports=reports is not None)
     if baseline is not None:
         _check_texts(verdict, run, baseline)
     _judge_forgetting(verdict, found, other, most_forgetting)
     if reports is not None:
         for suite in compare_reports(*reports, level=level):
             verdict.add(suite.test.direction * suite.is_better, suite.change(level))
-    if found.forgetting is None and reports is None:
+    if found.forgetting is None and reports is None and not found.gives_rewards:
         verdict.missing.append("nothing tells what else has become worse: the run did not measure forgetting; give "
                                "--reports BEFORE AFTER, two folders of onecard evaluate")  # fmt: skip
     return verdict
@@ -73,13 +73,17 @@ def own_reports(run: Path, baseline: Path | None) -> tuple[Path, Path] | None:
     return both if all((folder / REPORT_FILE).is_file() for folder in both) else None
 
 
-def _judge_task(verdict: ShipVerdict, found: RunFindings, other: RunFindings | None, level: float) -> None:
+def _judge_task(
+    verdict: ShipVerdict, found: RunFindings, other: RunFindings | None, level: float, *, has_reports: bool
+) -> None:
     """The losses of the held-out records, paired."""
     if not found.tuned or (other is not None and not other.tuned):
         which, without = ("the run", found) if not found.tuned else ("the baseline", other)
         if without is not None and without.of_rewards:
-            verdict.open.append(f"held-out records: {which} learned from rewards and has no losses to compare; what it "
-                                "gained is in two folders of onecard evaluate, --reports BEFORE AFTER")  # fmt: skip
+            advice = "" if has_reports else (
+                "; what it gained is in two folders of onecard evaluate, --reports BEFORE AFTER"
+            )  # fmt: skip
+            verdict.open.append(f"held-out records: {which} learned from rewards and has no losses to compare{advice}")
             return
         verdict.open.append(f"held-out records: {which} has no result in {COMPARISON_NAME}; it has not ended, or "
                             "compared nothing (finetune --test_size 0, or --compare_with_base false)")  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onecard.config.given_paths import SCORES
 from onecard.errors import DataError
 from onecard.train.trackers import FORGETTING, LOG_NAME, REWARD, read_log
 
@@ -29,6 +30,8 @@ class RunFindings:
     """KL by rounding alone."""
     of_rewards: bool = False
     """Whether it learned from rewards, so that there are no losses to compare."""
+    gives_rewards: bool = False
+    """Whether it is a reward model, which writes no text: it forgets none, and onecard evaluate cannot ask it."""
 
 
 def read_findings(run_dir: Path) -> RunFindings:
@@ -51,8 +54,11 @@ def read_findings(run_dir: Path) -> RunFindings:
         raise DataError(
             "does not hold a loss of base and result for each record", str(run_dir / COMPARISON_NAME)
         ) from None
-    of_rewards = any(REWARD in row for row in rows)
-    return RunFindings(series[0], base, tuned, kl[-1] if kl else None, noise[-1] if noise else 0.0, of_rewards)
+    return RunFindings(
+        series[0], base, tuned, kl[-1] if kl else None, noise[-1] if noise else 0.0,
+        of_rewards=any(REWARD in row for row in rows),
+        gives_rewards=_content(run_dir / "adapter_config.json").get("task_type") == SCORES,
+    )  # fmt: skip
 
 
 def _content(path: Path) -> dict[str, Any]:

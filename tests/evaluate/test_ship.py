@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from onecard.console import run_main
+from onecard.evaluate.compare import CHOICE_SCORE, SCORES
+from onecard.evaluate.report import word
 from onecard.evaluate.ship import DO_NOT_SHIP, SHIP, UNDECIDED, ShipVerdict, judge_run
 from onecard.programs import evaluate
 from onecard.programs._ship import ShipOptions
 from onecard.statistics import paired_test
+from onecard.translation import translated
 
 
 def planted(
@@ -167,7 +170,29 @@ def test_a_run_that_has_no_result_yet_is_undecided(tmp_path: Path) -> None:
 def test_a_run_that_learned_from_rewards_is_told_what_shows_its_gain(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.0, "reward": 0.5}\n', encoding="utf-8")
     found = judge_run(tmp_path, most_forgetting=0.1, level=0.99)
-    assert found.word == UNDECIDED and "learned from rewards and has no losses" in found.open[0]
+    assert found.word == UNDECIDED and found.open[0].endswith("two folders of onecard evaluate, --reports BEFORE AFTER")
+    reports = measured(tmp_path / "before", [0] * 20), measured(tmp_path / "after", [0] * 5 + [1] * 15)
+    found = judge_run(tmp_path, reports=reports, most_forgetting=0.1, level=0.99)
+    assert found.word == SHIP and found.open[0].endswith("learned from rewards and has no losses to compare")
+
+
+def test_a_reward_model_is_judged_by_its_held_out_pairs_alone(tmp_path: Path) -> None:
+    """It writes no text, so it forgets none, and `onecard evaluate` cannot ask it."""
+    for wanted, gain in ((SHIP, 0.1), (DO_NOT_SHIP, -0.1), (UNDECIDED, 0.0)):
+        run = planted(tmp_path / wanted, 0, gain=gain, forgetting=None)
+        (run / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}', encoding="utf-8")
+        found = judge(run)
+        assert found.word == wanted and not found.missing
+
+
+def test_the_reasons_are_in_chinese_with_the_names_of_the_figures(tmp_path: Path) -> None:
+    before, after = measured(tmp_path / "a", [0] * 20), measured(tmp_path / "b", [1] * 20)
+    run = planted(tmp_path / "run", 0, gain=0.1)
+    verdict = judge_run(run, reports=(before, after), most_forgetting=0.1, level=0.99)
+    shown = [translated(text, "zh") for text in (*verdict.better, *verdict.open)]
+    assert len(shown) == 3 and "：准确率 从 0.0000 到 1.0000" in shown[1]
+    figures = {score.name for score in (*SCORES.values(), CHOICE_SCORE)}
+    assert {name: translated(name, "zh") for name in figures} == {name: word(name, 1) for name in figures}
 
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:
