@@ -90,7 +90,7 @@ def build_plain(
 def upcast_like_peft(model: nn.Module) -> None:
     """Turn every 16-bit weight that is not quantised into fp32, as peft's `prepare_model_for_kbit_training` does.
 
-    Written again here because only `model/lora/adapter.py` imports peft; a test compares the two. Tied weights stay
+    Written again here because only `model/lora` imports peft; a test compares the two. Tied weights stay
     tied.
     """
     wide: dict[int, nn.Parameter] = {}

@@ -24,8 +24,8 @@ from onecard.model.attention import choose_kernel
 from onecard.model.files import read_json
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import LoadedBase, checkpoint_layers, load_base
-from onecard.model.lora.adapter import linear_layers
 from onecard.model.memory.architecture import find_known
+from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import quantize_linear
 
 # Of https://huggingface.co/meta-llama/Llama-3.1-70B/blob/main/config.json what differs from Llama-3.1-8B.

@@ -46,7 +46,7 @@ NEVER = {
     ("onecard.export.merge.merge", "dtype"): "only for a name that was typed",
     ("onecard.export.io.output", "output_path"): "checksums reads, and makes no directory",
     ("onecard.model.lora.targets", "bits"): "exports build the model without weights, so without bits",
-    ("onecard.model.lora.adapter", "bits"): "exports build the model without weights, so without bits",
+    ("onecard.model.lora.peft_model", "bits"): "exports build the model without weights, so without bits",
     ("onecard.model.hardware", "dtype"): "it is auto where it is no option",
     ("onecard.model.load", "attn_implementation"): "it is auto where it is no option",
     ("onecard.model.load", "max_memory"): "it is None where it is no option",

@@ -17,7 +17,7 @@ from onecard.errors import ModelError
 from onecard.evaluate.compare import CHOICE_SCORE, SCORES, SuiteScore
 from onecard.evaluate.measures import Measure
 from onecard.inference.call import ModelBundle
-from onecard.model.lora.adapter import remove_adapter
+from onecard.model.lora.peft_model import remove_adapter
 from onecard.model.trained import load_trained, without_adapter
 from onecard.statistics import Estimate, paired_test
 from onecard.train.forgetting import measure_forgetting, noise_floor, text_rows

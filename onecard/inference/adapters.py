@@ -26,8 +26,8 @@ from onecard.inference.load import base_path, load_bundle, load_words
 from onecard.inference.run_files import adapters_in
 from onecard.inference.sampling import CacheOptions
 from onecard.inference.shared_adapters import SharedAdapters
-from onecard.model.lora.adapter import remove_adapter
 from onecard.model.lora.formats import read_adapter
+from onecard.model.lora.peft_model import remove_adapter
 from onecard.model.trained import load_trained
 
 

@@ -18,8 +18,8 @@ from onecard.inference.run_files import has_tokenizer, run_directory, stored_tem
 from onecard.model.answer_bits import with_answer_bits, with_streaming
 from onecard.model.hardware import detect
 from onecard.model.load import load_base, load_tokenizer
-from onecard.model.lora.adapter import trained_part
 from onecard.model.lora.formats import adapter_scaling, base_of_adapter
+from onecard.model.lora.peft_model import trained_part
 from onecard.model.memory_saving.streamed_layers import stream_layers
 from onecard.model.trained import load_trained
 from onecard.storage import sha256_of

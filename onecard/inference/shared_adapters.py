@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from onecard.console import warn
-from onecard.model.lora.adapter import attach_files, lora_products, remove_adapter
+from onecard.model.lora.adapter import attach_files
 from onecard.model.lora.formats import other_base, read_adapter
+from onecard.model.lora.peft_model import lora_products, remove_adapter
 from onecard.model.lora.routing import AdapterRouter
 
 MOST_LOADED = 16

@@ -19,6 +19,7 @@ from onecard.errors import ConfigError
 from onecard.model import full_tuning
 from onecard.model.lora import adapter
 from onecard.model.lora.formats import ADAPTER_PREFIX, average_adapters
+from onecard.model.lora.peft_model import unwrap
 
 
 def make_trainable(
@@ -39,7 +40,7 @@ def has_adapter(model: Any) -> bool:
 
 def base_of(model: Any) -> Any:
     """The base model, without an adapter around it."""
-    return adapter.unwrap(model).get_base_model() if has_adapter(model) else model
+    return unwrap(model).get_base_model() if has_adapter(model) else model
 
 
 def without_adapter(model: Any) -> AbstractContextManager[Any]:

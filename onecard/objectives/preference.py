@@ -24,7 +24,7 @@ from onecard.data.dataset import EncodedDataset
 from onecard.data.encode import LabelledSample
 from onecard.data.pairs import PairEncoder
 from onecard.model.answer_log_probs import answer_log_probs
-from onecard.model.lora.adapter import unwrap
+from onecard.model.lora.peft_model import unwrap
 from onecard.objectives.base import LossSums, Objective, SampleView
 from onecard.objectives.shared_prompt import collate_pairs, pair_lengths
 

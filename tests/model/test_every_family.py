@@ -26,7 +26,8 @@ from onecard.inference.sampling import generation_config
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import FP32_FAMILIES, detect
 from onecard.model.load import load_base
-from onecard.model.lora.adapter import adaptable_layers, add_lora, load_adapter, save_adapter
+from onecard.model.lora.adapter import add_lora, load_adapter, save_adapter
+from onecard.model.lora.peft_model import adaptable_layers
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.quantization import unquantised

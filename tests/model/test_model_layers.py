@@ -14,7 +14,8 @@ from onecard.config.base_model import ModelOptions
 from onecard.config.lora import LoraOptions
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
-from onecard.model.lora.adapter import adaptable_layers, add_lora, describe_trainable, load_adapter, save_adapter
+from onecard.model.lora.adapter import add_lora, describe_trainable, load_adapter, save_adapter
+from onecard.model.lora.peft_model import adaptable_layers
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.plan import CardSpec, make_plan
 from onecard.model.memory.tensor_sizes import n_trained

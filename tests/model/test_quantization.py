@@ -16,7 +16,8 @@ from onecard.config.lora import LoraOptions
 from onecard.console import _is_worth_saying, quiet_libraries, run_main
 from onecard.errors import ConfigError
 from onecard.model.chunked_loss import summed_loss
-from onecard.model.lora.adapter import add_lora, linear_layers
+from onecard.model.lora.adapter import add_lora
+from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import (
     dequantize_4bit,
     keep_one_arithmetic_on_cpu,

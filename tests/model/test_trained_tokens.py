@@ -20,14 +20,8 @@ from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import detect
-from onecard.model.lora.adapter import (
-    add_lora,
-    describe_trainable,
-    load_adapter,
-    remove_adapter,
-    restore_adapter,
-    save_adapter,
-)
+from onecard.model.lora.adapter import add_lora, describe_trainable, load_adapter, restore_adapter, save_adapter
+from onecard.model.lora.peft_model import remove_adapter
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import MemoryConfig, account

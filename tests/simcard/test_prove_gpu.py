@@ -25,8 +25,8 @@ from onecard.config.base_model import ModelOptions
 from onecard.errors import OneCardError
 from onecard.installation import SCRIPTS
 from onecard.model.hardware import detect
-from onecard.model.lora.adapter import linear_layers
 from onecard.model.memory.estimate import MemoryConfig
+from onecard.model.model_layers import linear_layers
 from onecard.train.step import take_step
 from tests.simcard.card import Card
 from tests.test_prove_gpu import entries

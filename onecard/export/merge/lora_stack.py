@@ -21,9 +21,10 @@ from onecard.errors import ModelError
 from onecard.export.io.base import LazyCheckpoint
 from onecard.export.merge.rounding import is_finite
 from onecard.installation import command
-from onecard.model.lora.adapter import ADAPTER, add_product, attach_files
+from onecard.model.lora.adapter import attach_files
 from onecard.model.lora.formats import AdapterFiles, read_adapter, read_config, refuse_never_merged
 from onecard.model.lora.methods import is_mergeable
+from onecard.model.lora.peft_model import ADAPTER, add_product
 from onecard.model.lora.vocabulary import rows_in
 
 PREFIX = "base_model.model."  # of a layer's name in an adapter's files

@@ -6,16 +6,19 @@ Knows layers by name and size alone; it loads no model and takes no memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from onecard.config.lora import LoraOptions
-from onecard.model.lora.adapter import add_lora, attach_to_layers
-from onecard.model.lora.methods import METHODS
-from onecard.model.lora.sparse import sparse_places
+from onecard.model.lora.adapter import add_lora
+from onecard.model.lora.methods import METHODS, AdaptedLayers
+from onecard.model.lora.peft_config import as_config_error, new_config
+from onecard.model.lora.sparse import skip_drawing, sparse_places
 
 
 def method_tensors(
@@ -31,7 +34,10 @@ def method_tensors(
             nn.ModuleDict({name: nn.Linear(n_in, n_out, bias=False)}) for name, n_in, n_out in linears
         )
         layers.config = {"model_type": ""}
-        model = attach_to_layers(layers, names, options)
+        with as_config_error(options):
+            config = replace(new_config(options, AdaptedLayers(names, None, transposed=False)), task_type=None)
+            skip_drawing(layers, config)
+            model = get_peft_model(layers, config)
     method = METHODS[options.peft_method]
     trained = [(name, tensor.numel()) for name, tensor in model.named_parameters() if tensor.requires_grad]
     beside = [(name, tensor.nbytes) for name, tensor in model.named_buffers()]

@@ -313,7 +313,7 @@ def _linears(model: nn.Module) -> tuple[Linear, ...]:
     """The linear layers that are quantised, by kind, in the model's order."""
     adapted: Any = linear_layers(model)
     if get_checkpoint_conversion_mapping(model.config.model_type):  # type: ignore[union-attr]
-        from onecard.model.lora.adapter import adaptable_layers  # only here: peft takes seconds
+        from onecard.model.lora.peft_model import adaptable_layers  # only here: peft takes seconds
 
         adapted = adaptable_layers(model)
     kinds: Counter[tuple[str, int, int, bool, bool]] = Counter()

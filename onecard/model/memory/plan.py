@@ -229,7 +229,7 @@ def longest_context(model: Architecture, config: FinetuneConfig, card: CardSpec,
 
 def _check_targets(model: Architecture, config: FinetuneConfig) -> None:
     if config.lora.peft_option:
-        from onecard.model.lora.adapter import check_peft_option  # only here: peft takes seconds
+        from onecard.model.lora.peft_config import check_peft_option  # only here: peft takes seconds
 
         check_peft_option(config.lora)
     targets = config.lora.lora_target_modules

@@ -13,14 +13,9 @@ from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora import adapter as adapters
-from onecard.model.lora.adapter import (
-    add_lora,
-    describe_trainable,
-    load_adapter,
-    restore_adapter,
-    save_adapter,
-)
+from onecard.model.lora.adapter import add_lora, describe_trainable, load_adapter, restore_adapter, save_adapter
 from onecard.model.lora.formats import base_of_adapter
+from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import dequantize_4bit, keep_one_arithmetic_on_cpu, quantization_config
 from tests.model.model_families import save_family, small_batch
 
@@ -80,7 +75,7 @@ def test_zero_trainable_is_an_error(load_family) -> None:
     model = add_lora(load_family("llama").model, LoraOptions())
     model.requires_grad_(False)
     with pytest.raises(ModelError, match=r"0 trainable parameters.*down_proj, gate_proj, k_proj"):
-        adapters._check_trainable(model)
+        adapters.check_trainable(model)
     with pytest.raises(ModelError, match="has no adapter"):
         save_adapter(load_family("llama").model, Path("unused"))
 
@@ -130,7 +125,7 @@ def test_variant_saved_is_plain_peft(bits, options, load_family, family_director
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
 def test_pissa_starts_where_the_base_is(family, load_family, family_directory, tmp_path) -> None:
     base = load_family(family)
-    weight = next(iter(adapters.linear_layers(base.model).values())).weight
+    weight = next(iter(linear_layers(base.model).values())).weight
     original, before = weight.detach().clone(), logits(base.model)
     model = add_lora(base.model, LoraOptions(lora_r=4, lora_init="pissa"))
     assert not torch.allclose(weight, original, atol=1e-3)  # a part has moved into the adapter
@@ -218,7 +213,7 @@ def test_not_finite_is_not_saved(value, load_family, tmp_path) -> None:
 def test_empty_is_not_saved(load_family, tmp_path, monkeypatch) -> None:
     model = add_lora(load_family("llama").model, LoraOptions())
     for nothing in ({}, {"a.lora_A.weight": torch.zeros(0, 4)}):
-        monkeypatch.setattr(adapters, "_live_tensors", lambda _, tensors=nothing: tensors)
+        monkeypatch.setattr(adapters, "live_tensors", lambda _, tensors=nothing: tensors)
         with pytest.raises(ModelError, match="is empty"):
             save_adapter(model, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from onecard.config.lora import LORA_FORMS, METHOD_SETTINGS, LoraOptions, PeftMethodName
 from onecard.errors import ConfigError
 from onecard.model.lora import methods
-from onecard.model.lora.adapter import add_lora, trained_part
+from onecard.model.lora.adapter import add_lora
 from onecard.model.lora.bottleneck import register_bottleneck
 from onecard.model.lora.methods import (
     METHODS,
@@ -25,6 +25,7 @@ from onecard.model.lora.methods import (
     peft_settings,
     starts_at_zero,
 )
+from onecard.model.lora.peft_model import trained_part
 
 PACKAGE = Path(methods.__file__).parents[2]
 

@@ -19,7 +19,8 @@ from onecard.errors import ConfigError
 from onecard.export.merge.merge import MergeSettings, merge_into
 from onecard.inference.adapters import open_adapters
 from onecard.inference.load import load_bundle
-from onecard.model.lora.adapter import load_adapter, remove_adapter
+from onecard.model.lora.adapter import load_adapter
+from onecard.model.lora.peft_model import remove_adapter
 from onecard.model.trained import load_trained
 from onecard.programs import gguf, merge
 

@@ -11,7 +11,8 @@ import transformers
 
 from onecard.config.lora import LoraOptions
 from onecard.model.chunked_loss import summed_loss
-from onecard.model.lora.adapter import add_lora, describe_trainable, linear_layers, save_adapter
+from onecard.model.lora.adapter import add_lora, describe_trainable, save_adapter
+from onecard.model.model_layers import linear_layers
 from onecard.model.quantization import (
     keep_one_arithmetic_on_cpu,
     quantization_config,

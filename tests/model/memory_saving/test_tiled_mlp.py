@@ -15,7 +15,8 @@ from onecard.errors import ModelError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.hardware import Hardware
 from onecard.model.load import LoadedBase, load_base
-from onecard.model.lora.adapter import add_lora, remove_adapter, restore_adapter, save_adapter
+from onecard.model.lora.adapter import add_lora, restore_adapter, save_adapter
+from onecard.model.lora.peft_model import remove_adapter
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.model.memory_saving.tiled_mlp import TiledMLP, tile_mlps, untile_mlps
 from tests.model.live_tensors import LiveTensors
