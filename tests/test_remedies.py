@@ -83,7 +83,7 @@ NEVER = {
     ("onecard.evaluate.perplexity", "window"): "training asks suites as they are by default (in_run.py)",
     ("onecard.evaluate.perplexity", "stride"): "training asks suites as they are by default (in_run.py)",
     ("onecard.serve.security", "rate_limit"): "the page of votes counts no requests",
-    ("onecard.serve.security", "max_body_bytes"): "the page of votes is sent no texts",
+    ("onecard.serve.body_limit", "max_body_bytes"): "the page of votes is sent no texts",
     ("onecard.inference.queue", "max_queue"): "the page of votes asks no model",
     ("onecard.programs._lm_eval", "model"): "of the harness that is started",
     ("onecard.programs._lm_eval", "model_args"): "of the harness that is started",

@@ -6,14 +6,14 @@ https://platform.openai.com/docs/guides/error-codes
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.types import Send
 
 LONGEST_MESSAGE = 1000  # characters
 NOTE_KEY = "onecard.note"  # of a scope: what is printed of its request (`api/log.py`)
-Send = Callable[[Any], Awaitable[None]]
 
 
 class ApiError(HTTPException):

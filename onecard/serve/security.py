@@ -7,36 +7,28 @@ what a request asks for. Why each is there:
   server belongs to that page. The Host header still names the page's machine, so only known names get through.
 - Origin: a foreign page may send a POST to 127.0.0.1 without being able to read the answer; it would use the card.
 - Key: compared in constant time, on every path but /health.
-- Body: counted while it is being read, because the length that a client announces may be missing or wrong, and after
-  unpacking, because a little gzip can unpack to gigabytes.
+- Body: its size is limited (`body_limit.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import ipaddress
 import math
-import zlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onecard.config.addresses import is_address, is_loopback, plain_host, plain_origin, split_list
 from onecard.installation import command
+from onecard.serve.body_limit import BodyLimit
 from onecard.serve.http_error import NOTE_KEY, ApiError, send_error
 from onecard.serve.keys import RequestRates, digest_of, name_of
-
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Any, Any, Any], Awaitable[None]]
 
 OPEN_PATHS = ("/health",)
 QUERY = "/query/"  # serve --simple: the one GET that uses the card
@@ -44,7 +36,6 @@ COUNTED_PATHS = ("/v1/", "/tokenize", "/detokenize")  # whose POST requests --ra
 KEY_NAME = "onecard.key"  # of a scope: the name of the key that came with the request
 READING_METHODS = ("GET", "HEAD", "OPTIONS")
 STANDARD_PORTS = (":80", ":443")
-GZIP = ("gzip", "x-gzip")  # RFC 9110, 8.4.1.3
 CLOSED = "pages of other origins may not use this server; open its own page"
 POLICY_VIOLATION = 1008  # code of a refused websocket
 # Browsers are not to guess types, not to show the pages inside foreign ones, and not to pass the address on.
@@ -53,7 +44,6 @@ PLAIN_HEADERS = (
     (b"x-frame-options", b"SAMEORIGIN"),
     (b"referrer-policy", b"same-origin"),
 )
-DRAIN_SECONDS = 30  # so long a body that is too large is still read: who is cut off while sending reads no answer
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ class NetworkRules:
 class Protection:
     """All layers around an application; `app.add_middleware(Protection, rules=...)`, or `Protection(app, rules)`."""
 
-    def __init__(self, app: App, rules: NetworkRules) -> None:
+    def __init__(self, app: ASGIApp, rules: NetworkRules) -> None:
         origins = [plain_origin(origin) for origin in split_list(rules.allowed_origins)]
         app = BodyLimit(app, rules.max_body_bytes)
         if rules.requests_per_minute:
@@ -112,7 +102,7 @@ class HostCheck:
     Bound to every address (0.0.0.0, ::) any literal address is right as well: only names can be made to lie.
     """
 
-    def __init__(self, app: App, host: str, allowed: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, host: str, allowed: Iterable[str]) -> None:
         self._app = app
         self._names = {"localhost", host.lower()} | {host_name(name) or name.lower() for name in allowed}
         self._any_address = is_address(host) and ipaddress.ip_address(host).is_unspecified
@@ -120,7 +110,7 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        hosts = headers_of(scope, b"host")
+        hosts = Headers(raw=scope["headers"]).getlist("host")
         name = host_name(hosts[0]) if len(hosts) == 1 else None
         if name is None:
             return await refuse(scope, send, ApiError(400, "the Host header is missing or broken", code="bad_host"))
@@ -138,33 +128,34 @@ class OriginCheck:
     here, so host and port are compared.
     """
 
-    def __init__(self, app: App, allowed: Iterable[str], *, is_closed: bool = False) -> None:
+    def __init__(self, app: ASGIApp, allowed: Iterable[str], *, is_closed: bool = False) -> None:
         self._app, self._is_closed = app, is_closed
         self._allowed = {origin.rstrip("/").lower() for origin in allowed}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(raw=scope.get("headers", []))  # of a lifespan: none
         asks = scope["type"] == "http" and scope["method"] == "OPTIONS"
-        asks = asks and bool(headers_of(scope, b"access-control-request-method"))
-        guarded = scope["type"] == "http" and self._guards(scope)
+        asks = asks and "access-control-request-method" in headers
+        guarded = scope["type"] == "http" and self._guards(scope, headers)
         changes = scope["type"] == "websocket" or (scope["type"] == "http" and scope["method"] not in READING_METHODS)
-        origins = headers_of(scope, b"origin") if changes or asks or guarded else []
+        origins = headers.getlist("origin") if changes or asks or guarded else []
         # The image of a foreign page comes without Origin: https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
-        if guarded and not origins and set(headers_of(scope, b"sec-fetch-site")) & {"cross-site", "same-site"}:
+        if guarded and not origins and set(headers.getlist("sec-fetch-site")) & {"cross-site", "same-site"}:
             allowed = f"an origin of {command('serve')} --allowed_origins"
             message = (
                 CLOSED if self._is_closed else f"pages of other origins may not ask here; send POST, from {allowed}"
             )
             return await refuse(scope, send, ApiError(403, message, code="origin_not_allowed"))
         # A page that asks stands on another origin, even where host and port are ours.
-        hosts = headers_of(scope, b"host") if origins and not asks else []
+        hosts = headers.getlist("host") if origins and not asks else []
         for origin in origins:
             if not self._trusts(origin.lower(), hosts):
                 return await refuse(scope, send, ApiError(403, self._advice(origin), code="origin_not_allowed"))
         return await self._app(scope, receive, send)
 
-    def _guards(self, scope: Scope) -> bool:
+    def _guards(self, scope: Scope, headers: Headers) -> bool:
         """Whether reading this is refused to foreign pages, too."""
-        is_link = scope["path"] == "/" and headers_of(scope, b"sec-fetch-mode") == ["navigate"]
+        is_link = scope["path"] == "/" and headers.getlist("sec-fetch-mode") == ["navigate"]
         return scope["path"].startswith(QUERY) or (self._is_closed and not is_link)
 
     def _advice(self, origin: str) -> str:
@@ -195,13 +186,13 @@ class KeyCheck:
     Basic is what a browser can do, so the page on the same port opens after one question.
     """
 
-    def __init__(self, app: App, keys: Mapping[str, bytes]) -> None:
+    def __init__(self, app: ASGIApp, keys: Mapping[str, bytes]) -> None:
         self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
-        given = [given_key(value) for value in headers_of(scope, b"authorization")]
+        given = [given_key(value) for value in Headers(raw=scope["headers"]).getlist("authorization")]
         name = name_of(given[0], self._keys) if len(given) == 1 else None
         if name is not None:
             if NOTE_KEY in scope:
@@ -215,7 +206,7 @@ class KeyCheck:
 class RateLimit:
     """Answers 429 to a key, or to an address where no keys are asked for, that sends more requests than it may."""
 
-    def __init__(self, app: App, rates: RequestRates) -> None:
+    def __init__(self, app: ASGIApp, rates: RequestRates) -> None:
         self._app, self._rates = app, rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -232,125 +223,10 @@ def _is_counted(method: str, path: str) -> bool:
     return path.startswith(QUERY) or (method == "POST" and (path == "/" or path.startswith(COUNTED_PATHS)))
 
 
-class BodyLimit:
-    """Answers 413 to a body of more than `max_bytes`, announced or not, and unpacks gzip up to that size.
-
-    Another Content-Encoding gets 415, with the ones that are known (RFC 9110, 15.5.16).
-    """
-
-    def __init__(self, app: App, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        encodings = [
-            name.strip().lower() for value in headers_of(scope, b"content-encoding") for name in value.split(",")
-        ]
-        encodings = [name for name in encodings if name not in ("", "identity")]
-        body = CountedBody(scope, receive, send, self._max_bytes, is_packed=bool(encodings))
-        announced = headers_of(scope, b"content-length")
-        if any(length.isdigit() and int(length[:20]) > self._max_bytes for length in announced):
-            return await body.refuse(body.too_large())
-        if encodings and (len(encodings) > 1 or encodings[0] not in GZIP):
-            message = f"bodies packed as {', '.join(encodings)[:100]!r} are not read here; send gzip, or unpacked JSON"
-            headers = {"accept-encoding": "gzip"}
-            return await body.refuse(ApiError(415, message, code="unsupported_content_encoding", headers=headers))
-        if encodings:
-            outer = (b"content-encoding", b"content-length")
-            scope = {**scope, "headers": [header for header in scope["headers"] if header[0].lower() not in outer]}
-        try:
-            await self._app(scope, body.receive, body.send)
-        except Exception:
-            if body.refusal is None:
-                raise
-        if body.refusal is not None and not body.has_answered:
-            await body.refuse(body.refusal)
-        return None
-
-
-class CountedBody:
-    """The two ends of a request, counting what comes in; nothing of the application's goes out once it is refused.
-
-    refusal: why the body cannot be read further.
-    """
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int, *, is_packed: bool) -> None:
-        self._scope, self._receive, self._send, self._max_bytes = scope, receive, send, max_bytes
-        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if is_packed else None
-        self._n_bytes = self._n_unpacked = 0
-        self.refusal: ApiError | None = None
-        self.has_answered = self.is_read = False
-
-    async def receive(self) -> Message:
-        """The next message, unpacked; raises BodyRefused once the body is too large or broken."""
-        if self.refusal is None:
-            message = await self._next()
-            if self._n_bytes > self._max_bytes:
-                self.refusal = self.too_large()
-            elif self._gzip is not None and message["type"] == "http.request":
-                message = {**message, "body": self._unpacked(self._gzip, message.get("body", b""))}
-        if self.refusal is not None:
-            raise BodyRefused
-        return message
-
-    async def send(self, message: Message) -> None:
-        if self.refusal is not None and not self.has_answered:
-            return
-        self.has_answered = True
-        await self._send(message)
-
-    def too_large(self) -> ApiError:
-        message = f"the body is larger than {self._max_bytes} bytes (--max_body_bytes), which is the limit here"
-        return ApiError(413, message, code="body_too_large")
-
-    async def refuse(self, error: ApiError) -> None:
-        """Answer with this error."""
-
-        async def begin(part: Message) -> None:
-            await self._send({**part, "more_body": True} if part["type"] == "http.response.body" else part)
-
-        # Told at once, for those who read while they send; ended later, for those who send all of it first.
-        await send_error(self._scope, begin, error)
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._drain(), DRAIN_SECONDS)
-        await self._send({"type": "http.response.body", "body": b""})
-
-    def _unpacked(self, gzip: Any, packed: bytes) -> bytes:
-        """What these bytes unpack to, never much more than the limit; notes the refusal of what cannot be read."""
-        try:
-            found: bytes = gzip.decompress(packed, self._max_bytes - self._n_unpacked + 1)
-        except zlib.error:
-            self.refusal = ApiError(400, "the body is not gzip, as its Content-Encoding says", code="invalid_gzip")
-            return b""
-        self._n_unpacked += len(found)
-        if self._n_unpacked > self._max_bytes:
-            self.refusal = self.too_large()
-        elif gzip.unused_data or (self.is_read and not gzip.eof):
-            words = "goes on behind its end" if gzip.eof else "is cut off"
-            self.refusal = ApiError(400, f"the gzip of the body {words}", code="invalid_gzip")
-        return found
-
-    async def _drain(self) -> None:
-        """Read and forget what is left."""
-        while not self.is_read:
-            await self._next()
-
-    async def _next(self) -> Message:
-        message = await self._receive()
-        self._n_bytes += len(message.get("body", b""))
-        self.is_read = message["type"] != "http.request" or not message.get("more_body", False)
-        return message
-
-
-class BodyRefused(Exception):
-    """Ends the reading of a body; `BodyLimit` answers."""
-
-
 class AddedHeaders:
     """Adds headers to every answer; where one is there already it stays, or with `replaces` gives way."""
 
-    def __init__(self, app: App, headers: Sequence[tuple[bytes, bytes]], *, replaces: bool = False) -> None:
+    def __init__(self, app: ASGIApp, headers: Sequence[tuple[bytes, bytes]], *, replaces: bool = False) -> None:
         self._app, self._headers, self._replaces = app, headers, replaces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -371,11 +247,6 @@ async def refuse(scope: Scope, send: Send, error: ApiError) -> None:
         await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message[:100]})
     else:
         await send_error(scope, send, error)
-
-
-def headers_of(scope: Scope, name: bytes) -> list[str]:
-    """All values of a header; bytes that are no ASCII stay distinguishable and match nothing."""
-    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]
 
 
 def given_key(header: str) -> bytes:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from onecard.config.addresses import plain_host, plain_origin
-from onecard.serve import security
+from onecard.serve import body_limit
+from onecard.serve.body_limit import BodyLimit
 from onecard.serve.keys import digest_of
 from onecard.serve.security import (
-    BodyLimit,
     HostCheck,
     KeyCheck,
     NetworkRules,
@@ -227,7 +227,7 @@ def test_who_sends_all_of_a_large_body_first_reads_why_it_is_refused(chunked: bo
 
 
 def test_a_large_body_is_refused_before_it_has_ended_and_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(security, "DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr(body_limit, "DRAIN_SECONDS", 0.2)
     head = b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 99999\r\n\r\n"
     app = Protection(inside, NetworkRules(max_body_bytes=10_000))
     with listening(app) as address, socket.create_connection(address, timeout=30) as client:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic, TypeVar
+
+from starlette.types import Receive
 
 from onecard.inference.queue import QueueFull
 from onecard.serve.http_error import ApiError
@@ -102,9 +104,7 @@ class RequestThreads:
         return len(self._running)
 
     @asynccontextmanager
-    async def run(
-        self, work: Work[Result], receive: Callable[[], Awaitable[Any]]
-    ) -> AsyncIterator[RequestThread[Result]]:
+    async def run(self, work: Work[Result], receive: Receive) -> AsyncIterator[RequestThread[Result]]:
         """A job that is cancelled when the client leaves, when this block ends, or with the server.
 
         Raises QueueFull, and ApiError while the server is stopping.
@@ -130,7 +130,7 @@ class RequestThreads:
             job.cancel.set()
 
 
-async def cancel_when_left(job: RequestThread[Any], receive: Callable[[], Awaitable[Any]]) -> None:
+async def cancel_when_left(job: RequestThread[Any], receive: Receive) -> None:
     """Wait until the client's connection is gone, then cancel its job."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
 
 from onecard.console import say, warn
 from onecard.data.messages import Turn
@@ -92,17 +94,12 @@ class RequestLog:
     ) -> None:
         self._app, self._metrics, self._with_texts, self._file = app, metrics, with_texts, file
 
-    async def __call__(
-        self,
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[Any]],
-        send: Callable[[Any], Awaitable[None]],
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         note, status = RequestRecord(self._with_texts), 0
 
-        async def send_and_see(message: MutableMapping[str, Any]) -> None:
+        async def send_and_see(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -121,13 +118,13 @@ class RequestLog:
             self._print(scope, status, seconds, note)
         return None
 
-    def _count(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: RequestRecord) -> None:
+    def _count(self, scope: Scope, status: int, seconds: float, note: RequestRecord) -> None:
         known = QUERY if scope["path"].startswith(QUERY) else scope["path"]
         path = known if known in COUNTED else "other"
         self._metrics.saw(path, status, note.key, seconds, note.first_token_seconds)
         self._metrics.saw_tokens(note.key, note.n_prompt_tokens, note.n_new_tokens)
 
-    def _print(self, scope: MutableMapping[str, Any], status: int, seconds: float, note: RequestRecord) -> None:
+    def _print(self, scope: Scope, status: int, seconds: float, note: RequestRecord) -> None:
         # As it was sent, in plain ASCII: a decoded path could hold line breaks and write lines of its own.
         path = bytes(scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0][:LONGEST_PATH]
         if scope["path"].startswith(QUERY):
@@ -182,7 +179,7 @@ class RequestFile:
             self._has_warned = False
 
 
-def note_of(scope: MutableMapping[str, Any]) -> RequestRecord:
+def note_of(scope: Scope) -> RequestRecord:
     """The note of this request."""
     found = scope.get(NOTE_KEY)
     return found if isinstance(found, RequestRecord) else RequestRecord()

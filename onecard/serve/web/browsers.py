@@ -12,8 +12,10 @@ import re
 from collections.abc import Callable
 from urllib.parse import parse_qs
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from onecard.serve.http_error import ApiError
-from onecard.serve.security import AddedHeaders, App, Receive, Scope, Send, refuse
+from onecard.serve.security import AddedHeaders, refuse
 
 # The page, its parts, its steps (joined, heard of, cancelled), and logging in.
 _OPEN = re.compile(
@@ -69,7 +71,7 @@ class SessionRegistry:
 class SessionGuard:
     """Lets only the paths of the pages through, gives every answer the policy, and notices when a page is closed."""
 
-    def __init__(self, app: App, presence: SessionRegistry) -> None:
+    def __init__(self, app: ASGIApp, presence: SessionRegistry) -> None:
         self._app, self._presence = AddedHeaders(app, _HEADERS, replaces=True), presence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
