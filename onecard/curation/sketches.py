@@ -54,10 +54,12 @@ def bands_for(threshold: float) -> tuple[int, int]:
     return N_PERMUTATIONS, 1
 
 
-def require_rensa(flag: str) -> None:
+def require_rensa() -> None:
     """Raises ConfigError where the MinHash library is not installed."""
     if find_spec("rensa") is None:
-        raise ConfigError(flag, "near-duplicates need rensa; pip install -r requirements-data.txt, or give 0")
+        raise ConfigError(
+            "--near_duplicates", "near-duplicates need rensa; pip install -r requirements-data.txt, or give 0"
+        )
 
 
 class Sketches:

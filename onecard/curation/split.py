@@ -55,7 +55,7 @@ def split(settings: SplitSettings, target: Path, *, overwrite: bool = False) -> 
     ModelError (no room).
     """
     if settings.near_duplicates:
-        require_rensa("--near_duplicates")
+        require_rensa()
     inputs = [Path(path) for path in settings.source.paths]
     with new_directory(target, overwrite=overwrite, inputs=inputs) as partial:
         with Sketches(partial, settings.near_duplicates) as sketches:

@@ -28,8 +28,8 @@ _LEAST_SHRINK = 4  # a summary is at most such a part of what one prompt holds, 
 class DocumentSummary:
     """Summarises with one model; `n_asked` prompts were answered so far."""
 
-    def __init__(self, engine: InferenceEngine, sampling: SamplingOptions, adapter: str = "") -> None:
-        self._engine, self._sampling, self._adapter = engine, sampling, adapter
+    def __init__(self, engine: InferenceEngine, sampling: SamplingOptions) -> None:
+        self._engine, self._sampling = engine, sampling
         self._budget = prompt_budget(engine.context_limit, sampling.max_new_tokens, engine.limits.max_prompt_tokens)
         self.n_asked = 0
 
@@ -65,7 +65,7 @@ class DocumentSummary:
         return found
 
     def _fits(self, text: str, prompt: str) -> bool:
-        return self._engine.count_tokens([Turn("user", prompt.format(text=text))], self._adapter) <= self._budget
+        return self._engine.count_tokens([Turn("user", prompt.format(text=text))]) <= self._budget
 
     def _short(self, text: str, prompt: str) -> str:
         """The summary of a part."""
@@ -77,5 +77,5 @@ class DocumentSummary:
     def _asked(self, text: str, prompt: str, sampling: SamplingOptions) -> Iterator[Chunk]:
         self.n_asked += 1
         turns = (Turn("user", prompt.format(text=text)),)
-        for (chunk,) in self._engine.stream(GenerationRequest(turns, sampling=sampling, adapter=self._adapter)):
+        for (chunk,) in self._engine.stream(GenerationRequest(turns, sampling=sampling)):
             yield chunk

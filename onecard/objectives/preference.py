@@ -206,7 +206,7 @@ def collated(samples: Sequence[AnswerPair]) -> dict[str, Tensor]:
     """A batch of pairs: two rows for each, or one row where they share their prompts."""
     shared = [(each.chosen, each.rejected, each.n_shared) for each in samples if each.n_shared is not None]
     if shared:
-        return collate_pairs(shared, pad_id=0)
+        return collate_pairs(shared)
     return collate([row for pair in samples for row in (pair.chosen, pair.rejected)], pad_id=0)
 
 

@@ -47,10 +47,10 @@ def pair_lengths(lengths: np.ndarray, n_shared: np.ndarray | None = None) -> np.
     return found
 
 
-def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> dict[str, torch.Tensor]:
+def collate_pairs(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
     """A row for each pair, padded on the right: what `collate` gives, and position_ids and segments (batch, seq)."""
     rows = [_row(*pair) for pair in pairs]
-    batch = collate(rows, pad_id)
+    batch = collate(rows, pad_id=0)
     positions = torch.zeros_like(batch["input_ids"])
     segments = torch.full_like(positions, PADDING)
     for number, (chosen, rejected, n) in enumerate(pairs):

@@ -13,7 +13,7 @@ from pathlib import Path
 from onecard.config.parsing import missing, parse_verb
 from onecard.config.problems import Problem, too_small
 from onecard.console import say
-from onecard.export.io.output import OutputOptions, ShardedOutputOptions, new_directory, parse_size
+from onecard.export.io.output import OutputOptions, ShardedOutputOptions, new_directory
 
 
 @dataclass
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     with new_directory(target, overwrite=options.overwrite, inputs=[source], needed_bytes=needed_bytes) as partial:
         if verb == "hf":
             choices = HfConfigChoices(options.max_positions, options.instruct)
-            lines = pth_to_hf(source, partial, parse_size(options.max_shard_size, "--max_shard_size"), choices)
+            lines = pth_to_hf(source, partial, options.max_shard_bytes, choices)
         elif verb == "pth":
             lines = hf_to_pth(source, partial, n_shards=options.n_shards or None)
         else:

@@ -14,7 +14,7 @@ from typing import Literal
 from onecard.config.data import ReadingOptions
 from onecard.config.parsing import missing, parse_verb
 from onecard.config.problems import Problem, too_small
-from onecard.export.io.output import OutputOptions, ShardedOutputOptions, parse_size
+from onecard.export.io.output import OutputOptions, ShardedOutputOptions
 
 
 @dataclass
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         from onecard.export.vocabulary.resize import ResizeSettings, apply
 
-        size = parse_size(options.max_shard_size, "--max_shard_size")
-        applying = ResizeSettings(options.model_path, options.tokenizer_path, size, options.pad_to_multiple_of)
+        applying = ResizeSettings(
+            options.model_path, options.tokenizer_path, options.max_shard_bytes, options.pad_to_multiple_of
+        )
         apply(applying, output_path, overwrite=options.overwrite)

@@ -12,7 +12,7 @@ from typing import Literal
 from onecard.config.parsing import comma_list, parse
 from onecard.config.problems import Problem
 from onecard.console import say, warn
-from onecard.export.io.output import ShardedOutputOptions, parse_size
+from onecard.export.io.output import ShardedOutputOptions
 
 
 @dataclass
@@ -64,7 +64,7 @@ def merge(options: MergeOptions) -> None:
 
     settings = MergeSettings(
         dtype=options.dtype,
-        max_shard_bytes=parse_size(options.max_shard_size, "--max_shard_size"),
+        max_shard_bytes=options.max_shard_bytes,
         accept_other_base=options.accept_other_base,
         verify=options.verify,
         trust_remote_code=options.trust_remote_code,

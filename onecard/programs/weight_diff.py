@@ -14,7 +14,7 @@ from typing import Literal
 from onecard.config.parsing import missing, parse_verb
 from onecard.config.problems import Problem
 from onecard.console import say
-from onecard.export.io.output import ShardedOutputOptions, new_directory, parse_size
+from onecard.export.io.output import ShardedOutputOptions, new_directory
 
 
 @dataclass
@@ -82,13 +82,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     name, what = (options.tuned_path, "tuned model") if verb == "make" else (options.diff_path, "difference")
     other, target = locate(name, what=what), Path(options.output_path)
-    max_shard_bytes = parse_size(options.max_shard_size, "--max_shard_size")
     needed_bytes = open_weights(other).total_bytes
     with new_directory(target, overwrite=options.overwrite, inputs=[base, other], needed_bytes=needed_bytes) as partial:
         if verb == "make":
-            lines = weight_diff.make(base, other, partial, options.mode, max_shard_bytes, base_name(options.base_path))
+            lines = weight_diff.make(
+                base, other, partial, options.mode, options.max_shard_bytes, base_name(options.base_path)
+            )
         else:
-            lines = weight_diff.recover(base, other, partial, max_shard_bytes, options.new_rows)
+            lines = weight_diff.recover(base, other, partial, options.max_shard_bytes, options.new_rows)
     say("\n".join([f"{base} and {other} -> {target}", *lines]))
 
 

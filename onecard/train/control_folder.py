@@ -132,9 +132,10 @@ class ControlFolder:
                 self._seen.add(request_id)
                 self._take_up(request_id)
 
-    def wants(self, kind: str) -> bool:
-        """Whether such a request waits."""
-        return any(request.kind == kind for request in self.waiting)
+    @property
+    def must_stop(self) -> bool:
+        """Whether a request to stop waits."""
+        return any(request.kind == "stop" for request in self.waiting)
 
     def answer(self, request: Request, reply: Reply) -> None:
         """Write the reply, with the step and the time taken so far."""

@@ -127,7 +127,7 @@ class RunControl:
 
         def must_end() -> bool:
             self.folder.poll()
-            return interrupts.requested is not None or self.folder.wants("stop")
+            return interrupts.requested is not None or self.folder.must_stop
 
         def on_text(text: str) -> None:
             self.folder.answer(request, Reply("running", text))

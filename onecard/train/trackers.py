@@ -196,9 +196,9 @@ def _draw_series(axes: Any, rows: list[dict[str, Any]], name: str, **style: Any)
     axes.plot([step for step, _ in evaluated], [value for _, value in evaluated], "o", color=line.get_color())
 
 
-def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
+def _smooth(values: tuple[float, ...]) -> list[float]:
     """Exponential running mean with the start corrected, as Adam does, so that it does not begin at zero."""
-    smoothed, mean = [], 0.0
+    smoothed, mean, weight = [], 0.0, 0.9
     for count, value in enumerate(values, 1):
         mean = weight * mean + (1 - weight) * value
         smoothed.append(mean / (1 - weight**count))

@@ -88,7 +88,7 @@ def test_where_each_token_of_a_row_stands() -> None:
     made = pair(3, 2, 1)
     made.chosen.input_ids[:], made.chosen.labels[:] = [5, 6, 7, 8, 9], [-100, -100, -100, 8, 9]
     made.rejected.input_ids[:], made.rejected.labels[:] = [5, 6, 7, 4], [-100, -100, -100, 4]
-    batch = collate_pairs([(made.chosen, made.rejected, 2), (made.rejected, made.rejected, 0)], pad_id=0)
+    batch = collate_pairs([(made.chosen, made.rejected, 2), (made.rejected, made.rejected, 0)])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 7, 4, 0], [5, 6, 7, 4, 5, 6, 7, 4]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3, 0], [0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch["segments"].tolist() == [[0, 0, 1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 2, 2, 2, 2]]

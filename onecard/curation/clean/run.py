@@ -124,7 +124,7 @@ def clean(settings: CleanSettings, target: Path, *, overwrite: bool = False) -> 
     ModelError (no room).
     """
     if settings.near_duplicates:
-        require_rensa("--near_duplicates")
+        require_rensa()
     repair = encoding_repair() if settings.fix_encoding else None
     checks = _checks(settings)
     paths = [*settings.source.paths, *(settings.evaluation.paths if settings.evaluation else ())]

@@ -24,6 +24,7 @@ from onecard.manifest import content_files
 from onecard.storage import is_disk_full, move, sync_directory, sync_file
 
 OUTPUT_FLAG = "--output_path"
+SHARD_FLAG = "--max_shard_size"
 LINE_SECONDS = 20.0  # between two lines of progress where there is no terminal
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -45,8 +46,17 @@ class ShardedOutputOptions(OutputOptions):
     max_shard_size: str = "5GB"
     """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
 
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes. Raises ConfigError."""
+        return parse_size(self.max_shard_size)
+
     def problems(self) -> list[Problem]:
-        return size_problems(self.max_shard_size)
+        try:
+            parse_size(self.max_shard_size)
+        except ConfigError as reason:
+            return [(SHARD_FLAG, str(reason).removeprefix(f"{SHARD_FLAG}: "))]
+        return []
 
 
 @contextmanager
@@ -76,14 +86,12 @@ def new_directory(
 
 
 @contextmanager
-def new_file(
-    target: Path, *, overwrite: bool = False, inputs: Sequence[Path] = (), needed_bytes: int = 0
-) -> Iterator[Path]:
+def new_file(target: Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """The same for one file: gives the hidden path to write to. Raises as `new_directory` does."""
     target = _plain(target)
     if target.is_dir():
         raise ConfigError(OUTPUT_FLAG, f"{target} is a directory; give the name of a file")
-    with _staged(target, overwrite, inputs, needed_bytes) as partial:
+    with _staged(target, overwrite, inputs, needed_bytes=0) as partial:
         yield partial
 
 
@@ -228,22 +236,13 @@ def _full_disk_explained(target: Path) -> Iterator[None]:
         raise
 
 
-def parse_size(text: str, flag: str) -> int:
+def parse_size(text: str) -> int:
     """Bytes in a size such as 5GB, 500MB or 2GiB (B, KB, ... of 1000, KiB, ... of 1024). Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
     n_bytes = int(Decimal(match[1]) * UNITS[match[2] or ""]) if match else 0
     if n_bytes < 1:
-        raise ConfigError(flag, f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
+        raise ConfigError(SHARD_FLAG, f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
     return n_bytes
-
-
-def size_problems(text: str, flag: str = "--max_shard_size") -> list[Problem]:
-    """What is wrong with a size that was typed, for the list of all that is wrong with a command line."""
-    try:
-        parse_size(text, flag)
-    except ConfigError as reason:
-        return [(flag, str(reason).removeprefix(f"{flag}: "))]
-    return []
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from onecard.errors import ConfigError
 from onecard.export.io.base import build_skeleton
 from onecard.export.io.left_out import check_quantised
 from onecard.export.io.model_card import CARD, lines_of, write_card
-from onecard.export.io.output import new_directory, parse_size, progress
+from onecard.export.io.output import new_directory, progress
 from onecard.export.io.weights import open_weights
 from onecard.export.merge.merge import MergeSettings, find_base, merge_into
 from onecard.export.quantize.bnb import check_same_weights, plain_weights, save_quantized, stored_dtype
@@ -97,7 +97,7 @@ def request_of(options: SourceOptions) -> QuantizeRequest:
     base = find_base(options.model_path or "auto", adapters[0]) if adapters else options.model_path
     return QuantizeRequest(
         base, tuple(adapters), Path(options.output_path), options.overwrite,
-        parse_size(options.max_shard_size, "--max_shard_size"), options.device, options.batch_size,
+        options.max_shard_bytes, options.device, options.batch_size,
         options.trust_remote_code, options.accept_other_base,
     )  # fmt: skip
 
