@@ -1,4 +1,4 @@
-"""Which functions a program can reach, by its syntax tree, and which options their messages name.
+"""The code that a program can reach, by its syntax tree, and the options that its messages name.
 
 Names are resolved through imports; a method counts as reached when its class and its name are. What is found is
 therefore a little more than what runs, never less, but for calls by a computed name.
@@ -57,8 +57,8 @@ def modules() -> dict[str, Module]:
 
 
 @dataclass
-class Walk:
-    """What is reached from a program; `trees` by node."""
+class ReachableCode:
+    """Functions, constants (`trees`) and classes that are reached from a program, by module and name."""
 
     trees: dict[Node, ast.AST] = field(default_factory=dict)
     classes: dict[Node, ast.ClassDef] = field(default_factory=dict)
@@ -106,15 +106,15 @@ class Walk:
                 self.methods(home, kind)
 
 
-def reached(program: Path) -> Walk:
-    walk = Walk()
-    walk.reach(module_name(program), "main")
-    return walk
+def reachable_from(program: Path) -> ReachableCode:
+    code = ReachableCode()
+    code.reach(module_name(program), "main")
+    return code
 
 
-def named_flags(walk: Walk) -> Iterator[tuple[str, int, str, str]]:
+def named_flags(code: ReachableCode) -> Iterator[tuple[str, int, str, str]]:
     """(module, line, flag, whole text) of each option that a text in the reached code names; no docstrings."""
-    for (module, _), tree in walk.trees.items():
+    for (module, _), tree in code.trees.items():
         skipped = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):

@@ -1,4 +1,4 @@
-"""A newcomer's whole way through the studio, with the real programs on the embedded base, as one person would go it.
+"""The studio from end to end, with the real programs on the embedded base, as a newcomer would use it.
 
 From a file to a plan, a run that is asked while it trains, a chat beside the base, the table of runs, an export. Once
 by mouse (the keyboard types texts and numbers), once by keyboard alone, each in English and in Chinese.
@@ -35,8 +35,8 @@ def studio(tmp_path: Path) -> Iterator[Studio]:
         yield found
 
 
-class Clock:
-    """Says how long each part of the way took."""
+class Stopwatch:
+    """Says how long each part took."""
 
     def __init__(self) -> None:
         self.began = self.last = time.monotonic()
@@ -51,30 +51,30 @@ class Clock:
 
 @pytest.mark.parametrize(("locale", "done"), LANGUAGES)
 def test_by_mouse(open_view: Any, studio: Studio, tmp_path: Path, locale: str, done: str) -> None:
-    clock, page = Clock(), open_view("data", locale=locale)
+    stopwatch, page = Stopwatch(), open_view("data", locale=locale)
     page.set_default_timeout(STEP_MS)
     page.set_input_files("#view-data input[type=file]", tmp_path / "rows.json")
     page.wait_for_selector("#view-data .sources .name")
     page.click("#read-data")
     page.wait_for_selector("#view-data .tokens .token")
-    clock.passed("the data are read")
+    stopwatch.passed("the data are read")
     page.click("#use-data")
     page.wait_for_selector("#view-model .stack")
-    clock.passed("the plan is made")
+    stopwatch.passed("the plan is made")
     page.click("#use-plan")
     page.fill("#run-name", "mine")
     set_option(page, "max_steps", str(N_STEPS))
     page.wait_for_selector(f"#command:has-text('--max_steps={N_STEPS}')")
     page.click("#add-run")
     page.wait_for_selector("#question", state="visible")
-    clock.passed("it trains")
+    stopwatch.passed("it trains")
     page.fill("#question", QUESTION)
     page.click("#ask")
     page.wait_for_selector(f"#view-train caption:has-text('{QUESTION}')")
-    clock.passed("the running training has answered")
+    stopwatch.passed("the running training has answered")
     page.wait_for_selector(f"ol.queue .badge:has-text('{done}')")
     page.wait_for_selector("#chart-loss canvas")
-    clock.passed("it is trained")
+    stopwatch.passed("it is trained")
 
     page.click("#tab-chat")
     page.wait_for_selector("#chat-source option[value=mine]", state="attached")
@@ -84,14 +84,14 @@ def test_by_mouse(open_view: Any, studio: Studio, tmp_path: Path, locale: str, d
     page.click("#chat-send")
     page.wait_for_selector(".answer[aria-busy=false] .text")
     assert page.inner_text(".answer .text").strip()
-    assert clock.passed("the tuned model has answered") < LONGEST_S
+    assert stopwatch.passed("the tuned model has answered") < LONGEST_S
     page.check("input[value=two]")
     page.fill("#chat-question", QUESTION)
     page.click("#chat-send")
     page.wait_for_selector(".answer[aria-busy=false] >> nth=1")
     page.click("button.colour")
     page.wait_for_selector(".pieces span")
-    clock.passed("both have answered, and the difference is shown")
+    stopwatch.passed("both have answered, and the difference is shown")
 
     page.click("#tab-runs")
     page.click("#runs button:has-text('mine')")
@@ -100,13 +100,13 @@ def test_by_mouse(open_view: Any, studio: Studio, tmp_path: Path, locale: str, d
     page.wait_for_selector("#export-source option[value=mine]", state="attached")
     page.click("#export-start")
     page.wait_for_selector(f"li[data-job=mine-merge] .state:has-text('{done}')")
-    clock.passed("it is exported")
+    stopwatch.passed("it is exported")
     assert list((studio.context.output_root / "mine-merge").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(("locale", "done"), LANGUAGES)
 def test_by_keyboard(open_view: Any, studio: Studio, tmp_path: Path, locale: str, done: str) -> None:
-    clock, page = Clock(), open_view("data", locale=locale)
+    stopwatch, page = Stopwatch(), open_view("data", locale=locale)
     page.set_default_timeout(STEP_MS)
     keys = page.keyboard
     press_until(page, "#data-name")
@@ -116,12 +116,12 @@ def test_by_keyboard(open_view: Any, studio: Studio, tmp_path: Path, locale: str
     press_until(page, "#read-data")
     keys.press("Enter")
     page.wait_for_selector("#view-data .tokens .token")
-    clock.passed("the data are read")
+    stopwatch.passed("the data are read")
     press_until(page, "#use-data")
     keys.press("Enter")
     page.wait_for_selector("#tab-model:focus")
     page.wait_for_selector("#view-model .stack")
-    clock.passed("the plan is made")
+    stopwatch.passed("the plan is made")
     press_until(page, "#use-plan")
     keys.press("Enter")
     page.wait_for_selector("#tab-train:focus")
@@ -137,16 +137,16 @@ def test_by_keyboard(open_view: Any, studio: Studio, tmp_path: Path, locale: str
     press_until(page, "#add-run")
     keys.press("Enter")
     page.wait_for_selector("#question", state="visible")
-    clock.passed("it trains")
+    stopwatch.passed("it trains")
     press_until(page, "#question")
     keys.type(QUESTION)
     keys.press("Enter")
     page.wait_for_selector(f"#view-train caption:has-text('{QUESTION}')")
     assert page.evaluate("document.activeElement.id") == "question"
-    clock.passed("the running training has answered")
+    stopwatch.passed("the running training has answered")
     page.wait_for_selector(f"ol.queue .badge:has-text('{done}')")
     page.wait_for_selector("#chart-loss canvas")
-    clock.passed("it is trained")
+    stopwatch.passed("it is trained")
 
     press_until(page, "#tab-train", "Shift+Tab")
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_by_keyboard(open_view: Any, studio: Studio, tmp_path: Path, locale: str
     keys.press("Enter")
     page.wait_for_selector(".answer[aria-busy=false] .text")
     assert page.inner_text(".answer .text").strip()
-    assert clock.passed("the tuned model has answered") < LONGEST_S
+    assert stopwatch.passed("the tuned model has answered") < LONGEST_S
     press_until(page, "input[name=chat-mode]", "Shift+Tab")
     keys.press("ArrowRight")
     press_until(page, "#chat-question")
@@ -170,7 +170,7 @@ def test_by_keyboard(open_view: Any, studio: Studio, tmp_path: Path, locale: str
     press_until(page, "button.colour", "Shift+Tab")
     keys.press("Enter")
     page.wait_for_selector(".pieces span")
-    clock.passed("both have answered, and the difference is shown")
+    stopwatch.passed("both have answered, and the difference is shown")
 
     press_until(page, "#tab-chat", "Shift+Tab")
     keys.press("ArrowLeft")
@@ -184,5 +184,5 @@ def test_by_keyboard(open_view: Any, studio: Studio, tmp_path: Path, locale: str
     press_until(page, "#export-start")
     keys.press("Enter")
     page.wait_for_selector(f"li[data-job=mine-merge] .state:has-text('{done}')")
-    clock.passed("it is exported")
+    stopwatch.passed("it is exported")
     assert list((studio.context.output_root / "mine-merge").glob("*.safetensors"))
