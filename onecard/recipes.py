@@ -222,7 +222,7 @@ def _ask(config: GenerateConfig) -> None:
     from onecard.data.messages import Turn
     from onecard.inference.batch.run import with_system
     from onecard.inference.call import Chunk, StreamingOptions
-    from onecard.inference.generate import prepare, stream_rows
+    from onecard.inference.generate import stream
     from onecard.inference.grammar import asked_grammar
     from onecard.inference.load import load_bundle
     from onecard.inference.sampling import CacheOptions
@@ -235,9 +235,8 @@ def _ask(config: GenerateConfig) -> None:
 
     def answer(instruction: str, number: int) -> Iterator[Chunk]:
         turns = with_system([Turn("user", instruction, ask.input)], config.inference.system)
-        row = prepare(bundle, turns, sampling, number=number, grammar=grammar)
-        for (chunk,) in stream_rows(bundle, [row], sampling, StreamingOptions(show_beams=ask.show_beams)):
-            yield chunk
+        streaming = StreamingOptions(show_beams=ask.show_beams)
+        return stream(bundle, turns, sampling, streaming, number=number, grammar=grammar)
 
     rewrites = sampling.num_beams > 1
     if ask.instruction is not None:

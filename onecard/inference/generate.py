@@ -56,13 +56,16 @@ def stream(
     sampling: SamplingOptions,
     streaming: StreamingOptions | None = None,
     cancel: threading.Event | None = None,
+    *,
+    number: int = 0,
+    grammar: AnswerGrammar | None = None,
 ) -> Iterator[Chunk]:
     """Answer the last user turn, chunk by chunk; the last chunk has a `finish_reason`.
 
-    Closing the iterator, or setting `cancel` from any thread, stops the model within a second. Raises ContextTooLong,
-    and what `model.generate` raises, such as `torch.OutOfMemoryError`.
+    number, grammar: as of `prepare`. Closing the iterator, or setting `cancel` from any thread, stops the model within
+    a second. Raises what `prepare` and `model.generate` do, such as ContextTooLong and `torch.OutOfMemoryError`.
     """
-    row = prepare(bundle, turns, sampling)
+    row = prepare(bundle, turns, sampling, number=number, grammar=grammar)
     for (chunk,) in stream_rows(bundle, [row], sampling, streaming, cancel):
         yield chunk
 
@@ -93,23 +96,6 @@ def stream_rows(
         stream_state.abandoned = True
         thread.join()
     yield call.last_chunks(thread.result(), chunks, cancelled=stream_state.cancel.is_set())
-
-
-def generate_batch(
-    model: Any,
-    tokenizer: Any,
-    template: Template,
-    conversations: Sequence[Sequence[Turn]],
-    sampling: SamplingOptions,
-) -> list[Generation]:
-    """Answer the last user turn of each conversation; one generation each, in order.
-
-    Greedy answers equal those of the conversations asked one by one (in fp32; in 16 bits the padding changes the last
-    bits of the scores). Raises ContextTooLong for a prompt longer than the model can read.
-    """
-    bundle = ModelBundle(model, tokenizer, template)
-    rows = [prepare(bundle, turns, sampling, number=number) for number, turns in enumerate(conversations)]
-    return answer_rows(bundle, rows, sampling)
 
 
 def prepare(

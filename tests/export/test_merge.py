@@ -23,11 +23,11 @@ from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError
 from onecard.export.io.weights import open_weights
 from onecard.export.merge.merge import MergeSettings, export_merged, find_base, merge_into
-from onecard.inference.generate import generate_batch
 from onecard.inference.load import load_bundle
 from onecard.programs import merge as merge_lora
 from onecard.recipes import finetune
 from tests import tiny
+from tests.answers import answers_of
 from tests.model.every_family import save_small
 from tests.model.model_families import save_family
 
@@ -321,9 +321,7 @@ def test_a_run_of_ours_answers_the_same_once_it_is_merged(
         bundle, _ = load_bundle(ModelOptions(model, bits=32, device="cpu"), adapter, "auto")
         rows = [[Turn("user", question)] for question in questions]
         greedy = SamplingOptions(max_new_tokens=12)
-        answers.append(
-            [found.text for found in generate_batch(bundle.model, bundle.tokenizer, bundle.template, rows, greedy)]
-        )
+        answers.append([found.text for found in answers_of(bundle, rows, greedy)])
     assert answers[0] == answers[1] and all(answers[0])
     # Another base of the same shape is refused, whether the run or its checkpoint is given.
     other = tiny.save_tiny_llama(tmp_path / "other", seed=1)

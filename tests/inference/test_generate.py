@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,17 @@ from onecard.data.messages import Turn
 from onecard.errors import DataError
 from onecard.inference.call import ModelBundle, PromptRow, pad_left, padding_id
 from onecard.inference.detokenize import decode
-from onecard.inference.generate import answer_rows, generate_batch, prepare
+from onecard.inference.generate import answer_rows, prepare
+from tests.answers import answers_of
 
 GREEDY = SamplingOptions(max_new_tokens=12)
-
-
-def ask(bundle: ModelBundle, conversations: Sequence[Sequence[Turn]], sampling: SamplingOptions):
-    return generate_batch(bundle.model, bundle.tokenizer, bundle.template, conversations, sampling)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}])
 def test_a_batch_equals_its_questions_one_by_one(bundle, questions, options) -> None:
     sampling = replace(GREEDY, **options)
-    together = ask(bundle, questions, sampling)
-    assert together == [ask(bundle, [question], sampling)[0] for question in questions]
+    together = answers_of(bundle, questions, sampling)
+    assert together == [answers_of(bundle, [question], sampling)[0] for question in questions]
     assert len({answer.text for answer in together}) == len(questions), "the test needs different answers"
     assert len({answer.n_prompt_tokens for answer in together}) >= 5, "the test needs ragged prompts"
 
@@ -47,7 +43,7 @@ def test_a_token_that_the_base_has_no_row_for_is_named(bundle) -> None:
 
 
 def test_the_model_is_fed_what_training_would_feed_it(bundle, questions) -> None:
-    for question, answer in zip(questions, ask(bundle, questions, GREEDY), strict=True):
+    for question, answer in zip(questions, answers_of(bundle, questions, GREEDY), strict=True):
         ids = torch.tensor([encode_prompt(question, bundle.template, bundle.tokenizer)])
         for _ in range(12):  # the plainest greedy search: no cache, no padding, no generate
             ids = torch.cat([ids, bundle.model(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -71,20 +67,20 @@ def test_a_sampled_answer_depends_on_the_rows_number_and_not_on_its_neighbours(b
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_the_same_seed_gives_the_same_answers_whatever_was_drawn_before(bundle, questions, beams, temperature) -> None:
     sampling = replace(GREEDY, num_beams=beams, temperature=temperature)
-    first = ask(bundle, questions[:3], sampling)
+    first = answers_of(bundle, questions[:3], sampling)
     torch.rand(7)
     state = torch.get_rng_state()
-    assert ask(bundle, questions[:3], sampling) == first
+    assert answers_of(bundle, questions[:3], sampling) == first
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers were used up"
 
 
 def test_generation_settings_that_came_with_the_base_count_for_nothing(bundle, questions, monkeypatch) -> None:
-    expected = ask(bundle, questions[:2], GREEDY)
+    expected = answers_of(bundle, questions[:2], GREEDY)
     changed = {"temperature": 0.1, "top_k": 1, "top_p": 0.2, "num_beams": 4, "do_sample": True, "typical_p": 0.1,
                "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "length_penalty": 5.0}  # fmt: skip
     for name, value in changed.items():
         monkeypatch.setattr(bundle.model.generation_config, name, value)
-    assert ask(bundle, questions[:2], GREEDY) == expected
+    assert answers_of(bundle, questions[:2], GREEDY) == expected
 
 
 @dataclass(frozen=True)
@@ -100,10 +96,10 @@ class StopsAt(Template):
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_stop_text_ends_its_own_row_only(bundle, questions, beams) -> None:
     sampling = replace(GREEDY, num_beams=beams)
-    before = ask(bundle, questions, sampling)
+    before = answers_of(bundle, questions, sampling)
     stop = before[1].text[6:10]
     stopping = ModelBundle(bundle.model, bundle.tokenizer, replace(bundle.template, stop=(stop,)))
-    after = ask(stopping, questions, sampling)
+    after = answers_of(stopping, questions, sampling)
     assert not any(stop in answer.text for answer in after)
     if beams == 1:  # with beams another answer may become the best one
         assert after[1].finish_reason == "stop"
@@ -115,7 +111,7 @@ def test_a_stop_text_ends_its_own_row_only(bundle, questions, beams) -> None:
 
 
 def test_no_step_is_spent_behind_the_end_of_the_last_row(bundle, questions) -> None:
-    text = ask(bundle, questions[:1], GREEDY)[0].text
+    text = answers_of(bundle, questions[:1], GREEDY)[0].text
     template = replace(bundle.template, stop=(text[4:7],))
     n_steps = 0
 
@@ -125,7 +121,7 @@ def test_no_step_is_spent_behind_the_end_of_the_last_row(bundle, questions) -> N
 
     hook = bundle.model.register_forward_pre_hook(count)
     try:
-        answer = ask(ModelBundle(bundle.model, bundle.tokenizer, template), questions[:1], GREEDY)[0]
+        answer = answers_of(ModelBundle(bundle.model, bundle.tokenizer, template), questions[:1], GREEDY)[0]
     finally:
         hook.remove()
     assert answer.finish_reason == "stop"
@@ -133,11 +129,11 @@ def test_no_step_is_spent_behind_the_end_of_the_last_row(bundle, questions) -> N
 
 
 def test_a_stop_id_ends_its_own_row_only(bundle, questions) -> None:
-    before = ask(bundle, questions, GREEDY)
+    before = answers_of(bundle, questions, GREEDY)
     prompt = torch.tensor([encode_prompt(questions[2], bundle.template, bundle.tokenizer)])
     ids = bundle.model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
     template = StopsAt(bundle.template.name, bundle.template.jinja, ids=(ids[3],))
-    after = ask(ModelBundle(bundle.model, bundle.tokenizer, template), questions, GREEDY)
+    after = answers_of(ModelBundle(bundle.model, bundle.tokenizer, template), questions, GREEDY)
     assert (after[2].finish_reason, after[2].n_new_tokens) == ("stop", 1 + ids.index(ids[3]))
     assert before[2].text.startswith(after[2].text)
     assert sum(answer.finish_reason == "length" for answer in after) >= 3
@@ -147,18 +143,18 @@ def test_a_long_prompt_is_answered_in_the_room_that_is_left_and_costs_its_neighb
     limit = bundle.model.config.max_position_embeddings
     texts = ("fox" + "!" * n for n in range(600))
     text = next(text for text in texts if prepare(bundle, [Turn("user", text)], GREEDY).max_new_tokens <= 4)
-    long, short = ask(bundle, [[Turn("user", text)], questions[0]], GREEDY)
+    long, short = answers_of(bundle, [[Turn("user", text)], questions[0]], GREEDY)
     assert (long.n_prompt_tokens + long.n_new_tokens, long.finish_reason) == (limit, "length")
-    assert short == ask(bundle, [questions[0]], GREEDY)[0]
+    assert short == answers_of(bundle, [questions[0]], GREEDY)[0]
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused_with_both_numbers(bundle) -> None:
     with pytest.raises(DataError, match=r"the prompt has 5\d\d tokens, and the model reads at most 512"):
-        ask(bundle, [[Turn("user", "fox!" * 150)]], GREEDY)
+        answers_of(bundle, [[Turn("user", "fox!" * 150)]], GREEDY)
 
 
 def test_no_questions_no_answers(bundle) -> None:
-    assert ask(bundle, [], GREEDY) == []
+    assert answers_of(bundle, [], GREEDY) == []
 
 
 def test_padding_stands_left_and_is_masked() -> None:
@@ -182,8 +178,8 @@ def test_a_byte_level_tokenizer_without_bos_works_as_well(bytelevel_tokenizer, q
         num_key_value_heads=2, initializer_range=0.15,
     )).eval()  # fmt: skip
     bundle = ModelBundle(model, bytelevel_tokenizer, load_template("chatml", bytelevel_tokenizer))
-    together = ask(bundle, questions, GREEDY)
-    assert together == [ask(bundle, [question], GREEDY)[0] for question in questions]
+    together = answers_of(bundle, questions, GREEDY)
+    assert together == [answers_of(bundle, [question], GREEDY)[0] for question in questions]
 
 
 def test_rows_are_plain_values() -> None:

@@ -14,11 +14,11 @@ from onecard.data.built_in_templates import FOLDER
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError
 from onecard.inference.engine import GenerationRequest, open_engine
-from onecard.inference.generate import generate_batch
 from onecard.inference.load import base_path, load_bundle
 from onecard.inference.run_files import run_directory, stored_options
 from onecard.model.files import base_fingerprint
 from tests import tiny
+from tests.answers import answers_of
 
 AUTO = ModelOptions(model_path="auto", bits=32, device="cpu")
 
@@ -44,11 +44,11 @@ def test_template_and_tokenizer_are_the_runs_own(run_dir, lively_base, questions
     assert from_checkpoint.template == bundle.template
     assert same == depends_on
     sampling = SamplingOptions(max_new_tokens=8)
-    answers = [generate_batch(t.model, t.tokenizer, t.template, questions, sampling) for t in (bundle, from_checkpoint)]
+    answers = [answers_of(t, questions, sampling) for t in (bundle, from_checkpoint)]
     assert answers[0] == answers[1]
     options = ModelOptions(model_path=str(lively_base), bits=32, device="cpu")
     base, without = load_bundle(options, None, "chatml")
-    assert generate_batch(base.model, base.tokenizer, base.template, questions, sampling) != answers[0]
+    assert answers_of(base, questions, sampling) != answers[0]
     assert without["adapter"] is None
     assert {name for name in without if without[name] != depends_on[name]} == {"adapter"}
 

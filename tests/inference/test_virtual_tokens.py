@@ -26,15 +26,17 @@ from onecard.inference.adapters import AdapterManager
 from onecard.inference.call import GenerateCall
 from onecard.inference.embeddings import embed, score
 from onecard.inference.engine import GenerationRequest, InferenceEngine
-from onecard.inference.generate import generate_batch, longest_sequence, prepare, stream
+from onecard.inference.generate import longest_sequence, prepare, stream
 from onecard.inference.load import load_bundle
 from onecard.inference.sampling import CacheOptions
 from onecard.model.input_limits import position_limit
-from onecard.model.lora.adapter import add_lora, load_adapter, remove_adapter, restore_adapter, save_adapter
+from onecard.model.lora.adapter import add_lora, load_adapter, restore_adapter, save_adapter
 from onecard.model.lora.formats import ENCODER
+from onecard.model.lora.peft_model import remove_adapter
 from onecard.model.trained import without_adapter, write_result
 from onecard.recipes import finetune
 from tests import tiny
+from tests.answers import answers_of
 
 N, RATES = 5, {"prompt_tuning": 0.1, "p_tuning": 0.01, "prefix_tuning": 0.1}
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=9)
@@ -77,9 +79,9 @@ def test_answers_are_those_of_plain_peft_alone_together_and_streamed(bundle, pla
         alone = by_hand(plain, row.ids, GREEDY.max_new_tokens)
         n = next((k + 1 for k, token in enumerate(alone) if token in call.stop_ids), len(alone))
         assert new[:n] == alone[:n]
-    answers = generate_batch(bundle.model, bundle.tokenizer, bundle.template, turns, GREEDY)
+    answers = answers_of(bundle, turns, GREEDY)
     assert [answer.text for answer in answers] == [[*stream(bundle, each, GREEDY)][-1].text for each in turns]
-    together = generate_batch(bundle.model, bundle.tokenizer, bundle.template, turns, BEAMS)
+    together = answers_of(bundle, turns, BEAMS)
     alone = [[*stream(bundle, each, BEAMS)][-1].text for each in turns]
     assert [answer.text for answer in together] == alone
 
@@ -127,7 +129,7 @@ def test_switched_off_or_taken_off_the_base_is_left(bundle, run, tiny_base) -> N
 def test_the_engine_answers_with_it_beside_other_adapters(run, bundle, tiny_base) -> None:
     """In a batch it has no place, which is said; the others keep theirs."""
     options, inference = ModelOptions(str(tiny_base), bits=32, device="cpu"), InferenceOptions(prompt_type="alpaca")
-    true = generate_batch(bundle.model, bundle.tokenizer, bundle.template, [[Turn("user", ASKED[0])]], GREEDY)[0].text
+    true = answers_of(bundle, [[Turn("user", ASKED[0])]], GREEDY)[0].text
     for paths in ({"base": None, "virtual": str(run)}, {"virtual": str(run), "base": None}):
         engine = InferenceEngine(
             AdapterManager(options, inference, paths), LimitOptions(), ParallelOptions(max_parallel=2)

@@ -19,12 +19,12 @@ from onecard.config.lora import LoraOptions
 from onecard.config.training import FinetuneConfig, TrainOptions
 from onecard.data.messages import Turn
 from onecard.errors import CheckpointError, ConfigError
-from onecard.inference.generate import generate_batch
 from onecard.inference.load import adapter_fingerprint, load_bundle
 from onecard.model.lora.adapter import add_lora
 from onecard.recipes import finetune
 from onecard.train.optim import build_optimizer
 from tests import tiny
+from tests.answers import answers_of
 from tests.runs import assert_same_end, run_and_stop
 
 WORDS = [f"zebra{number:02d}" for number in range(20)]
@@ -81,7 +81,7 @@ def test_the_trained_model_says_new_words(tied, options, data, tmp_path) -> None
     assert all(len(tokenizer.encode(word, add_special_tokens=False)) == 1 for word in WORDS)
     sampling = SamplingOptions(max_new_tokens=8)
     question = [Turn("user", "Name 2 of them")]
-    answers = generate_batch(bundle.model, tokenizer, bundle.template, [question], sampling)
+    answers = answers_of(bundle, [question], sampling)
     assert WORDS[7] in answers[0].text
     ids = torch.tensor([[1, 5, *new_ids(directory), 7]])
     plain = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(directory), run).eval()

@@ -39,12 +39,14 @@ from onecard.export.gguf.adapter import export_adapter
 from onecard.export.gguf.export import GgufSettings
 from onecard.inference.adapters import AdapterManager
 from onecard.inference.engine import GenerationRequest, InferenceEngine
-from onecard.inference.generate import generate_batch, stream
+from onecard.inference.generate import stream
 from onecard.inference.load import load_bundle
-from onecard.model.lora.adapter import add_lora, load_adapter, remove_adapter, save_adapter
+from onecard.model.lora.adapter import add_lora, load_adapter, save_adapter
+from onecard.model.lora.peft_model import remove_adapter
 from onecard.model.memory_saving.tiled_mlp import tile_mlps, untile_mlps
 from onecard.recipes import finetune
 from tests import tiny
+from tests.answers import answers_of
 
 IDS = torch.tensor([[1, 5, 9, 33, 7, 12, 6, 3]])
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -236,10 +238,10 @@ def test_the_engine_answers_with_it_beside_other_adapters(run: Path, tiny_base: 
     for beams in (1, 3):
         sampling = SamplingOptions(temperature=0, num_beams=beams, max_new_tokens=6)
         turns = [[Turn("user", text)] for text in ("Count to 5", "Hi")]
-        together = generate_batch(bundle.model, bundle.tokenizer, bundle.template, turns, sampling)
+        together = answers_of(bundle, turns, sampling)
         assert [answer.text for answer in together] == [[*stream(bundle, each, sampling)][-1].text for each in turns]
     greedy = SamplingOptions(temperature=0, max_new_tokens=6)
-    true = generate_batch(bundle.model, bundle.tokenizer, bundle.template, turns[:1], greedy)[0].text
+    true = answers_of(bundle, turns[:1], greedy)[0].text
     options, inference = ModelOptions(str(tiny_base), bits=32, device="cpu"), InferenceOptions(prompt_type="alpaca")
     engine = InferenceEngine(
         AdapterManager(options, inference, {"base": None, "houlsby": str(run)}),
