@@ -25,8 +25,10 @@ from onecard.model.trained import base_of
 # Tokens of the two texts; some attention looks back in blocks of a few, which then do not end where a text does.
 N_BEFORE, N_BEHIND = 13, 17
 N_PROMPT, N_CHOSEN = 6, 4  # tokens of the prompt and the first of two answers behind it; the second has N_BEHIND
-# What may remain of the first text's effect on the second: numbers round otherwise in another place of a row.
+# Of the first text's effect on the second what may remain: numbers round otherwise in another place of a row.
 LARGEST_SHARE, ROUNDING = 0.1, 1e-5
+# And what another first text may change, where nothing rounds otherwise but in experts, by how many tokens each gets.
+LARGEST_LEAK = 0.02
 
 
 def keep_texts_apart(model: nn.Module, device: Any) -> None:
@@ -64,14 +66,18 @@ def why_prompts_stand_apart(model: nn.Module, device: Any, longest: int) -> str 
 
 
 def _keeps_apart(model: nn.Module, n_prompt: int, n_between: int, told: dict[str, list[int]], device: Any) -> bool:
-    """Whether the last tokens have the logits that they have behind the first `n_prompt` alone, and not the next ones.
+    """Whether the last tokens have the logits that they have behind the first `n_prompt` alone, and the same ones
+    whatever the tokens between are.
 
-    Tried in two rows at once, since some kernels look into the positions of a single row only. Measured by what those
-    do where nothing is told. told: what is said of each token of a row, by name.
+    Tried in two rows at once, since some kernels look into the positions of a single row only. Measured by what the
+    tokens between do where nothing is told. told: what is said of each token of a row, by name.
     """
     was_training, n_rows = model.training, embedding_rows(base_of(model))
     n_tokens = n_prompt + n_between + N_BEHIND
     ids = (torch.arange(2 * n_tokens).view(2, -1) * 7 + 3).remainder(n_rows).to(device)
+    others = ids.clone()
+    others[:, n_prompt : n_prompt + n_between] += 1
+    others = others.remainder(n_rows)
     known = {name: torch.tensor([values, values], device=device) for name, values in told.items()}
 
     def logits(batch: dict[str, Tensor]) -> Tensor:
@@ -84,9 +90,11 @@ def _keeps_apart(model: nn.Module, n_prompt: int, n_between: int, told: dict[str
         with torch.no_grad():
             alone = logits({"input_ids": torch.cat([ids[:, :n_prompt], ids[:, -N_BEHIND:]], dim=1)})
             seen, apart = logits({"input_ids": ids}), logits({"input_ids": ids, **known})
+            leaked = logits({"input_ids": others, **known}) - apart
     except (AttributeError, TypeError, ValueError, RuntimeError):  # it takes no positions, or no such mask
         return False
     finally:
         model.train(was_training)
-    effect, left = (float((each - alone).abs().max()) for each in (seen, apart))
-    return left <= max(LARGEST_SHARE * effect, ROUNDING * float(alone.abs().max()))
+    effect, left, leak = (float(each.abs().max()) for each in (seen - alone, apart - alone, leaked))
+    rounding = ROUNDING * float(alone.abs().max())
+    return left <= max(LARGEST_SHARE * effect, rounding) and leak <= max(LARGEST_LEAK * effect, rounding)

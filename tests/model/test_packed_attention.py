@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from onecard.model.attention import avoid_flash
 from onecard.model.load import checkpoint_layers
 from onecard.model.packed_attention import PackedTexts, attend_by_mask, attend_by_text, texts_or_mask
 from onecard.model.packed_rows import keep_texts_apart
+from tests.model.every_family import MODEL_TYPES, save_small
+from tests.model.test_every_family import NOT_BUILT, REFUSED, loaded
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -137,3 +140,41 @@ def test_flash_attention_that_was_asked_for_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(type(model), "mixed", lambda self, ids: self.model.embed_tokens(ids).cumsum(1), raising=False)
     with pytest.raises(ModelError, match="leave --attn_implementation out"):
         keep_texts_apart(model, "cpu")
+
+
+# How the families that do not compute packed rows text by text keep texts apart, by transformers' model types.
+OWN_MASKS = ("axk2", "deepseek_v32", "doge", "dots3_note_text", "glm_moe_dsa")
+WITHOUT_SDPA = (
+    "codegen", "flint", "gemma2", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "gptj", "granite_swa",
+    "granitemoe_swa", "hy_v4", "mimo_v2_flash", "vaultgemma",
+)  # fmt: skip
+CANNOT = (
+    "afmoe", "bailing_hybrid", "bamba", "biogpt", "bloom", "deepseek_v4", "falcon", "falcon_h1", "falcon_mamba",
+    "gpt_oss", "granitemoehybrid", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2", "lfm2_moe",
+    "lfm3", "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "openai-gpt", "opt", "qwen3_5",
+    "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text",
+    "recurrent_gemma", "rwkv", "xglm", "xlstm", "zamba", "zamba2", "zaya",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in {*REFUSED, *NOT_BUILT}])
+def test_how_each_family_keeps_texts_apart(model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sentence on families in docs/en/training.md, family by family."""
+    model = loaded(save_small(model_type, tmp_path))
+    if model_type in CANNOT:
+        with pytest.raises(ModelError, match="cannot keep the texts of a packed row apart"):
+            keep_texts_apart(model, "cpu")
+        return
+    keep_texts_apart(model, "cpu")
+    by_text = model_type not in (*OWN_MASKS, *WITHOUT_SDPA)
+    assert (model.config._attn_implementation == "onecard_texts_sdpa") == by_text
+    assert ("needs a mask over whole packed rows" in capsys.readouterr().err) == (model_type in OWN_MASKS)
+    if model_type in WITHOUT_SDPA:
+        assert model.config._attn_implementation == "eager"
+
+
+def test_a_little_of_a_text_in_a_state_behind_it_is_refused(tmp_path: Path) -> None:
+    """Beside its attention Falcon-H1 has a state, which carries 7 % of the first text's effect into the second."""
+    with pytest.raises(ModelError, match="cannot keep the texts of a packed row apart"):
+        keep_texts_apart(loaded(save_small("falcon_h1", tmp_path)), "cpu")
