@@ -93,6 +93,24 @@ def peaks_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onecard.model.memory.estimate.find_peak", peak_by_formula)
 
 
+@pytest.fixture(scope="module")
+def module_peaks_by_formula() -> Iterator[None]:
+    """As `peaks_by_formula`, for folders of runs whose plans are no matter: their conftest.py asks for it."""
+    from tests.formula import peak_by_formula
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("onecard.model.memory.estimate.find_peak", peak_by_formula)
+        yield
+
+
+@pytest.fixture
+def traced_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans trace the model, in a folder where most do not."""
+    from onecard.model.memory.activation_peak import find_peak
+
+    monkeypatch.setattr("onecard.model.memory.estimate.find_peak", find_peak)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of random weights with a SentencePiece tokenizer, as a directory."""

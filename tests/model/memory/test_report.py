@@ -19,6 +19,11 @@ from onecard.model.memory.plan import CardSpec, Plan, PlannedSetting, longest_co
 LLAMA = "Llama-3.1-8B"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _plans_trace_no_model(module_peaks_by_formula: None) -> None:
+    """How a plan is said is looked at; the curves of the picture are of traced ones."""
+
+
 def config_of(**changes: object) -> FinetuneConfig:
     config = FinetuneConfig()
     for name, value in changes.items():
@@ -104,7 +109,6 @@ def test_exactly_full_fits_and_a_byte_more_does_not() -> None:
     assert text.startswith("It does not fit: the card's 8.00 GiB are 1 MiB too few.")
 
 
-@pytest.mark.usefixtures("peaks_by_formula")
 def test_a_machine_without_a_card_is_not_called_one() -> None:
     config = config_of()
     for gib, verdict in ((1, "the machine's 1.00 GiB are"), (64, "It fits")):
@@ -121,7 +125,6 @@ def test_too_little_ram_is_said_as_such() -> None:
     assert text.startswith("It does not fit: the RAM's 16.00 GiB are 4.00 GiB too few.")
 
 
-@pytest.mark.usefixtures("peaks_by_formula")
 def test_advice_is_about_what_stands_in_the_way() -> None:
     plan = plan_of(4, "Qwen2.5-7B", bits=8, micro_batch=4, lora_r=64, gradient_checkpointing=False)
     text = joined(plan_text.verdict_lines(plan, 300))
@@ -218,7 +221,6 @@ def test_stored_bits_are_told() -> None:
 # --- the matrix
 
 
-@pytest.mark.usefixtures("peaks_by_formula")
 def test_the_matrix_has_every_peak_and_marks_what_does_not_fit() -> None:
     sizes, lengths, names = (3, 6, 24), (512, 16384), ("Qwen3-1.7B", LLAMA)
     plans = [plan_of(gib, name, cutoff_len=n) for name, gib, n in product(names, sizes, lengths)]
@@ -240,7 +242,6 @@ def test_the_matrix_has_every_peak_and_marks_what_does_not_fit() -> None:
     assert any(plan.setup.stream_layers for plan in plans)
 
 
-@pytest.mark.usefixtures("peaks_by_formula")
 def test_a_wide_matrix_goes_on_below() -> None:
     plans = [plan_of(gib) for gib in range(8, 18)]
     lines = plan_text.matrix_lines(plans)
@@ -304,19 +305,24 @@ def rising(curve: plan_text.Curve) -> bool:
     return all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(curve))
 
 
-def test_one_curve_per_technique_each_below_the_one_before() -> None:
+@pytest.mark.parametrize("is_traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_curve_per_technique_each_below_the_one_before(is_traced: bool, request: pytest.FixtureRequest) -> None:
+    if is_traced:
+        request.getfixturevalue("traced_peaks")
     curves = plan_text.curves_of([architecture_of(LLAMA)], config_of())
     assert len(curves) == 5 and all(len(curve) >= 20 and rising(curve) for curve in curves.values())
     ends = [curve[-1][1] for curve in curves.values()]
     assert all(above > below for above, below in pairwise(ends)) and ends[0] > 4 * ends[-1]
 
 
+@pytest.mark.usefixtures("traced_peaks")
 @pytest.mark.slow
 def test_the_curves_are_of_one_row_whatever_the_micro_batch() -> None:
     for models in ([architecture_of(LLAMA)], [architecture_of(LLAMA), architecture_of("Qwen3-4B")]):
         assert plan_text.curves_of(models, config_of(micro_batch=4)) == plan_text.curves_of(models, config_of())
 
 
+@pytest.mark.usefixtures("traced_peaks")
 @pytest.mark.slow
 def test_one_curve_per_model_with_everything_given_up() -> None:
     names = ["Qwen2.5-3B", LLAMA, "Phi-4"]
