@@ -15,7 +15,7 @@ import pytest
 
 from onecard.config import parsing as cli
 from onecard.errors import ConfigError
-from tests.reachable_code import FLAG, REPOSITORY, ReachableCode, named_flags, reachable_from
+from tests.call_graph import FLAG, REPOSITORY, CallGraph, named_flags, reached
 
 FOLDER = REPOSITORY / "onecard" / "programs"
 PROGRAMS = sorted(FOLDER.glob("[!_]*.py"))
@@ -140,8 +140,8 @@ def options_of(program: Path) -> frozenset[str]:
 
 
 @lru_cache
-def code_of(program: Path) -> ReachableCode:
-    return reachable_from(program)
+def graph_of(program: Path) -> CallGraph:
+    return reached(program)
 
 
 def is_named(program: Path, text: str) -> bool:
@@ -153,7 +153,7 @@ def is_named(program: Path, text: str) -> bool:
 def unknown_to(program: Path) -> list[tuple[str, int, str, str]]:
     """(module, line, option, text) of what a program's messages name and it does not have."""
     found = []
-    for module, line, flag, text in named_flags(code_of(program)):
+    for module, line, flag, text in named_flags(graph_of(program)):
         others = [other for other in PROGRAMS if is_named(other, text)]
         known = set(options_of(program)).union(FOREIGN, *(options_of(other) for other in others))
         if flag not in known and module not in (*BY_TABLE, *OF_OPTIONS):
@@ -181,11 +181,11 @@ def test_every_exception_is_still_one() -> None:
 
 def test_the_search_finds_what_a_program_says() -> None:
     """A remedy of training in what only generate.py reaches would be found."""
-    said = {(module, flag) for module, _, flag, _ in named_flags(code_of(FOLDER / "generate.py"))}
+    said = {(module, flag) for module, _, flag, _ in named_flags(graph_of(FOLDER / "generate.py"))}
     assert {("onecard.model.load", "bits"), ("onecard.inference.load", "model_path")} <= said
     assert not any(module.startswith("onecard.train") for module, _ in said)
     assert ("onecard.train.auto_config", "total_batch") in {
-        (module, flag) for module, _, flag, _ in named_flags(code_of(FOLDER / "finetune.py"))
+        (module, flag) for module, _, flag, _ in named_flags(graph_of(FOLDER / "finetune.py"))
     }
 
 
