@@ -27,7 +27,8 @@ from onecard.config.base_model import ModelOptions  # noqa: E402
 from onecard.config.data import DataOptions  # noqa: E402
 from onecard.config.lora import LoraOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions  # noqa: E402
+from onecard.config.run import TrainOptions  # noqa: E402
+from onecard.config.training import FinetuneConfig, MemoryOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 # Published by Unsloth for Llama-3.1-8B, QLoRA, rank 32 on all linear layers, padded, one row; beside it plain Hugging

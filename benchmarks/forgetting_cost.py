@@ -27,7 +27,8 @@ if str(ROOT) not in sys.path:
 from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.config.data import DataOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import FinetuneConfig, TrainOptions  # noqa: E402
+from onecard.config.run import TrainOptions  # noqa: E402
+from onecard.config.training import FinetuneConfig  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 BAR = 0.03  # of the run

@@ -28,7 +28,8 @@ from onecard.config.base_model import ModelOptions  # noqa: E402
 from onecard.config.data import DataOptions  # noqa: E402
 from onecard.config.lora import LoraOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions  # noqa: E402
+from onecard.config.run import TrainOptions  # noqa: E402
+from onecard.config.training import FinetuneConfig, MemoryOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 
 TOY = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4,

@@ -259,7 +259,7 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any, **lora_options: 
     from benchmarks.random_models import random_base
     from onecard.config.base_model import ModelOptions
     from onecard.config.lora import LoraOptions
-    from onecard.config.training import TrainOptions
+    from onecard.config.run import TrainOptions
     from onecard.model.lora.adapter import rank_allocation
     from onecard.model.lora.vocabulary import freeze_adapter
     from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram

@@ -31,7 +31,8 @@ from onecard.config.base_model import DEFAULT_BASE, ModelOptions  # noqa: E402
 from onecard.config.data import DataOptions  # noqa: E402
 from onecard.config.lora import LoraOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
-from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions  # noqa: E402
+from onecard.config.run import TrainOptions  # noqa: E402
+from onecard.config.training import FinetuneConfig, MemoryOptions  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 from onecard.errors import ModelError  # noqa: E402
 

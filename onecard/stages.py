@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 
 from onecard.config.given_paths import NOT_MERGEABLE
+from onecard.config.objectives import CACHES_REFERENCE, WITH_REFERENCE
 from onecard.config.parsing import to_yaml
 from onecard.config.stages import Stage
-from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig, MemoryOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.console import quiet_rank, say, warn
 from onecard.data.mixture import parts_of
 from onecard.errors import CheckpointError, ConfigError, DataError

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.data.batches import collate
 from onecard.data.dataset import EncodedDataset
 from onecard.data.encode import IGNORE_INDEX, LabelledSample

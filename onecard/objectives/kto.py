@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.data.batches import collate
 from onecard.data.dataset import EncodedDataset
 from onecard.data.encode import IGNORE_INDEX, LabelledSample

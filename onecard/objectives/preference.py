@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.data.batches import collate
 from onecard.data.dataset import EncodedDataset
 from onecard.data.encode import LabelledSample

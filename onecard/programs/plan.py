@@ -18,7 +18,8 @@ from onecard.config.data import DataOptions
 from onecard.config.lora import LoraOptions
 from onecard.config.parsing import comma_list, parse
 from onecard.config.problems import Problem, too_small
-from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.console import say
 from onecard.errors import ConfigError
 

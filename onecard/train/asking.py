@@ -19,7 +19,7 @@ import torch
 
 from onecard.config.inference import SamplingOptions
 from onecard.config.problems import refuse
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.console import few, say, warn
 from onecard.data.messages import Turn
 from onecard.data.questions import Question, read_questions, to_question

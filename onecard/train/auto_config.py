@@ -18,7 +18,8 @@ from accelerate.utils import gather_object
 
 from onecard.config.base_model import memory_map
 from onecard.config.problems import Problem
-from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, TrainOptions
+from onecard.config.run import LARGEST_TOTAL_BATCH, TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.console import say, warn
 from onecard.data.batches import auto_test_size
 from onecard.errors import ConfigError

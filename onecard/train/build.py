@@ -14,8 +14,9 @@ from accelerate.utils import AutocastKwargs
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from onecard.config.lora import LoraOptions
+from onecard.config.objectives import CACHES_REFERENCE, WITH_REFERENCE
 from onecard.config.problems import refuse
-from onecard.config.training import CACHES_REFERENCE, WITH_REFERENCE, FinetuneConfig
+from onecard.config.training import FinetuneConfig, virtual_token_contradictions
 from onecard.console import first_line, say, warn
 from onecard.data.built_in_templates import first_version
 from onecard.data.chat_template import Template, load_template
@@ -273,7 +274,7 @@ def _built(config: FinetuneConfig, hardware: Hardware, accelerator: Accelerator,
 def _check_virtual_tokens(config: FinetuneConfig, plain: Any, data: TrainingData) -> None:
     """Raise ConfigError and ModelError for what does not go with them, also where --init_adapter brought them."""
     if positions_in_front(plain):
-        refuse(config.virtual_token_problems())
+        refuse(virtual_token_contradictions(config))
         _check_lengths(plain, data)
 
 

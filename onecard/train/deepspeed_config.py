@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config.problems import Problem, refuse
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.config.zero_stage import AUTO, AUTO_STAGE, DIVIDES_BASE
 from onecard.console import nearest, warn
 from onecard.errors import ConfigError

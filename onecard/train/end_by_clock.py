@@ -12,7 +12,7 @@ from collections import deque
 from datetime import datetime, timedelta
 from statistics import fmean
 
-from onecard.config.training import TrainOptions, moment
+from onecard.config.run import TrainOptions, moment
 from onecard.errors import ConfigError
 from onecard.train.intervals import EVALUATED_PER_TRAINED
 

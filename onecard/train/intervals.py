@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.console import say
 from onecard.data.batches import steps_per_epoch
 

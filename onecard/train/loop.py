@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.console import say, warn
 from onecard.data.batches import step_samples, steps_per_epoch
 from onecard.errors import CheckpointError, DataError, Stopped

@@ -16,7 +16,8 @@ import torch
 from transformers import get_scheduler
 
 from onecard.config.lora import LoraOptions
-from onecard.config.training import PREFERENCE_OBJECTIVES, TrainOptions
+from onecard.config.objectives import PREFERENCE_OBJECTIVES
+from onecard.config.run import TrainOptions
 from onecard.errors import ConfigError
 from onecard.model.hardware import synchronize
 from onecard.model.lora.methods import is_adapter_weight, starts_at_zero

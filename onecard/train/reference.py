@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from onecard.config.training import CACHES_REFERENCE, FinetuneConfig
+from onecard.config.objectives import CACHES_REFERENCE
+from onecard.config.training import FinetuneConfig
 from onecard.console import say, warn
 from onecard.data.arrow_cache import content_fingerprint
 from onecard.data.dataset import EncodedDataset

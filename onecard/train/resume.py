@@ -19,7 +19,8 @@ from accelerate.utils import gather_object
 from onecard.config import parsing as cli
 from onecard.config.given_paths import foreign_advice, is_tuned_model
 from onecard.config.lora import LoraOptions
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.console import quiet_rank, say, warn
 from onecard.errors import CheckpointError, ConfigError
 from onecard.installation import command

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.model.divergence import BaseStates
 from onecard.model.lora.rank_allocation import RankAllocation
 from onecard.model.memory.plan import RECOMPUTE, Plan

@@ -26,7 +26,8 @@ from typing import Any
 from onecard import manifest
 from onecard.config.data import data_portions
 from onecard.config.given_paths import is_tuned_model
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.console import quiet_rank, say, warn
 from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.dataset_info import names_in

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.console import say, warn
 from onecard.errors import ModelError
 from onecard.model.memory.architecture import Architecture

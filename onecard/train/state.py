@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.console import warn
 from onecard.errors import CheckpointError, ConfigError
 from onecard.model.trained import restore_trained, save_trained

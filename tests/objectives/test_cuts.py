@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onecard.config.lora import LoraOptions
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.model.lora.adapter import add_lora
 from onecard.objectives.base import Objective
 from onecard.objectives.grpo import GroupRelative

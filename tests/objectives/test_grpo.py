@@ -14,7 +14,8 @@ from torch import Tensor
 
 from onecard.config.lora import LoraOptions
 from onecard.config.problems import problems_of
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import EncodedDataset, encode_dataset
 from onecard.data.encode import EncodeSettings, LabelledSample

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import EncodedDataset, encode_dataset
 from onecard.data.encode import EncodeSettings, LabelledSample

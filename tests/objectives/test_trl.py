@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from onecard.config.lora import LoraOptions
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.data.encode import LabelledSample
 from onecard.model.lora.adapter import add_lora
 from onecard.model.reward_head import SCORE

@@ -12,7 +12,8 @@ from benchmarks.synthetic_run import build_run, plan_for, planned_peak, random_s
 from onecard.config.base_model import ModelOptions
 from onecard.config.data import DataOptions
 from onecard.config.lora import LoraOptions
-from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.model.hardware import Hardware, detect
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.out_of_memory import give_back_memory

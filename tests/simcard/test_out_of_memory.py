@@ -17,7 +17,8 @@ from benchmarks.synthetic_run import build_run, random_samples
 from onecard.config.base_model import ModelOptions
 from onecard.config.data import DataOptions
 from onecard.config.lora import LoraOptions
-from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.errors import ModelError
 from onecard.model.hardware import detect
 from onecard.model.out_of_memory import give_back_memory

@@ -10,7 +10,8 @@ from benchmarks.random_models import config_of, random_base
 from benchmarks.synthetic_run import build_run, planned_peak, random_samples, run_peak
 from onecard.config.base_model import ModelOptions
 from onecard.config.data import DataOptions
-from onecard.config.training import FinetuneConfig, MemoryOptions, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, GIB

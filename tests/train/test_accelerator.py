@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.config.zero_stage import zero_stage
 from onecard.errors import CheckpointError, ConfigError
 from onecard.installation import SHIPPED as REPOSITORY

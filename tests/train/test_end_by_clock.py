@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from onecard.config.training import FinetuneConfig, TrainOptions, moment
+from onecard.config.run import TrainOptions, moment
+from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError
 from onecard.recipes import finetune
 from onecard.train import end_by_clock as by_clock

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.data.batches import auto_test_size
 from onecard.recipes import finetune
 from onecard.train import intervals, loop

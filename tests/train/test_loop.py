@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from onecard.config.problems import problems_of, refuse
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, OneCardError
 from onecard.recipes import finetune
 from onecard.train import checkpoint, loop, validation

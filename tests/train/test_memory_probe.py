@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.data.batches import micro_batches
 from onecard.data.packing import padded_tokens
 from onecard.errors import ModelError

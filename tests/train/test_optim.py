@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from onecard.config.training import ScheduleName, TrainOptions
+from onecard.config.run import ScheduleName, TrainOptions
 from onecard.errors import ConfigError
 from onecard.train.optim import (
     build_optimizer,

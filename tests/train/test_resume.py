@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from onecard.config.parsing import parse
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.errors import CheckpointError, ConfigError
 from onecard.recipes import finetune
 from onecard.train.optim import learning_rate_factor

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from onecard.config.training import TrainOptions
+from onecard.config.run import TrainOptions
 from onecard.errors import DataError, Stopped
 from onecard.inference.call import GenerateCall
 from onecard.recipes import finetune

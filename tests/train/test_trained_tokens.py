@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState
 from onecard.config.base_model import ModelOptions
 from onecard.config.inference import SamplingOptions
 from onecard.config.lora import LoraOptions
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.data.messages import Turn
 from onecard.errors import CheckpointError, ConfigError
 from onecard.inference.load import adapter_fingerprint, load_bundle

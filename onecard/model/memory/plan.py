@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from onecard.config.base_model import n_gpus_of
-from onecard.config.training import LARGEST_TOTAL_BATCH, FinetuneConfig, MemoryOptions
+from onecard.config.run import LARGEST_TOTAL_BATCH
+from onecard.config.training import FinetuneConfig, MemoryOptions
 from onecard.console import nearest
 from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens

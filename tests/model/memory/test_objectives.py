@@ -12,7 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks.plan_accuracy import Samples, real_run, toy_config
-from onecard.config.training import FinetuneConfig, TrainOptions
+from onecard.config.run import TrainOptions
+from onecard.config.training import FinetuneConfig
 from onecard.data.encode import LabelledSample
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
