@@ -47,10 +47,10 @@ from onecard.model.lora.peft_model import (
     PromptedModel,
     adaptable_layers,
     attach,
+    base_name,
     check_trainable,
     give_memory,
     live_tensors,
-    name_of,
     remove_adapter,
     unwrap,
 )
@@ -155,7 +155,7 @@ def load_adapter(
     not know.
     """
     loaded = attach_files(model, read_adapter(source, gives_reward=gives_reward), trainable=trainable, scale=scale)
-    other = other_base(source, name_of(model), fingerprint) if fingerprint else None
+    other = other_base(source, base_name(model), fingerprint) if fingerprint else None
     advice = "Give that base as --model_path, unless this one is the same in another form (GPTQ, other shards)"
     return replace(loaded, notes=[*loaded.notes, f"{other}. {advice}"]) if other else loaded
 
@@ -346,7 +346,7 @@ def _other_positions(model: Any, files: AdapterFiles) -> list[str]:
 
 def _mismatch(files: AdapterFiles, differences: list[str], model: Any) -> str:
     trained_on = read_config(files.config_directory).get("base_model_name_or_path") if files.config_directory else None
-    here = name_of(model)
+    here = base_name(model)
     rest = f"\n  ... and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
     return (
         f"{files.directory} does not fit: it was trained on {trained_on or 'an unknown base'}, here is {here}; "

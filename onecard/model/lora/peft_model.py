@@ -108,7 +108,7 @@ def _in_front(model: Any, config: Any) -> PromptedModel:
     if (config.num_virtual_tokens or 0) < 1:
         raise ValueError(f"num_virtual_tokens={config.num_virtual_tokens} would train nothing; use 1 or more")
     check_base(model, config.peft_type.value.lower())
-    config.base_model_name_or_path = name_of(model)  # as `get_peft_model` does
+    config.base_model_name_or_path = base_name(model)  # as `get_peft_model` does
     peft_model = PromptedModel(model, config, ADAPTER)
     # Not where the plan builds models without memory: PEFT takes these numbers to the device of the vectors.
     peft_model.prompt_tokens[ADAPTER] = torch.arange(config.num_virtual_tokens, device="cpu")
@@ -217,6 +217,6 @@ def add_product(layer: Any, weight: Tensor) -> bool:
     return True
 
 
-def name_of(model: Any) -> str:
+def base_name(model: Any) -> str:
     """Where a base came from, or its class."""
     return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
