@@ -103,6 +103,12 @@ class PairedTest(NamedTuple):
     n_down: int
     direction: int  # 1: up, -1: down, 0: no difference beyond noise
 
+    def told(self, level: float, is_better: int) -> str:
+        """In words; is_better: the direction that is, 1 or -1. level: of the interval."""
+        value, low, high = self.difference
+        interval = f"{100 * level:g} % interval {low:+.4f} to {high:+.4f}, {self.n} records"
+        return f"difference {value:+.4f} ({interval}): {RESULTS[self.direction * is_better]}"
+
 
 def paired_test(
     before: Sequence[float], after: Sequence[float], *, seed: int = 0, level: float = 0.95, resamples: int = RESAMPLES

@@ -57,13 +57,10 @@ class ComparedSuite:
         """Whether B is better than A, in words."""
         return RESULTS[self.test.direction * self.is_better]
 
-    def change(self, level: float) -> str:
-        """A line that tells it where A was before B."""
-        value, low, high = self.test.difference
-        return (
-            f"{self.name}: {self.score} {self.mean_a:.4f} before, {self.mean_b:.4f} now, difference {value:+.4f} "
-            f"({100 * level:g} % interval {low:+.4f} to {high:+.4f}, {self.test.n} records): {self.result}"
-        )
+    def told(self, level: float, a: str, b: str) -> str:
+        """One line; a, b: what the two evaluations are called."""
+        means = f"{self.score} {self.mean_a:.4f} {a}, {self.mean_b:.4f} {b}"
+        return f"{self.name}: {means}, {self.test.told(level, self.is_better)}"
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -159,11 +156,7 @@ def comparison_lines(suites: Sequence[ComparedSuite], level: float) -> list[str]
     """What is said on the screen: a line for each suite, and what was asked in another way."""
     lines = []
     for suite in suites:
-        value, low, high = suite.test.difference
-        lines.append(
-            f"{suite.name}: {suite.score} {suite.mean_a:.4f} in A, {suite.mean_b:.4f} in B, difference {value:+.4f} "
-            f"({100 * level:g} % interval {low:+.4f} to {high:+.4f}, {suite.test.n} records): {suite.result}"
-        )
+        lines.append(suite.told(level, "in A", "in B"))
         lines += [f"  {name} is {a} in A and {b} in B" for name, (a, b) in suite.settings.items()]
         if suite.n_apart:
             lines.append(f"  {suite.n_apart} records have a score in one of the two only, and are left out")

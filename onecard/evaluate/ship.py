@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from onecard.errors import DataError
 from onecard.evaluate.compare import compare_reports
 from onecard.evaluate.report import REPORT_FILE
-from onecard.statistics import RESULTS, PairedTest, paired_test
+from onecard.statistics import paired_test
 from onecard.train.findings import AFTER, BEFORE, COMPARISON_NAME, RunFindings, read_findings
 
 SHIP, DO_NOT_SHIP, UNDECIDED = "ship", "do not ship", "undecided"
@@ -59,7 +60,7 @@ def judge_run(
     _judge_forgetting(verdict, found, other, most_forgetting)
     if reports is not None:
         for suite in compare_reports(*reports, level=level):
-            verdict.add(suite.test.direction * suite.is_better, suite.change(level))
+            verdict.add(suite.test.direction * suite.is_better, suite.told(level, "before", "now"))
     if found.forgetting is None and reports is None and not found.gives_rewards:
         verdict.missing.append("nothing tells what else has become worse: the run did not measure forgetting; give "
                                "--reports BEFORE AFTER, two folders of onecard evaluate")  # fmt: skip
@@ -96,20 +97,8 @@ def _judge_task(
         verdict.missing.append("held-out records: the loss of one is no number")
         return
     test = paired_test(before, found.tuned, level=level, resamples=RESAMPLES)
-    text = f"held-out records: mean loss {_mean(before):.4f} before, {_mean(found.tuned):.4f} now"
-    verdict.add(-test.direction, _sentence(text, test, -test.direction, level))
-
-
-def _sentence(text: str, test: PairedTest, direction: int, level: float) -> str:
-    value, low, high = test.difference
-    return (
-        f"{text}, difference {value:+.4f} ({100 * level:g} % interval {low:+.4f} to {high:+.4f}, {test.n} records): "
-        f"{RESULTS[direction]}"
-    )
-
-
-def _mean(values: tuple[float, ...]) -> float:
-    return sum(values) / len(values)
+    text = f"held-out records: mean loss {fmean(before):.4f} before, {fmean(found.tuned):.4f} now"
+    verdict.add(-test.direction, f"{text}, {test.told(level, -1)}")
 
 
 def _check_texts(verdict: ShipVerdict, run: Path, baseline: Path) -> None:

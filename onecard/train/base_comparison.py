@@ -10,6 +10,7 @@ import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -64,12 +65,12 @@ class BaseComparison:
         tuned = self._scores()
         test = paired_test(self.base, tuned, seed=self.run.options.seed)
         difference, n_better = test.difference, test.n_down
-        found = {"mean_base": _mean(self.base), "mean_tuned": _mean(tuned), "difference": difference._asdict()}
+        found = {"mean_base": fmean(self.base), "mean_tuned": fmean(tuned), "difference": difference._asdict()}
         self._write({**found, "n_better": n_better, "records": self.records, "base": self.base, "tuned": tuned})
         if not math.isfinite(difference.value):
             warn("the result cannot be compared with the base: the loss of a held-out record is no number")
             return
-        say(f"held-out records: mean loss {_mean(self.base):.4f} with the base, {_mean(tuned):.4f} with the result")
+        say(f"held-out records: mean loss {fmean(self.base):.4f} with the base, {fmean(tuned):.4f} with the result")
         change, low, high = (f"{number:+.4f}" for number in difference)
         say(f"difference {change}, 95 % interval {low} to {high}; better in {n_better} of {len(tuned)} records")
         if test.direction < 0:
@@ -102,7 +103,3 @@ class BaseComparison:
             write_whole(self.directory / FILE_NAME, json.dumps(content, ensure_ascii=False, indent=1))
         except OSError as reason:
             warn(f"{FILE_NAME} was not written ({reason})")
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
