@@ -19,10 +19,10 @@ from onecard.model.output_head import states_before_head
 
 MICRO_TOKENS = 4096  # of a batch with its padding
 LOGITS_AT_ONCE = 256  # positions whose logits exist at once
-Asked = Sequence[tuple[int, int]]  # (position, token): how likely is the token after the text up to the position
+AskedTokens = Sequence[tuple[int, int]]  # (position, token): how likely is the token after the text up to the position
 
 
-def log_probs(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[Asked]) -> list[list[float]]:
+def log_probs(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[AskedTokens]) -> list[list[float]]:
     """For each text (token ids) the natural log-probabilities of the tokens asked for, in their order.
 
     texts [[5, 6, 7]], asked [[(2, 8), (2, 9)]]  ->  [[log p(8 | 5 6 7), log p(9 | 5 6 7)]], from one forward pass
@@ -59,7 +59,7 @@ def _batches(model: Any, lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def _together(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[Asked]) -> list[list[float]]:
+def _together(model: Any, texts: Sequence[Sequence[int]], asked: Sequence[AskedTokens]) -> list[list[float]]:
     longest = max(map(len, texts))
     ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts], device=model.device)
     places = sorted({(row, position) for row, pairs in enumerate(asked) for position, _ in pairs})
@@ -93,7 +93,7 @@ def option_log_probs(
     [[5, 6, 8], [5, 6, 9]], prompt 1  ->  [[log p(6 | 5), log p(8 | 5 6)], [log p(6 | 5), log p(9 | 5 6)]]
     """
     texts: list[Sequence[int]] = []
-    asked: list[Asked] = []
+    asked: list[AskedTokens] = []
     parts: list[tuple[int, int]] = []  # of each question: where its texts begin, and how many tokens all options share
     for options, first in zip(questions, n_prompt, strict=True):
         n_shared = shared_length(options)

@@ -144,14 +144,14 @@ class DataView:
                            param="name", code="name_taken")  # fmt: skip
         return target
 
-    def _asked(self, body: dict[str, Any]) -> Asked:
+    def _asked(self, body: dict[str, Any]) -> DataQuestion:
         reading = checked_options(body.get("options", {}), READING)
         data = named_data(self._context, body["sources"], reading)
         base = base_name(self._context, body["model_path"])
-        return Asked(data, {"options": data.for_page, "model_path": base}, str(body.get("page", ""))[:40])
+        return DataQuestion(data, {"options": data.for_page, "model_path": base}, str(body.get("page", ""))[:40])
 
 
-class Asked(NamedTuple):
+class DataQuestion(NamedTuple):
     """A checked question about data: what it names, what the worker is asked, and the page it is from."""
 
     data: NamedData

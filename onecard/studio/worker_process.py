@@ -40,7 +40,7 @@ PAUSE_S = 0.1  # after a plan: between two questions of a slider that is being m
 END = object()
 
 
-class Inbox:
+class QuestionQueue:
     """The questions that wait, and whether what is done meanwhile should give way to them."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     """Answer until the input ends, or nothing was asked for `IDLE_S` seconds."""
     use_language("en")  # the page has its own
     quiet_libraries()
-    answers, inbox = _own_output(), Inbox()
+    answers, inbox = _own_output(), QuestionQueue()
     threading.Thread(target=inbox.read, args=(sys.stdin,), daemon=True).start()
     begin_ahead: Callable[[], Iterator[None]] = partial(iter, ())
     ahead, wait = begin_ahead(), IDLE_S

@@ -43,7 +43,7 @@ class Autocast(nn.Module):
             return self.module(*inputs, **named)
 
 
-class Divided(nn.Module):
+class Zero3Model(nn.Module):
     """A model as ZeRO-3 sees it: without the parameters that stay whole, which at each step it would put away."""
 
     def __init__(self, module: nn.Module, whole: list[nn.Module]) -> None:
@@ -203,7 +203,7 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str
                           f"environment variable DS_ACCELERATOR={device.type}")  # fmt: skip
     divides = config["zero_optimization"]["stage"] == DIVIDES_BASE
     whole = model if dtype == torch.float32 else Autocast(model, device.type, dtype)
-    whole = Divided(whole, whole_modules(model)) if divides else whole
+    whole = Zero3Model(whole, whole_modules(model)) if divides else whole
     named = {id(parameter): name for name, parameter in whole.named_parameters()}
     groups = [list(group["params"]) for group in optimizer.param_groups]
     names = [[named[id(parameter)] for parameter in group] for group in groups]

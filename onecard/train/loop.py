@@ -52,7 +52,7 @@ def train(run: Run, reporter: Reporter) -> TrainerState:
     options, state = run.options, run.state
     run.model.train()
     report_events(run, reporter)  # those of the memory probe
-    evaluation, saves = Timer(options.eval_minutes), Saved(run, Timer(options.save_minutes))
+    evaluation, saves = Timer(options.eval_minutes), SavedCheckpoints(run, Timer(options.save_minutes))
     control = run.control or RunControl()
     control.folder.say("training", state.step, state.total_steps)
     if state.step == 0:
@@ -138,7 +138,7 @@ def _keep_to_the_clock(run: Run, seconds: float, *, evaluation_s: float, saving_
 
 
 @dataclass
-class Saved:
+class SavedCheckpoints:
     """The checkpoints of a run: when the next one is due by the clock, and the step of the newest."""
 
     run: Run
@@ -167,7 +167,7 @@ class Saved:
         return f"{end}; checkpoint-{self.step} is saved. The same command goes on from there."
 
 
-def _asked_to_stop(control: RunControl, interrupts: Interrupts, saves: Saved, evaluation: Timer) -> bool:
+def _asked_to_stop(control: RunControl, interrupts: Interrupts, saves: SavedCheckpoints, evaluation: Timer) -> bool:
     """Carry out what was asked through the control folder; the time that takes is no training time."""
     began_s = time.time()  # not monotonic: that one stands still while a laptop sleeps
     stop = control.obey(saves.run, interrupts, saves)
@@ -180,7 +180,7 @@ def _asked_to_stop(control: RunControl, interrupts: Interrupts, saves: Saved, ev
     return stop
 
 
-def _step_or_keep(run: Run, saves: Saved, requested: Callable[[], StepRequests]) -> StepResult:
+def _step_or_keep(run: Run, saves: SavedCheckpoints, requested: Callable[[], StepRequests]) -> StepResult:
     """One step; where it is not taken (not finite, no reward), the weights of the step before are kept first."""
     try:
         return take_step(run, requested)

@@ -1,7 +1,7 @@
 """What requests do to a run, between two of its steps: it answers, saves, stops, waits, leaves its card and comes back.
 
 Only the first process reads requests; what all of several have to do (save, stop, wait) it tells the others. The time
-that passes here is no training time. Knows a `Run`, and saving by a `Saves`; files are `control_folder.py`'s.
+that passes here is no training time. Knows a `Run`, and saving by a `CheckpointSaver`; files are `control_folder.py`'s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WAIT_S = 0.2
 Action = Literal["go", "wait", "save", "stop"]
 
 
-class Saves(Protocol):
+class CheckpointSaver(Protocol):
     """The checkpoints of a run: the step of the newest, and one more where the present step has none."""
 
     step: int
@@ -60,7 +60,7 @@ class RunControl:
         if self.questions is not None:
             self.questions.ask_standing(run)
 
-    def obey(self, run: Run, interrupts: Interrupts, saves: Saves) -> bool:
+    def obey(self, run: Run, interrupts: Interrupts, saves: CheckpointSaver) -> bool:
         """Carry out all that is requested, and wait while the run is paused; True when it is to end now, saved.
 
         Call it on every process. Raises CheckpointError where a checkpoint cannot be written.
@@ -76,14 +76,14 @@ class RunControl:
             if action == "wait":
                 time.sleep(WAIT_S)
 
-    def _agreed(self, run: Run, interrupts: Interrupts, saves: Saves) -> Action:
+    def _agreed(self, run: Run, interrupts: Interrupts, saves: CheckpointSaver) -> Action:
         """What comes next, on every process."""
         action: Action = self._next(run, interrupts, saves) if run.accelerator.is_main_process else "go"
         if run.accelerator.num_processes > 1:
             action = broadcast_object_list([action])[0]
         return action
 
-    def _next(self, run: Run, interrupts: Interrupts, saves: Saves) -> Action:
+    def _next(self, run: Run, interrupts: Interrupts, saves: CheckpointSaver) -> Action:
         self.folder.poll()
         while self.folder.waiting:
             request = self.folder.waiting.pop(0)
@@ -95,7 +95,7 @@ class RunControl:
             return "go"
         return "wait" if interrupts.requested is None else "stop"
 
-    def _carry_out(self, run: Run, request: Request, interrupts: Interrupts, saves: Saves) -> None:
+    def _carry_out(self, run: Run, request: Request, interrupts: Interrupts, saves: CheckpointSaver) -> None:
         """What the first process does alone, with its reply. Nothing that goes wrong with an answer ends the run."""
         try:
             if request.kind == "ask":
@@ -157,7 +157,7 @@ class RunControl:
         say(text)
         return text
 
-    def _give_back(self, run: Run, saves: Saves) -> str:
+    def _give_back(self, run: Run, saves: CheckpointSaver) -> str:
         """Leave the card. Raises ConfigError for runs that cannot, ModelError where RAM has no room."""
         if run.options.deepspeed or run.accelerator.num_processes > 1:
             raise ConfigError("", "a run of several processes, or under DeepSpeed, cannot leave its cards: their "
@@ -176,7 +176,7 @@ class RunControl:
         say(f"{text}; to go on: {self._command('take-back')}")
         return text
 
-    def _save(self, saves: Saves) -> None:
+    def _save(self, saves: CheckpointSaver) -> None:
         request, self._asked = self._asked, None
         try:
             if self._away is not None and not saves.is_current:
@@ -192,7 +192,7 @@ class RunControl:
             return
         self._reply(request, reply)
 
-    def _stop(self, saves: Saves) -> bool:
+    def _stop(self, saves: CheckpointSaver) -> bool:
         """Save and end; False where a request to stop cannot be granted now."""
         request, self._asked = self._asked, None
         try:

@@ -137,25 +137,25 @@ def test_what_is_computed_ahead_gives_way_to_a_question_and_goes_on(question):
 
 
 def test_the_worker_tells_what_waits_and_what_is_interrupted():
-    inbox = worker_process.Inbox()
-    assert not inbox.somebody_waits()
+    waiting = worker_process.QuestionQueue()
+    assert not waiting.somebody_waits()
     lines = [{"question": "limits"}, {"question": "plan", "number": 3}, {"interrupt": 3}]
-    inbox.read(json.dumps(each) for each in lines)
-    assert inbox.somebody_waits() and inbox.take(1) == lines[0]
-    assert inbox.somebody_waits() and inbox.take(1) == lines[1]
-    assert not inbox.somebody_waits()
-    assert inbox.is_interrupted(3) and not inbox.is_interrupted(4)
-    assert inbox.take(1) is None
+    waiting.read(json.dumps(each) for each in lines)
+    assert waiting.somebody_waits() and waiting.take(1) == lines[0]
+    assert waiting.somebody_waits() and waiting.take(1) == lines[1]
+    assert not waiting.somebody_waits()
+    assert waiting.is_interrupted(3) and not waiting.is_interrupted(4)
+    assert waiting.take(1) is None
 
 
 def test_what_waits_behind_a_patient_question_is_waited_for():
-    inbox = worker_process.Inbox()
-    inbox.read([json.dumps({"question": "limits", "number": 5})])
-    assert not inbox.somebody_waits(), "limits are asked for again and again"
-    inbox.read([json.dumps({"interrupt": 5})])
-    assert inbox.somebody_waits()
-    inbox.take(1)
-    assert not inbox.somebody_waits()
+    waiting = worker_process.QuestionQueue()
+    waiting.read([json.dumps({"question": "limits", "number": 5})])
+    assert not waiting.somebody_waits(), "limits are asked for again and again"
+    waiting.read([json.dumps({"interrupt": 5})])
+    assert waiting.somebody_waits()
+    waiting.take(1)
+    assert not waiting.somebody_waits()
 
 
 PROCESS = """

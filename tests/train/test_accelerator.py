@@ -19,7 +19,7 @@ from onecard.errors import CheckpointError, ConfigError
 from onecard.installation import SHIPPED as REPOSITORY
 from onecard.train import deepspeed_config as settings
 from onecard.train.accelerator import TrainingEngine
-from onecard.train.deepspeed_engine import Autocast, Divided, LossScale, ShardedOptimizer, left_out, whole_modules
+from onecard.train.deepspeed_engine import Autocast, LossScale, ShardedOptimizer, Zero3Model, left_out, whole_modules
 from onecard.train.optimizer_shards import ShardLayout, join_states, pieces_of_each, split_state
 from tests import tiny
 
@@ -294,7 +294,7 @@ def test_what_stays_whole_is_not_seen() -> None:
         parameter.requires_grad_(False)
     ends = whole_modules(model)
     assert ends == [model.embedding, model.head]
-    seen = Divided(model, ends)
+    seen = Zero3Model(model, ends)
     assert [name for name, _ in seen.named_parameters()] == ["module.layer.weight", "module.layer.bias"]
     before = [name for name, _ in model.named_modules()]
     with left_out(seen, ends):

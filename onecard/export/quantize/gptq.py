@@ -173,7 +173,7 @@ def _same_work(kept: Path, source: Path, rows: Rows, settings: GptqSettings) -> 
     return is_same and (kept / "layers" / "CURRENT").is_file()
 
 
-class _Account(io.TextIOBase):
+class _ProgressLog(io.TextIOBase):
     """What gptqmodel prints, into a file; moves a bar on where it names the layer that it is at.
 
     Its threads may still speak when the file is closed already; nobody reads that.
@@ -198,7 +198,7 @@ def _account_in(log: Path, advance: Callable[[int], Any]) -> Iterator[None]:
     levels = [speaker.level for speaker in speakers]
     transformers.utils.logging.disable_progress_bar()
     here = Path.cwd()
-    with log.open("a", encoding="utf-8") as file, quiet_gptqmodel(), redirect_stdout(_Account(file, advance)):
+    with log.open("a", encoding="utf-8") as file, quiet_gptqmodel(), redirect_stdout(_ProgressLog(file, advance)):
         # gptqmodel keeps a second log in "logs" of the current folder and has no setting for it.
         os.chdir(log.parent)
         for speaker, level in zip(speakers, (logging.INFO, logging.WARNING), strict=True):

@@ -29,7 +29,7 @@ from onecard.storage import write_whole
 WINDOW = 32  # questions judged at once
 
 
-class Judged(NamedTuple):
+class JudgedAnswers(NamedTuple):
     """The sampled answers to a question, with the reward of each; None: it has none."""
 
     question: Question
@@ -49,7 +49,7 @@ class BestOfJob:
     n: int
     system: str = ""
 
-    def judged(self, judge: Judge, first: int) -> Iterator[list[Judged]]:
+    def judged(self, judge: Judge, first: int) -> Iterator[list[JudgedAnswers]]:
         """The questions from number `first` on with their answers' rewards, some at a time."""
         questions = (sample for sample in read(self.source, report=ReadReport(), shape=to_prompt))
         with self.samples.open(encoding="utf-8") as stream:
@@ -58,7 +58,7 @@ class BestOfJob:
             while window := [each for each in islice(remaining, WINDOW) if isinstance(each, Question)]:
                 rows = [[json.loads(line) for line in islice(lines, self.n)] for _ in window]
                 rewards = judge(window, [[row["output"] for row in some] for some in rows])
-                yield [Judged(*each) for each in zip(window, rows, rewards, strict=True)]
+                yield [JudgedAnswers(*each) for each in zip(window, rows, rewards, strict=True)]
 
 
 def judge_by_checkers(checkers: Rewards) -> Judge:
@@ -92,7 +92,7 @@ def write_best(job: BestOfJob, judge: Judge, answers: AnswerFile) -> None:
         answers.append([_best_row(each) for each in window])
 
 
-def _best_row(judged: Judged) -> dict[str, Any]:
+def _best_row(judged: JudgedAnswers) -> dict[str, Any]:
     row, given = judged.samples[0], [reward for reward in judged.rewards if reward is not None]
     best = max(given, default=None)
     if best is not None:

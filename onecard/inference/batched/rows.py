@@ -20,7 +20,7 @@ from onecard.config.inference import SamplingOptions
 from onecard.inference.call import Chunk, GenerateCall, ModelBundle, PromptRow, StreamingOptions, Usage
 from onecard.inference.grammar import GrammarError
 from onecard.inference.stopping import StopAtText
-from onecard.model.lora.routing import AdapterRouter, Stretch
+from onecard.model.lora.routing import AdapterRouter, AdapterSpan
 
 LOOK_SECONDS = 0.05  # how soon a reader notices that it was cancelled
 # Of all readers together: each update takes time from the thread that computes. None is rarer than ten a second.
@@ -172,15 +172,15 @@ class ScoresOfRows(ContinuousBatchingLogitsProcessorList):
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
         """Note which requests the rows of the next scores belong to, and whose adapter reads which tokens."""
-        stretches, start = [], 0
+        spans, start = [], 0
         for request in requests_in_batch:
             end = start + request.query_length
             if (row := self._rows.get(request.state.request_id)) is not None:
                 row.n_read += request.query_length
-                stretches.append(Stretch(start, end, row.call.bundle.adapter))
+                spans.append(AdapterSpan(start, end, row.call.bundle.adapter))
             start = end
         if self._router is not None:
-            self._router.route(stretches)
+            self._router.route(spans)
         self._states = [request.state for request in requests_in_batch if request.has_new_token]
         return arg_storage
 

@@ -1,7 +1,7 @@
-"""Several LoRA adapters on one base at once: each stretch of a row of tokens is given the adapter of its own request.
+"""Several LoRA adapters on one base at once: each span of a row of tokens is given the adapter of its own request.
 
 PEFT chooses adapters by row of a batch (`adapter_names`), and a packed batch has one row. Here each layer adds B A x to
-its own output, by a hook, and the base is left as it is. Knows layers by name and stretches of tokens. It does not know
+its own output, by a hook, and the base is left as it is. Knows layers by name and spans of tokens. It does not know
 files (`adapter.py`) or requests. https://arxiv.org/abs/2311.03285 (S-LoRA) computes the same with kernels of its own.
 """
 
@@ -23,7 +23,7 @@ class LoraProduct(NamedTuple):
     scale: float
 
 
-class Stretch(NamedTuple):
+class AdapterSpan(NamedTuple):
     """Tokens from `start` up to `end` of a packed row, and the adapter that reads them; "" is the base alone."""
 
     start: int
@@ -55,9 +55,9 @@ class AdapterRouter:
         """Let an adapter go."""
         self._products.pop(adapter, None)
 
-    def route(self, stretches: Sequence[Stretch]) -> None:
-        """The stretches of the row that this thread reads next, one behind the other."""
-        self._here.stretches = stretches
+    def route(self, spans: Sequence[AdapterSpan]) -> None:
+        """The spans of the row that this thread reads next, one behind the other."""
+        self._here.spans = spans
 
     def read_as(self, adapter: str) -> None:
         """All that this thread reads from now on is read by one adapter; "": by the base alone."""
@@ -68,10 +68,10 @@ class AdapterRouter:
             if whole := getattr(self._here, "whole", ""):
                 product = self._products[whole].get(layer)
                 return out if product is None else _added(out, inputs[0], product)
-            for stretch in getattr(self._here, "stretches", ()):
+            for span in getattr(self._here, "spans", ()):
                 # One that has left meanwhile is read by nobody any more.
-                if (product := self._products.get(stretch.adapter, {}).get(layer)) is not None:
-                    tokens = slice(stretch.start, stretch.end)
+                if (product := self._products.get(span.adapter, {}).get(layer)) is not None:
+                    tokens = slice(span.start, span.end)
                     out[:, tokens] = _added(out[:, tokens], inputs[0][:, tokens], product)
             return out
 
