@@ -49,6 +49,15 @@ def bytes_of(found: dict, word: str) -> int:
 # --- answers
 
 
+def check_lines(printed: str) -> None:
+    lines = printed.splitlines()
+    assert lines[0] == f"{LLAMA}, 8.03 B weights, on a card of 11 GiB"
+    assert all(len(line) <= 80 for line in lines)
+    for start in ("  base: MLP, 4 bits", "  peak", "It fits", "Longest context", "Largest known model", "Time:"):
+        assert sum(line.startswith(start) for line in lines) == 1, start
+
+
+@pytest.mark.slow
 def test_started_as_a_program_without_network_or_card() -> None:
     environment = {
         **os.environ,
@@ -61,11 +70,14 @@ def test_started_as_a_program_without_network_or_card() -> None:
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"{LLAMA}, 8.03 B weights, on a card of 11 GiB"
-    assert all(len(line) <= 80 for line in lines)
-    for start in ("  base: MLP, 4 bits", "  peak", "It fits", "Longest context", "Largest known model", "Time:"):
-        assert sum(line.startswith(start) for line in lines) == 1, start
+    check_lines(done.stdout)
+
+
+@pytest.mark.usefixtures("peaks_by_formula")
+def test_the_answer_has_each_of_its_parts_once(plan) -> None:
+    code, out, err = plan("--model_path", LLAMA, "--vram", "11")
+    assert code == 0 and err == "", err
+    check_lines(out)
 
 
 def test_help_says_what_the_flags_mean(plan, capsys) -> None:
