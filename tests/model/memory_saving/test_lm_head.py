@@ -19,6 +19,7 @@ from onecard.model.quantization import (
     stored_bytes,
     weight_bits,
 )
+from tests.covering import every_pair_fast
 from tests.model.model_families import FAMILIES, VOCAB, save_family, small_batch
 
 # Relative error of NF4 and of int8 on normal numbers, and the bytes of 128 x 64 weights with their constants: NF4 keeps
@@ -36,9 +37,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tied", "bits"), every_pair_fast(FAMILIES, [False, True], [4, 8]))
 def test_trains_through_a_quantised_head(family, tied, bits, load_family, tmp_path) -> None:
     directory = save_family(family, tmp_path / "base", tie_word_embeddings=tied)
     base = load_family(family, 4, model_path=str(directory)).model
