@@ -45,6 +45,18 @@ TOOLS = sorted(path.name for path in (REPOSITORY / "tools").glob("[!_]*.py"))
 BENCHMARKS = sorted(f"benchmarks/{path.name}" for path in (REPOSITORY / "benchmarks").glob("*.py"))
 SETTINGS = sorted(path.name for path in (REPOSITORY / "config-sample").glob("*.yaml"))
 
+# In place of Python: starts it, and makes every program end once its options are read. torchrun, which imports torch
+# for three seconds, is not started: its words are kept for its own parser, and the program behind them starts alone.
+TORCHRUN_WORDS = "torchrun-words"
+DRY_PYTHON = """#!/bin/sh
+if [ "$1 $2" = "-m torch.distributed.run" ]; then
+    shift 2
+    printf '%s\\n' "$@" >"{words}"
+    while [ "${{1%.py}}" = "$1" ]; do shift; done
+fi
+exec "{python}" "$@" --print_config
+"""
+
 needs_bash = pytest.mark.skipif(os.name == "nt", reason="the scripts are for bash")
 
 
@@ -111,9 +123,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "outputs" / run / "adapter_config.json").write_text("{}", encoding="utf-8")
     for name in ("answers_old.jsonl", "answers_new.jsonl"):
         (root / name).touch()
-    # In place of Python: starts it, and makes every program end once its options are read.
     dry = root / "dry-python"
-    dry.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" --print_config\n', encoding="utf-8")
+    dry.write_text(DRY_PYTHON.format(words=root / TORCHRUN_WORDS, python=sys.executable), encoding="utf-8")
     dry.chmod(0o755)
     return root
 
@@ -126,7 +137,7 @@ def start(stage: Path, command: str) -> subprocess.CompletedProcess:
     command = re.sub(r"^((?:\w+=\S+ )*)torchrun(?= )", rf"\1{python} -m torch.distributed.run", command)
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment |= {"PYTHON": python, "PYTHONPATH": str(stage), "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
+    done = subprocess.run(
         ["bash", "-c", command],
         cwd=stage,
         env=environment,
@@ -135,6 +146,19 @@ def start(stage: Path, command: str) -> subprocess.CompletedProcess:
         check=False,
         timeout=300,
     )
+    check_torchrun(stage / TORCHRUN_WORDS)
+    return done
+
+
+def check_torchrun(words: Path) -> None:
+    """What torchrun was started with, if it was, is read by its own parser as one program and its words."""
+    if words.exists():
+        from torch.distributed.run import get_args_parser
+
+        assert (
+            get_args_parser().parse_args(words.read_text(encoding="utf-8").splitlines()).training_script[-3:] == ".py"
+        )
+        words.unlink()
 
 
 def start_here(stage: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> subprocess.CompletedProcess:
