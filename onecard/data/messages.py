@@ -49,6 +49,10 @@ class Turn:
     call_id: str = ""
     weight: float = 1.0
 
+    def one_text(self, between: str = "\n") -> str:
+        """The content with the input below it, for what knows no inputs."""
+        return between.join(filter(None, (self.content, self.input)))
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

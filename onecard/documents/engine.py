@@ -61,7 +61,7 @@ class DocumentsEngine(InferenceEngine):
 
     def stream(self, request: GenerationRequest, cancel: threading.Event | None = None) -> Iterator[list[Chunk]]:
         """As that of every engine; a raw prompt, which has no question, goes on without documents."""
-        questions = [f"{turn.content}\n{turn.input}".strip() for turn in request.turns if turn.role == "user"]
+        questions = [turn.one_text().strip() for turn in request.turns if turn.role == "user"]
         if request.adapter != DOCUMENTS_MODEL or request.prompt_ids is not None or not questions:
             yield from super().stream(request, cancel)
             return

@@ -131,8 +131,8 @@ def as_tables(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]
 
 def question_of(case: Case) -> str:
     """The last thing that was asked, with its input below it."""
-    turn = case.conversation.turns[-2]
-    return f"{turn.content}\n{turn.input}" if turn.input else turn.content
+    text: str = case.conversation.turns[-2].one_text()
+    return text
 
 
 def shown(options: ScoreOptions, cases: list[Case]) -> list[int]:

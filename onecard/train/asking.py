@@ -148,9 +148,7 @@ def _row(turns: Sequence[Turn], sampling: SamplingOptions, chunk: Any) -> dict[s
     """What the log keeps of an answer; all turns where there are several."""
     row: dict[str, Any] = {"question": turns[-1].content}
     if len(turns) > 1 or turns[-1].input:
-        row["messages"] = [
-            {"role": turn.role, "content": "\n".join(filter(None, [turn.content, turn.input]))} for turn in turns
-        ]
+        row["messages"] = [{"role": turn.role, "content": turn.one_text()} for turn in turns]
     more = {"answer": chunk.text, "finish_reason": chunk.finish_reason, "n_tokens": chunk.usage.n_new_tokens}
     return row | more | {"settings": asdict(sampling)}
 

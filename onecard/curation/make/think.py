@@ -79,10 +79,7 @@ def _ask(settings: ThinkSettings, sample: Conversation, asker: Asker) -> None:
 
 
 def _messages(turns: list[Any]) -> list[dict[str, str]]:
-    return [
-        {"role": turn.role, "content": f"{turn.content}\n\n{turn.input}" if turn.input else turn.content}
-        for turn in turns
-    ]
+    return [{"role": turn.role, "content": turn.one_text("\n\n")} for turn in turns]
 
 
 def thought_lines(settings: ThinkSettings, journal: Journal) -> Iterator[tuple[bool, str]]:

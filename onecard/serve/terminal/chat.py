@@ -256,8 +256,7 @@ class TerminalChat:
         if self.session.system.strip():
             self.screen.say(f"system: {self.session.system}")
         for number, turn in enumerate(self.session.turns, 1):
-            extra = f"\n{turn.input}" if turn.input else ""
-            self.screen.say(f"{number} {turn.role}: {turn.content}{extra}")
+            self.screen.say(f"{number} {turn.role}: {turn.one_text()}")
         if not self.session.turns:
             self.screen.note("(nothing was said yet)")
 

@@ -175,8 +175,7 @@ def _is_plain(question: Question) -> bool:
 
 def _as_messages(question: Question) -> list[Turn]:
     """The turns with an alpaca record's input below its instruction: messages of an API have one text."""
-    texts = ((turn.role, f"{turn.content}\n{turn.input}" if turn.input else turn.content) for turn in question.turns)
-    return [Turn(role, text) for role, text in texts]
+    return [Turn(turn.role, turn.one_text()) for turn in question.turns]
 
 
 def _answers(bundle: ModelBundle, rows: list[PromptRow], deadline: float) -> list[AnswerReading]:

@@ -81,7 +81,7 @@ class BlindWiring(PageWiring):
 
 def _question(turns: Sequence[Turn], language: str) -> str:
     """The conversation that both answer, as Markdown; who speaks is told where there are several turns."""
-    texts = [plain_markdown(f"{turn.content}\n\n{turn.input}" if turn.input else turn.content) for turn in turns]
+    texts = [plain_markdown(turn.one_text("\n\n")) for turn in turns]
     if len(turns) == 1:
         return texts[0]
     names = {"user": word(language, "script.you"), "assistant": word(language, "script.model")}

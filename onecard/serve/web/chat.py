@@ -289,7 +289,7 @@ class _Answering:
 
 def messages_of(session: ChatHistory, partial: str | None = None) -> list[dict[str, Any]]:
     """The conversation for a chat view, escaped; `partial` is the answer that is being written."""
-    turns = [(turn.role, "\n\n".join(filter(None, (turn.content, turn.input)))) for turn in session.turns]
+    turns = [(turn.role, turn.one_text("\n\n")) for turn in session.turns]
     if partial is not None:
         turns.append(("assistant", partial))
     return [{"role": role, "content": [{"type": "text", "text": plain_markdown(text)}]} for role, text in turns]

@@ -146,8 +146,7 @@ class BlindVotes:
                 continue
             pair = self.pairs[key]
             better, worse = (pair.a, pair.b) if choice == "a" else (pair.b, pair.a)
-            messages = [{"role": t.role, "content": f"{t.content}\n{t.input}" if t.input else t.content}
-                        for t in pair.turns]  # fmt: skip
+            messages = [{"role": turn.role, "content": turn.one_text()} for turn in pair.turns]
             question = {"instruction": pair.turns[0].content, "input": pair.turns[0].input}
             asked = question if len(pair.turns) == 1 else {"messages": messages}
             rows.append({**asked, "chosen": better, "rejected": worse})
