@@ -29,10 +29,10 @@ if str(ROOT) not in sys.path:
     # Started as a script, Python sees only the script's own folder.
     sys.path.insert(0, str(ROOT))
 
+from onecard.config.curation import CleanOptions  # noqa: E402
 from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
-from onecard.curation.clean.run import CleanSettings, clean  # noqa: E402
-from onecard.data.sources import Source  # noqa: E402
+from onecard.curation.clean.run import clean  # noqa: E402
 
 RUNS = 45  # of five words in each text: 49 words
 # Shared runs of two texts with 45 each: 40 / (90 - 40) = 0.8 and 30 / (90 - 30) = 0.5
@@ -103,8 +103,8 @@ def measure(options: BenchmarkOptions) -> None:
     import resource  # not on Windows, where the planted rows are still of use
 
     started = time.perf_counter()
-    settings = CleanSettings(Source((options.data_path,)), languages=tuple(filter(None, options.languages.split(","))))
-    clean(settings, Path(options.data_path).with_name("cleaned"))
+    target = Path(options.data_path).with_name("cleaned")
+    clean(CleanOptions(data_path=options.data_path, output_path=str(target), languages=options.languages))
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     cpu_s = time.process_time()
     say(json.dumps({"wall_s": time.perf_counter() - started, "cpu_s": cpu_s, "peak_mib": peak_mib}))

@@ -10,33 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from onecard.config.curation import SplitOptions
 from onecard.console import say
 from onecard.curation.rows import read_rows
 from onecard.curation.sketches import SKETCH_FILES, Sketches, require_rensa
 from onecard.curation.words import texts_of
-from onecard.data.sources import ReadReport, Source
+from onecard.data.sources import ReadReport, Source, source_of
 from onecard.errors import ConfigError, DataError
 from onecard.export.io.output import new_directory
 
 TRAIN_FILE, VALIDATION_FILE, REPORT_FILE = "train.jsonl", "validation.jsonl", "split.json"
 SIZE_FLAG = "--validation_size"
 _LINES = "lines"
-
-
-@dataclass(frozen=True)
-class SplitSettings:
-    """What is split; `validation_size`: a share below 1, or a number of rows."""
-
-    source: Source
-    validation_size: float = 0.05
-    near_duplicates: float = 0.7
-    seed: int = 42
 
 
 class SplitCounts(NamedTuple):
@@ -48,20 +38,21 @@ class SplitCounts(NamedTuple):
     n_clusters: int
 
 
-def split(settings: SplitSettings, target: Path, *, overwrite: bool = False) -> SplitCounts:
-    """Write train.jsonl, validation.jsonl and split.json as the new directory `target`.
+def split(options: SplitOptions) -> SplitCounts:
+    """Write train.jsonl, validation.jsonl and split.json as a new directory.
 
     Raises ConfigError (rensa is missing, the target, a size that leaves no rows), DataError (nothing to read),
     ModelError (no room).
     """
-    if settings.near_duplicates:
+    if options.near_duplicates:
         require_rensa()
-    inputs = [Path(path) for path in settings.source.paths]
-    with new_directory(target, overwrite=overwrite, inputs=inputs) as partial:
-        with Sketches(partial, settings.near_duplicates) as sketches:
-            marks, bad = _read(settings, partial, sketches)
+    source, target = source_of(options), Path(options.output_path)
+    inputs = [Path(path) for path in source.paths]
+    with new_directory(target, overwrite=options.overwrite, inputs=inputs) as partial:
+        with Sketches(partial, options.near_duplicates) as sketches:
+            marks, bad = _read(source, options.seed, partial, sketches)
             roots = sketches.clusters()
-        wanted = _wanted(settings.validation_size, len(roots))
+        wanted = _wanted(options.validation_size, len(roots))
         is_validation = _dealt(roots, marks, wanted)
         with (
             (partial / _LINES).open(encoding="utf-8", newline="\n") as lines,
@@ -75,28 +66,29 @@ def split(settings: SplitSettings, target: Path, *, overwrite: bool = False) -> 
         n_validation = int(is_validation.sum())
         n_clusters = int((np.bincount(roots, minlength=1) > 1).sum())
         counts = SplitCounts(len(roots) - n_validation, n_validation, len(bad), n_clusters)
-        plain = {**counts._asdict(), "n_wanted": wanted, "seed": settings.seed, "unusable": bad[:1000]}
+        plain = {**counts._asdict(), "n_wanted": wanted, "seed": options.seed, "unusable": bad[:1000]}
         (partial / REPORT_FILE).write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     _tell(counts, wanted, bad)
+    say(f"they are in {target / TRAIN_FILE} and {target / VALIDATION_FILE}")
     return counts
 
 
-def _read(settings: SplitSettings, partial: Path, sketches: Sketches) -> tuple[np.ndarray, list[str]]:
+def _read(source: Source, seed: int, partial: Path, sketches: Sketches) -> tuple[np.ndarray, list[str]]:
     """Put the usable rows aside; a number for each, by which clusters are dealt, and what is wrong with the others."""
     marks, bad = [], []
     with (partial / _LINES).open("w", encoding="utf-8", newline="\n") as lines:
-        for row in read_rows(settings.source, ReadReport()):
+        for row in read_rows(source, ReadReport()):
             if row.sample is None:
                 bad.append(f"{row.place}: {row.problem}")
                 continue
             text = "\n".join(text for _, text in texts_of(row.sample, with_frame=False))
             sketches.add(text)
-            digest = hashlib.blake2b(f"{settings.seed} {text}".encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest()
             marks.append(np.frombuffer(digest, dtype="<u8")[0])
             lines.write(row.line() + "\n")
     if len(marks) < 2:
         shown = "".join(f"\n  {problem}" for problem in bad[:10])
-        raise DataError(f"{len(marks)} usable rows are too few to split{shown}", settings.source.name)
+        raise DataError(f"{len(marks)} usable rows are too few to split{shown}", source.name)
     return np.array(marks, dtype=np.uint64), bad
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from onecard.config.curation import CleanOptions, MakeOptions, SplitOptions
 from onecard.config.parsing import parse_verb, words_by_name
 from onecard.programs import _data_make
 from onecard.programs._data_catalogue import (
@@ -23,9 +24,22 @@ from onecard.programs._data_catalogue import (
     list_entries,
     show_entry,
 )
-from onecard.programs._data_clean import CleanOptions, clean_data
 from onecard.programs._data_convert import CotOptions, DocumentsOptions, ExtractionOptions, convert_data
-from onecard.programs._data_split import SplitOptions, split_data
+
+
+def clean_data(options: CleanOptions) -> None:
+    """Clean as the options say."""
+    from onecard.curation.clean.run import clean
+
+    clean(options)
+
+
+def split_data(options: SplitOptions) -> None:
+    """Split as the options say."""
+    from onecard.curation.split import split
+
+    split(options)
+
 
 # Each verb: its options, and what is done with them.
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -34,7 +48,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "get": (GetOptions, get_entry),
     "clean": (CleanOptions, clean_data),
     "split": (SplitOptions, split_data),
-    "make": (_data_make.MakeOptions, lambda _: None),  # it has verbs of its own
+    "make": (MakeOptions, lambda _: None),  # it has verbs of its own
     "documents": (DocumentsOptions, convert_data),
     "cot": (CotOptions, convert_data),
     "extraction": (ExtractionOptions, convert_data),

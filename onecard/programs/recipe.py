@@ -67,14 +67,14 @@ def _config(name: str, words: list[str]) -> FinetuneConfig:
 
 def _split(config: FinetuneConfig, folder: Path) -> tuple[Path, Path]:
     """The rows to learn and those to measure on, which the first start has put apart."""
-    from onecard.curation.split import TRAIN_FILE, VALIDATION_FILE
-    from onecard.programs._data_split import SplitOptions, split_data
+    from onecard.config.curation import SplitOptions
+    from onecard.curation.split import TRAIN_FILE, VALIDATION_FILE, split
 
     say("--- the data: checked, and a fifth put aside; near-duplicates stay on one side")
     if not folder.is_dir():
         data = config.data
-        split_data(SplitOptions(data_path=data.data_path, output_path=str(folder), validation_size=VALIDATION_SIZE,
-                                columns=data.columns, seed=config.train.seed))  # fmt: skip
+        split(SplitOptions(data_path=data.data_path, output_path=str(folder), validation_size=VALIDATION_SIZE,
+                           columns=data.columns, seed=config.train.seed))  # fmt: skip
     return folder / TRAIN_FILE, folder / VALIDATION_FILE
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from benchmarks.clean_data import found_shares, removed_lines, write_planted
+from onecard.config.curation import CleanOptions
 from onecard.curation.clean import checks
-from onecard.curation.clean.run import CleanSettings, clean
+from onecard.curation.clean.run import clean
 from onecard.curation.sketches import Sketches, _first_and_others, _linked, bands_for
 from onecard.curation.words import runs_of, words_of
 from onecard.data.json_records import RecordDecoder, as_json
 from onecard.data.messages import Conversation, Document, Turn
-from onecard.data.sources import Source
 from onecard.errors import ConfigError, DataError
 
 needs_rensa = pytest.mark.skipif(find_spec("rensa") is None, reason="rensa is not installed (requirements-data.txt)")
@@ -37,11 +37,14 @@ def pair(question: str, answer: str = "That is so.", **more: Any) -> dict[str, A
     return {"instruction": question, "output": answer, **more}
 
 
+def options_of(tmp_path: Path, name: str, **settings: Any) -> CleanOptions:
+    return CleanOptions(data_path=str(tmp_path / name), output_path=str(tmp_path / "out"), **settings)
+
+
 def cleaned(tmp_path: Path, rows: list[Any], **settings: Any) -> tuple[list[Any], list[dict[str, Any]]]:
     """(rows that stay, entries of those that went)."""
-    source = Source((str(write(tmp_path / "rows.jsonl", rows)),))
-    plain = {"fix_encoding": False, "near_duplicates": 0.0} | settings
-    clean(CleanSettings(source, **plain), tmp_path / "out")
+    write(tmp_path / "rows.jsonl", rows)
+    clean(options_of(tmp_path, "rows.jsonl", **{"fix_encoding": False, "near_duplicates": 0.0} | settings))
     kept = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text(encoding="utf-8").splitlines()]
     removed = (tmp_path / "out" / "report" / "removed.jsonl").read_text(encoding="utf-8").splitlines()
     return kept, [json.loads(line) for line in removed]
@@ -52,7 +55,7 @@ def test_planted_duplicates_are_found_and_look_alikes_stay(tmp_path: Path) -> No
     kinds = write_planted(tmp_path / "planted.jsonl", 8000)
     counts = Counter(kinds)
     assert counts == {"new": 7200, "duplicate": 400, "look-alike": 400}
-    clean(CleanSettings(Source((str(tmp_path / "planted.jsonl"),)), fix_encoding=False), tmp_path / "out")
+    clean(options_of(tmp_path, "planted.jsonl", fix_encoding=False))
     found, false = found_shares(kinds, removed_lines(tmp_path / "out"))
     assert found >= 0.95
     assert false < 0.01
@@ -182,7 +185,7 @@ def test_questions_of_an_evaluation_are_found(tmp_path: Path) -> None:
         pair("What is the capital of France? Tell me more of it", "Paris, and it is old."),
         pair(f"{wording}: something new", "B"),
     ]
-    kept, removed = cleaned(tmp_path, rows, evaluation=Source((str(tmp_path / "test.jsonl"),)))
+    kept, removed = cleaned(tmp_path, rows, evaluation_path=str(tmp_path / "test.jsonl"))
     assert kept == rows[3:]
     assert [entry["reason"] for entry in removed] == ["in an evaluation"] * 3
     assert [entry["detail"].split(":")[1].split()[0] for entry in removed] == ["1", "2", "3"]
@@ -238,21 +241,21 @@ def test_other_languages_go_and_unclear_texts_stay(tmp_path: Path) -> None:
         pair("今天天气怎么样？你想去公园散步吗？", "天气很好，我很想去公园散步。"),
         pair("x=1", "y"),
     ]
-    kept, removed = cleaned(tmp_path, rows, languages=("zh", "en"))
+    kept, removed = cleaned(tmp_path, rows, languages="zh,en")
     assert kept == rows[1:]
     assert removed[0]["detail"].startswith("de (")
 
 
 def test_what_is_missing_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source((str(write(tmp_path / "rows.jsonl", [pair("a")])),))
+    write(tmp_path / "rows.jsonl", [pair("a")])
     from onecard.curation import sketches
 
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     monkeypatch.setattr(sketches, "find_spec", lambda name: None)
-    for settings in ({"fix_encoding": True, "near_duplicates": 0.0}, {"languages": ("en",)}, {"near_duplicates": 0.7}):
+    for settings in ({"fix_encoding": True, "near_duplicates": 0.0}, {"languages": "en"}, {"near_duplicates": 0.7}):
         plain = {"fix_encoding": False, "near_duplicates": 0.0} | settings
         with pytest.raises(ConfigError, match=r"requirements-data\.txt"):
-            clean(CleanSettings(source, **plain), tmp_path / "out")
+            clean(options_of(tmp_path, "rows.jsonl", **plain))
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from onecard.config.curation import QaFromDocumentsOptions, SelfInstructOptions, ThinkOptions
 from onecard.curation.make.answers import agrees, objects_in, prompts, split_thought
 from onecard.curation.make.endpoint import EndpointError
 from onecard.curation.make.journal import JOURNAL_FILE, Journal, JournalEntry
@@ -20,7 +21,7 @@ from onecard.curation.rows import read_rows
 from onecard.curation.words import texts_of, words_of
 from onecard.data.sources import ReadReport, Source, read
 from onecard.errors import ConfigError, DataError
-from onecard.programs._data_make import QaFromDocumentsOptions, SelfInstructOptions, ThinkOptions, make_data
+from onecard.programs._data_make import make_data
 from tests.curation.scripted_endpoint import Reply, ScriptedEndpoint, completion, scripted
 
 KEY = "sk-very-secret-0123456789"

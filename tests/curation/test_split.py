@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onecard.curation.split import SplitSettings, _dealt, split
-from onecard.data.sources import Source
+from onecard.config.curation import SplitOptions
+from onecard.curation.split import _dealt, split
 from onecard.errors import ConfigError, DataError
 
 needs_rensa = pytest.mark.skipif(find_spec("rensa") is None, reason="rensa is not installed (requirements-data.txt)")
 
 
-def written(file: Path, rows: list[dict[str, Any]]) -> Source:
+def written(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return Source((str(file),))
+    return file
+
+
+def options_of(source: Path, target: Path, **settings: Any) -> SplitOptions:
+    return SplitOptions(data_path=str(source), output_path=str(target), **settings)
 
 
 def sides(target: Path) -> tuple[list[Any], list[Any]]:
@@ -48,7 +52,7 @@ def test_groups_stay_together_in_any_order(tmp_path: Path) -> None:
     found = []
     for number, order in enumerate((rows, shuffled)):
         source = written(tmp_path / f"{number}.jsonl", order)
-        counts = split(SplitSettings(source, 0.2), tmp_path / f"out{number}")
+        counts = split(options_of(source, tmp_path / f"out{number}", validation_size=0.2))
         train, validation = sides(tmp_path / f"out{number}")
         assert counts == (160, 40, 0, 60)
         assert sorted([*train, *validation]) == sorted(row["id"] for row in rows)
@@ -56,14 +60,16 @@ def test_groups_stay_together_in_any_order(tmp_path: Path) -> None:
         assert train == [row["id"] for row in order if row["id"] in set(train)]  # in the order of the file
         found.append(set(validation))
     assert found[0] == found[1]
-    split(SplitSettings(written(tmp_path / "0.jsonl", rows), 0.2, seed=1), tmp_path / "other")
+    split(options_of(written(tmp_path / "0.jsonl", rows), tmp_path / "other", validation_size=0.2, seed=1))
     assert set(sides(tmp_path / "other")[1]) != found[0]
 
 
 def test_equal_texts_stay_together_without_the_library(tmp_path: Path) -> None:
     rows = [{"instruction": f"Q{n // 2}", "output": "A", "id": str(n)} for n in range(40)]
     rows.append({"instruction": "Q", "output": "", "id": "unusable"})
-    counts = split(SplitSettings(written(tmp_path / "rows.jsonl", rows), 11, 0.0), tmp_path / "out")
+    counts = split(
+        options_of(written(tmp_path / "rows.jsonl", rows), tmp_path / "out", validation_size=11, near_duplicates=0.0)
+    )
     assert counts == (30, 10, 1, 20)  # pairs do not fill an odd number
     train, validation = sides(tmp_path / "out")
     assert {int(name) // 2 for name in train}.isdisjoint(int(name) // 2 for name in validation)
@@ -81,9 +87,10 @@ def test_sizes_that_leave_a_side_empty_are_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "rows.jsonl", [{"text": f"text {n}"} for n in range(10)])
     for size in (0.01, 10.0, 11.0):
         with pytest.raises(ConfigError, match="both sides need at least one"):
-            split(SplitSettings(source, size, 0.0), tmp_path / "out")
+            split(options_of(source, tmp_path / "out", validation_size=size, near_duplicates=0.0))
     with pytest.raises(DataError, match="1 usable rows are too few"):
-        split(SplitSettings(written(tmp_path / "one.jsonl", [{"text": "a"}, {"b": 1}]), 0.5, 0.0), tmp_path / "out")
+        one = written(tmp_path / "one.jsonl", [{"text": "a"}, {"b": 1}])
+        split(options_of(one, tmp_path / "out", validation_size=0.5, near_duplicates=0.0))
     assert not (tmp_path / "out").exists()
 
 

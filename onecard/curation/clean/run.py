@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from onecard.config.curation import CleanOptions
+from onecard.config.data import column_names
+from onecard.config.parsing import comma_list
 from onecard.console import say, warn
 from onecard.curation.clean.checks import (
     Check,
@@ -32,7 +35,7 @@ from onecard.curation.sketches import SKETCH_FILES, Sketches, require_rensa
 from onecard.curation.words import texts_of
 from onecard.data.messages import Conversation, Document
 from onecard.data.readers import SUFFIXES
-from onecard.data.sources import ReadReport, Source
+from onecard.data.sources import ReadReport, Source, source_of
 from onecard.errors import DataError
 from onecard.export.io.output import new_directory
 
@@ -41,26 +44,7 @@ _PASSED = "passed"
 _ONLY_FOR_WORK = (_PASSED, *SKETCH_FILES)
 _TOLD_EVERY = 100_000
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class CleanSettings:
-    """What is cleaned and how; the fields are the options of `onecard data clean`."""
-
-    source: Source
-    fix_encoding: bool = True
-    languages: tuple[str, ...] = ()
-    min_chars: int = 1
-    max_chars: int = 0
-    near_duplicates: float = 0.7
-    compare: str = "whole"
-    evaluation: Source | None = None
-    ngram: int = 13
-
-    def plain(self) -> dict[str, Any]:
-        """The settings for the report."""
-        found = {name: value for name, value in vars(self).items() if name not in ("source", "evaluation")}
-        return {"data_path": self.source.paths, **found, "evaluation_path": (self.evaluation or Source(())).paths}
+_TOLD_SETTINGS = ("fix_encoding", "languages", "min_chars", "max_chars", "near_duplicates", "compare", "ngram")
 
 
 @dataclass
@@ -117,36 +101,39 @@ class _Places:
         return RecordPlace(self._names[self._file[row]], self._line[row], self._nth[row])
 
 
-def clean(settings: CleanSettings, target: Path, *, overwrite: bool = False) -> CleanSummary:
-    """Write the cleaned data set and its report as the new directory `target`.
+def clean(options: CleanOptions) -> CleanSummary:
+    """Write the cleaned data set and its report as a new directory.
 
     Raises ConfigError (a package that is not installed, the target), DataError (nothing to read, nothing left),
     ModelError (no room).
     """
-    if settings.near_duplicates:
+    if options.near_duplicates:
         require_rensa()
-    repair = encoding_repair() if settings.fix_encoding else None
-    checks = _checks(settings)
-    paths = [*settings.source.paths, *(settings.evaluation.paths if settings.evaluation else ())]
+    repair = encoding_repair() if options.fix_encoding else None
+    source, target = source_of(options), Path(options.output_path)
+    evaluation = _evaluation(options)
+    checks = _checks(options, evaluation)
+    paths = [*source.paths, *evaluation.paths]
     report, summary = ReadReport(), CleanSummary()
-    with new_directory(target, overwrite=overwrite, inputs=[Path(path) for path in paths]) as partial:
+    with new_directory(target, overwrite=options.overwrite, inputs=[Path(path) for path in paths]) as partial:
         folder = partial / REPORT_FOLDER
         folder.mkdir()
         with (
-            Sketches(partial, settings.near_duplicates) as sketches,
+            Sketches(partial, options.near_duplicates) as sketches,
             (folder / "removed.jsonl").open("w", encoding="utf-8", newline="\n") as removed,
         ):
-            rows = _counted(read_rows(settings.source, report, repair), summary)
-            places = _check_all(rows, checks, settings.compare, sketches, partial, summary, removed)
+            rows = _counted(read_rows(source, report, repair), summary)
+            places = _check_all(rows, checks, options.compare, sketches, partial, summary, removed)
             _without_duplicates(partial, sketches, places, summary, removed)
         for name in _ONLY_FOR_WORK:
             (partial / name).unlink(missing_ok=True)
         summary.skipped_files = report.skipped_files
         if not summary.n_read:
-            raise DataError(f"it holds no record in files of {' '.join(SUFFIXES)}", settings.source.name)
+            raise DataError(f"it holds no record in files of {' '.join(SUFFIXES)}", source.name)
         if not summary.n_kept:
-            raise DataError("no record is left:\n" + "\n".join(summary.lines()), settings.source.name)
-        _write_summary(folder, settings, summary)
+            raise DataError("no record is left:\n" + "\n".join(summary.lines()), source.name)
+        _write_summary(folder, _plain(options, source, evaluation), summary)
+    say(f"the records that stay: {target / DATA_FILE}")
     return summary
 
 
@@ -174,14 +161,26 @@ def _check_all(
     return places
 
 
-def _checks(settings: CleanSettings) -> list[Check]:
-    checks: list[Check] = [length_check(settings.min_chars, settings.max_chars)]
-    if settings.fix_encoding:
+def _evaluation(options: CleanOptions) -> Source:
+    """Whose questions must not be learned; without paths where there is none."""
+    paths = [options.evaluation_path] if isinstance(options.evaluation_path, str) else options.evaluation_path
+    return Source(tuple(filter(None, paths)), column_names(options.columns) or ())
+
+
+def _plain(options: CleanOptions, source: Source, evaluation: Source) -> dict[str, Any]:
+    """The settings for the report."""
+    chosen = {name: getattr(options, name) for name in _TOLD_SETTINGS} | {"languages": comma_list(options.languages)}
+    return {"data_path": source.paths, **chosen, "evaluation_path": evaluation.paths}
+
+
+def _checks(options: CleanOptions, evaluation: Source) -> list[Check]:
+    checks: list[Check] = [length_check(options.min_chars, options.max_chars)]
+    if options.fix_encoding:
         checks.append(lost_characters)
-    if settings.languages:
-        checks.append(language_check(list(settings.languages)))
-    if settings.evaluation is not None:
-        overlap = EvaluationOverlap(settings.evaluation, settings.ngram)
+    if options.languages:
+        checks.append(language_check(comma_list(options.languages)))
+    if evaluation.paths:
+        overlap = EvaluationOverlap(evaluation, options.ngram)
         say(f"{overlap.n_questions:,} questions of evaluations are looked for")
         checks.append(overlap)
     return checks
@@ -233,9 +232,9 @@ def _without_duplicates(
                 summary.remove(removed, place, objection, like=str(places[like]), similarity=alike)
 
 
-def _write_summary(folder: Path, settings: CleanSettings, summary: CleanSummary) -> None:
+def _write_summary(folder: Path, settings: dict[str, Any], summary: CleanSummary) -> None:
     counted = {name: value for name, value in vars(summary).items() if name != "examples"}
-    plain = {**counted, "removed": dict(summary.removed.most_common()), "settings": settings.plain()}
+    plain = {**counted, "removed": dict(summary.removed.most_common()), "settings": settings}
     text = json.dumps(plain, ensure_ascii=False, indent=2)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
     (folder / "summary.log").write_text("\n".join(summary.lines()) + "\n", encoding="utf-8")

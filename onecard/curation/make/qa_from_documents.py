@@ -8,28 +8,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from onecard.config.curation import QaFromDocumentsOptions
 from onecard.curation.make.answers import prompts, texts_in
 from onecard.curation.make.journal import Journal
 from onecard.curation.make.run import Asker, MakingTask
 from onecard.data.messages import Document
-from onecard.data.sources import ReadReport, Source, read
+from onecard.data.sources import ReadReport, read, source_of
 from onecard.errors import DataError
 
 _MIN_CHARS = 50  # a heading or a page number answers nothing
-
-
-@dataclass(frozen=True)
-class QaSettings:
-    """The documents, the longest passage, and how many questions each is asked for."""
-
-    documents: Source
-    n_per_passage: int = 5
-    passage_chars: int = 3000
-    language: str = "en"
 
 
 def passages(text: str, most: int) -> list[str]:
@@ -54,27 +44,27 @@ def _filled(parts: list[str], most: int, is_long: bool) -> list[str]:
     return found
 
 
-def qa_tasks(settings: QaSettings, journal: Journal) -> Iterator[MakingTask]:
+def qa_tasks(options: QaFromDocumentsOptions, journal: Journal) -> Iterator[MakingTask]:
     """A task for each passage that is not done; the same passage twice is asked for once. Raises DataError."""
     seen: set[str] = set()
     n_documents = 0
-    for sample in read(settings.documents, report=ReadReport()):
+    for sample in read(source_of(options), report=ReadReport()):
         if not isinstance(sample, Document):
             continue
         n_documents += 1
-        for number, passage in enumerate(passages(sample.text, settings.passage_chars), start=1):
+        for number, passage in enumerate(passages(sample.text, options.passage_chars), start=1):
             mark = hashlib.sha256(passage.encode("utf-8")).hexdigest()[:16]
             key = f"{sample.record} passage {number} {mark}"
             if mark not in seen and key not in journal.done:
-                yield MakingTask(key, partial(_ask, settings, sample.record, passage))
+                yield MakingTask(key, partial(_ask, options, sample.record, passage))
             seen.add(mark)
     if not n_documents:
-        raise DataError("no document: texts are needed, and only conversations are there", settings.documents.name)
+        raise DataError("no document: texts are needed, and only conversations are there", source_of(options).name)
 
 
-def _ask(settings: QaSettings, record: str, passage: str, asker: Asker) -> None:
-    prompt = prompts()[settings.language]["qa"].format(n_new=settings.n_per_passage, passage=passage)
-    for row in asker.rows(prompt, _usable)[: settings.n_per_passage]:
+def _ask(options: QaFromDocumentsOptions, record: str, passage: str, asker: Asker) -> None:
+    prompt = prompts()[options.prompt_language]["qa"].format(n_new=options.n_per_passage, passage=passage)
+    for row in asker.rows(prompt, _usable)[: options.n_per_passage]:
         asker.entry.rows.append({**row, "provenance": asker.provenance("qa-from-documents", record=record)})
 
 

@@ -12,33 +12,21 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from onecard.config.curation import SelfInstructOptions
 from onecard.curation.make.answers import prompts, texts_in
 from onecard.curation.make.journal import Journal
 from onecard.curation.make.novelty import Novelty
 from onecard.curation.make.run import Asker, MakingTask
 from onecard.curation.words import words_of
 from onecard.data.messages import Conversation
-from onecard.data.sources import ReadReport, Source, read
+from onecard.data.sources import ReadReport, Source, read, source_of
 from onecard.errors import DataError
 
 _SHOWN_SEEDS, _SHOWN_MADE = 6, 2  # as in the paper
 _MIN_WORDS, _MAX_WORDS = 3, 150  # the same
 _MOST_DRY = 20  # requests in a row without a new row
-
-
-@dataclass(frozen=True)
-class SelfInstructSettings:
-    """The seed tasks, how many rows are wanted, and how new they must be."""
-
-    seeds: Source
-    n_rows: int
-    n_per_request: int = 8
-    novelty: float = 0.7
-    language: str = "en"
-    seed: int = 42
 
 
 def seed_tasks(source: Source) -> list[dict[str, str]]:
@@ -56,9 +44,9 @@ def seed_tasks(source: Source) -> list[dict[str, str]]:
 class SelfInstruct:
     """The requests that are still to be made, one after another."""
 
-    def __init__(self, settings: SelfInstructSettings, journal: Journal) -> None:
-        self._settings, self._journal = settings, journal
-        self._seeds = seed_tasks(settings.seeds)
+    def __init__(self, options: SelfInstructOptions, journal: Journal) -> None:
+        self._options, self._journal = options, journal
+        self._seeds = seed_tasks(source_of(options))
         self._made: list[dict[str, Any]] = list(journal.rows())
         self._known = Novelty()
         for task in [*self._seeds, *self._made]:
@@ -67,31 +55,31 @@ class SelfInstruct:
     def tasks(self) -> Iterator[MakingTask]:
         """Requests until enough rows are there. Raises DataError after twenty in a row without a new one."""
         number = len(self._journal.entries)
-        while len(self._made) < self._settings.n_rows:
+        while len(self._made) < self._options.n_rows:
             dry = [not entry.rows for entry in self._journal.entries[-_MOST_DRY:]]
             if len(dry) == _MOST_DRY and all(dry):
                 raise DataError(
-                    f"the last {_MOST_DRY} requests gave nothing new: {len(self._made):,} of {self._settings.n_rows:,} "
+                    f"the last {_MOST_DRY} requests gave nothing new: {len(self._made):,} of {self._options.n_rows:,} "
                     "rows are made; give more seed tasks, a higher --novelty or --temperature"
                 )
             yield MakingTask(f"request {number}", self._ask)
             number += 1
 
     def _ask(self, asker: Asker) -> None:
-        draw = random.Random(f"{self._settings.seed} {asker.entry.key}")
+        draw = random.Random(f"{self._options.seed} {asker.entry.key}")
         shown = draw.sample(self._seeds, min(_SHOWN_SEEDS, len(self._seeds)))
         shown += draw.sample(self._made, min(_SHOWN_MADE, len(self._made)))
         examples = [{key: task[key] for key in ("instruction", "input", "output")} for task in shown]
-        prompt = prompts()[self._settings.language]["self_instruct"].format(
+        prompt = prompts()[self._options.prompt_language]["self_instruct"].format(
             n_examples=len(examples),
-            n_new=self._settings.n_per_request,
+            n_new=self._options.n_per_request,
             examples="\n".join(json.dumps(example, ensure_ascii=False) for example in examples),
         )
         for row in asker.rows(prompt, _usable):
-            if len(self._made) == self._settings.n_rows:
+            if len(self._made) == self._options.n_rows:
                 break
-            likeness = self._known.nearest(row["instruction"], self._settings.novelty)
-            if likeness < self._settings.novelty:
+            likeness = self._known.nearest(row["instruction"], self._options.novelty)
+            if likeness < self._options.novelty:
                 self._known.add(row["instruction"])
                 row["provenance"] = asker.provenance("self-instruct", nearest=round(likeness, 3))
                 asker.entry.rows.append(row)

@@ -9,26 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from onecard.config.curation import ThinkOptions
 from onecard.curation.make.answers import agrees, prompts, split_thought
 from onecard.curation.make.journal import Journal
 from onecard.curation.make.run import Asker, MakingTask
 from onecard.curation.rows import RecordRow, read_rows
 from onecard.data.messages import Conversation
-from onecard.data.sources import ReadReport, Source
+from onecard.data.sources import ReadReport, source_of
 from onecard.data.thoughts import has_thought, with_thought
-
-
-@dataclass(frozen=True)
-class ThinkSettings:
-    """The rows, and how often a row is asked for until an answer agrees."""
-
-    source: Source
-    n_tries: int = 2
-    language: str = "en"
 
 
 def _thinks(row: RecordRow) -> bool:
@@ -50,20 +41,20 @@ def _can_be_asked(row: RecordRow) -> bool:
     )
 
 
-def think_tasks(settings: ThinkSettings, journal: Journal) -> Iterator[MakingTask]:
+def think_tasks(options: ThinkOptions, journal: Journal) -> Iterator[MakingTask]:
     """A task for each row without a thought that is not done. Raises DataError."""
-    for row in read_rows(settings.source, ReadReport()):
+    for row in read_rows(source_of(options), ReadReport()):
         if not _thinks(row) and _can_be_asked(row) and str(row.place) not in journal.done:
             assert isinstance(row.sample, Conversation)
-            yield MakingTask(str(row.place), partial(_ask, settings, row.sample))
+            yield MakingTask(str(row.place), partial(_ask, options, row.sample))
 
 
-def _ask(settings: ThinkSettings, sample: Conversation, asker: Asker) -> None:
+def _ask(options: ThinkOptions, sample: Conversation, asker: Asker) -> None:
     """Ask until an answer agrees; the entry's row holds the whole conversation."""
     *before, last = sample.turns
     messages = _messages(before)
-    messages[-1]["content"] = prompts()[settings.language]["think"].format(question=messages[-1]["content"])
-    for answer in asker.answers(messages, settings.n_tries):
+    messages[-1]["content"] = prompts()[options.prompt_language]["think"].format(question=messages[-1]["content"])
+    for answer in asker.answers(messages, options.n_tries):
         thought, given = split_thought(answer.text, answer.thought)
         if not thought:
             asker.entry.problem = "the model wrote no thought"
@@ -82,10 +73,10 @@ def _messages(turns: list[Any]) -> list[dict[str, str]]:
     return [{"role": turn.role, "content": turn.one_text("\n\n")} for turn in turns]
 
 
-def thought_lines(settings: ThinkSettings, journal: Journal) -> Iterator[tuple[bool, str]]:
+def thought_lines(options: ThinkOptions, journal: Journal) -> Iterator[tuple[bool, str]]:
     """(has a thought, line of JSON) of every usable row, in order: with its new thought, or as it was."""
     made = {entry.key: entry.rows[0] for entry in journal.entries if entry.rows}
-    for row in read_rows(settings.source, ReadReport()):
+    for row in read_rows(source_of(options), ReadReport()):
         if row.sample is None:
             continue
         new = made.get(str(row.place))
