@@ -436,12 +436,15 @@ def test_every_path_in_the_documents_exists() -> None:
     assert visited >= 45
 
 
+OF_TOOLS = ("onecard.config.curation", "onecard.export.vocabulary.options")
+
+
 def tool_options() -> Iterator[type]:
     """Every class of options that belongs to a tool alone."""
     for path in (REPOSITORY / "onecard" / "programs").glob("*.py"):
         module = importlib.import_module(f"onecard.programs.{path.stem}")
         declared = [value for value in vars(module).values() if isinstance(value, type) and is_dataclass(value)]
-        yield from (kind for kind in declared if kind.__module__ in (module.__name__, "onecard.config.curation"))
+        yield from (kind for kind in declared if kind.__module__ in (module.__name__, *OF_TOOLS))
 
 
 def test_every_flag_in_the_documents_exists() -> None:

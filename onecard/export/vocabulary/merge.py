@@ -30,6 +30,7 @@ from onecard.export.vocabulary.corpus import (
     open_tokenizer,
     table,
 )
+from onecard.export.vocabulary.options import MergeTokenizerOptions
 from onecard.model.files import read_json, write_json
 
 # Beside the vocabulary itself; what else lies in a model's directory belongs to the model.
@@ -49,16 +50,6 @@ PROBES = (
 
 
 @dataclass(frozen=True)
-class TokenizerMergeSettings:
-    """See the options of onecard expand-vocab merge. `max_new` 0: all that can be used."""
-
-    tokenizer_path: str
-    new_path: str
-    max_new: int = 0
-    eval_path: str = ""
-
-
-@dataclass(frozen=True)
 class BaseTokenizer:
     """The tokenizer that grows. `next_id` comes after every id it has, the added tokens' too."""
 
@@ -72,13 +63,13 @@ class BaseTokenizer:
         return max(self.vocab.values()) + 1
 
 
-def merge(merging: TokenizerMergeSettings, output_path: Path, *, overwrite: bool = False) -> None:
+def merge(options: MergeTokenizerOptions) -> None:
     """Write the grown tokenizer and print tokens per character before and after.
 
     Raises ModelError (no tokenizer, other kinds, an old id that moved, files that disagree), ConfigError (nothing to
     add), DataError (--eval_path).
     """
-    directory, new_path = locate_tokenizer(merging.tokenizer_path), locate_tokenizer(merging.new_path)
+    directory, new_path = locate_tokenizer(options.tokenizer_path), locate_tokenizer(options.new_path)
     kind, new_kind = kind_of(directory), kind_of(new_path)
     if kind != new_kind:
         raise ModelError(
@@ -86,9 +77,10 @@ def merge(merging: TokenizerMergeSettings, output_path: Path, *, overwrite: bool
         )
     tokenizer = open_tokenizer(directory)
     old = BaseTokenizer(directory, kind, tokenizer, tokenizer.get_vocab())
-    texts = eval_texts(merging.eval_path, new_path)
-    with new_directory(output_path, overwrite=overwrite, inputs=[directory, new_path]) as partial:
-        growth, new_ids = _write(old, new_path, partial, merging.max_new)
+    texts = eval_texts(options.eval_path, new_path)
+    output_path = Path(options.output_path)
+    with new_directory(output_path, overwrite=options.overwrite, inputs=[directory, new_path]) as partial:
+        growth, new_ids = _write(old, new_path, partial, options.max_new)
         grown = open_tokenizer(partial)
         n_probed = check(old, grown, new_ids, partial, texts)
     _tell(growth, new_ids, n_probed, output_path)

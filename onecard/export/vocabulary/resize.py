@@ -23,6 +23,7 @@ from onecard.export.io.output import new_directory, progress
 from onecard.export.io.weights import ShardWriter, Weights, copy_small_files, open_weights, same_bits
 from onecard.export.vocabulary.corpus import encode, locate_tokenizer, open_tokenizer
 from onecard.export.vocabulary.embeddings import EmbeddingMatrices, find_tables
+from onecard.export.vocabulary.options import ResizeEmbeddingsOptions
 from onecard.installation import command
 from onecard.model.files import locate, read_json, write_json
 from onecard.model.lora.vocabulary import FORMAT, NEW_TOKENS
@@ -34,16 +35,6 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "spiece.model",
 )  # fmt: skip
 CHUNK_ROWS = 8192
-
-
-@dataclass(frozen=True)
-class ResizeSettings:
-    """See the options of onecard expand-vocab apply."""
-
-    model_path: str
-    tokenizer_path: str
-    max_shard_bytes: int = 5 * 10**9
-    pad_to_multiple_of: int = 64
 
 
 @dataclass(frozen=True)
@@ -65,26 +56,27 @@ class NewRows:
         return sum(i < self.n_old for i in self.sources)
 
 
-def apply(applying: ResizeSettings, output_path: Path, *, overwrite: bool = False) -> None:
+def apply(options: ResizeEmbeddingsOptions) -> None:
     """Write the model with the grown vocabulary, then reopen it and compare every tensor with the old one.
 
-    RAM: about one shard of at most `max_shard_bytes`, and the embeddings twice. Raises ModelError (no model, quantised,
+    RAM: about one shard of at most `max_shard_size`, and the embeddings twice. Raises ModelError (no model, quantised,
     damaged, mismatched vocabulary or shapes, NaN), ConfigError (nothing to add).
     """
-    model = locate(applying.model_path)
-    grown_path = locate_tokenizer(applying.tokenizer_path)
+    model, output_path = locate(options.model_path), Path(options.output_path)
+    grown_path = locate_tokenizer(options.tokenizer_path)
     weights = open_weights(model)
     tables = find_tables(model, weights)
-    rows = _new_rows(model, grown_path, tables.n_rows, applying.pad_to_multiple_of)
+    rows = _new_rows(model, grown_path, tables.n_rows, options.pad_to_multiple_of)
     needed = weights.total_bytes + (rows.n_rows - rows.n_old) * tables.row_bytes
-    with new_directory(output_path, overwrite=overwrite, inputs=[model, grown_path], needed_bytes=needed) as partial:
+    inputs = [model, grown_path]
+    with new_directory(output_path, overwrite=options.overwrite, inputs=inputs, needed_bytes=needed) as partial:
         copy_small_files(model, partial)
-        write_card(partial, model, applying.model_path, "finetune", [f"- its vocabulary has {rows.n_rows:,} rows now"])
+        write_card(partial, model, options.model_path, "finetune", [f"- its vocabulary has {rows.n_rows:,} rows now"])
         for name in (*TOKENIZER_FILES, *OF_OLD_FILES):
             (partial / name).unlink(missing_ok=True)
         _copy_tokenizer(grown_path, partial)
         _write_config(partial / "config.json", rows)
-        _write_weights(weights, tables, rows, partial, applying.max_shard_bytes)
+        _write_weights(weights, tables, rows, partial, options.max_shard_bytes)
         _write_new_tokens(rows, partial / NEW_TOKENS)
         _verify(weights, tables, rows, partial)
     _tell(tables, rows, output_path)

@@ -12,51 +12,38 @@ import os
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from onecard.console import say, warn
-from onecard.data.sources import Source
+from onecard.data.sources import source_of
 from onecard.errors import ConfigError, DataError, ModelError
 from onecard.export.io.output import new_directory
 from onecard.export.vocabulary.corpus import Corpus, Kind, kind_of, locate_tokenizer, open_tokenizer, write_held_out
+from onecard.export.vocabulary.options import TrainTokenizerOptions
 
 MAX_PIECE_BYTES = 48  # 16 Chinese characters, SentencePiece's own limit
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """What is learned: see the options of onecard expand-vocab train."""
-
-    source: Source
-    vocab_size: int
-    kind: Kind = "sentencepiece"
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    character_coverage: float = 0.9995
-    tokenizer_path: str = ""
-    max_sentences: int = 1_000_000
-    held_out_share: float = 0.02
-
-
-def train(training: TrainSettings, output_path: Path, *, overwrite: bool = False) -> None:
+def train(options: TrainTokenizerOptions) -> None:
     """Learn pieces and write `tokenizer.model` or `tokenizer.json`, and the texts that were held out.
 
     Memory: at most `max_sentences` lines, drawn evenly from the whole corpus, and the trainer's own tables.
     Raises DataError (no text, binary, too small for so many pieces), ConfigError, ModelError (no target).
     """
-    corpus = Corpus(training.source, training.held_out_share)
+    source, output_path = source_of(options), Path(options.output_path)
+    corpus = Corpus(source, options.held_out_share)
     # Before the corpus is read, which may take long.
-    target = _bytelevel_target(training.tokenizer_path) if training.kind == "bytelevel" else None
-    inputs = [Path(name) for name in (*training.source.paths, training.tokenizer_path) if name and Path(name).exists()]
-    with new_directory(output_path, overwrite=overwrite, inputs=inputs) as partial:
-        say(f"reading {training.source.name} and learning {training.vocab_size:,} pieces; a large corpus takes a while")
+    target = _bytelevel_target(options.tokenizer_path) if options.kind == "bytelevel" else None
+    inputs = [Path(name) for name in (*source.paths, options.tokenizer_path) if name and Path(name).exists()]
+    with new_directory(output_path, overwrite=options.overwrite, inputs=inputs) as partial:
+        say(f"reading {source.name} and learning {options.vocab_size:,} pieces; a large corpus takes a while")
         if target is None:
-            _train_sentencepiece(training, corpus, partial)
+            _train_sentencepiece(options, corpus, partial)
         else:
-            _train_bytelevel(training, corpus, partial, target)
+            _train_bytelevel(options, corpus, partial, target)
         write_held_out(partial, corpus.held_out)
-        n_pieces = _count_pieces(partial, training.kind)
+        n_pieces = _count_pieces(partial, options.kind)
     for line in corpus.report.summary_lines():
         say(line)
     say(
@@ -67,7 +54,7 @@ def train(training: TrainSettings, output_path: Path, *, overwrite: bool = False
         warn("nothing was held out of so small a corpus; give --eval_path to merge, to measure on other text")
 
 
-def _train_sentencepiece(training: TrainSettings, corpus: Corpus, directory: Path) -> None:
+def _train_sentencepiece(options: TrainTokenizerOptions, corpus: Corpus, directory: Path) -> None:
     import sentencepiece
 
     model = io.BytesIO()
@@ -75,10 +62,10 @@ def _train_sentencepiece(training: TrainSettings, corpus: Corpus, directory: Pat
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=corpus.guarded_lines(),
             model_writer=model,
-            vocab_size=training.vocab_size,
-            model_type=training.model_type,
-            character_coverage=training.character_coverage,
-            input_sentence_size=training.max_sentences,
+            vocab_size=options.vocab_size,
+            model_type=options.model_type,
+            character_coverage=options.character_coverage,
+            input_sentence_size=options.max_sentences,
             shuffle_input_sentence=True,
             max_sentence_length=1 << 20,
             split_digits=True,
@@ -92,28 +79,26 @@ def _train_sentencepiece(training: TrainSettings, corpus: Corpus, directory: Pat
         )
     except RuntimeError as reason:
         corpus.check()
-        raise _too_small(str(reason), training) from reason
+        raise _too_small(str(reason), options.vocab_size, corpus.source.name) from reason
     corpus.check()
     (directory / "tokenizer.model").write_bytes(model.getvalue())
 
 
-def _too_small(message: str, training: TrainSettings) -> Exception:
+def _too_small(message: str, vocab_size: int, corpus: str) -> Exception:
     """SentencePiece's message about a vocabulary that the corpus does not give, in one line with the right number."""
     high = re.search(r"value <= (\d+)", message)
     low = re.search(r"(\d+) vs (\d+)", message)
     if "too high" in message and high:
-        return ConfigError(
-            "--vocab_size", f"{training.vocab_size} is more than {training.source.name} can give; at most {high[1]}"
-        )
+        return ConfigError("--vocab_size", f"{vocab_size} is more than {corpus} can give; at most {high[1]}")
     if "required_chars" in message and low:
         return ConfigError(
             "--vocab_size",
-            f"{training.vocab_size} is less than the different characters of {training.source.name}; at least "
+            f"{vocab_size} is less than the different characters of {corpus}; at least "
             f"{low[2]}, or a lower --character_coverage",
         )
     if "sentences_.empty()" in message:
-        return DataError("no text is left to learn from; give a larger corpus", training.source.name)
-    return DataError(f"SentencePiece cannot learn from it: {' '.join(message.split())[:300]}", training.source.name)
+        return DataError("no text is left to learn from; give a larger corpus", corpus)
+    return DataError(f"SentencePiece cannot learn from it: {' '.join(message.split())[:300]}", corpus)
 
 
 def _bytelevel_target(tokenizer_path: str) -> Any:
@@ -123,26 +108,26 @@ def _bytelevel_target(tokenizer_path: str) -> Any:
     return open_tokenizer(directory).backend_tokenizer
 
 
-def _train_bytelevel(training: TrainSettings, corpus: Corpus, directory: Path, target: Any) -> None:
+def _train_bytelevel(options: TrainTokenizerOptions, corpus: Corpus, directory: Path, target: Any) -> None:
     """https://huggingface.co/docs/tokenizers/api/trainers"""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer.from_str(_empty_like(target, Tokenizer(models.BPE()), decoders.ByteLevel()))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=training.vocab_size,
+        vocab_size=options.vocab_size,
         initial_alphabet=alphabet,
         max_token_length=MAX_PIECE_BYTES,
         show_progress=False,
     )
     # The trainer keeps every different word, and Chinese has clauses where English has words: so the lines are drawn.
-    lines = draw(corpus.lines(), training.max_sentences)
+    lines = draw(corpus.lines(), options.max_sentences)
     corpus.check()
     core.train_from_iterator(lines, trainer)
     n_learned = core.get_vocab_size()
-    if n_learned < training.vocab_size:
+    if n_learned < options.vocab_size:
         raise ConfigError(
-            "--vocab_size", f"{training.vocab_size} is more than {training.source.name} can give; at most {n_learned}"
+            "--vocab_size", f"{options.vocab_size} is more than {corpus.source.name} can give; at most {n_learned}"
         )
     core.save(str(directory / "tokenizer.json"))
 
