@@ -16,7 +16,8 @@ from tests.serve.api.serving import Running, open_tiny, serving
 
 KEY = "sesame"
 LIMITS = LimitOptions(max_answer_tokens=8, max_beams=2, max_choices=3)
-N_CASES = 40
+HEADERS = {"authorization": f"Bearer {KEY}"}
+FEW, MANY = 12, 40  # requests of each kind
 PATHS = {
     ("get", "/health"),
     ("get", "/query/{text}"),
@@ -42,34 +43,39 @@ def small(api_base: Path) -> Iterator[Running]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def document(small: Running) -> Any:
+    schemathesis = pytest.importorskip("schemathesis", reason="needs Python 3.11")
+    return schemathesis.openapi.from_url(f"{small.url}/openapi.json", headers=HEADERS)
+
+
 def cases() -> list[tuple[str, str, str]]:
     """Every path with valid requests, and with wrong ones where there is something to get wrong."""
     valid = [(method, path, "positive") for method, path in sorted(PATHS)]
     return valid + [(m, p, "negative") for m, p, _ in valid if m == "post" or "{" in p]
 
 
+@pytest.mark.parametrize("n_cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("method", "path", "mode"), cases())
-def test_no_surprises(small: Running, method: str, path: str, mode: str) -> None:
-    schemathesis = pytest.importorskip("schemathesis", reason="needs Python 3.11")
+def test_no_surprises(document: Any, method: str, path: str, mode: str, n_cases: int) -> None:
+    modes = importlib.import_module("schemathesis").GenerationMode
     checks = importlib.import_module("schemathesis.specs.openapi.checks")
     # What is valid may still be refused: a prompt that is too long, too many choices. The check of the key sends ours
     # along and wonders; test_errors.py asks every path without it.
     excluded = [checks.positive_data_acceptance, checks.ignored_auth]
-    headers = {"authorization": f"Bearer {KEY}"}
-    document = schemathesis.openapi.from_url(f"{small.url}/openapi.json", headers=headers)
     statuses: list[int] = []
 
-    @settings(max_examples=N_CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(case=document[path][method].as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
+    @settings(max_examples=n_cases, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(case=document[path][method].as_strategy(generation_mode=modes(mode)))
     def ask(case: Any) -> None:
         name_the_model(case.body)
         if mode == "positive" and len(statuses) % 2:
             take_tools_away(case.body)
-        answer = case.call_and_validate(headers=headers, excluded_checks=excluded)
+        answer = case.call_and_validate(headers=HEADERS, excluded_checks=excluded)
         statuses.append(answer.status_code)
 
     ask()
-    assert len(statuses) >= N_CASES // 2 or ("{" not in path and method == "get")
+    assert len(statuses) >= n_cases // 2 or ("{" not in path and method == "get")
     if "lora_adapter" in path:  # this server has no folder of adapters (test_load_adapters.py)
         assert set(statuses) <= {400, 401, 404}
     elif method == "post":
