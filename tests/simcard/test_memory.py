@@ -155,6 +155,22 @@ def test_expandable_segments_use_the_rest_of_a_segment(card: Card) -> None:
         assert torch.cuda.memory_reserved() == reserved
 
 
+def test_pages_are_mapped_around_a_free_block(card: Card) -> None:
+    """Of four blocks in a row the first is given back and the second free: both hold what is twice as large."""
+    with card.behaving(garbage=card.spec.garbage, expandable=True):
+        reserved = torch.cuda.memory_reserved()
+        blocks = [take(20 * MIB) for _ in range(4)]
+        first = blocks[0].data_ptr()
+        blocks[0] = take(0)
+        torch.cuda.empty_cache()
+        blocks[1] = take(0)
+        both = take(40 * MIB)
+        assert both.data_ptr() == first and torch.cuda.memory_reserved() - reserved == 80 * MIB
+        both.fill_(3)
+        blocks[2].fill_(1)
+        assert int(both.sum(dtype=torch.int64)) == 3 * 40 * MIB
+
+
 def test_the_allocation_that_is_told_to_fails_and_the_next_does_not(card: Card) -> None:
     card.native.fail_after(0, 1)
     kept = take(512)

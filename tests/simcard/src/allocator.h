@@ -163,33 +163,44 @@ class CardAllocator final : public c10::DeviceAllocator {
     (n > 0 ? card.stats.num_device_alloc : card.stats.num_device_free)++;
   }
 
-  // Maps pages at the lowest place of the pool's address range where the request fits.
+  // Maps pages at the lowest place of the pool's address range where unmapped holes and free blocks in a row hold the
+  // request, as find_expandable_block and try_allocate_expandable_block do.
   static Block* expand(int device, int64_t stream, bool small, size_t size) {
     Card& card = cards[device];
-    const size_t page = small ? kSmallSegment : kLargeSegment;
-    auto room_at = [&](Block* hole) { // an unmapped hole, and the free mapped block before it
-      Block* left = hole->before;
-      return hole->size + (left && left->mapped && !left->allocated ? left->size : 0);
-    };
-    Block* hole = nullptr;
-    for (Block* one : card.unmapped[small])
-      if (one->stream == stream && room_at(one) >= size && (!hole || one->address < hole->address)) hole = one;
-    if (!hole) {
-      const size_t range = round_up(card.total + card.total / 8, kLargeSegment);
-      hole = new Block{device, stream, small, map_memory(range), range};
-      hole->mapped = false;
-      card.unmapped[small].insert(hole);
+    auto usable = [&](Block* one) { return one && (!one->mapped || (!one->allocated && is_free(card, one))); };
+    Block* block = nullptr;
+    for (Block* hole : card.unmapped[small]) {
+      if (hole->stream != stream) continue;
+      Block* first = usable(hole->before) ? hole->before : hole;
+      size_t room = 0;
+      for (Block* one = first; room < size && usable(one); one = one->after) room += one->size;
+      if (room >= size && (!block || first->address < block->address)) block = first;
     }
-    Block* left = hole->before && hole->before->mapped && !hole->before->allocated ? hole->before : nullptr;
-    const size_t n = std::min(hole->size, round_up(size - (left ? left->size : 0), page));
-    if (card.reserved() + n > card.room()) return nullptr;
-    card.unmapped[small].erase(hole);
-    if (left) out_of_pool(card, left);
-    cut(hole, n, [&](Block* rest) { rest->mapped = false; card.unmapped[small].insert(rest); });
+    if (!block) {
+      const size_t range = round_up(card.total + card.total / 8, kLargeSegment);
+      block = new Block{device, stream, small, map_memory(range), range};
+      block->mapped = false;
+      card.unmapped[small].insert(block);
+    }
+    if (!block->mapped && !map_pages(card, block, size)) return nullptr;
+    while (block->size < size) {
+      Block* hole = block->after;
+      if (!map_pages(card, hole, size - block->size)) return nullptr;
+      block = hole; // which has absorbed it
+    }
+    out_of_pool(card, block);
+    return block;
+  }
+  // Maps at least `size` bytes of a hole, or all of it, which then joins its free neighbours; false if there is no room.
+  static bool map_pages(Card& card, Block* hole, size_t size) {
+    const size_t n = std::min(hole->size, round_up(size, hole->small ? kSmallSegment : kLargeSegment));
+    if (card.reserved() + n > card.room()) return false;
+    card.unmapped[hole->small].erase(hole);
+    cut(hole, n, [&](Block* rest) { rest->mapped = false; card.unmapped[rest->small].insert(rest); });
     hole->mapped = true;
-    if (left) absorb(hole, left);
     reserve(card, hole, n);
-    return hole;
+    join_neighbours(card, hole);
+    return true;
   }
 
   // Shortens a block to `size` and hands the rest on.
@@ -262,6 +273,10 @@ class CardAllocator final : public c10::DeviceAllocator {
     count(card.stats.active_bytes, block, -static_cast<int64_t>(block->size));
     block->allocated = false;
     garbage(block); // whoever still reads this reads NaN
+    join_neighbours(card, block);
+  }
+  // A block that has become free, with its free neighbours.
+  static void join_neighbours(Card& card, Block* block) {
     for (Block* other : {block->before, block->after}) {
       if (!other || other->allocated || !other->mapped || !is_free(card, other)) continue;
       out_of_pool(card, other);
