@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from onecard.model.memory.growing_segments import GrowingSegments
+from tests.gpu.test_caching_allocator import serve_random_requests
 from tests.simcard.card import Card
 
 pytestmark = pytest.mark.simcard
@@ -169,6 +171,11 @@ def test_pages_are_mapped_around_a_free_block(card: Card) -> None:
         both.fill_(3)
         blocks[2].fill_(1)
         assert int(both.sum(dtype=torch.int64)) == 3 * 40 * MIB
+
+
+def test_growing_segments_reserve_what_the_plan_says(card: Card) -> None:
+    with card.behaving(garbage=card.spec.garbage, expandable=True):
+        serve_random_requests(GrowingSegments())
 
 
 def test_the_allocation_that_is_told_to_fails_and_the_next_does_not(card: Card) -> None:

@@ -82,6 +82,8 @@ class MemoryBlock:
 class CachingAllocator:
     """Reserves at most `limit` bytes. `reserved`: now; `most_reserved`: the most so far."""
 
+    smallest_large_rest = SMALL_REQUEST + MIN_BLOCK  # of a block of the large pool, to be split off
+
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
         self.reserved = self.most_reserved = 0
@@ -97,7 +99,7 @@ class CachingAllocator:
         at = bisect_left(pool, (size,))
         block = pool.pop(at)[2] if at < len(pool) else self._new_segment(size, pool)
         block.free = False
-        if block.size - size >= MIN_BLOCK if small else block.size - size > SMALL_REQUEST:
+        if block.size - size >= (MIN_BLOCK if small else self.smallest_large_rest):
             rest = MemoryBlock(block.size - size, block.address + size, pool)
             rest.before, rest.after, block.after, block.size = block, block.after, rest, size
             if rest.after is not None:

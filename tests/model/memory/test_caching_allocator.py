@@ -7,6 +7,7 @@ import math
 import pytest
 
 from onecard.model.memory.caching_allocator import MIB, CachingAllocator, OutOfRoom, Requests
+from onecard.model.memory.growing_segments import GrowingSegments
 
 # (bytes asked for, bytes of the block, bytes reserved)
 FIGURES = [
@@ -64,3 +65,46 @@ def test_a_copy_keeps_the_gaps_and_what_lies_between_them() -> None:
     other.free(other.allocate(40 * MIB))
     other.allocate(41 * MIB)
     assert other.reserved == 102 * MIB and allocator.reserved == 60 * MIB
+
+
+def test_a_growing_segment_maps_pages_where_a_request_does_not_fit() -> None:
+    allocator = GrowingSegments()
+    whole = allocator.allocate(30 * MIB)
+    assert allocator.reserved == 40 * MIB, "two pages of 20"
+    after = allocator.allocate(10 * MIB - 512)
+    assert (after.address - whole.address, allocator.reserved) == (30 * MIB, 40 * MIB)
+    last = allocator.allocate(MIB + 512)
+    assert last.address - whole.address == 40 * MIB - 512, "after the rest of 512 bytes, in the third page"
+    allocator.free(whole)
+    assert allocator.allocate(50 * MIB).address > whole.address and allocator.reserved == 100 * MIB
+    allocator.allocate(512)
+    assert allocator.reserved == 102 * MIB, "small requests have a segment of their own"
+
+
+def test_growing_segments_give_back_pages_and_use_holes_again() -> None:
+    allocator = GrowingSegments(limit=100 * MIB)
+    first, second, third, _ = (allocator.allocate(20 * MIB) for _ in range(4))
+    allocator.free(first)
+    allocator.give_back()
+    allocator.free(second)
+    assert allocator.reserved == 60 * MIB
+    both = allocator.allocate(40 * MIB)
+    assert both.address == first.address and allocator.reserved == 80 * MIB, "a hole and the free block behind it"
+    allocator.free(third)
+    with pytest.raises(OutOfRoom) as reason:
+        allocator.allocate(50 * MIB)
+    assert reason.value.needed == 120 * MIB, "60 in use; the free page is given back, and three are missing"
+    assert allocator.allocate(40 * MIB).size == 40 * MIB and allocator.reserved == 100 * MIB
+
+
+def test_a_copy_of_growing_segments_keeps_blocks_and_holes_side_by_side() -> None:
+    allocator = GrowingSegments()
+    blocks = [allocator.allocate(20 * MIB) for _ in range(5)]
+    for number in (0, 2):
+        allocator.free(blocks[number])
+    allocator.give_back()
+    allocator.free(blocks[1])
+    other = allocator.copy(math.inf)
+    assert other.allocate(60 * MIB).address == blocks[0].address and other.reserved == 100 * MIB
+    assert other.allocate(20 * MIB).address == blocks[4].address + 20 * MIB
+    assert allocator.reserved == 60 * MIB, "the first is as it was"
