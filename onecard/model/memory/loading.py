@@ -43,9 +43,9 @@ def loading(model: Architecture, setup: Any) -> Requests:
 def preparing(model: Architecture, setup: Any) -> tuple[Requests, list[list[int]]]:
     """All further requests until the first step, and bytes of the gradients of each layer, those of no layer last."""
     requests, trained = Requests(), _trained(model, setup)
-    for sizes in trained:
-        for n_bytes in sizes:
-            requests.take(n_bytes)
+    _attach(requests, trained[:-1], on_card=not setup.stream_layers, element_bytes=setup.element_bytes)
+    for n_bytes in trained[-1]:
+        requests.take(n_bytes)
     for _ in range(min(N_SLOTS, model.n_layers) if setup.stream_layers else 0):
         requests.take(streamed_layer_bytes(model, setup))
     for sizes in trained:
@@ -54,6 +54,20 @@ def preparing(model: Architecture, setup: Any) -> tuple[Requests, list[list[int]
                 requests.take(state)
     waits = setup.only_vocabulary
     return requests, [[] if waits and number < model.n_layers else sizes for number, sizes in enumerate(trained)]
+
+
+def _attach(requests: Requests, adapters: list[list[int]], *, on_card: bool, element_bytes: int) -> None:
+    """Adapters beside layers on the card come there in the base's type, through a copy in fp32; then peft makes all of
+    them fp32. Others come in fp32."""
+    every = [n_bytes for sizes in adapters for n_bytes in sizes]
+    narrow = []
+    if on_card and element_bytes < FP32:
+        for n_bytes in every:
+            narrow.append(requests.take(n_bytes * element_bytes // FP32))
+            requests.let_go(requests.take(n_bytes))
+    for number, n_bytes in enumerate(every):
+        requests.take(n_bytes)
+        requests.let_go(*narrow[number : number + 1])
 
 
 def _beside_layers(requests: Requests, model: Architecture, setup: Any) -> list[int]:
