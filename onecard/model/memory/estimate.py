@@ -177,7 +177,7 @@ def account(model: Architecture, setup: MemoryConfig, within: int = 0, *, only_f
 
 def _slack(model: Architecture, setup: MemoryConfig, moving: int, spare: int | None) -> int:
     """What the allocator needs beyond the tensors, of which `moving` bytes come and go."""
-    found = None if setup.expandable_segments else reserved_beyond_tensors(model, setup, moving, spare)
+    found = reserved_beyond_tensors(model, setup, moving, spare)
     return _rough_slack(setup, moving) if found is None else found
 
 

@@ -93,7 +93,7 @@ def _relevant(model: Any, setup: Any, part: Part) -> Any:
     """The setup without what changes nothing in this part at this size, so that equal ones are traced once."""
     setup = replace(
         setup, optimizer="adamw", offload_embeddings=False, stream_layers=False, n_cards=1, only_vocabulary=False,
-        expandable_segments=setup.expandable_segments or not setup.on_gpu,
+        expandable_segments=True,
     )  # fmt: skip
     if setup.mlp_tile >= setup.tokens or part is Part.LOSS:
         setup = replace(setup, mlp_tile=0)

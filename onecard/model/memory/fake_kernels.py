@@ -136,9 +136,16 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """A new gradient for each input."""
+        """A new gradient for each input; those of 16-bit queries are added up in fp32, beside a number per query.
+
+        https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/attention_backward.cu
+        """
         query, key, value, _, _ = ctx.saved_tensors
-        return (*(torch.empty_like(side) for side in (query, key, value)), None)
+        gradients = [torch.empty_like(side) for side in (query, key, value)]
+        _per_query = query.new_empty(query.shape[:3], dtype=torch.float32)
+        if query.dtype != torch.float32:
+            _sums = query.new_empty(query.shape, dtype=torch.float32)
+        return (*gradients, None)
 
 
 class SkippedComputation(torch.autograd.Function):

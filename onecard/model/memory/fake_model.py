@@ -58,9 +58,7 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
         warnings.simplefilter("ignore")
         base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **kernel, **own_code)
     base.requires_grad_(False)
-    layers, numbers, kinds = (
-        ([], [], []) if whole else cut_layers(base, with_last=setup.on_gpu and not setup.expandable_segments)
-    )
+    layers, numbers, kinds = ([], [], []) if whole else cut_layers(base, with_last=setup.on_gpu)
     quantize_on_meta(base, setup.bits, dtype)
     if setup.head_bits < 16:
         quantize_head(base, setup.head_bits, dtype)

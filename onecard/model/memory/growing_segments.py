@@ -1,7 +1,7 @@
 """What torch's caching allocator reserves where segments grow (`expandable_segments:True`).
 
-The arithmetic of c10/cuda/CUDACachingAllocator.cpp (torch 2.13) where it differs from `caching_allocator.py`: each pool
-has one range of addresses, larger than the card. Pages of 2 MiB (small pool) or 20 MiB (large pool) are mapped into it, at
+The arithmetic of c10/cuda/CUDACachingAllocator.cpp (torch 2.13) where `caching_allocator.py` differs: a pool has
+one range of addresses, larger than the card. Pages of 2 MiB (small pool) or 20 MiB (large pool) are mapped into it, at
 the lowest place where free blocks and holes in a row hold a request; a rest of 512 bytes is split off in either pool.
 Whole pages inside free blocks are given back where the card has no room.
 https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf
@@ -118,7 +118,7 @@ class GrowingSegments(CachingAllocator):
 
 
 def _lowest_place(size: int, holes: list[MemoryBlock], page: int) -> tuple[list[MemoryBlock], int]:
-    """Free blocks and holes in a row that hold a request, as low as there are, and bytes of pages to be mapped there."""
+    """The lowest free blocks and holes in a row that hold a request, and bytes of pages that are mapped for it."""
     for hole in holes:
         block: MemoryBlock | None = hole if hole.before is None or not hole.before.free else hole.before
         stretch, n_bytes, missing = [], 0, size

@@ -9,16 +9,20 @@ samples of traces and numbers of bytes; `activation_peak.py` knows what is alive
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from onecard.config.lora import LoraOptions
 from onecard.model.memory.activation_peak import isolated, nameless, samples_of_step
 from onecard.model.memory.architecture import Architecture
 from onecard.model.memory.caching_allocator import CachingAllocator, OutOfRoom, Requests
 from onecard.model.memory.extrapolate import Sample, sample_at_size
+from onecard.model.memory.growing_segments import GrowingSegments
 from onecard.model.memory.loading import loading, preparing
-from onecard.model.memory.simulate import BACKWARD, BEFORE, LAYER, LOSS, Part
+from onecard.model.memory.simulate import BACKWARD, BEFORE, CHUNKS, FIRST_PRODUCT, LAYER, LOSS, Part, n_supervised
 
 PRECISION, LITTLE = 0.008, 0.003  # of the bytes of tensors: how closely the smallest limit is looked for
 LARGEST_LEAK = 0.02  # of the tensors of a step, by which its requests may be off what is alive in its trace
@@ -45,16 +49,19 @@ def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int, spare:
         return None
     if not all(found.trace.events and found.kinds for found in samples):
         return None
-    step, ends = requests_of_step(samples[0], samples[-1])
+    step, ends, first_product = requests_of_step(samples[0], samples[-1], setup)
     most_alive = step.most_alive()
     if abs(most_alive - moving) > LARGEST_LEAK * moving:
         return None
     base, (beside, gradients) = loading(model, setup), preparing(model, setup)
-    allocator = CachingAllocator()
+    allocator = GrowingSegments() if setup.expandable_segments else CachingAllocator()
     for requests in (base, beside):
         allocator.serve(requests)
         allocator.give_back()
-    _take_a_step(allocator, step, ends, gradients)
+    made = [*zip(ends, reversed(gradients[:-1]), strict=True), (ends[-1], gradients[-1])]
+    # The first micro-batch, which makes the gradients; what is free behind it is given back.
+    allocator.serve(step, [(first_product, [CUBLAS_WORKSPACE_BYTES]), *made])
+    allocator.give_back()
     tensors = base.left() + beside.left() + sum(map(sum, gradients)) + most_alive
     if spare is not None:
         return spare if _runs(allocator, step, tensors + spare, tensors) else spare + 1
@@ -69,14 +76,6 @@ def _samples_with_requests(model: Architecture, setup: Any) -> list[Sample]:
         each if each.trace.events or not each.trace.blocks else sample_at_size(nameless(model), setup, part)
         for each, part in zip(found, parts, strict=True)
     ]
-
-
-def _take_a_step(allocator: CachingAllocator, step: Requests, ends: list[int], gradients: list[list[int]]) -> None:
-    """The first micro-batch, which makes the gradients; what is free behind it is given back."""
-    allocator.allocate(CUBLAS_WORKSPACE_BYTES)
-    *of_layers, beside = gradients
-    allocator.serve(step, [*zip(ends, reversed(of_layers), strict=True), (ends[-1], beside)])
-    allocator.give_back()
 
 
 def smallest_limit(allocator: CachingAllocator, step: Requests, tensors: int) -> int:
@@ -103,6 +102,37 @@ def _runs(allocator: CachingAllocator, step: Requests, limit: int, tensors: int)
     return True
 
 
+def _with_all_chunks(loss: Sample, setup: Any) -> Sample:
+    """With as many chunks of the loss as there are: the third for all that were left out, the last in its true size.
+
+    That one was traced with one token less than the others, so what it takes with any other number is on a line.
+    """
+    if len(loss.trace.chunks) < CHUNKS:
+        return loss
+    events, (third, last) = loss.trace.events, loss.trace.chunks[-2:]
+    first, after = (1 + max(block for block, *_ in events[:place]) for place in (third, last))
+    n_blocks, n_more = after - first, max(3, -(-n_supervised(setup) // setup.loss_chunk)) - CHUNKS
+
+    def later(part: list[tuple[int, int, int]], n_chunks: int) -> list[tuple[int, int, int]]:
+        by = n_chunks * n_blocks
+        return [(block + by if block >= first - n_blocks else block, phase, layer) for block, phase, layer in part]
+
+    whole, missing = loss.blocks[first:after], -n_supervised(setup) % setup.loss_chunk
+    of_last = whole - missing * (whole - loss.blocks[after : after + n_blocks])
+    return replace(
+        loss,
+        trace=replace(
+            loss.trace,
+            events=[
+                *events[:third],
+                *(event for number in range(n_more + 1) for event in later(events[third:last], number)),
+                *later(events[last:], n_more),
+            ],
+        ),
+        blocks=np.concatenate([loss.blocks[:first], *[whole] * (n_more + 1), of_last, loss.blocks[after + n_blocks :]]),
+    )
+
+
 class _Trace:
     """The events of a sample by section, and which blocks outlive the section that takes them."""
 
@@ -113,8 +143,10 @@ class _Trace:
         let_go_in: dict[int, Section] = {}
         for block, phase, layer in found.trace.events:
             section = (phase, layer if phase in (LAYER, BACKWARD) else -1)
-            (let_go_in if block in self.taken_in else self.taken_in)[block] = section
             self.sections.setdefault(section, []).append(block)
+            if block == FIRST_PRODUCT:
+                continue
+            (let_go_in if block in self.taken_in else self.taken_in)[block] = section
         self.rank: dict[int, int] = {}  # of a block among those that outlive its section, the last one 0
         n_left: dict[Section, int] = {}
         for block, section in reversed(self.taken_in.items()):
@@ -136,7 +168,7 @@ class _Writer:
     """
 
     def __init__(self, n_layers: int) -> None:
-        self.n_layers, self.requests = n_layers, Requests()
+        self.n_layers, self.requests, self.first_product = n_layers, Requests(), 0
         self._left: dict[tuple[int, int, int], int] = {}  # by phase, number of the layer, and rank
 
     def write(self, trace: _Trace, section: Section, number: int) -> None:
@@ -145,7 +177,9 @@ class _Writer:
         for rank, distance in trace.far.get(section[0], {}).items():
             self._let_go((section[0], number - distance, rank))
         for block in trace.sections.get(section, ()):
-            if block in own:
+            if block == FIRST_PRODUCT:
+                self.first_product = self.first_product or len(self.requests.events)
+            elif block in own:
                 self.requests.let_go(own.pop(block))
             elif trace.taken_in[block] == section:
                 request = self.requests.take(trace.blocks[block])
@@ -175,12 +209,13 @@ class _Writer:
         return phase, there + position - here, trace.rank[block]
 
 
-def requests_of_step(layers: Sample, loss: Sample) -> tuple[Requests, list[int]]:
-    """All requests of a micro-batch of the whole model, and how many events there are when each layer is through.
+def requests_of_step(layers: Sample, loss: Sample, setup: Any) -> tuple[Requests, list[int], int]:
+    """All requests of a micro-batch of the whole model; how many events there are when each layer is through, the last
+    layer first; and how many at the first product of matrices.
 
-    loss: where it was traced apart, else the same sample; the last layer is through first.
+    loss: where it was traced apart, else the same sample.
     """
-    of_layers, of_loss = _Trace(layers), _Trace(loss)
+    of_layers, of_loss = _Trace(layers), _Trace(_with_all_chunks(loss, setup))
     kinds, ends = [*enumerate(layers.kinds)], []
     writer = _Writer(len(kinds))
     writer.write(of_layers, (BEFORE, -1), -1)
@@ -191,4 +226,4 @@ def requests_of_step(layers: Sample, loss: Sample) -> tuple[Requests, list[int]]
         writer.write(of_layers, (BACKWARD, position), number)
         ends.append(len(writer.requests.events))
     writer.let_all_go()
-    return writer.requests, ends
+    return writer.requests, ends, writer.first_product

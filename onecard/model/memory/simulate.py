@@ -34,9 +34,13 @@ from onecard.model.memory_saving.tiled_mlp import TiledMLP, tile_mlps
 
 BEFORE, LAYER, LOSS, BACKWARD, AFTER = range(5)  # phases of a micro-batch
 MOST_OPERATIONS = 12_000  # of a trace; a layer has some 700, forward, again and backward
-CHUNKS = 3  # chunks of the loss that are computed; those after them take no more than the third
+CHUNKS = 4  # chunks of the loss that are computed; those between the third and the last take what the third takes
 BUFFER_BYTES = 2**50  # in RAM, one for each tensor: pieces would be operations that take no memory of the card
 aten = torch.ops.aten
+# Of events, in the place of a block: the first product of matrices, for which cuBLAS takes its workspace.
+FIRST_PRODUCT = -1
+PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "bitsandbytes::gemm_4bit",
+            "bitsandbytes::int8_scaled_mm")  # fmt: skip
 
 
 class Part(Enum):
@@ -57,7 +61,9 @@ class MemoryTrace:
     live, phase, layer, names, sizes: for each operation bytes, one of the phases above, the position in the layers that
     were kept, its name, and bytes of new storages. entry: bytes where the first layer begins. kept: what each layer
     left alive in the forward pass. sent: (layer or -1, bytes) of each tensor that went to RAM. blocks: bytes of each
-    request to the allocator. events: (number of a block, phase, layer), when it is taken and again when it is let go.
+    request to the allocator. events: (number of a block, phase, layer), when it is taken and again when it is let go;
+    FIRST_PRODUCT once.
+    chunks: how many events there were when each chunk of the loss began.
     """
 
     live: list[int] = field(default_factory=list)
@@ -70,6 +76,7 @@ class MemoryTrace:
     sent: list[tuple[int, int]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     events: list[tuple[int, int, int]] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
 
 
 class TooManyOperations(Exception):
@@ -90,6 +97,8 @@ class Recorder(TorchDispatchMode):
         self.phase, self.layer, self.most = BEFORE, -1, MOST_OPERATIONS
         self.boundaries: list[int] = []
         self.at_boundary = False
+        self._multiplied = False
+        self._learned_rows = -1  # the storage of the numbers of supervised tokens
         self.offload: RecordedOffload | None = None
         self._attributes = shape_cache.attributes_of(model.mode)
         self._gives_way = GIVES_WAY.get()
@@ -123,6 +132,8 @@ class Recorder(TorchDispatchMode):
         reused = _reused(args) if adds else None
         out = shape_cache.run(func, args, kwargs, self._attributes)
         self._record(func, out, args, reused)
+        if func is aten.slice.Tensor and args[0].untyped_storage()._cdata == self._learned_rows:
+            self.trace.chunks.append(len(self.trace.events))
         return out
 
     def ignore(self, tensor: Tensor) -> None:
@@ -169,6 +180,9 @@ class Recorder(TorchDispatchMode):
         trace = self.trace
         if len(trace.live) > self.most:
             raise TooManyOperations
+        if not self._multiplied and func._name.partition(".")[0] in PRODUCTS:
+            self._multiplied = True
+            trace.events.append((FIRST_PRODUCT, self.phase, self.layer))
         trace.events += [(block, self.phase, self.layer) for block in inner]
         trace.live.append(self._live + sum(inside))
         trace.phase.append(self.phase)
@@ -198,6 +212,8 @@ class Recorder(TorchDispatchMode):
         if mask.dim() == 2 and mask.shape[1] == self.n_tokens:
             return every[: max(1, mask.numel() // self.n_experts)]
         of_loss = mask.shape == (self.n_tokens,) and self.phase in (BEFORE, LOSS)
+        if of_loss:
+            self._learned_rows = every.untyped_storage()._cdata
         return every[: self.n_rows] if of_loss else every
 
     def _unmasked(self, index: Tensor | None) -> list[Tensor | None]:
@@ -269,6 +285,11 @@ class RecordedOffload(ActivationOffload):
         return packed
 
 
+def n_supervised(setup: Any) -> int:
+    """The most tokens of a micro-batch that are learned: the last of each row predicts nothing that is known."""
+    return max(1, setup.rows * (setup.length - 1))
+
+
 def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool = True) -> MemoryTrace:
     """The forward pass of one micro-batch and, in training, its backward pass.
 
@@ -276,7 +297,7 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
     """
     tile_mlps(model.peft, setup.mlp_tile if training else 0, FewTiles)
     model.peft.train(training)
-    n_rows = min(setup.tokens, CHUNKS * setup.loss_chunk) if setup.loss_chunk else setup.tokens
+    n_rows = min(n_supervised(setup), CHUNKS * setup.loss_chunk - 1) if setup.loss_chunk else setup.tokens
     n_rows = 1 if part is Part.LAYERS and setup.loss_chunk else n_rows
     recorder = Recorder(model, setup, n_rows)
     with ExitStack() as stack:
@@ -295,12 +316,12 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
         batch = {name: torch.zeros(setup.rows, setup.length, dtype=torch.int64) for name in names}
         stack.enter_context(offload or nullcontext())
         with _autocast(setup):
-            loss, n_supervised = _loss(model, setup, batch)
+            loss, n_units = _loss(model, setup, batch)
         if offload is not None:
             offload.turn_back()
         if training and part is not Part.LOSS:
             recorder.phase, recorder.layer = BACKWARD, len(model.layers) - 1
-            _backward(loss / max(1, n_supervised))
+            _backward(loss / max(1, n_units))
     trace = recorder.trace
     before = [trace.entry, *recorder.boundaries]
     trace.kept = [after - then for then, after in zip(before, recorder.boundaries, strict=False)]

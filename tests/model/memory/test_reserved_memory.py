@@ -6,14 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plan_accuracy import toy_config
-from onecard.model.memory import reserved_memory
-from onecard.model.memory.activation_peak import find_peak
+from onecard.model.memory import extrapolate, reserved_memory, simulate
+from onecard.model.memory.activation_peak import find_peak, nameless
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.caching_allocator import MIB, CachingAllocator, Requests
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, FIXED_SLACK, SLACK, MemoryConfig, account, held_bytes
-from onecard.model.memory.loading import loading, preparing
+from onecard.model.memory.fake_kernels import FusedAttention
+from onecard.model.memory.loading import _attach, loading, preparing
 
 SETUP = MemoryConfig(4, 2, 1, 600, loss_chunk=128, repeats_kv=True, expandable_segments=False)
 LLAMA = toy_config("llama", num_hidden_layers=6, hidden_size=256, vocab_size=4000)
@@ -34,11 +37,58 @@ def test_the_requests_of_all_layers_hold_as_much_at_once_as_the_plan_says(
 ) -> None:
     model, setup = architecture_of(config), replace(SETUP, **changes)
     found = reserved_memory._samples_with_requests(model, setup)
-    step, ends = reserved_memory.requests_of_step(found[0], found[-1])
+    step, ends, first_product = reserved_memory.requests_of_step(found[0], found[-1], setup)
+    assert 0 < first_product < ends[0]
     assert step.most_alive() == pytest.approx(find_peak(model, setup).n_bytes, rel=reserved_memory.LARGEST_LEAK)
     assert len(ends) == model.n_layers and step.left() == 0
     slack = next(part.n_bytes for part in account(model, setup).parts if part.name == SLACK)
     assert slack not in (0, FIXED_SLACK[1]) and slack < 80 * MIB, "replayed; such a small model has few segments"
+
+
+@pytest.mark.parametrize("length", [300, 900])  # 3 chunks of 128 tokens, and 8, the last ones of 43 and of 3
+def test_chunks_of_the_loss_that_are_not_traced_ask_for_what_they_would(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    model, setup = architecture_of(LLAMA), replace(SETUP, length=length)
+    few = reserved_memory._with_all_chunks(reserved_memory._samples_with_requests(model, setup)[-1], setup)
+    monkeypatch.setattr(simulate, "CHUNKS", 100)
+    extrapolate.traced.cache_clear()
+    every = extrapolate.sample_at_size(nameless(model), setup, simulate.Part.LOSS)
+    extrapolate.traced.cache_clear()
+    assert len(every.trace.chunks) == (length - 1) // 128 + 1
+    assert few.trace.events == every.trace.events
+    assert few.blocks == pytest.approx(every.blocks, abs=8 * 512), "but for the list of those that were traced"
+
+
+def test_the_backward_pass_of_attention_asks_for_sums_in_fp32() -> None:
+    """As the simulated card logs it: 4 bytes for each number of the queries, and 4 for each query."""
+    query = torch.empty(2, 4, 64, 32, dtype=torch.float16, requires_grad=True)
+    with Counted() as counted:
+        FusedAttention.apply(query, query, query, None).sum().backward()
+    assert {2 * 4 * 64 * 4, 2 * 4 * 64 * 32 * 4} <= set(counted.sizes)
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of each result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.sizes += [out.nbytes] if isinstance(out, torch.Tensor) else []
+        return out
+
+
+def test_an_adapter_comes_in_16_bits_and_is_made_fp32_when_all_of_it_is_there() -> None:
+    """As peft does it: two tensors of 8 MiB in fp32 are 8 MiB in all in 16 bits, with one more at a time."""
+    requests = Requests()
+    _attach(requests, [[8 * MIB], [8 * MIB]], on_card=True, element_bytes=2)
+    assert [requests.sizes[event] for event in requests.events if event >= 0] == [
+        4 * MIB, 8 * MIB, 4 * MIB, 8 * MIB, 8 * MIB, 8 * MIB
+    ]  # fmt: skip
+    assert requests.left() == 16 * MIB and requests.most_alive() == 20 * MIB
 
 
 def test_what_lies_still_is_what_the_plan_says() -> None:
