@@ -293,12 +293,12 @@ def real_run(config: dict[str, Any], setup: Any, hardware: Any, **lora_options: 
         stream_layers(plain, hardware.device, embeddings_stay=setup.offload_embeddings)
     train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer, learning_rate=2e-4)
     optimizer = build_optimizer(plain, train)
-    allocate_state(optimizer)
     AcceleratorState._reset_state(True)
     mixed = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(base.dtype), "no")
     accelerator = Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed,
                               kwargs_handlers=[AutocastKwargs(cache_enabled=False)])  # fmt: skip
     model, stepped = prepared(accelerator, plain, setup.stream_layers), accelerator.prepare(optimizer)
+    allocate_state(optimizer)  # after accelerate, as `train.build`: what it finds it copies
     if setup.offload_embeddings:  # last: accelerate would move them back
         embeddings_to_ram(plain, hardware.device)
     samples = random_samples(n_all, 2 * setup.rows, setup.length)

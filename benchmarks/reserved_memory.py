@@ -2,12 +2,13 @@
 """What the plan says beside the smallest memory in which a step runs, on a simulated card (tests/simcard/README.md).
 
     python benchmarks/reserved_memory.py [--rows 0,3] [--split held_out]
+    python benchmarks/reserved_memory.py --plan_only true      the limits of the file, beside what is planned today
 
 Each row loads a model of random weights as shapes, without and with expandable segments, in a process of its own, and
 halves the allocator's limit between what the tensors took and what was reserved until it knows the smallest one within
 0.8 %. A row is the largest micro-batch, forward and backward, over gradients that are there. The allocator's arithmetic
-is torch's; no figure is a measurement of a card. The two constants of the slack in onecard/model/memory/estimate.py
-were chosen by the rows "fit". Writes benchmarks/results/reserved_memory.json.
+is torch's; no figure is a measurement of a card. The state of a paged optimizer is planned on the card, and made there:
+pages of unified memory are none of the allocator's. Writes benchmarks/results/reserved_memory.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +30,7 @@ from benchmarks.machine import RESULTS, machine, say_table, write_result  # noqa
 from onecard.config.parsing import parse  # noqa: E402
 from onecard.console import run_main, say  # noqa: E402
 from onecard.errors import ModelError  # noqa: E402
+from onecard.model.files import read_json  # noqa: E402
 
 CARD = "sm75:80GiB"
 MODES = ("fixed", "expandable")
@@ -65,9 +67,9 @@ ROWS: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("held_out", "Llama-3.1-8B", 1, 8192, {"bits": 4, "loss_chunk": 256, "head_bits": 4, "offload_embeddings": True}),
     ("held_out", "Qwen2.5-1.5B", 2, 1024, {"bits": 4, "gradient_checkpointing": False}),
     ("held_out", "SmolLM2-1.7B", 6, 700, {"bits": 16, "rank": 16}),
-    ("held_out", "Gemma-2-2B", 1, 2048, {"bits": 4}),
+    ("held_out", "Gemma-2-2B", 1, 2048, {"bits": 4, "element_bytes": 4}),  # fp16 is too small for this family
     ("held_out", "Phi-3.5-mini", 2, 1200, {"bits": 4, "rank": 64}),
-    ("held_out", "Gemma-3-1B", 4, 1024, {"bits": 16}),
+    ("held_out", "Gemma-3-1B", 4, 1024, {"bits": 4, "element_bytes": 4}),
 ]
 FOUR_LAYERS = ("test", "Llama-3.2-3B/4", 2, 2048, {"bits": 4, "loss_chunk": 512})  # the first so many of a model
 
@@ -84,6 +86,8 @@ class ReservedMemoryOptions:
     """Inside the process of one row: its number."""
     mode: str = "fixed"
     """Inside the process of one row: fixed or expandable."""
+    plan_only: bool = False
+    """Measure nothing: plan the rows of the file anew, beside the limits that were found."""
     output: str = str(RESULTS / "reserved_memory.json")
     """Where the result goes."""
 
@@ -94,6 +98,12 @@ def main(argv: list[str] | None = None) -> None:
     if options.row >= 0:
         _, name, rows, length, rest = [*ROWS, FOUR_LAYERS][options.row]
         say(json.dumps(in_this_process(name, rows, length, rest, expandable=options.mode == MODES[1])))
+        return
+    if options.plan_only:
+        stored = read_json(Path(options.output))
+        again = [row | plan_of(row, row["mode"] == MODES[1], row["limit_bytes"]) for row in stored["rows"]]
+        write_result(options.output, {**stored, "rows": again, "summary": summary(again)})
+        tell(again)
         return
     asked = [int(number) for number in options.rows.split(",") if number.strip()] or range(len(ROWS))
     found = []
@@ -123,17 +133,15 @@ def in_this_process(model: str, rows: int, length: int, rest: dict[str, Any], *,
     from benchmarks.plan_accuracy import real_run
     from benchmarks.random_models import config_of
     from onecard.model.hardware import detect
-    from onecard.model.memory.architecture import architecture_of
-    from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, MemoryConfig, account
     from onecard.model.memory_saving import streamed_layers
     from onecard.model.out_of_memory import give_back_memory
     from tests.simcard.card import shapes_only
 
     name, _, n_layers = model.partition("/")
     config = config_of(name) | ({"num_hidden_layers": int(n_layers)} if n_layers else {})
-    setup = MemoryConfig(element_bytes=2, rows=rows, length=length, repeats_kv=True, expandable_segments=expandable,
-                         **rest)  # fmt: skip
-    planned = account(architecture_of(config), setup)
+    row = {"model": model, "rows": rows, "length": length, **rest}
+    setup = setup_of(row, expandable)
+    setup = replace(setup, optimizer=setup.optimizer.removeprefix("paged_"))
     with shapes_only(), patch.object(streamed_layers, "_write"):  # which would touch each page of so much RAM
         run = real_run(config, setup, detect("cuda", pretend_turing=True))
         give_back_memory()
@@ -141,9 +149,30 @@ def in_this_process(model: str, rows: int, length: int, rest: dict[str, Any], *,
             found = smallest_limit(run, rows)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-    bytes_planned = planned.card_bytes - CUDA_CONTEXT_BYTES
-    return {"model": model, "rows": rows, "length": length, **rest, "planned_tensor_bytes": planned.tensor_bytes,
-            "planned_bytes": bytes_planned, **found, "ratio": bytes_planned / found["limit_bytes"]}  # fmt: skip
+    if run.plain_model.get_input_embeddings().weight.dtype.itemsize != setup.element_bytes:
+        raise ModelError(f"{model} does not run in {setup.element_bytes} bytes a number; plan it with element_bytes")
+    return row | plan_of(row, expandable, found["limit_bytes"]) | found
+
+
+def plan_of(row: dict[str, Any], expandable: bool, limit: int) -> dict[str, Any]:
+    """What is planned for a row, in bytes without the context, beside the limit that was found for it."""
+    from benchmarks.random_models import config_of
+    from onecard.model.memory.architecture import architecture_of
+    from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, account
+
+    name, _, n_layers = row["model"].partition("/")
+    config = config_of(name) | ({"num_hidden_layers": int(n_layers)} if n_layers else {})
+    planned = account(architecture_of(config), setup_of(row, expandable))
+    n_bytes = planned.card_bytes - CUDA_CONTEXT_BYTES
+    return {"planned_tensor_bytes": planned.tensor_bytes, "planned_bytes": n_bytes, "ratio": n_bytes / limit}
+
+
+def setup_of(row: dict[str, Any], expandable: bool) -> Any:
+    """The `MemoryConfig` of a row, which has some of its numbers by name."""
+    from onecard.model.memory.estimate import MemoryConfig
+
+    given = {each.name: row[each.name] for each in fields(MemoryConfig) if each.name in row}
+    return MemoryConfig(**{"element_bytes": 2, **given}, repeats_kv=True, expandable_segments=expandable)
 
 
 def smallest_limit(run: Any, rows: int) -> dict[str, int]:
