@@ -80,44 +80,51 @@ class MemoryBlock:
 
 
 class CachingAllocator:
-    """Reserves at most `limit` bytes. `reserved`: now; `most_reserved`: the most so far."""
+    """Reserves at most `limit` bytes. `reserved`: now; `most_reserved`: the most so far.
+
+    refused: the least that the limit did not hold so far. Under every limit from `most_reserved` to below it all went
+    the same way.
+    """
 
     smallest_large_rest = SMALL_REQUEST + MIN_BLOCK  # of a block of the large pool, to be split off
 
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
         self.reserved = self.most_reserved = 0
+        self.refused = math.inf
         self._small: list[tuple[int, int, MemoryBlock]] = []  # free blocks by size, then address
         self._large: list[tuple[int, int, MemoryBlock]] = []
         self._lowest_address = 0
 
     def allocate(self, n_bytes: int) -> MemoryBlock:
         """Serve a request. Raises OutOfRoom."""
-        size = max(MIN_BLOCK, -(-n_bytes // MIN_BLOCK) * MIN_BLOCK)
+        size = -(-n_bytes // MIN_BLOCK) * MIN_BLOCK or MIN_BLOCK
         small = size <= SMALL_REQUEST
         pool = self._small if small else self._large
         at = bisect_left(pool, (size,))
         block = pool.pop(at)[2] if at < len(pool) else self._new_segment(size, pool)
         block.free = False
-        if block.size - size >= (MIN_BLOCK if small else self.smallest_large_rest):
-            rest = MemoryBlock(block.size - size, block.address + size, pool)
-            rest.before, rest.after, block.after, block.size = block, block.after, rest, size
-            if rest.after is not None:
-                rest.after.before = rest
-            self._keep(rest)
+        left = block.size - size
+        if left >= (MIN_BLOCK if small else self.smallest_large_rest):
+            rest, after = MemoryBlock(left, block.address + size, pool), block.after
+            rest.before, rest.after, rest.free, block.after, block.size = block, after, True, rest, size
+            if after is not None:
+                after.before = rest
+            insort(pool, (left, rest.address, rest))
         return block
 
     def free(self, block: MemoryBlock) -> None:
         """Take a block back; it joins its free neighbours."""
-        before, after = block.before, block.after
+        pool, before, after = block.pool, block.before, block.after
         if after is not None and after.free:
-            self._remove(after)
+            del pool[bisect_left(pool, (after.size, after.address))]
             self._join(block, after)
         if before is not None and before.free:
-            self._remove(before)
+            del pool[bisect_left(pool, (before.size, before.address))]
             self._join(before, block)
             block = before
-        self._keep(block)
+        block.free = True
+        insort(pool, (block.size, block.address, block))
 
     def serve(self, requests: Requests, after: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
         """Serve a sequence of requests; what it never lets go of stays in use. Raises OutOfRoom.
@@ -164,21 +171,20 @@ class CachingAllocator:
             n_bytes = SMALL_SEGMENT
         else:
             n_bytes = LARGE_SEGMENT if size < MIN_LARGE else -(-size // ROUND_LARGE) * ROUND_LARGE
-        if self.reserved + n_bytes > self.limit:
+        if not self._has_room(n_bytes):
             self.give_back()
-            if self.reserved + n_bytes > self.limit:
+            if not self._has_room(n_bytes):
                 raise OutOfRoom(self.reserved + n_bytes)
         self.reserved += n_bytes
         self.most_reserved = max(self.most_reserved, self.reserved)
         self._lowest_address -= n_bytes
         return MemoryBlock(n_bytes, self._lowest_address, pool)
 
-    def _keep(self, block: MemoryBlock) -> None:
-        block.free = True
-        insort(block.pool, (block.size, block.address, block))
-
-    def _remove(self, block: MemoryBlock) -> None:
-        block.pool.pop(bisect_left(block.pool, (block.size, block.address)))
+    def _has_room(self, n_bytes: int) -> bool:
+        total = self.reserved + n_bytes
+        if total > self.limit:
+            self.refused = min(self.refused, total)
+        return total <= self.limit
 
     @staticmethod
     def _join(block: MemoryBlock, after: MemoryBlock) -> None:

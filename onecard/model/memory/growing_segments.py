@@ -10,7 +10,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-wit
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from onecard.model.memory.caching_allocator import (
@@ -87,10 +87,10 @@ class GrowingSegments(CachingAllocator):
     def _new_segment(self, size: int, pool: list[tuple[int, int, MemoryBlock]]) -> MemoryBlock:
         holes, page = (self._small_holes, SMALL_SEGMENT) if pool is self._small else (self._large_holes, LARGE_SEGMENT)
         stretch, n_bytes = _lowest_place(size, holes, page)
-        if self.reserved + n_bytes > self.limit:
+        if not self._has_room(n_bytes):
             self.give_back()
             stretch, n_bytes = _lowest_place(size, holes, page)
-            if self.reserved + n_bytes > self.limit:
+            if not self._has_room(n_bytes):
                 raise OutOfRoom(self.reserved + n_bytes)
         self.reserved += n_bytes
         self.most_reserved = max(self.most_reserved, self.reserved)
@@ -111,6 +111,13 @@ class GrowingSegments(CachingAllocator):
         for block in others:
             self._join(first, block)
         return first
+
+    def _keep(self, block: MemoryBlock) -> None:
+        block.free = True
+        insort(block.pool, (block.size, block.address, block))
+
+    def _remove(self, block: MemoryBlock) -> None:
+        del block.pool[bisect_left(block.pool, (block.size, block.address))]
 
     def _pools(self) -> Iterator[tuple[list[tuple[int, int, MemoryBlock]], list[MemoryBlock], int]]:
         yield self._small, self._small_holes, SMALL_SEGMENT

@@ -29,8 +29,12 @@ LARGEST_LEAK = 0.02  # of the tensors of a step, by which its requests may be of
 # cuBLAS takes two buffers of 4 MiB and eight of 16 KiB from the allocator, unless CUBLAS_WORKSPACE_CONFIG says
 # otherwise; more from sm_90 on. https://docs.nvidia.com/cuda/cublas/#cublassetworkspace
 CUBLAS_WORKSPACE_BYTES = (2 * 4096 + 8 * 16) * 1024
+# What differs between plans of one model, and neither loading nor what lies still depends on.
+ONE_MICRO_BATCH = {"rows": 1, "length": 1, "loss_chunk": 0, "mlp_tile": 0, "offload_activations": False,
+                   "gradient_checkpointing": True}  # fmt: skip
 
 Section = tuple[int, int]  # phase, and the position of the layer; -1 for none
+_Piece = tuple[list[int], list[int]]  # blocks of other sections that are let go first, and events of its own
 
 
 @lru_cache(maxsize=1024)
@@ -53,19 +57,27 @@ def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int, spare:
     most_alive = step.most_alive()
     if abs(most_alive - moving) > LARGEST_LEAK * moving:
         return None
+    ready, still, gradients = _made_ready(model, replace(setup, **ONE_MICRO_BATCH))
+    allocator = ready.copy(math.inf)
+    made = [*zip(ends, reversed(gradients[:-1]), strict=True), (ends[-1], gradients[-1])]
+    # The first micro-batch, which makes the gradients; what is free behind it is given back.
+    allocator.serve(step, [(first_product, [CUBLAS_WORKSPACE_BYTES]), *made])
+    allocator.give_back()
+    tensors = still + most_alive
+    if spare is not None:
+        return spare if _Replays(allocator, step).run(tensors + spare, tensors) else spare + 1
+    return smallest_limit(allocator, step, tensors) - tensors
+
+
+@lru_cache(maxsize=64)
+def _made_ready(model: Architecture, setup: Any) -> tuple[CachingAllocator, int, list[list[int]]]:
+    """The allocator before the first step, bytes of all tensors that lie still then, and those of the gradients."""
     base, (beside, gradients) = loading(model, setup), preparing(model, setup)
     allocator = GrowingSegments() if setup.expandable_segments else CachingAllocator()
     for requests in (base, beside):
         allocator.serve(requests)
         allocator.give_back()
-    made = [*zip(ends, reversed(gradients[:-1]), strict=True), (ends[-1], gradients[-1])]
-    # The first micro-batch, which makes the gradients; what is free behind it is given back.
-    allocator.serve(step, [(first_product, [CUBLAS_WORKSPACE_BYTES]), *made])
-    allocator.give_back()
-    tensors = base.left() + beside.left() + sum(map(sum, gradients)) + most_alive
-    if spare is not None:
-        return spare if _runs(allocator, step, tensors + spare, tensors) else spare + 1
-    return smallest_limit(allocator, step, tensors) - tensors
+    return allocator, base.left() + beside.left() + sum(map(sum, gradients)), gradients
 
 
 def _samples_with_requests(model: Architecture, setup: Any) -> list[Sample]:
@@ -80,26 +92,44 @@ def _samples_with_requests(model: Architecture, setup: Any) -> list[Sample]:
 
 def smallest_limit(allocator: CachingAllocator, step: Requests, tensors: int) -> int:
     """Bytes of the smallest limit that the step runs under, among halvings between `tensors` and what it reserves."""
-    free = allocator.copy(math.inf)
-    free.serve(step)
-    too_few, enough = tensors, free.most_reserved
+    replays = _Replays(allocator, step)
+    too_few, enough = tensors, replays.most_reserved()
     while enough - too_few > PRECISION * tensors:
         middle = (too_few + enough) // 2
-        if _runs(allocator, step, middle, tensors):
+        if replays.run(middle, tensors):
             enough = middle
         else:
             too_few = middle
     return enough
 
 
-def _runs(allocator: CachingAllocator, step: Requests, limit: int, tensors: int) -> bool:
-    """Whether a step runs under a limit, and under a little less: one limit may do by chance, and a larger one not."""
-    try:
-        for each in (limit, limit - int(LITTLE * tensors)):
-            allocator.copy(each).serve(step)
-    except OutOfRoom:
-        return False
-    return True
+class _Replays:
+    """Replays of a step from one state of an allocator; one stands for all limits under which it goes the same way."""
+
+    def __init__(self, allocator: CachingAllocator, step: Requests) -> None:
+        self.allocator, self.step = allocator, step
+        self._known: list[tuple[int, float, bool]] = []  # from a limit to below another one, whether it runs
+
+    def most_reserved(self) -> int:
+        """Without a limit."""
+        self._runs(math.inf)
+        return self._known[-1][0]
+
+    def run(self, limit: int, tensors: int) -> bool:
+        """Whether it runs under a limit, and under a little less: one may do by chance, and a larger one not."""
+        return self._runs(limit) and self._runs(limit - int(LITTLE * tensors))
+
+    def _runs(self, limit: float) -> bool:
+        for low, high, ran in self._known:
+            if low <= limit < high:
+                return ran
+        allocator, ran = self.allocator.copy(limit), True
+        try:
+            allocator.serve(self.step)
+        except OutOfRoom:
+            ran = False
+        self._known.append((allocator.most_reserved, allocator.refused, ran))
+        return ran
 
 
 def _with_all_chunks(loss: Sample, setup: Any) -> Sample:
@@ -159,6 +189,32 @@ class _Trace:
             until = let_go_in.get(block, (-1, -1))
             if until[0] == phase and abs(until[1] - position) > 1:
                 self.far.setdefault(phase, {})[self.rank[block]] = until[1] - position
+        self._requests: dict[Section, tuple[list[int], list[_Piece], list[tuple[int, int]]]] = {}
+
+    def requests_of(self, section: Section) -> tuple[list[int], list[_Piece], list[tuple[int, int]]]:
+        """Sizes of a section's requests, its events numbered from 0 on, and (rank, request) of what outlives it.
+
+        Between pieces of events blocks of other sections are let go: those are named by what the trace calls them; so
+        is the first product.
+        """
+        if section not in self._requests:
+            sizes: list[int] = []
+            pieces: list[_Piece] = [([], [])]
+            number: dict[int, int] = {}
+            for block in self.sections.get(section, ()):
+                if block in number:
+                    pieces[-1][1].append(~number[block])
+                elif block != FIRST_PRODUCT and self.taken_in[block] == section:
+                    number[block] = len(sizes)
+                    pieces[-1][1].append(len(sizes))
+                    sizes.append(round(self.blocks[block]))
+                elif pieces[-1][1]:
+                    pieces.append(([block], []))
+                else:
+                    pieces[-1][0].append(block)
+            left = [(self.rank[block], request) for block, request in number.items() if block in self.rank]
+            self._requests[section] = sizes, pieces, left
+        return self._requests[section]
 
 
 class _Writer:
@@ -173,22 +229,19 @@ class _Writer:
 
     def write(self, trace: _Trace, section: Section, number: int) -> None:
         """number: of the layer, -1 for what is of none."""
-        own: dict[int, int] = {}
         for rank, distance in trace.far.get(section[0], {}).items():
             self._let_go((section[0], number - distance, rank))
-        for block in trace.sections.get(section, ()):
-            if block == FIRST_PRODUCT:
-                self.first_product = self.first_product or len(self.requests.events)
-            elif block in own:
-                self.requests.let_go(own.pop(block))
-            elif trace.taken_in[block] == section:
-                request = self.requests.take(trace.blocks[block])
-                if block in trace.rank:
-                    self._left[section[0], number, trace.rank[block]] = request
-                else:
-                    own[block] = request
-            else:
+        sizes, pieces, left = trace.requests_of(section)
+        first = len(self.requests.sizes)
+        self.requests.sizes += sizes
+        for others, events in pieces:
+            for block in others:
+                if block == FIRST_PRODUCT:
+                    self.first_product = self.first_product or len(self.requests.events)
+                    continue
                 self._let_go(self._key(trace, block, section, number))
+            self.requests.events += [event + first if event >= 0 else event - first for event in events]
+        self._left.update(((section[0], number, rank), first + request) for rank, request in left)
 
     def let_all_go(self) -> None:
         """What nothing in the trace let go of is let go after the step."""

@@ -108,3 +108,26 @@ def test_a_copy_of_growing_segments_keeps_blocks_and_holes_side_by_side() -> Non
     assert other.allocate(60 * MIB).address == blocks[0].address and other.reserved == 100 * MIB
     assert other.allocate(20 * MIB).address == blocks[4].address + 20 * MIB
     assert allocator.reserved == 60 * MIB, "the first is as it was"
+
+
+def test_all_limits_from_what_was_reserved_to_what_was_refused_go_the_same_way() -> None:
+    requests = Requests()
+    first = requests.take(40 * MIB)
+    requests.take(6 * MIB)  # of a segment of 20 MiB
+    requests.let_go(first)
+    requests.take(50 * MIB)  # 110 MiB are reserved then, or 70 where the 40 are given back
+    requests.take(30 * MIB)  # of the 40, or 100 MiB
+    requests.take(300 * MIB)
+
+    def outcome(limit: float) -> tuple[bool, int, float]:
+        allocator, ran = CachingAllocator(limit), True
+        try:
+            allocator.serve(requests)
+        except OutOfRoom:
+            ran = False
+        return ran, allocator.most_reserved, allocator.refused
+
+    ranges = [(40, 60), (60, 70), (70, 100), (100, 110), (110, 410), (410, math.inf)]
+    for low, high in ranges:
+        for limit in (low * MIB, (low + 5) * MIB, min(high * MIB - 1, 500 * MIB)):
+            assert outcome(limit) == (low == 410, low * MIB, high * MIB), (limit / MIB, low)

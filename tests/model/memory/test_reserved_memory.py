@@ -110,6 +110,26 @@ def test_the_smallest_limit_is_between_the_tensors_and_what_is_reserved_without_
     assert reserved_memory.smallest_limit(CachingAllocator(), step, step.most_alive()) == pytest.approx(50 * MIB, 0.02)
 
 
+def test_one_replay_stands_for_all_limits_under_which_it_goes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that goes one way under all limits it is tried with: replayed without one, and once under one."""
+    n_replays, serve, step = [], CachingAllocator.serve, Requests()
+    step.let_go(step.take(300 * MIB), step.take(70 * MIB))
+    step.take(400 * MIB)
+    monkeypatch.setattr(CachingAllocator, "serve", lambda *args: (n_replays.append(1), serve(*args)))
+    assert reserved_memory.smallest_limit(CachingAllocator(), step, step.most_alive()) == pytest.approx(400 * MIB, 0.02)
+    assert len(n_replays) == 2
+
+
+def test_rows_longer_than_the_model_knows_make_the_same_requests_at_all_lengths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gradient is scaled in pieces of so many rows; of long ones a few pieces stand for all."""
+    model = architecture_of({**LLAMA, "max_position_embeddings": 2048})
+    monkeypatch.setattr(reserved_memory, "sample_at_size", None)
+    layers, _ = reserved_memory._samples_with_requests(model, replace(SETUP, length=50_000))
+    assert layers.trace.events and model.source.windows == (2048,)
+
+
 def test_what_is_not_known_is_given_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     model = architecture_of(LLAMA)
     of_two = replace(SETUP, n_cards=2)
