@@ -85,7 +85,8 @@ def measured(weight: float, seed: int, options: AnchorOptions) -> dict[str, floa
 
 def exact_match(run: Path) -> float:
     """Of the answers to sample/held_out.json."""
-    from onecard.programs.evaluate import EvaluateConfig, EvaluateOptions, evaluate
+    from onecard.config.evaluation import EvaluateOptions
+    from onecard.programs.evaluate import EvaluateConfig, evaluate
 
     asked = EvaluateOptions(suite=f"open:{ROOT / 'sample' / 'held_out.json'}", lora_path=str(run), batch_size=32,
                             output_path=str(run.parent / "measured"), max_new_tokens=32)  # fmt: skip

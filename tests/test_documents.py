@@ -436,7 +436,7 @@ def test_every_path_in_the_documents_exists() -> None:
     assert visited >= 45
 
 
-OF_TOOLS = ("onecard.config.curation", "onecard.export.vocabulary.options")
+OF_TOOLS = ("onecard.config.curation", "onecard.config.evaluation", "onecard.export.vocabulary.options")
 
 
 def tool_options() -> Iterator[type]:

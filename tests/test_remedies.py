@@ -34,7 +34,7 @@ BY_TABLE = ("onecard.config.old_names", "onecard.config.given_paths")
 # Their `problems` are asked of the classes that make a program's own options: a test below.
 OF_OPTIONS = tuple(
     f"onecard.config.{name}"
-    for name in ("base_model", "curation", "data", "lora", "run", "training", "rollouts", "inference")
+    for name in ("base_model", "curation", "data", "evaluation", "lora", "run", "training", "rollouts", "inference")
 )
 # (module, option): why the programs that do not have the option never come to its message.
 NEVER = {

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from onecard.config.evaluation import EvaluateOptions
 from onecard.config.lora import LoraOptions
 from onecard.console import say
 from onecard.curation.make.journal import JOURNAL_FILE, Journal
@@ -20,7 +21,7 @@ from onecard.evaluate.compare import compare_reports
 from onecard.evaluate.page import write_report
 from onecard.evaluate.report import REPORT_FILE, build_report
 from onecard.evaluate.run import EvaluationTask
-from onecard.evaluate.tasks import TaskOptions, answered, tasks_of
+from onecard.evaluate.tasks import answered, tasks_of
 from onecard.inference.call import ModelBundle
 from onecard.installation import command
 from onecard.model.lora.methods import MOVING_STARTS
@@ -39,7 +40,7 @@ WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.
 def read_suites(suites: Sequence[str], seed: int) -> list[EvaluationTask]:
     """The tasks of --eval_suites. Raises ConfigError that names it, and DataError."""
     with _by_its_flag():
-        return tasks_of(suites, True, TaskOptions(seed=seed))
+        return tasks_of(EvaluateOptions(suite=list(suites), seed=seed), is_chat=True)
 
 
 @contextmanager

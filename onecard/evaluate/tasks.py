@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onecard.config.evaluation import EvaluateOptions
 from onecard.config.parsing import comma_list
 from onecard.curation.make.journal import Journal
 from onecard.evaluate.answer_loss import AnswerLossTask
@@ -19,26 +19,10 @@ from onecard.evaluate.suites import load_choice_suite
 from onecard.inference.call import ModelBundle
 
 
-@dataclass(frozen=True)
-class TaskOptions:
-    """How suites are asked; the help of `onecard evaluate` tells what each of these means."""
-
-    method: Any = "likelihood"
-    shots: int = 0
-    cot: bool = False
-    split: str = "auto"
-    subjects: str = ""
-    limit: int = 0
-    max_new_tokens: int = 0
-    window: int = 0
-    stride: int = 0
-    seed: int = 42
-
-
-def tasks_of(suites: Sequence[str], is_chat: bool, options: TaskOptions) -> list[EvaluationTask]:
+def tasks_of(options: EvaluateOptions, is_chat: bool) -> list[EvaluationTask]:
     """The tasks of suites such as "ceval:PATH", read from their files. Raises ConfigError and DataError."""
     tasks: list[EvaluationTask] = []
-    for text in suites:
+    for text in options.suites:
         kind, path = named_suite(text)
         longest = options.max_new_tokens or 512
         if kind == "open":

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from onecard.config.base_model import ModelOptions
+from onecard.config.evaluation import EvaluateOptions
 from onecard.errors import ConfigError, Stopped
 from onecard.evaluate import open_answers
 from onecard.evaluate.report import ANSWERS_FILE, REPORT_FILE
 from onecard.evaluate.ship import judge_run, own_reports
-from onecard.programs.evaluate import EvaluateConfig, EvaluateOptions, evaluate
+from onecard.programs.evaluate import EvaluateConfig, evaluate
 from onecard.recipes import finetune
 from onecard.train.findings import AFTER, BEFORE
 from tests import tiny
