@@ -2,47 +2,8 @@
 
 from __future__ import annotations
 
-from .core import Example, Task, from_table, worded
-from .vocabulary import NOUNS, PAIRS, Noun, read_pairs
-
-
-def _to_chinese(english: str, chinese: str) -> Example:
-    return worded("to_chinese", english, chinese, chinese=chinese, english=english)
-
-
-def _to_english(chinese: str, english: str) -> Example:
-    return worded("to_english", english, english, chinese=chinese, english=english)
-
-
-def _opposite(word: str, other: str) -> Example:
-    return worded("opposite", " ".join(sorted((word, other))), other, other=other, word=word)
-
-
-def _opposite_zh(word: str, other: str) -> Example:
-    return worded("opposite_zh", " ".join(sorted((word, other))), other, other=other, word=word)
-
-
-def _plural(word: str, plural: str) -> Example:
-    return worded("plural", word, plural, plural=plural, word=word)
-
-
-def _past(verb: str, past: str) -> Example:
-    return worded("past", verb, past, past=past, verb=verb)
-
-
-def _category(noun: Noun) -> Example:
-    word, kind = noun.english, noun.category
-    return worded("category", word, kind, kind=kind, word=word)
-
-
-def _category_zh(noun: Noun) -> Example:
-    word, kind = noun.chinese, noun.category_zh
-    return worded("category_zh", noun.english, kind, kind=kind, word=word)
-
-
-def _measure(noun: Noun) -> Example:
-    word, measure = noun.chinese, noun.measure
-    return worded("measure", noun.english, measure, measure=measure, word=word)
+from .core import Task, from_table, worded
+from .vocabulary import NOUNS, PAIRS, read_pairs
 
 
 def tasks() -> list[Task]:
@@ -51,14 +12,28 @@ def tasks() -> list[Task]:
     opposites = dict(reversed(both))
     both_zh = [pair for a, b in read_pairs("opposites_zh") for pair in ((a, b), (b, a))]
     measured = [noun for noun in NOUNS if noun.measure]
+    to_chinese = [worded("to_chinese", en, zh, chinese=zh, english=en) for en, zh in PAIRS]
+    to_english = [worded("to_english", en, en, chinese=zh, english=en) for en, zh in PAIRS]
+    opposite = [worded("opposite", _either(a, b), b, other=b, word=a) for a, b in opposites.items()]
+    opposite_zh = [worded("opposite_zh", _either(a, b), b, other=b, word=a) for a, b in both_zh]
+    plural = [worded("plural", word, plural, plural=plural, word=word) for word, plural in read_pairs("plurals")]
+    past = [worded("past", verb, past, past=past, verb=verb) for verb, past in read_pairs("past_tenses")]
+    category = [worded("category", n.english, n.category, kind=n.category, word=n.english) for n in NOUNS]
+    category_zh = [worded("category_zh", n.english, n.category_zh, kind=n.category_zh, word=n.chinese) for n in NOUNS]
+    measure = [worded("measure", n.english, n.measure, measure=n.measure, word=n.chinese) for n in measured]
     return [
-        Task("to_chinese", from_table([_to_chinese(*p) for p in PAIRS]), True, 2.0, family="translate"),
-        Task("to_english", from_table([_to_english(b, a) for a, b in PAIRS]), True, 2.0, family="translate"),
-        Task("opposite", from_table([_opposite(a, b) for a, b in opposites.items()]), True),
-        Task("opposite_zh", from_table([_opposite_zh(a, b) for a, b in both_zh]), True),
-        Task("plural", from_table([_plural(*p) for p in read_pairs("plurals")]), True),
-        Task("past_tense", from_table([_past(*p) for p in read_pairs("past_tenses")]), True),
-        Task("category", from_table([_category(n) for n in NOUNS]), True, 1.2, family="category"),
-        Task("category_zh", from_table([_category_zh(n) for n in NOUNS]), True, 1.2, family="category"),
-        Task("measure_zh", from_table([_measure(n) for n in measured]), True, 1.2),
+        Task("to_chinese", from_table(to_chinese), True, 2.0, family="translate"),
+        Task("to_english", from_table(to_english), True, 2.0, family="translate"),
+        Task("opposite", from_table(opposite), True),
+        Task("opposite_zh", from_table(opposite_zh), True),
+        Task("plural", from_table(plural), True),
+        Task("past_tense", from_table(past), True),
+        Task("category", from_table(category), True, 1.2, family="category"),
+        Task("category_zh", from_table(category_zh), True, 1.2, family="category"),
+        Task("measure_zh", from_table(measure), True, 1.2),
     ]
+
+
+def _either(word: str, other: str) -> str:
+    """The key of a pair, whichever of the two is asked about."""
+    return " ".join(sorted((word, other)))
