@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from onecard.config.curation import ConvertOptions, CotOptions, DocumentsOptions, ExtractionOptions
+from onecard.config.parsing import comma_list
 from onecard.console import say, warn
 from onecard.curation.rows import read_rows
 from onecard.data.documents import DOCUMENT_SUFFIXES, document_text, page_list
@@ -43,10 +45,10 @@ class _Named:
         say(f"{self.n_good:,} {what} gave {n_rows:,} rows{more}")
 
 
-def _write(target: Path, inputs: list[Path], overwrite: bool, rows: Callable[[], Iterable[dict[str, Any]]]) -> None:
+def _write(options: ConvertOptions, rows: Callable[[], Iterable[dict[str, Any]]]) -> None:
     """Write the rows as a new file of JSON lines."""
     with (
-        new_file(target, overwrite=overwrite, inputs=inputs) as partial,
+        new_file(Path(options.output_path), overwrite=options.overwrite, inputs=options.paths) as partial,
         partial.open("w", encoding="utf-8", newline="\n") as out,
     ):
         for row in rows():
@@ -71,9 +73,9 @@ def document_files(paths: list[Path]) -> list[tuple[str, Path]]:
     return found
 
 
-def convert_documents(paths: list[Path], target: Path, *, overwrite: bool = False) -> None:
+def convert_documents(options: DocumentsOptions) -> None:
     """Write each document as a row {"text", "document"}; pages without text are named. Raises DataError."""
-    named, files = _Named(), document_files(paths)
+    named, files = _Named(), document_files(options.paths)
 
     def rows() -> Iterator[dict[str, Any]]:
         for name, file in files:
@@ -86,35 +88,34 @@ def convert_documents(paths: list[Path], target: Path, *, overwrite: bool = Fals
                 warn(f"{name}: no text on the pages {page_list(found.empty_pages)}")
             named.n_good += 1
             yield {"text": found.text, "document": name}
-        named.end("documents", ", ".join(map(str, paths)), named.n_good)
+        named.end("documents", ", ".join(map(str, options.paths)), named.n_good)
 
-    _write(target, paths, overwrite, rows)
+    _write(options, rows)
 
 
-def convert_cot(paths: list[Path], target: Path, seed: int, *, as_thought: bool, overwrite: bool = False) -> None:
+def convert_cot(options: CotOptions) -> None:
     """Write each row of TSV files as an instruction with a chain of thought. Raises DataError."""
     named = _Named()
 
     def rows() -> Iterator[dict[str, Any]]:
-        for path in paths:
+        for path in options.paths:
             for row in read_cot_tsv(path):
                 if isinstance(row, CotRow):
                     named.n_good += 1
-                    yield worded(row, seed, as_thought=as_thought)
+                    yield worded(row, options.seed, as_thought=options.as_thought)
                 else:
                     named.bad("", row)
-        named.end("lines", ", ".join(map(str, paths)), named.n_good)
+        named.end("lines", ", ".join(map(str, options.paths)), named.n_good)
 
-    _write(target, paths, overwrite, rows)
+    _write(options, rows)
 
 
-def convert_extraction(
-    source: Source, target: Path, types: tuple[str, ...], types_per_row: int, *, back: bool, overwrite: bool = False
-) -> None:
+def convert_extraction(options: ExtractionOptions) -> None:
     """Write labelled texts (rows of InstructIE or IEPile) as instructions, or such rows back as labelled texts.
 
     Raises DataError.
     """
+    source, types = Source(tuple(map(str, options.paths))), tuple(comma_list(options.types))
     named = _Named()
     n_rows = 0
 
@@ -126,7 +127,7 @@ def convert_extraction(
                 if row.problem:
                     raise UnusableRecord(row.problem)
                 found = _extraction_row(row.value, types)
-                made = [_labelled(found)] if back else list(to_rows(found, types_per_row))
+                made = [_labelled(found)] if options.back else list(to_rows(found, options.types_per_row))
             except UnusableRecord as reason:
                 named.bad(row.place, reason)
                 continue
@@ -135,7 +136,7 @@ def convert_extraction(
             yield from made
         named.end("records", source.name, n_rows)
 
-    _write(target, [Path(path) for path in source.paths], overwrite, rows)
+    _write(options, rows)
 
 
 def _extraction_row(value: Any, types: tuple[str, ...]) -> ExtractionRow:

@@ -13,7 +13,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from onecard.config.curation import CleanOptions, MakeOptions, SplitOptions
+from onecard.config.curation import (
+    CleanOptions,
+    ConvertOptions,
+    CotOptions,
+    DocumentsOptions,
+    ExtractionOptions,
+    MakeOptions,
+    SplitOptions,
+)
 from onecard.config.parsing import parse_verb, words_by_name
 from onecard.programs import _data_make
 from onecard.programs._data_catalogue import (
@@ -24,7 +32,6 @@ from onecard.programs._data_catalogue import (
     list_entries,
     show_entry,
 )
-from onecard.programs._data_convert import CotOptions, DocumentsOptions, ExtractionOptions, convert_data
 
 
 def clean_data(options: CleanOptions) -> None:
@@ -39,6 +46,18 @@ def split_data(options: SplitOptions) -> None:
     from onecard.curation.split import split
 
     split(options)
+
+
+def convert_data(options: ConvertOptions) -> None:
+    """Convert as the options say."""
+    from onecard.curation.convert import convert_cot, convert_documents, convert_extraction
+
+    if isinstance(options, CotOptions):
+        convert_cot(options)
+    elif isinstance(options, ExtractionOptions):
+        convert_extraction(options)
+    elif isinstance(options, DocumentsOptions):
+        convert_documents(options)
 
 
 # Each verb: its options, and what is done with them.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from onecard.config.curation import CotOptions, DocumentsOptions, ExtractionOptions
 from onecard.console import run_main
 from onecard.data.documents import document_text, joined_lines, page_list, tidied
 from onecard.data.extraction import (
@@ -31,7 +32,7 @@ from onecard.data.sources import ReadReport, read
 from onecard.data.values import UnusableRecord
 from onecard.data.wordings import CotRow, language_of, read_cot_tsv, worded, wordings
 from onecard.errors import DataError
-from onecard.programs._data_convert import CotOptions, DocumentsOptions, ExtractionOptions, convert_data
+from onecard.programs.data import convert_data
 
 needs_pdfminer = pytest.mark.skipif(
     find_spec("pdfminer") is None, reason="pdfminer.six is not installed (requirements-data.txt)"
