@@ -90,7 +90,7 @@ class RunSuites:
             return
         try:
             for suite in compare_reports(self.directory / BEFORE, folder, level=LEVEL, seed=run.options.seed):
-                say(suite.change(LEVEL))
+                say(suite.told(LEVEL, "before", "now"))
         except (ConfigError, DataError) as reason:
             say(f"the suites cannot be compared: {reason}")
 
