@@ -131,6 +131,7 @@ def test_four_bits_of_a_model_without_a_layer_for_them_are_refused(tmp_path) -> 
         _tell_unquantised(Tables(), 4, torch.float32)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_plan_counts_what_is_loaded(bits, small) -> None:
     for model_type in ("mixtral", "falcon", "mamba2", "gemma3"):
@@ -146,6 +147,7 @@ def test_the_plan_counts_what_is_loaded(bits, small) -> None:
 # --- adapters
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_of_a_model_that_sees_only_the_text_part_gets_adapters(small, tmp_path) -> None:
     for model_type, outside in (
         ("gemma3", "vision_tower"),
@@ -169,6 +171,7 @@ def setup_of(directory: Path, **lora: Any) -> Any:
     return make_plan(architecture_of(directory), config, CARD, longest_row=16).setup  # Jamba's scan is traced by token
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "qwen2_moe", "jamba", "falcon_h1"])
 @pytest.mark.parametrize("experts", ["", "experts"])
 def test_plan_and_adapter_agree_on_what_is_trained(model_type, experts, small) -> None:
