@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -46,8 +48,16 @@ def test_all_families_are_here() -> None:
     assert len(FAMILIES) == N_FAMILIES
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("family", FAMILIES)
+def every_family_at_two_precisions() -> list[Any]:
+    """All cases; those are fast in which each family meets two of the precisions and each precision half of them."""
+    cases = product(enumerate(FAMILIES), enumerate(BITS))
+    return [
+        pytest.param(family, bits, marks=[] if (number + place) % 2 == 0 else pytest.mark.slow)
+        for (number, family), (place, bits) in cases
+    ]
+
+
+@pytest.mark.parametrize(("family", "bits"), every_family_at_two_precisions())
 def test_family_trains_saves_and_reopens(family, bits, load_family, family_directory, tmp_path) -> None:
     base = load_family(family, bits)
     linear = linear_layers(base.model)
