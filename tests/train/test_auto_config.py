@@ -223,7 +223,7 @@ def any_number_format() -> Iterator[None]:
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 def test_recomputed_layers_give_the_same_bits(bits: int, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
     """So a run may be begun with them and go on without, and the other way round."""
-    options = {"bits": bits, "lora_dropout": 0.1, "total_batch": 4, "test_size": 3, "micro_batch": 2}
+    options = {"bits": bits, "lora_dropout": 0.1, "total_batch": 4, "test_size": 3, "micro_batch": 2, "max_steps": 2}
     runs = [
         finetune(tiny.config_for(tiny_base, instructions, tmp_path / str(recompute) / "run", **options,
                                  gradient_checkpointing=recompute))

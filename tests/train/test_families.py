@@ -23,6 +23,7 @@ def _accelerate_as_new() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.usefixtures("traced_peaks")
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [

@@ -171,6 +171,7 @@ PLANNED = [("llama", "full", 32, True), ("llama", "full", 16, True), ("qwen2", "
            ("mixtral", "full", 32, True)]  # fmt: skip
 
 
+@pytest.mark.usefixtures("traced_peaks")
 @pytest.mark.parametrize(
     ("family", "method", "bits", "again"),
     [pytest.param(*case, marks=[] if number < 2 else pytest.mark.slow) for number, case in enumerate(PLANNED)],

@@ -13,7 +13,11 @@ from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import MemoryConfig, account
 from tests import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("traced_peaks"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIB = 2**20
