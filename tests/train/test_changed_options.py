@@ -20,7 +20,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.errors import OneCardError
 from onecard.model.memory.estimate import GIB
 from onecard.recipes import finetune
-from onecard.train import intervals, loop
+from onecard.train import asking, intervals, loop
 from onecard.train.resume import NOT_OF_THE_RUN
 from onecard.train.step_log import QUESTIONS_NAME, read_rows
 from onecard.train.trackers import read_log
@@ -209,6 +209,7 @@ def bench(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intervals, "WAIT_PER_TIME_TAKEN", 0)
+    monkeypatch.setattr(asking, "STANDING_TOKENS", 4)
     monkeypatch.setitem(sys.modules, "wandb", None)
 
 
