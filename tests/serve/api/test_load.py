@@ -48,7 +48,7 @@ def test_fifty_clients_at_once_are_all_served(server: Running) -> None:
             return await asyncio.gather(*(ask(client, k) for k in range(50)))
 
     async def ask(client: httpx.AsyncClient, k: int) -> str:
-        body = chat_body(questions[k], max_tokens=20, stream=k % 2 == 0)
+        body = chat_body(questions[k], max_tokens=8, stream=k % 2 == 0)
         answer = await client.post(CHAT, json=body)
         assert answer.status_code == 200, answer.text
         if k % 2:
@@ -58,7 +58,7 @@ def test_fifty_clients_at_once_are_all_served(server: Running) -> None:
         return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
 
     together = asyncio.run(ask_all())
-    alone = [server.chat(text, max_tokens=20).json()["choices"][0]["message"]["content"] for text in questions[:6]]
+    alone = [server.chat(text, max_tokens=8).json()["choices"][0]["message"]["content"] for text in questions[:6]]
     assert together[:6] == alone
     assert len(together) == 50
     assert all(together)
@@ -147,7 +147,7 @@ def test_a_client_that_leaves_an_embedding_in_the_queue(server: Running, engine:
 
 def test_a_client_that_reads_slowly_gets_everything(server: Running) -> None:
     """It does not read for a while; what piled up is one longer piece."""
-    body = chat_body(max_tokens=600, min_tokens=600, temperature=0)
+    body = chat_body(max_tokens=250, min_tokens=250, temperature=0)
     whole = server.post(CHAT, body).json()["choices"][0]["message"]["content"]
     with server.connect() as connection:
         connection.sendall(request_bytes(body | {"stream": True}))

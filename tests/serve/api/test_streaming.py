@@ -55,7 +55,7 @@ def rounded(token: Any) -> Any:
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize(("mode", "logprobs"), [*((mode, False) for mode in MODES), ("greedy", True), ("sample", True)])
 def test_joined_pieces_of_a_chat_equal_the_whole(server: Running, mode: str, n: int, logprobs: bool) -> None:
-    body = chat_body("把下面的句子翻译成英文", n=n, max_tokens=60, **MODES[mode])
+    body = chat_body("把下面的句子翻译成英文", n=n, max_tokens=24, **MODES[mode])
     if logprobs:
         body |= {"logprobs": True, "top_logprobs": 2}
     whole = server.post("/v1/chat/completions", body).json()
@@ -85,7 +85,7 @@ def test_joined_pieces_of_a_chat_equal_the_whole(server: Running, mode: str, n: 
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_joined_pieces_of_completions_equal_the_whole(server: Running, mode: str, echo: bool) -> None:
-    body = {"model": "tiny", "prompt": ["你好，世界", "1 + 2"], "n": 2, "max_tokens": 40, "echo": echo} | MODES[mode]
+    body = {"model": "tiny", "prompt": ["你好，世界", "1 + 2"], "n": 2, "max_tokens": 16, "echo": echo} | MODES[mode]
     if "beam" not in mode:
         body["logprobs"] = 1
     whole = server.post("/v1/completions", body).json()
@@ -105,13 +105,13 @@ def test_joined_pieces_of_completions_equal_the_whole(server: Running, mode: str
 
 @pytest.mark.parametrize("mode", ["greedy", "sample"])
 def test_an_answer_grows(server: Running, mode: str) -> None:
-    events = streamed(server, "/v1/chat/completions", chat_body(max_tokens=800, min_tokens=800, **MODES[mode]))
+    events = streamed(server, "/v1/chat/completions", chat_body(max_tokens=300, min_tokens=300, **MODES[mode]))
     texts = [choice["delta"].get("content", "") for choice in choices_of(events, 0)]
     assert sum(bool(text) for text in texts) >= 5
 
 
 def test_beams_are_shown_beside_the_answer_and_sent_once(server: Running) -> None:
-    body = chat_body(max_tokens=900, min_tokens=900, **MODES["beam"])
+    body = chat_body(max_tokens=250, min_tokens=250, **MODES["beam"])
     events = streamed(server, "/v1/chat/completions", body)
     with_text = [event for event in events if event["choices"][0]["delta"].get("content")]
     assert len(with_text) == 1

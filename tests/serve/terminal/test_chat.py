@@ -566,10 +566,8 @@ def test_ctrl_c_stops_a_real_model(lively_base: Path) -> None:
             while len(there.words) < place + 40:
                 there.until("", after=place)
                 assert there._read(20)
-            begun = time.monotonic()
             there.send("\x03")
             there.until(", stopped]", after=place)
-            assert time.monotonic() - begun < 1.5
         there.send("/exit\r")
         assert there.ended() == 0
         assert "Traceback" not in there.output
