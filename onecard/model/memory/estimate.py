@@ -11,6 +11,7 @@ It knows an `Architecture` and a `MemoryConfig`; it does not know cards, options
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from onecard.config.lora import LoraOptions
 from onecard.model.memory.activation_peak import find_peak
@@ -167,18 +168,22 @@ def account(model: Architecture, setup: MemoryConfig, within: int = 0, *, only_f
     if setup.on_gpu:
         moving = sum(part.n_bytes for part in parts if part.transient and part.place == "card")
         tensors = CUDA_CONTEXT_BYTES + sum(part.n_bytes for part in parts if part.place == "card")
-        spare = within - tensors if only_fits else None
-        slack = _rough_slack(setup, moving) if 0 < within < tensors else _slack(model, setup, moving, spare)
+        ask = partial(_slack, model, setup, moving, within - tensors, only_fits=only_fits)
+        slack = _rough_slack(setup, moving) if 0 < within < tensors else ask()
         parts += [MemoryComponent(CONTEXT, CUDA_CONTEXT_BYTES), MemoryComponent(SLACK, slack)]
     else:
         parts.append(MemoryComponent(LIBRARIES, LIBRARY_BYTES))
     return MemoryEstimate(tuple(part for part in parts if part.n_bytes))
 
 
-def _slack(model: Architecture, setup: MemoryConfig, moving: int, spare: int | None) -> int:
-    """What the allocator needs beyond the tensors, of which `moving` bytes come and go."""
-    found = reserved_beyond_tensors(model, setup, moving, spare)
-    return _rough_slack(setup, moving) if found is None else found
+def _slack(model: Architecture, setup: MemoryConfig, moving: int, spare: int, *, only_fits: bool) -> int:
+    """What the allocator needs beyond the tensors, of which `moving` bytes come and go; spare: what the card has."""
+    ask = partial(reserved_beyond_tensors, model, setup, moving)
+    found = ask(spare) if only_fits else ask()
+    if found is None:
+        return _rough_slack(setup, moving)
+    # The search for the smallest limit ends a little above it: what the card has may do nevertheless.
+    return spare if 0 <= spare < found and ask(spare) == spare else found
 
 
 def _rough_slack(setup: MemoryConfig, moving: int) -> int:

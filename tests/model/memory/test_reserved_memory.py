@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plan_accuracy import toy_config
-from onecard.model.memory import extrapolate, reserved_memory, simulate
+from onecard.model.memory import estimate, extrapolate, reserved_memory, simulate
 from onecard.model.memory.activation_peak import find_peak, nameless
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.caching_allocator import MIB, CachingAllocator, Requests
@@ -128,6 +128,21 @@ def test_rows_longer_than_the_model_knows_make_the_same_requests_at_all_lengths(
     monkeypatch.setattr(reserved_memory, "sample_at_size", None)
     layers, _ = reserved_memory._samples_with_requests(model, replace(SETUP, length=50_000))
     assert layers.trace.events and model.source.windows == (2048,)
+
+
+def test_a_plan_fits_where_the_step_runs_in_what_the_card_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest context asks only that; its plan may not say otherwise, though the smallest limit is looked for."""
+    model, smallest = architecture_of(LLAMA), 90 * MIB
+    tensors = held_bytes(model, SETUP) + find_peak(model, SETUP).n_bytes
+
+    def found(_model: Any, _setup: Any, _moving: int, spare: int | None = None) -> int:
+        return 100 * MIB if spare is None else spare + (spare < smallest)
+
+    monkeypatch.setattr(estimate, "reserved_beyond_tensors", found)
+    for spare, slack in ((89, 100), (95, 95), (200, 100)):
+        card = tensors + spare * MIB
+        assert account(model, SETUP, card).card_bytes == pytest.approx(tensors + slack * MIB, abs=8)
+        assert (account(model, SETUP, card, only_fits=True).card_bytes <= card) is (slack <= spare), spare
 
 
 def test_what_is_not_known_is_given_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
