@@ -8,11 +8,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import tiny
+
+if TYPE_CHECKING:
+    from tests.faults.fork_server import ForkServer
 
 # Two cores run the tests; torch's own threads would only fight each other over matrices this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -109,6 +113,18 @@ def traced_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     from onecard.model.memory.activation_peak import find_peak
 
     monkeypatch.setattr("onecard.model.memory.estimate.find_peak", find_peak)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """One for all tests that kill programs: its imports take nine seconds of a core."""
+    if sys.platform != "linux":
+        pytest.skip("the fork server needs Linux; the file-level tests in tests/train run everywhere")
+    from tests.faults.fork_server import ForkServer
+
+    server = ForkServer(tmp_path_factory.mktemp("starts"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ import pytest
 from safetensors import deserialize
 
 from tests.export.cases import BAD_INPUTS, CASES, BadInput, Case, Inputs, make_inputs
-from tests.faults.conftest import server  # noqa: F401  (the session's fork server)
 from tests.faults.fork_server import ForkServer
 
 GPTQ = {"quantize_gptq": [pytest.mark.gptq]}
@@ -70,17 +69,17 @@ def left_in(room: Path, case: Case) -> list[str]:
     return sorted({path.name for path in room.iterdir()} - kept)
 
 
-def start(server: ForkServer, case: Case, inputs: Inputs, room: Path, **more: int) -> tuple[int, str]:  # noqa: F811
+def start(fork_server: ForkServer, case: Case, inputs: Inputs, room: Path, **more: int) -> tuple[int, str]:
     """Run a case's tool with its target in `room`; the exit code and what was printed."""
-    started = server.start_tool(case.tool, case.words(inputs, room / case.target), watched=room, **more)
+    started = fork_server.start_tool(case.tool, case.words(inputs, room / case.target), watched=room, **more)
     code = started.wait()
     return code, started.output()
 
 
-def undisturbed(server: ForkServer, case: Case, inputs: Inputs, room: Path) -> Undisturbed:  # noqa: F811
+def undisturbed(fork_server: ForkServer, case: Case, inputs: Inputs, room: Path) -> Undisturbed:
     if case.name not in _undisturbed:
         room.mkdir()
-        code, printed = start(server, case, inputs, room)
+        code, printed = start(fork_server, case, inputs, room)
         assert code == 0, printed
         target = room / case.target
         files = [path for path in target.rglob("*") if path.is_file()]
@@ -98,14 +97,14 @@ def kill_points(n_operations: int, *, few: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("case", EVERY_CASE)
-def test_killed_half_way(case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:  # noqa: F811
-    expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
+def test_killed_half_way(case: Case, fork_server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:
+    expected = undisturbed(fork_server, case, inputs, tmp_path / "undisturbed")
     room = tmp_path / "room"
     room.mkdir()
     n_absent = n_killed = 0
     for kill_at in kill_points(expected.n_operations, few=case.takes_long):
         shutil.rmtree(room / f".{case.target}.layers", ignore_errors=True)  # else less and less is left to do
-        code, printed = start(server, case, inputs, room, kill_at=kill_at)
+        code, printed = start(fork_server, case, inputs, room, kill_at=kill_at)
         assert code == -9, f"not killed at operation {kill_at}:\n{printed}"
         n_killed += 1
         target = room / case.target
@@ -116,7 +115,7 @@ def test_killed_half_way(case: Case, server: ForkServer, inputs: Inputs, tmp_pat
             n_absent += 1
     assert n_killed >= (2 if case.takes_long else 8)
     assert n_absent >= (2 if case.takes_long else 4)
-    code, printed = start(server, case, inputs, room)
+    code, printed = start(fork_server, case, inputs, room)
     assert code == 0, printed
     assert digest_of(room / case.target) == expected.digest
     assert [path.name for path in room.iterdir()] == [case.target], "something was left behind"
@@ -124,16 +123,16 @@ def test_killed_half_way(case: Case, server: ForkServer, inputs: Inputs, tmp_pat
 
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_what_stands_there_is_kept_or_replaced_whole(
-    case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path  # noqa: F811
+    case: Case, fork_server: ForkServer, inputs: Inputs, tmp_path: Path
 ) -> None:  # fmt: skip
-    expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
+    expected = undisturbed(fork_server, case, inputs, tmp_path / "undisturbed")
     room = tmp_path / "room"
     target = room / case.target
     target.mkdir(parents=True)
     (target / "old.txt").write_text("old", encoding="utf-8")
     before = digest_of(target)
 
-    code, printed = start(server, case, inputs, room)
+    code, printed = start(fork_server, case, inputs, room)
     assert code == 2
     assert "--overwrite" in printed and "exists already" in printed
     assert digest_of(target) == before
@@ -142,7 +141,7 @@ def test_what_stands_there_is_kept_or_replaced_whole(
     n_killed = n_whole = 0
     points = range(max(1, expected.n_operations - 3), expected.n_operations + 3)
     for kill_at in points[2:3] if case.takes_long else points:
-        code, printed = start(server, replacing, inputs, room, kill_at=kill_at)
+        code, printed = start(fork_server, replacing, inputs, room, kill_at=kill_at)
         n_killed += code == -9
         # Between the two renames neither has the name; the next start puts the old one back.
         if target.exists():
@@ -150,19 +149,19 @@ def test_what_stands_there_is_kept_or_replaced_whole(
             assert digest_of(target) in (before, expected.digest)
     assert n_killed >= (1 if case.takes_long else 3)
     assert n_whole >= (0 if case.takes_long else 2)
-    code, printed = start(server, replacing, inputs, room)
+    code, printed = start(fork_server, replacing, inputs, room)
     assert code == 0, printed
     assert digest_of(target) == expected.digest
     assert [path.name for path in room.iterdir()] == [case.target]
 
 
 @pytest.mark.parametrize("case", EVERY_CASE)
-def test_control_c_leaves_nothing(case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:  # noqa: F811
-    expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
+def test_control_c_leaves_nothing(case: Case, fork_server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:
+    expected = undisturbed(fork_server, case, inputs, tmp_path / "undisturbed")
     room = tmp_path / "room"
     room.mkdir()
     kill_at = expected.n_operations // (4 if case.takes_long else 2)
-    code, printed = start(server, case, inputs, room, kill_at=kill_at, kill_with=signal.SIGINT)
+    code, printed = start(fork_server, case, inputs, room, kill_at=kill_at, kill_with=signal.SIGINT)
     assert code == 130, printed
     kept = [line for line in printed.splitlines() if line.startswith("warning: stopped; the layers done are in")]
     assert kept or "error: interrupted: nothing unfinished was kept" in printed.splitlines()
@@ -171,12 +170,12 @@ def test_control_c_leaves_nothing(case: Case, server: ForkServer, inputs: Inputs
 
 
 @pytest.mark.parametrize("case", EVERY_CASE)
-def test_no_room(case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:  # noqa: F811
+def test_no_room(case: Case, fork_server: ForkServer, inputs: Inputs, tmp_path: Path) -> None:
     """A file that may not grow to its full size stands for a disk that fills up on the way."""
-    expected = undisturbed(server, case, inputs, tmp_path / "undisturbed")
+    expected = undisturbed(fork_server, case, inputs, tmp_path / "undisturbed")
     room = tmp_path / "room"
     room.mkdir()
-    code, printed = start(server, case, inputs, room, file_limit_bytes=expected.largest_file_bytes // 2)
+    code, printed = start(fork_server, case, inputs, room, file_limit_bytes=expected.largest_file_bytes // 2)
     assert code == 1, printed
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "no room for" in errors[0], printed
@@ -186,12 +185,12 @@ def test_no_room(case: Case, server: ForkServer, inputs: Inputs, tmp_path: Path)
 
 @pytest.mark.parametrize("bad", EVERY_BAD_INPUT)
 def test_bad_input_is_one_clear_line(
-    bad: BadInput, server: ForkServer, inputs: Inputs, tmp_path: Path  # noqa: F811
+    bad: BadInput, fork_server: ForkServer, inputs: Inputs, tmp_path: Path
 ) -> None:  # fmt: skip
     room, scratch = tmp_path / "room", tmp_path / "scratch"
     room.mkdir()
     scratch.mkdir()
-    started = server.start_tool(bad.tool, bad.words(inputs, scratch, room / "target"), watched=room)
+    started = fork_server.start_tool(bad.tool, bad.words(inputs, scratch, room / "target"), watched=room)
     code, printed = started.wait(), started.output()
     assert code in (1, 2), printed
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
@@ -203,13 +202,13 @@ def test_bad_input_is_one_clear_line(
 
 
 def test_a_killed_list_of_checksums_is_absent_or_whole(
-    server: ForkServer, inputs: Inputs, tmp_path: Path  # noqa: F811
+    fork_server: ForkServer, inputs: Inputs, tmp_path: Path
 ) -> None:  # fmt: skip
     model = Path(shutil.copytree(inputs.merged, tmp_path / "model"))
     words = ["write", "--model_path", str(model), "--overwrite"]
 
     def write(**more: int) -> tuple[int, str]:
-        started = server.start_tool("checksums", words, watched=model, **more)
+        started = fork_server.start_tool("checksums", words, watched=model, **more)
         return started.wait(), started.output()
 
     code, printed = write()

@@ -1,11 +1,9 @@
-"""One fork server for all fault tests, and the runs that they disturb."""
+"""The runs that the fault tests disturb."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,17 +40,8 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    if sys.platform != "linux":
-        pytest.skip("the fork server needs Linux; the file-level tests in tests/train run everywhere")
-    server = ForkServer(tmp_path_factory.mktemp("starts"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def bench(server: ForkServer, tiny_base: Path, instructions: Path) -> Bench:
-    return Bench(server, tiny_base, instructions)
+def bench(fork_server: ForkServer, tiny_base: Path, instructions: Path) -> Bench:
+    return Bench(fork_server, tiny_base, instructions)
 
 
 @pytest.fixture(scope="session")

@@ -105,25 +105,25 @@ class KilledProgram:
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(
-    objective: str, server: ForkServer, tiny_base: Path, tmp_path: Path
+    objective: str, fork_server: ForkServer, tiny_base: Path, tmp_path: Path
 ) -> None:
     write, own = OBJECTIVES[objective]
     options = {"cutoff_len": 96, **COMMON, "test_size": 4, "eval_steps": 2, "max_steps": 5, "num_epoch": 9,
                "objective": objective, "model_path": tiny_base, "data_path": write(tmp_path / "data.jsonl"),
                **own, "prompt_type": "chatml"}  # fmt: skip
-    KilledProgram(server, tmp_path, options, objective).assert_survives(10)
+    KilledProgram(fork_server, tmp_path, options, objective).assert_survives(10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", list(METHODS))
 def test_each_method_killed_at_random_moments_ends_with_the_same_bits(
-    method: str, server: ForkServer, tiny_base: Path, instructions: Path, tmp_path: Path
+    method: str, fork_server: ForkServer, tiny_base: Path, instructions: Path, tmp_path: Path
 ) -> None:
     dropout = 0.0 if method in WITHOUT_DROPOUT else 0.1
     options = {**COMMON, "max_steps": 5, "num_epoch": 9, "lora_dropout": dropout, "peft_method": method,
                "model_path": tiny_base, "data_path": instructions, **METHODS[method]}  # fmt: skip
     n_files = 7 + (method in WITH_ONE_MORE) - (method in OF_BASE)  # these have no adapter_config.json in a checkpoint
-    KilledProgram(server, tmp_path, options, method).assert_survives(4, n_files)
+    KilledProgram(fork_server, tmp_path, options, method).assert_survives(4, n_files)
 
 
 def test_no_method_is_left_out() -> None:

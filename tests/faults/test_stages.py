@@ -64,13 +64,13 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def chain(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     folder = tmp_path_factory.mktemp("chain")
     rows = [
         {"instruction": f"Name {i}", "input": "", "output": " ".join([WORDS[i % 9]] * (1 + i % 3))} for i in range(24)
     ]
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
-    return Chain(server, folder, enlarged(folder / "base"))
+    return Chain(fork_server, folder, enlarged(folder / "base"))
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ def told(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES))
-def test_two_processes_take_the_steps_of_one(case: str, server: ForkServer, tiny_base: Path, tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(
+    case: str, fork_server: ForkServer, tiny_base: Path, tmp_path: Path
+) -> None:
     options = {**SHARED, **CASES[case]}
     is_grpo = options["objective"] == "grpo"
     data = tmp_path / "data.jsonl"
@@ -48,7 +50,7 @@ def test_two_processes_take_the_steps_of_one(case: str, server: ForkServer, tiny
     for name, ranks in places.items():
         output = tmp_path / name / "run"
         output.parent.mkdir()
-        begun = [server.start(tiny_base, data, output, options, environment=rank) for rank in ranks]
+        begun = [fork_server.start(tiny_base, data, output, options, environment=rank) for rank in ranks]
         ended = [(each.wait(), each.output()[-2000:]) for each in begun]
         assert [code for code, _ in ended] == [0] * len(ranks), ended
     one, two = (told(tmp_path / name / "run") for name in places)
