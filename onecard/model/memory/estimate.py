@@ -3,7 +3,7 @@
 `account` adds up what lies there from the first step to the last (weights, adapter, gradients, optimizer) and the worst
 moment of a step, which `activation_peak.py` finds by running the real model on fake tensors: the loss, or one layer
 that is computed again for its gradients. Every number is bytes of tensors. What is not a tensor, the CUDA context and
-the allocator's slack, is a part of its own with assumed sizes that no card has confirmed yet.
+the allocator's slack, is a part of its own; no card has confirmed its size yet.
 
 It knows an `Architecture` and a `MemoryConfig`; it does not know cards, options or which setup is best: `plan.py` does.
 """
@@ -45,8 +45,8 @@ CUDA_CONTEXT_BYTES = GIB // 2
 LIBRARY_BYTES = int(0.55 * GIB)
 # What torch's caching allocator needs beyond the tensors: a share of what comes and goes, and some bytes. Source: the
 # smallest limits under which a step ran with the arithmetic of that allocator (benchmarks/reserved_memory.py), with
-# segments that grow and without; no card has confirmed them yet. Where those of a fixed size are the question and a
-# step's requests are known, `reserved_memory.py` replays them instead.
+# segments that grow and without; no card has confirmed them yet. Where a step's requests are known,
+# `reserved_memory.py` replays them instead.
 GROWING_SLACK, FIXED_SLACK = (0.08, 40 * 2**20), (0.3, 50 * 2**20)
 
 
@@ -150,7 +150,7 @@ class MemoryEstimate:
         return sum(part.n_bytes for part in self.parts if part.place == "RAM")
 
 
-CONTEXT, SLACK = "CUDA context (assumed)", "allocator slack (assumed)"
+CONTEXT, SLACK = "CUDA context (assumed)", "allocator slack (not measured)"
 LIBRARIES = "Python and its libraries"
 INPUTS = "inputs of all layers"
 
