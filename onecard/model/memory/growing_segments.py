@@ -65,6 +65,11 @@ class GrowingSegments(CachingAllocator):
                     self._remove(block)
                     self._unmap(block, begin, end, holes)
 
+    def use_up(self) -> None:
+        """Take the free rests of pages of the large pool into use: what would find room there is by chance."""
+        for size, *_ in [*self._large]:
+            self.allocate(size)
+
     def _unmap(self, block: MemoryBlock, begin: int, end: int, holes: list[MemoryBlock]) -> None:
         """Make a hole of the addresses from `begin` to `end` of a block that is in no list now."""
         self.reserved -= end - begin

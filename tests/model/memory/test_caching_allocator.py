@@ -97,6 +97,14 @@ def test_growing_segments_give_back_pages_and_use_holes_again() -> None:
     assert allocator.allocate(40 * MIB).size == 40 * MIB and allocator.reserved == 100 * MIB
 
 
+def test_rests_of_pages_can_be_used_up() -> None:
+    allocator = GrowingSegments()
+    kept = allocator.allocate(30 * MIB)
+    allocator.allocate(512)
+    allocator.use_up()
+    assert allocator.reserved == 42 * MIB and allocator.allocate(5 * MIB).address - kept.address == 40 * MIB
+
+
 def test_a_copy_of_growing_segments_keeps_blocks_and_holes_side_by_side() -> None:
     allocator = GrowingSegments()
     blocks = [allocator.allocate(20 * MIB) for _ in range(5)]
