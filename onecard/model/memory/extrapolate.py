@@ -33,7 +33,7 @@ from onecard.model.memory_saving.activation_offload import MIN_BYTES
 
 SHORT_ROWS, SHORT_CHUNK = (24, 48), 4  # for models that go through their tokens one by one
 LOOPS = (2, 3, 4)  # operations
-LENGTHS = (16, 64, 256, 1024)  # whole tiles and chunks of most kernels; two neighbours are traced
+LENGTHS = (64, 256, 1024)  # whole tiles and chunks of most kernels; two neighbours are traced
 UNBOUNDED = 2**40  # tokens of a chunk that holds all
 # Whether plans for many ranks and numbers of rows will be asked for, as by a slider: then they are traced at two each.
 ASKS_FOR_MANY: ContextVar[bool] = ContextVar("ASKS_FOR_MANY", default=False)
