@@ -63,6 +63,8 @@ def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int, spare:
     # The first micro-batch, which makes the gradients; what is free behind it is given back.
     allocator.serve(step, [(first_product, [CUBLAS_WORKSPACE_BYTES]), *made])
     allocator.give_back()
+    if isinstance(allocator, GrowingSegments):  # whose rests depend on the order in which a checkpoint is loaded
+        allocator.use_up()
     tensors = still + most_alive
     if spare is not None:
         return spare if _Replays(allocator, step).run(tensors + spare, tensors) else spare + 1
@@ -77,9 +79,7 @@ def _made_ready(model: Architecture, setup: Any) -> tuple[CachingAllocator, int,
     for requests in (base, beside):
         allocator.serve(requests)
         allocator.give_back()
-    if isinstance(allocator, GrowingSegments):  # whose rests depend on the order in which a checkpoint is loaded
-        allocator.use_up()
-    tensors = still + most_alive
+    return allocator, base.left() + beside.left() + sum(map(sum, gradients)), gradients
 
 
 def _samples_with_requests(model: Architecture, setup: Any) -> list[Sample]:
