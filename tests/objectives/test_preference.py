@@ -228,8 +228,8 @@ def test_a_run_that_goes_on_ends_bit_by_bit_as_one_that_did_not_stop(tiny_base: 
 
 @pytest.mark.parametrize(("name", "beta"), [("dpo", 0.0), ("ipo", 0.0), ("simpo", 0.0), ("orpo", 3.0)])
 def test_held_out_pairs_are_told_apart_after_training(name: str, beta: float, tiny_base: Path, tmp_path: Path) -> None:
-    data, held_out = pair_file(tmp_path / "pairs.jsonl", 48), pair_file(tmp_path / "others.jsonl", 40, seed=1)
-    options = {**OPTIONS, "objective": name, "pref_beta": beta, "max_steps": 30, "micro_batch": 8, "save_steps": 30}
+    data, held_out = pair_file(tmp_path / "pairs.jsonl", 48), pair_file(tmp_path / "others.jsonl", 20, seed=1)
+    options = {**OPTIONS, "objective": name, "pref_beta": beta, "max_steps": 16, "micro_batch": 8, "save_steps": 16}
     run = finetune(tiny.config_for(tiny_base, data, tmp_path / "run", **options))
     config = tiny.config_for(tiny_base, data, run).model
     before, after = (load_bundle(config, path, "chatml")[0] for path in (None, str(run)))
