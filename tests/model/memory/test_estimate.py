@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.live_memory import held_bytes, peak_bytes
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 N_SETUPS = 40
-N_FAST = 18  # the others are slow
+FAST = (0, 1, 2, 3, 4, 5, 6, 9, 10, 13, 17, 35)  # every value of every knob; the others are slow
 
 
 def setups() -> list[tuple[str, int, MemoryConfig]]:
@@ -29,7 +30,7 @@ def setups() -> list[tuple[str, int, MemoryConfig]]:
     hardware, spread = detect("cpu"), []
     for number in range(N_SETUPS):
         bits = (4, 8, 16, 32)[number % 4]
-        rows, length = draw.choice([(1, 64), (1, 320), (2, 128), (2, 512), (4, 64), (3, 96)])
+        rows, length = draw.choice([(1, 64), (1, 160), (2, 128), (2, 256), (4, 64), (3, 96)])
         checkpointed = number % 6 != 4
         setup = MemoryConfig(
             bits=bits, element_bytes=element_bytes(bits, hardware), rows=rows, length=length, on_gpu=False,
@@ -70,11 +71,11 @@ def test_the_spread_is_wide() -> None:
         values = [getattr(setup, name) for _, _, setup in spread]
         counts = [values.count(value) for value in set(values)]
         assert len(counts) > 1 and min(counts) >= 3, (name, counts)
-        assert {getattr(setup, name) for _, _, setup in spread[:N_FAST]} == set(values), name
+        assert {getattr(setup, name) for _, _, setup in (spread[number] for number in FAST)} == set(values), name
 
 
 @pytest.mark.parametrize(
-    "number", [*range(N_FAST), *(pytest.param(k, marks=pytest.mark.slow) for k in range(N_FAST, N_SETUPS))]
+    "number", [pytest.param(k, marks=[] if k in FAST else pytest.mark.slow) for k in range(N_SETUPS)]
 )
 def test_planned_bytes_are_those_of_a_real_step(number: int) -> None:
     family, width, setup = setups()[number]
@@ -87,37 +88,34 @@ def test_planned_bytes_are_those_of_a_real_step(number: int) -> None:
     assert measured["evaluation_bytes"] <= measured["training_bytes"], "an evaluation takes more than its training"
 
 
+# Of which half comes and goes, so that the bars are half as wide.
+SMALL: dict[str, Any] = {"rows": 2, "length": 72, "loss_chunk": 40, "on_gpu": False}
 OTHERS = ["gemma2", "gemma3_text", "granite", "cohere", "phi3", "glm4", "olmo2"]
+FAST_OTHERS = [("gemma2", 4), ("gemma3_text", 16), ("cohere", 4), ("phi3", 4)]
 
 
 @pytest.mark.parametrize(
     ("family", "bits"),
-    [
-        pytest.param(family, bits, marks=[pytest.mark.slow] if (number % 2 == 0) == (bits == 16) else [])
-        for number, family in enumerate(OTHERS)
-        for bits in (4, 16)
-    ],
+    [pytest.param(*case, marks=[] if case in FAST_OTHERS else pytest.mark.slow) for case in product(OTHERS, (4, 16))],
 )
 def test_other_families_are_planned_as_well(family: str, bits: int) -> None:
-    setup = MemoryConfig(bits, element_bytes(bits, detect("cpu")), 2, 192, rank=12, loss_chunk=100, on_gpu=False)
+    setup = MemoryConfig(bits, element_bytes(bits, detect("cpu")), **SMALL, rank=12)
     plan, measured = planned_and_measured(toy_config(family, num_hidden_layers=2), setup)
-    assert 0.99 <= plan.tensor_bytes / measured["training_bytes"] <= 1.03, plan.parts
+    assert 0.995 <= plan.tensor_bytes / measured["training_bytes"] <= 1.015, plan.parts
 
 
 @pytest.mark.parametrize("family", ["phi", "gpt_neox"])
 def test_families_without_a_gate_are_planned_as_well(family: str) -> None:
-    setup = MemoryConfig(16, 2, 2, 192, rank=12, loss_chunk=100, on_gpu=False)
+    setup = MemoryConfig(16, 2, **SMALL, rank=12)
     plan, measured = planned_and_measured(toy_config(family, num_hidden_layers=2), setup)
-    assert 0.99 <= plan.tensor_bytes / measured["training_bytes"] <= 1.03, plan.parts
+    assert 0.995 <= plan.tensor_bytes / measured["training_bytes"] <= 1.015, plan.parts
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("bits", [4, 16, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (8, 32))])
 def test_the_masks_of_dropout_are_planned(bits: int) -> None:
-    setup = MemoryConfig(
-        bits, element_bytes(bits, detect("cpu")), 2, 192, lora_dropout=0.1, loss_chunk=64, on_gpu=False
-    )
+    setup = MemoryConfig(bits, element_bytes(bits, detect("cpu")), **SMALL, lora_dropout=0.1)
     plan, measured = planned_and_measured(toy_config("llama", num_hidden_layers=2), setup)
-    assert 0.99 <= plan.tensor_bytes / measured["training_bytes"] <= 1.03, plan.parts
+    assert 0.995 <= plan.tensor_bytes / measured["training_bytes"] <= 1.015, plan.parts
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
