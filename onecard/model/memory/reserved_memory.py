@@ -1,9 +1,9 @@
-"""What a step reserves beyond its tensors where the allocator's segments have a fixed size.
+"""What a step reserves beyond its tensors.
 
-What a freed block leaves there serves requests of about its own size only, so that what is reserved depends on the
-order of all requests. Traces have them for the first layer, the last and one of each kind between; here they become
-those of all layers, and are replayed by the arithmetic of `caching_allocator.py` on top of those of `loading.py`. Knows
-samples of traces and numbers of bytes; `activation_peak.py` knows what is alive.
+What a freed block leaves serves no larger request, and may be cut for smaller ones, so that what is reserved depends on
+the order of all requests. Traces have them for the first layer, the last and one of each kind between; here they become
+those of all layers, and are replayed by the arithmetic of `caching_allocator.py` or `growing_segments.py` on top of
+those of `loading.py`. Knows samples of traces and numbers of bytes; `activation_peak.py` knows what is alive.
 """
 
 from __future__ import annotations
