@@ -23,7 +23,7 @@ _NUMBERS = frozenset(
      "steps")
 )  # fmt: skip
 _CELLS = re.compile(r"(\S(?:.*?\S)?)(\s{2,}|$)")
-_FLAG = re.compile(r"(--\w+: )(.+)")
+_FLAG = re.compile(r"(--\w+(?: \w+)?: )(.+)")  # a flag, or one with its value: --objective grpo
 # What stands in front of a message: the flag or the place that is to blame.
 _PREFIX = re.compile(r"((?:note|--\w+|(?:[A-Za-z]:)?[^:]+:\d+(?:#\d+)?|[^\s:]+|\S+\.\w+): )(.+)")
 _chosen = {"language": "auto"}

@@ -161,7 +161,9 @@ SPEAKING_MODULES = (
     "programs/recipe", "serve/api/simple", "model/rope_scaling", "config/inference", "config/base_model",
     "config/parsing", "programs/gguf", "export/gguf/adapter", "export/gguf/export", "export/gguf/layout",
     "export/gguf/ollama", "export/gguf/tokenizer", "export/gguf/writer", "programs/_ship", "evaluate/ship",
-    "evaluate/compare", "train/findings",
+    "evaluate/compare", "train/findings", "config/addresses", "config/best_of", "config/curation", "config/data",
+    "config/evaluation", "config/given_paths", "config/lora", "config/rollouts", "config/run", "config/stages",
+    "config/studio", "config/training",
 )  # fmt: skip
 SPEAKERS = {"say", "warn", "UnusableRecord", "ConfigError", "DataError", "ModelError", "OneCardError", "ApiError"}
 
@@ -173,8 +175,13 @@ def test_what_the_modules_around_the_model_say_is_in_chinese() -> None:
             texts: list[ast.expr] = []
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in SPEAKERS:
                 texts = node.args
-            elif isinstance(node, ast.Tuple) and len(node.elts) == 2 and _filled(node.elts[0]).startswith("--"):
-                texts = node.elts[1:]  # a Problem: the flag, and what is wrong
+            elif isinstance(node, ast.Tuple) and (
+                (len(node.elts) == 2 and _filled(node.elts[0]).startswith("--"))
+                or (len(node.elts) == 3 and module == "config/training")
+            ):
+                texts = node.elts[
+                    -1:
+                ]  # a Problem: the flag, and what is wrong; a Contradiction has the condition between
             inner = [one for text in texts for one in ast.walk(text)]
             parts = {id(part) for one in inner if isinstance(one, ast.JoinedStr) for part in ast.walk(one)} - {
                 id(one) for one in inner if isinstance(one, ast.JoinedStr)
@@ -233,6 +240,8 @@ def test_a_flag_stands_before_a_message_and_not_in_it() -> None:
     shown = translated("--method: awq is not made here: cards before the RTX 40 series compute nothing in fp8; use bnb "
                        "with --bits 8", "zh")  # fmt: skip
     assert shown == "--method: 这里不做 awq：RTX 40 系列之前的显卡不能用 fp8 计算；请用 bnb 加 --bits 8"
+    shown = translated("  --objective grpo: does not go with virtual tokens (--peft_method p_tuning): use lora", "zh")
+    assert shown == "  --objective grpo: 不能和虚拟 token（--peft_method p_tuning）一起用：请用 lora"
 
 
 def test_what_is_no_message_stays_as_it_is() -> None:

@@ -231,7 +231,7 @@ def _of_reward_models(config: FinetuneConfig) -> list[Contradiction]:
          f"{text}: a reward model has no output head; leave it out"),
         ("--peft_method", lora.tunes_base,
          f"{lora.peft_method} {text}: the scalar head is saved with an adapter; use lora"),
-        ("--shard", config.train.shard, f"{text}; leave it out"),
+        ("--shard", config.train.shard, "does not go with --objective reward; leave it out"),
         ("--init_adapter", config.train.start_adapter,
          f"{text}, whose head is new: merge that adapter ({command('merge')}), and give the result as --model_path"),
     ]  # fmt: skip
