@@ -164,6 +164,14 @@ SPEAKING_MODULES = (
     "evaluate/compare", "train/findings", "config/addresses", "config/best_of", "config/curation", "config/data",
     "config/evaluation", "config/given_paths", "config/lora", "config/rollouts", "config/run", "config/stages",
     "config/studio", "config/training",
+    "model/answer_bits", "model/files", "model/gptq", "model/hardware", "model/kernels", "model/load",
+    "model/lora/adapter", "model/lora/formats", "model/lora/init", "model/lora/methods", "model/lora/peft_config",
+    "model/lora/peft_model", "model/lora/peft_options", "model/lora/targets", "model/lora/vocabulary",
+    "model/memory/activation_peak", "model/memory/architecture", "model/memory/plan",
+    "model/memory_saving/activation_offload", "model/memory_saving/embeddings_in_ram",
+    "model/memory_saving/lm_head", "model/memory_saving/streamed_layers", "model/memory_saving/tiled_mlp",
+    "model/model_config", "model/quantization", "model/packed_rows", "model/reward_head", "model/full_tuning",
+    "model/lora/bottleneck", "model/lora/virtual_tokens", "model/output_head",
 )  # fmt: skip
 SPEAKERS = {"say", "warn", "UnusableRecord", "ConfigError", "DataError", "ModelError", "OneCardError", "ApiError"}
 
