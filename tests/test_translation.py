@@ -170,8 +170,13 @@ SPEAKING_MODULES = (
     "model/memory/activation_peak", "model/memory/architecture", "model/memory/plan",
     "model/memory_saving/activation_offload", "model/memory_saving/embeddings_in_ram",
     "model/memory_saving/lm_head", "model/memory_saving/streamed_layers", "model/memory_saving/tiled_mlp",
-    "model/model_config", "model/quantization", "model/packed_rows", "model/reward_head", "model/full_tuning",
+    "model/model_config", "model/quantization", "model/packed_rows", "model/reward_head",
     "model/lora/bottleneck", "model/lora/virtual_tokens", "model/output_head",
+    "train/advice", "train/auto_config", "train/base_comparison", "train/checkpoint", "train/deepspeed_config",
+    "train/deepspeed_engine", "train/end_by_clock", "train/loop", "train/memory_probe", "train/optim",
+    "train/reference", "train/resume", "train/rollouts", "train/shared_prompt", "train/state", "train/step",
+    "train/step_log", "train/validation", "stages", "export/hub/checksums", "export/hub/download",
+    "export/hub/files", "export/hub/modelscope",
 )  # fmt: skip
 SPEAKERS = {"say", "warn", "UnusableRecord", "ConfigError", "DataError", "ModelError", "OneCardError", "ApiError"}
 
