@@ -61,7 +61,10 @@ def test_the_loss_is_traced_once_for_all_ranks_and_bits(of_setup):
     assert len({extrapolate._relevant(model, each, loss) for each in setups}) == 1
     traces = [extrapolate.traced(model, each, loss) for each in setups]
     for each in traces[1:]:
-        first, other = (replace(one.trace, blocks=[], events=[]) for one in (traces[0], each))  # of all phases
+        first, other = (
+            replace(one.trace, blocks=[], events=[], chunks=[])
+            for one in (traces[0], each)  # those are of all phases
+        )
         assert first == other and each.kinds == traces[0].kinds
     for other in ({"n_new_tokens": 4}, {"train_embeddings": True}, {"targets": "q_proj,lm_head"}):
         changed = [extrapolate._relevant(model, replace(each, **other), loss) for each in setups]
