@@ -177,6 +177,13 @@ SPEAKING_MODULES = (
     "train/reference", "train/resume", "train/rollouts", "train/shared_prompt", "train/state", "train/step",
     "train/step_log", "train/validation", "stages", "export/hub/checksums", "export/hub/download",
     "export/hub/files", "export/hub/modelscope",
+    "data/arrow_cache", "data/built_in_templates", "data/columns", "data/dataset", "data/dataset_info",
+    "data/jinja_chat", "data/lost_turns", "data/mixture", "data/pairs", "data/sources", "data/tokenization",
+    "data/values", "data/wordings", "inference/adapters", "inference/batch/best_of", "inference/batch/evaluate",
+    "inference/batch/results", "inference/batch/reward_model", "inference/batch/run", "inference/batched/batch",
+    "inference/embeddings", "inference/engine", "inference/generate", "inference/grammar", "inference/history",
+    "inference/load", "inference/model_limits", "inference/run_files", "serve/keys", "serve/terminal/chat",
+    "serve/terminal/commands", "serve/web/server",
 )  # fmt: skip
 SPEAKERS = {"say", "warn", "UnusableRecord", "ConfigError", "DataError", "ModelError", "OneCardError", "ApiError"}
 
