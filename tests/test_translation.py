@@ -184,6 +184,11 @@ SPEAKING_MODULES = (
     "inference/embeddings", "inference/engine", "inference/generate", "inference/grammar", "inference/history",
     "inference/load", "inference/model_limits", "inference/run_files", "serve/keys", "serve/terminal/chat",
     "serve/terminal/commands", "serve/web/server",
+    "export/io/base", "export/io/left_out", "export/io/output", "export/io/weights", "export/llama_pth/layout",
+    "export/llama_pth/pth", "export/llama_pth/tokenizer", "export/merge/lora_stack", "export/merge/merge",
+    "export/merge/rounding", "export/merge/verify", "export/quantize/bnb", "export/quantize/calibration",
+    "export/quantize/evaluate", "export/quantize/gptq", "export/quantize/options", "export/quantize/run",
+    "programs/merge", "programs/plan", "programs/convert_llama", "programs/download",
 )  # fmt: skip
 SPEAKERS = {"say", "warn", "UnusableRecord", "ConfigError", "DataError", "ModelError", "OneCardError", "ApiError"}
 
