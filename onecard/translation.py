@@ -68,9 +68,8 @@ def in_catalogue(text: str, to: str) -> str | None:
     exact, patterns = _catalogue(to)
     if text in exact:
         return exact[text]
-    for pattern, template in patterns:
-        found = pattern.fullmatch(text)
-        if found is not None:
+    for fixed, pattern, template in patterns:
+        if fixed in text and (found := pattern.fullmatch(text)):
             values = {name: _value(value, to) for name, value in found.groupdict().items()}
             return template.format_map(values)
     return None
@@ -111,8 +110,8 @@ def columns_of(text: str) -> int:
 
 
 @cache
-def _catalogue(name: str) -> tuple[dict[str, str], list[tuple[re.Pattern[str], str]]]:
-    """Texts without values, and patterns of those with some, in the order of the file."""
+def _catalogue(name: str) -> tuple[dict[str, str], list[tuple[str, re.Pattern[str], str]]]:
+    """Texts without values; those with some, in the order of the file: longest fixed part, pattern, translation."""
     try:
         import yaml
     except ImportError:  # `onecard quickstart` has yet to install it; messages stay English until then
@@ -120,7 +119,8 @@ def _catalogue(name: str) -> tuple[dict[str, str], list[tuple[re.Pattern[str], s
     file = Path(__file__).with_name(f"messages_{name}.yaml")
     found: dict[str, str] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     exact = {key: value for key, value in found.items() if not _NAME.search(key)}
-    return exact, [(_pattern(key), value) for key, value in found.items() if key not in exact]
+    with_values = [(max(_NAME.split(key)[::2], key=len), key) for key in found if key not in exact]
+    return exact, [(fixed, _pattern(key), found[key]) for fixed, key in with_values]
 
 
 def _pattern(key: str) -> re.Pattern[str]:
