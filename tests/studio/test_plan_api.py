@@ -56,7 +56,7 @@ def test_the_plan_is_that_of_onecard_plan(page, question, capsys):
     for key in ("peak_bytes", "left_bytes", "fits", "parts", "choices"):
         assert found[key] == told[key], key
     _, chinese = page("POST", "/api/plan", question, headers={"x-language": "zh"})
-    assert chinese["parts"][-1]["name"] == "分配器余量（假设值）"
+    assert chinese["parts"][-1]["name"] == "分配器余量（非实测）"
     assert chinese["peak_bytes"] == found["peak_bytes"]
 
 
