@@ -179,7 +179,10 @@ def loss_and_gradients(
 def scale_in_place(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
     """In fp32, since the factor may be more than fp16 can hold; in pieces, since a long context is wide."""
     for gradient in gradients:
-        for rows in gradient.split(ROWS_AT_ONCE) if gradient is not None else ():
+        if gradient is None:
+            continue
+        # Not `split`, which others call as well: by this name the plan knows the pieces (`fake_kernels.py`).
+        for rows in gradient.tensor_split(tuple(range(ROWS_AT_ONCE, len(gradient), ROWS_AT_ONCE))):
             rows.copy_(rows.float().mul_(factor))
 
 

@@ -61,7 +61,7 @@ class KernelStandIns(TorchFunctionMode):
             return values
         if name == "add_" and hasattr(args[1], "of_sparse_matrix"):
             return SparseSum.apply(args[0], args[1], 2 if self.on_gpu else 1)
-        if name == "split" and args[1] == ROWS_AT_ONCE and not kwargs.get("dim"):
+        if name == "tensor_split" and args[1][:1] == (ROWS_AT_ONCE,):  # of `scale_in_place`
             every = func(*args, **kwargs)  # those between take what the second does, one after the other
             return every if len(every) <= FEW_PIECES else (*every[: FEW_PIECES - 1], every[-1])
         if not self.on_gpu:

@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plan_accuracy import toy_config
+from onecard.model.chunked_loss import ROWS_AT_ONCE
 from onecard.model.memory import estimate, extrapolate, reserved_memory, simulate
-from onecard.model.memory.activation_peak import find_peak, nameless
+from onecard.model.memory.activation_peak import find_peak, nameless, samples_of_step
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.caching_allocator import MIB, CachingAllocator, Requests
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, FIXED_SLACK, SLACK, MemoryConfig, account, held_bytes
@@ -128,6 +129,13 @@ def test_rows_longer_than_the_model_knows_make_the_same_requests_at_all_lengths(
     monkeypatch.setattr(reserved_memory, "sample_at_size", None)
     layers, _ = reserved_memory._samples_with_requests(model, replace(SETUP, length=50_000))
     assert layers.trace.events and model.source.windows == (2048,)
+
+
+def test_pieces_of_other_tensors_are_all_there() -> None:
+    """Tiles of the feed-forward layers are joined again, and may be as long as the pieces of a gradient."""
+    setup = MemoryConfig(8, 2, 2, 4096, loss_chunk=512, head_bits=8, mlp_tile=ROWS_AT_ONCE, repeats_kv=True)
+    (layers, *_) = samples_of_step(architecture_of(LLAMA), setup)
+    assert layers.kinds and layers.trace.events
 
 
 def test_a_plan_fits_where_the_step_runs_in_what_the_card_has(monkeypatch: pytest.MonkeyPatch) -> None:
