@@ -86,6 +86,8 @@ class ReservedMemoryOptions:
     """Inside the process of one row: its number."""
     mode: str = "fixed"
     """Inside the process of one row: fixed or expandable."""
+    micro_batches: int = 1
+    """Inside the process of one row: how many a step has, with nothing given back between them."""
     plan_only: bool = False
     """Measure nothing: plan the rows of the file anew, beside the limits that were found."""
     output: str = str(RESULTS / "reserved_memory.json")
@@ -97,7 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(ReservedMemoryOptions, argv, description=__doc__)
     if options.row >= 0:
         _, name, rows, length, rest = [*ROWS, FOUR_LAYERS][options.row]
-        say(json.dumps(in_this_process(name, rows, length, rest, expandable=options.mode == MODES[1])))
+        is_growing = options.mode == MODES[1]
+        found = in_this_process(name, rows, length, rest, expandable=is_growing, micro_batches=options.micro_batches)
+        say(json.dumps(found))
         return
     if options.plan_only:
         stored = read_json(Path(options.output))
@@ -106,13 +110,14 @@ def main(argv: list[str] | None = None) -> None:
         tell(again)
         return
     asked = [int(number) for number in options.rows.split(",") if number.strip()] or range(len(ROWS))
-    found = []
+    measured = []
     for number in asked:
         for mode in MODES:
             if options.split in (ROWS[number][0], "all"):
-                found.append({"split": ROWS[number][0], "mode": mode, **in_a_process(number, mode)})
-                write_result(options.output, {"rows": found, "summary": summary(found), "machine": machine("cpu")})
-    tell(found)
+                measured.append({"split": ROWS[number][0], "mode": mode, **in_a_process(number, mode)})
+                result = {"rows": measured, "summary": summary(measured), "machine": machine("cpu")}
+                write_result(options.output, result)
+    tell(measured)
 
 
 def in_a_process(number: int, mode: str) -> dict[str, Any]:
@@ -126,7 +131,9 @@ def in_a_process(number: int, mode: str) -> dict[str, Any]:
     return dict(json.loads(rows[-1]))
 
 
-def in_this_process(model: str, rows: int, length: int, rest: dict[str, Any], *, expandable: bool) -> dict[str, Any]:
+def in_this_process(
+    model: str, rows: int, length: int, rest: dict[str, Any], *, expandable: bool, micro_batches: int = 1
+) -> dict[str, Any]:
     """Plan and measure one setup on the simulated card of this process, in bytes without the context."""
     import torch
 
@@ -146,7 +153,7 @@ def in_this_process(model: str, rows: int, length: int, rest: dict[str, Any], *,
         run = real_run(config, setup, detect("cuda", pretend_turing=True))
         give_back_memory()
         try:
-            found = smallest_limit(run, rows)
+            found = smallest_limit(run, rows, micro_batches)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
     if run.plain_model.get_input_embeddings().weight.dtype.itemsize != setup.element_bytes:
@@ -175,7 +182,7 @@ def setup_of(row: dict[str, Any], expandable: bool) -> Any:
     return MemoryConfig(**{"element_bytes": 2, **given}, repeats_kv=True, expandable_segments=expandable)
 
 
-def smallest_limit(run: Any, rows: int) -> dict[str, int]:
+def smallest_limit(run: Any, rows: int, micro_batches: int) -> dict[str, int]:
     """Bytes of tensors at the peak, bytes reserved without a limit, and the smallest limit that the step runs under."""
     import numpy as np
     import torch
@@ -186,7 +193,7 @@ def smallest_limit(run: Any, rows: int) -> dict[str, int]:
     total = torch.cuda.get_device_properties(0).total_memory
 
     def runs() -> bool:
-        _, failed = accumulate(run, run.train_samples, [np.arange(rows)], 1000.0)
+        _, failed = accumulate(run, run.train_samples, [np.arange(rows)] * micro_batches, 1000.0)
         give_back_memory()
         return not failed
 

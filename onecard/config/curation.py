@@ -40,8 +40,7 @@ class CleanOptions(ReadingOptions):
 
     def problems(self) -> list[Problem]:
         found = super().problems() + missing(self, "data_path", "output_path") + too_small(self, min_chars=0)
-        if self.near_duplicates and not 0.3 <= self.near_duplicates <= 1:
-            found.append(("--near_duplicates", f"{self.near_duplicates} is neither 0 nor between 0.3 and 1"))
+        found += _similarity_problems(self.near_duplicates)
         if self.max_chars < 0 or 0 < self.max_chars < self.min_chars:
             found.append(("--max_chars", f"{self.max_chars} leaves no record; use 0, or more than --min_chars"))
         if self.ngram < 5:
@@ -68,11 +67,15 @@ class SplitOptions(ReadingOptions):
 
     def problems(self) -> list[Problem]:
         found = super().problems() + missing(self, "data_path", "output_path")
-        if self.near_duplicates and not 0.3 <= self.near_duplicates <= 1:
-            found.append(("--near_duplicates", f"{self.near_duplicates} is neither 0 nor between 0.3 and 1"))
+        found += _similarity_problems(self.near_duplicates)
         if self.validation_size <= 0 or (self.validation_size >= 1 and self.validation_size % 1):
             found.append(("--validation_size", f"{self.validation_size:g} is neither a share (0.05) nor a count (200)"))
         return found
+
+
+def _similarity_problems(similarity: float) -> list[Problem]:
+    is_usable = not similarity or 0.3 <= similarity <= 1
+    return [] if is_usable else [("--near_duplicates", f"{similarity} is neither 0 nor between 0.3 and 1")]
 
 
 @dataclass

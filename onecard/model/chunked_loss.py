@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, pad
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from onecard.data.encode import IGNORE_INDEX
 from onecard.model.output_head import OutputHead, logits_at, states_and_head
@@ -179,11 +180,15 @@ def loss_and_gradients(
 def scale_in_place(gradients: Sequence[Tensor | None], factor: Tensor) -> None:
     """In fp32, since the factor may be more than fp16 can hold; in pieces, since a long context is wide."""
     for gradient in gradients:
-        if gradient is None:
-            continue
-        # Not `split`, which others call as well: by this name the plan knows the pieces (`fake_kernels.py`).
-        for rows in gradient.tensor_split(tuple(range(ROWS_AT_ONCE, len(gradient), ROWS_AT_ONCE))):
+        for rows in row_pieces(gradient) if gradient is not None else ():
             rows.copy_(rows.float().mul_(factor))
+
+
+def row_pieces(gradient: Tensor) -> tuple[Tensor, ...]:
+    """Views of at most ROWS_AT_ONCE rows. A `TorchFunctionMode` sees the call: the plan traces a few of them."""
+    if has_torch_function_unary(gradient):
+        return handle_torch_function(row_pieces, (gradient,), gradient)
+    return gradient.split(ROWS_AT_ONCE)
 
 
 def _learn_chunk(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from onecard.model.chunked_loss import ROWS_AT_ONCE
+from onecard.model.chunked_loss import row_pieces
 
 # Operations for which a CPU makes copies of operands in another type than the result's; a card does not.
 MIXED = ("aten::add", "aten::sub", "aten::mul", "aten::div", "aten::where", "aten::addcmul")
@@ -61,7 +61,7 @@ class KernelStandIns(TorchFunctionMode):
             return values
         if name == "add_" and hasattr(args[1], "of_sparse_matrix"):
             return SparseSum.apply(args[0], args[1], 2 if self.on_gpu else 1)
-        if name == "tensor_split" and args[1][:1] == (ROWS_AT_ONCE,):  # of `scale_in_place`
+        if func is row_pieces:
             every = func(*args, **kwargs)  # those between take what the second does, one after the other
             return every if len(every) <= FEW_PIECES else (*every[: FEW_PIECES - 1], every[-1])
         if not self.on_gpu:
