@@ -108,8 +108,8 @@ def test_a_run_that_is_over_can_be_looked_at_while_another_goes_on(open_view: An
     set_option(page, "wandb_project", "wait")
     page.wait_for_selector("#command:has-text('--wandb_project=wait')")
     page.click("#add-run")
+    wait_until(lambda: page.input_value("#watched-run") == "goes-on")
     page.wait_for_selector("#run-log:has-text('step 1')")
-    assert page.input_value("#watched-run") == "goes-on"
     page.select_option("#watched-run", "second")
     page.wait_for_selector("#chart-loss[aria-label*='(90)']")
     run = studio.context.output_root / "goes-on"
@@ -121,6 +121,19 @@ def test_a_run_that_is_over_can_be_looked_at_while_another_goes_on(open_view: An
         assert page.input_value("#watched-run") == "second"
     (run / "go").touch()
     page.wait_for_selector("ol.queue .badge:has-text('done')")
+
+
+def test_an_option_that_is_typed_before_the_options_have_come_is_found(open_view: Any) -> None:
+    page = open_view("train")
+    held: list[Any] = []
+    page.route("**/api/options", lambda route: held.append(route))
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    page.fill("#more-options", "wandb_project")
+    page.press("#more-options", "Enter")
+    wait_until(lambda: not page.is_visible("[role=alert]:has-text('wandb_project')") and held)
+    held[0].continue_()
+    page.wait_for_selector("#opt-wandb_project:focus")
 
 
 def test_what_is_wrong_stands_at_its_field_and_a_failure_says_why(open_view: Any) -> None:

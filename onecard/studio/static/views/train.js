@@ -18,6 +18,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
   let charts = {};
   let drawing = false;
   let checking = null;
+  let optionsRead = null;
   const checks = newest();
 
   Alpine.data("trainView", () => ({
@@ -40,7 +41,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
       ];
       this.refresh = oneByOne(() => this.readOutput());
       this.destroy = () => heard.forEach((stop) => stop());
-      attempt(async () => { this.options = (await api("GET", "/api/options")).options; });
+      optionsRead = attempt(async () => { this.options = (await api("GET", "/api/options")).options; });
       this.$watch("$store.draft.options", () => this.check());
     },
     async load() {
@@ -98,7 +99,8 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     rename(name) { this.name = name.trim(); this.check(); },
     found() { return this.options.find((one) => one.name === this.search.replace(/^--/, "")); },
     seek(text) { Object.assign(this, { search: text.trim(), unknown: "" }); },
-    showMore() {
+    async showMore() {
+      await optionsRead; // a name that is typed before the options have come is not unknown
       const option = this.found();
       this.unknown = option ? "" : this.search;
       if (option && !this.extra.includes(option.name)) this.extra.push(option.name);
