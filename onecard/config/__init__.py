@@ -1,3 +1,1 @@
 """Options: declared once, parsed from the command line and YAML, checked before anything heavy is loaded."""
-
-from __future__ import annotations

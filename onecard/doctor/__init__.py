@@ -1,3 +1,1 @@
 """What this machine can do, and what is missing on it."""
-
-from __future__ import annotations

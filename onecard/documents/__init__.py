@@ -1,3 +1,1 @@
 """Answers out of a folder of documents: read, indexed, searched, cited, and put before the model that answers."""
-
-from __future__ import annotations

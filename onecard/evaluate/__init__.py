@@ -1,3 +1,1 @@
 """Did it help? Benchmarks in local folders, open answers, extraction and perplexity, measured and reported."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Listening sockets, and what guards them."""
-
-from __future__ import annotations

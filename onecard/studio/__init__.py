@@ -1,3 +1,1 @@
 """The studio: a page on which data are looked at, runs are started, watched, asked, compared and exported."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Export to llama.cpp and Ollama."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Reading and writing model directories: one tensor at a time, whole or not at all."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Export to Meta's consolidated .pth files."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Adapters merged into the base, each tensor compared with its source."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Quantised copies of a model: GPTQ, and bitsandbytes in 4 and 8 bits."""
-
-from __future__ import annotations

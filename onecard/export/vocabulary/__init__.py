@@ -1,3 +1,1 @@
 """New tokens for a base: trained on text, merged into its tokenizer, given rows in its embeddings."""
-
-from __future__ import annotations

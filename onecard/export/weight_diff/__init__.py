@@ -1,3 +1,1 @@
 """The difference of two models as a file, and the model rebuilt from it."""
-
-from __future__ import annotations

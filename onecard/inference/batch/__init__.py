@@ -1,3 +1,1 @@
 """Many questions from a file, and held-out losses."""
-
-from __future__ import annotations

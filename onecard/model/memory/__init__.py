@@ -1,3 +1,1 @@
 """What a run will need: the estimate, the plan that fits a card, its report."""
-
-from __future__ import annotations

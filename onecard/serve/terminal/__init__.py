@@ -1,3 +1,1 @@
 """Asking and chatting in a terminal."""
-
-from __future__ import annotations

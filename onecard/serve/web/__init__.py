@@ -1,3 +1,1 @@
 """The pages in a browser."""
-
-from __future__ import annotations
