@@ -75,16 +75,18 @@ def quantised(model_path: str, folder: Path) -> Any:
     import torch
 
     from benchmarks.gptq_quality import rows_of
-    from onecard.export.quantize.calibration import CalibrationOptions, calibration_of
-    from onecard.export.quantize.gptq import GptqSettings, quantize
+    from onecard.export.quantize.calibration import calibration_of
+    from onecard.export.quantize.gptq import quantize
+    from onecard.export.quantize.options import CalibrationTextOptions, GptqOptions, SourceOptions
     from onecard.model.load import load_tokenizer
 
-    drawn = calibration_of(
-        rows_of("data", 1, load_tokenizer(model_path), LENGTH), CalibrationOptions(SAMPLES, LENGTH, SAMPLES, 1)
-    )
+    amount = CalibrationTextOptions(
+        calibration_samples=SAMPLES, calibration_len=LENGTH, eval_samples=SAMPLES, seed=1
+    )  # fmt: skip
+    drawn = calibration_of(rows_of("data", 1, load_tokenizer(model_path), LENGTH), amount)
     (folder / "model").mkdir()
-    settings = GptqSettings(BITS, GROUP, False, True, 0.05, SAMPLES)
-    quantize(Path(model_path), drawn.rows, settings, folder / "model", folder / "kept", 10**9)
+    settings, options = GptqOptions(BITS, GROUP, False, True, 0.05), SourceOptions(batch_size=SAMPLES, device="cpu")
+    quantize(Path(model_path), drawn.rows, settings, options, folder / "model", folder / "kept")
     return torch.tensor([[token for row in drawn.held_out for token in row][:LENGTH]])
 
 

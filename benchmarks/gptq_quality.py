@@ -85,23 +85,27 @@ def rows_of(text: str, seed: int, tokenizer: Any, length: int) -> Iterator[list[
 
 def measure(options: BenchmarkOptions, text: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Quantise in every setting and compare, on one draw of one kind of text."""
-    from onecard.export.quantize.calibration import CalibrationOptions, calibration_of
+    from onecard.export.quantize.calibration import calibration_of
     from onecard.export.quantize.evaluate import quality_of, round_layers
-    from onecard.export.quantize.gptq import GptqSettings, quantize, quantized_layers
+    from onecard.export.quantize.gptq import quantize, quantized_layers
+    from onecard.export.quantize.options import CalibrationTextOptions, GptqOptions, SourceOptions
     from onecard.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(options.model_path)
-    amount = CalibrationOptions(options.calibration_samples, options.calibration_len, options.eval_samples, seed)
+    amount = CalibrationTextOptions(
+        calibration_samples=options.calibration_samples, calibration_len=options.calibration_len,
+        eval_samples=options.eval_samples, seed=seed,
+    )  # fmt: skip
     drawn = calibration_of(rows_of(text, seed, tokenizer, options.calibration_len), amount)
     before = quality_of(loaded(options.model_path), drawn.held_out, objective=DOCUMENTS, batch_size=32)
-    found = []
+    at_once, found = SourceOptions(batch_size=32, device="cpu"), []
     for setting in options.settings.split(","):
         bits, group_size = map(int, setting.split("x"))
-        settings = GptqSettings(bits, group_size, options.desc_act, True, options.damp_percent, 32)
+        settings = GptqOptions(bits, group_size, options.desc_act, True, options.damp_percent)  # type: ignore[arg-type]
         target = folder / f"{text}-{seed}-{setting}"
         target.mkdir()
         started = time.perf_counter()
-        quantize(Path(options.model_path), drawn.rows, settings, target, folder / "kept", 10**9)
+        quantize(Path(options.model_path), drawn.rows, settings, at_once, target, folder / "kept")
         seconds = time.perf_counter() - started
         rounded = loaded(options.model_path)
         round_layers(rounded, quantized_layers(target), bits, group_size)

@@ -28,7 +28,8 @@ from onecard.data.mixture import parts_of
 from onecard.errors import CheckpointError, ConfigError, DataError
 from onecard.export.io.base import open_base
 from onecard.export.io.output import new_directory
-from onecard.export.merge.merge import MergeSettings, merge_into
+from onecard.export.merge.merge import merge_into
+from onecard.export.merge.options import MergeSettings
 from onecard.manifest import MANIFEST, read_manifest
 from onecard.model.hardware import detect
 from onecard.model.lora.methods import MOVING_STARTS
@@ -159,7 +160,7 @@ def _beginning(stage: Stage, before: Stage | None, base: str) -> tuple[FinetuneC
 
 def _merge(stage: Stage, base: str, target: Path) -> None:
     model = stage.config.model
-    settings = MergeSettings("fp32" if model.bits == 32 else "auto", trust_remote_code=model.trust_remote_code)
+    settings = MergeSettings(dtype="fp32" if model.bits == 32 else "auto", trust_remote_code=model.trust_remote_code)
     with new_directory(target, inputs=[Path(base)]) as partial:
         report = merge_into(partial, base, [str(stage.directory)], settings)
     for note in report.notes:

@@ -46,7 +46,7 @@ def path_problems(values: Mapping[str, Any]) -> list[Problem]:
     found: list[Problem] = []
     for name, check in CHECKS.items():
         value = values.get(name)
-        for part in _parts(value):
+        for part in paths_in(value):
             text = check(part) if part not in ("auto", "none") else ""
             found += [(f"--{name}", text)] if text else []
     return found
@@ -71,8 +71,8 @@ def shipped_file(text: str) -> str:
     return text if is_here or not (SHIPPED / path).exists() else str(SHIPPED / path)
 
 
-def _parts(value: Any) -> list[str]:
-    """The paths in a value: one, several with commas between them, or a list."""
+def paths_in(value: Any) -> list[str]:
+    """The paths in a value: one (which may hold a comma where it exists), several with commas between, or a list."""
     if not value:
         return []
     if isinstance(value, list):
@@ -140,13 +140,13 @@ def is_tuned_model(path: Path) -> bool:
 
 def trained_weights_in(path: Path) -> Path | None:
     """The trained weights of a base in a checkpoint, or in the newest one of a run; None: there are none."""
-    places = [place / TRAINED_WEIGHTS for place in (path.expanduser(), *_newest_first(path.expanduser()))]
+    places = [place / TRAINED_WEIGHTS for place in (path.expanduser(), *newest_checkpoints(path.expanduser()))]
     return next((file for file in places if file.is_file()), None)
 
 
 def foreign_advice(path: Path) -> str:
     """What to do with a checkpoint of another program, or a directory that holds some; empty for our own."""
-    foreign = next((place for place in (path, *_newest_first(path)) if _is_foreign(place)), None)
+    foreign = next((place for place in (path, *newest_checkpoints(path)) if _is_foreign(place)), None)
     if foreign is None:
         return ""
     return (
@@ -165,7 +165,8 @@ def _checkpoint(text: str) -> str:
     return foreign_advice(Path(text).expanduser()) or _must_exist(text)
 
 
-def _newest_first(path: Path) -> list[Path]:
+def newest_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints in a run's directory, the newest first."""
     numbered = {int(place.name[11:]): place for place in path.glob("checkpoint-*") if place.name[11:].isdigit()}
     return [numbered[step] for step in sorted(numbered, reverse=True)]
 

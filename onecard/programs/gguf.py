@@ -10,102 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from onecard.config.parsing import comma_list, parse
-from onecard.config.problems import Problem
-from onecard.export.io.output import OutputOptions
+from onecard.export.gguf.options import ExportOptions, OllamaOptions
 from onecard.inference.run_files import stored_options
-
-# Kinds of number that only llama.cpp's own program writes.
-LLAMA_QUANTIZE_KINDS = r"i?q\d_(k|k_[sml]|x*[sml]|nl|xs)|tq\d_\d"
-LLAMA_QUANTIZE = (
-    "llama.cpp makes it of a file of f16: llama-quantize model-f16.gguf model-Q4_K_M.gguf Q4_K_M (q4_0 needs nothing)"
-)
-
-
-@dataclass
-class ExportOptions(OutputOptions):
-    """What is exported, and where to."""
-
-    model_path: str = ""
-    """Base or merged model: a directory or a Hub id. With --lora_path, the base that the run names, if not given."""
-    lora_path: str = ""
-    """Adapter to merge in first; several with commas between them, in this order."""
-    adapter_scale: float = 1.0
-    """How strongly the adapters are put on; 1 is what was trained. For LoRA, LoHa and LoKr."""
-    output_path: str = ""
-    """A new directory for model-TYPE.gguf and Modelfile."""
-    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"] = field(
-        default="f16", metadata={"advice": (LLAMA_QUANTIZE_KINDS, LLAMA_QUANTIZE)}
-    )
-    """Kind of number: q8_0 is half of f16, q4_0 a quarter. Norms and biases stay f32, and a 4-bit file's head q8_0."""
-    prompt_type: str = "auto"
-    """Chat template: a built-in name or a .jinja file; auto takes the one stored with the model, or none."""
-    adapter_only: bool = False
-    """Write the LoRA adapter alone, for llama.cpp and Ollama to put on, instead of merging it in."""
-    accept_other_base: bool = False
-    """Merge although the adapter was trained on another base."""
-
-    def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        if not self.model_path:
-            found.append(("--model_path", "is missing; give the directory or Hub id of a model"))
-        if not self.output_path:
-            found.append(("--output_path", "is missing; give a new directory"))
-        elif self.output_path.lower().endswith(".gguf"):
-            found.append(("--output_path", "names a file; give a new directory for it"))
-        if self.adapter_only and not self.lora_path:
-            found.append(("--adapter_only", "needs an adapter: give --lora_path"))
-        if not 0 < self.adapter_scale <= 10:
-            found.append(
-                ("--adapter_scale", f"{self.adapter_scale} is not above 0, which would be the base, and up to 10")
-            )
-        elif self.adapter_scale != 1 and not self.lora_path:
-            found.append(("--adapter_scale", "needs an adapter to scale: give --lora_path"))
-        return found
-
-
-@dataclass
-class OllamaOptions:
-    """What the Modelfile says; what is not given is left to Ollama."""
-
-    modelfile: bool = True
-    """Write a Modelfile beside the GGUF."""
-    system: str = ""
-    """System prompt."""
-    num_ctx: int | None = None
-    """Context length in tokens."""
-    num_predict: int | None = None
-    """Longest answer in tokens."""
-    temperature: float | None = None
-    """Sampling temperature; 0 is greedy."""
-    top_p: float | None = None
-    """Share of probability that is sampled from."""
-    top_k: int | None = None
-    """Number of tokens that is sampled from."""
-    repeat_penalty: float | None = None
-    """Penalty on tokens that were said already; 1 is none."""
-
-    def problems(self) -> list[Problem]:
-        found: list[Problem] = []
-        for name in ("num_ctx", "num_predict", "repeat_penalty"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append((f"--{name}", f"{value} is not above 0"))
-        for name in ("temperature", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                found.append((f"--{name}", f"{value} is negative"))
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(("--top_p", f"{self.top_p} is no share; use a number above 0, at most 1"))
-        return found
-
-    def parameters(self) -> dict[str, float | int | None]:
-        """The sampling settings by Ollama's names."""
-        names = ("num_ctx", "num_predict", "temperature", "top_p", "top_k", "repeat_penalty")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -120,25 +29,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     config = parse(Config, argv, description=__doc__, stored=base_of_run)
 
-    export(config)
-
-
-def export(config: Config) -> None:
-    """Write what the options ask for."""
     from onecard.export.gguf.adapter import export_adapter
-    from onecard.export.gguf.export import GgufSettings, export_gguf
-    from onecard.export.gguf.ollama import ModelfileSettings
+    from onecard.export.gguf.export import export_gguf
 
-    options = config.export
-    (export_adapter if options.adapter_only else export_gguf)(
-        GgufSettings(
-            model_path=options.model_path, output_path=Path(options.output_path), gguf_type=options.gguf_type,
-            adapters=comma_list(options.lora_path), prompt_type=options.prompt_type,
-            modelfile=config.ollama.modelfile, accept_other_base=options.accept_other_base,
-            adapter_scale=options.adapter_scale, overwrite=options.overwrite,
-            ollama=ModelfileSettings(config.ollama.system, config.ollama.parameters()),
-        )
-    )  # fmt: skip
+    (export_adapter if config.export.adapter_only else export_gguf)(config.export, config.ollama)
 
 
 def base_of_run(typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,30 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any
 
-from onecard.config.data import ReadingOptions
 from onecard.config.parsing import parse
-from onecard.config.problems import Problem, too_small
-from onecard.export.quantize.options import SourceOptions
+from onecard.export.quantize.options import BnbOptions, SourceOptions
 from onecard.installation import SHIPPED
-
-
-@dataclass
-class BnbOptions(ReadingOptions):
-    """How weights are quantised, and what the result is measured on."""
-
-    bits: Literal[4, 8] = 4
-    """Bits per weight: 4 (NF4 with double quantisation) or 8 (LLM.int8)."""
-    eval_path: str = ""
-    """Text to measure on: a file, a folder or a Hub data set. Without it: the pages of docs, English and Chinese."""
-    eval_samples: int = 64
-    """Samples to measure on, at most."""
-    eval_len: int = 512
-    """Longest sample in tokens."""
-
-    def problems(self) -> list[Problem]:
-        return super().problems() + too_small(self, eval_samples=1, eval_len=16)
 
 
 @dataclass
@@ -49,32 +30,24 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     config = parse(BnbConfig, argv, description=__doc__)
 
-    quantize(config)
+    from onecard.export.quantize.run import export_bnb, with_base
 
-
-def quantize(config: BnbConfig) -> None:
-    """Write what the options ask for."""
-    from onecard.export.quantize.calibration import CalibrationOptions
-    from onecard.export.quantize.run import export_bnb, request_of
-
-    options, request = config.bnb, request_of(config.source)
-    amount = CalibrationOptions(length=options.eval_len, n_held_out=options.eval_samples)
-    export_bnb(request, options.bits, text_for(request.base, options), amount)
+    source = with_base(config.source)
+    export_bnb(source, config.bnb, text_for(source.model_path, config.bnb))
 
 
 def text_for(base: str, options: BnbOptions) -> Any:
-    """The TextSource to measure on: the user's text, or text of the kind that the base was trained on."""
+    """The MeasuredText: the user's text, or text of the kind that the base was trained on."""
     from onecard.export.io.base import read_config
-    from onecard.export.quantize.calibration import texts_of, tiny_corpus
-    from onecard.export.quantize.run import TextSource
+    from onecard.export.quantize.calibration import MeasuredText, texts_of, tiny_corpus
     from onecard.model.files import locate
 
     if options.eval_path:
-        return TextSource(lambda: texts_of(options.eval_path, options), name=options.eval_path)
+        return MeasuredText(options.eval_path, texts_of(options.eval_path, options))
     config, embedded = read_config(locate(base)), read_config(SHIPPED / "sample" / "tiny-llama")
     if all(config.get(name) == embedded[name] for name in ("model_type", "vocab_size", "hidden_size")):
-        return TextSource(lambda: tiny_corpus(0), packed=False, name="the corpus of sample/tiny-llama")
-    return TextSource(documents, name="the pages of docs/en and docs/zh")
+        return MeasuredText("the corpus of sample/tiny-llama", tiny_corpus(0), packed=False)
+    return MeasuredText("the pages of docs/en and docs/zh", documents())
 
 
 def documents() -> Iterator[str]:

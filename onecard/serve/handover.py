@@ -18,8 +18,8 @@ from onecard.config.base_model import ModelOptions, rope_scaling_of
 from onecard.config.given_paths import is_tuned_model
 from onecard.console import say
 from onecard.errors import ModelError
-from onecard.export.gguf.export import GgufSettings, export_gguf
-from onecard.export.gguf.ollama import ModelfileSettings
+from onecard.export.gguf.export import export_gguf
+from onecard.export.gguf.options import ExportOptions, GgufType, OllamaOptions
 from onecard.export.io import output
 from onecard.export.merge.merge import merge_into
 from onecard.inference.load import base_path, load_words
@@ -66,18 +66,19 @@ class StartPlan:
 
 
 def hand_over(engine: str, run: Path, target: Path, *, model_path: str = "auto", context: int = 0,
-              gguf_type: str = "q8_0", overwrite: bool = False) -> None:  # fmt: skip
+              gguf_type: GgufType = "q8_0", overwrite: bool = False) -> None:  # fmt: skip
     """Write the directory for one engine and say what is next. Raises OneCardError."""
     found, tokenizer = read_run(run, model_path, context)
     base, needs_merge = found.model, found.adapter is not None and (engine not in ("vllm", "sglang") or found.merges)
     if engine in ("llama.cpp", "ollama"):
-        settings = GgufSettings(
-            base, target, gguf_type, [str(run)] if needs_merge else [], overwrite=overwrite,
-            modelfile=engine == "ollama", ollama=ModelfileSettings(parameters={"num_ctx": found.context}),
+        options = ExportOptions(
+            model_path=base, output_path=str(target), gguf_type=gguf_type, overwrite=overwrite,
+            lora_path=str(run) if needs_merge else "",
         )  # fmt: skip
+        modelfile = OllamaOptions(modelfile=engine == "ollama", num_ctx=found.context)
         found = replace(found, model=f"model-{gguf_type}.gguf", adapter=None)
         plan = _PLANS[engine](found, target.absolute())
-        export_gguf(settings, also=lambda partial: _write(engine, found, plan, partial, run))
+        export_gguf(options, modelfile, also=lambda partial: _write(engine, found, plan, partial, run))
     else:
         if needs_merge:
             found = replace(found, model=str(target.absolute() / MODEL), adapter=None)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from onecard.export.quantize.run import QuantizeRequest, whole_model
+from onecard.export.quantize.options import SourceOptions
+from onecard.export.quantize.run import whole_model
 from onecard.model.lora.adapter import load_adapter
 from onecard.programs import gguf as export_gguf
 from onecard.programs import merge as merge_lora
@@ -63,5 +64,5 @@ def test_every_export_keeps_the_gain(trained: Any, n: int, tmp_path: Path) -> No
         quantization_config=GgufConfig(dequantize=True),
     )  # fmt: skip
     assert kept(dequantised, "GGUF f16") >= 0.99
-    with whole_model(QuantizeRequest(str(base), (adapter,), tmp_path / "q"), tmp_path) as source:
+    with whole_model(SourceOptions(model_path=str(base), lora_path=adapter), tmp_path) as source:
         assert kept(loaded(source), "sum for quantisers") >= 0.99

@@ -128,7 +128,7 @@ def test_a_tensor_that_has_no_place_in_the_export_is_an_error(
 
 def test_gptq_refuses_a_head_that_its_loader_would_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "_known_families", lambda: ["llama"])
-    settings = gptq.GptqSettings(group_size=32)
+    settings = gptq.GptqOptions(group_size=32)
     with pytest.raises(gptq.ModelError, match="set tie_word_embeddings to false"):
         gptq.check_source(tied(tmp_path / "own", own_head), settings)
     gptq.check_source(tied(tmp_path / "same", same_head), settings)

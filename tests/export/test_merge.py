@@ -22,7 +22,8 @@ from onecard.console import run_main
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError
 from onecard.export.io.weights import open_weights
-from onecard.export.merge.merge import MergeSettings, export_merged, find_base, merge_into
+from onecard.export.merge.merge import export_merged, find_base, merge_into
+from onecard.export.merge.options import MergeSettings
 from onecard.inference.load import load_bundle
 from onecard.programs import merge as merge_lora
 from onecard.recipes import finetune
@@ -294,7 +295,7 @@ def test_pickled_and_sharded_bases_give_the_same_bits(bases: dict[bool, Path], p
     for base in (bases[False], pickled, sharded):
         target = tmp_path / f"from-{base.name}"
         target.mkdir()
-        merge_into(target, str(base), [str(plain)], replace(EXACT, max_shard_bytes=120_000))
+        merge_into(target, str(base), [str(plain)], replace(EXACT, max_shard_size="120KB"))
         shards = sorted(target.glob("model-*.safetensors"))
         assert len(shards) > 2 and all(shard.stat().st_size < 120_000 for shard in shards)
         assert not list(target.glob("*.bin*"))

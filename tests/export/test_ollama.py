@@ -16,7 +16,8 @@ import pytest
 from onecard.data.built_in_templates import BUILT_IN, FOLDER, built_in_name
 from onecard.data.jinja_chat import render_chat
 from onecard.errors import ConfigError
-from onecard.export.gguf.ollama import GO_TEMPLATES, ModelfileSettings, go_template, modelfile, quoted
+from onecard.export.gguf.ollama import GO_TEMPLATES, go_template, modelfile, quoted
+from onecard.export.gguf.options import OllamaOptions
 
 BOS, EOS = "<s>", "</s>"
 WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\(|\)|:=|=|,|[^\s()=:,]+')
@@ -197,21 +198,21 @@ def test_every_built_in_template_has_its_go_form() -> None:
 def test_modelfile_reads_back_as_it_was_meant() -> None:
     template = go_template("alpaca", bos="", eos=EOS)
     system = 'You say "yes".\n\nThen: \\n {{ .x }} 你好"'
-    settings = ModelfileSettings(system, {"temperature": 0.0, "num_ctx": 2048, "top_p": None})
+    settings = OllamaOptions(system=system, temperature=0.0, num_ctx=2048)
     text = modelfile("model-f16.gguf", template, [EOS, "\n### Instruction:", EOS], settings)
     assert read_modelfile(text) == [
         ("FROM", "./model-f16.gguf"),
         ("TEMPLATE", template),
         ("PARAMETER stop", EOS),
         ("PARAMETER stop", "\n### Instruction:"),
-        ("PARAMETER temperature", "0.0"),
         ("PARAMETER num_ctx", "2048"),
+        ("PARAMETER temperature", "0.0"),
         ("SYSTEM", system),
     ]
 
 
 def test_without_a_template_ollama_is_left_to_its_own() -> None:
-    assert read_modelfile(modelfile("m.gguf", None, [], ModelfileSettings())) == [("FROM", "./m.gguf")]
+    assert read_modelfile(modelfile("m.gguf", None, [], OllamaOptions())) == [("FROM", "./m.gguf")]
 
 
 @pytest.mark.parametrize("text", ['say """this"""', "zero\u200bwidth", "wide\u3000space", "return\r"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import torch
 from onecard.config.base_model import ModelOptions
 from onecard.data.chat_template import load_template
 from onecard.errors import ConfigError, ModelError
-from onecard.export.quantize.calibration import CalibrationOptions, calibration_of, data_rows, text_rows, texts_of
+from onecard.export.quantize.calibration import calibration_of, data_rows, text_rows, texts_of
 from onecard.export.quantize.evaluate import quality_of, round_layers, round_to_nearest
+from onecard.export.quantize.options import CalibrationTextOptions
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.objectives.registry import objective_named
@@ -125,12 +127,12 @@ def test_text_in_rows(sp_tokenizer) -> None:
 
 def test_two_sides_never_meet() -> None:
     rows = [[1, k % 500, k, *range(7)] for k in range(2000)] * 2  # every row twice
-    options = CalibrationOptions(n_rows=60, length=50, n_held_out=20, seed=1)
+    options = CalibrationTextOptions(calibration_samples=60, calibration_len=50, eval_samples=20, seed=1)
     made = calibration_of(rows, options)
     assert made.n_tokens >= 3000 and len(made.held_out) >= 100
     assert not {tuple(row) for row in made.rows} & {tuple(row) for row in made.held_out}
     assert made == calibration_of(rows, options)
-    assert made.rows != calibration_of(rows, CalibrationOptions(60, 50, 20, seed=2)).rows
+    assert made.rows != calibration_of(rows, replace(options, seed=2)).rows
     given = calibration_of(rows, options, held_out=[[1, 2, 3]])
     assert given.held_out == [[1, 2, 3]]
     with pytest.raises(ConfigError, match=r"--calibration_path: gives .* tokens"):

@@ -19,7 +19,8 @@ from onecard.export.io.weights import ShardWriter
 from onecard.export.merge.effect import effect_of
 from onecard.export.merge.forward import ForwardPass, run_together
 from onecard.export.merge.lora_stack import LoadedLora
-from onecard.export.merge.merge import MergeSettings, merge_into
+from onecard.export.merge.merge import merge_into
+from onecard.export.merge.options import MergeSettings
 from onecard.export.merge.tensors import MergeReport
 from onecard.export.merge.verify import check_files, probe_prompts
 from tests import tiny
@@ -35,7 +36,9 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, 
     base = tiny.save_tiny_llama(folder / "base", layers=1)
     make_adapter(loaded(base), folder / "adapter", target_modules=["q_proj", "down_proj"])
     (folder / "result").mkdir()
-    report = merge_into(folder / "result", str(base), [str(folder / "adapter")], MergeSettings("fp16", verify=False))
+    report = merge_into(
+        folder / "result", str(base), [str(folder / "adapter")], MergeSettings(dtype="fp16", verify=False)
+    )
     return base, folder / "adapter", folder / "result", report
 
 
@@ -89,7 +92,7 @@ def test_a_wrong_merge_is_refused_and_no_rounding_is_blamed(
     for dtype in ("fp32", "bf16"):
         (tmp_path / dtype).mkdir()
         with pytest.raises(ModelError, match=r"does not agree with its adapters: (4|5)\d\.\d% of .* before rounding, "):
-            merge_into(tmp_path / dtype, str(base), [str(adapter)], MergeSettings(dtype))
+            merge_into(tmp_path / dtype, str(base), [str(adapter)], MergeSettings(dtype=dtype))
 
 
 def test_the_base_is_read_once_and_layers_in_turn(merged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +108,9 @@ def test_the_base_is_read_once_and_layers_in_turn(merged: Any, tmp_path: Path, m
     monkeypatch.setattr(LazyCheckpoint, "read", read)
     for number, dtype in enumerate(("auto", "fp32")):
         (tmp_path / dtype).mkdir()
-        report = merge_into(tmp_path / dtype, str(base), [str(adapter), str(adapter)][number:], MergeSettings(dtype))
+        report = merge_into(
+            tmp_path / dtype, str(base), [str(adapter), str(adapter)][number:], MergeSettings(dtype=dtype)
+        )
         assert sorted(reads) == sorted(report.checksums) and len(reads) == 12, dtype
         assert " 100.0% of what the adapters change" in report.proof
         reads.clear()
@@ -163,7 +168,9 @@ def test_what_rounding_costs_is_reported_with_its_share(merged: Any, tmp_path: P
     proofs = {}
     for dtype in ("bf16", "fp32"):
         (tmp_path / dtype).mkdir()
-        proofs[dtype] = merge_into(tmp_path / dtype, str(base), [str(tmp_path / "small")], MergeSettings(dtype)).proof
+        proofs[dtype] = merge_into(
+            tmp_path / dtype, str(base), [str(tmp_path / "small")], MergeSettings(dtype=dtype)
+        ).proof
     assert "the rest is lost to the rounding to bf16" in proofs["bf16"] and "100.0% of" not in proofs["bf16"]
     assert "100.0% of what the adapters change" in proofs["fp32"] and "rounding" not in proofs["fp32"]
 
@@ -173,7 +180,7 @@ def test_the_reported_effect_is_that_of_whole_models(merged: Any, tmp_path: Path
 
     base, adapter, result, _ = merged
     (tmp_path / "verified").mkdir()
-    proof = merge_into(tmp_path / "verified", str(base), [str(adapter)], MergeSettings("fp16")).proof
+    proof = merge_into(tmp_path / "verified", str(base), [str(adapter)], MergeSettings(dtype="fp16")).proof
     reference = peft.PeftModel.from_pretrained(loaded(base), adapter).eval()
     prompts = probe_prompts(result, 448, open_base(str(base)))
     with torch.no_grad():

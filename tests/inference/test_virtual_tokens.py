@@ -21,7 +21,7 @@ from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError
 from onecard.evaluate.likelihood import log_probs
 from onecard.export.gguf.adapter import export_adapter
-from onecard.export.gguf.export import GgufSettings
+from onecard.export.gguf.options import ExportOptions, OllamaOptions
 from onecard.inference.adapters import AdapterManager
 from onecard.inference.call import GenerateCall
 from onecard.inference.embeddings import embed, score
@@ -110,8 +110,9 @@ def test_scores_and_embeddings_are_those_behind_the_virtual_tokens(bundle, plain
 
 
 def test_a_gguf_adapter_cannot_hold_them(run, tiny_base, tmp_path) -> None:
+    options = ExportOptions(model_path=str(tiny_base), output_path=str(tmp_path / "gguf"), lora_path=str(run))
     with pytest.raises(ModelError, match="no weight of a base can hold what stands in front of every text"):
-        export_adapter(GgufSettings(str(tiny_base), tmp_path / "gguf", "f16", [str(run)]))
+        export_adapter(options, OllamaOptions())
 
 
 def test_switched_off_or_taken_off_the_base_is_left(bundle, run, tiny_base) -> None:

@@ -18,7 +18,8 @@ from onecard.config.base_model import ModelOptions, rope_scaling_of
 from onecard.config.lora import LoraOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.export.gguf.layout import read_layout
-from onecard.export.merge.merge import MergeSettings, export_merged
+from onecard.export.merge.merge import export_merged
+from onecard.export.merge.options import MergeSettings
 from onecard.inference.load import load_bundle
 from onecard.inference.run_files import stored_options
 from onecard.model.full_tuning import save_tuned, tune_base, write_tuned_model

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from onecard.export.quantize.run import QuantizeRequest, whole_model
+from onecard.export.quantize.options import SourceOptions
+from onecard.export.quantize.run import whole_model
 from onecard.model.lora.adapter import load_adapter
 from onecard.programs import gguf as export_gguf
 from onecard.programs import merge as merge_lora
@@ -82,7 +83,8 @@ def test_the_merge_keeps_the_gain(run: Run, tmp_path: Path, capsys: pytest.Captu
 def test_the_sum_that_quantisers_take_keeps_the_gain(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with whole_model(QuantizeRequest(str(run.base), (str(run.adapter),), tmp_path / "q"), tmp_path) as source:
+    options = SourceOptions(model_path=str(run.base), lora_path=str(run.adapter))
+    with whole_model(options, tmp_path) as source:
         model = loaded(source)
     with capsys.disabled():
         assert run.kept(model, "sum for quantisers") >= 0.99

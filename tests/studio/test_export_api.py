@@ -160,7 +160,7 @@ def test_options_are_those_of_the_programs() -> None:
     from onecard.programs import gguf, handover, merge, quantize_bnb, quantize_gptq
 
     hints = {
-        ("merge", "dtype"): merge.MergeOptions, ("merge", "format"): merge.MergeOptions,
+        ("merge", "dtype"): merge.MergeSettings, ("merge", "format"): merge.MergeOptions,
         ("gguf", "gguf_type"): gguf.ExportOptions, ("quantize-gptq", "bits"): quantize_gptq.GptqOptions,
         ("quantize-bnb", "bits"): quantize_bnb.BnbOptions, ("handover", "engine"): handover.HandoverOptions,
     }  # fmt: skip

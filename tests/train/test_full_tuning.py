@@ -20,7 +20,8 @@ from onecard.config.lora import LoraOptions
 from onecard.config.parsing import parse
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
-from onecard.export.merge.merge import MergeSettings, merge_into
+from onecard.export.merge.merge import merge_into
+from onecard.export.merge.options import MergeSettings
 from onecard.inference.load import load_bundle
 from onecard.inference.run_files import stored_options
 from onecard.model.hardware import detect

@@ -16,7 +16,8 @@ from onecard.config.lora import BOTTLENECK_FORMS, LORA_FORMS, NOT_IN_4_BITS, Lor
 from onecard.config.parsing import parse
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError, ModelError
-from onecard.export.merge.merge import MergeSettings, merge_into
+from onecard.export.merge.merge import merge_into
+from onecard.export.merge.options import MergeSettings
 from onecard.inference.load import load_bundle
 from onecard.model.lora.methods import METHODS
 from onecard.recipes import finetune

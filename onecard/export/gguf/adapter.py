@@ -17,8 +17,9 @@ from torch import Tensor
 from onecard.console import say, warn
 from onecard.errors import ConfigError, ModelError
 from onecard.export.gguf import writer
-from onecard.export.gguf.export import GgufSettings, chat_template_for, modelfile_for, open_source
+from onecard.export.gguf.export import chat_template_for, modelfile_for, open_source
 from onecard.export.gguf.layout import EMBEDDING, HEAD, GgufLayout, expected_shapes, permuted
+from onecard.export.gguf.options import ExportOptions, OllamaOptions
 from onecard.export.io import output
 from onecard.installation import command
 from onecard.model.files import locate
@@ -42,41 +43,41 @@ ADVICE = "leave --adapter_only out: merged into its base it can be written"
 MIB = 2**20
 
 
-def export_adapter(settings: GgufSettings) -> Path:
+def export_adapter(options: ExportOptions, for_ollama: OllamaOptions) -> Path:
     """Write DIRECTORY/adapter-TYPE.gguf, the chat template and a Modelfile; returns the file.
 
     Raises ModelError and ConfigError: more than one adapter, what a GGUF adapter cannot hold, another base.
     """
-    if len(settings.adapters) != 1:
+    if len(options.adapters) != 1:
         raise ConfigError(
-            FLAG, f"{len(settings.adapters)} adapters are given; give the one that is written as --lora_path"
+            FLAG, f"{len(options.adapters)} adapters are given; give the one that is written as --lora_path"
         )
-    if settings.gguf_type not in KINDS:
-        raise ConfigError("--gguf_type", f"{settings.gguf_type} is no kind of number for an adapter; use f16 or f32")
-    files = read_adapter(settings.adapters[0])
+    if options.gguf_type not in KINDS:
+        raise ConfigError("--gguf_type", f"{options.gguf_type} is no kind of number for an adapter; use f16 or f32")
+    files = read_adapter(options.adapters[0])
     refuse_never_merged(files)
     for note in files.notes:
         warn(note)
-    base = locate(settings.model_path)
+    base = locate(options.model_path)
     has_words = any((files.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     scaling = adapter_scaling(files.directory)
-    source = open_source(base, settings, files.directory if has_words else None, scaling)
-    alpha, factors = adapter_factors(files, source.layout, settings.adapter_scale)
+    source = open_source(base, options, files.directory if has_words else None, scaling)
+    alpha, factors = adapter_factors(files, source.layout, options.adapter_scale)
     n_bytes = sum(tensor.numel() * 4 for tensor in factors.values())
     inputs = [base, files.directory]
     with output.new_directory(
-        settings.output_path, overwrite=settings.overwrite, inputs=inputs, needed_bytes=n_bytes
+        options.target, overwrite=options.overwrite, inputs=inputs, needed_bytes=n_bytes
     ) as partial:
-        file = partial / f"adapter-{settings.gguf_type}.gguf"
-        writer.write_adapter(file, source.layout, alpha, factors, settings.gguf_type)
+        file = partial / f"adapter-{options.gguf_type}.gguf"
+        writer.write_adapter(file, source.layout, alpha, factors, options.gguf_type)
         jinja = chat_template_for(source.template, source.tokenizer)
         if jinja is not None:
             (partial / TEMPLATE_NAME).write_text(jinja, encoding="utf-8", newline="")
-        if settings.modelfile:
-            text = modelfile_for(BASE_FILE, source, settings, adapter=file.name)
+        if for_ollama.modelfile:
+            text = modelfile_for(BASE_FILE, source, for_ollama, adapter=file.name)
             (partial / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
         size = file.stat().st_size
-    written = settings.output_path / file.name
+    written = options.target / file.name
     say(f"wrote {written}: {len(factors) // 2} layers, alpha {alpha:g}, {size / MIB:.1f} MiB; read back and compared")
     say(
         f"for llama.cpp: llama-server -m BASE.gguf --lora {written}"
@@ -86,10 +87,10 @@ def export_adapter(settings: GgufSettings) -> Path:
     if scaling != "none":
         warn(f"the adapter was trained under --rope_scaling {scaling}, which a GGUF adapter does not hold: give "
              f"llama-server those flags; Ollama has none for it, so {ADVICE}")  # fmt: skip
-    if settings.modelfile:
-        made = f"{command('gguf')} --model_path {settings.model_path}"
+    if for_ollama.modelfile:
+        made = f"{command('gguf')} --model_path {options.model_path}"
         say(f"for Ollama: put the base beside it as {BASE_FILE} ({made}), then "
-            f"ollama create NAME -f {settings.output_path / 'Modelfile'}")  # fmt: skip
+            f"ollama create NAME -f {options.target / 'Modelfile'}")  # fmt: skip
     return written
 
 

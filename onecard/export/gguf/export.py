@@ -7,10 +7,10 @@ ollama.py's.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onecard.console import say, warn
 from onecard.data.built_in_templates import built_in_name
@@ -20,33 +20,20 @@ from onecard.errors import DataError
 from onecard.export.gguf import ollama
 from onecard.export.gguf import writer as gguf
 from onecard.export.gguf.layout import GgufLayout, check_tensors, read_layout, with_own_head
+from onecard.export.gguf.options import ExportOptions, OllamaOptions
 from onecard.export.gguf.tokenizer import Vocabulary, read_vocabulary
 from onecard.export.io import output
 from onecard.export.io.weights import Weights, open_weights
+from onecard.export.merge.options import MergeSettings
 from onecard.model.files import locate
 from onecard.model.load import load_tokenizer
 from onecard.model.lora.formats import scaling_of_adapters
 
 MERGED = ".merged"
-MERGED_DTYPES = {"f16": "fp16", "bf16": "bf16"}  # by the type of the file; fp32 for all others
+# By the type of the file; fp32 for all others.
+MERGED_DTYPES: dict[str, Literal["fp16", "bf16"]] = {"f16": "fp16", "bf16": "bf16"}
 MIB = 2**20
 PIECES_BYTES = 96 * MIB  # the fp32 pieces in which a tensor is rounded, and what gguf makes of them on the way
-
-
-@dataclass(frozen=True)
-class GgufSettings:
-    """What is exported, and how. prompt_type: auto takes the template stored with the model, if there is one."""
-
-    model_path: str
-    output_path: Path
-    gguf_type: str = "f16"
-    adapters: Sequence[str] = ()
-    adapter_scale: float = 1.0
-    prompt_type: str = "auto"
-    modelfile: bool = True
-    accept_other_base: bool = False
-    overwrite: bool = False
-    ollama: ollama.ModelfileSettings = field(default_factory=ollama.ModelfileSettings)
 
 
 @dataclass(frozen=True)
@@ -66,50 +53,52 @@ class GgufSource:
         return self.layout, self.vocabulary, self.weights
 
 
-def export_gguf(settings: GgufSettings, also: Callable[[Path], None] | None = None) -> Path:
+def export_gguf(options: ExportOptions, for_ollama: OllamaOptions, also: Callable[[Path], None] | None = None) -> Path:
     """Write DIRECTORY/model-TYPE.gguf and a Modelfile, reopen and compare, and say what was done; returns the file.
 
     also: writes more into the directory before it takes its name.
     Raises ModelError and ConfigError: another family, parts missing, damaged or of other sizes, no room, and an
     existing directory without `overwrite`.
     """
-    base = locate(settings.model_path)
-    name = settings.output_path.expanduser().absolute().name
-    inputs = [base, *(Path(adapter) for adapter in settings.adapters)]
+    base = locate(options.model_path)
+    name = options.target.expanduser().absolute().name
+    inputs = [base, *(Path(adapter) for adapter in options.adapters)]
     # Checked before the merge, which takes longest; and with an adapter again afterwards, on what was merged.
-    source = open_source(base, settings, rope_scaling=scaling_of_adapters(settings.adapters))
+    source = open_source(base, options, rope_scaling=scaling_of_adapters(options.adapters))
     needed = gguf.file_bytes(source.planned, source.vocabulary)
-    if settings.adapters:
-        itemsize = 2 if settings.gguf_type in MERGED_DTYPES else 4
+    if options.adapters:
+        itemsize = 2 if options.gguf_type in MERGED_DTYPES else 4
         needed += sum(entry.n_bytes // entry.dtype.itemsize * itemsize for entry in source.weights.entries.values())
     with output.new_directory(
-        settings.output_path, overwrite=settings.overwrite, inputs=inputs, needed_bytes=needed
+        options.target, overwrite=options.overwrite, inputs=inputs, needed_bytes=needed
     ) as partial:
-        if settings.adapters:
-            source = open_source(_merge(partial / MERGED, settings), settings)
+        if options.adapters:
+            source = open_source(_merge(partial / MERGED, options), options)
         for note in source.layout.notes:
             warn(note)
-        file = partial / f"model-{settings.gguf_type}.gguf"
-        _say_plan(source, settings)
+        file = partial / f"model-{options.gguf_type}.gguf"
+        _say_plan(source, options)
         gguf.write(
-            file, source.model, source.planned, name=name, gguf_type=settings.gguf_type,
+            file, source.model, source.planned, name=name, gguf_type=options.gguf_type,
             chat_template=chat_template_for(source.template, source.tokenizer),
         )  # fmt: skip
         reports = gguf.verify(file, source.model, source.planned)
-        note = _template_note(source, settings)
-        if settings.modelfile:
-            text = modelfile_for(file.name, source, settings)
+        note = _template_note(source, for_ollama)
+        if for_ollama.modelfile:
+            text = modelfile_for(file.name, source, for_ollama)
             (partial / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
         n_bytes = file.stat().st_size
         if also is not None:
             also(partial)
         shutil.rmtree(partial / MERGED, ignore_errors=True)
-    _say_done(settings, file.name, n_bytes, reports, note)
-    return settings.output_path / file.name
+    _say_done(options.target, file.name, n_bytes, reports, note)
+    if for_ollama.modelfile:
+        say(f"for Ollama: ollama create NAME -f {options.target / 'Modelfile'}")
+    return options.target / file.name
 
 
 def open_source(
-    directory: Path, settings: GgufSettings, words: Path | None = None, rope_scaling: str = "none"
+    directory: Path, options: ExportOptions, words: Path | None = None, rope_scaling: str = "none"
 ) -> GgufSource:
     """Look at everything that an export needs, without reading a weight. Raises as `export_gguf` does.
 
@@ -122,12 +111,12 @@ def open_source(
     names, left_out = check_tensors(directory, layout, weights)
     layout = replace(layout, notes=(*layout.notes, *left_out))
     tokenizer = load_tokenizer(str(words or directory))
-    template = _template(settings.prompt_type, tokenizer)
+    template = _template(options.prompt_type, tokenizer)
     end_id = single_token(template.end_text(tokenizer), tokenizer) if template else None
     vocabulary = read_vocabulary(
         tokenizer, directory, layout.vocab_size, beginning=_beginning(template, tokenizer), end_id=end_id
     )
-    planned = gguf.plan(layout, names, settings.gguf_type)
+    planned = gguf.plan(layout, names, options.gguf_type)
     return GgufSource(directory, layout, vocabulary, weights, planned, tokenizer, template)
 
 
@@ -164,26 +153,25 @@ def _beginning(template: Template | None, tokenizer: Any) -> str:
     return bos if text.startswith(bos) else ""
 
 
-def _merge(directory: Path, settings: GgufSettings) -> Path:
-    from onecard.export.merge.merge import MergeSettings, merge_into  # peft takes seconds, and only adapters need it
+def _merge(directory: Path, options: ExportOptions) -> Path:
+    from onecard.export.merge.merge import merge_into  # peft takes seconds, and only adapters need it
 
     directory.mkdir()
     # Learned sums are rounded once: here to the file's own 16 bits, which gguf then stores as they are, or there.
-    dtype = MERGED_DTYPES.get(settings.gguf_type, "fp32")
+    dtype: Literal["fp16", "bf16", "fp32"] = MERGED_DTYPES.get(options.gguf_type, "fp32")
     report = merge_into(
-        directory, settings.model_path, list(settings.adapters),
-        MergeSettings(dtype=dtype, accept_other_base=settings.accept_other_base, adapter_scale=settings.adapter_scale),
+        directory, options.model_path, options.adapters,
+        MergeSettings(dtype=dtype, accept_other_base=options.accept_other_base, adapter_scale=options.adapter_scale),
     )  # fmt: skip
     for note in report.notes:
         warn(note)
     say(
-        f"merged {len(report.adapters)} adapter(s) into {settings.model_path}"
-        + f": {report.proof}" * bool(report.proof)
+        f"merged {len(report.adapters)} adapter(s) into {options.model_path}" + f": {report.proof}" * bool(report.proof)
     )
     return directory
 
 
-def modelfile_for(file_name: str, source: GgufSource, settings: GgufSettings, adapter: str = "") -> str:
+def modelfile_for(file_name: str, source: GgufSource, options: OllamaOptions, adapter: str = "") -> str:
     """The Modelfile of an opened model, with what its template and tokenizer ask for."""
     template, tokenizer = source.template, source.tokenizer
     go, stops = None, []
@@ -194,15 +182,15 @@ def modelfile_for(file_name: str, source: GgufSource, settings: GgufSettings, ad
             lead = PromptRenderer(template, tokenizer).lead
             go = ollama.go_template(built_in, bos=bos, eos=str(tokenizer.eos_token), lead=lead)
         stops = [template.end_text(tokenizer), *template.stop]
-    return ollama.modelfile(file_name, go, stops, settings.ollama, adapter)
+    return ollama.modelfile(file_name, go, stops, options, adapter)
 
 
-def _template_note(source: GgufSource, settings: GgufSettings) -> str:
+def _template_note(source: GgufSource, for_ollama: OllamaOptions) -> str:
     if source.template is None:
         return "no chat template: none is stored with the model (give one with --prompt_type)"
     built_in = built_in_name(source.template.jinja)
     note = f"chat template: {built_in or 'the model’s own'}, in the GGUF"
-    if not settings.modelfile:
+    if not for_ollama.modelfile:
         return note
     if built_in:
         return f"{note} and, as a Go template, in the Modelfile"
@@ -212,25 +200,23 @@ def _template_note(source: GgufSource, settings: GgufSettings) -> str:
     )
 
 
-def _say_plan(source: GgufSource, settings: GgufSettings) -> None:
+def _say_plan(source: GgufSource, options: ExportOptions) -> None:
     largest = max(source.weights.entries[tensor.source].n_bytes for tensor in source.planned if tensor.source)
     ram = 2 * largest + 2 * max(tensor.n_bytes for tensor in source.planned) + PIECES_BYTES
     vocabulary = source.vocabulary
     words = {"llama": "SentencePiece", "gpt2": f"byte-level BPE, cut as {vocabulary.pre}"}[vocabulary.model]
     unused = f", {vocabulary.n_unused} of them in no text" if vocabulary.n_unused else ""
     say(
-        f"{source.layout.family} model, {len(source.planned)} tensors as {settings.gguf_type}, "
+        f"{source.layout.family} model, {len(source.planned)} tensors as {options.gguf_type}, "
         f"{len(vocabulary.tokens)} tokens ({words}{unused}); takes about {ram // MIB} MiB of RAM beside the program"
     )
 
 
-def _say_done(settings: GgufSettings, file_name: str, n_bytes: int, reports: list[gguf.KindReport], note: str) -> None:
+def _say_done(target: Path, file_name: str, n_bytes: int, reports: list[gguf.KindReport], note: str) -> None:
     kinds = ", ".join(
         f"{report.n_tensors} {report.kind} ({report.n_bytes / MIB:.1f} MiB, error at most {report.error:.2%})"
         for report in reports
     )
-    say(f"wrote {settings.output_path / file_name}: {n_bytes / MIB:.1f} MiB")
+    say(f"wrote {target / file_name}: {n_bytes / MIB:.1f} MiB")
     say(f"reopened and compared with the source: {kinds}")
     say(note)
-    if settings.modelfile:
-        say(f"for Ollama: ollama create NAME -f {settings.output_path / 'Modelfile'}")

@@ -9,10 +9,10 @@ https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx, .../docs/template
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from onecard.errors import ConfigError
+from onecard.export.gguf.options import OllamaOptions
 
 QUOTES = '"""'
 _START = "{{- range $i, $_ := .Messages }}\n{{- $last := eq (len (slice $.Messages $i)) 1 }}\n"
@@ -54,14 +54,6 @@ GO_TEMPLATES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ModelfileSettings:
-    """What a Modelfile says besides the file and the template. parameters: Ollama's names; None is left out."""
-
-    system: str = ""
-    parameters: Mapping[str, float | int | None] = field(default_factory=dict)
-
-
 def go_template(name: str, *, bos: str, eos: str, lead: str = "") -> str | None:
     """The Go template that writes what our Jinja template of this name writes; None for one that is not built in.
 
@@ -79,7 +71,7 @@ def go_template(name: str, *, bos: str, eos: str, lead: str = "") -> str | None:
 
 
 def modelfile(
-    file_name: str, template: str | None, stops: Sequence[str], settings: ModelfileSettings, adapter: str = ""
+    file_name: str, template: str | None, stops: Sequence[str], options: OllamaOptions, adapter: str = ""
 ) -> str:  # fmt: skip
     """The text of a Modelfile beside `file_name`, and beside `adapter`, if that is put on it.
 
@@ -89,9 +81,9 @@ def modelfile(
     if template is not None:
         lines.append(f"TEMPLATE {quoted(template, '--prompt_type')}")
     lines += [f"PARAMETER stop {quoted(stop, '--prompt_type')}" for stop in dict.fromkeys(stops)]
-    lines += [f"PARAMETER {name} {value}" for name, value in settings.parameters.items() if value is not None]
-    if settings.system:
-        lines.append(f"SYSTEM {quoted(settings.system, '--system')}")
+    lines += [f"PARAMETER {name} {value}" for name, value in options.parameters().items() if value is not None]
+    if options.system:
+        lines.append(f"SYSTEM {quoted(options.system, '--system')}")
     return "\n".join(lines) + "\n"
 
 

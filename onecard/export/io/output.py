@@ -38,10 +38,14 @@ class OutputOptions:
     overwrite: bool = False
     """Replace what is at --output_path."""
 
+    @property
+    def target(self) -> Path:
+        return Path(self.output_path)
+
 
 @dataclass
-class ShardedOutputOptions(OutputOptions):
-    """Those of a program that writes the weights of a model."""
+class ShardOptions:
+    """How the weights of a model are cut into files."""
 
     max_shard_size: str = "5GB"
     """Largest weight file, such as 5GB or 500MB; also what is held in memory."""
@@ -57,6 +61,11 @@ class ShardedOutputOptions(OutputOptions):
         except ConfigError as reason:
             return [(SHARD_FLAG, str(reason).removeprefix(f"{SHARD_FLAG}: "))]
         return []
+
+
+@dataclass
+class ShardedOutputOptions(ShardOptions, OutputOptions):
+    """Those of a program that writes the weights of a model into a new directory."""
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from onecard.export.io.output import new_directory, progress
 from onecard.export.io.weights import ShardWriter, checksum, copy_small_files
 from onecard.export.merge.forward import units_of
 from onecard.export.merge.lora_stack import LoadedLora, LoraStack, adapt
+from onecard.export.merge.options import MergeSettings
 from onecard.export.merge.rounding import DTYPES, NAMES, DoesNotFit
 from onecard.export.merge.tensors import LayerMerger, MergeReport
 from onecard.export.merge.verify import Predictions, predict_while_merging, probe_prompts, verify_merge
@@ -39,23 +39,8 @@ TOKENIZER_AND_TEMPLATE = (
 PROGRAM_BYTES = int(0.7 * 2**30)  # Python with torch, transformers and peft
 
 
-@dataclass(frozen=True)
-class MergeSettings:
-    """How adapters are merged."""
-
-    dtype: str = "auto"
-    """fp16, bf16 or fp32; auto: fp16 where weights and activations fit, else bf16."""
-    max_shard_bytes: int = 5 * 10**9
-    accept_other_base: bool = False
-    """Merge although the adapter was trained on another base."""
-    verify: bool = True
-    """Measure how much of the adapters' effect on the predictions is kept, and read the result back."""
-    trust_remote_code: bool = False
-    adapter_scale: float = 1.0
-
-
 def merge_into(
-    directory: Path, base: str, adapters: Sequence[str], settings: MergeSettings = MergeSettings(), *,
+    directory: Path, base: str, adapters: Sequence[str], settings: MergeSettings | None = None, *,
     stored: LazyCheckpoint | None = None,
 ) -> MergeReport:  # fmt: skip
     """Write base + adapters, in their order, as a Hugging Face model into an existing empty `directory`.
@@ -71,6 +56,7 @@ def merge_into(
     """
     if not adapters:
         raise ConfigError("--lora_path", "names no adapter; there is nothing to merge")
+    settings = settings or MergeSettings()
     stored = stored or _open(base, adapters, settings)
     dtypes, notes = target_dtypes(settings.dtype), list[str]()
     for dtype in dtypes[:-1]:

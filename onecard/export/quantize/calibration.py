@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from onecard.config.data import ReadingOptions, column_names
 from onecard.data.chat_template import Template
@@ -20,6 +20,7 @@ from onecard.data.plain_text import TxtSplit
 from onecard.data.sources import ReadReport, Source, read
 from onecard.data.special_tokens import beginning_ids
 from onecard.errors import ConfigError, DataError
+from onecard.export.quantize.options import CalibrationTextOptions
 from onecard.installation import IS_CLONE
 from onecard.objectives.base import Objective
 
@@ -30,14 +31,12 @@ PIECE_CHARACTERS = 20_000  # of text are tokenised at once
 Rows = list[list[int]]
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """How much text, and in which pieces."""
+class MeasuredText(NamedTuple):
+    """Text that a result is measured on. packed: the texts follow one another in rows of full length."""
 
-    n_rows: int = 256
-    length: int = 512
-    n_held_out: int = 64
-    seed: int = 42
+    name: str
+    texts: Iterable[str]
+    packed: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,23 +51,26 @@ class Calibration:
         return sum(map(len, self.rows))
 
 
-def calibration_of(rows: Iterable[list[int]], options: CalibrationOptions, held_out: Rows | None = None) -> Calibration:
+def calibration_of(
+    rows: Iterable[list[int]], options: CalibrationTextOptions, held_out: Rows | None = None
+) -> Calibration:
     """Draw the two sides from `rows`, the same ones for the same seed; with `held_out` given, all are for fitting.
 
-    Rows shorter than `options.length` are taken in larger numbers, so that either side has about as many tokens.
-    The held-out rows are taken away first, at even distances over all that was read. Raises ConfigError: too little.
+    Rows shorter than `calibration_len` are taken in larger numbers, so that either side has about as many tokens. The
+    held-out rows are taken away first, at even distances over all that was read. Raises ConfigError: too little.
     """
-    n_kept = 0 if held_out is not None else options.n_held_out
-    found = upto(rows, READ_AHEAD * (options.n_rows + n_kept), options.length)
+    n_rows, length = options.calibration_samples, options.calibration_len
+    n_kept = 0 if held_out is not None else options.eval_samples
+    found = upto(rows, READ_AHEAD * (n_rows + n_kept), length)
     if held_out is None:
-        share = min(n_kept / (options.n_rows + n_kept), 0.25)
-        n_kept = len(upto(found[: int(share * len(found))], n_kept, options.length))
+        share = min(n_kept / (n_rows + n_kept), 0.25)
+        n_kept = len(upto(found[: int(share * len(found))], n_kept, length))
         held_out = [found[k * len(found) // n_kept] for k in range(n_kept)]
         # A row that repeats a held-out one would be fitted to after all.
         seen = {tuple(row) for row in held_out}
         found = [row for row in found if tuple(row) not in seen]
     random.Random(options.seed).shuffle(found)
-    result = Calibration(upto(found, options.n_rows, options.length), held_out)
+    result = Calibration(upto(found, n_rows, length), held_out)
     if result.n_tokens < LEAST_TOKENS or not held_out:
         raise ConfigError(
             "--calibration_path",

@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,9 +31,10 @@ from onecard.export.io.output import progress
 from onecard.export.io.weights import Weights, copy_small_files, open_weights
 from onecard.export.quantize.bnb import plain_weights, stored_dtype, write_config
 from onecard.export.quantize.calibration import Rows
-from onecard.export.quantize.options import GROUP_SIZES
+from onecard.export.quantize.options import GROUP_SIZES, GptqOptions, SourceOptions
 from onecard.model.files import base_fingerprint, read_json, write_json
 from onecard.model.gptq import QUANTIZE_CONFIG, quiet_gptqmodel
+from onecard.model.hardware import detect
 from onecard.storage import is_disk_full, move
 
 KEPT_BY_LAYER = ("llama", "qwen3_moe")  # the families whose half-done work gptqmodel 7.6 can keep
@@ -42,23 +43,7 @@ NO_LAYERS = ("embed", "lm_head", "wte", "wpe", "norm", "router", "mlp.gate.")
 NOW_AT = re.compile(r"Quantizing layer (\d+) of (\d+)")
 
 
-@dataclass(frozen=True)
-class GptqSettings:
-    """How weights are quantised; the defaults are what every loader of this form reads fastest."""
-
-    bits: int = 4
-    group_size: int = 128
-    """Weights of a row that share a scale; -1: the whole row."""
-    desc_act: bool = False
-    """Quantise the columns with the largest inputs first (act-order)."""
-    symmetric: bool = True
-    damp_percent: float = 0.05
-    """Share of the mean of the Hessian's diagonal that is added to it."""
-    batch_size: int = 4
-    device: str = "cpu"
-
-
-def check_source(directory: Path, settings: GptqSettings) -> Weights:
+def check_source(directory: Path, settings: GptqOptions) -> Weights:
     """Look at config and headers before anything is loaded; returns the weights, still on the disk.
 
     Raises ModelError and ConfigError: a family that gptqmodel does not know, weights that are quantised
@@ -83,15 +68,18 @@ def check_source(directory: Path, settings: GptqSettings) -> Weights:
     return weights
 
 
-def quantize(source: Path, rows: Rows, settings: GptqSettings, target: Path, kept: Path, max_shard_bytes: int) -> None:
+def quantize(source: Path, rows: Rows, settings: GptqOptions, options: SourceOptions, target: Path, kept: Path) -> None:
     """Quantise the model in `source` and write it, with its tokenizer and template, into the directory `target`.
 
-    rows: token ids to fit to. kept: a directory that outlives a kill; where the family allows, each finished layer
-    lies there and the next start with the same settings goes on behind it. gptqmodel's own account is in its log.
+    rows: token ids to fit to. options: device, batch size and shards. kept: a directory that outlives a kill; where the
+    family allows, each finished layer lies there and the next start with the same settings goes on behind it.
+    gptqmodel's own account is in its log.
 
     Raises ModelError where gptqmodel fails, with the place of its log.
     """
-    done = _same_work(kept, source, rows, settings)
+    device = str(detect(options.device).device)
+    work = {**asdict(settings), "batch_size": options.batch_size, "device": device}
+    done = _same_work(kept, source, rows, work)
     if done:
         say(f"going on with the layers that an earlier start left in {kept}")
     # Absolute before `_account_in`, inside which the current folder is another one.
@@ -100,10 +88,11 @@ def quantize(source: Path, rows: Rows, settings: GptqSettings, target: Path, kep
     n_layers = int(read_json(source / "config.json").get("num_hidden_layers", 0))
     try:
         with progress("quantising layers", n_layers) as advance, _account_in(log, advance):
-            _run(source, rows, settings, written, kept, max_shard_bytes)
+            model = _quantized(source, rows, settings, kept, options.batch_size, device)
+            model.save(str(written), max_shard_size=options.max_shard_bytes)
     except torch.OutOfMemoryError as reason:
         raise ModelError(
-            f"quantising does not fit on {settings.device}: use a smaller --batch_size or --calibration_len"
+            f"quantising does not fit on {device}: use a smaller --batch_size or --calibration_len"
         ) from reason
     except (RuntimeError, ValueError, NotImplementedError, KeyError, TypeError, AttributeError) as reason:
         if is_disk_full(reason):
@@ -133,7 +122,7 @@ def quantized_layers(directory: Path) -> list[str]:
     return names
 
 
-def _check_shapes(layers: Mapping[str, tuple[int, ...]], settings: GptqSettings) -> None:
+def _check_shapes(layers: Mapping[str, tuple[int, ...]], settings: GptqOptions) -> None:
     bits, group_size = settings.bits, settings.group_size
     for name, (n_outputs, n_inputs) in layers.items():
         if n_outputs * bits % 32 or n_inputs * bits % 32:
@@ -160,9 +149,9 @@ def _known_families() -> list[str]:
     return SUPPORTED_MODELS
 
 
-def _same_work(kept: Path, source: Path, rows: Rows, settings: GptqSettings) -> bool:
+def _same_work(kept: Path, source: Path, rows: Rows, settings: Mapping[str, Any]) -> bool:
     """Make `kept` ready; what lies there of another model, text or setting is removed. True where work is done."""
-    work = {**asdict(settings), "source": base_fingerprint(str(source)),
+    work = {**settings, "source": base_fingerprint(str(source)),
             "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}  # fmt: skip
     note = kept / "work.json"
     is_same = note.is_file() and note.read_text(encoding="utf-8") == json.dumps(work)
@@ -211,7 +200,8 @@ def _account_in(log: Path, advance: Callable[[int], Any]) -> Iterator[None]:
                 speaker.setLevel(level)
 
 
-def _run(source: Path, rows: Rows, settings: GptqSettings, written: Path, kept: Path, max_shard_bytes: int) -> None:
+def _quantized(source: Path, rows: Rows, settings: GptqOptions, kept: Path, batch_size: int, device: str) -> Any:
+    """gptqmodel's model with its layers quantised."""
     from gptqmodel import CheckpointConfig, GPTQModel, QuantizeConfig
     from gptqmodel.looper.checkpoint import CheckpointStopped
     from gptqmodel.looper.checkpoint_store import CheckpointError
@@ -225,16 +215,16 @@ def _run(source: Path, rows: Rows, settings: GptqSettings, written: Path, kept: 
         model = GPTQModel.load(
             str(source),
             QuantizeConfig(
-                bits=settings.bits, group_size=settings.group_size, desc_act=settings.desc_act, sym=settings.symmetric,
+                bits=settings.bits, group_size=settings.group_size, desc_act=settings.desc_act, sym=settings.sym,
                 damp_percent=settings.damp_percent,
                 act_group_aware=settings.group_size > 0 and not settings.desc_act,
                 offload_to_disk=True, offload_to_disk_path=str(kept / "offload"),
             ),
-            device=settings.device, dtype=stored_dtype(open_weights(source)),
+            device=device, dtype=stored_dtype(open_weights(source)),
         )  # fmt: skip
         checkpoint = CheckpointConfig(path=str(kept / "layers")) if keeps else None
         try:
-            model.quantize(data, batch_size=settings.batch_size, calibration_data_min_length=1, checkpoint=checkpoint)
+            model.quantize(data, batch_size=batch_size, calibration_data_min_length=1, checkpoint=checkpoint)
             break
         except CheckpointStopped as reason:  # Ctrl-C or SIGTERM, which gptqmodel takes at the end of a layer
             raise Stopped(f"stopped; the layers done are in {kept}, the same command goes on there", 130) from reason
@@ -242,16 +232,16 @@ def _run(source: Path, rows: Rows, settings: GptqSettings, written: Path, kept: 
             if attempt == 2:
                 raise
             shutil.rmtree(kept / "layers")
-    model.save(str(written), max_shard_size=max_shard_bytes)
+    return model
 
 
-def _write_configs(source: Path, target: Path, settings: GptqSettings) -> None:
+def _write_configs(source: Path, target: Path, settings: GptqOptions) -> None:
     """config.json and quantize_config.json, both with the same account, without paths of this machine."""
     import gptqmodel
 
     stored = {
         "bits": settings.bits, "group_size": settings.group_size, "desc_act": settings.desc_act,
-        "sym": settings.symmetric, "damp_percent": settings.damp_percent, "static_groups": False,
+        "sym": settings.sym, "damp_percent": settings.damp_percent, "static_groups": False,
         "true_sequential": True, "lm_head": False, "quant_method": "gptq", "checkpoint_format": "gptq",
         "pack_dtype": "int32", "meta": {"quantizer": [f"gptqmodel:{gptqmodel.__version__}"]},
     }  # fmt: skip

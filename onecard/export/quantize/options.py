@@ -1,11 +1,13 @@
-"""The options that the quantising tools share. Imports nothing heavy: `--help` goes through here."""
+"""The options of the quantising tools, as they are typed and as they are carried out. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from onecard.config.data import ReadingOptions
+from onecard.config.given_paths import paths_in
 from onecard.config.problems import Problem, too_small
 from onecard.export.io.output import ShardedOutputOptions
 
@@ -30,6 +32,16 @@ class SourceOptions(ShardedOutputOptions):
     """Samples that pass through the model at once; less takes less memory."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @property
+    def adapters(self) -> list[str]:
+        """In the order in which they are merged; none: the model is taken as it is."""
+        return paths_in(self.lora_path)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The directories that are read."""
+        return [path for path in map(Path, (self.model_path, *self.adapters)) if path.exists()]
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
@@ -68,3 +80,45 @@ class CalibrationTextOptions(ReadingOptions):
         if self.calibration == "data" and not self.calibration_path:
             found.append(("--calibration_path", "is needed with --calibration data: the training data"))
         return found + too_small(self, calibration_samples=1, calibration_len=16, eval_samples=1)
+
+
+@dataclass
+class GptqOptions:
+    """How weights are quantised."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    """Bits per weight."""
+    group_size: int = 128
+    """Weights of a row that share a scale: 16, 32, 64, 128, 256, 512 or 1024; -1: the whole row."""
+    desc_act: bool = False
+    """Act-order: quantise the columns with the largest inputs first. Often a little better; slower in some loaders."""
+    sym: bool = True
+    """Symmetric scales, which every loader reads. false may fit better, and some loaders misread it."""
+    damp_percent: float = 0.05
+    """Damping of the Hessian as a share of its mean diagonal; raise it where a layer cannot be solved."""
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if self.group_size not in GROUP_SIZES:
+            listed = ", ".join(map(str, GROUP_SIZES))
+            found.append(("--group_size", f"{self.group_size} is not packed by anyone; use one of {listed}"))
+        if not 0 < self.damp_percent < 1:
+            found.append(("--damp_percent", f"{self.damp_percent} is no share between 0 and 1; 0.05 is usual"))
+        return found
+
+
+@dataclass
+class BnbOptions(ReadingOptions):
+    """How weights are quantised, and what the result is measured on."""
+
+    bits: Literal[4, 8] = 4
+    """Bits per weight: 4 (NF4 with double quantisation) or 8 (LLM.int8)."""
+    eval_path: str = ""
+    """Text to measure on: a file, a folder or a Hub data set. Without it: the pages of docs, English and Chinese."""
+    eval_samples: int = 64
+    """Samples to measure on, at most."""
+    eval_len: int = 512
+    """Longest sample in tokens."""
+
+    def problems(self) -> list[Problem]:
+        return super().problems() + too_small(self, eval_samples=1, eval_len=16)

@@ -36,7 +36,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.data.messages import Turn
 from onecard.errors import ConfigError, ModelError
 from onecard.export.gguf.adapter import export_adapter
-from onecard.export.gguf.export import GgufSettings
+from onecard.export.gguf.options import ExportOptions, OllamaOptions
 from onecard.inference.adapters import AdapterManager
 from onecard.inference.engine import GenerationRequest, InferenceEngine
 from onecard.inference.generate import stream
@@ -257,5 +257,6 @@ def test_the_engine_answers_with_it_beside_other_adapters(run: Path, tiny_base: 
 
 
 def test_a_gguf_adapter_cannot_hold_it(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    options = ExportOptions(model_path=str(tiny_base), output_path=str(tmp_path / "gguf"), lora_path=str(run))
     with pytest.raises(ModelError, match=r"method bottleneck, which is not merged here or anywhere: .*non-linearity"):
-        export_adapter(GgufSettings(str(tiny_base), tmp_path / "gguf", "f16", [str(run)]))
+        export_adapter(options, OllamaOptions())

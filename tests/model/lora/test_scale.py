@@ -16,7 +16,8 @@ from onecard.config.base_model import ModelOptions
 from onecard.config.inference import InferenceOptions
 from onecard.console import run_main
 from onecard.errors import ConfigError
-from onecard.export.merge.merge import MergeSettings, merge_into
+from onecard.export.merge.merge import merge_into
+from onecard.export.merge.options import MergeSettings
 from onecard.inference.adapters import open_adapters
 from onecard.inference.load import load_bundle
 from onecard.model.lora.adapter import load_adapter
