@@ -19,8 +19,9 @@ from onecard.config import parsing as cli
 from onecard.config.inference import GenerateConfig
 from onecard.config.training import FinetuneConfig
 from onecard.data.formats import to_sample
+from onecard.data.readers import read_file
 from onecard.data.values import UnusableRecord
-from onecard.errors import ConfigError
+from onecard.errors import ConfigError, DataError
 from onecard.installation import SHIPPED as REPOSITORY
 from onecard.programs import inspect as inspect_data
 from onecard.recipes import finetune, generate
@@ -114,6 +115,28 @@ def test_every_reason_why_a_record_is_not_learned_is_in_chinese(place: str) -> N
     english = [reason for reason in sorted(reasons) if translated(f"  {place}: {reason}", "zh").endswith(reason)]
     assert not english
     assert not [line for reason in reasons if PROSE.search(line := translated(f"{place}: {reason}", "zh"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"a": 1'), ("a.jsonl", b'{"a": 1} 2'), ("a.jsonl", b'{"a": 1, "a": 2}'),
+        ("a.jsonl", b'{"a": "\xff"}'), ("a.jsonl", b"[" * 100_000), ("a.json", b'[{"a": 1}, {"b"'),
+        ("a.json", b'[{"a": 1}'), ("a.json", b'[{"a": 1}] 2'),
+        ("a.json", b'[{"a": "\xff"}]'), ("a.json", b'[{"a": 1,}]'), ("a.csv", b"a,a\n1,2\n"), ("a.csv", b"a,b\n1\n"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n'), ("a.csv", b"a,b\n1,\xff\n"), ("a.txt", b"\xff\n"), ("a.parquet", b"PAR1none"),
+        ("a.json", "[1]".encode("utf-16")), ("a.json", b"\x1f\x8b" + 9 * b"\0"), ("a.csv", b"PK\3\4" + 9 * b"\0"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\n"),
+    ],
+)  # fmt: skip
+def test_every_reason_why_a_file_cannot_be_read_is_in_chinese(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    try:
+        reasons = [record.problem for record in read_file(tmp_path / name) if record.problem]
+    except DataError as reason:
+        reasons = [str(reason).removeprefix(f"{tmp_path / name}: ")]
+    assert reasons
+    assert not [reason for reason in reasons if translated(f"data.json:3: {reason}", "zh").endswith(reason)]
 
 
 @pytest.mark.parametrize(
