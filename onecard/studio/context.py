@@ -32,9 +32,27 @@ class StudioContext:
         """Every root that may be read."""
         return (*self.data_roots, self.output_root)
 
-    def safe_path(self, text: str, roots: Iterable[Path]) -> Path:
-        """See `safe_path`."""
-        return safe_path(text, roots)
+    @staticmethod
+    def safe_path(text: str, roots: Iterable[Path]) -> Path:
+        """The path of a text from the browser, resolved with its links; it need not exist.
+
+        A relative one is looked for in each root, then taken as one in the first. Raises ApiError (400, 403).
+        """
+        roots = tuple(roots)
+        if not isinstance(text, str) or not text.strip() or "\0" in text or len(text) > 4096:
+            raise bad_request("this is no path", code="bad_path")
+        try:
+            given = Path(text)
+            places = [given] if given.is_absolute() else [root / given for root in roots]
+            found = [place.resolve() for place in places]
+        except (OSError, RuntimeError, ValueError):  # a loop of links, a name that the system cannot have
+            raise bad_request("this is no path", code="bad_path") from None
+        allowed = [path for path in found if any(path.is_relative_to(root) for root in roots)]
+        if not allowed:
+            listed = ", ".join(map(str, roots))
+            raise ApiError(403, f"{text} lies outside {listed}; start the studio with --data_root to read elsewhere",
+                           code="outside_roots")  # fmt: skip
+        return next((path for path in allowed if path.exists()), allowed[0])
 
 
 def open_context(options: StudioOptions) -> StudioContext:
@@ -46,28 +64,6 @@ def open_context(options: StudioOptions) -> StudioContext:
     roots = [*(Path(root).expanduser() for root in options.data_root), SHIPPED / "sample"]
     return StudioContext(tuple(root.resolve() for root in roots), output, own / UPLOADS,
                          options.upload_max_mb * 1_000_000, Jobs(own / JOBS), EventHub())  # fmt: skip
-
-
-def safe_path(text: str, roots: Iterable[Path]) -> Path:
-    """The path of a text from the browser, resolved with its links; it need not exist.
-
-    A relative one is looked for in each root, then taken as one in the first. Raises ApiError (400, 403).
-    """
-    roots = tuple(roots)
-    if not isinstance(text, str) or not text.strip() or "\0" in text or len(text) > 4096:
-        raise bad_request("this is no path", code="bad_path")
-    try:
-        given = Path(text)
-        places = [given] if given.is_absolute() else [root / given for root in roots]
-        found = [place.resolve() for place in places]
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that the system cannot have
-        raise bad_request("this is no path", code="bad_path") from None
-    allowed = [path for path in found if any(path.is_relative_to(root) for root in roots)]
-    if not allowed:
-        listed = ", ".join(map(str, roots))
-        raise ApiError(403, f"{text} lies outside {listed}; start the studio with --data_root to read elsewhere",
-                       code="outside_roots")  # fmt: skip
-    return next((path for path in allowed if path.exists()), allowed[0])
 
 
 def leads_within(path: Path, roots: Sequence[Path]) -> bool:

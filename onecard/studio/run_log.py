@@ -182,13 +182,18 @@ def spread_lines(path: Path, n: int) -> bytes:
 
 def last_rows(run: Path) -> list[dict[str, Any]]:
     """The rows in the last `TAIL_BYTES` of a run's log; none where it has no log."""
+    return rows_of(end_of(run / LOG_NAME, TAIL_BYTES))
+
+
+def end_of(path: Path, most: int) -> bytes:
+    """The last bytes of a file, at most so many; none where there is no file."""
     try:
-        with (run / LOG_NAME).open("rb") as stream:
+        with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - TAIL_BYTES))
-            return rows_of(stream.read())
+            stream.seek(max(0, size - most))
+            return stream.read()
     except OSError:
-        return []
+        return b""
 
 
 def _columns_by_arrow(lines: bytes) -> Columns | None:

@@ -9,22 +9,23 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
+from onecard.config.given_paths import newest_checkpoints
 from onecard.config.problems import Problem
 from onecard.errors import CheckpointError, ConfigError
 from onecard.serve.http_error import ApiError
 from onecard.storage import json_object, move, read_json_object, write_whole
-from onecard.studio import control_link
 from onecard.studio.context import leads_within
 from onecard.studio.folders import bytes_in, is_portable
 from onecard.studio.jobs import ALIVE, Jobs
 from onecard.studio.run_log import last_rows
+from onecard.train import control
 from onecard.train.advice import ADVICE_NAME
 from onecard.train.findings import COMPARISON_NAME
 from onecard.train.run_lock import OWNER, RunLock
@@ -109,7 +110,7 @@ class Runs:
             with suppress(ApiError):
                 found = self.jobs.get(job_id)
                 job, created = found["state"], found["created"]
-        status = control_link.status(run)
+        status = status_of(run)
         is_held = owner_lives(run)
         # What an earlier start of the run wrote does not hold once it is started again.
         if status and (status["state"] in RUNNING or status.get("process_began", 0) >= created - 1):
@@ -230,6 +231,13 @@ class Runs:
         return self._sizes[run][1]
 
 
+def status_of(run: Path) -> dict[str, Any]:
+    """What a run says of itself (`control.RunStatus`); empty for one that wrote no status."""
+    with suppress(control.NotRunning):
+        return asdict(control.status(run))
+    return {}
+
+
 def is_run(folder: Path) -> bool:
     """Whether this is the directory of a run, begun or ended."""
     return any((folder / name).is_file() for name in MARKS)
@@ -256,11 +264,8 @@ FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def newest_position(run: Path) -> dict[str, Any]:
     """trainer_state.json of the result, else of the newest checkpoint."""
-    found = read_json_object(run / STATE_FILE)
-    if not found:
-        numbers = [int(place.name[11:]) for place in run.glob("checkpoint-*") if place.name[11:].isdigit()]
-        found = read_json_object(run / f"checkpoint-{max(numbers)}" / STATE_FILE) if numbers else {}
-    return found
+    places = [run, *newest_checkpoints(run)[:1]]
+    return next(filter(None, (read_json_object(place / STATE_FILE) for place in places)), {})
 
 
 def verdict(comparison: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,18 @@ from starlette.routing import BaseRoute
 
 from onecard.errors import ConfigError
 from onecard.serve.http_error import ApiError, bad_request
-from onecard.studio import control_link
 from onecard.studio.context import OWN_FOLDER, StudioContext
-from onecard.studio.control_link import ASK_FIELDS, KINDS
 from onecard.studio.events import EventHub, News
 from onecard.studio.http import json_route, route
 from onecard.studio.jobs_api import whole_number
 from onecard.studio.queue import RunQueue
 from onecard.studio.queue_api import QueueRoutes
-from onecard.studio.run_log import RunLogs
-from onecard.studio.runs import MOST_NOTES, STUDIO_LOG, Runs, is_run, questions
+from onecard.studio.run_log import RunLogs, end_of
+from onecard.studio.runs import MOST_NOTES, STUDIO_LOG, Runs, is_run, questions, status_of
+from onecard.train import control
 
 MOST_RUNS = 50  # in one request
+ASK_FIELDS = ("question", "messages", "system", "max_new_tokens", "temperature")
 LOG_TAIL = 32_000  # bytes: a browser needs 60 ms to lay out ten times as many, at each new line of a run
 # What a page shows of a run changes with these; its output too, which is all that a run gives before its first step.
 CHANGE_MARKS = ("log.jsonl", STUDIO_LOG, "studio.json", "control/status.json", "base_comparison.json", "manifest.json",
@@ -97,14 +98,7 @@ class RunRoutes:
 
     def log(self, request: Request) -> dict[str, str]:
         """The end of what the run said, as text."""
-        try:
-            with (self._run(request) / STUDIO_LOG).open("rb") as stream:
-                size = stream.seek(0, 2)
-                stream.seek(max(0, size - LOG_TAIL))
-                text = stream.read().decode("utf-8", "replace")
-        except OSError:
-            text = ""
-        return {"text": text}
+        return {"text": end_of(self._run(request) / STUDIO_LOG, LOG_TAIL).decode("utf-8", "replace")}
 
     def change(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Change `notes`, or the `name`, which a run that goes on keeps."""
@@ -132,13 +126,13 @@ class RunRoutes:
         """Ask something of a run that goes on: {kind, ...}; gives {request}, whose reply is then asked for."""
         run = self._run(request)
         kind = body.pop("kind")
-        if kind not in KINDS:
-            raise bad_request(f"kind is one of {', '.join(KINDS)}", "kind")
+        if kind not in control.KINDS:
+            raise bad_request(f"kind is one of {', '.join(control.KINDS)}", "kind")
         fields = {name: value for name, value in body.items() if kind == "ask" and name in ASK_FIELDS}
         if kind == "ask" and not (fields.get("question") or fields.get("messages")):
             raise bad_request("the question is empty", "question")
-        if control_link.status(run):
-            return {"request": control_link.send(run, kind, **fields)}
+        if status_of(run):
+            return {"request": control.send(run, kind, **fields)}
         job = self.runs.details(run)["job"]
         if kind == "stop" and isinstance(job, str):  # SIGTERM: it finishes its step and saves
             self.runs.jobs.cancel(job)
@@ -146,10 +140,10 @@ class RunRoutes:
         raise ConfigError("", f"{run.name} takes no requests: it has not begun, or an earlier version started it")
 
     def reply(self, request: Request) -> dict[str, Any]:
-        found = control_link.reply(self._run(request), request.path_params["request"])
+        found = control.reply(self._run(request), request.path_params["request"])
         if found is None:
             raise ApiError(404, "there is no such request", code="no_such_request")
-        return found
+        return asdict(found)
 
     def purge(self, request: Request) -> dict[str, Any]:
         self.runs.purge(request.path_params["number"])

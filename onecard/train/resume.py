@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from onecard.config import parsing as cli
-from onecard.config.given_paths import foreign_advice, is_tuned_model
+from onecard.config.given_paths import foreign_advice, is_tuned_model, newest_checkpoints
 from onecard.config.lora import LoraOptions
 from onecard.config.run import TrainOptions
 from onecard.config.training import FinetuneConfig
@@ -359,8 +359,4 @@ def _newest_in(path: Path) -> Path:
     """`path` itself when it is a checkpoint; else the newest one in it, as for a run directory."""
     if (path / "optimizer.pt").exists() or not path.is_dir():
         return path
-    numbered = {int(p.name.split("-")[1]): p for p in path.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
-    for _, candidate in sorted(numbered.items(), reverse=True):
-        if not verify(candidate):
-            return candidate
-    return path
+    return next((checkpoint for checkpoint in newest_checkpoints(path) if not verify(checkpoint)), path)

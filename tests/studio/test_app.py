@@ -17,7 +17,7 @@ from onecard.config.studio import StudioOptions
 from onecard.errors import ConfigError
 from onecard.serve.http_error import ApiError
 from onecard.studio.app import studio_app
-from onecard.studio.context import StudioContext, safe_path
+from onecard.studio.context import StudioContext
 from onecard.studio.events import EventHub
 from tests.studio.conftest import Client
 
@@ -98,6 +98,7 @@ def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
     (root / "link").symlink_to(outside)
     (root / "loop").symlink_to(root / "loop")
     (root / "good").touch()
+    safe_path = StudioContext.safe_path
     assert safe_path("good", [root]) == safe_path(str(root / "good"), [root]) == safe_path("./x/../good", [root])
     assert safe_path("new/file", [root]) == root / "new" / "file"
     for text in ("link/file", str(root / "link" / "file"), "../outside/file", str(outside), "/", "loop"):

@@ -8,17 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from onecard.config.studio import StudioOptions
-from onecard.studio import control_link, run_log
+from onecard.studio import run_log
 from onecard.studio.app import studio_app
 from onecard.studio.context import StudioContext
 from onecard.studio.events import Subscriber
 from onecard.studio.run_log import Column, RunLogs, columns_of, thinned
+from onecard.train import control as run_control
+from onecard.train.control import Reply, RunStatus
 from tests.studio.conftest import Client
 
 
@@ -27,22 +30,27 @@ class FakeControl:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, str, dict[str, Any]]] = []
-        self.status: dict[str, Any] = {}
+        self.status: RunStatus | None = None
 
     def send(self, run: Path, kind: str, **given: Any) -> str:
         self.sent.append((run.name, kind, given))
         return "1-a"
 
-    def reply(self, run: Path, request_id: str) -> dict[str, Any] | None:
-        return {"state": "done", "text": "42", "error": "", "step": 7, "seconds": 0.5} if request_id == "1-a" else None
+    def reply(self, run: Path, request_id: str) -> Reply | None:
+        return Reply("done", "42", step=7, seconds=0.5) if request_id == "1-a" else None
+
+    def status_of(self, run: Path) -> RunStatus:
+        if self.status is None:
+            raise run_control.NotRunning("it wrote no status")
+        return self.status
 
 
 @pytest.fixture
 def control(monkeypatch: pytest.MonkeyPatch) -> FakeControl:
     fake = FakeControl()
-    monkeypatch.setattr(control_link, "send", fake.send)
-    monkeypatch.setattr(control_link, "reply", fake.reply)
-    monkeypatch.setattr(control_link, "status", lambda run: fake.status)
+    monkeypatch.setattr(run_control, "send", fake.send)
+    monkeypatch.setattr(run_control, "reply", fake.reply)
+    monkeypatch.setattr(run_control, "status", fake.status_of)
     return fake
 
 
@@ -292,18 +300,18 @@ def test_a_run_that_goes_on_keeps_its_folder(ask: Client, context: StudioContext
 def test_a_run_is_asked_and_paused(ask: Client, context: StudioContext, control: FakeControl) -> None:
     run = make_run(context, "a")
     assert ask("POST", "/api/runs/a/control", {"kind": "pause"})[0] == 400, "it takes no requests"
-    control.status = {"state": "training", "step": 2, "total_steps": 9}
+    control.status = RunStatus("training", 2, 9)
     row = ask("GET", "/api/runs/a")[1]
     assert (row["state"], row["step"], row["total"]) == ("training", 2, 9)
     assert ask("POST", "/api/runs/a/control", {"kind": "pause", "file": "/etc/passwd"}) == (202, {"request": "1-a"})
     context.jobs.spawn = lambda command: subprocess.Popen([sys.executable, "-c", ""])  # a job that begins later
     context.jobs.start("finetune", [], job_id="later")
     (run / "studio.json").write_text('{"job": "later"}', encoding="utf-8")
-    control.status = {"state": "stopped", "step": 2, "total_steps": 9, "process_began": 1e9}
+    control.status = RunStatus("stopped", 2, 9, process_began=1e9)
     assert ask("GET", "/api/runs/a")[1]["state"] == "starting", "what the earlier start told does not hold"
-    control.status["process_began"] = time.time()
+    control.status = replace(control.status, process_began=time.time())
     assert ask("GET", "/api/runs/a")[1]["state"] == "stopped"
-    control.status["state"] = "training"
+    control.status = replace(control.status, state="training")
     asked = {"kind": "ask", "question": "6 x 7?", "max_new_tokens": 5, "path": "x"}
     assert ask("POST", "/api/runs/a/control", asked)[0] == 202
     assert control.sent == [("a", "pause", {}), ("a", "ask", {"question": "6 x 7?", "max_new_tokens": 5})]

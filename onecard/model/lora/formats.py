@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard.config.given_paths import ADAPTER_WEIGHTS as WEIGHT_NAMES
-from onecard.config.given_paths import is_tuned_model, other_kind, trained_weights_in
+from onecard.config.given_paths import is_tuned_model, newest_checkpoints, other_kind, trained_weights_in
 from onecard.console import warn
 from onecard.errors import ConfigError, ModelError
 from onecard.installation import command
@@ -234,13 +234,10 @@ def _directory_of(source: str, notes: list[str]) -> Path:
         path = locate(source, what="adapter", patterns=(CONFIG, "adapter_model.*"))
     if _has_weights(path):
         return path
-    checkpoints = sorted(
-        (p for p in path.glob("checkpoint-*") if p.name[11:].isdigit() and _has_weights(p)),
-        key=lambda p: int(p.name[11:]),
-    )
-    if checkpoints:
-        notes.append(f"{path} has no finished adapter; took its newest checkpoint, {checkpoints[-1].name}")
-        return checkpoints[-1]
+    newest = next(filter(_has_weights, newest_checkpoints(path)), None)
+    if newest is not None:
+        notes.append(f"{path} has no finished adapter; took its newest checkpoint, {newest.name}")
+        return newest
     present = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
     raise ModelError(f"{path} holds no adapter ({WEIGHTS}); it holds: {present}")
 
