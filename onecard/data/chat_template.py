@@ -127,11 +127,8 @@ class Template:
 
     def stop_strings(self, tokenizer: Any) -> list[str]:
         """Texts at which generation ends; the end of an answer is among them when it is not one token."""
-        texts = [*self.stop]
-        end = self.end_text(tokenizer)
-        if single_token(end, tokenizer) is None:
-            texts.append(end)
-        return [text for text in dict.fromkeys(texts) if single_token(text, tokenizer) is None]
+        texts = dict.fromkeys((*self.stop, self.end_text(tokenizer)))
+        return [text for text in texts if single_token(text, tokenizer) is None]
 
     def stop_ids(self, tokenizer: Any) -> list[int]:
         """Token ids at which generation ends: the end of an answer, the tokenizer's eos, stops that are one token."""
@@ -386,10 +383,8 @@ def _from_jinja(name: str, jinja: str, tokenizer: Any) -> Template:
     """A template out of its text: end and stops from the first line, or found out by rendering a probe."""
     compile_chat_template(jinja)
     match = METADATA.match(jinja)
-    if match is None:
-        template = Template(name=name, jinja=jinja, end=_find_end(jinja, tokenizer))
-    else:
-        template = Template(name, jinja, *read_metadata(name, match.group(1)))
+    told = read_metadata(name, match[1]) if match else (_find_end(jinja, tokenizer),)
+    template = Template(name, jinja, *told)
     template.end_text(tokenizer)
     return template
 

@@ -9,8 +9,10 @@ the model before that answer.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from onecard.data.chat_template import Segment, Template
@@ -290,19 +292,16 @@ class Encoder:
     def _shorten(self, draft: SamplePlan) -> list[EncodedSample] | DroppedSample:
         """Whole oldest exchanges go first, the system turn stays; then the end of the last answer goes."""
         head, starts = exchanges(draft.turns)
-        # The shorter the history the shorter the sample, so the first length that fits is found by halving.
-        low, high, best = 1, len(starts) - 1, None
-        while low <= high:
-            middle = (low + high) // 2
-            shorter = self._draft((*head, *draft.turns[starts[middle] :]), learn_last=draft.learn_last)
-            coded = self._join(shorter, self.tokens.ids([shorter.segments])[0], cut=True)
-            if len(coded.ids) <= self.settings.cutoff_len:
-                best, high = coded, middle - 1
-            else:
-                low = middle + 1
-        if best is not None:
-            return [best]
-        return self._cut_answer(draft)
+
+        @cache
+        def beginning_at(start: int) -> EncodedSample:
+            shorter = self._draft((*head, *draft.turns[start:]), learn_last=draft.learn_last)
+            return self._join(shorter, self.tokens.ids([shorter.segments])[0], cut=True)
+
+        # The shorter the history the shorter the sample.
+        limit = self.settings.cutoff_len
+        at = bisect_left(starts, True, lo=1, key=lambda start: len(beginning_at(start).ids) <= limit)
+        return [beginning_at(starts[at])] if at < len(starts) else self._cut_answer(draft)
 
     def last_exchange(self, draft: SamplePlan) -> tuple[EncodedSample, list[int]]:
         """The last exchange alone, without an end token, and the ids of its answer."""
@@ -374,16 +373,12 @@ def _marked(segments: list[Segment], turns: Sequence[Turn]) -> list[Segment]:
     """The segments of these turns; answers that the data mark so are not learned, or weigh more or less."""
     if all(turn.learn and turn.weight == 1 for turn in turns):
         return segments
-    learn = [(turn.learn, turn.weight) for turn in turns if turn.role == "assistant"]
-    if len(learn) != sum(segment.is_answer for segment in segments):
+    marks = [{"learn": turn.learn, "weight": turn.weight} for turn in turns if turn.role == "assistant"]
+    if len(marks) != sum(segment.is_answer for segment in segments):
         # A history that cannot be cut at its answers, and one of them is in it.
-        return [*(segment._replace(learn=False) for segment in segments[:-1]), _with_mark(segments[-1], learn[-1])]
-    marks = iter(learn)
-    return [_with_mark(segment, next(marks)) if segment.is_answer else segment for segment in segments]
-
-
-def _with_mark(segment: Segment, mark: tuple[bool, float]) -> Segment:
-    return segment._replace(learn=mark[0], weight=mark[1])
+        return [*(segment._replace(learn=False) for segment in segments[:-1]), segments[-1]._replace(**marks[-1])]
+    each = iter(marks)
+    return [segment._replace(**next(each)) if segment.is_answer else segment for segment in segments]
 
 
 def _texts(turn: Turn) -> list[str]:

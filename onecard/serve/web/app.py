@@ -93,7 +93,9 @@ def ask_page(
         parts |= _header(labels, engine.names[0], "ask.title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=320):
-                parts |= _question(labels) | _answer(labels) | _lines() | _beam_boxes(labels, engine) | _flag(labels)
+                parts |= _question(labels)
+                parts["answer"] = _markdown(labels, "answer", "oc-answer", buttons=["copy"], min_height=112)
+                parts |= _lines() | _beam_boxes(labels, engine) | _flag(labels)
                 parts |= _examples(labels, parts, examples) if examples else {}
                 parts["known"] = [text for pair in examples for text in pair]
             with gr.Column(scale=1, min_width=300, elem_id="oc-side"):
@@ -229,10 +231,6 @@ def _question(labels: TranslatedComponents) -> dict[str, Any]:
     }
     with gr.Row(elem_id="oc-actions"):
         return fields | _submit_and_stop(labels, "ask")
-
-
-def _answer(labels: TranslatedComponents) -> dict[str, Any]:
-    return {"answer": _markdown(labels, "answer", "oc-answer", buttons=["copy"], min_height=112)}
 
 
 def _markdown(labels: TranslatedComponents, key: str, elem_id: str, **more: Any) -> gr.Markdown:
