@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from onecard.errors import OneCardError, Stopped
 from onecard.translation import translated
@@ -67,6 +68,17 @@ def error(message: str) -> None:
 def escaped(text: str) -> str:
     """The text with control characters as JSON writes them, so that JSON stays JSON: ESC becomes ``\\u001b``."""
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def rendered(*shown: Any, soft_wrap: bool = False) -> str:
+    """What rich makes of tables and texts for standard output, ready for `say` with is_styled."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=soft_wrap)
+    with console.capture() as captured:
+        for each in shown:
+            console.print(each)
+    return captured.get().rstrip("\n")
 
 
 def quiet_rank() -> bool:

@@ -97,7 +97,7 @@ def adapters_in(folder: str) -> dict[str, str]:
 
 
 def stored_by_first(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """`stored_options` of the adapter that was typed, else of the first one in the folder that was typed."""
+    """`stored_options` of the adapter that was typed, else of the first one in --adapters_path, if that was typed."""
     lora_path, folder = typed.get("lora_path"), typed.get("adapters_path")
     if lora_path is None and folder is not None:
         with suppress(ConfigError):  # a folder without adapters is told with all else that is wrong

@@ -13,7 +13,7 @@ from onecard.config.parsing import missing, parse
 from onecard.config.problems import Problem
 from onecard.console import say
 from onecard.errors import ConfigError, ModelError
-from onecard.inference.run_files import stored_options
+from onecard.inference.run_files import stored_by_first
 from onecard.installation import command
 
 
@@ -62,10 +62,7 @@ class LmEvalConfig:
 def main(words: list[str]) -> None:
     """Run the verb with these words."""
     about = "Start lm-evaluation-harness (requirements-eval.txt) with what it has to know of a base, a run or a server."
-    config = parse(
-        LmEvalConfig, words, description=about, verb="lm-eval",
-        stored=lambda typed: stored_options(typed.get("lora_path")),
-    )  # fmt: skip
+    config = parse(LmEvalConfig, words, description=about, verb="lm-eval", stored=stored_by_first)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("", "lm-evaluation-harness is not installed: pip install -r requirements-eval.txt")
     started = command_of(config)

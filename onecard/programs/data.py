@@ -10,12 +10,10 @@ onecard data make self-instruct --data_path seeds.jsonl --output_path made --mod
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 from onecard.config.curation import (
     CleanOptions,
-    ConvertOptions,
     CotOptions,
     DocumentsOptions,
     ExtractionOptions,
@@ -24,53 +22,19 @@ from onecard.config.curation import (
 )
 from onecard.config.parsing import parse_verb, words_by_name
 from onecard.programs import _data_make
-from onecard.programs._data_catalogue import (
-    GetOptions,
-    ListOptions,
-    ShowOptions,
-    get_entry,
-    list_entries,
-    show_entry,
-)
+from onecard.programs._data_catalogue import GetOptions, ListOptions, ShowOptions
 
-
-def clean_data(options: CleanOptions) -> None:
-    """Clean as the options say."""
-    from onecard.curation.clean.run import clean
-
-    clean(options)
-
-
-def split_data(options: SplitOptions) -> None:
-    """Split as the options say."""
-    from onecard.curation.split import split
-
-    split(options)
-
-
-def convert_data(options: ConvertOptions) -> None:
-    """Convert as the options say."""
-    from onecard.curation.convert import convert_cot, convert_documents, convert_extraction
-
-    if isinstance(options, CotOptions):
-        convert_cot(options)
-    elif isinstance(options, ExtractionOptions):
-        convert_extraction(options)
-    elif isinstance(options, DocumentsOptions):
-        convert_documents(options)
-
-
-# Each verb: its options, and what is done with them.
-VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "list": (ListOptions, list_entries),
-    "show": (ShowOptions, show_entry),
-    "get": (GetOptions, get_entry),
-    "clean": (CleanOptions, clean_data),
-    "split": (SplitOptions, split_data),
-    "make": (MakeOptions, lambda _: None),  # it has verbs of its own
-    "documents": (DocumentsOptions, convert_data),
-    "cot": (CotOptions, convert_data),
-    "extraction": (ExtractionOptions, convert_data),
+# Each verb: its options, and what is done with them (imported when it is).
+VERBS: dict[str, tuple[type, str]] = {
+    "list": (ListOptions, "programs._data_catalogue:list_entries"),
+    "show": (ShowOptions, "programs._data_catalogue:show_entry"),
+    "get": (GetOptions, "programs._data_catalogue:get_entry"),
+    "clean": (CleanOptions, "curation.clean.run:clean"),
+    "split": (SplitOptions, "curation.split:split"),
+    "make": (MakeOptions, ""),  # it has verbs of its own
+    "documents": (DocumentsOptions, "curation.convert:convert_documents"),
+    "cot": (CotOptions, "curation.convert:convert_cot"),
+    "extraction": (ExtractionOptions, "curation.convert:convert_extraction"),
 }
 
 
@@ -84,4 +48,5 @@ def main(argv: list[str] | None = None) -> None:
     if words and hasattr(kinds.get(words[0]), "name"):  # `data show belle` is `data show --name belle`
         words = [words[0], *words_by_name(words[1:], "--name")]
     verb, options = parse_verb(kinds, words, description=__doc__ or "")
-    VERBS[verb][1](options)
+    module, work = VERBS[verb][1].split(":")
+    getattr(import_module(f"onecard.{module}"), work)(options)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from onecard.config.parsing import comma_list, parse
 from onecard.config.problems import Problem
-from onecard.console import escaped, say, warn
+from onecard.console import escaped, rendered, say, warn
 
 N_LISTED = 40
 
@@ -96,7 +96,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def _table(listing: Any) -> str:
     """The largest files, ready to print."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -110,10 +109,7 @@ def _table(listing: Any) -> str:
     if len(largest) > N_LISTED:
         rest = largest[N_LISTED:]
         table.add_row(f"... {len(rest)} smaller ones", _readable(sum(file.n_bytes for file in rest)))
-    console = Console()
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get().rstrip("\n")
+    return rendered(table)
 
 
 def _readable(n_bytes: int) -> str:

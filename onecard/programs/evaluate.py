@@ -22,7 +22,7 @@ from onecard.config.inference import AnsweringModelOptions
 from onecard.config.parsing import parse
 from onecard.console import say
 from onecard.errors import ConfigError
-from onecard.inference.run_files import stored_options
+from onecard.inference.run_files import stored_by_first
 from onecard.programs import _blind, _lm_eval, _ship
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     if words and words[0] in verbs:
         verbs[words[0]](words[1:])
         return
-    config = parse(
-        EvaluateConfig, words, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path"))
-    )
+    config = parse(EvaluateConfig, words, description=__doc__, stored=stored_by_first)
     if config.evaluate.compare:
         compare(config.evaluate)
     elif config.evaluate.sweep_scale:

@@ -14,7 +14,7 @@ from onecard.config.base_model import DEFAULT_BASE
 from onecard.config.data import DataOptions, toy_base_problem
 from onecard.config.parsing import parse
 from onecard.config.problems import Problem, too_small
-from onecard.console import escaped, say, warn
+from onecard.console import escaped, rendered, say, warn
 
 BAR_WIDTH = 40
 
@@ -83,19 +83,17 @@ def say_samples(shown: list[tuple[str, list[Any]]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(soft_wrap=True)
+    is_terminal = Console().is_terminal
     for record, parts in shown:
         say(f"\n--- {record}")
         text = Text()
         for part in parts:
             written = escaped(part.text)
-            if console.is_terminal:
+            if is_terminal:
                 text.append(written, style="bold green" if part.learned else "dim")
             else:
                 text.append(f"«{written}»" if part.learned else written)
-        with console.capture() as captured:
-            console.print(text)
-        say(captured.get().rstrip("\n"), is_styled=True)
+        say(rendered(text, soft_wrap=True), is_styled=True)
 
 
 def say_lengths(found: Any, limited: Any) -> None:

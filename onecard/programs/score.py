@@ -15,8 +15,8 @@ from onecard.config.data import ReadingOptions
 from onecard.config.inference import AnsweringModelOptions
 from onecard.config.parsing import parse
 from onecard.config.problems import Problem, too_small
-from onecard.console import escaped, say
-from onecard.inference.run_files import stored_options
+from onecard.console import escaped, rendered, say
+from onecard.inference.run_files import stored_by_first
 from onecard.installation import SHIPPED
 
 # Case and Score of onecard.inference.batch.evaluate, which is imported only after the options are known to be good.
@@ -60,7 +60,7 @@ class ScoreConfig:
 def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     # The run knows its base model; what is typed wins over that.
-    config = parse(ScoreConfig, argv, description=__doc__, stored=lambda typed: stored_options(typed.get("lora_path")))
+    config = parse(ScoreConfig, argv, description=__doc__, stored=stored_by_first)
 
     say(scored(config), is_styled=not config.score.json)
 
@@ -103,7 +103,6 @@ def as_json(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]) 
 
 def as_tables(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]) -> str:
     """A table of the scores and one of examples, ready to print."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -121,12 +120,7 @@ def as_tables(options: ScoreOptions, cases: list[Case], scores: dict[str, Score]
         answers = [one.answers[i].strip() for one in scores.values()]
         # As Text, because [brackets] in an answer are no markup.
         examples.add_row(*(Text(escaped(cell)) for cell in (question_of(cases[i]), cases[i].reference, *answers)))
-    console = Console()
-    with console.capture() as captured:
-        console.print(numbers)
-        if options.examples:
-            console.print(examples)
-    return captured.get().rstrip("\n")
+    return rendered(numbers, *([examples] if options.examples else []))
 
 
 def question_of(case: Case) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from onecard.config.curation import CotOptions, DocumentsOptions, ExtractionOptions
 from onecard.console import run_main
+from onecard.curation.convert import convert_cot, convert_documents, convert_extraction
 from onecard.data.documents import document_text, joined_lines, page_list, tidied
 from onecard.data.extraction import (
     EventType,
@@ -32,7 +33,6 @@ from onecard.data.sources import ReadReport, read
 from onecard.data.values import UnusableRecord
 from onecard.data.wordings import CotRow, language_of, read_cot_tsv, worded, wordings
 from onecard.errors import DataError
-from onecard.programs.data import convert_data
 
 needs_pdfminer = pytest.mark.skipif(
     find_spec("pdfminer") is None, reason="pdfminer.six is not installed (requirements-data.txt)"
@@ -167,20 +167,22 @@ def test_extraction_files_go_there_and_back(tmp_path: Path, capsys: pytest.Captu
     relations = [[{"head": f"H{n}", "relation": f"r{n % 2}", "tail": "T"}] for n in range(4)]
     rows = [{"text": f"Text {n}", "relation": relation} for n, relation in enumerate(relations)]
     labelled.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "x"}, 5]), encoding="utf-8")
-    convert_data(ExtractionOptions(str(labelled), str(tmp_path / "rows.jsonl"), types="r0,r1,r2", types_per_row=2))
+    convert_extraction(
+        ExtractionOptions(str(labelled), str(tmp_path / "rows.jsonl"), types="r0,r1,r2", types_per_row=2)
+    )
     made = rows_of(tmp_path / "rows.jsonl")
     assert len(made) == 8
     told = capsys.readouterr()
     assert "4 records gave 8 rows; 2 cannot be used" in told.out
     assert "instructie.jsonl:5: " in told.err
     assert "instructie.jsonl:6: the record is no object" in told.err
-    convert_data(ExtractionOptions(str(tmp_path / "rows.jsonl"), str(tmp_path / "back.jsonl"), back=True))
+    convert_extraction(ExtractionOptions(str(tmp_path / "rows.jsonl"), str(tmp_path / "back.jsonl"), back=True))
     back = rows_of(tmp_path / "back.jsonl")
     assert back[0] == {"text": "Text 0", "schema": ["r0", "r1"], "relations": {"r0": [{"subject": "H0", "object": "T"}],
                                                                            "r1": []}}  # fmt: skip
     with pytest.raises(DataError, match="none of its 1 records can be used"):
         (tmp_path / "bad.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
-        convert_data(ExtractionOptions(str(tmp_path / "bad.jsonl"), str(tmp_path / "none.jsonl")))
+        convert_extraction(ExtractionOptions(str(tmp_path / "bad.jsonl"), str(tmp_path / "none.jsonl")))
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -219,7 +221,7 @@ def test_tsv_files_are_read_with_and_without_a_header(tmp_path: Path, capsys: py
     assert str(short) == "a.tsv:2: 1 fields; question, answer and rationale are expected"
     assert str(empty) == "a.tsv:4: the answer is empty"
     assert list(read_cot_tsv(tmp_path / "b.tsv")) == [CotRow(2, "Q", "A", "R")]
-    convert_data(CotOptions([str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")], str(tmp_path / "out.jsonl")))
+    convert_cot(CotOptions([str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")], str(tmp_path / "out.jsonl")))
     assert len(rows_of(tmp_path / "out.jsonl")) == 2
     assert "2 lines gave 2 rows; 2 cannot be used" in capsys.readouterr().out
     (tmp_path / "gbk.tsv").write_bytes("问\t答\t因\n".encode("gbk"))
@@ -354,7 +356,7 @@ def test_folders_of_documents_are_read_in_order_and_bad_ones_named(
     (folder / ".git").mkdir(parents=True)
     for name, text in {"b.md": "B.", "a.markdown": "A.", ".git/c.md": "C.", "d.md": " ", "e.json": "{}"}.items():
         (folder / name).write_text(text, encoding="utf-8")
-    convert_data(DocumentsOptions(str(folder), str(tmp_path / "out.jsonl")))
+    convert_documents(DocumentsOptions(str(folder), str(tmp_path / "out.jsonl")))
     assert rows_of(tmp_path / "out.jsonl") == [
         {"text": "A.", "document": "a.markdown"},
         {"text": "B.", "document": "b.md"},
@@ -368,7 +370,7 @@ def test_folders_of_documents_are_read_in_order_and_bad_ones_named(
         folder / ".git": "",
     }.items():
         options = DocumentsOptions(str(path), str(tmp_path / "more.jsonl"))
-        assert run_main(lambda options=options: convert_data(options), debug=False) == (1 if says else 0)
+        assert run_main(lambda options=options: convert_documents(options), debug=False) == (1 if says else 0)
         assert says in capsys.readouterr().err
 
 
