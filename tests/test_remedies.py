@@ -45,6 +45,8 @@ NEVER = {
     ("onecard.export.merge.merge", "accept_other_base"): "a stage is merged into the base that it was trained on",
     ("onecard.export.merge.merge", "lora_path"): "there is one adapter, that of the stage before",
     ("onecard.export.merge.merge", "dtype"): "only for a name that was typed",
+    ("onecard.export.merge.options", "adapter_scale"): "a stage is merged as it was trained",
+    ("onecard.export.io.output", "max_shard_size"): "a stage is cut into files of the usual size",
     ("onecard.export.io.output", "output_path"): "checksums reads, and makes no directory",
     ("onecard.model.lora.targets", "bits"): "exports build the model without weights, so without bits",
     ("onecard.model.lora.peft_model", "bits"): "exports build the model without weights, so without bits",
