@@ -219,3 +219,15 @@ def test_shapes_only_takes_memory_and_computes_nothing_large(card: Card) -> None
         assert b.shape == a.shape
         assert float(torch.ones(3, device="cuda").sum()) == 3
         assert torch.cuda.memory_allocated() - before >= 2 * a.numel() * 2
+
+
+@pytest.mark.parametrize(("rows", "length"), [(2, 32_768), (1, 57_984), (1, 200_000)])
+def test_shapes_only_computes_the_positions_of_long_rows(card: Card, rows: int, length: int) -> None:
+    """By which transformers decides whether a row holds several texts; for those it makes a mask of length x length."""
+    from transformers.masking_utils import find_packed_sequence_indices
+
+    with card.shapes_only():
+        positions = torch.arange(length, device="cuda")[None].expand(rows, -1)
+        assert find_packed_sequence_indices(positions) is None
+        several = find_packed_sequence_indices(positions % (length // 2))
+        assert several is not None and several[:, -1].tolist() == [1] * rows

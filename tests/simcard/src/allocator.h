@@ -26,7 +26,10 @@ constexpr size_t kMinLarge = 10 * kMiB, kLargeSegment = 20 * kMiB, kRoundLarge =
 inline bool fill_with_garbage = false;
 inline bool expandable_segments = false;
 // Tensors of more bytes than this have a shape and memory but are not computed, nor filled: "shapes only".
-inline int64_t computed_bytes = std::numeric_limits<int64_t>::max();
+inline constexpr int64_t kEveryByte = std::numeric_limits<int64_t>::max();
+inline int64_t computed_bytes = kEveryByte;
+// Of positions, ids and masks: models choose a way by their values, so a long row's must be right.
+inline int64_t computed_index_bytes() { return computed_bytes > kEveryByte / 64 ? kEveryByte : 64 * computed_bytes; }
 
 class CardAllocator final : public c10::DeviceAllocator {
  public:

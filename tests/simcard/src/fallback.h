@@ -40,12 +40,13 @@ struct Call {
 
   void find_device(const c10::IValue* arguments, size_t n) {
     int64_t bytes = 0;
+    bool indices = true;
     std::optional<at::Device> first;
     for (size_t i = 0; i < n; ++i) {
       if (arguments[i].isDevice() && device < 0) device = index_of(arguments[i].toDevice());
       each_tensor(arguments[i], [&](const Tensor& t) {
         if (!t.defined()) return;
-        if (t.is_cuda()) bytes += static_cast<int64_t>(t.nbytes());
+        if (t.is_cuda()) bytes += static_cast<int64_t>(t.nbytes()), indices = indices && is_index(t);
         if (t.dim() == 0 && !(t.is_cuda() && !first && device < 0)) return;
         if (!t.is_cuda() && (!t.is_cpu() || kMixed.count(schema.name()))) return;
         if (t.is_cuda() && (!first || first->is_cuda())) device = t.get_device();
@@ -56,7 +57,7 @@ struct Call {
       });
     }
     if (device < 0) device = current_device;
-    compute = bytes <= computed_bytes || kValueDependent.count(schema.name());
+    compute = bytes <= (indices ? computed_index_bytes() : computed_bytes) || kValueDependent.count(schema.name());
   }
 
   Tensor alias(const Tensor& t, bool is_output) {

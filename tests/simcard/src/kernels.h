@@ -12,7 +12,10 @@ namespace simcard {
 
 using at::Tensor;
 
-inline bool computed(const Tensor& t) { return static_cast<int64_t>(t.nbytes()) <= computed_bytes; }
+inline bool is_index(const Tensor& t) { return t.scalar_type() == at::kLong || t.scalar_type() == at::kBool; }
+inline bool computed(const Tensor& t) {
+  return static_cast<int64_t>(t.nbytes()) <= (is_index(t) ? computed_index_bytes() : computed_bytes);
+}
 
 // A CPU tensor over the bytes of a card's tensor; owns nothing.
 inline Tensor cpu_alias(const Tensor& t) {
