@@ -93,7 +93,7 @@ def _places(run: Run) -> list[int]:
 
 @pytest.mark.parametrize(("run", "every"), [
     ("off", 25), pytest.param("off", 1, marks=pytest.mark.slow),
-    ("on", 211), pytest.param("on", 1, marks=pytest.mark.slow),
+    ("on", 211), pytest.param("on", 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),  # 1,360 steps
 ], indirect=["run"])  # fmt: skip
 def test_each_allocation_of_a_step_may_fail(run: Run, card: Card, every: int) -> None:
     for _ in range(2):
