@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import ssl
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +65,14 @@ def _files_are_not_waited_for() -> Iterator[None]:
     """No test takes the power away: a run of three steps would wait forty times for the disk."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda _descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _certificates_are_read_once() -> Iterator[None]:
+    """Each client of httpx reads those of all authorities, which takes 30 ms, and no test asks by https."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ssl, "create_default_context", lru_cache(ssl.create_default_context))
         yield
 
 
