@@ -215,10 +215,14 @@ def test_without_vram_the_card_found_is_taken(plan, monkeypatch, old, repeats_kv
 # --- the settings that come with the project
 
 SETTINGS = sorted((REPOSITORY / "config-sample").glob("*gb.yaml"))
+QUICK = ("llama-7b_qlora_11gb", "mistral-7b_lora-8bit_24gb")  # one of 4 bits, one of 8: each traces a model
 
 
 @pytest.mark.usefixtures("only_the_plan")
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in QUICK)) for path in SETTINGS],
+)
 def test_sample_settings_name_the_planned_peak(plan, settings: Path) -> None:
     """The peak at the top of the file is what the tool says, on the card that the file's name says."""
     card_gib = settings.stem.rsplit("_", 1)[1].removesuffix("gb")
