@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +35,6 @@ TOY = {
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "vocab_size": 1500, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-STEPS = 100  # that a run of these benchmarks is planned for: AdaLoRA cuts ranks by their number
 # family or model, rows, length, and the rest of a setup by name. "fit": looked at while the plan was written.
 TOY_ROWS: dict[str, list[tuple[str, int, int, dict[str, Any]]]] = {
     "fit": [
@@ -214,6 +212,7 @@ def element_bytes(bits: int, hardware: Any) -> int:
 
 def peaks(config: dict[str, Any], setup: Any, hardware: Any) -> dict[str, int]:
     """The most bytes of tensors in one training step and in one evaluation of as many rows, at the same limits."""
+    from benchmarks.synthetic_run import real_run
     from onecard.train.evaluate import Evaluator
     from onecard.train.step import take_step
 
@@ -244,109 +243,6 @@ def _peak_on_card(work: Callable[[], object]) -> tuple[int, int]:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-
-
-def real_run(config: dict[str, Any], setup: Any, hardware: Any, **lora_options: Any) -> Any:
-    """A run of `onecard.train` over random token ids, put together as `setup` says; every step is two micro-batches.
-
-    Two, because the gradients of the adapter are there from the second on: the plan counts them. lora_options: those
-    that change nothing in a plan.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import AutocastKwargs
-
-    from benchmarks.random_models import random_base
-    from onecard.config.base_model import ModelOptions
-    from onecard.config.lora import LoraOptions
-    from onecard.config.run import TrainOptions
-    from onecard.model.lora.adapter import rank_allocation
-    from onecard.model.lora.vocabulary import freeze_adapter
-    from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
-    from onecard.model.memory_saving.lm_head import quantize_head
-    from onecard.model.memory_saving.streamed_layers import stream_layers
-    from onecard.model.trained import make_trainable
-    from onecard.train.build import prepared
-    from onecard.train.oom import MicroBatchLimits
-    from onecard.train.optim import allocate_state, build_optimizer
-    from onecard.train.run import Run
-    from onecard.train.step import use_limits
-
-    options = ModelOptions(bits=setup.bits, gradient_checkpointing=setup.gradient_checkpointing,
-                           stream_layers="on" if setup.stream_layers else "off")  # fmt: skip
-    base = random_base(config, options, hardware)
-    if setup.eager_attention:
-        base.model.set_attn_implementation("eager")
-    if setup.head_bits < 16:
-        quantize_head(base.model, setup.head_bits, base.dtype)
-    lora = LoraOptions(
-        lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,
-        train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,
-        peft_method=setup.peft_method, peft_option=setup.peft_option, **lora_options,
-    )  # fmt: skip
-    n_all = int(config["vocab_size"])
-    new_ids = list(range(n_all - setup.n_new_tokens, n_all))
-    plain = make_trainable(base.model, lora, new_ids=new_ids, gives_reward=setup.gives_reward)
-    if setup.only_vocabulary:
-        freeze_adapter(plain)
-    if setup.stream_layers:
-        stream_layers(plain, hardware.device, embeddings_stay=setup.offload_embeddings)
-    train = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer, learning_rate=2e-4)
-    optimizer = build_optimizer(plain, train)
-    AcceleratorState._reset_state(True)
-    mixed = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(base.dtype), "no")
-    accelerator = Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed,
-                              kwargs_handlers=[AutocastKwargs(cache_enabled=False)])  # fmt: skip
-    model, stepped = prepared(accelerator, plain, setup.stream_layers), accelerator.prepare(optimizer)
-    allocate_state(optimizer)  # after accelerate, as `train.build`: what it finds it copies
-    if setup.offload_embeddings:  # last: accelerate would move them back
-        embeddings_to_ram(plain, hardware.device)
-    samples = random_samples(n_all, 2 * setup.rows, setup.length)
-    run = Run(train, model, plain, stepped, accelerator, samples, [], None)  # type: ignore[arg-type]
-    run.ranks, run.state.total_steps = rank_allocation(plain, lora), STEPS
-    use_limits(run, MicroBatchLimits(setup.rows, 0, setup.loss_chunk, setup.offload_activations, setup.mlp_tile))
-    plain.train()
-    return run
-
-
-def random_samples(n_ids: int, n_rows: int, length: int) -> Samples:
-    """Rows of random ids, learned but for their first."""
-    import numpy as np
-
-    from onecard.data.encode import LabelledSample
-
-    ids = np.random.default_rng(0).integers(3, n_ids, (n_rows, length)).tolist()
-    return Samples(LabelledSample(row, [-100, *row[1:]], str(number), number) for number, row in enumerate(ids))
-
-
-class OneSource:
-    """What a step asks samples about their sources, for samples that have one."""
-
-    parts = None
-    dataset = SimpleNamespace(names=())
-
-    @property
-    def order(self) -> int:
-        """Their number, by which a step's samples are found."""
-        return len(self)  # type: ignore[arg-type]
-
-    n_per_epoch = order
-
-
-class Samples(OneSource, list[Any]):
-    """Encoded rows in memory, with the two arrays that a step asks for."""
-
-    @property
-    def lengths(self) -> Any:
-        """Tokens of each row."""
-        import numpy as np
-
-        return np.array([len(sample.input_ids) for sample in self])
-
-    @property
-    def units(self) -> Any:
-        """Tokens of each row that are learned."""
-        return self.lengths - 1
 
 
 def used_bytes(rows: list[list[str]], index: int) -> int:

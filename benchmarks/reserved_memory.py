@@ -137,8 +137,8 @@ def in_this_process(
     """Plan and measure one setup on the simulated card of this process, in bytes without the context."""
     import torch
 
-    from benchmarks.plan_accuracy import real_run
     from benchmarks.random_models import config_of
+    from benchmarks.synthetic_run import real_run
     from onecard.model.hardware import detect
     from onecard.model.memory_saving import streamed_layers
     from onecard.model.out_of_memory import give_back_memory

@@ -1,7 +1,8 @@
 """A real `Run` over made-up samples and a base in memory: what the benchmarks of memory and speed step through.
 
-The same parts in the same order as `setup.build_run`, without files, checkpoints or a tokenizer. Also how the peak of a
-piece of work is measured on each kind of device. It does not know which settings are worth comparing.
+The same parts in the same order as `setup.build_run`, without files, checkpoints or a tokenizer: as a program's options
+say (`build_run`), or as a plan's setup does (`real_run`). Also how the peak of a piece of work is measured on each kind
+of device. It does not know which settings are worth comparing.
 """
 
 from __future__ import annotations
@@ -10,27 +11,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs
 
-from benchmarks.plan_accuracy import OneSource
+from benchmarks.random_models import random_base
+from onecard.config.base_model import ModelOptions
+from onecard.config.lora import LoraOptions
+from onecard.config.run import TrainOptions
 from onecard.config.training import FinetuneConfig
 from onecard.data.chat_template import load_template
 from onecard.data.dataset import encode_dataset
 from onecard.data.encode import IGNORE_INDEX, EncodeSettings, LabelledSample
 from onecard.model.hardware import Hardware, choose_dtype
 from onecard.model.load import LoadedBase, load_tokenizer
-from onecard.model.lora.adapter import add_lora
+from onecard.model.lora.adapter import add_lora, rank_allocation
+from onecard.model.lora.vocabulary import freeze_adapter
 from onecard.model.memory.architecture import Architecture
-from onecard.model.memory.estimate import CONTEXT, MemoryEstimate
+from onecard.model.memory.estimate import CONTEXT, MemoryConfig, MemoryEstimate
 from onecard.model.memory.plan import Plan, make_plan
 from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
+from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.streamed_layers import stream_layers
+from onecard.model.trained import make_trainable
 from onecard.train.auto_config import card_of, limits_of
 from onecard.train.build import build_accelerator, prepare_base, prepared
 from onecard.train.checkpoint import CheckpointStore
+from onecard.train.oom import MicroBatchLimits
 from onecard.train.optim import USUAL_LORA_RATE, allocate_state, build_optimizer
 from onecard.train.run import Run
 from onecard.train.state import TrainerState
@@ -38,16 +50,24 @@ from onecard.train.step import use_limits
 from tests.live_memory import held_bytes, peak_bytes
 
 SPECIAL_IDS = 3  # the first ids of a vocabulary are control tokens
+STEPS = 100  # that a run of `real_run` is planned for: AdaLoRA cuts ranks by their number
 
 
-class Samples(OneSource, Sequence[LabelledSample]):
-    """Encoded samples as a run takes them: with `lengths` and `units` in the same order."""
+class Samples(Sequence[Any]):
+    """Samples of one source in memory, as a run takes them: with `lengths` and `units` in the same order.
 
-    def __init__(self, samples: Sequence[LabelledSample]) -> None:
+    Both follow from encoded texts; of anything else they are given.
+    """
+
+    parts = None
+    dataset = SimpleNamespace(names=())
+
+    def __init__(self, samples: Sequence[Any], lengths: Sequence[int] = (), units: Sequence[float] = ()) -> None:
         self.samples = list(samples)
-        self.lengths = np.array([len(sample.input_ids) for sample in samples])
+        self.lengths = np.array(lengths or [len(sample.input_ids) for sample in samples])
         # The first token of a row is predicted by nothing.
-        self.units = np.array([sum(n != IGNORE_INDEX for n in sample.labels[1:]) for sample in samples])
+        self.units = np.array(units or [sum(n != IGNORE_INDEX for n in sample.labels[1:]) for sample in samples])
+        self.order = self.n_per_epoch = len(samples)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -116,6 +136,59 @@ def build_run(config: FinetuneConfig, hardware: Hardware, base: LoadedBase, samp
     use_limits(run, limits_of(config))
     run.model.train()
     return run
+
+
+def real_run(config: dict[str, Any], setup: MemoryConfig, hardware: Hardware, **lora_options: Any) -> Run:
+    """A run over random token ids, put together as `setup` says; every step is two micro-batches.
+
+    Two, because the gradients of the adapter are there from the second on: the plan counts them. lora_options: those
+    that change nothing in a plan.
+    """
+    lora = LoraOptions(
+        lora_r=setup.rank, use_dora=setup.use_dora, lora_dropout=setup.lora_dropout,
+        train_embeddings=setup.train_embeddings, train_new_tokens=setup.n_new_tokens > 0,
+        peft_method=setup.peft_method, peft_option=setup.peft_option, **lora_options,
+    )  # fmt: skip
+    base = _base_of(config, setup, hardware)
+    plain = _adapted(base, lora, setup, hardware)
+    options = TrainOptions(total_batch=2 * setup.rows, optimizer=setup.optimizer, learning_rate=2e-4)
+    optimizer = build_optimizer(plain, options)
+    AcceleratorState._reset_state(True)
+    mixed = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(base.dtype, "no")
+    accelerator = Accelerator(cpu=not hardware.is_gpu, mixed_precision=mixed,
+                              kwargs_handlers=[AutocastKwargs(cache_enabled=False)])  # fmt: skip
+    model, stepper = prepared(accelerator, plain, setup.stream_layers), accelerator.prepare(optimizer)
+    allocate_state(optimizer)  # after accelerate, as `train.build`: what it finds it copies
+    if setup.offload_embeddings:  # last: accelerate would move them back
+        embeddings_to_ram(plain, hardware.device)
+    samples = random_samples([setup.length] * options.total_batch, int(config["vocab_size"]))
+    run = Run(options, model, plain, stepper, accelerator, samples, [], CheckpointStore(Path("unused")))
+    run.ranks, run.state.total_steps = rank_allocation(plain, lora), STEPS
+    use_limits(run, MicroBatchLimits(setup.rows, 0, setup.loss_chunk, setup.offload_activations, setup.mlp_tile))
+    plain.train()
+    return run
+
+
+def _base_of(config: dict[str, Any], setup: MemoryConfig, hardware: Hardware) -> LoadedBase:
+    options = ModelOptions(bits=setup.bits, gradient_checkpointing=setup.gradient_checkpointing,
+                           stream_layers="on" if setup.stream_layers else "off")  # type: ignore[arg-type] # fmt: skip
+    base = random_base(config, options, hardware)
+    if setup.eager_attention:
+        base.model.set_attn_implementation("eager")
+    if setup.head_bits < 16:
+        quantize_head(base.model, setup.head_bits, base.dtype)
+    return base
+
+
+def _adapted(base: LoadedBase, lora: LoraOptions, setup: MemoryConfig, hardware: Hardware) -> Any:
+    n_all = int(base.model.config.vocab_size)
+    new_ids = list(range(n_all - setup.n_new_tokens, n_all))
+    plain = make_trainable(base.model, lora, new_ids=new_ids, gives_reward=setup.gives_reward)
+    if setup.only_vocabulary:
+        freeze_adapter(plain)
+    if setup.stream_layers:
+        stream_layers(plain, hardware.device, embeddings_stay=setup.offload_embeddings)
+    return plain
 
 
 def peak_of(work: Callable[[], object], device: torch.device, *holders: Any) -> Peak:

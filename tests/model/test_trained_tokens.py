@@ -13,7 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from benchmarks.plan_accuracy import element_bytes, peaks, real_run, toy_config
+from benchmarks.plan_accuracy import element_bytes, peaks, toy_config
+from benchmarks.synthetic_run import real_run
 from onecard.config.base_model import ModelOptions
 from onecard.config.lora import LoraOptions
 from onecard.config.training import FinetuneConfig, MemoryOptions

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.plan_accuracy import real_run
 from benchmarks.random_models import config_of
+from benchmarks.synthetic_run import real_run
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import account

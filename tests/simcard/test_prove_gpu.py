@@ -17,10 +17,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks.context_per_vram import config_for, try_length
-from benchmarks.plan_accuracy import real_run
 from benchmarks.proof_steps import TOY, Setting
 from benchmarks.prove_gpu import Ended, ProofOptions, prove
 from benchmarks.random_models import random_base
+from benchmarks.synthetic_run import real_run
 from onecard.config.base_model import ModelOptions
 from onecard.errors import OneCardError
 from onecard.installation import SCRIPTS

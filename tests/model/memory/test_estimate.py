@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.plan_accuracy import element_bytes, peaks, real_run, toy_config
+from benchmarks.plan_accuracy import element_bytes, peaks, toy_config
+from benchmarks.synthetic_run import real_run
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import MemoryConfig, MemoryEstimate, account

@@ -10,7 +10,8 @@ import pytest
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
-from benchmarks.plan_accuracy import real_run, toy_config
+from benchmarks.plan_accuracy import toy_config
+from benchmarks.synthetic_run import real_run
 from onecard.config.lora import NOT_IN_4_BITS, LoraOptions
 from onecard.model.hardware import detect
 from onecard.model.memory.architecture import Architecture, architecture_of

@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.plan_accuracy import Samples, real_run, toy_config
+from benchmarks.plan_accuracy import toy_config
+from benchmarks.synthetic_run import Samples, real_run
 from onecard.config.run import TrainOptions
 from onecard.config.training import FinetuneConfig
 from onecard.data.encode import LabelledSample
@@ -45,22 +46,6 @@ def _own_number_format() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-class Given(Samples):
-    """Samples of an objective in memory."""
-
-    def __init__(self, samples: list[Any], lengths: list[int], units: list[float]) -> None:
-        super().__init__(samples)
-        self._arrays = np.array(lengths), np.array(units)
-
-    @property
-    def lengths(self) -> Any:
-        return self._arrays[0]
-
-    @property
-    def units(self) -> Any:
-        return self._arrays[1]
-
-
 def row(prompt: list[int], seed: int, weight: float = 1.0) -> LabelledSample:
     answer = np.random.default_rng(seed).integers(3, 4000, ANSWER).tolist()
     return LabelledSample(
@@ -68,24 +53,24 @@ def row(prompt: list[int], seed: int, weight: float = 1.0) -> LabelledSample:
     )
 
 
-def samples_of(objective: Any, case: str) -> Given:
+def samples_of(objective: Any, case: str) -> Samples:
     """Two micro-batches of them: the gradients are there from the second on."""
     prompt = np.random.default_rng(0).integers(3, 4000, PROMPT).tolist()
     rows = [row(prompt, number, (-1.0) ** number) for number in range(4 * PAIRS)]
     if objective.name == "grpo":
         rollouts = [Rollout(each.input_ids, each.labels, each.record, each.group, n_prompt=PROMPT) for each in rows]
         view = objective.rollout_view([rollouts[:4], rollouts[4:]], None)
-        return Given(list(view), list(view.lengths), list(view.units))
+        return Samples(list(view), list(view.lengths), list(view.units))
     if objective.name == "sft":  # of unlike length, which fill rows of the same
         texts = [LabelledSample(each.input_ids[:n], each.input_ids[:n], each.record, each.group)
                  for each, n in zip(rows, (90, PROMPT + ANSWER - 90) * 2 * PAIRS, strict=True)]  # fmt: skip
-        return Given(texts, [len(each.input_ids) for each in texts], [len(each.input_ids) for each in texts])
+        return Samples(texts, [len(each.input_ids) for each in texts], [len(each.input_ids) for each in texts])
     if objective.name == "kto":
-        return Given(rows, [len(each.input_ids) for each in rows], [1] * len(rows))
+        return Samples(rows, [len(each.input_ids) for each in rows], [1] * len(rows))
     shared = PROMPT - 1 if "shared" in case else None
     known = np.array([-300.0, -300.0], np.float32) if "cached" in case or "shared" in case else None
     pairs = [AnswerPair(one, other, 0, known, shared) for one, other in zip(rows[::2], rows[1::2], strict=True)]
-    return Given(pairs, [objective.length(each) for each in pairs], [1] * len(pairs))
+    return Samples(pairs, [objective.length(each) for each in pairs], [1] * len(pairs))
 
 
 @pytest.mark.parametrize(
