@@ -34,13 +34,8 @@ from onecard.model.hardware import Hardware, choose_dtype, count_gpus
 from onecard.model.memory_saving.streamed_layers import place_beside_layers
 from onecard.model.model_config import ignored_keys, read_model_config, without_chance
 from onecard.model.model_layers import UNQUANTISED_SHARE
-from onecard.model.quantization import (
-    RanOutQuantizing,
-    keep_one_arithmetic_on_cpu,
-    loading_config,
-    quantization_config,
-    unquantised,
-)
+from onecard.model.quantised_loading import RanOutQuantizing, loading_config, quantization_config
+from onecard.model.quantization import keep_one_arithmetic_on_cpu, unquantised
 from onecard.model.rope_scaling import check_scaled, scale_rope
 
 __all__ = ["LoadedBase", "base_fingerprint", "checkpoint_layers", "load_base", "load_tokenizer"]

@@ -1,187 +1,31 @@
 """Base weights in 4 or 8 bits and optimizers with 8-bit state: everything that touches bitsandbytes.
 
 The only file that imports it, and only inside functions: a run with 16 or 32 bits never does. Knows tensors and
-modules; does not know where weights come from (`load.py`) or what is trained on them (`model/lora/adapter.py`).
+modules; does not know how weights come from files (`quantised_loading.py`) or what is trained on them
+(`model/lora/adapter.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
-from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.quantization_config import QuantizationMethod
 
-from onecard.console import quiet_libraries
 from onecard.errors import ConfigError
 from onecard.model.model_layers import expert_tensors, quantised_layers
-from onecard.model.out_of_memory import is_out_of_memory
 
-QUANTIZER = "onecard_bitsandbytes"
 NF4_SETTINGS: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 # With double quantisation (arXiv:2305.14314): an 8-bit scale for each 64 weights, an fp32 one for each 256 scales.
 NF4_BLOCK, NF4_SUPERBLOCK = 64, 256
 OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
 
 
-def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return what transformers needs to load weights in `bits`: NF4 with double quantisation, LLM.int8, or None.
-
-    The head and tied embeddings stay in `dtype`. https://arxiv.org/abs/2305.14314 https://arxiv.org/abs/2208.07339
-    """
-    return BitsAndBytesConfig(**_settings(bits, dtype)) if bits in (4, 8) else None
-
-
-def loading_config(bits: int, dtype: torch.dtype, through: torch.device | None = None) -> BitsAndBytesConfig | None:
-    """Return `quantization_config` for a model that stays in memory: more of it is quantised while it is loaded.
-
-    Transformers leaves alone what is not exactly an nn.Linear. Here, too, are quantised: subclasses that compute the
-    same (Falcon), layers that share their weights (Zamba) and, in 4 bits, the experts of a layer that lie in one
-    tensor. Left in `dtype` are routers and what is read past `forward` (see `model_layers.py`). Saved, such a model
-    could not be loaded by transformers alone. through: the device that quantises, wherever a weight is loaded to.
-    """
-    if bits not in (4, 8):
-        return None
-    quiet_libraries()  # for those who train without one of the programs, which do this first
-    _register_quantizers()
-    config = _LoadingConfig(**_settings(bits, dtype))
-    config.through = str(through) if through is not None else None
-    return config
-
-
-def _settings(bits: int, dtype: torch.dtype) -> dict[str, Any]:
-    if bits == 8:
-        return {"load_in_8bit": True}
-    return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype}  # fmt: skip
-
-
-class _LoadingConfig(BitsAndBytesConfig):
-    """By its name the registry of transformers finds the quantizers below."""
-
-    through: str | None = None
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.quant_method: Any = f"{QUANTIZER}_{4 if self.load_in_4bit else 8}bit"
-
-
-class _MoreLayers:
-    """What `loading_config` adds to a quantizer of transformers: which layers it takes, and which it leaves."""
-
-    quantization_config: Any
-
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)  # type: ignore[call-arg]
-        # Chosen by now; transformers and accelerate ask by this name whether a model may be moved or cast.
-        self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
-
-    def _process_model_before_weight_loading(self: Any, model: Any, device_map: Any, **kwargs: Any) -> None:
-        taken = quantised_layers(model)
-        self.quantization_config.llm_int8_skip_modules = [
-            name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and name not in taken
-        ]
-        for name, layer in taken.items():
-            if type(layer) not in (nn.Linear, Conv1D):
-                sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-                model.set_submodule(name, nn.Linear(*sizes, device="meta", dtype=layer.weight.dtype))
-        self.experts = set(expert_tensors(model)) if self.quantization_config.load_in_4bit else set()
-        super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)  # type: ignore[misc]
-
-    def param_needs_quantization(self: Any, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.experts or super().param_needs_quantization(model, param_name, **kwargs)  # type: ignore[misc]
-
-    def _process_model_after_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
-        for name in self.experts:
-            path, _, leaf = name.rpartition(".")
-            _dequantise_when_read(model.get_submodule(path), leaf)
-        return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
-
-
-class RanOutQuantizing(BaseException):
-    """Memory ran out while a weight was quantised. No Exception: transformers collects those, and loads on."""
-
-
-class _Through:
-    """Quantises on the device that the config names, weight by weight, and puts the result where the weight came from.
-
-    For models that do not fit there: a CPU's numbers may differ in the last digit, and it takes longer.
-    """
-
-    hf_quantizer: Any
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        try:
-            return self._converted(input_dict, **kwargs)
-        except (RuntimeError, MemoryError) as reason:
-            if not is_out_of_memory(reason):
-                raise
-            raise RanOutQuantizing(str(reason)) from reason
-
-    def _converted(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        through = self.hf_quantizer.quantization_config.through
-        if through is None:
-            return self.quantise(input_dict, **kwargs)
-        found: dict[str, Any] = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            small = self.quantise({name: [weight.to(through)]}, **kwargs)
-            found |= {key: each.to(weight.device) for key, each in small.items()}
-        return found
-
-    def quantise(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return super().convert(input_dict, **kwargs)  # type: ignore[misc]
-
-
-@cache
-def _register_quantizers() -> None:
-    """Tell transformers of the quantizers behind `loading_config`, through its own registry; once per process.
-
-    https://huggingface.co/docs/transformers/quantization/contribute
-    """
-    import bitsandbytes
-    from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
-    from transformers.quantizers.auto import register_quantizer
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-    from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
-
-    class Int8(_MoreLayers, Bnb8BitHfQuantizer):  # type: ignore[misc]
-        def get_quantize_ops(self) -> Any:
-            return QuantizeInt8(self)
-
-    class NF4(_MoreLayers, Bnb4BitHfQuantizer):  # type: ignore[misc]
-        def get_quantize_ops(self) -> Any:
-            return QuantizeNF4(self)
-
-    class QuantizeInt8(_Through, Bnb8bitQuantize):  # type: ignore[misc]
-        pass
-
-    class QuantizeNF4(_Through, Bnb4bitQuantize):  # type: ignore[misc]
-        """One layer's experts at a time, so that never more than these lie on the card in 16 bits."""
-
-        def quantise(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-            experts = self.hf_quantizer.experts
-            found: dict[str, Any] = {}
-            for name, value in input_dict.items():
-                if name not in experts:
-                    found |= super().quantise({name: value}, **kwargs)
-                    continue
-                weight = value[0] if isinstance(value, list) else value
-                small: Any = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **NF4_SETTINGS)
-                found[name] = small.to(weight.device)
-            return found
-
-    register_quantizer(f"{QUANTIZER}_8bit")(Int8)
-    register_quantizer(f"{QUANTIZER}_4bit")(NF4)
-
-
-def _dequantise_when_read(module: nn.Module, name: str) -> None:
+def dequantise_when_read(module: nn.Module, name: str) -> None:
     """Let a 4-bit parameter of any shape be its 16-bit self for the length of the module's forward pass.
 
     As bitsandbytes' replace_parameter_4bit, which starts from 16 bits, but for one copy of the scales instead of two.
@@ -295,7 +139,7 @@ def quantize_linear(module: nn.Linear, bits: Literal[4, 8], compute_dtype: torch
     small: Any
     if bits == 4:
         layer = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=compute_dtype, device="meta", **NF4_SETTINGS)
-        small = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **NF4_SETTINGS)
+        small = nf4_parameter(weight, module=layer)
     else:
         layer = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
         # Quantises on its way from the CPU only.
@@ -322,7 +166,7 @@ def quantize_on_meta(model: Any, bits: int, compute_dtype: torch.dtype) -> None:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         module.register_parameter(leaf, _without_values(weight, 4, compute_dtype))
-        _dequantise_when_read(module, leaf)
+        dequantise_when_read(module, leaf)
     # The notes by which peft chooses its layers.
     setattr(model, f"is_loaded_in_{bits}bit", True)
 
@@ -345,9 +189,14 @@ def _without_values(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> Any:
         sized(n_blocks, torch.uint8), weight.shape, sized(16), NF4_BLOCK, "nf4", dtype, sized(1)[0], scales
     )
     packed = sized(-(-weight.numel() // 2), torch.uint8)[:, None]
-    return bitsandbytes.nn.Params4bit(
-        packed, requires_grad=False, quant_state=state, bnb_quantized=True, **NF4_SETTINGS
-    )
+    return nf4_parameter(packed, quant_state=state, bnb_quantized=True)
+
+
+def nf4_parameter(weight: torch.Tensor, **more: Any) -> Any:
+    """A frozen parameter that packs its weight into 4 bits when it is moved to a device."""
+    import bitsandbytes
+
+    return bitsandbytes.nn.Params4bit(weight, requires_grad=False, **NF4_SETTINGS, **more)
 
 
 def quantised_tensors(module: nn.Module) -> Iterator[tuple[Any, str, torch.Tensor]]:
@@ -378,15 +227,10 @@ def compute_as_on_a_card(model: nn.Module) -> None:
 
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of a layer's weights and of the constants of quantised ones."""
-    total = sum(parameter.nbytes for parameter in module.parameters())
-    for parameter in module.parameters():
-        state = getattr(parameter, "quant_state", None)
-        scales = [getattr(parameter, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]
-        if state is not None:
-            scales += [state.absmax, state.code, state.offset]
-            scales += [state.state2.absmax, state.state2.code] if state.nested else []
-        total += sum(tensor.nbytes for tensor in scales if tensor is not None)
-    return total
+    found = [*module.parameters(), getattr(getattr(module, "state", None), "SCB", None)]
+    for part in module.modules():  # CB is the weight itself
+        found += [tensor for _, name, tensor in quantised_tensors(part) if name != "CB"]
+    return sum(tensor.nbytes for tensor in found if tensor is not None)
 
 
 def unquantised(model: Any) -> tuple[int, dict[str, int]]:

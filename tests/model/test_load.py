@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from onecard.config.base_model import ModelOptions
 from onecard.errors import ConfigError, ModelError
 from onecard.model.load import base_fingerprint, load_base, load_tokenizer
-from onecard.model.quantization import quantization_config
+from onecard.model.quantised_loading import quantization_config
 from tests.model.model_families import save_family
 
 REPOSITORY = Path(__file__).resolve().parents[2]

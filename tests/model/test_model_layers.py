@@ -22,7 +22,8 @@ from onecard.model.memory.tensor_sizes import n_trained
 from onecard.model.memory_saving.lm_head import quantize_head
 from onecard.model.memory_saving.tiled_mlp import tile_mlps
 from onecard.model.model_layers import expert_tensors, linear_layers
-from onecard.model.quantization import dequantize_4bit, quantization_config, stored_bytes, unquantised
+from onecard.model.quantised_loading import quantization_config
+from onecard.model.quantization import dequantize_4bit, stored_bytes, unquantised
 from tests.model.every_family import save_small
 from tests.model.test_every_family import (
     assert_close,

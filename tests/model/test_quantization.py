@@ -18,12 +18,12 @@ from onecard.errors import ConfigError
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora.adapter import add_lora
 from onecard.model.model_layers import linear_layers
+from onecard.model.quantised_loading import quantization_config
 from onecard.model.quantization import (
     dequantize_4bit,
     keep_one_arithmetic_on_cpu,
     n_elements,
     optimizer_class,
-    quantization_config,
     weight_bits,
 )
 from tests.model.model_families import small_batch

@@ -31,7 +31,8 @@ from onecard.model.memory.tensor_sizes import FP32, n_trained, optimizer_bytes
 from onecard.model.memory_saving.activation_offload import ActivationOffload
 from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
-from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantization_config
+from onecard.model.quantised_loading import quantization_config
+from onecard.model.quantization import keep_one_arithmetic_on_cpu
 from tests.covering import every_pair_fast
 from tests.live_memory import held_bytes
 from tests.model.model_families import VOCAB, save_family

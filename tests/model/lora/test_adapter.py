@@ -16,7 +16,8 @@ from onecard.model.lora import adapter as adapters
 from onecard.model.lora.adapter import add_lora, describe_trainable, load_adapter, restore_adapter, save_adapter
 from onecard.model.lora.formats import base_of_adapter
 from onecard.model.model_layers import linear_layers
-from onecard.model.quantization import dequantize_4bit, keep_one_arithmetic_on_cpu, quantization_config
+from onecard.model.quantised_loading import quantization_config
+from onecard.model.quantization import dequantize_4bit, keep_one_arithmetic_on_cpu
 from tests.model.model_families import save_family, small_batch
 
 IDS = torch.arange(3, 20)[None]

@@ -15,12 +15,8 @@ from onecard.config.lora import LoraOptions
 from onecard.model.chunked_loss import summed_loss
 from onecard.model.lora.adapter import add_lora, describe_trainable, save_adapter
 from onecard.model.model_layers import linear_layers
-from onecard.model.quantization import (
-    keep_one_arithmetic_on_cpu,
-    quantization_config,
-    quantized_linear_types,
-    weight_bits,
-)
+from onecard.model.quantised_loading import quantization_config
+from onecard.model.quantization import keep_one_arithmetic_on_cpu, quantized_linear_types, weight_bits
 from tests.model.model_families import FAMILIES, N_FAMILIES, small_batch
 
 BITS = (4, 8, 16, 32)
