@@ -8,7 +8,6 @@ the model before that answer.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -247,18 +246,21 @@ class Encoder:
 
     def _drafts(self, turns: tuple[Turn, ...]) -> list[SamplePlan]:
         if self.settings.train_on == "last":
-            return [self._draft(turns, learn_last=True)]
-        whole = self.writer.cut(turns)
-        if whole is not None:
-            return [SamplePlan(turns, _marked(_without_tail(whole), turns), learn_last=False)]
-        ends = [k + 1 for k, turn in enumerate(turns) if _is_to_learn(turn)]
-        return [self._draft(turns[:end], learn_last=True) for end in ends]
+            return [self._draft(turns)]
+        if whole := self._whole(turns):
+            return [whole]
+        return [self._draft(turns[: k + 1]) for k, turn in enumerate(turns) if _is_to_learn(turn)]
 
-    def _draft(self, turns: tuple[Turn, ...], *, learn_last: bool) -> SamplePlan:
-        whole = None if learn_last else self.writer.cut(turns)
-        if whole is not None:
-            return SamplePlan(turns, _marked(_without_tail(whole), turns), learn_last=False)
+    def _draft(self, turns: tuple[Turn, ...]) -> SamplePlan:
+        """The turns with their last answer to learn."""
         return SamplePlan(turns, _marked(self.writer.prompt_and_answer(turns), turns), learn_last=True)
+
+    def _whole(self, turns: tuple[Turn, ...]) -> SamplePlan | None:
+        """The turns with all their answers to learn; None where the template rewrites history."""
+        segments = self.writer.cut(turns)
+        return (
+            None if segments is None else SamplePlan(turns, _marked(_without_tail(segments), turns), learn_last=False)
+        )
 
     def _fit(self, draft: SamplePlan, ids: list[list[int]]) -> list[EncodedSample] | DroppedSample:
         """The sample, shortened where it is longer than cutoff_len."""
@@ -295,7 +297,8 @@ class Encoder:
 
         @cache
         def beginning_at(start: int) -> EncodedSample:
-            shorter = self._draft((*head, *draft.turns[start:]), learn_last=draft.learn_last)
+            turns = (*head, *draft.turns[start:])
+            shorter = (None if draft.learn_last else self._whole(turns)) or self._draft(turns)
             return self._join(shorter, self.tokens.ids([shorter.segments])[0], cut=True)
 
         # The shorter the history the shorter the sample.
@@ -306,7 +309,7 @@ class Encoder:
     def last_exchange(self, draft: SamplePlan) -> tuple[EncodedSample, list[int]]:
         """The last exchange alone, without an end token, and the ids of its answer."""
         head, starts = exchanges(draft.turns)
-        last = self._draft((*head, *draft.turns[starts[-1] :]), learn_last=True)
+        last = self._draft((*head, *draft.turns[starts[-1] :]))
         open_ended = last._replace(segments=[*last.segments[:-1], last.segments[-1]._replace(end="")])
         ids = self.tokens.ids([open_ended.segments])[0]
         return self._join(open_ended, ids, cut=True), ids[-1]
@@ -340,10 +343,9 @@ class Encoder:
     def _fault_of(self, turns: Sequence[Turn]) -> str:
         """What in the turns would end or steer an answer; empty where nothing does."""
         for turn in turns:
-            bad = next((bad for text in _texts(turn) if text and (bad := self._fault(text, self._control))), "")
-            if not bad and turn.role == "assistant":
-                bad = self._fault(turn.content, self._stops)
-            if bad:
+            searched = [(text, self._control) for text in turn.all_texts()]
+            searched += [(turn.content, self._stops)] if turn.role == "assistant" else []
+            if bad := next(filter(None, (self._fault(*each) for each in searched)), ""):
                 return bad
         return ""
 
@@ -381,20 +383,6 @@ def _marked(segments: list[Segment], turns: Sequence[Turn]) -> list[Segment]:
     return [segment._replace(**next(each)) if segment.is_answer else segment for segment in segments]
 
 
-def _texts(turn: Turn) -> list[str]:
-    """All that a template may write of a turn."""
-    calls = [text for call in turn.tool_calls for text in (call.name, *_strings_of(json.loads(call.arguments)))]
-    return [turn.content, turn.input, turn.thought, *calls]
-
-
-def _strings_of(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in (*value, *value.values()) if isinstance(value, dict) else value:
-            yield from _strings_of(item)
-
-
 def _without_tail(segments: list[Segment]) -> list[Segment]:
     """What follows the last answer's end (a newline) belongs to a next prompt; here there is none."""
     return segments[:-1] if not segments[-1].is_answer else segments
@@ -402,8 +390,6 @@ def _without_tail(segments: list[Segment]) -> list[Segment]:
 
 def _learnable(spans: list[int]) -> list[int]:
     """The first token is predicted from nothing, so it is never learned: [0, 3] -> [1, 3]; [0, 1] -> []."""
-    if spans and spans[0] == 0:
-        spans = [1, *spans[1:]]
-        if spans[1] == 1:
-            spans = spans[2:]
-    return spans
+    if spans[:1] != [0]:
+        return spans
+    return [1, *spans[1:]] if spans[1] > 1 else spans[2:]

@@ -6,7 +6,7 @@ Knows roles and turns. Does not know files, templates, tokenizers or token ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +52,11 @@ class Turn:
     def one_text(self, between: str = "\n") -> str:
         """The content with the input below it, for what knows no inputs."""
         return between.join(filter(None, (self.content, self.input)))
+
+    def all_texts(self) -> list[str]:
+        """All that a template may write of it, out of the arguments of its calls, too."""
+        calls = [text for call in self.tool_calls for text in (call.name, *_strings_of(json.loads(call.arguments)))]
+        return [self.content, self.input, self.thought, *calls]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +110,11 @@ def turns_to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def tools_of(turns: Sequence[Turn]) -> list[dict[str, Any]] | None:
     """The tools that may be called, as chat templates take them; None where there are none."""
     return next((json.loads(turn.content) for turn in turns if turn.role == "tool_list"), None)
+
+
+def _strings_of(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings_of(item)

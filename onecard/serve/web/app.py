@@ -119,8 +119,7 @@ def blind_page(votes: BlindVotes, page: PageOptions) -> WebPage:
 def launch(web_page: WebPage, page: PageOptions, *, max_body_bytes: int = 2_000_000) -> None:
     """Serve the page by itself until Ctrl-C. Raises ConfigError when the address cannot be listened on."""
     # A step sends the chat and its newest answer, as JSON in JSON: what is loaded must leave room for that.
-    chat_bytes = max_body_bytes // 3
-    mounting = partial(mount, web_page=web_page, auth=page.auth, max_chat_bytes=chat_bytes)
+    mounting = partial(mount, web_page=web_page, auth=page.auth, max_chat_bytes=max_body_bytes // 3)
     serve_page(mounting, page, max_body_bytes=max_body_bytes, public_link=public_link)
 
 
@@ -225,9 +224,9 @@ def _chat_buttons(labels: TranslatedComponents) -> dict[str, Any]:
 def _question(labels: TranslatedComponents) -> dict[str, Any]:
     fields = {
         name: labels(
-            gr.Textbox, {"label": name, "placeholder": f"{name}.hint"}, lines=lines, max_lines=12, elem_id=f"oc-{name}"
+            gr.Textbox, {"label": name, "placeholder": f"{name}.hint"}, lines=2, max_lines=12, elem_id=f"oc-{name}"
         )
-        for name, lines in (("instruction", 2), ("input", 2))
+        for name in ("instruction", "input")
     }
     with gr.Row(elem_id="oc-actions"):
         return fields | _submit_and_stop(labels, "ask")
