@@ -17,6 +17,7 @@ from rich.text import Text
 
 from onecard import console
 from onecard.inference.call import Chunk
+from onecard.translation import translated
 
 ESCAPE_PICTURES = {code: 0x2400 + code for code in range(32)}
 C1_CONTROLS = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # 0x9b begins a sequence as ESC [ does
@@ -70,7 +71,7 @@ class Screen:
     def note(self, text: str) -> None:
         """A dim line beside the matter; nothing when quiet or not on a terminal."""
         if not self.quiet and self.is_terminal:
-            self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
+            self._console.print(Text(translated(printable(text)), style="dim"), soft_wrap=True)
 
     def remark(self, text: str) -> None:
         """A dim line where a person sees it, else a warning: what changes the answer must be told to programs too."""

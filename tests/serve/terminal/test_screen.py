@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from onecard.errors import DataError
 from onecard.inference.call import Chunk
 from onecard.serve.terminal.screen import Screen, last_lines, printable
+from onecard.translation import use_language
 
 
 def test_every_control_character_is_made_printable() -> None:
@@ -77,3 +78,13 @@ def test_everything_else_is_printable_too(capsys) -> None:
     captured = capsys.readouterr()
     assert captured.out == "a␛[2J\n"
     assert captured.err == "warning: b␛[2J\nwarning: c␛[2J\nerror: d␛[2J; e\n"
+
+
+def test_a_note_on_a_terminal_is_in_the_language_of_the_messages(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    use_language("zh")
+    try:
+        Screen().note("(nothing was said yet)")
+    finally:
+        use_language("auto")
+    assert "（还没有说过什么）" in capsys.readouterr().out
