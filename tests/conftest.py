@@ -26,6 +26,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # bitsandbytes hands functions to torch.compile when it is imported, which costs each process 1.5 seconds of a core.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# Where bytecode is not written, as in many containers, each process compiles the package anew, and each worker all
+# tests and their assertions: half of the 40 seconds of a core that collecting them takes.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # How long an example takes says how busy the machine is.
 settings.register_profile("onecard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("onecard")
