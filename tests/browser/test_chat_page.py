@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +14,9 @@ import pytest
 
 from tests.browser.conftest import serving, wait_until
 from tests.fake_engine import FORMULAS, FakeEngine
+from tests.faults.fork_server import ForkServer, Start
+from tests.launching import free_port
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SAYS = FakeEngine().script.say
 WATCH = """
 window.states = [];
@@ -626,39 +622,29 @@ def test_foreign_names_origins_and_uploads_are_refused(url: str) -> None:
     assert "connect-src 'self'" in httpx.get(url).headers["content-security-policy"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forker() -> Iterator[tuple[Any, int]]:
-    """A process that starts servers on one and the same port; begun early, because its imports take seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.browser.serve_fake", str(port)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
-    yield process, port
-    process.kill()
-    process.communicate()
+def serve_fake(port: int) -> None:
+    """The program of a process of its own, which a test can kill: the page over the fake engine."""
+    from onecard.config.inference import PageOptions, SamplingOptions
+    from onecard.serve.web import app as web
+
+    page = PageOptions(port=port)
+    sampling = SamplingOptions(max_new_tokens=512, temperature=0.7, top_p=0.9)
+    web.launch(web.chat_page(FakeEngine(), sampling, page), page)
 
 
 @pytest.fixture
-def killable(forker: tuple[Any, int]) -> Iterator[Any]:
-    """start() -> (process id, url)."""
-    process, port = forker
-    started: list[int] = []
+def killable(fork_server: ForkServer) -> Iterator[Callable[[], tuple[Start, str]]]:
+    """start() -> (server, url), always on one and the same port."""
+    port, started = free_port(), []
 
-    def start() -> tuple[int, str]:
-        process.stdin.write("start\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            if line.strip().isdigit():
-                started.append(int(line))
-                break
+    def start() -> tuple[Start, str]:
+        imports = (__name__, "onecard.serve.web.app")
+        started.append(fork_server.start_call(f"{__name__}:serve_fake", port, imports=imports))
         wait_until(lambda: answers(port), 60, "the server starts")
         return started[-1], f"http://127.0.0.1:{port}/"
 
     yield start
-    for child in started[-1:]:
-        os.kill(child, signal.SIGKILL)
+    started[-1].kill()
 
 
 def answers(port: int) -> bool:
@@ -668,12 +654,12 @@ def answers(port: int) -> bool:
         return False
 
 
-def test_a_server_that_dies_and_comes_back(open_page: Any, killable: Any) -> None:
-    child, url = killable()
+def test_a_server_that_dies_and_comes_back(open_page: Any, killable: Callable[[], tuple[Start, str]]) -> None:
+    server, url = killable()
     page = open_page(url, locale="zh-CN")
     send(page, "a long one")
     wait_until(lambda: "word9" in str(bubbles(page)[-1:]))
-    os.kill(child, signal.SIGKILL)
+    server.kill()
     wait_until(lambda: page.locator("text=连接已断开").count() > 0, 10, "the page says that the server is gone")
     assert page.locator("text=Connection").count() == 0
     partial = bubbles(page)[-1]

@@ -7,9 +7,11 @@ parsing and ends with the exit code that the real program would have.
 Requests and answers are lines of JSON on standard input and output:
     {"start": {"base", "data", "output", "options", "log", "file_limit_bytes", "environment"}} -> {"pid": 4711}
     {"start": {"tool", "words", "watched", "kill_at", "kill_with", "log", "file_limit_bytes"}} -> {"pid": 4712}
+    {"start": {"call", "arguments", "imports", "environment", "terminal", "log"}} -> {"pid": 4713}
     {"wait": 4711} -> {"code": -9}
 The second starts `onecard TOOL WORDS`, counts its disk operations under the folder `watched`, and sends it the signal
-`kill_with` at operation number `kill_at` (counted from 1; 0: never).
+`kill_with` at operation number `kill_at` (counted from 1; 0: never). The third calls "module:function", with what it
+imports imported before the fork, once for all; `terminal` names the terminal that it reads from and writes to, if any.
 """
 
 from __future__ import annotations
@@ -117,6 +119,18 @@ class ForkServer:
         self.running.add(pid)
         return Start(self, pid, log)
 
+    def start_call(
+        self, call: str, *arguments: Any, imports: tuple[str, ...] = (), environment: dict[str, str] | None = None,
+        terminal: str = "",
+    ) -> Start:  # fmt: skip
+        """Start "module:function" with these arguments, which JSON can hold, as the main function of a program."""
+        self.n_starts += 1
+        log = self.scratch / f"start-{self.n_starts}.log"
+        order = {"call": call, "arguments": arguments, "imports": imports, "environment": environment or {}}
+        pid = self.ask({"start": {**order, "terminal": terminal, "log": str(log)}})["pid"]
+        self.running.add(pid)
+        return Start(self, pid, log)
+
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -134,8 +148,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints must not be taken for an answer
     import_everything()
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    assert threads == 1, f"{threads} threads: a fork would copy locks that nobody opens"
+    assert_one_thread()
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
@@ -144,6 +157,11 @@ def serve() -> None:
             answer = {"code": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def assert_one_thread() -> None:
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    assert threads == 1, f"{threads} threads: a fork would copy locks that nobody opens"
 
 
 def import_everything() -> None:
@@ -187,24 +205,54 @@ def config_of(order: dict[str, Any]) -> FinetuneConfig:
 
 def fork(order: dict[str, Any]) -> int:
     """Fork a child that does one run; returns its process id."""
-    if "tool" not in order:
+    if "base" in order:
         plan(order)
+    for name in order.get("imports", ()):
+        importlib.import_module(name)
+    assert_one_thread()
+    # Opened here, so that it is open when the test is answered: its reader takes a terminal of nobody for a closed one.
+    terminal = os.open(order["terminal"], os.O_RDWR | os.O_NOCTTY) if order.get("terminal") else None
     pid = os.fork()
     if pid:
+        if terminal is not None:
+            os.close(terminal)
         return pid
     code = 98
     try:
-        log = os.open(order["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        take_streams(order["log"], terminal)
         signal.alarm(CHILD_LIMIT_S)
-        code = run_tool(order) if "tool" in order else run_once(order)
+        runs = {"tool": run_tool, "call": run_call}
+        code = next((run for name, run in runs.items() if name in order), run_once)(order)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise AssertionError("unreachable")
+
+
+def take_streams(log: str, terminal: int | None) -> None:
+    """Read from nothing and write into `log`; or do both with a terminal, whose Ctrl-C then reaches this process."""
+    if terminal is None:
+        written = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        streams = (os.open(os.devnull, os.O_RDONLY), written, written)
+    else:
+        import fcntl
+        import termios
+
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        streams = (terminal,) * 3
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+
+
+def run_call(order: dict[str, Any]) -> int:
+    """What a program does whose main function is this one."""
+    from onecard.console import run_main
+
+    os.environ.update(order["environment"])
+    module, _, function = order["call"].partition(":")
+    return run_main(lambda: getattr(importlib.import_module(module), function)(*order["arguments"]))
 
 
 def run_once(order: dict[str, Any]) -> int:

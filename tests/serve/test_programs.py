@@ -1,4 +1,4 @@
-"""The programs that listen, started as a person starts them: what they serve, whom they refuse, how they end."""
+"""The programs that listen, each a process of its own: what they serve, whom they refuse, how they end."""
 
 from __future__ import annotations
 
@@ -17,35 +17,26 @@ from urllib.request import Request, urlopen
 import pytest
 
 from onecard.installation import SHIPPED as REPOSITORY
+from tests.faults.fork_server import ForkServer
 
 KEY = "a-key-of-the-tests"
 
 
 @contextmanager
-def started(*words: str, key: str = "") -> Iterator[str]:
-    """The address of a program that listens on a free port; ended by SIGTERM, which must be a clean end."""
-    environment = {**os.environ, "ONECARD_API_KEY": key, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *words, "--port", "0", "--bits", "32", "--device", "cpu"], cwd=REPOSITORY, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def started(server: ForkServer, *words: str, key: str = "") -> Iterator[str]:
+    """The address of `onecard WORDS`, which listens on a free port; ended by SIGTERM, which must be a clean end."""
+    typed = [*words, "--port", "0", "--bits", "32", "--device", "cpu"]
+    process = server.start_call(
+        "onecard.__main__:run", typed, imports=("onecard.serve.web.app",), environment={"ONECARD_API_KEY": key}
+    )
     try:
-        printed = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            printed.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                break
-        else:
-            pytest.fail("".join(printed))
-        yield found[0]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
-    finally:
+        assert process.wait_for("(Ctrl-C stops)"), process.output()
+        yield re.findall(r"http://127\.0\.0\.1:\d+", process.output())[0]
+        process.signal(signal.SIGTERM)
+    except BaseException:
         process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        raise
+    assert process.wait() == 0, process.output()
 
 
 def ask(url: str, body: object = None, **headers: str) -> tuple[int, str]:
@@ -59,8 +50,8 @@ def ask(url: str, body: object = None, **headers: str) -> tuple[int, str]:
         return reply.code, reply.read().decode()
 
 
-def test_api_and_page_on_one_port_with_a_key_and_adapters(adapters_folder: Path) -> None:
-    with started("tools/serve.py", "--web", "--adapters_path", str(adapters_folder), key=KEY) as address:
+def test_api_and_page_on_one_port_with_a_key_and_adapters(fork_server: ForkServer, adapters_folder: Path) -> None:
+    with started(fork_server, "serve", "--web", "--adapters_path", str(adapters_folder), key=KEY) as address:
         closed = ("/", "/v1/models", "/config", "/gradio_api/queue/data", "/nowhere", "/openapi.json")
         assert [ask(address + path)[0] for path in closed] == [401] * 6
         assert ask(address + "/health")[0] == 200
@@ -86,9 +77,9 @@ def test_api_and_page_on_one_port_with_a_key_and_adapters(adapters_folder: Path)
         assert ask(address + "/", {}, Origin="https://evil.example", **with_key)[0] == 403
 
 
-@pytest.mark.parametrize("words", [pytest.param(["chat.py"], marks=pytest.mark.slow), ["generate.py", "--web"]])
-def test_a_page_by_itself(lively_base: Path, words: list[str]) -> None:
-    with started(*words, "--model_path", str(lively_base)) as address:
+@pytest.mark.parametrize("words", [pytest.param(["chat"], marks=pytest.mark.slow), ["generate", "--web"]])
+def test_a_page_by_itself(fork_server: ForkServer, lively_base: Path, words: list[str]) -> None:
+    with started(fork_server, *words, "--model_path", str(lively_base)) as address:
         status, page = ask(address + "/")
         assert status == 200
         assert "gradio" in page
@@ -96,8 +87,8 @@ def test_a_page_by_itself(lively_base: Path, words: list[str]) -> None:
         assert ask(address + "/gradio_api/file=/etc/passwd")[0] == 403
 
 
-def test_a_page_with_a_password(lively_base: Path) -> None:
-    with started("chat.py", "--model_path", str(lively_base), "--auth", "me:secret") as address:
+def test_a_page_with_a_password(fork_server: ForkServer, lively_base: Path) -> None:
+    with started(fork_server, "chat", "--model_path", str(lively_base), "--auth", "me:secret") as address:
         assert ask(address + "/config")[0] == 401
         status, page = ask(address + "/")
         assert status == 200

@@ -6,66 +6,54 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from onecard.config.inference import LimitOptions, ServeOptions
 from onecard.errors import ConfigError
+from onecard.serve.api.app import build_app
 from onecard.serve.listen import open_socket, run_server, url_of
-from tests.serve.api.serving import long_body
+from tests.faults.fork_server import ForkServer, Start
+from tests.serve.api.serving import long_body, open_tiny
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+
+def serve_tiny(base: str) -> None:
+    """The program of a process of its own."""
+    limits = LimitOptions()
+    run_server(build_app(open_tiny(Path(base), limits), ServeOptions(), limits), "127.0.0.1", 0)
+    print("put away", flush=True)
 
 
-@contextmanager
-def process(base: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of its own and its address."""
-    program = f"""
-        from pathlib import Path
-        from onecard.config.inference import LimitOptions, ServeOptions
-        from onecard.serve.api.app import build_app, run_server
-        from tests.serve.api.serving import open_tiny
-        limits = LimitOptions()
-        engine = open_tiny(Path({str(base)!r}), limits)
-        run_server(build_app(engine, ServeOptions(), limits), "127.0.0.1", 0)
-        print("put away", flush=True)
-    """
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=REPOSITORY, text=True, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+@pytest.fixture
+def process(fork_server: ForkServer, api_base: Path) -> Iterator[tuple[Start, str]]:
+    """A server as a process, and its address."""
+    child = fork_server.start_call("tests.serve.api.test_process:serve_tiny", str(api_base), imports=(__name__,))
     try:
-        assert child.stdout is not None
-        line = child.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, line
-        yield child, found[0]
+        assert child.wait_for("(Ctrl-C stops)"), child.output()
+        yield child, re.findall(r"http://127\.0\.0\.1:\d+", child.output())[0]
     finally:
-        child.kill()
-        child.communicate()
+        if child.pid in fork_server.running:
+            child.kill()
 
 
 # test_programs.py ends every program by SIGTERM.
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_ends_it_and_the_client_is_told(api_base: Path, number: signal.Signals) -> None:
-    with process(api_base) as (child, url), httpx.Client(base_url=url, timeout=30) as client:
+def test_a_signal_ends_it_and_the_client_is_told(process: tuple[Start, str], number: signal.Signals) -> None:
+    child, url = process
+    with httpx.Client(base_url=url, timeout=30) as client:
         assert client.get("/health").status_code == 200
         with client.stream("POST", "/v1/chat/completions", json=long_body(stream=True)) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: {")
-            child.send_signal(number)
+            child.signal(number)
             rest = [line for line in lines if line.startswith("data: ")]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "server_stopping"
-        printed, warned = child.communicate(timeout=60)
-    assert child.returncode == 0
-    assert printed.splitlines()[-2:] == ["stopped", "put away"]
-    assert "Traceback" not in warned
+    assert child.wait() == 0
+    assert child.output().splitlines()[-2:] == ["stopped", "put away"]
+    assert "Traceback" not in child.output()
 
 
 def test_a_port_that_is_taken() -> None:

@@ -26,6 +26,7 @@ from rich.cells import cell_len
 from onecard.config.inference import LimitOptions
 from onecard.inference.call import Chunk, Usage
 from onecard.inference.engine import GenerationRequest
+from tests.faults.fork_server import Start
 
 PATIENCE_SECONDS = 90.0  # loading torch takes half a minute on a busy machine
 SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
@@ -149,8 +150,10 @@ class Paper:
 class Terminal:
     """The parent's side of a pseudo-terminal in which a function runs in a child process."""
 
-    def __init__(self, pid: int, number: int, columns: int, rows: int) -> None:
+    def __init__(self, pid: int, number: int, columns: int, rows: int, wait: Callable[[], int] | None = None) -> None:
+        """wait: gives the exit code of a child that is not this process's own."""
         self.pid, self.number, self.size = pid, number, (columns, rows)
+        self._wait_for_child = wait or (lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         self.output = ""
         self.states: list[str] = []
         self._bytes = b""
@@ -204,7 +207,7 @@ class Terminal:
 
     def _wait(self) -> int:
         if self.exit_code is None:
-            self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.exit_code = self._wait_for_child()
         return self.exit_code
 
     def close(self) -> None:
@@ -227,21 +230,39 @@ def terminal(main: Callable[[], object], *, columns: int = 60, rows: int = 16) -
         there.close()
 
 
+@contextmanager
+def terminal_of(start: Callable[..., Start], *, columns: int, rows: int) -> Iterator[Terminal]:
+    """`start(terminal=NAME)` starts the program that the fork server gives a new terminal (see `in_terminal`)."""
+    number, other_side = pty.openpty()
+    process = start(terminal=os.ttyname(other_side))
+    os.close(other_side)
+    there = Terminal(process.pid, number, columns, rows, process.wait)
+    try:
+        yield there
+    finally:
+        there.close()
+
+
 def _child(main: Callable[[], object], columns: int, rows: int) -> None:
     code = 1
     try:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
-            os.environ.pop(name, None)
-        os.environ["TERM"] = "xterm"
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        main()
+        in_terminal(main, columns, rows)
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def in_terminal(main: Callable[[], object], columns: int, rows: int) -> None:
+    """Run `main` as a program that was started in the terminal that the standard streams are."""
+    fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+        os.environ.pop(name, None)
+    os.environ["TERM"] = "xterm"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    main()

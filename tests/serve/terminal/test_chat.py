@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,17 @@ from onecard.serve.terminal.chat import TerminalChat, chat_in_terminal
 from onecard.serve.terminal.commands import COMMANDS, help_text
 from onecard.serve.terminal.input import PipedInput
 from onecard.serve.terminal.screen import Screen
-from tests.serve.terminal.fake_terminal import SEQUENCE, FakeEngine, Paper, Terminal, growing, terminal
+from tests.faults.fork_server import ForkServer
+from tests.serve.terminal.fake_terminal import (
+    SEQUENCE,
+    FakeEngine,
+    Paper,
+    Terminal,
+    growing,
+    in_terminal,
+    terminal,
+    terminal_of,
+)
 
 SAMPLING = SamplingOptions(max_new_tokens=50)
 READY, MORE = ">\b  ", ".\b  "  # an empty line has the keys: it is drawn as prompt_toolkit draws it
@@ -539,25 +550,22 @@ class TestTerminal:
             assert "> Hi\n(waiting; 2 in front)\n(waiting; 1 in front)\nfine\n" in there.paper().text()
 
 
-REAL = """
-import sys
-from onecard.config.base_model import ModelOptions
-from onecard.config.inference import LimitOptions, SamplingOptions, InferenceOptions
-from onecard.inference.engine import open_engine
-from onecard.inference.history import ChatHistory
-from onecard.serve.terminal.chat import chat_in_terminal
+def chat_with_a_real_model(base: str) -> None:
+    """The program of a process of its own, whose standard streams are a terminal."""
+    from onecard.config.base_model import ModelOptions
+    from onecard.config.inference import InferenceOptions, LimitOptions
+    from onecard.inference.engine import open_engine
 
-engine = open_engine(ModelOptions(model_path=sys.argv[1], bits=32, device="cpu"), InferenceOptions(), LimitOptions())
-sampling = SamplingOptions(max_new_tokens=400, min_new_tokens=400)
-chat_in_terminal(engine, ChatHistory(), sampling)
-"""
+    engine = open_engine(ModelOptions(model_path=base, bits=32, device="cpu"), InferenceOptions(), LimitOptions())
+    sampling = SamplingOptions(max_new_tokens=400, min_new_tokens=400)
+    in_terminal(lambda: chat_in_terminal(engine, ChatHistory(), sampling), columns=100, rows=30)
 
 
 @needs_line_editor
-def test_ctrl_c_stops_a_real_model(lively_base: Path) -> None:
+def test_ctrl_c_stops_a_real_model(fork_server: ForkServer, lively_base: Path) -> None:
     """The whole way: a program of its own, generation in its thread, the signal from the terminal."""
-    arguments = [sys.executable, "-c", REAL, str(lively_base)]
-    with terminal(lambda: os.execv(sys.executable, arguments), columns=100, rows=30) as there:
+    call = partial(fork_server.start_call, f"{__name__}:chat_with_a_real_model", str(lively_base), imports=(__name__,))
+    with terminal_of(call, columns=100, rows=30) as there:
         started(there)
         for number, line in enumerate(["/set num_beams 1", "/set num_beams 3"]):
             place = there.ask(line, f"(num_beams = {1 + 2 * number})")
