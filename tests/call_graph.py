@@ -7,6 +7,7 @@ therefore a little more than what runs, never less, but for calls by a computed 
 from __future__ import annotations
 
 import ast
+import gc
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
@@ -42,14 +43,15 @@ class Definition:
     @cached_property
     def flags(self) -> list[tuple[int, str, str]]:
         """(line, flag, whole text) of each option that a text names; no docstrings."""
+        texts = [node for node in self.nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+        if not any(isinstance(node, ast.Constant) and "--" in str(node.value) for node in texts):
+            return []
         skipped = {id(node.value) for node in self.nodes if isinstance(node, ast.Expr)}
-        skipped |= {id(part) for node in self.nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        skipped |= {id(part) for node in texts if isinstance(node, ast.JoinedStr) for part in node.values}
         found = []
-        for node in self.nodes:
-            if id(node) in skipped or not isinstance(node, ast.JoinedStr | ast.Constant):
-                continue
+        for node in texts:
             text = ast.unparse(node) if isinstance(node, ast.JoinedStr) else node.value
-            if isinstance(text, str):
+            if isinstance(text, str) and id(node) not in skipped:
                 found += [(node.lineno, flag, text) for flag in FLAG.findall(text)]
         return found
 
@@ -79,8 +81,12 @@ def module_name(path: Path) -> str:
 @lru_cache
 def modules() -> dict[str, Module]:
     paths = (REPOSITORY / "onecard").rglob("*.py")
-    trees = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
-    return {name: read_module(tree, trees) for name, tree in trees.items()}
+    gc.disable()  # half a million nodes, none of them garbage, would be searched for cycles again and again
+    try:
+        trees = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+        return {name: read_module(tree, trees) for name, tree in trees.items()}
+    finally:
+        gc.enable()
 
 
 def read_module(tree: ast.Module, known: Container[str]) -> Module:

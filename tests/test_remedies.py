@@ -155,11 +155,11 @@ def is_named(program: Path, text: str) -> bool:
 @lru_cache
 def unknown_to(program: Path) -> list[tuple[str, int, str, str]]:
     """(module, line, option, text) of what a program's messages name and it does not have."""
-    found = []
+    found, own = [], options_of(program) | FOREIGN
     for module, line, flag, text in named_flags(graph_of(program)):
-        others = [other for other in PROGRAMS if is_named(other, text)]
-        known = set(options_of(program)).union(FOREIGN, *(options_of(other) for other in others))
-        if flag not in known and module not in (*BY_TABLE, *OF_OPTIONS):
+        if flag in own or module in (*BY_TABLE, *OF_OPTIONS):
+            continue
+        if not any(flag in options_of(other) for other in PROGRAMS if is_named(other, text)):
             found.append((module, line, flag, text))
     return found
 
