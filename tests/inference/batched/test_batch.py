@@ -98,7 +98,7 @@ def test_streamed_chunks_grow(engine: InferenceEngine) -> None:
 
 
 def test_greedy_answers_are_those_of_each_request_alone(engine: InferenceEngine, alone: InferenceEngine) -> None:
-    assert mixes(engine, alone, 20).total() > 40
+    assert mixes(engine, alone, 8).total() > 20
 
 
 @pytest.mark.slow
