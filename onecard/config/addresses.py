@@ -7,6 +7,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from onecard.config.problems import Problem
+from onecard.errors import ConfigError
 
 
 def is_loopback(host: str) -> bool:
@@ -84,6 +85,25 @@ def list_problems(name: str, text: str, plain: Callable[[str], str]) -> list[Pro
         except ValueError as reason:
             found.append((f"--{name}", str(reason)))
     return found
+
+
+def endpoint_address(flag: str, given: str, *endings: str) -> str:
+    """The address of an OpenAI-compatible endpoint without what is said to end it. Raises ConfigError.
+
+    http://localhost:8000/v1/models, "/models" -> http://localhost:8000/v1
+    """
+    import httpx
+
+    address = given.strip().rstrip("/")
+    for ending in endings:
+        address = address.removesuffix(ending)
+    try:
+        url = httpx.URL(address)
+    except httpx.InvalidURL as reason:
+        raise ConfigError(flag, f"{given!r} is no address: {reason}") from reason
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(flag, f"{given!r} is no address; write it like http://localhost:8000/v1")
+    return address
 
 
 def is_address(name: str) -> bool:

@@ -257,10 +257,8 @@ class Encoder:
 
     def _whole(self, turns: tuple[Turn, ...]) -> SamplePlan | None:
         """The turns with all their answers to learn; None where the template rewrites history."""
-        segments = self.writer.cut(turns)
-        return (
-            None if segments is None else SamplePlan(turns, _marked(_without_tail(segments), turns), learn_last=False)
-        )
+        whole = self.writer.cut(turns)
+        return None if whole is None else SamplePlan(turns, _marked(_without_tail(whole), turns), learn_last=False)
 
     def _fit(self, draft: SamplePlan, ids: list[list[int]]) -> list[EncodedSample] | DroppedSample:
         """The sample, shortened where it is longer than cutoff_len."""

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from onecard.config.addresses import endpoint_address
 from onecard.console import first_line, say
 from onecard.data.values import safe
-from onecard.errors import ConfigError, OneCardError
+from onecard.errors import OneCardError
 
 _PASSING = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 529))
 _LONGEST_WAIT_S = 300.0
@@ -64,7 +65,8 @@ class Endpoint:
 
     def __init__(self, settings: EndpointSettings, wait: Callable[[float], None] = time.sleep) -> None:
         self._settings, self._wait = settings, wait
-        self._url = _completions_url(settings.base_url)
+        ending = "/chat/completions"
+        self._url = endpoint_address(URL_FLAG, settings.base_url, ending) + ending
         self._key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx.Client(headers=headers, timeout=settings.timeout_s, follow_redirects=False)
@@ -146,18 +148,6 @@ class Endpoint:
         if 300 <= status < 400:
             return f"{said}; the server leads elsewhere: give that address as {URL_FLAG}"
         return said
-
-
-def _completions_url(base_url: str) -> str:
-    """http://localhost:8000/v1 -> http://localhost:8000/v1/chat/completions. Raises ConfigError."""
-    address = base_url.strip().rstrip("/").removesuffix("/chat/completions")
-    try:
-        url = httpx.URL(address)
-    except httpx.InvalidURL as reason:
-        raise ConfigError(URL_FLAG, f"{base_url!r} is no address: {reason}") from reason
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(URL_FLAG, f"{base_url!r} is no address; write it like http://localhost:8000/v1")
-    return f"{address}/chat/completions"
 
 
 def _asked_to_wait(headers: httpx.Headers) -> float | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import httpx
 
+from onecard.config.addresses import endpoint_address
 from onecard.console import first_line
 from onecard.data.values import safe
-from onecard.errors import ConfigError, OneCardError
+from onecard.errors import OneCardError
 from onecard.serve.verify.reading import N_TOP, AnswerReading, merged, plain_token
 
 PASSING = frozenset((408, 425, 429, 502, 503, 504))
@@ -40,7 +41,9 @@ class ServerClient:
         self, url: str, api_key: str = "", *, model: str = "", seconds: float = 120.0,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
-        self.root, self.model, self._key, self._wait = root_of(url), model, api_key, wait
+        # Without /v1: http://localhost:8000/v1/ -> http://localhost:8000.
+        self.root = endpoint_address(URL_FLAG, url, "/chat/completions", "/completions", "/models", "/v1")
+        self.model, self._key, self._wait = model, api_key, wait
         self._seconds = seconds
         self.start_clock()
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -163,20 +166,6 @@ class ServerClient:
         """What a server said, short, printable, and without the key."""
         text = response.text
         return safe(text.replace(self._key, "***") if self._key else text, 300) or "nothing"
-
-
-def root_of(url: str) -> str:
-    """The address without /v1: http://localhost:8000/v1/ -> http://localhost:8000. Raises ConfigError."""
-    text = url.strip().rstrip("/")
-    for end in ("/chat/completions", "/completions", "/models", "/v1"):
-        text = text.removesuffix(end)
-    try:
-        address = httpx.URL(text)
-    except httpx.InvalidURL as reason:
-        raise ConfigError(URL_FLAG, f"{url!r} is no address: {reason}") from reason
-    if address.scheme not in ("http", "https") or not address.host:
-        raise ConfigError(URL_FLAG, f"{url!r} is no address; write it like http://localhost:8000/v1")
-    return text
 
 
 def _first_choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:
