@@ -40,6 +40,11 @@ class Option:
         return self.type == list[str]
 
 
+def as_typed(value: Any) -> str:
+    """A value as it is typed: True -> true."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def options_of(config_class: type) -> dict[str, Option]:
     """Every option of a config class by name, in order of declaration; groups are flattened."""
     found: dict[str, Option] = {}

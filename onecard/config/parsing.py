@@ -25,7 +25,7 @@ import yaml
 
 from onecard.config import old_names
 from onecard.config.given_paths import path_problems, shipped_file, with_shipped_files
-from onecard.config.options import Option, options_of
+from onecard.config.options import Option, as_typed, options_of
 from onecard.config.problems import Problem, problems_of, refuse
 from onecard.config.training import FinetuneConfig
 from onecard.console import nearest, say
@@ -184,7 +184,7 @@ def _shown_type(kind: Any) -> tuple[str | None, str]:
     if kind is bool:
         return "{true,false}", ""
     if get_origin(kind) is Literal:
-        return "{" + ",".join(str(c).lower() if isinstance(c, bool) else str(c) for c in get_args(kind)) + "}", ""
+        return "{" + ",".join(map(as_typed, get_args(kind))) + "}", ""
     name = kind.__name__ if type(kind) is type else str(kind).replace("typing.", "").replace("None", "null")
     return None, f"type: {name}, "
 
@@ -354,7 +354,7 @@ def _expected(kind: Any) -> str:
     """What a type asks for, in words: `one of 4, 8, 16, 32`, `a whole number`."""
     choices = [c for c in get_args(kind) if c is not type(None)]
     if choices and not isinstance(choices[0], type) and get_origin(kind) is not None:
-        return "one of " + ", ".join(str(c).lower() if isinstance(c, bool) else str(c) for c in choices)
+        return "one of " + ", ".join(map(as_typed, choices))
     plain = choices[0] if choices else kind
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(plain, str(plain))
 

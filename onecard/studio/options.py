@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from onecard.config.options import as_typed
 from onecard.serve.http_error import bad_request
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -17,7 +18,7 @@ def words_of(options: dict[str, Any]) -> list[str]:
     words = []
     for name, value in options.items():
         for each in value if isinstance(value, list) else [value]:
-            words += [] if each is None else [f"--{name}={str(each).lower() if isinstance(each, bool) else each}"]
+            words += [] if each is None else [f"--{name}={as_typed(each)}"]
     return words
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from onecard.config.data import data_portions
 from onecard.config.given_paths import CHECKS, shipped_file
-from onecard.config.options import Option, options_of
+from onecard.config.options import Option, as_typed, options_of
 from onecard.config.parsing import help_texts, parse, unknown_option
 from onecard.config.problems import Problem, refuse
 from onecard.config.rollouts import reward_specs
@@ -77,19 +77,14 @@ def option_help() -> list[dict[str, Any]]:
             continue
         holder = type(getattr(config, option.group))
         choices = [] if option.is_text or option.takes_paths else _choices(option.type)
-        kind = "flag" if option.type is bool else "choice" if choices else _kind(option.type)
+        kind = "choice" if choices else {bool: "flag", int: "whole", float: "number"}.get(option.type, "text")
         found.append({"name": name, "group": option.group, "kind": kind, "choices": choices,
                       "default": option.default, "help": texts[holder].get(name, "")})  # fmt: skip
     return found
 
 
 def _choices(kind: Any) -> list[str]:
-    return [str(choice).lower() if isinstance(choice, bool) else str(choice)
-            for choice in get_args(kind) if not isinstance(choice, type) and not get_args(choice)]  # fmt: skip
-
-
-def _kind(kind: Any) -> str:
-    return {int: "whole", float: "number"}.get(kind, "text")
+    return [as_typed(choice) for choice in get_args(kind) if not isinstance(choice, type) and not get_args(choice)]
 
 
 def _words_of(context: StudioContext, option: Option, value: Any, options: Mapping[str, Any]) -> list[str]:
@@ -97,7 +92,7 @@ def _words_of(context: StudioContext, option: Option, value: Any, options: Mappi
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(one, (str, int, float, bool)) for one in values) or len(values) > 100:
         raise ConfigError(option.flag, "is neither a text nor a number, nor a list of them")
-    texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+    texts = [as_typed(one) for one in values]
     if any("\0" in text or len(text) > 10_000 for text in texts):
         raise ConfigError(option.flag, "is too long, or holds what no option holds")
     if option.name == "data":
