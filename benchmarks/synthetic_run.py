@@ -33,7 +33,7 @@ from onecard.model.load import LoadedBase, load_tokenizer
 from onecard.model.lora.adapter import add_lora, rank_allocation
 from onecard.model.lora.vocabulary import freeze_adapter
 from onecard.model.memory.architecture import Architecture
-from onecard.model.memory.estimate import CONTEXT, MemoryConfig, MemoryEstimate
+from onecard.model.memory.estimate import CONTEXT, MemoryEstimate
 from onecard.model.memory.plan import Plan, make_plan
 from onecard.model.memory_saving.embeddings_in_ram import embeddings_to_ram
 from onecard.model.memory_saving.lm_head import quantize_head
@@ -138,8 +138,8 @@ def build_run(config: FinetuneConfig, hardware: Hardware, base: LoadedBase, samp
     return run
 
 
-def real_run(config: dict[str, Any], setup: MemoryConfig, hardware: Hardware, **lora_options: Any) -> Run:
-    """A run over random token ids, put together as `setup` says; every step is two micro-batches.
+def real_run(config: dict[str, Any], setup: Any, hardware: Hardware, **lora_options: Any) -> Run:
+    """A run over random token ids, put together as a `MemoryConfig` says; every step is two micro-batches.
 
     Two, because the gradients of the adapter are there from the second on: the plan counts them. lora_options: those
     that change nothing in a plan.
@@ -169,9 +169,9 @@ def real_run(config: dict[str, Any], setup: MemoryConfig, hardware: Hardware, **
     return run
 
 
-def _base_of(config: dict[str, Any], setup: MemoryConfig, hardware: Hardware) -> LoadedBase:
+def _base_of(config: dict[str, Any], setup: Any, hardware: Hardware) -> LoadedBase:
     options = ModelOptions(bits=setup.bits, gradient_checkpointing=setup.gradient_checkpointing,
-                           stream_layers="on" if setup.stream_layers else "off")  # type: ignore[arg-type] # fmt: skip
+                           stream_layers="on" if setup.stream_layers else "off")  # fmt: skip
     base = random_base(config, options, hardware)
     if setup.eager_attention:
         base.model.set_attn_implementation("eager")
@@ -180,7 +180,7 @@ def _base_of(config: dict[str, Any], setup: MemoryConfig, hardware: Hardware) ->
     return base
 
 
-def _adapted(base: LoadedBase, lora: LoraOptions, setup: MemoryConfig, hardware: Hardware) -> Any:
+def _adapted(base: LoadedBase, lora: LoraOptions, setup: Any, hardware: Hardware) -> Any:
     n_all = int(base.model.config.vocab_size)
     new_ids = list(range(n_all - setup.n_new_tokens, n_all))
     plain = make_trainable(base.model, lora, new_ids=new_ids, gives_reward=setup.gives_reward)

@@ -373,7 +373,9 @@ def _marked(segments: list[Segment], turns: Sequence[Turn]) -> list[Segment]:
     """The segments of these turns; answers that the data mark so are not learned, or weigh more or less."""
     if all(turn.learn and turn.weight == 1 for turn in turns):
         return segments
-    marks = [{"learn": turn.learn, "weight": turn.weight} for turn in turns if turn.role == "assistant"]
+    marks: list[dict[str, Any]] = [
+        {"learn": turn.learn, "weight": turn.weight} for turn in turns if turn.role == "assistant"
+    ]
     if len(marks) != sum(segment.is_answer for segment in segments):
         # A history that cannot be cut at its answers, and one of them is in it.
         return [*(segment._replace(learn=False) for segment in segments[:-1]), segments[-1]._replace(**marks[-1])]
