@@ -103,23 +103,19 @@ def only_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onecard.model.memory.cards.largest_known", lambda *_: None)
 
 
-def plan_by_formula(patched: pytest.MonkeyPatch) -> None:
-    """Neither the peak of tensors nor what is reserved beyond it comes from a traced model."""
-    from tests.formula import peak_by_formula
-
-    patched.setattr("onecard.model.memory.estimate.find_peak", peak_by_formula)
-    patched.setattr("onecard.model.memory.estimate.reserved_beyond_tensors", lambda *_: None)
-
-
 @pytest.fixture
 def peaks_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans trace no model, where only what is decided and said with a peak is looked at: a size takes 0.2 s."""
+    from tests.formula import plan_by_formula
+
     plan_by_formula(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def module_peaks_by_formula() -> Iterator[None]:
     """As `peaks_by_formula`, for folders of runs whose plans are no matter: their conftest.py asks for it."""
+    from tests.formula import plan_by_formula
+
     with pytest.MonkeyPatch.context() as patched:
         plan_by_formula(patched)
         yield

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
+
 from onecard.model.memory.activation_peak import ActivationPeak
 from onecard.model.memory.architecture import Architecture
 from onecard.model.memory.estimate import MemoryConfig
 from onecard.model.memory.simulate import BACKWARD
+
+
+def plan_by_formula(patch: pytest.MonkeyPatch) -> None:
+    """Neither the peak of tensors nor what the allocator reserves beyond them is traced."""
+    patch.setattr("onecard.model.memory.estimate.find_peak", peak_by_formula)
+    patch.setattr("onecard.model.memory.estimate.reserved_beyond_tensors", lambda *_: None)
 
 
 def peak_by_formula(model: Architecture, setup: MemoryConfig) -> ActivationPeak:

@@ -428,7 +428,8 @@ def test_what_lies_still_is_right_to_the_byte(vocabulary, tied, optimizer) -> No
     assert optimizer_bytes(model, setup) == state - counters - (2 * 256 * FP32 if "8bit" in optimizer else 0)
 
 
-@pytest.mark.parametrize("options", [ROWS, ALL], ids=["rows", "all"])
+@pytest.mark.usefixtures("peaks_by_formula")
+@KINDS
 def test_the_plan_leaves_trained_matrices_alone(options, directory) -> None:
     """However small the card, it neither moves nor quantises what is trained."""
     model = architecture_of(str(directory()))

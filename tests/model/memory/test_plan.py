@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError
-from onecard.model.memory import estimate
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import GIB, account
 from onecard.model.memory.plan import CardSpec, Plan, longest_context, make_plan
-from tests.formula import peak_by_formula
+from tests.formula import plan_by_formula
 from tests.tiny import with_options
 
 NAMES = ("Llama-3.1-8B", "Qwen2.5-0.5B", "Llama-3.2-1B")  # the two small ones have tied embeddings
@@ -44,8 +43,11 @@ def test_nothing_is_given_up_without_need() -> None:
     assert "GiB are needed without it, which leaves room" in recompute and set(others) == {"fits"}
 
 
-def test_in_this_order_the_less_room_there_is() -> None:
+@pytest.mark.parametrize("is_traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_this_order_the_less_room_there_is(is_traced: bool, request: pytest.FixtureRequest) -> None:
     """Each smaller card gives up what the larger one did, and perhaps more; what is given up is a beginning."""
+    if not is_traced:
+        request.getfixturevalue("peaks_by_formula")
     seen: set[str] = set()
     n_cards = 0
     for name, sizes in (("Llama-3.1-8B", range(1500, 400, -20)), ("Qwen2.5-0.5B", range(400, 90, -10))):
@@ -137,7 +139,7 @@ def test_what_was_typed_stays(
 ) -> None:
     options = {**typed, "cutoff_len": length, "gradient_checkpointing": checkpointing}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "find_peak", peak_by_formula)
+        plan_by_formula(patch)
         found = plan(name, gib, ram_gib, is_gpu=is_gpu, **options)
         assert found.account == account(found.model, found.setup)
     setup = found.setup
