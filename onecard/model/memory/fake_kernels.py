@@ -146,7 +146,7 @@ class FusedAttention(torch.autograd.Function):
 
         https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/attention_backward.cu
         """
-        query, key, value, _, _ = ctx.saved_tensors
+        query, key, value, _out, _numbers = ctx.saved_tensors  # all of them are there until the kernel is through
         gradients = [torch.empty_like(side) for side in (query, key, value)]
         _per_query = query.new_empty(query.shape[:3], dtype=torch.float32)
         if query.dtype != torch.float32:

@@ -187,9 +187,15 @@ class _Trace:
                 n_left[section] += 1
         # What a layer leaves to one further on than the next: by phase and rank, how far.
         self.far: dict[int, dict[int, int]] = {}
+        # The gradient of the hidden states, to which all layers add where it lies: from the last one to the first.
+        self.whole_way: set[int] = set()
         for block, (phase, position) in self.taken_in.items():
             until = let_go_in.get(block, (-1, -1))
-            if until[0] == phase and abs(until[1] - position) > 1:
+            if until[0] != phase or abs(until[1] - position) < 2:
+                continue
+            if phase == BACKWARD and (position, until[1]) == (self.n_layers - 1, 0):
+                self.whole_way.add(block)
+            else:
                 self.far.setdefault(phase, {})[self.rank[block]] = until[1] - position
         self._requests: dict[Section, tuple[list[int], list[_Piece], list[tuple[int, int]]]] = {}
 
@@ -260,6 +266,8 @@ class _Writer:
         phase, position = trace.taken_in[block]
         if position < 0:
             return phase, -1, trace.rank[block]
+        if block in trace.whole_way:
+            return phase, self.n_layers - 1, trace.rank[block]
         here, there = (section[1], number) if section[1] >= 0 else (trace.n_layers - 1, self.n_layers - 1)
         return phase, there + position - here, trace.rank[block]
 

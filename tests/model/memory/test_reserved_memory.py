@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.plan_accuracy import toy_config
 from onecard.model.chunked_loss import ROWS_AT_ONCE
@@ -67,6 +69,40 @@ def test_the_backward_pass_of_attention_asks_for_sums_in_fp32() -> None:
     with Counted() as counted:
         FusedAttention.apply(query, query, query, None).sum().backward()
     assert {2 * 4 * 64 * 4, 2 * 4 * 64 * 32 * 4} <= set(counted.sizes)
+
+
+def test_the_backward_pass_of_attention_holds_all_that_was_saved_until_it_is_through() -> None:
+    """Also the output, which nothing else needs any more where the layer was computed again."""
+    made: dict[int, tuple[StorageWeakRef, int]] = {}
+    at_sums: list[int] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            storage = out.untyped_storage()
+            made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            if out.dtype == torch.float32 and out.dim() == 4:
+                at_sums.append(sum(2 * size == out.nbytes for held, size in made.values() if not held.expired()))
+            return out
+
+    def layer(hidden: torch.Tensor) -> torch.Tensor:
+        return FusedAttention.apply(hidden * 1, hidden * 2, hidden * 3, None) * 4.0
+
+    hidden = torch.empty(2, 4, 64, 32, dtype=torch.float16, requires_grad=True)
+    with Watched():
+        checkpoint(layer, hidden, use_reentrant=False).sum().backward()
+    assert at_sums == [8], "query, key, value, output, and a gradient of each"
+
+
+def test_the_gradient_of_the_hidden_states_is_there_until_the_first_layer_is_through() -> None:
+    """All layers add to it where it lies; those that were traced are fewer than the model's six."""
+    model = architecture_of(LLAMA)
+    found = reserved_memory._samples_with_requests(model, SETUP)
+    step, ends, _ = reserved_memory.requests_of_step(found[0], found[-1], SETUP)
+    of_chunk, of_hidden = SETUP.loss_chunk * model.vocab_size * 4, SETUP.tokens * model.hidden_size * 2
+    after_loss = max(place for place, event in enumerate(step.events) if step.sizes[event] == of_chunk and event >= 0)
+    first = [event for event in step.events[after_loss : ends[0]] if event >= 0 and step.sizes[event] == of_hidden]
+    assert any(ends[-2] <= step.events.index(~request) < ends[-1] for request in first)
 
 
 class Counted(TorchDispatchMode):
