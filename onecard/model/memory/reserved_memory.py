@@ -26,6 +26,7 @@ from onecard.model.memory.simulate import BACKWARD, BEFORE, CHUNKS, FIRST_PRODUC
 
 PRECISION, LITTLE = 0.008, 0.003  # of the bytes of tensors: how closely the smallest limit is looked for
 LARGEST_LEAK = 0.02  # of the tensors of a step, by which its requests may be off what is alive in its trace
+MICRO_BATCHES = 2  # in a row, with nothing given back between them: the second finds other free blocks than the first
 # cuBLAS takes two buffers of 4 MiB and eight of 16 KiB from the allocator, unless CUBLAS_WORKSPACE_CONFIG says
 # otherwise; more from sm_90 on. https://docs.nvidia.com/cuda/cublas/#cublassetworkspace
 CUBLAS_WORKSPACE_BYTES = (2 * 4096 + 8 * 16) * 1024
@@ -106,7 +107,8 @@ def smallest_limit(allocator: CachingAllocator, step: Requests, tensors: int) ->
 
 
 class _Replays:
-    """Replays of a step from one state of an allocator; one stands for all limits under which it goes the same way."""
+    """Replays of micro-batches from one state of an allocator; one stands for all limits under which it goes the same
+    way."""
 
     def __init__(self, allocator: CachingAllocator, step: Requests) -> None:
         self.allocator, self.step = allocator, step
@@ -127,7 +129,8 @@ class _Replays:
                 return ran
         allocator, ran = self.allocator.copy(limit), True
         try:
-            allocator.serve(self.step)
+            for _ in range(MICRO_BATCHES):
+                allocator.serve(self.step)
         except OutOfRoom:
             ran = False
         self._known.append((allocator.most_reserved, allocator.refused, ran))
