@@ -196,16 +196,25 @@ def fits_somehow(model: Architecture, config: FinetuneConfig, card: CardSpec, *,
         config = replace(config, train=replace(train, micro_batch=1))
     if config.model.gradient_checkpointing == "auto" and model.checkpoints:
         config = replace(config, model=replace(config.model, gradient_checkpointing=True))
+    may_stream = _may_stream(model, config, card)
+    if _least_held(model, config, card, element_bytes) > card.total_bytes:
+        if not may_stream:
+            return False
+        config = replace(config, model=replace(config.model, stream_layers="on"))  # the only way
+        if _least_held(model, config, card, element_bytes) > card.total_bytes:
+            return False
+    return make_plan(model, config, card, element_bytes=element_bytes, only_fits=True).fits
+
+
+def _least_held(model: Architecture, config: FinetuneConfig, card: CardSpec, element_bytes: int) -> int:
+    """What lies on the card all the time where everything is given up that may be."""
     setup = _first_setup(model, config, card, element_bytes, config.data.cutoff_len)
-    setup = replace(setup, stream_layers=setup.stream_layers or _may_stream(model, config, card))
     least = held_bytes(model, setup)
     for step in _steps(config, card, setup):
         for changed, _ in step(setup):
             least = min(least, held_bytes(model, changed))
             setup = changed
-    if least > card.total_bytes:
-        return False
-    return make_plan(model, config, card, element_bytes=element_bytes, only_fits=True).fits
+    return least
 
 
 def longest_context(model: Architecture, config: FinetuneConfig, card: CardSpec, *, element_bytes: int = 2) -> int:

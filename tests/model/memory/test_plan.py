@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError
+from onecard.model.memory import plan as plan_module
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import GIB, account
-from onecard.model.memory.plan import CardSpec, Plan, longest_context, make_plan
+from onecard.model.memory.plan import CardSpec, Plan, fits_somehow, longest_context, make_plan
 from tests.formula import plan_by_formula
 from tests.tiny import with_options
 
@@ -201,6 +202,18 @@ def test_longest_context_grows_with_the_card(name: str, sizes: tuple[int, ...]) 
         assert make_plan(model, replace(config, data=data), card(gib)).fits
         longer = replace(config.data, cutoff_len=int(length * 1.02))
         assert not make_plan(model, replace(config, data=longer), card(gib)).fits
+
+
+@pytest.mark.usefixtures("peaks_by_formula")
+def test_a_model_that_is_too_large_for_the_card_is_asked_for_with_its_layers_in_ram_alone(monkeypatch) -> None:
+    """What cannot fit by its weights is not traced for each technique before it is streamed."""
+    model, asked = architecture_of("Llama-3.1-8B"), []
+    monkeypatch.setattr(plan_module, "account", lambda model, setup, **rest: asked.append(setup) or account(
+        model, setup, **rest))  # fmt: skip
+    assert fits_somehow(model, FinetuneConfig(), card(3.5)) and make_plan(model, FinetuneConfig(), card(3.5)).fits
+    n_asked = next(number for number, setup in enumerate(asked) if not setup.stream_layers)
+    assert 0 < n_asked < len(asked), "make_plan says what would be needed without"
+    assert not fits_somehow(model, FinetuneConfig(), card(3.5, 2)), "nor has the RAM room for them"
 
 
 def test_the_plan_is_for_the_longest_sample() -> None:
