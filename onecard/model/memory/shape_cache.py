@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 CPU = torch.device("cpu")
+# A FakeTensorMode gives these other strides for sides of length 1.
+OF_THE_MODE = frozenset([torch.ops.aten.view.default])
 MOST_ENTRIES = 10_000  # some 1,000 for each size of a model that is traced
 
 Form = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]  # and shape, strides, offset
@@ -30,12 +32,16 @@ def run(func: Any, args: Any, kwargs: Any, attributes: dict[str, Any]) -> Any:
         entry = _entries.get(key)
     except TypeError:  # an argument of another kind
         return func(*args, **kwargs)
+    if entry is None and key not in _entries:
+        if len(_entries) >= MOST_ENTRIES:
+            _entries.clear()
+        entry = _entry_on_meta(func, args, kwargs)
+        if entry is not None:
+            _entries[key] = entry
     if entry is not None:
         return _again(*entry, inputs, attributes)
     out = func(*args, **kwargs)
     if key not in _entries:
-        if len(_entries) >= MOST_ENTRIES:
-            _entries.clear()
         in_form = key == _key((func, args, *kwargs.items()), [])  # no resize_ or set_
         _entries[key] = _entry(out, inputs) if in_form else None
     return out
@@ -63,6 +69,36 @@ def _form(tensor: Tensor) -> Form:
     return tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
+def _entry_on_meta(func: Any, args: Any, kwargs: Any) -> tuple[type | None, list[Result]] | None:
+    """The entry by torch's own function for shapes, without what a FakeTensorMode does around it, which takes most.
+
+    None for operations that such a mode treats in its own way.
+    """
+    if func.namespace != "aten" or "device" in kwargs or func in OF_THE_MODE:
+        return None
+    inputs: list[Tensor] = []
+    with torch._C._DisableTorchDispatch():
+        args, kwargs = _plain(args, inputs), {name: _plain(value, inputs) for name, value in kwargs.items()}
+        if not inputs:
+            return None
+        forms = [_form(each) for each in inputs]
+        try:
+            out = func(*args, **kwargs)
+        except (RuntimeError, TypeError, NotImplementedError):  # the mode knows another way, or says what is wrong
+            return None
+        return _entry(out, inputs) if forms == [_form(each) for each in inputs] else None
+
+
+def _plain(value: Any, inputs: list[Tensor]) -> Any:
+    """The same arguments with tensors on the meta device in the place of fake ones, which are appended to `inputs`."""
+    if isinstance(value, FakeTensor):
+        plain = torch.empty(0, dtype=value.dtype, device="meta")
+        plain.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+        inputs.append(plain)
+        return plain
+    return type(value)([_plain(each, inputs) for each in value]) if type(value) in (tuple, list) else value
+
+
 def _entry(out: Any, inputs: list[Tensor]) -> tuple[type | None, list[Result]] | None:
     """How to make `out` from inputs of the same form; None where that is not known."""
     several = type(out) in (tuple, list)
@@ -79,7 +115,7 @@ def _result(out: Any, inputs: list[Tensor]) -> Result | None:
     for number, each in enumerate(inputs):
         if each is out:
             return number, None
-    if type(out) is not FakeTensor or out.dtype.is_complex or out.constant is not None:
+    if type(out) not in (FakeTensor, Tensor) or out.dtype.is_complex or getattr(out, "constant", None) is not None:
         return None
     form, storage = _form(out), out.untyped_storage()
     owners = [number for number, each in enumerate(inputs) if each.untyped_storage()._cdata == storage._cdata]

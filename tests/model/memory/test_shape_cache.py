@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.plan_accuracy import toy_config
 from onecard.model.memory import shape_cache
+from onecard.model.memory.architecture import architecture_of
+from onecard.model.memory.estimate import MemoryConfig
+from onecard.model.memory.fake_model import build
+from onecard.model.memory.simulate import run
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a new tensor": lambda one, other: one @ other.t(),
@@ -75,6 +81,31 @@ def test_a_result_made_again_is_as_the_first(name: str) -> None:
     operation = OPERATIONS[name]
     wanted = outcome(operation, cached=False)
     assert [outcome(operation, cached=True) for _ in range(3)] == [wanted] * 3
+
+
+def test_a_form_is_the_same_from_torch_alone_as_from_a_mode_of_fake_tensors(monkeypatch) -> None:
+    """Of every operation of three training steps: strides, memory and all."""
+    alone, of_mode, compared, waiting = shape_cache._entry_on_meta, shape_cache._entry, Counter(), []
+
+    def hold_back(func: Any, args: Any, kwargs: Any) -> None:
+        waiting[:] = [(func, alone(func, args, kwargs))]
+
+    def entry(out: Any, inputs: list[Tensor]) -> Any:
+        found = of_mode(out, inputs)
+        if waiting and waiting[0][1] is not None and any(isinstance(each, FakeTensor) for each in inputs):
+            func, made = waiting.pop()
+            assert made == found, func
+            compared[func] += 1
+        return found
+
+    monkeypatch.setattr(shape_cache, "_entry_on_meta", hold_back)
+    monkeypatch.setattr(shape_cache, "_entry", entry)
+    model = architecture_of(toy_config("qwen3_moe", num_hidden_layers=2))
+    for bits, changes in ((4, {"head_bits": 8, "offload_activations": True}), (8, {"mlp_tile": 100, "rows": 2}),
+                          (32, {"on_gpu": False, "element_bytes": 4, "gradient_checkpointing": False})):  # fmt: skip
+        setup = MemoryConfig(**{"bits": bits, "element_bytes": 2, "rows": 1, "length": 300, "loss_chunk": 64} | changes)
+        run(build(model.source.read()[0], setup), setup)
+    assert len(compared) > 50 and compared.total() > 400
 
 
 def test_most_results_come_from_the_cache_and_it_does_not_grow_without_end(monkeypatch) -> None:
