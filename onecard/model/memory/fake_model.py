@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from onecard.model.model_layers import text_part
 
 CPU = torch.device("cpu")
+FEW_TILES = 3  # of a quantised head: those between the second and the last take what the second does
 
 
 @dataclass
@@ -47,6 +48,7 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
     from onecard.model.attention import avoid_flash
     from onecard.model.load import checkpoint_layers
     from onecard.model.memory_saving.lm_head import quantize_head
+    from onecard.model.memory_saving.tiled_head import dequantise_in_tiles
     from onecard.model.output_head import assume_way
     from onecard.model.packed_attention import plan_attention
     from onecard.model.quantization import compute_as_on_a_card, quantize_on_meta
@@ -62,6 +64,7 @@ def build(config: Any, setup: Any, *, whole: bool = False, unpacked: bool = True
     quantize_on_meta(base, setup.bits, dtype)
     if setup.head_bits < 16:
         quantize_head(base, setup.head_bits, dtype)
+        dequantise_in_tiles(base.get_output_embeddings(), at_most=FEW_TILES)
     if setup.repeats_kv:
         avoid_flash(base)
     if unpacked:

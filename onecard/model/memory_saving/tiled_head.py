@@ -8,7 +8,6 @@ the head is `lm_head.py`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,27 +18,29 @@ from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK, dense_rows, pr
 TILE_BYTES = 64 << 20  # of dequantised rows: 8,192 of 4,096 weights in 16 bits. What is quickest was not measured
 
 
-def dequantise_in_tiles(layer: nn.Module, *, tile_bytes: int = TILE_BYTES) -> None:
+def dequantise_in_tiles(layer: nn.Module, *, tile_bytes: int = TILE_BYTES, at_most: int | None = None) -> None:
     """Let a frozen quantised linear layer compute with `tile_bytes` of dequantised rows at a time.
 
+    at_most: how many tiles are computed, the last one among them; for the memory plan, to which others are alike.
     Outputs are those of the layer; the gradient of its input is summed over the tiles in fp32, so it is the layer's up
     to rounding, and bit for bit where one tile holds all rows. The weights themselves learn nothing.
     """
 
     class Tiled(type(layer)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
-            return _Product.apply(x, self, tile_bytes)
+            tiles = _tiles(self, x, tile_bytes)
+            return _Product.apply(x, self, tiles if at_most is None else [*tiles[: at_most - 1], *tiles[-1:]])
 
     layer.__class__ = Tiled
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any, tile_bytes: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Any, tiles: list[slice]) -> Tensor:
         """x: (..., in); returns (..., out) in the dtype of x."""
-        ctx.layer, ctx.tile_bytes, ctx.shape = layer, tile_bytes, x.shape
+        ctx.layer, ctx.tiles, ctx.shape = layer, tiles, x.shape
         output = x.new_empty(*x.shape[:-1], layer.out_features)
-        for rows in _tiles(layer, x, tile_bytes):
+        for rows in tiles:
             output[..., rows] = product_with_rows(layer, x, rows)
         return output
 
@@ -47,16 +48,15 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
         total = gradient.new_zeros(ctx.shape, dtype=torch.float32)
-        for rows in _tiles(ctx.layer, gradient, ctx.tile_bytes):
+        for rows in ctx.tiles:
             weights = dense_rows(ctx.layer, rows, gradient.dtype)
             total += gradient[..., rows].to(weights.dtype) @ weights
             del weights  # not two tiles at once
         return total.to(gradient.dtype), None, None
 
 
-def _tiles(layer: Any, like: Tensor, tile_bytes: int) -> Iterator[slice]:
+def _tiles(layer: Any, like: Tensor, tile_bytes: int) -> list[slice]:
     """Rows of `tile_bytes` in the dtype of `like`, cut where a block of 4-bit weights and one of their scales begin."""
     step = NF4_BLOCK * NF4_SUPERBLOCK // math.gcd(NF4_BLOCK * NF4_SUPERBLOCK, layer.in_features)
     at_once = max(step, tile_bytes // (layer.in_features * like.element_size()) // step * step)
-    for start in range(0, layer.out_features, at_once):
-        yield slice(start, min(start + at_once, layer.out_features))
+    return [slice(start, min(start + at_once, layer.out_features)) for start in range(0, layer.out_features, at_once)]
