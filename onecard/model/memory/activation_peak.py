@@ -20,7 +20,7 @@ import torch
 from onecard.config.lora import LoraOptions
 from onecard.console import warn
 from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
-from onecard.model.memory.extrapolate import NotTraced, Sample
+from onecard.model.memory.extrapolate import KNOWN_ALONE, NotTraced, Sample, relevant
 from onecard.model.memory.nearest_sample import sample_or_nearest
 from onecard.model.memory.simulate import BACKWARD, LAYER, LOSS, Part, TooManyOperations
 
@@ -60,8 +60,8 @@ def find_peak(model: Any, setup: Any) -> ActivationPeak:
         ratio = f"{SEEN_RATIO[model.model_type]:.0%}"
         _warn_once(f"{model.name}: the plan of a small {model.model_type} was {ratio} of what it took")
     try:
-        with isolated():
-            return _simulated_peak(model, setup)
+        find = _simulated_peak if KNOWN_ALONE.get() else _cached_peak  # the next one may be of other traces
+        return find(nameless(model), relevant(model, setup, Part.WHOLE))
     except NotTraced:  # an answer at once, of a model that is not known yet
         pass
     except TooManyOperations:
@@ -110,7 +110,8 @@ def samples_of_step(model: Any, setup: Any) -> list[Sample]:
 
 
 def _simulated_peak(model: Any, setup: Any) -> ActivationPeak:
-    found = samples_of_step(model, setup)
+    with isolated():
+        found = samples_of_step(model, setup)
     apart = len(found) > 1
     n_trained = LoraOptions(setup.peft_method).n_last_layers
     moments = [_of_whole_model(each, found[0], n_trained) for each in found]
@@ -122,6 +123,9 @@ def _simulated_peak(model: Any, setup: Any) -> ActivationPeak:
     batch = max(0, round(found[0].entry - setup.tokens * model.hidden_size * setup.element_bytes))
     kept = min(round(inputs[worst]), round(total[worst]))
     return ActivationPeak(kept, round(total[worst]) - kept, batch, int(phase[worst]), found[0].sent())
+
+
+_cached_peak = lru_cache(maxsize=2048)(_simulated_peak)
 
 
 def _of_whole_model(found: Sample, layers: Sample, n_trained: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -77,7 +77,7 @@ def sample(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
 
     Raises ModelError: the model cannot run on fake tensors; TooManyOperations.
     """
-    setup = _relevant(model, setup, part)
+    setup = relevant(model, setup, part)
     try:
         return _over_ranks(model, setup, part) if ASKS_FOR_MANY.get() else extrapolated(model, setup, part)
     except TooManyOperations:
@@ -86,10 +86,10 @@ def sample(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
 
 def sample_at_size(model: Any, setup: Any, part: Part) -> Sample:
     """As `sample`, traced at its own size, where other requests are made than at smaller ones."""
-    return traced(model, _relevant(model, setup, part), part)
+    return traced(model, relevant(model, setup, part), part)
 
 
-def _relevant(model: Any, setup: Any, part: Part) -> Any:
+def relevant(model: Any, setup: Any, part: Part) -> Any:
     """The setup without what changes nothing in this part at this size, so that equal ones are traced once."""
     setup = replace(
         setup, optimizer="adamw", offload_embeddings=False, stream_layers=False, n_cards=1, only_vocabulary=False,
@@ -302,6 +302,8 @@ def traced_setups(model: Any, part: Part) -> list[Any]:
 def traced(model: Any, setup: Any, part: Part = WHOLE_STEP) -> Sample:
     """A micro-batch that runs on fake tensors. Raises ModelError, TooManyOperations, NotTraced."""
     apart = replace(setup, rows=1, length=1, loss_chunk=0, mlp_tile=0, offload_activations=False)
+    if setup.bits != 8:  # of which a model that can compute its layers again is another one: see `checkpoint_layers`
+        apart = replace(apart, bits=min(16, setup.bits), gradient_checkpointing=model.checkpoints)
     key = (model, apart)
     if key in _failed:  # one failure stands for all sizes: a plan asks for many
         raise ModelError(_failed[key])

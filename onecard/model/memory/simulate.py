@@ -297,6 +297,9 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
     """
     tile_mlps(model.peft, setup.mlp_tile if training else 0, FewTiles)
     model.peft.train(training)
+    for module in model.peft.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = setup.gradient_checkpointing
     n_rows = min(n_supervised(setup), CHUNKS * setup.loss_chunk - 1) if setup.loss_chunk else setup.tokens
     n_rows = 1 if part is Part.LAYERS and setup.loss_chunk else n_rows
     recorder = Recorder(model, setup, n_rows)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from onecard.model.memory import extrapolate
+from onecard.model.memory import activation_peak, extrapolate
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.estimate import MemoryConfig, MemoryEstimate, account
 
@@ -58,7 +58,7 @@ def test_the_loss_is_traced_once_for_all_ranks_and_bits(of_setup):
     model, loss = architecture_of(LLAMA), extrapolate.Part.LOSS
     setup = replace(MemoryConfig(4, 2, 1, 300, loss_chunk=128, gradient_checkpointing=True), **of_setup)
     setups = [replace(setup, rank=rank, bits=bits) for rank, bits in ((8, 4), (64, 4), (8, 8), (8, 16))]
-    assert len({extrapolate._relevant(model, each, loss) for each in setups}) == 1
+    assert len({extrapolate.relevant(model, each, loss) for each in setups}) == 1
     traces = [extrapolate.traced(model, each, loss) for each in setups]
     for each in traces[1:]:
         first, other = (
@@ -67,7 +67,7 @@ def test_the_loss_is_traced_once_for_all_ranks_and_bits(of_setup):
         )
         assert first == other and each.kinds == traces[0].kinds
     for other in ({"n_new_tokens": 4}, {"train_embeddings": True}, {"targets": "q_proj,lm_head"}):
-        changed = [extrapolate._relevant(model, replace(each, **other), loss) for each in setups]
+        changed = [extrapolate.relevant(model, replace(each, **other), loss) for each in setups]
         assert len(set(changed)) == len(setups), "what is trained beside the layers"
 
 
@@ -80,7 +80,7 @@ def test_what_gives_way_keeps_its_traces_and_is_the_same_afterwards():
     def asked(gives_way_at: float) -> tuple[MemoryEstimate, int]:
         n_asked = itertools.count()
         extrapolate.GIVES_WAY.set(lambda: next(n_asked) >= gives_way_at)
-        for cached in (extrapolate.traced, extrapolate._built):
+        for cached in (extrapolate.traced, extrapolate._built, activation_peak._cached_peak):
             cached.cache_clear()
         return account(model, setup), next(n_asked)
 

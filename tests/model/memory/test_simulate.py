@@ -112,7 +112,7 @@ def test_any_size_follows_from_the_few_that_are_traced(changes: dict[str, Any]) 
     assert activation_peak.find_peak(model, setup).n_bytes == pytest.approx(max(whole.live), rel=2e-3)
     parts = [Part.LOSS] if setup.rows > 1 else [Part.LAYERS, Part.LOSS]
     for part in parts:
-        here = extrapolate.traced(model, extrapolate._relevant(model, setup, part), part)
+        here = extrapolate.traced(model, extrapolate.relevant(model, setup, part), part)
         assert extrapolate.sample(model, setup, part) is not here, "it was traced, not computed"
 
 
@@ -174,7 +174,7 @@ def no_traces() -> Iterator[None]:
     """As in a process that has traced nothing, and leaving no failure behind for the tests after it."""
 
     def forget() -> None:
-        for cached in (extrapolate.traced, extrapolate._built):
+        for cached in (extrapolate.traced, extrapolate._built, activation_peak._cached_peak):
             cached.cache_clear()
         extrapolate._working_options.clear()
         extrapolate._failed.clear()
@@ -186,7 +186,7 @@ def no_traces() -> Iterator[None]:
 
 # Where a simulation may fail: while the model is built, while it runs, and in what is made of the traces.
 @pytest.mark.usefixtures("no_traces")
-@pytest.mark.parametrize("step", ["fake_model.build", "run", "_relevant"])
+@pytest.mark.parametrize("step", ["fake_model.build", "run", "relevant"])
 def test_a_family_whose_simulation_fails_is_named_and_planned_roughly(step: str, monkeypatch, capsys) -> None:
     model = replace(architecture("nemotron"), name=f"mine, failing in {step}")
     n_calls = []
@@ -201,7 +201,7 @@ def test_a_family_whose_simulation_fails_is_named_and_planned_roughly(step: str,
     said = capsys.readouterr().err
     wanted = f"the memory of {model.name} (nemotron) cannot be planned: no such kernel; what its layers take is a rough"
     assert said.count("cannot be planned") == 1 and wanted in said
-    assert step == "_relevant" or len(set(n_calls)) == 1
+    assert step == "relevant" or len(set(n_calls)) == 1
 
 
 def process_state() -> dict[str, Any]:
