@@ -64,11 +64,11 @@ def test_planted_duplicates_are_found_and_look_alikes_stay(tmp_path: Path) -> No
 def test_planted_rows_have_the_similarity_they_claim() -> None:
     from benchmarks.clean_data import planted_rows
 
-    rows = [(kind, words_of(f"{row['instruction']} {row['output']}")) for kind, row in planted_rows(400)]
+    texts = [(kind, f"{row['instruction']} {row['output']}") for kind, row in planted_rows(400)]
+    rows = [(kind, set(runs_of(words_of(text), 5))) for kind, text in texts]
     seen = Counter()
-    for place, (kind, words) in enumerate(rows):
-        runs = set(runs_of(words, 5))
-        best = max((jaccard(runs, set(runs_of(other, 5))) for _, other in rows[:place]), default=0.0)
+    for place, (kind, runs) in enumerate(rows):
+        best = max((jaccard(runs, other) for _, other in rows[:place]), default=0.0)
         assert round(best, 6) == {"new": 0.0, "duplicate": 0.8, "look-alike": 0.5}[kind]
         seen[kind] += 1
     assert seen == {"new": 360, "duplicate": 20, "look-alike": 20}
