@@ -173,12 +173,12 @@ def test_a_million_bad_records_keep_a_thousand_names_and_count_all(tmp_path: Pat
 @pytest.mark.parametrize("name", ["big.jsonl", "big.json", "big_minified.json", "big.csv", "big.txt"])
 def test_reading_streams(tmp_path: Path, name: str) -> None:
     """16 MB of records in a few MB of memory: bound by the chunk and not by the file."""
-    row, n_rows = pair(output="x" * 2000), 8_000
+    row, n_rows = pair(output="x" * 20_000), 800
     path = tmp_path / name
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         stream.write({"big.json": "[\n", "big_minified.json": "[", "big.csv": "prompt,response\n"}.get(name, ""))
         for number in range(n_rows):
-            line = {"big.csv": "q," + "x" * 2000 + "\n", "big.txt": "x" * 2000 + "\n\n"}.get(name, row + "\n")
+            line = {"big.csv": "q," + "x" * 20_000 + "\n", "big.txt": "x" * 20_000 + "\n\n"}.get(name, row + "\n")
             last = number == n_rows - 1
             line = line.replace("\n", "" if last else ",") if name == "big_minified.json" else line
             stream.write(line.replace("\n", ",\n") if name == "big.json" and not last else line)
@@ -240,34 +240,40 @@ def is_sound(sample: Conversation | Document) -> bool:
     return bool(dialogue)
 
 
-@given(RECORD)
-@settings(max_examples=200, deadline=None)
-def test_any_value_is_a_sound_sample_or_has_a_reason(value: object) -> None:
-    try:
-        shaped = to_sample(value, "a:1")
-    except UnusableRecord as problem:
-        reason = str(problem)
-        assert reason
-        assert reason.isprintable()
-    else:
-        assert is_sound(shaped.sample)
+@pytest.mark.parametrize("n_examples", [50, pytest.param(500, marks=pytest.mark.slow)])
+def test_any_value_is_a_sound_sample_or_has_a_reason(n_examples: int) -> None:
+    @given(RECORD)
+    @settings(max_examples=n_examples, deadline=None)
+    def check(value: object) -> None:
+        try:
+            shaped = to_sample(value, "a:1")
+        except UnusableRecord as problem:
+            reason = str(problem)
+            assert reason
+            assert reason.isprintable()
+        else:
+            assert is_sound(shaped.sample)
+
+    check()
 
 
-@given(st.lists(RECORD, min_size=1, max_size=6), st.sampled_from([None, 2]), st.sampled_from(["json", "jsonl"]))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_file_of_values_is_counted_whole(
-    tmp_path: Path, values: list[object], indent: int | None, suffix: str
-) -> None:
-    path = tmp_path / f"any.{suffix}"
-    if suffix == "json":
-        text = json.dumps(values, indent=indent)
-    else:
-        values = [{"a": value} for value in values]
-        text = "".join(json.dumps(value) + "\n" for value in values)
-    path.write_text(text, encoding="utf-8", newline="\n")
-    samples, report = read_all(path)
-    assert len(samples) + report.n_bad == len(values)
-    assert all(is_sound(sample) for sample in samples)
+@pytest.mark.parametrize("n_examples", [25, pytest.param(250, marks=pytest.mark.slow)])
+def test_any_file_of_values_is_counted_whole(tmp_path: Path, n_examples: int) -> None:
+    @given(st.lists(RECORD, min_size=1, max_size=6), st.sampled_from([None, 2]), st.sampled_from(["json", "jsonl"]))
+    @settings(max_examples=n_examples, deadline=None)
+    def check(values: list[object], indent: int | None, suffix: str) -> None:
+        path = tmp_path / f"any.{suffix}"
+        if suffix == "json":
+            text = json.dumps(values, indent=indent)
+        else:
+            values = [{"a": value} for value in values]
+            text = "".join(json.dumps(value) + "\n" for value in values)
+        path.write_text(text, encoding="utf-8", newline="\n")
+        samples, report = read_all(path)
+        assert len(samples) + report.n_bad == len(values)
+        assert all(is_sound(sample) for sample in samples)
+
+    check()
 
 
 @given(st.binary(max_size=200) | st.text(alphabet='[]{},:"\\ \n\t1aé', max_size=80).map(lambda text: text.encode()))

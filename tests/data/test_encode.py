@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
 from onecard.data.built_in_templates import BUILT_IN
@@ -51,9 +54,17 @@ def conversations(draw, max_answers: int = 3) -> Conversation:
     return Conversation((*system, *pairs), "drawn:1")
 
 
-any_conversation = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FEW, MANY = 6, 25
+N_EXAMPLES = pytest.mark.parametrize("n_examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+
+
+def drawn(n_examples: int, *case: str) -> Callable[[Any], Any]:
+    """So many examples, others for each case and the same each time."""
+    chosen = settings(
+        max_examples=n_examples, deadline=None, derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )  # fmt: skip
+    return lambda test: seed(" ".join(case))(chosen(test))
 
 
 def encode(conversation, template, tokenizer, settings=ROOMY) -> list[LabelledSample]:
@@ -98,52 +109,66 @@ def learned_text(tokenizer, sample: LabelledSample, start: int, stop: int) -> st
     return decode(tokenizer, [*anchor, *sample.input_ids[start:stop]]).removeprefix("a")
 
 
+@N_EXAMPLES
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("which", TOKENIZERS)
-@any_conversation
-@given(conversation=conversations())
-@example(Conversation((Turn("user", " "), Turn("assistant", " ")), "spaces:1"))
-@example(Conversation((Turn("user", "a"), Turn("assistant", "  b \n"), Turn("user", ""), Turn("assistant", "")), "e:1"))
-def test_what_is_learned_is_what_is_fed(request, which, name, conversation):
+def test_what_is_learned_is_what_is_fed(request, which, name, n_examples):
     tokenizer = request.getfixturevalue(which)
     template = load_template(name, tokenizer)
-    check_equality(_with_questions(conversation), template, tokenizer)
+
+    @drawn(n_examples, which, name)
+    @given(conversation=conversations())
+    @example(Conversation((Turn("user", " "), Turn("assistant", " ")), "spaces:1"))
+    @example(
+        Conversation((Turn("user", "a"), Turn("assistant", "  b \n"), Turn("user", ""), Turn("assistant", "")), "e:1")
+    )
+    def check(conversation):
+        check_equality(_with_questions(conversation), template, tokenizer)
+
+    check()
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("which", TOKENIZERS)
-def test_every_sample_file(request, which, name):
-    tokenizer = request.getfixturevalue(which)
-    template = load_template(name, tokenizer)
+@pytest.fixture(scope="module")
+def samples_of_files() -> list[list[Conversation | Document]]:
+    """The first 12 of each file."""
     files = sorted(
         path
         for path in SAMPLE.rglob("*")
         if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt") and path.parent.name != "tiny-llama"
     )
+    return [list(islice(read(str(file), report=ReadReport()), 12)) for file in files]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("which", TOKENIZERS)
+def test_every_sample_file(request, which, name, samples_of_files):
+    tokenizer = request.getfixturevalue(which)
+    template = load_template(name, tokenizer)
     n_answers = n_documents = 0
-    for file in files:
-        for n, sample in enumerate(read(str(file), report=ReadReport())):
-            if n == 12:
-                break
-            if isinstance(sample, Document):
-                n_documents += len(encode(sample, template, tokenizer))
-            else:
-                n_answers += check_equality(sample, template, tokenizer)
-    assert len(files) == 15
+    for sample in chain.from_iterable(samples_of_files):
+        if isinstance(sample, Document):
+            n_documents += len(encode(sample, template, tokenizer))
+        else:
+            n_answers += check_equality(sample, template, tokenizer)
+    assert len(samples_of_files) == 15
     assert n_answers > 50
     assert n_documents > 3
 
 
 @pytest.mark.parametrize("jinja", [APPEND_ONLY, CLOSES_AT_THE_END, REWRITES_HISTORY])
-@any_conversation
-@given(conversation=conversations())
-def test_a_tokenizers_own_template(bytelevel_tokenizer, with_template, jinja, conversation):
+def test_a_tokenizers_own_template(bytelevel_tokenizer, with_template, jinja):
     tokenizer = with_template(bytelevel_tokenizer, jinja)
     template = load_template("auto", tokenizer)
-    if jinja is APPEND_ONLY:  # it trims what it is given
-        turns = tuple(Turn(turn.role, turn.content.strip(), turn.input) for turn in conversation.turns)
-        conversation = Conversation(turns, "trimmed:1")
-    check_equality(conversation, template, tokenizer)
+
+    @drawn(MANY)
+    @given(conversation=conversations())
+    def check(conversation):
+        if jinja is APPEND_ONLY:  # it trims what it is given
+            turns = tuple(Turn(turn.role, turn.content.strip(), turn.input) for turn in conversation.turns)
+            conversation = Conversation(turns, "trimmed:1")
+        check_equality(conversation, template, tokenizer)
+
+    check()
 
 
 def test_the_space_that_sentencepiece_writes_itself_is_not_doubled(sp_tokenizer, with_template):
@@ -190,15 +215,23 @@ def test_a_template_that_rewrites_history_gives_one_sample_per_answer(bytelevel_
     assert check_equality(Conversation(turns, "x:1"), template, tokenizer) == 3
 
 
+@N_EXAMPLES
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("which", TOKENIZERS)
-@any_conversation
-@given(conversation=conversations(), cutoff_len=st.integers(8, 120))
-def test_truncation_keeps_the_equality_and_never_teaches_an_early_stop(request, which, name, conversation, cutoff_len):
+def test_truncation_keeps_the_equality_and_never_teaches_an_early_stop(request, which, name, n_examples):
     tokenizer = request.getfixturevalue(which)
     template = load_template(name, tokenizer)
+
+    @drawn(n_examples, which, name)
+    @given(conversation=conversations(), cutoff_len=st.integers(8, 120))
+    def check(conversation, cutoff_len):
+        check_truncation(_with_questions(conversation), template, tokenizer, cutoff_len)
+
+    check()
+
+
+def check_truncation(conversation: Conversation, template, tokenizer, cutoff_len: int) -> None:
     end = template.end_text(tokenizer)
-    conversation = _with_questions(conversation)
     whole = encode_sample(conversation, template, tokenizer, ROOMY)
     result = encode_sample(conversation, template, tokenizer, EncodeSettings(cutoff_len))
     if isinstance(whole, DroppedSample):
@@ -389,7 +422,7 @@ def test_messages_that_the_template_refuses_are_bad_records(sp_tokenizer, with_t
 
 
 @pytest.mark.parametrize("which", TOKENIZERS)
-@any_conversation
+@drawn(MANY)
 @given(texts=st.lists(text, min_size=1, max_size=4))
 def test_the_fast_path_gives_the_tokenizers_own_ids(request, which, texts):
     tokenizer = request.getfixturevalue(which)

@@ -41,23 +41,28 @@ def turns(draw) -> tuple[Turn, ...]:
     return (*system, *pairs)
 
 
+@pytest.mark.parametrize("n_examples", [5, pytest.param(25, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("which", TOKENIZERS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(turns=turns(), prompt=st.booleans())
-def test_renders_what_hugging_face_renders(request, which, name, turns, prompt):
+def test_renders_what_hugging_face_renders(request, which, name, n_examples):
     tokenizer = request.getfixturevalue(which)
     template = load_template(name, tokenizer)
-    messages = template.messages(turns[:-1] if prompt else turns)
-    ours = template.render(messages, special_tokens=special_tokens(tokenizer), add_generation_prompt=prompt)
-    theirs = tokenizer.apply_chat_template(
-        messages, chat_template=template.jinja, add_generation_prompt=prompt, tokenize=False
-    )
-    assert ours == theirs
+
+    @settings(max_examples=n_examples, deadline=None)
+    @given(turns=turns(), prompt=st.booleans())
+    def check(turns, prompt):
+        messages = template.messages(turns[:-1] if prompt else turns)
+        ours = template.render(messages, special_tokens=special_tokens(tokenizer), add_generation_prompt=prompt)
+        theirs = tokenizer.apply_chat_template(
+            messages, chat_template=template.jinja, add_generation_prompt=prompt, tokenize=False
+        )
+        assert ours == theirs
+
+    check()
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(several=st.lists(turns(), min_size=1, max_size=4), prompt=st.booleans())
 def test_the_quick_path_for_built_in_templates_is_what_rendering_gives(sp_tokenizer, name, several, prompt):
     writer = PromptRenderer(load_template(name, sp_tokenizer), sp_tokenizer)
