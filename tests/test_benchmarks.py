@@ -132,9 +132,13 @@ def test_memory_ladder(
     assert capsys.readouterr().out.count("\n| + ") == len(rows) - 1
 
 
+@pytest.mark.parametrize("is_traced", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_context_per_vram_prints_no_number_of_a_card_that_was_not_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    is_traced: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
+    if not is_traced:
+        request.getfixturevalue("peaks_by_formula")
+        request.getfixturevalue("monkeypatch").setattr(context_per_vram, "toy_row", lambda *_: {"planned tokens": 1})
     output = tmp_path / "context.json"
     context_per_vram.main(["--vram", "8,11,20", "--toy_mib", "34", "--device", "cpu", "--output", str(output)])
     result = json.loads(output.read_text(encoding="utf-8"))
@@ -143,9 +147,14 @@ def test_context_per_vram_prints_no_number_of_a_card_that_was_not_measured(
     for row in result["rows"]:
         assert row["planned"] > 0 and row["tried"] == []
         assert {row[name] for name in ("measured", "ratio", "reserved_gib", "tokens_per_s")} == {None}
-    assert 0.97 < result["toy"]["measured / planned"] < 1.01
-    assert result["toy"]["measured MiB"] < 34 * 1.01
+    assert result["toy"]["planned tokens"] > 0
     assert "Planned only" in capsys.readouterr().out
+
+
+def test_a_toy_takes_what_is_planned_for_its_longest_context() -> None:
+    toy = context_per_vram.toy_row(context_per_vram.ContextOptions(toy_mib=34, device="cpu"), CPU)
+    assert 0.97 < toy["measured / planned"] < 1.01
+    assert toy["measured MiB"] < 34 * 1.01
 
 
 def test_the_search_for_the_longest_context_closes_in() -> None:
