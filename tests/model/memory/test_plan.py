@@ -87,6 +87,7 @@ def test_layers_are_recomputed_where_something_else_needs_it(options: dict[str, 
     assert (choice.value, choice.reason) == ("on", f"goes with --{next(iter(options))}")
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_each_of_two_cards_holds_half_and_a_layer_more() -> None:
     """16 bits of 8B take 15 GiB: too much for one card of 12 GiB, and what only one card can do is not chosen."""
     one, two = (plan("Llama-3.1-8B", 12, bits=16, max_memory=shares) for shares in ("0:11GiB", "0:11GiB,1:11GiB"))
@@ -175,6 +176,7 @@ def test_what_was_typed_stays(
             assert {c.flag: c.reason for c in found.choices}[f"--{flag}"] != "fits", "given up without a reason"
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_too_little_ram_is_said() -> None:
     options = {"cutoff_len": 32_768, "lora_r": 8}
     enough, little = (plan("Llama-3.1-8B", 9, ram, **options) for ram in (64, 0.25))
@@ -216,6 +218,7 @@ def test_a_model_that_is_too_large_for_the_card_is_asked_for_with_its_layers_in_
     assert not fits_somehow(model, FinetuneConfig(), card(3.5, 2)), "nor has the RAM room for them"
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_the_plan_is_for_the_longest_sample() -> None:
     model, config = architecture_of("Llama-3.1-8B"), with_options(FinetuneConfig(), {"cutoff_len": 4096})
     assert make_plan(model, config, card(24), longest_row=100).setup.length == 100
