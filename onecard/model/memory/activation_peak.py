@@ -20,7 +20,7 @@ import torch
 from onecard.config.lora import LoraOptions
 from onecard.console import warn
 from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
-from onecard.model.memory.extrapolate import KNOWN_ALONE, NotTraced, Sample, relevant
+from onecard.model.memory.extrapolate import ASKS_FOR_MANY, KNOWN_ALONE, NotTraced, Sample, relevant
 from onecard.model.memory.nearest_sample import sample_or_nearest
 from onecard.model.memory.simulate import BACKWARD, LAYER, LOSS, Part, TooManyOperations
 
@@ -60,8 +60,9 @@ def find_peak(model: Any, setup: Any) -> ActivationPeak:
         ratio = f"{SEEN_RATIO[model.model_type]:.0%}"
         _warn_once(f"{model.name}: the plan of a small {model.model_type} was {ratio} of what it took")
     try:
-        find = _simulated_peak if KNOWN_ALONE.get() else _cached_peak  # the next one may be of other traces
-        return find(nameless(model), relevant(model, setup, Part.WHOLE))
+        if KNOWN_ALONE.get():  # of the traces that are there now
+            return _simulated_peak(model, setup)
+        return _cached_peak(nameless(model), relevant(model, setup, Part.WHOLE), ASKS_FOR_MANY.get())
     except NotTraced:  # an answer at once, of a model that is not known yet
         pass
     except TooManyOperations:
@@ -125,7 +126,9 @@ def _simulated_peak(model: Any, setup: Any) -> ActivationPeak:
     return ActivationPeak(kept, round(total[worst]) - kept, batch, int(phase[worst]), found[0].sent())
 
 
-_cached_peak = lru_cache(maxsize=2048)(_simulated_peak)
+@lru_cache(maxsize=2048)
+def _cached_peak(model: Any, setup: Any, _asks_for_many: bool) -> ActivationPeak:
+    return _simulated_peak(model, setup)
 
 
 def _of_whole_model(found: Sample, layers: Sample, n_trained: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
