@@ -210,12 +210,12 @@ def test_longest_context_grows_with_the_card(name: str, sizes: tuple[int, ...]) 
 def test_a_model_that_is_too_large_for_the_card_is_asked_for_with_its_layers_in_ram_alone(monkeypatch) -> None:
     """What cannot fit by its weights is not traced for each technique before it is streamed."""
     model, asked = architecture_of("Llama-3.1-8B"), []
-    monkeypatch.setattr(plan_module, "account", lambda model, setup, **rest: asked.append(setup) or account(
-        model, setup, **rest))  # fmt: skip
+    monkeypatch.setattr(plan_module, "account", lambda model, setup, *within, **rest: asked.append(setup) or account(
+        model, setup, *within, **rest))  # fmt: skip
     assert fits_somehow(model, FinetuneConfig(), card(3.5)) and make_plan(model, FinetuneConfig(), card(3.5)).fits
     n_asked = next(number for number, setup in enumerate(asked) if not setup.stream_layers)
     assert 0 < n_asked < len(asked), "make_plan says what would be needed without"
-    assert not fits_somehow(model, FinetuneConfig(), card(3.5, 2)), "nor has the RAM room for them"
+    assert not fits_somehow(model, FinetuneConfig(), card(3.5, 2)), "the RAM has no room for them"
 
 
 @pytest.mark.usefixtures("peaks_by_formula")

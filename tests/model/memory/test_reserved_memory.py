@@ -11,9 +11,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.machine import RESULTS
 from benchmarks.plan_accuracy import toy_config
 from onecard.model.chunked_loss import ROWS_AT_ONCE
-from onecard.model.memory import estimate, extrapolate, reserved_memory, simulate
+from onecard.model.files import read_json
+from onecard.model.memory import activation_peak, estimate, extrapolate, fake_model, reserved_memory, simulate
 from onecard.model.memory.activation_peak import find_peak, nameless, samples_of_step
 from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.caching_allocator import MIB, CachingAllocator, Requests
@@ -174,6 +176,20 @@ def test_rows_longer_than_the_model_knows_make_the_same_requests_at_all_lengths(
     assert layers.trace.events and model.source.windows == (2048,)
 
 
+@pytest.mark.slow
+def test_few_tiles_of_a_quantised_head_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = architecture_of(toy_config("llama", num_hidden_layers=2, hidden_size=2048, vocab_size=128_000))
+    setup, found = replace(SETUP, head_bits=8, length=300), []
+    for n_tiles in (fake_model.FEW_TILES, 1000):
+        monkeypatch.setattr(fake_model, "FEW_TILES", n_tiles)
+        for cached in (extrapolate.traced, extrapolate._built, activation_peak._cached_peak,
+                       reserved_memory.reserved_beyond_tensors):  # fmt: skip
+            cached.cache_clear()
+        estimated, loss = account(model, setup), samples_of_step(nameless(model), setup)[-1]
+        found.append((estimated, len(loss.trace.events)))
+    assert found[0][0] == found[1][0] and found[1][1] > 1.3 * found[0][1]
+
+
 def test_pieces_of_other_tensors_are_all_there() -> None:
     """Tiles of the feed-forward layers are joined again, and may be as long as the pieces of a gradient."""
     setup = MemoryConfig(8, 2, 2, 4096, loss_chunk=512, head_bits=8, mlp_tile=ROWS_AT_ONCE, repeats_kv=True)
@@ -194,6 +210,28 @@ def test_a_plan_fits_where_the_step_runs_in_what_the_card_has(monkeypatch: pytes
         card = tensors + spare * MIB
         assert account(model, SETUP, card).card_bytes == pytest.approx(tensors + slack * MIB, abs=8)
         assert (account(model, SETUP, card, only_fits=True).card_bytes <= card) is (slack <= spare), spare
+
+
+def test_a_card_with_ample_room_is_not_asked_by_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only whether it fits is asked. The room is more than any step of the benchmark needs."""
+    model, replayed = architecture_of(LLAMA), []
+    monkeypatch.setattr(estimate, "reserved_beyond_tensors", lambda *_: replayed.append(1) or 0)
+    for is_growing, share in enumerate(reversed(estimate.AMPLE_SHARES)):
+        setup = replace(SETUP, expandable_segments=bool(is_growing))
+        moving = find_peak(model, setup).n_bytes
+        tensors = held_bytes(model, setup) + moving
+        ample = estimate.AMPLE_BYTES + int(share * moving) + 512
+        for room, n_replays in ((ample, 0), (ample - MIB, 1)):
+            replayed.clear()
+            assert account(model, setup, tensors + room, only_fits=True).card_bytes <= tensors + room
+            assert len(replayed) == n_replays
+        account(model, setup, tensors + ample)
+        assert len(replayed) == 2
+    measured = read_json(RESULTS / "reserved_memory.json")["rows"]
+    assert len(measured) == 62
+    for row in measured:
+        needed = row["limit_bytes"] - row["tensor_bytes"]
+        assert needed < estimate.AMPLE_BYTES + 0.12 * row["tensor_bytes"]
 
 
 def test_what_is_not_known_is_given_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
