@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from onecard.config.lora import LoraOptions
 from onecard.errors import ModelError
-from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT
+from onecard.model.chunked_loss import CHUNK_BYTES_PER_LOGIT, ROWS_AT_ONCE
 from onecard.model.memory import fake_model
 from onecard.model.memory.gives_way import GIVES_WAY, GaveWay
 from onecard.model.memory.simulate import LOSS, WHOLE_STEP, MemoryTrace, Part, TooManyOperations, run
@@ -130,6 +130,8 @@ def extrapolated(model: Any, setup: Any, part: Part) -> Sample:
                *(_offload_limits(model, setup) if setup.offload_activations else ())}  # fmt: skip
     asked_often = setup.rows == 1 or (ASKS_FOR_MANY.get() and not _pieces(setup))  # a plan asks for many of one row
     lengths = _lengths(setup.length, sorted(windows)) if asked_often else None
+    if lengths is not None and part is not Part.LOSS and len({_row_pieces(length) for length in lengths}) > 1:
+        lengths = _lengths(setup.length, sorted(windows | {ROWS_AT_ONCE, 2 * ROWS_AT_ONCE}))
     if lengths is None:
         return traced(model, setup, part)
     for n_sides in (2, 3):  # of a polynomial of first and second degree in the length
@@ -140,6 +142,11 @@ def extrapolated(model: Any, setup: Any, part: Part) -> Sample:
         if not _is_quadratic(found[0], found[1], lengths):
             break
     return _combined(found, points, setup, terms)
+
+
+def _row_pieces(length: int) -> int:
+    """Pieces of a gradient of one row while it is scaled; of three or more as many are traced."""
+    return min(3, -(-length // ROWS_AT_ONCE))
 
 
 def _over_ranks(model: Any, setup: Any, part: Part) -> Sample:

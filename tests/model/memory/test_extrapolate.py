@@ -53,6 +53,21 @@ def test_ranks_and_rows_follow_from_two(of_model, of_setup):
     assert copy_context().run(of_another_rank) < 2  # 4 without
 
 
+def test_long_rows_follow_from_rows_that_are_scaled_in_as_many_pieces() -> None:
+    """A gradient is scaled 1,024 rows at a time: lengths of two pieces say nothing of the requests of three."""
+    model = architecture_of(LLAMA | {"hidden_size": 512})
+    setup = MemoryConfig(4, 2, 1, 5000, loss_chunk=128, offload_activations=True, repeats_kv=True)
+    found = extrapolate.sample(model, setup, extrapolate.Part.LAYERS)
+    n_traces = extrapolate.traced.cache_info().misses
+    assert extrapolate.sample(model, replace(setup, length=7000), extrapolate.Part.LAYERS).trace.events
+    assert extrapolate.traced.cache_info().misses == n_traces
+    own = extrapolate.sample_at_size(model, setup, extrapolate.Part.LAYERS)
+    assert extrapolate.traced.cache_info().misses == n_traces + 1
+    assert found.trace.events and found.trace.events == own.trace.events
+    assert found.live == pytest.approx(own.live)
+    assert sum(abs(found.blocks - own.blocks) > 1) == 1, "the last piece is taken for a whole one"
+
+
 @pytest.mark.parametrize("of_setup", [{}, {"rows": 3, "length": 100}, {"offload_activations": True}])
 def test_the_loss_is_traced_once_for_all_ranks_and_bits(of_setup):
     model, loss = architecture_of(LLAMA), extrapolate.Part.LOSS
