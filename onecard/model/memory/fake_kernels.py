@@ -7,13 +7,16 @@ of torch and bitsandbytes; does not know models.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from onecard.model.chunked_loss import row_pieces
+from onecard.model.memory_saving.tiled_mlp import TiledMLP
 
 # Operations for which a CPU makes copies of operands in another type than the result's; a card does not.
 MIXED = ("aten::add", "aten::sub", "aten::mul", "aten::div", "aten::where", "aten::addcmul")
@@ -164,3 +167,32 @@ class SkippedComputation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         return torch.empty_like(grad_outputs[0])
+
+
+class FewTiles(TiledMLP):
+    """The first tile and the last; those between take the same, one after the other, and are not computed."""
+
+    def _learned(self, inner: nn.Module, flat: Tensor) -> list[Tensor]:
+        n_between = len(flat) - 2 * self.tile_tokens
+        if n_between <= 0:
+            return super()._learned(inner, flat)
+        first, between, last = flat.split([self.tile_tokens, n_between, self.tile_tokens])
+        return [self._checkpointed(inner, first), self._checkpointed(SkippedComputation.apply, between),
+                self._checkpointed(inner, last)]  # fmt: skip
+
+
+def autocast(setup: Any) -> Any:
+    """As accelerate's."""
+    dtype = torch.float16 if setup.repeats_kv else torch.bfloat16
+    return torch.autocast("cpu", dtype, cache_enabled=False) if setup.element_bytes == 2 else nullcontext()
+
+
+@contextmanager
+def flag_of_cuda(wanted: bool) -> Iterator[None]:
+    """The flag of autocast for a card, which peft asks for, forward and where a layer is computed again."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", wanted)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)

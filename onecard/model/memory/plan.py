@@ -10,7 +10,6 @@ cards as numbers; the arithmetic is `estimate.py`'s, the words `report.py`'s, an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,16 +21,14 @@ from onecard.errors import ConfigError
 from onecard.model.lora.vocabulary import read_new_tokens
 from onecard.model.memory.architecture import Architecture
 from onecard.model.memory.estimate import GIB, MemoryConfig, MemoryEstimate, account, held_bytes
+from onecard.model.memory.techniques import EMBEDDINGS, LOSS_CHUNKS, PlannedSetting, steps
 from onecard.model.memory.tensor_sizes import FP32
 
 DEFAULT_MICRO_TOKENS = 4096
-LOSS_CHUNKS = (1024, 512, 256, 128)
-MLP_TILES = (8192, 4096, 2048)
 LONGEST_TRIED = 2**21  # tokens
 ROOM = 0.8  # of the card may be used without recomputed layers: the plan is not exact, and others use the card too
 FROM_RAM = "the layers come from RAM, one after the other"
 RECOMPUTE = "--gradient_checkpointing"
-EMBEDDINGS = "--offload_embeddings"
 STREAM = "--stream_layers"
 
 
@@ -51,16 +48,6 @@ class CardSpec:
     In fp32 all do."""
     expandable_segments: bool = True
     """torch's allocator leaves no gaps between what is freed; see `model/allocator.py`."""
-
-
-@dataclass(frozen=True)
-class PlannedSetting:
-    """One setting of the plan. `reason` is for a person; `by_hand` when it was typed and not chosen."""
-
-    flag: str
-    value: str
-    reason: str
-    by_hand: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +126,7 @@ def _make_plan(
         choices.append(recompute)
     measured = partial(account, model, within=card.total_bytes, only_fits=only_fits)
     here = measured(setup)
-    for step in _steps(config, card, setup):
+    for step in steps(config, setup):
         if here.card_bytes <= card.total_bytes:
             break
         for changed, choice in step(setup):
@@ -210,7 +197,7 @@ def _least_held(model: Architecture, config: FinetuneConfig, card: CardSpec, ele
     """What lies on the card all the time where everything is given up that may be."""
     setup = _first_setup(model, config, card, element_bytes, config.data.cutoff_len)
     least = held_bytes(model, setup)
-    for step in _steps(config, card, setup):
+    for step in steps(config, setup):
         for changed, _ in step(setup):
             least = min(least, held_bytes(model, changed))
             setup = changed
@@ -306,76 +293,6 @@ def _first_setup(
         n_shards=int(os.environ.get("WORLD_SIZE", "1")) if train.divides_base else 1,
         n_cards=n_gpus_of(config.model.max_memory) if card.is_gpu else 1,
     )
-
-
-Step = Callable[[MemoryConfig], Iterator[tuple[MemoryConfig, PlannedSetting]]]
-
-
-def _steps(config: FinetuneConfig, card: CardSpec, setup: MemoryConfig) -> list[Step]:
-    """What may be given up, in this order; what was typed by hand is not among it."""
-    memory, train = config.memory, config.train
-    one = setup.n_cards == 1
-    frozen = not config.lora.trains_vocabulary and one
-    zero3 = bool(train.deepspeed) and train.divides_base
-    free: list[tuple[bool, Step]] = [
-        (not train.micro_tokens and not train.micro_batch, _smaller_budget),
-        (memory.loss_chunk == 0, _smaller_chunks),
-        (
-            memory.offload_activations == "auto" and setup.gradient_checkpointing and card.is_gpu and one and not zero3,
-            _offload,
-        ),
-        (train.optimizer == "auto" and not train.deepspeed, _small_optimizer),
-        (memory.offload_embeddings == "auto" and card.is_gpu and frozen, _embeddings_in_ram),
-        (memory.head_bits == "auto" and frozen, partial(_small_head, may_move=memory.offload_embeddings == "auto")),
-        (memory.mlp_tile == 0 and not zero3, _tiles),
-    ]
-    return [step for is_free, step in free if is_free]
-
-
-def _smaller_budget(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
-    rows = setup.rows
-    while rows > 1:
-        rows = -(-rows // 2)
-        smaller = replace(setup, rows=rows)
-        yield smaller, PlannedSetting("--micro_tokens", f"{smaller.tokens:,}", "the step is cut into more pieces")
-
-
-def _smaller_chunks(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
-    for chunk in LOSS_CHUNKS[1:]:
-        yield replace(setup, loss_chunk=chunk), PlannedSetting("--loss_chunk", str(chunk), "fewer logits exist at once")
-
-
-def _offload(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
-    yield (
-        replace(setup, offload_activations=True),
-        PlannedSetting("--offload_activations", "on", "layer inputs wait in RAM"),
-    )
-
-
-def _small_optimizer(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
-    small = "paged_adamw_8bit" if setup.on_gpu else "adamw_8bit"
-    yield replace(setup, optimizer=small), PlannedSetting("--optimizer", small, "its state takes a quarter")
-
-
-def _embeddings_in_ram(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
-    yield replace(setup, offload_embeddings=True), PlannedSetting(EMBEDDINGS, "on", "frozen rows come from RAM")
-
-
-def _small_head(setup: MemoryConfig, *, may_move: bool) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
-    # With it the embeddings of a tied model are free to go; alone each of the two would save nothing.
-    for bits in (8, 4):
-        for in_ram in (False, True) if setup.on_gpu and may_move else (False,):
-            changed = replace(setup, head_bits=bits, offload_embeddings=setup.offload_embeddings or in_ram)
-            yield changed, PlannedSetting("--head_bits", str(bits), "the head is quantised: the logits change a little")
-
-
-def _tiles(setup: MemoryConfig) -> Iterator[tuple[MemoryConfig, PlannedSetting]]:
-    for tile in MLP_TILES:
-        if tile < setup.tokens:
-            yield (
-                replace(setup, mlp_tile=tile),
-                PlannedSetting("--mlp_tile", str(tile), "MLPs take the tokens in turns"),
-            )
 
 
 def _typed(config: FinetuneConfig) -> list[PlannedSetting]:

@@ -17,8 +17,9 @@ from onecard.config.lora import LoraOptions
 from onecard.config.training import FinetuneConfig
 from onecard.model.memory.architecture import Architecture, KnownModel
 from onecard.model.memory.estimate import GIB, MemoryConfig, account
-from onecard.model.memory.plan import LOSS_CHUNKS, MLP_TILES, CardSpec, Plan, make_plan
+from onecard.model.memory.plan import CardSpec, Plan, make_plan
 from onecard.model.memory.streaming_speed import COPY_BYTES_PER_S, OPERATIONS_PER_S, streaming_speed
+from onecard.model.memory.techniques import LOSS_CHUNKS, MLP_TILES
 from onecard.translation import language, translated
 
 WIDTH = 80

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -26,11 +26,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard.model.memory import shape_cache
-from onecard.model.memory.fake_kernels import KernelStandIns, SkippedComputation, bytes_inside
+from onecard.model.memory.fake_kernels import FewTiles, KernelStandIns, autocast, bytes_inside, flag_of_cuda
 from onecard.model.memory.fake_model import CPU, FakeModel
 from onecard.model.memory.gives_way import GIVES_WAY, GaveWay
 from onecard.model.memory_saving.activation_offload import ActivationOffload, Pool
-from onecard.model.memory_saving.tiled_mlp import TiledMLP, tile_mlps
+from onecard.model.memory_saving.tiled_mlp import tile_mlps
 
 BEFORE, LAYER, LOSS, BACKWARD, AFTER = range(5)  # phases of a micro-batch
 MOST_OPERATIONS = 12_000  # of a trace; a layer has some 700, forward, again and backward
@@ -242,18 +242,6 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-class FewTiles(TiledMLP):
-    """The first tile and the last; those between take the same, one after the other, and are not computed."""
-
-    def _learned(self, inner: nn.Module, flat: Tensor) -> list[Tensor]:
-        n_between = len(flat) - 2 * self.tile_tokens
-        if n_between <= 0:
-            return super()._learned(inner, flat)
-        first, between, last = flat.split([self.tile_tokens, n_between, self.tile_tokens])
-        return [self._checkpointed(inner, first), self._checkpointed(SkippedComputation.apply, between),
-                self._checkpointed(inner, last)]  # fmt: skip
-
-
 class _UncountedPool(Pool):
     """Buffers in RAM that are not counted: one memory stands for all of them."""
 
@@ -305,7 +293,7 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
     recorder = Recorder(model, setup, n_rows)
     with ExitStack() as stack:
         stack.enter_context(model.mode)
-        stack.enter_context(_flag_of_cuda(setup.on_gpu and setup.element_bytes == 2))
+        stack.enter_context(flag_of_cuda(setup.on_gpu and setup.element_bytes == 2))
         offload = RecordedOffload(model.peft, recorder) if training and setup.offload_activations else None
         for hook in _track_layers(model.layers, recorder):
             stack.callback(hook.remove)
@@ -318,7 +306,7 @@ def run(model: FakeModel, setup: Any, part: Part = WHOLE_STEP, *, training: bool
         names = ("input_ids", "labels", "attention_mask", *["position_ids"] * setup.packs_texts)
         batch = {name: torch.zeros(setup.rows, setup.length, dtype=torch.int64) for name in names}
         stack.enter_context(offload or nullcontext())
-        with _autocast(setup):
+        with autocast(setup):
             loss, n_units = _loss(model, setup, batch)
         if offload is not None:
             offload.turn_back()
@@ -373,23 +361,6 @@ def _n_experts(model: Any) -> int:
             elif isinstance(value, int) and re.search("num_(local_)?experts$|n_routed_experts$", name):
                 found.append(value)
     return max(found)
-
-
-def _autocast(setup: Any) -> Any:
-    """As accelerate's."""
-    dtype = torch.float16 if setup.repeats_kv else torch.bfloat16
-    return torch.autocast("cpu", dtype, cache_enabled=False) if setup.element_bytes == 2 else nullcontext()
-
-
-@contextmanager
-def _flag_of_cuda(wanted: bool) -> Iterator[None]:
-    """The flag of autocast for a card, which peft asks for, forward and where a layer is computed again."""
-    before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", wanted)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", before)
 
 
 def _track_layers(layers: list[nn.Module], recorder: Recorder) -> Iterator[Any]:

@@ -14,7 +14,8 @@ from onecard.config.training import FinetuneConfig
 from onecard.model.memory import report as plan_text
 from onecard.model.memory.architecture import Architecture, architecture_of, known_models
 from onecard.model.memory.estimate import GIB, MemoryComponent, MemoryConfig, MemoryEstimate
-from onecard.model.memory.plan import CardSpec, Plan, PlannedSetting, longest_context, make_plan
+from onecard.model.memory.plan import CardSpec, Plan, longest_context, make_plan
+from onecard.model.memory.techniques import PlannedSetting
 
 LLAMA = "Llama-3.1-8B"
 
