@@ -6,9 +6,10 @@
 
 Each row loads a model of random weights as shapes, without and with expandable segments, in a process of its own, and
 halves the allocator's limit between what the tensors took and what was reserved until it knows the smallest one within
-0.8 %. A row is the largest micro-batch, forward and backward, over gradients that are there. The allocator's arithmetic
-is torch's; no figure is a measurement of a card. The state of a paged optimizer is planned on the card, and made there:
-pages of unified memory are none of the allocator's. Writes benchmarks/results/reserved_memory.json.
+0.8 %. A row is two of the largest micro-batches, forward and backward, over gradients that are there; rows of the file
+that say 1 were measured with one. The allocator's arithmetic is torch's; no figure is a measurement of a card. The
+state of a paged optimizer is planned on the card, and made there: pages of unified memory are none of the allocator's.
+Writes benchmarks/results/reserved_memory.json.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from onecard.model.files import read_json  # noqa: E402
 CARD = "sm75:80GiB"
 MODES = ("fixed", "expandable")
 PRECISION = 0.008  # of the tensors
+MICRO_BATCHES = 2
 IN_RAM = {"stream_layers": True, "offload_activations": True, "offload_embeddings": True,
           "optimizer": "paged_adamw_8bit"}  # fmt: skip
 # split, model, rows, length, and the rest of a `MemoryConfig`. "fit": looked at when the constants were chosen.
@@ -86,8 +88,8 @@ class ReservedMemoryOptions:
     """Inside the process of one row: its number."""
     mode: str = "fixed"
     """Inside the process of one row: fixed or expandable."""
-    micro_batches: int = 1
-    """Inside the process of one row: how many a step has, with nothing given back between them."""
+    micro_batches: int = MICRO_BATCHES
+    """How many a step has, with nothing given back between them. The plan has two."""
     plan_only: bool = False
     """Measure nothing: plan the rows of the file anew, beside the limits that were found."""
     output: str = str(RESULTS / "reserved_memory.json")
@@ -114,16 +116,18 @@ def main(argv: list[str] | None = None) -> None:
     for number in asked:
         for mode in MODES:
             if options.split in (ROWS[number][0], "all"):
-                measured.append({"split": ROWS[number][0], "mode": mode, **in_a_process(number, mode)})
+                measured.append({"split": ROWS[number][0], "mode": mode,
+                                 **in_a_process(number, mode, options.micro_batches)})  # fmt: skip
                 result = {"rows": measured, "summary": summary(measured), "machine": machine("cpu")}
                 write_result(options.output, result)
     tell(measured)
 
 
-def in_a_process(number: int, mode: str) -> dict[str, Any]:
+def in_a_process(number: int, mode: str, micro_batches: int = MICRO_BATCHES) -> dict[str, Any]:
     """One row, on a card that nothing else was on. Raises ModelError with what it said last."""
     card = CARD + (",expandable" if mode == MODES[1] else "")
-    words = [sys.executable, "-m", "tests.simcard", card, __file__, "--row", str(number), "--mode", mode]
+    words = [sys.executable, "-m", "tests.simcard", card, __file__, "--row", str(number), "--mode", mode,
+             "--micro_batches", str(micro_batches)]  # fmt: skip
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
     rows = [line for line in done.stdout.splitlines() if line.startswith('{"model"')]
     if done.returncode or not rows:
@@ -132,7 +136,7 @@ def in_a_process(number: int, mode: str) -> dict[str, Any]:
 
 
 def in_this_process(
-    model: str, rows: int, length: int, rest: dict[str, Any], *, expandable: bool, micro_batches: int = 1
+    model: str, rows: int, length: int, rest: dict[str, Any], *, expandable: bool, micro_batches: int
 ) -> dict[str, Any]:
     """Plan and measure one setup on the simulated card of this process, in bytes without the context."""
     import torch
@@ -158,7 +162,7 @@ def in_this_process(
             torch.cuda.set_per_process_memory_fraction(1.0)
     if run.plain_model.get_input_embeddings().weight.dtype.itemsize != setup.element_bytes:
         raise ModelError(f"{model} does not run in {setup.element_bytes} bytes a number; plan it with element_bytes")
-    return row | plan_of(row, expandable, found["limit_bytes"]) | found
+    return row | plan_of(row, expandable, found["limit_bytes"]) | found | {"micro_batches": micro_batches}
 
 
 def plan_of(row: dict[str, Any], expandable: bool, limit: int) -> dict[str, Any]:
