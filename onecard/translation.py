@@ -23,7 +23,8 @@ _NUMBERS = frozenset(
      "steps")
 )  # fmt: skip
 _CELLS = re.compile(r"(\S(?:.*?\S)?)(\s{2,}|$)")
-_FLAG = re.compile(r"(--\w+(?: \w+)?: )(.+)")  # a flag, or one with its value: --objective grpo
+# A flag, or one with its value (--objective grpo), or the place of a record.
+_FLAG = re.compile(r"(--\w+(?: \w+)?: |(?:[A-Za-z]:)?[^:]+:\d+(?:#\d+)?: )(.+)")
 # What stands in front of a message: the flag or the place that is to blame.
 _PREFIX = re.compile(r"((?:note|--\w+|(?:[A-Za-z]:)?[^:]+:\d+(?:#\d+)?|[^\s:]+|\S+\.\w+): )(.+)")
 _chosen = {"language": "auto"}
@@ -86,7 +87,7 @@ def _line(line: str, to: str) -> str:
     indent = line[: len(line) - len(line.lstrip())]
     flag = _FLAG.fullmatch(body)
     after = in_catalogue(flag[2], to) if flag else None
-    if flag and after:  # before the whole line, in which the flag would be a part of a value
+    if flag and after:  # before the whole line, in which flag and place would be a part of a value
         return f"{indent}{flag[1]}{after}"
     whole = _value(body, to)
     if whole != body:
