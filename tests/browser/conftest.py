@@ -195,6 +195,29 @@ def open_view(browser: Any, studio: Studio) -> Iterator[Any]:
     assert errors == []
 
 
+def held_back(page: Any, pattern: str) -> Callable[[], None]:
+    """Keep back the answers to these requests, which the server makes at once; what is given lets them come."""
+    held: list[tuple[Any, Any]] = []
+    is_open = False
+
+    def keep(route: Any) -> None:
+        if is_open:
+            route.continue_()
+        else:
+            held.append((route, route.fetch()))
+
+    def let_come() -> None:
+        nonlocal is_open
+        wait_until(lambda: held or page.wait_for_timeout(20), what=pattern)
+        is_open = True
+        for route, answer in held:
+            route.fulfill(response=answer)
+
+    page.route(pattern, keep)
+
+    return let_come
+
+
 def press_until(page: Any, selector: str, key: str = "Tab") -> None:
     """Go on with the keyboard until this part has the focus."""
     for _ in range(80):

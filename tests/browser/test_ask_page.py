@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from onecard.serve.web.sanitize import original
-from tests.browser.conftest import serving, shot, wait_until
+from tests.browser.conftest import held_back, serving, shot, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PICTURES_OF = os.environ.get("ONECARD_SCREENSHOTS") or None  # a run directory, such as that of scripts/quickstart.sh
@@ -106,6 +106,25 @@ def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> Non
     assert page.locator("#oc-beams textarea:visible").count() == 3
     shown = page.locator("#oc-beams textarea:visible").evaluate_all("all => all.map(area => area.value)")
     assert tuple(shown) == last.beams
+
+
+def test_what_is_typed_before_the_page_is_restored_stays(open_page: Any, url: str) -> None:
+    page = open_page(url, locale="en-US")
+    page.fill("#oc-instruction textarea", "of the last visit")
+    wait_until(lambda: "last visit" in page.evaluate("sessionStorage.getItem('onecard.question') || ''"))
+    let_come = held_back(page, "**/queue/join*")
+    page.reload()
+    page.wait_for_selector("#oc-submit")
+    page.fill("#oc-instruction textarea", "of this one")
+    set_number(page, "num_beams", 3)
+    page.check("#oc-show_beams input")
+    page.wait_for_timeout(500)  # until all that a page asks when it opens is held
+    let_come()
+    page.wait_for_function("onecard.is_ready()")
+    wait_until(lambda: page.input_value("#oc-instruction textarea") == "of this one")
+    assert page.input_value("#oc-num_beams input[type=number]") == "3"
+    assert page.is_checked("#oc-show_beams input")
+    wait_until(lambda: "of this one" in page.evaluate("sessionStorage.getItem('onecard.question')"))
 
 
 @pytest.mark.parametrize("size", [(1366, 768), (1440, 900), (740, 360), (390, 844)])

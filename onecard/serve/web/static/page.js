@@ -60,6 +60,19 @@ window.onecard = (() => {
 
   addEventListener("pagehide", flush);
 
+  // What was typed or chosen before the page was restored is not lost to the values that come then.
+  const early = new Map();
+  addEventListener("input", ({target}) => { if (!ready) early.set(target, [target.value, target.checked]); }, true);
+  const retype = () => {
+    for (const [field, [value, checked]] of early) {
+      if (field.type === "checkbox" && field.checked !== checked) field.click();
+      if (field.type === "checkbox" || field.value.includes(value)) continue;
+      field.value = value;
+      for (const name of ["input", "change"]) field.dispatchEvent(new Event(name, {bubbles: true}));
+    }
+    early.clear();
+  };
+
   // Keys of the page for blind votes: the button of the id oc-key-1 is pressed by 1.
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing) return;
@@ -138,6 +151,7 @@ window.onecard = (() => {
     opened: (language) => {
       document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
       ready = true;
+      requestAnimationFrame(() => requestAnimationFrame(retype)); // once gradio has drawn what it was given
     },
     is_ready: () => ready,
     keep: (part) => {
