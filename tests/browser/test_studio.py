@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.conftest import Studio, press_until, serving_studio, set_option, wait_until
+from tests.browser.conftest import Studio, held_back, press_until, serving_studio, set_option, wait_until
 from tests.browser.test_accessibility import DESKTOP, PHONE, faults
 from tests.covering import every_pair_fast
 
@@ -134,6 +134,85 @@ def test_an_option_that_is_typed_before_the_options_have_come_is_found(open_view
     wait_until(lambda: not page.is_visible("[role=alert]:has-text('wandb_project')") and held)
     held[0].continue_()
     page.wait_for_selector("#opt-wandb_project:focus")
+
+
+def test_a_name_that_is_typed_while_a_run_is_added_is_that_of_the_next(open_view: Any) -> None:
+    page = open_view("train")
+    page.fill("#run-name", "sent-before")
+    page.wait_for_selector("#command:has-text('sent-before')")
+    let_come = held_back(page, "**/api/queue")
+    page.click("#add-run")
+    page.fill("#run-name", "the next")
+    let_come()
+    page.wait_for_selector(".toast.done:has-text('sent-before')")
+    page.wait_for_selector("#add-run:enabled")
+    assert page.input_value("#run-name") == "the next"
+
+
+def test_what_was_typed_last_is_checked_before_a_run_is_added(open_view: Any) -> None:
+    page = open_view("train")
+    page.wait_for_selector("#add-run:enabled")
+    added: list[str] = []
+    page.on("request", lambda asked: added.append(asked.url) if asked.url.endswith("/api/queue") else None)
+    let_come = held_back(page, "**/api/queue/check")
+    page.fill("#opt-num_epoch", "many")
+    page.press("#opt-num_epoch", "Tab")
+    page.click("#add-run")
+    let_come()
+    page.wait_for_selector("#opt-num_epoch[aria-invalid=true]")
+    wait_until(lambda: page.get_attribute("#add-run", "disabled") is not None)
+    assert added == []
+
+
+def test_the_queue_is_not_called_empty_before_it_is_known(open_view: Any) -> None:
+    page = open_view("train")
+    let_come = held_back(page, "**/api/queue")
+    page.reload()
+    page.wait_for_selector("#hold:disabled")
+    assert "Nothing waits" not in page.inner_text("#view-train")
+    let_come()
+    page.wait_for_selector("#hold:enabled")
+
+
+def test_the_run_that_was_opened_last_is_shown(open_view: Any) -> None:
+    page = open_view("runs")
+    let_come = held_back(page, "**/api/runs/first")
+    page.click("#runs button:has-text('first')")
+    page.click("#runs button:has-text('second')")
+    page.wait_for_selector("#details-title:has-text('second'):focus")
+    page.focus("#notes")
+    let_come()
+    page.wait_for_timeout(300)
+    assert "second" in page.inner_text("#details-title")
+    page.wait_for_selector("#notes:focus")
+
+
+def test_a_run_that_is_renamed_stays_open_until_the_answer_comes(open_view: Any, studio: Studio) -> None:
+    make_run(studio.context.output_root, "old-name", 2)
+    page = open_view("runs")
+    page.click("#runs button:has-text('old-name')")
+    page.wait_for_selector("#details-title:focus")
+    let_come = held_back(page, "**/api/runs/old-name")
+    page.fill("#new-name", "its-new-name")
+    page.press("#new-name", "Enter")
+    page.wait_for_selector("#runs tr:has-text('its-new-name')")  # it was heard
+    page.wait_for_selector("#runs tr:has-text('old-name')", state="detached")
+    assert page.is_visible("#details-title:has-text('old-name')")
+    let_come()
+    page.wait_for_selector("#details-title:has-text('its-new-name')")
+
+
+def test_a_run_that_comes_while_the_table_is_read_stays_in_it(open_view: Any, studio: Studio) -> None:
+    page = open_view("runs")
+    page.wait_for_selector("#runs tr:has-text('second')")
+    let_come = held_back(page, "**/api/runs")
+    page.evaluate("dispatchEvent(new CustomEvent('studio:online', { detail: true }))")
+    page.wait_for_timeout(300)
+    make_run(studio.context.output_root, "came-late", 2)
+    page.wait_for_selector("#runs tr:has-text('came-late')")
+    let_come()
+    page.wait_for_timeout(300)
+    assert page.is_visible("#runs tr:has-text('came-late')")
 
 
 def test_what_is_wrong_stands_at_its_field_and_a_failure_says_why(open_view: Any) -> None:

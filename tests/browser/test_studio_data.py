@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.conftest import Studio, serving_studio, wait_until
+from tests.browser.conftest import Studio, held_back, serving_studio, wait_until
 from tests.browser.test_accessibility import DESKTOP, PHONE, faults
 from tests.data.test_cutoff_effect import at_limit
 
@@ -62,6 +62,45 @@ def test_data_from_upload_to_the_draft(open_view: Any, tmp_path: Path) -> None:
     options = page.evaluate("JSON.parse(sessionStorage.getItem('onecard.draft'))")
     assert options["cutoff_len"] == 500
     assert options["data_path"].endswith("my_data.jsonl")
+
+
+def test_data_that_are_split_before_the_page_is_answered_are_told(open_view: Any, tmp_path: Path) -> None:
+    page = open_view("data")
+    view = upload(page, tmp_path)
+    let_come = held_back(page, "**/api/data/make/split")
+    page.evaluate("onecard.studio.on('job', (job) => { window.ended = job.state === 'done' }) && null")
+    view.locator(".make select").first.select_option("split")
+    view.locator(".make input[type=text]").first.fill("halves")
+    view.locator(".make form button").first.click()
+    page.wait_for_function("window.ended")
+    let_come()
+    view.locator(".make code:has-text('validation')").wait_for()
+
+
+def test_a_list_that_was_closed_is_not_opened_by_a_late_answer(open_view: Any) -> None:
+    page = open_view("data")
+    view = page.locator("#view-data")
+    view.get_by_role("button", name="Open collections").first.click()
+    view.locator("input[type=search]").wait_for()
+    let_come = held_back(page, "**/api/data/catalogue*")
+    view.locator("input[type=search]").fill("math")
+    page.wait_for_timeout(400)
+    view.get_by_role("button", name="Close").click()
+    let_come()
+    page.wait_for_timeout(300)
+    assert view.locator("input[type=search]").count() == 0
+
+
+def test_sliders_that_were_moved_stay_when_the_view_was_opened_twice(open_view: Any) -> None:
+    page = open_view("data")
+    asked: list[str] = []
+    page.on("request", lambda each: asked.append(each.url) if each.url.endswith("/api/plan/models") else None)
+    let_come = held_back(page, "**/api/plan/models")
+    for name in ("model", "data", "model"):
+        page.click(f"#tab-{name}")
+    let_come()
+    page.wait_for_function("document.querySelector('#view-model input[name=lora_r]').max > 0")
+    assert len(asked) == 1  # the answer to a second question would set the sliders back
 
 
 def test_the_plan_follows_the_sliders(open_view: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.conftest import Studio, press_until, serving_studio
+from tests.browser.conftest import Studio, held_back, press_until, serving_studio
 from tests.browser.test_accessibility import DESKTOP, PHONE, faults
 
 STUB = Path(__file__).resolve().parents[1] / "studio" / "stub_use.py"
@@ -85,6 +85,50 @@ def test_chat_compare_and_vote_by_keyboard_alone(open_view: Any) -> None:
     press_until(page, "#blind-result", "Shift+Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector("#blind-told:has-text('preferences.jsonl')")
+
+
+def test_a_model_that_is_loaded_before_the_page_is_answered_can_be_asked(open_view: Any) -> None:
+    page = open_view("chat")
+    load(page)
+    page.click("#chat-stop")
+    page.wait_for_selector("#chat-question", state="hidden")
+    let_come = held_back(page, "**/api/chat/start")
+    page.click("#chat-start")
+    page.wait_for_selector("#chat-question", state="visible")  # it was heard
+    let_come()
+    page.wait_for_timeout(300)
+    ask(page, "abc", 1)
+    assert page.inner_text(".answer .text") == "cba"
+
+
+def test_a_question_that_is_typed_while_another_is_answered_blindly_stays(open_view: Any) -> None:
+    page = open_view("chat")
+    load(page)
+    page.check("input[name=chat-mode][value=blind]")
+    page.wait_for_selector("#blind-result", state="visible")
+    let_come = held_back(page, "**/api/chat/blind/ask")
+    page.fill("#chat-question", "one")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat-send:disabled")
+    page.fill("#chat-question", "another")
+    let_come()
+    page.wait_for_selector("#vote-1:enabled")
+    page.click("#vote-1")
+    page.wait_for_selector("#chat-question", state="visible")
+    assert page.input_value("#chat-question") == "another"
+
+
+def test_a_name_that_is_typed_while_an_export_is_started_stays(open_view: Any) -> None:
+    page = open_view("export")
+    page.wait_for_selector("#export-source option", state="attached")
+    page.fill("#export-name", "one-export")
+    let_come = held_back(page, "**/api/export")
+    page.click("#export-start")
+    page.fill("#export-name", "the-next")
+    let_come()
+    page.wait_for_selector("li[data-job=one-export] .state:has-text('done')")
+    page.wait_for_selector("#export-start:enabled")
+    assert page.input_value("#export-name") == "the-next"
 
 
 @pytest.mark.slow

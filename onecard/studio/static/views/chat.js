@@ -45,7 +45,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
 
   Alpine.data("chatView", () => ({
     server: { state: "off", source: "", models: [], base: "", error: "" },
-    sources: [], training: [], source: "", bits: "", isStarting: false,
+    sources: [], training: [], source: "", bits: "", isRead: false, isStarting: false,
     modes: ["one", "two", "blind"], mode: "one", chosen: ["", ""],
     temperature: 0.7, maxTokens: 512, question: "", rounds: keptRounds(),
     isAwaited: false, isAnswering: false, isVoting: false, abort: null,
@@ -73,15 +73,14 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
 
     async readState() {
       const [told, news] = await withNews(["chat"], () => api("GET", "/api/chat"));
-      this.sources = told.sources;
-      this.training = told.training;
+      Object.assign(this, { sources: told.sources, training: told.training, isRead: true });
       if (!this.sources.some((one) => one.path === this.source)) {
         this.source = told.source || (this.sources[0] ? this.sources[0].path : "");
       }
       this.take(news.length ? news.at(-1)[1] : told);
     },
     take(state) {
-      const isNew = state.state === "ready" && this.server.models.join() !== state.models.join();
+      const isNew = state.state === "ready" && (!this.chosen[0] || this.server.models.join() !== state.models.join());
       this.server = { state: state.state, source: state.source, models: state.models, base: state.base, error: state.error };
       if (isNew) {
         const [first, second] = [state.models[0], state.base || state.models[1] || ""];
@@ -96,16 +95,23 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
       this.isStarting = true;
       this.isAwaited = true;
       const body = { source: this.source, bits: this.bits ? Number(this.bits) : null, anyway };
-      const state = await attempt(() => api("POST", "/api/chat/start", body));
+      const state = await this.change("/api/chat/start", body);
       this.isStarting = false;
       if (state) {
         this.chosen = ["", ""];
         this.take(state);
       } else await this.load();
     },
+    // The server's state after a request; what was heard of it before the answer came is newer than that.
+    async change(path, body) {
+      const told = await attempt(() => withNews(["chat"], () => api("POST", path, body)));
+      if (!told) return undefined;
+      const [state, news] = told;
+      return news.length ? news.at(-1)[1] : state;
+    },
     async stop() {
       this.halt();
-      const state = await attempt(() => api("POST", "/api/chat/stop", {}));
+      const state = await this.change("/api/chat/stop", {});
       if (state) this.take(state);
     },
 
@@ -244,26 +250,27 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     },
     result() { return this.showBlind({ result: "1" }); },
     async askBlind() {
-      const messages = [{ role: "user", content: this.question.trim() }];
+      const { question } = this;
+      const messages = [{ role: "user", content: question.trim() }];
       const body = { ...this.names(), messages, temperature: this.temperature, max_tokens: this.maxTokens };
       this.isAnswering = true;
-      const view = await attempt(() => api("POST", "/api/chat/blind/ask", body));
+      const view = await pairs(() => api("POST", "/api/chat/blind/ask", body));
       this.isAnswering = false;
       if (!view) return;
-      this.question = "";
+      if (this.question === question) this.question = ""; // another one was typed meanwhile
       this.takeBlind(view, view.is_same);
       if (view.pair) focusFrom(["chat-question", "chat-send"], "vote-1");
     },
     async vote(place) {
       const { pair } = this.blind;
       this.isVoting = true;
-      const view = await attempt(() => api("POST", "/api/chat/blind/vote", { ...this.names(), key: pair.key, place }));
+      const view = await pairs(() => api("POST", "/api/chat/blind/vote", { ...this.names(), key: pair.key, place }));
       this.isVoting = false;
       this.takeBlind(view);
       focusFrom(["vote-1", "vote-0", "vote-2"], "chat-question");
     },
     async undo() {
-      this.takeBlind(await attempt(() => api("POST", "/api/chat/blind/undo", this.names())));
+      this.takeBlind(await pairs(() => api("POST", "/api/chat/blind/undo", this.names())));
     },
   }));
 }

@@ -41,7 +41,7 @@ export function bars(effect, limit) {
 // What is named by a long path, an upload for one, is known by its end.
 const shortName = (name) => (/[/\\]/.test(name) && name.length > 40 ? `…/${name.split(/[/\\]/).at(-1)}` : name);
 
-export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) {
+export default function ({ Alpine, api, attempt, newest, withNews, on, t, format, tell }) {
   const [readings, samples, folders, searches, logs] = Array.from({ length: 5 }, newest);
 
   Alpine.data("dataView", () => ({
@@ -64,6 +64,7 @@ export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) 
     token: null,
     making: { program: "clean", name: "", clean: { ...MAKING.clean }, split: { ...MAKING.split } },
     job: null,
+    isStarting: false,
     log: "",
 
     init() {
@@ -126,7 +127,8 @@ export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) 
     cancelUpload(at) { Alpine.raw(this.uploads[at].request).abort(); },
 
     async browse(folder) {
-      this.browsing = await folders(() => api("GET", `/api/data/files?folder=${encodeURIComponent(folder)}`)) || this.browsing;
+      const answer = await folders(() => api("GET", `/api/data/files?folder=${encodeURIComponent(folder)}`));
+      if (answer) this.browsing = answer;
     },
     choose(entry) {
       if (entry.bytes === null) this.browse(entry.path);
@@ -136,6 +138,9 @@ export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) 
       const answer = await searches(() => api("GET", `/api/data/catalogue?q=${encodeURIComponent(this.catalogue.query)}`));
       if (answer) this.catalogue.entries = answer.entries;
     },
+    refine() { if (this.catalogue.entries) this.search(); }, // closed since the key was pressed, it stays closed
+    closeCatalogue() { this.catalogue.entries = null; searches(async () => {}); }, // nor does a late answer open it
+    closeFolder() { this.browsing = null; folders(async () => {}); },
 
     get question() {
       const options = Object.fromEntries(Object.entries(this.reading).filter(([name, value]) => value !== READING[name]));
@@ -231,15 +236,20 @@ export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) 
     get isShort() { return this.sample && this.sample.tokens.length < this.sample.n_tokens; },
 
     async make() {
+      if (this.isStarting) return;
       const { program, name } = this.making;
       const options = Object.fromEntries(Object.entries(this.making[program]).filter(([key, value]) => value !== MAKING[program][key] && value !== ""));
       for (const key of ["columns", "txt_split"]) if (this.reading[key] !== READING[key]) options[key] = this.reading[key];
       const sources = this.question.sources;
-      const started = await attempt(() => api("POST", `/api/data/make/${program}`, { sources, options, name }));
-      if (!started) return;
+      this.isStarting = true;
+      const told = await attempt(() => withNews(["job"], () => api("POST", `/api/data/make/${program}`, { sources, options, name })));
+      this.isStarting = false;
+      if (!told) return;
+      const [started, news] = told;
       this.log = "";
       this.job = { id: started.job, state: "starting", results: started.results };
-      this.jobNews({ id: started.job, state: "starting", about: { results: started.results } });
+      const begun = { id: started.job, state: "starting", about: { results: started.results } };
+      this.jobNews(news.map(([, job]) => job).filter((job) => job.id === started.job).at(-1) ?? begun);
     },
     async jobNews(job) {
       if (!this.job || job.id !== this.job.id) return;
@@ -249,7 +259,7 @@ export default function ({ Alpine, api, attempt, newest, on, t, format, tell }) 
     },
     get jobState() { return this.job ? t(`data.job_${this.job.state}`) : ""; },
     get isDone() { return this.job && this.job.state === "done"; },
-    get isRunning() { return this.job && ["starting", "running"].includes(this.job.state); },
+    get isRunning() { return this.isStarting || this.job && ["starting", "running"].includes(this.job.state); },
     cancelJob() { return attempt(() => api("POST", `/api/jobs/${this.job.id}/cancel`, {})); },
     useResult(path) { this.sources = []; this.add(path); this.found = null; this.sample = null; this.read(); },
 

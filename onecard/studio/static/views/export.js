@@ -8,7 +8,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, on, t, tell }
   Alpine.data("exportView", () => ({
     kinds: {}, jobs: [], sources: [],
     source: "", kind: "merge", options: {}, name: "", address: "http://127.0.0.1:8000/v1",
-    isTyped: false, isStarting: false, isCardInUse: false, problem: "", wrong: "", shown: "", log: "", asked: "", soon: 0,
+    isRead: false, isTyped: false, isStarting: false, isCardInUse: false, problem: "", wrong: "", shown: "", log: "", asked: "", soon: 0,
 
     load: null, // named here: what init adds to `this` becomes one for all views
     init() {
@@ -38,8 +38,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, on, t, tell }
     async readJobs() {
       const told = await api("GET", "/api/export");
       const isFirst = !this.kindNames.length;
-      this.kinds = told.kinds;
-      this.sources = told.sources;
+      Object.assign(this, { kinds: told.kinds, sources: told.sources, isRead: true });
       this.jobs = told.jobs.map((job) => {
         const amount = AMOUNT.exec(job.line);
         // Without a value the bar only moves.
@@ -71,11 +70,12 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, on, t, tell }
       this.isStarting = true;
       this.problem = "";
       this.wrong = "";
+      const { name } = this;
       const body = { kind: this.kind, source: this.source, options: this.options, anyway };
       try {
-        const job = await api("POST", "/api/export", this.writes ? { ...body, name: this.name } : { ...body, url: this.address });
+        const job = await api("POST", "/api/export", this.writes ? { ...body, name } : { ...body, url: this.address });
         tell(t("export.started", { name: job.name }), "done");
-        this.isTyped = false;
+        if (this.name === name) this.isTyped = false; // another one was typed meanwhile, for the next export
         this.isCardInUse = false;
         await this.load();
         this.suggest();

@@ -15,6 +15,8 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
     return n >= large ? t("model.n_large", { n: format.number(n / large, 2) }) : t("model.n_small", { n: format.number(n / small, 1) });
   };
 
+  let opening = null;
+
   Alpine.data("modelView", () => ({
     typed: "",
     base: "",
@@ -55,6 +57,10 @@ export default function ({ Alpine, api, attempt, on, t, format, tell }) {
         this.loadSpeeds();
         return;
       }
+      opening ??= this.loadFirst().finally(() => { opening = null; }); // once: what was set meanwhile would be lost
+      await opening;
+    },
+    async loadFirst() {
       const first = await attempt(() => api("GET", "/api/plan/models"));
       if (!first) return;
       this.isLoaded = true;

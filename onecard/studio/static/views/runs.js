@@ -5,10 +5,12 @@ const COLUMNS = ["id", "state", "step", "loss", "eval_loss", "verdict", "base", 
 const COMPARED = "onecard.compared";
 const NUMBERS = ["step", "loss", "eval_loss", "size", "date"];
 
-export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn }) {
+export default function ({ Alpine, api, attempt, newest, withNews, on, t, format, tell, focusOn }) {
   const curves = new Map();
   let chart = null;
   let drawing = false;
+  let renaming = "";
+  const details = newest();
 
   Alpine.data("runsView", () => ({
     columns: COLUMNS.map((name) => ({ name, kind: NUMBERS.includes(name) ? "number" : "text" })),
@@ -29,9 +31,11 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
       this.destroy = () => heard.forEach((stop) => stop());
     },
     async load() {
-      const found = await attempt(() => api("GET", "/api/runs"));
-      if (!found) return;
+      const told = await attempt(() => withNews(["run", "gone"], () => api("GET", "/api/runs")));
+      if (!told) return;
+      const [found, news] = told;
       Object.assign(this, { runs: found.runs, loaded: true });
+      news.forEach(([name, content]) => (name === "run" ? this.update(content) : this.forget(content.id)));
       for (const id of this.compared) if (!this.runs.some((row) => row.id === id)) this.forget(id);
       if (this.$store.ui.tab === "runs") this.firstLook();
     },
@@ -51,7 +55,7 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
     forget(id) {
       this.runs = this.runs.filter((row) => row.id !== id);
       if (this.isCompared(id)) this.compare(id, false);
-      if (this.details && this.details.id === id) this.details = null;
+      if (this.details && this.details.id === id && id !== renaming) this.details = null;
     },
 
     // --- the table
@@ -153,10 +157,11 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
 
     // --- one run
     async open(id) {
-      const found = await attempt(() => api("GET", `/api/runs/${encodeURIComponent(id)}`));
+      const from = document.activeElement;
+      const found = await details(() => api("GET", `/api/runs/${encodeURIComponent(id)}`));
       if (!found) return;
       Object.assign(this, { details: found, newName: found.id.split(":").at(-1) });
-      focusOn("details-title");
+      if ([from, document.body].includes(document.activeElement)) focusOn("details-title");
     },
     settingRows() {
       return Object.entries(this.details?.settings ?? {}).map(([name, value]) => ({ name, text: this.plain(value) }));
@@ -174,11 +179,13 @@ export default function ({ Alpine, api, attempt, on, t, format, tell, focusOn })
     },
     async rename() {
       const before = this.details.id;
+      renaming = before; // that it is gone is heard before the answer comes
       const found = await attempt(() => api("PATCH", `/api/runs/${encodeURIComponent(before)}`, { name: this.newName.trim() }));
+      renaming = "";
       if (!found || found.id === before) return;
+      if (this.details && this.details.id === before) this.details = found;
       this.forget(before);
       this.update(found);
-      Object.assign(this, { details: found });
       tell(t("runs.saved"), "done");
     },
     async remove() {

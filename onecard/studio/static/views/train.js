@@ -18,12 +18,14 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
   let charts = {};
   let drawing = false;
   let checking = null;
+  let checked = Promise.resolve(); // until the newest check was answered
+  let wasAnswered = () => {};
   let optionsRead = null;
   const checks = newest();
 
   Alpine.data("trainView", () => ({
     options: [], name: "", search: "", unknown: "", extra: [], checked: { command: null, name: "", problems: [] }, busy: false,
-    queue: { entries: [], is_held: false }, runs: [], chosen: null, isPicked: false, run: null, drawn: [],
+    queue: { entries: [], is_held: false }, isRead: false, runs: [], chosen: null, isPicked: false, run: null, drawn: [],
     question: "", answer: "", asking: false, questions: [], log: "",
 
     refresh: null, // named here: what init adds to `this` becomes one for all views
@@ -47,7 +49,7 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     async load() {
       await attempt(async () => {
         const [[queue, table], news] = await withNews(["queue", "run", "gone"], () => Promise.all([api("GET", "/api/queue"), api("GET", "/api/runs")]));
-        Object.assign(this, { queue, runs: table.runs });
+        Object.assign(this, { queue, runs: table.runs, isRead: true });
         news.forEach(([name, content]) => this.hear(name, content));
         const first = this.runs.find((row) => RUNNING.includes(row.state)) ?? this.runs[0];
         if (!this.chosen && first) await this.choose(first.id);
@@ -117,26 +119,43 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     },
     check() {
       clearTimeout(checking);
+      wasAnswered();
       if (this.$store.ui.tab !== "train") return;
+      checked = new Promise((resolve) => { wasAnswered = resolve; });
+      const answered = wasAnswered;
       checking = setTimeout(async () => {
         const body = { options: this.$store.draft.options, name: this.name };
         this.checked = (await checks(() => api("POST", "/api/queue/check", body))) ?? this.checked;
+        answered();
       }, 250);
+    },
+    // Whether the settings that are shown, and no earlier ones, can be started.
+    async canStart() {
+      for (let known = null; known !== checked;) {
+        known = checked;
+        await known;
+      }
+      return !!this.checked.command;
     },
     queueIsFree() { return !this.queue.entries.some((entry) => ["waiting", "starting", "running"].includes(entry.state)); },
     async add() {
       if (this.busy) return;
       this.busy = true;
-      const name = this.name || this.checked.name;
-      const done = await this.change("POST", "/api/queue", { options: this.$store.draft.options, name });
+      const typed = this.name;
+      const fits = await this.canStart();
+      const name = typed || this.checked.name;
+      const done = fits && await this.change("POST", "/api/queue", { options: this.$store.draft.options, name });
       this.busy = false;
+      if (!fits) return undefined;
       if (!done) return this.check();
-      Object.assign(this, { name: "", isPicked: false });
+      if (this.name === typed) this.name = ""; // another one is that of the next run, typed meanwhile
+      this.isPicked = false;
       this.watchNext();
       tell(t("train.added", { name }), "done");
       this.check();
     },
     async copy() {
+      if (!(await this.canStart())) return;
       await attempt(async () => {
         await navigator.clipboard.writeText(this.checked.command);
         tell(t("train.copied"), "done");
@@ -161,7 +180,11 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
     remove(entry) { return this.change("DELETE", `/api/queue/${entry.id}`); },
     hold() { return this.change("POST", "/api/queue/hold", { is_held: !this.queue.is_held }); },
     async resume(run) {
-      if (!(await this.change("POST", `/api/runs/${encodeURIComponent(run)}/resume`, {}))) return;
+      if (this.busy) return;
+      this.busy = true;
+      const done = await this.change("POST", `/api/runs/${encodeURIComponent(run)}/resume`, {});
+      this.busy = false;
+      if (!done) return;
       this.isPicked = false;
       tell(t("train.resumed"), "done");
     },
@@ -279,14 +302,16 @@ export default function ({ Alpine, api, attempt, newest, oneByOne, withNews, on,
       if (this.question.trim() && !this.asking) this.ask();
     },
     async ask() {
-      const path = `/api/runs/${encodeURIComponent(this.chosen)}`;
+      const id = this.chosen;
+      const path = `/api/runs/${encodeURIComponent(id)}`;
+      const take = (found) => { if (id === this.chosen) Object.assign(this, found); }; // of a run that is still watched
       Object.assign(this, { asking: true, answer: "" });
       await attempt(async () => {
         const { request } = await api("POST", `${path}/control`, { kind: "ask", question: this.question.trim() });
-        const found = await this.replyTo(path, request, (text) => { this.answer = text; });
+        const found = await this.replyTo(path, request, (answer) => take({ answer }));
         if (found.state === "failed") tell(found.error, "error");
-        this.answer = found.text;
-        this.questions = (await api("GET", `${path}/questions`)).questions;
+        take({ answer: found.text });
+        take({ questions: (await api("GET", `${path}/questions`)).questions });
       });
       this.asking = false;
     },
