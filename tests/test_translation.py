@@ -234,8 +234,10 @@ def _constants() -> dict[str, str]:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign):
                 target, value = node.targets[0], node.value
-                is_row = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-                for name, text in zip(target.elts, value.elts, strict=False) if is_row else [(target, value)]:
+                pairs = [(target, value)]
+                if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                    pairs = list(zip(target.elts, value.elts, strict=False))
+                for name, text in pairs:
                     if isinstance(name, ast.Name) and (said := _filled(text)):
                         found.setdefault(name.id, set()).add(said)
     return {name: min(texts) for name, texts in found.items() if name.lstrip("_").isupper() and len(texts) == 1}
