@@ -35,7 +35,7 @@ BY_TABLE = ("onecard.config.old_names", "onecard.config.given_paths")
 OF_OPTIONS = tuple(
     f"onecard.config.{name}"
     for name in ("base_model", "curation", "data", "evaluation", "lora", "run", "training", "rollouts", "inference")
-)
+) + tuple(f"onecard.export.{room}.options" for room in ("gguf", "merge", "quantize"))
 # (module, option): why the programs that do not have the option never come to its message.
 NEVER = {
     ("onecard.data.columns", "columns"): "evaluation reads whole texts of a record, and names no columns",
@@ -45,7 +45,6 @@ NEVER = {
     ("onecard.export.merge.merge", "accept_other_base"): "a stage is merged into the base that it was trained on",
     ("onecard.export.merge.merge", "lora_path"): "there is one adapter, that of the stage before",
     ("onecard.export.merge.merge", "dtype"): "only for a name that was typed",
-    ("onecard.export.merge.options", "adapter_scale"): "a stage is merged as it was trained",
     ("onecard.export.io.output", "max_shard_size"): "a stage is cut into files of the usual size",
     ("onecard.export.io.output", "output_path"): "checksums reads, and makes no directory",
     ("onecard.model.lora.targets", "bits"): "exports build the model without weights, so without bits",
