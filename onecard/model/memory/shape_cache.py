@@ -74,7 +74,7 @@ def _entry_on_meta(func: Any, args: Any, kwargs: Any) -> tuple[type | None, list
 
     None for operations that such a mode treats in its own way.
     """
-    if func.namespace != "aten" or "device" in kwargs or func in OF_THE_MODE:
+    if getattr(func, "namespace", "") != "aten" or "device" in kwargs or func in OF_THE_MODE:
         return None
     inputs: list[Tensor] = []
     with torch._C._DisableTorchDispatch():
