@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MIB = 2**20
@@ -126,24 +125,16 @@ class CachingAllocator:
         block.free = True
         insort(pool, (block.size, block.address, block))
 
-    def serve(self, requests: Requests, after: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
-        """Serve a sequence of requests; what it never lets go of stays in use. Raises OutOfRoom.
-
-        after: numbers of events in rising order, and bytes of tensors that are made behind each and stay.
-        """
+    def serve(self, requests: Requests) -> None:
+        """Serve a sequence of requests; what it never lets go of stays in use. Raises OutOfRoom."""
         blocks: list[MemoryBlock | None] = [None] * len(requests.sizes)
-        start = 0
-        for end, kept in (*after, (len(requests.events), ())):
-            for event in requests.events[start:end]:
-                if event >= 0:
-                    blocks[event] = self.allocate(requests.sizes[event])
-                else:
-                    block = blocks[~event]
-                    assert block is not None
-                    self.free(block)
-            for n_bytes in kept:
-                self.allocate(n_bytes)
-            start = end
+        for event in requests.events:
+            if event >= 0:
+                blocks[event] = self.allocate(requests.sizes[event])
+            else:
+                block = blocks[~event]
+                assert block is not None
+                self.free(block)
 
     def copy(self, limit: float) -> CachingAllocator:
         """An allocator in the same state, in which what is in use stays so for good."""

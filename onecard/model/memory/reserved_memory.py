@@ -9,6 +9,7 @@ those of `loading.py`. Knows samples of traces and numbers of bytes; `activation
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -60,9 +61,7 @@ def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int, spare:
         return None
     ready, still, gradients = _made_ready(model, replace(setup, **ONE_MICRO_BATCH))
     allocator = ready.copy(math.inf)
-    made = [*zip(ends, reversed(gradients[:-1]), strict=True), (ends[-1], gradients[-1])]
-    # The first micro-batch, which makes the gradients; what is free behind it is given back.
-    allocator.serve(step, [(first_product, [CUBLAS_WORKSPACE_BYTES]), *made])
+    allocator.serve(_first_micro_batch(step, ends, first_product, gradients))
     allocator.give_back()
     if isinstance(allocator, GrowingSegments):  # whose rests depend on the order in which a checkpoint is loaded
         allocator.use_up()
@@ -70,6 +69,32 @@ def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int, spare:
     if spare is not None:
         return spare if _Replays(allocator, step).run(tensors + spare, tensors) else spare + 1
     return smallest_limit(allocator, step, tensors) - tensors
+
+
+def _first_micro_batch(step: Requests, ends: list[int], first_product: int, gradients: list[list[int]]) -> Requests:
+    """The requests of the micro-batch that makes the gradients, which stay, and so does cuBLAS' workspace.
+
+    The first gradient of a parameter stays where it was computed; one that is not found is made when its layer is
+    through. It would matter little for small ones, but one of more than 1 MiB holds a large segment.
+    """
+    kept: set[int] = set()
+    made: dict[int, list[int]] = {}
+    begin = max(0, 2 * ends[0] - ends[1]) if len(ends) > 1 else 0
+    for end, sizes in zip(ends, reversed(gradients[:-1]), strict=True):
+        wanted = Counter(sizes)
+        for event in step.events[begin:end]:
+            if event >= 0 and wanted[step.sizes[event]] > 0:
+                wanted[step.sizes[event]] -= 1
+                kept.add(event)
+        made[end], begin = [*wanted.elements()], end
+    made[ends[-1]] += gradients[-1]
+    first = Requests([*step.sizes])
+    for place, event in enumerate([*step.events, None]):
+        for n_bytes in [*[CUBLAS_WORKSPACE_BYTES] * (place == first_product), *made.get(place, ())]:
+            first.take(n_bytes)
+        if event is not None and ~event not in kept:
+            first.events.append(event)
+    return first
 
 
 @lru_cache(maxsize=64)

@@ -156,6 +156,14 @@ def test_the_second_of_two_micro_batches_in_a_row_may_need_more() -> None:
     assert reserved_memory.smallest_limit(CachingAllocator(), step, step.most_alive()) == 48 * MIB
 
 
+def test_the_first_gradients_stay_where_they_were_computed() -> None:
+    """Of two layers, the last one first: 3 MiB each, of which that of the other layer is not among the requests."""
+    step = Requests([5 * MIB, 3 * MIB, 4 * MIB, 4 * MIB], [0, 1, ~1, ~0, 2, ~2, 3, ~3])
+    first = reserved_memory._first_micro_batch(step, [4, 8], 1, [[3 * MIB], [3 * MIB], [7]])
+    assert first.events == [0, 4, 1, ~0, 2, ~2, 3, ~3, 5, 6], "workspace behind the first request; 1 is not let go of"
+    assert first.sizes[4:] == [reserved_memory.CUBLAS_WORKSPACE_BYTES, 3 * MIB, 7]
+
+
 def test_one_replay_stands_for_all_limits_under_which_it_goes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that goes one way under all limits it is tried with: replayed without one, and once under one."""
     n_replays, copy, step = [], CachingAllocator.copy, Requests()
