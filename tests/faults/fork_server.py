@@ -30,9 +30,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import onecard
 from onecard.config.training import FinetuneConfig
 from tests import tiny
+from tests.formula import plan_by_formula
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHILD_LIMIT_S = 120
@@ -176,27 +179,15 @@ def import_everything() -> None:
             names.append(found.name)
     for name in names:
         importlib.import_module(name)
-    # As in tests/conftest.py: no test takes the power away, and none looks at the picture.
+    # As in tests/conftest.py: no test takes the power away, and none looks at the picture or at the memory plan.
     os.fsync = lambda _descriptor: None
     importlib.import_module("onecard.train.trackers").draw_loss = lambda _run_dir, _unit="": None
+    plan_by_formula(pytest.MonkeyPatch())
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions, kept for all families
     gc.collect()
     gc.freeze()  # a child's collector would write into every page that it shares with this process
-
-
-def plan(order: dict[str, Any]) -> None:
-    """Plan the memory of a run here, too: a child inherits the simulated steps, which are half of what it computes.
-
-    What is wrong with the run is for the child to say.
-    """
-    from onecard.model.hardware import detect
-    from onecard.train.auto_config import first_plan
-
-    config = config_of(order)
-    with contextlib.suppress(Exception), contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-        first_plan(config, detect(config.model.device, pretend_turing=config.memory.pretend_turing))
 
 
 def config_of(order: dict[str, Any]) -> FinetuneConfig:
@@ -205,8 +196,6 @@ def config_of(order: dict[str, Any]) -> FinetuneConfig:
 
 def fork(order: dict[str, Any]) -> int:
     """Fork a child that does one run; returns its process id."""
-    if "base" in order:
-        plan(order)
     for name in order.get("imports", ()):
         importlib.import_module(name)
     assert_one_thread()

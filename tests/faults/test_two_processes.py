@@ -34,6 +34,38 @@ def told(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in OF_THIS_START} for row in rows]
 
 
+def run_on(
+    n_processes: int, fork_server: ForkServer, base: Path, data: Path, output: Path, options: dict[str, Any]
+) -> None:
+    """One run on so many processes, each with the variables that torchrun gives it."""
+    port = str(free_port())
+    of_ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_processes), "MASTER_PORT": port,
+                 "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"} for rank in range(n_processes)]  # fmt: skip
+    output.parent.mkdir()
+    places = of_ranks if n_processes > 1 else [{}]
+    begun = [fork_server.start(base, data, output, options, environment=place) for place in places]
+    ended = [(each.wait(), each.output()[-2000:]) for each in begun]
+    assert [code for code, _ in ended] == [0] * n_processes, ended
+
+
+def test_two_processes_take_the_steps_of_one_and_one_clock_decides_for_both(
+    fork_server: ForkServer, tiny_base: Path, instructions: Path, tmp_path: Path
+) -> None:
+    """When to evaluate and save: else one would wait for the other for ever. 20 rows are 4 steps: none fits evenly."""
+    options = {**SHARED, "prompt_type": "alpaca", "cutoff_len": 256, "num_epoch": 2, "max_steps": 0}
+    by_clock = {"eval_steps": 100, "save_steps": 100, "eval_minutes": 1e-9, "save_minutes": 1e-9}
+    for n_processes, more in ((1, {}), (2, by_clock)):
+        output = tmp_path / str(n_processes) / "run"
+        run_on(n_processes, fork_server, tiny_base, instructions, output, options | more)
+    runs = [tmp_path / name / "run" for name in ("1", "2")]
+    one, two = map(tiny.losses_of, runs)
+    assert len(two) == 8 and [step for step, _ in two] == [step for step, _ in one]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(two, one, strict=True)) < 1e-6
+    assert tiny.largest_difference(*(tiny.tensors_of(run / "adapter_model.safetensors") for run in runs)) < 1e-5
+    evaluated = [row["step"] for row in read_log(runs[1]) if "eval_loss" in row]
+    assert evaluated[0] == 1 and evaluated[-1] == 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES))
 def test_two_processes_take_the_steps_of_one(
@@ -43,16 +75,9 @@ def test_two_processes_take_the_steps_of_one(
     is_grpo = options["objective"] == "grpo"
     data = tmp_path / "data.jsonl"
     data = tiny.write_instructions(data.with_suffix(".json")) if is_grpo else pair_file(data, 24)
-    port = str(free_port())
-    of_ranks = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                 "GLOO_SOCKET_IFNAME": "lo"} for rank in ("0", "1")]  # fmt: skip
-    places = {"one": [{}], "two": of_ranks}
-    for name, ranks in places.items():
-        output = tmp_path / name / "run"
-        output.parent.mkdir()
-        begun = [fork_server.start(tiny_base, data, output, options, environment=rank) for rank in ranks]
-        ended = [(each.wait(), each.output()[-2000:]) for each in begun]
-        assert [code for code, _ in ended] == [0] * len(ranks), ended
+    places = ("one", "two")
+    for number, name in enumerate(places, 1):
+        run_on(number, fork_server, tiny_base, data, tmp_path / name / "run", options)
     one, two = (told(tmp_path / name / "run") for name in places)
     assert len(one) == len(two) == 6
     apart = [(abs(other[key] - row[key]) / max(1, abs(row[key])), key)

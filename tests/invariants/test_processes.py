@@ -37,6 +37,7 @@ def one_process(tiny_base: Path, instructions: Path, tmp_path_factory: pytest.Te
     return finetune(tiny.config_for(tiny_base, instructions, tmp_path_factory.mktemp("one") / "run", **SHARED))
 
 
+@pytest.mark.slow  # in the fast tests: tests/faults/test_two_processes.py, without torchrun
 def test_two_processes_equal_one(one_process: Path, tiny_base: Path, instructions: Path, tmp_path: Path) -> None:
     """The last step of each epoch has 5 samples for 2 processes, and 24 - 4 = 20 rows are 4 steps: none fits evenly.
 
