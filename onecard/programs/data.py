@@ -10,7 +10,8 @@ onecard data make self-instruct --data_path seeds.jsonl --output_path made --mod
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from collections.abc import Callable
+from typing import Any
 
 from onecard.config.curation import (
     CleanOptions,
@@ -22,20 +23,12 @@ from onecard.config.curation import (
 )
 from onecard.config.parsing import parse_verb, words_by_name
 from onecard.programs import _data_make
-from onecard.programs._data_catalogue import GetOptions, ListOptions, ShowOptions
+from onecard.programs._data_catalogue import GetOptions, ListOptions, ShowOptions, get_entry, list_entries, show_entry
 
-# Each verb: its options, and what is done with them (imported when it is).
-VERBS: dict[str, tuple[type, str]] = {
-    "list": (ListOptions, "programs._data_catalogue:list_entries"),
-    "show": (ShowOptions, "programs._data_catalogue:show_entry"),
-    "get": (GetOptions, "programs._data_catalogue:get_entry"),
-    "clean": (CleanOptions, "curation.clean.run:clean"),
-    "split": (SplitOptions, "curation.split:split"),
-    "make": (MakeOptions, ""),  # it has verbs of its own
-    "documents": (DocumentsOptions, "curation.convert:convert_documents"),
-    "cot": (CotOptions, "curation.convert:convert_cot"),
-    "extraction": (ExtractionOptions, "curation.convert:convert_extraction"),
-}
+VERBS: dict[str, type] = {
+    "list": ListOptions, "show": ShowOptions, "get": GetOptions, "clean": CleanOptions, "split": SplitOptions,
+    "make": MakeOptions, "documents": DocumentsOptions, "cot": CotOptions, "extraction": ExtractionOptions,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,9 +37,20 @@ def main(argv: list[str] | None = None) -> None:
     if words[:1] == ["make"]:
         _data_make.main(words[1:])
         return
-    kinds = {name: kind for name, (kind, _) in VERBS.items()}
-    if words and hasattr(kinds.get(words[0]), "name"):  # `data show belle` is `data show --name belle`
+    if words and hasattr(VERBS.get(words[0]), "name"):  # `data show belle` is `data show --name belle`
         words = [words[0], *words_by_name(words[1:], "--name")]
-    verb, options = parse_verb(kinds, words, description=__doc__ or "")
-    module, work = VERBS[verb][1].split(":")
-    getattr(import_module(f"onecard.{module}"), work)(options)
+    verb, options = parse_verb(VERBS, words, description=__doc__ or "")
+    _work_of(verb)(options)
+
+
+def _work_of(verb: str) -> Callable[[Any], Any]:
+    """What a verb does, which is imported only now."""
+    from onecard.curation import convert
+    from onecard.curation.clean.run import clean
+    from onecard.curation.split import split
+
+    works: dict[str, Callable[[Any], Any]] = {
+        "list": list_entries, "show": show_entry, "get": get_entry, "clean": clean, "split": split,
+        "documents": convert.convert_documents, "cot": convert.convert_cot, "extraction": convert.convert_extraction,
+    }  # fmt: skip
+    return works[verb]
