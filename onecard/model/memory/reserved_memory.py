@@ -89,11 +89,10 @@ def _first_micro_batch(step: Requests, ends: list[int], first_product: int, grad
         made[end], begin = [*wanted.elements()], end
     made[ends[-1]] += gradients[-1]
     first = Requests([*step.sizes])
-    for place, event in enumerate([*step.events, None]):
+    for place in range(len(step.events) + 1):
         for n_bytes in [*[CUBLAS_WORKSPACE_BYTES] * (place == first_product), *made.get(place, ())]:
             first.take(n_bytes)
-        if event is not None and ~event not in kept:
-            first.events.append(event)
+        first.events += [event for event in step.events[place : place + 1] if ~event not in kept]
     return first
 
 
