@@ -86,11 +86,16 @@ class ChatApi:
             refuse_while_training(self._context)
         with self._starting:
             self._server.start(source, bits=body.get("bits"), beside_training=anyway)
-        return asdict(self._server.state())
+        return self._changed()
 
     def stop(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Give the card back."""
         self._server.stop()
+        return self._changed()
+
+    def _changed(self) -> dict[str, Any]:
+        """The state after a request, which is news even where it is ready again within a second."""
+        self._published = None
         return asdict(self._server.state())
 
     async def completions(self, request: Request) -> Response:

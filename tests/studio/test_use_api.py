@@ -141,6 +141,16 @@ def test_it_gives_way_to_a_run_that_begins(ask: Client, context: StudioContext, 
     assert (told["state"], told["ended_for"]) == ("off", ["training"])
 
 
+def test_a_server_that_is_ready_again_within_a_second_is_news(ask: Client, context: StudioContext, run: Path) -> None:
+    """A page may still wait for the answer to its start, or another one have asked for the stop."""
+    news = next(watcher for watcher in context.events.watchers if "ChatApi" in getattr(watcher, "__qualname__", ""))
+    load(ask)
+    assert [(name, content["state"]) for name, content in news()] == [("chat", "ready")] and list(news()) == []
+    ask("POST", "/api/chat/stop", {})
+    load(ask)
+    assert [(name, content["state"]) for name, content in news()] == [("chat", "ready")]
+
+
 def test_the_answer_ends_when_the_page_leaves(context: StudioContext, ask: Client, run: Path, tmp_path: Path) -> None:
     """The page's connection is closed in the middle, as Starlette tells it: `http.disconnect`."""
     load(ask)
