@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
 
 from tests.browser.conftest import serving, wait_until
 from tests.browser.test_chat_page import ask, at_rest, bubbles, choose, send
-from tests.covering import every_pair_fast
 from tests.fake_engine import FakeEngine
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
@@ -61,9 +61,15 @@ def faults(page: Any) -> list[str]:
     return [f"{fault['id']}: {node['html'][:160]} {node['any']}" for fault in serious for node in fault["nodes"]]
 
 
-@pytest.mark.parametrize(
-    ("device", "locale", "scheme"), every_pair_fast(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])
-)
+# Of twenty seconds each; the two fast ones have every value.
+FAST = (("desktop", "en-US", "light"), ("phone", "zh-CN", "dark"))
+LOOKS = [
+    pytest.param(*look, marks=[pytest.mark.slow] * (look not in FAST))
+    for look in product(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])
+]
+
+
+@pytest.mark.parametrize(("device", "locale", "scheme"), LOOKS)
 def test_axe_finds_no_serious_fault(
     open_page: Any, chat_url: str, ask_url: str, device: str, locale: str, scheme: str
 ) -> None:
