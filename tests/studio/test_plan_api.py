@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from onecard.config.base_model import DEFAULT_BASE
+from onecard.model.allocator import prefer_expandable_segments
 from onecard.model.memory import activation_peak
 from onecard.serve.http_error import ApiError
 from onecard.studio import planning, worker_process
@@ -24,6 +25,7 @@ from tests.studio.worker_here import WorkerHere, client
 
 @pytest.fixture
 def page(context):
+    prefer_expandable_segments()  # as the process that plans does with its first model
     return client(context, WorkerHere())
 
 
