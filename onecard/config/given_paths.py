@@ -73,7 +73,7 @@ def shipped_file(text: str) -> str:
 
 def paths_in(value: Any) -> list[str]:
     """The paths in a value: one (which may hold a comma where it exists), several with commas between, or a list."""
-    if not value:
+    if not value or not str(value).strip():
         return []
     if isinstance(value, list):
         return [str(part) for part in value]

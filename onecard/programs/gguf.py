@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from onecard.config.parsing import comma_list, parse
+from onecard.config.given_paths import paths_in
+from onecard.config.parsing import parse
 from onecard.export.gguf.options import ExportOptions, OllamaOptions
 from onecard.inference.run_files import stored_options
 
@@ -37,6 +38,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def base_of_run(typed: Mapping[str, Any]) -> dict[str, Any]:
     """The base model that the run of the first adapter was trained on, where it says so."""
-    adapters = comma_list(str(typed.get("lora_path") or ""))
+    adapters = paths_in(typed.get("lora_path"))
     stored = stored_options(adapters[0]) if adapters else {}
     return {name: value for name, value in stored.items() if name == "model_path"}

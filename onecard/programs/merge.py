@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from onecard.config.parsing import comma_list, parse
+from onecard.config.given_paths import paths_in
+from onecard.config.parsing import parse
 from onecard.config.problems import Problem
 from onecard.console import say, warn
 from onecard.export.io.output import OutputOptions
@@ -28,7 +29,7 @@ class MergeOptions(OutputOptions):
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
-        if not comma_list(self.lora_path):
+        if not paths_in(self.lora_path):
             found.append(("--lora_path", "names no adapter; give a run, a checkpoint or a Hub id"))
         if not self.output_path:
             found.append(("--output_path", "is missing; give the directory of the result"))
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from onecard.export.merge.merge import export_merged, find_base
 
-    options, adapters = config.merge, comma_list(config.merge.lora_path)
+    options, adapters = config.merge, paths_in(config.merge.lora_path)
     report = export_merged(
         options.target, find_base(options.model_path, adapters[0]), adapters, config.how,
         file_format=options.format, overwrite=options.overwrite,

@@ -125,15 +125,14 @@ def test_a_run_that_is_over_can_be_looked_at_while_another_goes_on(open_view: An
 
 def test_an_option_that_is_typed_before_the_options_have_come_is_found(open_view: Any) -> None:
     page = open_view("train")
-    held: list[Any] = []
-    page.route("**/api/options", lambda route: held.append(route))
+    let_come = held_back(page, "**/api/options")
     page.reload()
     page.wait_for_selector("body[data-ready]")
     page.fill("#more-options", "wandb_project")
     page.press("#more-options", "Enter")
-    wait_until(lambda: not page.is_visible("[role=alert]:has-text('wandb_project')") and held)
-    held[0].continue_()
+    let_come()
     page.wait_for_selector("#opt-wandb_project:focus")
+    assert not page.is_visible("[role=alert]:has-text('wandb_project')")
 
 
 def test_a_name_that_is_typed_while_a_run_is_added_is_that_of_the_next(open_view: Any) -> None:

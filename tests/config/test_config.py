@@ -13,6 +13,7 @@ from onecard.config import inference, run, training
 from onecard.config import parsing as cli
 from onecard.config.base_model import ModelOptions
 from onecard.config.data import DataOptions
+from onecard.config.given_paths import paths_in
 from onecard.config.inference import (
     AnsweringModelOptions,
     AskOptions,
@@ -262,3 +263,11 @@ def test_the_default_paths_exist() -> None:
     assert Path(ModelOptions().model_path, "config.json").is_file()
     assert Path(DataOptions().data_path).is_file()
     assert all(is_dataclass(group) for group in [*TRAINING, *TALKING])
+
+
+def test_a_path_that_exists_is_one_whatever_commas_are_in_it(tmp_path: Path) -> None:
+    there = tmp_path / "a, b"
+    there.mkdir()
+    assert paths_in(str(there)) == [str(there)]
+    assert paths_in(f"{there}, c ,") == [str(tmp_path / "a"), "b", "c"]
+    assert paths_in("   ") == paths_in("") == paths_in(None) == paths_in(" , ") == []

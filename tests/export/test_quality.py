@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ import torch
 from onecard.config.base_model import ModelOptions
 from onecard.data.chat_template import load_template
 from onecard.errors import ConfigError, ModelError
+from onecard.export.quantize import gptq
 from onecard.export.quantize.calibration import calibration_of, data_rows, text_rows, texts_of
 from onecard.export.quantize.evaluate import quality_of, round_layers, round_to_nearest
-from onecard.export.quantize.options import CalibrationTextOptions
+from onecard.export.quantize.options import CalibrationTextOptions, GptqOptions
+from onecard.model.files import base_fingerprint
 from onecard.model.hardware import detect
 from onecard.model.load import load_base
 from onecard.objectives.registry import objective_named
@@ -148,3 +153,19 @@ def test_data_go_through_the_template(sp_tokenizer, instructions) -> None:
     text = sp_tokenizer.decode(rows[3])
     assert "### Instruction:" in text and "数到 3" in text  # record 3 is one of the Chinese ones
     assert "数到 3" in list(texts_of(str(instructions)))[3]
+
+
+def test_layers_that_an_earlier_version_left_are_gone_on_with(tiny_base: Path, tmp_path: Path) -> None:
+    """Its work.json, to the letter; with other settings the layers are of another model and go."""
+    kept, rows = tmp_path / "kept", [[1, 2, 3]]
+    (kept / "layers").mkdir(parents=True)
+    (kept / "layers" / "CURRENT").write_text("1", encoding="utf-8")
+    written = (
+        '{"bits": 4, "group_size": 32, "desc_act": false, "symmetric": true, "damp_percent": 0.05, "batch_size": 2, '
+        f'"device": "cpu", "source": {json.dumps(base_fingerprint(str(tiny_base)))}, '
+        f'"rows": "{hashlib.sha256(json.dumps(rows).encode()).hexdigest()}"}}'
+    )
+    (kept / "work.json").write_text(written, encoding="utf-8")
+    assert gptq._same_work(kept, tiny_base, rows, GptqOptions(group_size=32), 2, "cpu")
+    assert not gptq._same_work(kept, tiny_base, rows, GptqOptions(group_size=32, sym=False), 2, "cpu")
+    assert not (kept / "layers").exists()

@@ -78,9 +78,7 @@ def quantize(source: Path, rows: Rows, settings: GptqOptions, options: SourceOpt
     Raises ModelError where gptqmodel fails, with the place of its log.
     """
     device = str(detect(options.device).device)
-    work = {**asdict(settings), "batch_size": options.batch_size, "device": device}
-    done = _same_work(kept, source, rows, work)
-    if done:
+    if _same_work(kept, source, rows, settings, options.batch_size, device):
         say(f"going on with the layers that an earlier start left in {kept}")
     # Absolute before `_account_in`, inside which the current folder is another one.
     source, target, kept = source.absolute(), target.absolute(), kept.absolute()
@@ -149,9 +147,13 @@ def _known_families() -> list[str]:
     return SUPPORTED_MODELS
 
 
-def _same_work(kept: Path, source: Path, rows: Rows, settings: Mapping[str, Any]) -> bool:
+def _same_work(
+    kept: Path, source: Path, rows: Rows, settings: GptqOptions, batch_size: int, device: str
+) -> bool:  # fmt: skip
     """Make `kept` ready; what lies there of another model, text or setting is removed. True where work is done."""
-    work = {**settings, "source": base_fingerprint(str(source)),
+    # `symmetric` and this order: work.json of earlier versions, which is compared by its text.
+    how = {"symmetric" if name == "sym" else name: value for name, value in asdict(settings).items()}
+    work = {**how, "batch_size": batch_size, "device": device, "source": base_fingerprint(str(source)),
             "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}  # fmt: skip
     note = kept / "work.json"
     is_same = note.is_file() and note.read_text(encoding="utf-8") == json.dumps(work)
