@@ -214,6 +214,19 @@ def test_a_run_that_comes_while_the_table_is_read_stays_in_it(open_view: Any, st
     assert page.is_visible("#runs tr:has-text('came-late')")
 
 
+def test_a_trash_that_is_closed_before_its_answer_comes_stays_closed(open_view: Any) -> None:
+    page = open_view("runs")
+    let_come = held_back(page, "**/api/trash")
+    page.click("#show-trash")
+    page.wait_for_selector("#show-trash[aria-expanded=true]")
+    page.click("#show-trash")
+    let_come()
+    page.wait_for_timeout(300)
+    assert page.is_hidden("#trash-title")
+    page.click("#show-trash")
+    page.wait_for_selector("#trash-title")
+
+
 def test_what_is_wrong_stands_at_its_field_and_a_failure_says_why(open_view: Any) -> None:
     page = open_view("train")
     page.fill("#opt-num_epoch", "many")

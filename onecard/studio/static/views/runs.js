@@ -16,7 +16,7 @@ export default function ({ Alpine, api, attempt, newest, withNews, on, t, format
     columns: COLUMNS.map((name) => ({ name, kind: NUMBERS.includes(name) ? "number" : "text" })),
     runs: [], loaded: false, filter: "", state: "", sort: { name: "date", up: false },
     compared: [], known: ["loss"], series: "loss", logarithmic: false, differing: [], differingRuns: [],
-    details: null, newName: "", trash: null, surely: "",
+    details: null, newName: "", trash: null, isTrashOpen: false, surely: "",
 
     init() {
       const heard = [
@@ -194,7 +194,7 @@ export default function ({ Alpine, api, attempt, newest, withNews, on, t, format
       if (!found) return;
       this.forget(id);
       tell(t("runs.deleted", { name: id }), "done");
-      if (this.trash) await this.loadTrash();
+      if (this.isTrashOpen) await this.loadTrash();
     },
     watch() {
       const { id } = this.details;
@@ -203,9 +203,10 @@ export default function ({ Alpine, api, attempt, newest, withNews, on, t, format
     },
 
     // --- trash
-    async openTrash() {
-      if (this.trash) this.trash = null;
-      else await this.loadTrash();
+    async toggleTrash() {
+      this.isTrashOpen = !this.isTrashOpen;
+      this.trash = null; // until the answer comes
+      if (this.isTrashOpen) await this.loadTrash();
     },
     async loadTrash() {
       const found = await attempt(() => api("GET", "/api/trash"));
