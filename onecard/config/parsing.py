@@ -343,7 +343,7 @@ def _checked(raw: Mapping[str, Any], options: Mapping[str, Option], problems: li
             parser = _parser_of(option.type)
             words = [f"--{VALUE}={value}"] if isinstance(value, str) else None
             good[name] = (parser.parse_args(words) if words else parser.parse_object({VALUE: value}))[VALUE]
-        except Exception:  # jsonargparse raises several kinds; each means that the value does not fit the type
+        except argparse.ArgumentError:
             wrong, advice = option.advice
             more = f"; {advice}" if wrong and re.fullmatch(wrong, str(value), re.IGNORECASE) else ""
             problems.append((option.flag, f"{value!r} is not {_expected(option.type)}{more}"))
