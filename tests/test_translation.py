@@ -22,6 +22,7 @@ from onecard.data.formats import to_sample
 from onecard.data.readers import read_file
 from onecard.data.values import UnusableRecord
 from onecard.errors import ConfigError, DataError
+from onecard.hub_errors import MIRROR, hub_problem
 from onecard.installation import SHIPPED as REPOSITORY
 from onecard.programs import inspect as inspect_data
 from onecard.recipes import finetune, generate
@@ -192,6 +193,7 @@ PUT_TOGETHER = (
     ("rows are too few to split7", "rows are too few to split"),
     ("in every tensor7;", "in every tensor, but for 7 of the 7, which it lacks,;"),
     ("of step 7, but 7", "of step 7, but those of 7 to 7"),
+    ("7 7 (7, error", "7 q8_0 (7 MiB, error"),
     ("7; B against A", "A was chosen 7 times, B 7 times, neither 7 times; B against A"),
     ("7; all 7 are in", "7 answers, 7 tokens, 7 tokens/s; all 7 are in"),
     ("7; to go on: 7", "paused after step 7 of 7; to go on: 7"),
@@ -412,3 +414,36 @@ def test_torchrun_is_told_the_error_so_that_it_ends_with_it(tmp_path: Path, monk
     assert console.run_main(main) == 2
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     assert ChildFailedError("finetune.py", {0: failure}).args[0].splitlines()[-2].endswith("--bits: is missing")
+
+
+KEPT = (
+    f"name a mirror by --endpoint {MIRROR} or HF_ENDPOINT. What is there already is kept, and the same command goes on "
+    "from it"
+)
+HUB_CALLS: list[dict[str, Any]] = [  # as models, data sets and downloads ask
+    {"what": "the model a/b", "elsewhere": "a directory here"},
+    {"what": "a/b", "elsewhere": "a directory here, a known model,"},
+    {"what": "model a/b", "address": "https://mirror.example", "remedy": KEPT},
+    {"what": "dataset a/b", "kind": "dataset", "address": "https://mirror.example", "remedy": KEPT},
+    {
+        "what": "the collection (a/b)",
+        "kind": "dataset",
+        "remedy": f"bring it here first: onecard data get a --endpoint {MIRROR}",
+    },
+    {"what": "there is no such file or folder, and the `train` split of the data set on the Hub", "kind": "dataset"},
+]
+
+
+@pytest.mark.parametrize("call", HUB_CALLS)
+@pytest.mark.parametrize(
+    "error", ["GatedRepoError", "RepositoryNotFoundError", "LocalEntryNotFoundError", "HfHubHTTPError", "OSError"]
+)
+@pytest.mark.parametrize("asked", ["", "https://asked.example"])
+def test_what_the_hub_answers_is_in_chinese(
+    monkeypatch: pytest.MonkeyPatch, asked: str, error: str, call: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", asked)
+    problem = hub_problem(type(error, (Exception,), {})("503"), repository="a/b", **call)
+    shown = translated(f"--model_path: {problem}", "zh")
+    names = re.compile(r"`hf auth login`|(python|onecard) \S+ (get a|--repo_id) .*|(model|dataset) a/b")
+    assert not PROSE.search(names.sub("", shown)), shown

@@ -213,10 +213,9 @@ def _say_plan(source: GgufSource, options: ExportOptions) -> None:
 
 
 def _say_done(target: Path, file_name: str, n_bytes: int, reports: list[gguf.KindReport], note: str) -> None:
-    kinds = ", ".join(
-        f"{report.n_tensors} {report.kind} ({report.n_bytes / MIB:.1f} MiB, error at most {report.error:.2%})"
-        for report in reports
-    )
     say(f"wrote {target / file_name}: {n_bytes / MIB:.1f} MiB")
-    say(f"reopened and compared with the source: {kinds}")
+    for report in reports:
+        size = f"{report.n_bytes / MIB:.1f} MiB"
+        say(f"reopened and compared with the source: {report.n_tensors} {report.kind} ({size}, error at most "
+            f"{report.error:.2%})")  # fmt: skip
     say(note)
