@@ -11,7 +11,7 @@ import gc
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ def module_name(path: Path) -> str:
     return path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".")
 
 
-@lru_cache
+@cache
 def modules() -> dict[str, Module]:
     paths = (REPOSITORY / "onecard").rglob("*.py")
     gc.disable()  # half a million nodes, none of them garbage, would be searched for cycles again and again

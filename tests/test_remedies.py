@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 from dataclasses import is_dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -116,7 +116,7 @@ def loaded(program: Path) -> ModuleType:
     return importlib.import_module(f"onecard.programs.{program.stem}")
 
 
-@lru_cache
+@cache
 def classes_of(program: Path) -> list[type]:
     """The dataclasses that make a program's options, with those of their groups."""
     module, wholes = loaded(program), []
@@ -130,7 +130,7 @@ def classes_of(program: Path) -> list[type]:
     return wholes + [type(group) for kind in wholes for group in vars(kind()).values() if is_dataclass(group)]
 
 
-@lru_cache
+@cache
 def options_of(program: Path) -> frozenset[str]:
     """All options of a program, of each of its verbs."""
     found = {option for kind in classes_of(program) for option in cli.options_of(kind)}
@@ -141,7 +141,7 @@ def options_of(program: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-@lru_cache
+@cache
 def graph_of(program: Path) -> CallGraph:
     return reached(program)
 
@@ -151,7 +151,7 @@ def is_named(program: Path, text: str) -> bool:
     return f"command('{verb}')" in text or f"({verb} --" in text
 
 
-@lru_cache
+@cache
 def unknown_to(program: Path) -> list[tuple[str, int, str, str]]:
     """(module, line, option, text) of what a program's messages name and it does not have."""
     found, own = [], options_of(program) | FOREIGN

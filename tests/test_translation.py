@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_the_missing_half_of_a_record_is_named_and_not_another_field_that_is_nul
 def test_everything_that_the_doctor_finds_is_told_in_chinese() -> None:
     said = []
     for name in ("doctor/report", "doctor/facts", "model/nvidia_driver"):
-        for node in ast.walk(ast.parse((REPOSITORY / f"onecard/{name}.py").read_text(encoding="utf-8"))):
+        for node in ast.walk(_tree(REPOSITORY / f"onecard/{name}.py")):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
                 texts = [inner for part in node.args[2:] for inner in ast.walk(part)]
                 parts = {id(one) for text in texts if isinstance(text, ast.JoinedStr) for one in text.values}
@@ -229,11 +230,22 @@ MODULES = sorted((REPOSITORY / "onecard").rglob("*.py"))
 CONSTANTS: dict[str, str] = {}
 
 
+@cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trees_are_let_go():
+    yield
+    _tree.cache_clear()  # a million objects, which every later collection of garbage would go through
+
+
 def _constants() -> dict[str, str]:
     """The texts that modules name in capitals; of a name with several, none."""
     found: dict[str, set[str]] = {}
     for file in MODULES:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in _tree(file).body:
             if isinstance(node, ast.Assign):
                 target, value = node.targets[0], node.value
                 pairs = [(target, value)]
@@ -250,7 +262,7 @@ def _errors_of_a_person() -> set[str]:
     bases = {
         node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
         for file in MODULES
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(_tree(file))
         if isinstance(node, ast.ClassDef)
     }
     found = {"OneCardError"}
@@ -267,7 +279,7 @@ def test_what_every_module_says_is_in_chinese() -> None:
         module = file.relative_to(REPOSITORY / "onecard").with_suffix("").as_posix()
         is_api = module.startswith(API_ANSWERS) and module != "serve/api/simple"
         kept = {"ApiError", "bad_request"} if is_api else set()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(_tree(file)):
             texts: list[ast.expr] = []
             if isinstance(node, ast.Call) and _name_of(node.func) in speakers - kept:
                 texts = node.args
@@ -365,7 +377,7 @@ def test_what_is_no_message_stays_as_it_is() -> None:
 
 def test_the_catalogue_fits_the_code() -> None:
     """Each entry has the values of its key, and each text of a key stands in the code."""
-    texts = "\n".join(_texts_of(file) for file in (REPOSITORY / "onecard").rglob("*.py"))
+    texts = "\n".join(_texts_of(file) for file in MODULES)
     texts += "\n".join(os.strerror(number) for number in errno.errorcode)
     for key, value in CATALOGUE.items():
         names, shown = (re.findall(r"\{(\w+)\}", text) for text in (key, value))
@@ -388,7 +400,7 @@ def _is_said(part: str, texts: str) -> bool:
 def _texts_of(file: Path) -> str:
     """Every text of a module, with nothing in place of the values in it."""
     found = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(_tree(file)):
         if isinstance(node, ast.JoinedStr):
             found.append("".join(str(part.value) for part in node.values if isinstance(part, ast.Constant)))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "onecard"
@@ -93,10 +93,13 @@ def lines_of_body(body: list[ast.stmt]) -> Iterator[int]:
             yield from lines_of_body(part)
 
 
-@lru_cache
+@cache
 def cuda_lines(path: Path) -> set[int]:
     """Line numbers of statements in functions; what stands at the top of a module runs with any import."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    source = path.read_text(encoding="utf-8")
+    if not any(word in source for word in ("stream", *WORDS)):  # most files
+        return set()
+    tree = ast.parse(source)
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     return {line for function in functions for line in lines_of_body(function.body)}
 
