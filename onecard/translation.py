@@ -22,6 +22,8 @@ _NUMBERS = frozenset(
     ("n", "m", "good", "all", "tokens", "learned", "cut", "train", "test", "batch", "bits", "rank", "layers", "step",
      "steps")
 )  # fmt: skip
+# What somebody named or said stays as it is, even where that is a word of the catalogue: a folder called `training`.
+_GIVEN = frozenset(("path", "file", "folder", "url", "name", "typed", "text"))
 _CELLS = re.compile(r"(\S(?:.*?\S)?)(\s{2,}|$)")
 # A flag, or one with its value (--objective grpo), or the place of a record.
 _FLAG = re.compile(r"(--\w+(?: \w+)?: |(?:[A-Za-z]:)?[^:]+:\d+(?:#\d+)?: )(.+)")
@@ -71,7 +73,8 @@ def in_catalogue(text: str, to: str) -> str | None:
         return exact[text]
     for fixed, pattern, template in patterns:
         if fixed in text and (found := pattern.fullmatch(text)):
-            values = {name: _value(value, to) for name, value in found.groupdict().items()}
+            values = found.groupdict()
+            values |= {name: _value(value, to) for name, value in values.items() if name not in _GIVEN}
             return template.format_map(values)
     return None
 

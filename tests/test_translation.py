@@ -375,6 +375,20 @@ def test_what_is_no_message_stays_as_it_is() -> None:
     assert translated("a.json:3: is missing") == "a.json:3: 没有给出"
 
 
+def test_what_a_person_named_stays_as_it_was_named() -> None:
+    """A folder, an adapter or a question may be a word that is a message, or a part of one, elsewhere."""
+    assert translated("training", "zh") == "训练中" and translated("ok", "zh") == "正常"
+    for said, named in (
+        ("--model_path: there is no directory training (did you mean text?)", ("training", "text")),
+        ("there is already a run called training; choose another name", ("training",)),
+        ("taken back: ok", ("ok",)),
+        ("tools: there is no such file or folder", ("tools",)),
+    ):
+        shown = translated(said, "zh")
+        assert shown != said and all(name in shown for name in named), shown
+    assert translated("in 3 (first: a.json:1): trailing turns without an answer were cut", "zh").startswith("3 条（首见于")
+
+
 def test_the_catalogue_fits_the_code() -> None:
     """Each entry has the values of its key, and each text of a key stands in the code."""
     texts = "\n".join(_texts_of(file) for file in MODULES)
