@@ -386,7 +386,8 @@ def test_what_a_person_named_stays_as_it_was_named() -> None:
     ):
         shown = translated(said, "zh")
         assert shown != said and all(name in shown for name in named), shown
-    assert translated("in 3 (first: a.json:1): trailing turns without an answer were cut", "zh").startswith("3 条（首见于")
+    shown = translated("in 3 (first: a.json:1): trailing turns without an answer were cut", "zh")
+    assert shown == "3 条（首见于 a.json:1）：末尾没有回答的轮次已去掉"
 
 
 def test_the_catalogue_fits_the_code() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,10 +23,15 @@ from onecard.storage import read_json_object
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 WRITTEN = ("output_path", "cache_path")
+# Beside those of CHECKS and what ends in _path.
+MORE_PATHS = (
+    "a", "b", "baseline", "file", "index", "output_root", "plot", "reports", "request_log", "run", "save_pairs",
+    "stages",
+)  # fmt: skip
 OWN_FOLDERS = ("outputs", "sample", "field-recipes")  # of this kit: no owner on the Hub is meant
 SHIPPED_FOLDERS = ("sample", "config-sample", "field-recipes")
-# Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
 SCORES = "SEQ_CLS"  # task_type of a reward model in adapter_config.json
+# Newest form first. The Trainer of 2023 wrote pytorch_model.bin into checkpoint-N when the model was a PeftModel.
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 # Of a run that trains weights of the base itself: in its checkpoints. It ends as a whole model beside its options.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -49,6 +55,22 @@ def path_problems(values: Mapping[str, Any]) -> list[Problem]:
         for part in paths_in(value):
             text = check(part) if part not in ("auto", "none") else ""
             found += [(f"--{name}", text)] if text else []
+    return found
+
+
+def impossible_paths(values: Mapping[str, Any]) -> list[Problem]:
+    """What the system cannot even look for: the home of an unknown user, a name too long, a folder that is closed."""
+    found: list[Problem] = []
+    for name, value in values.items():
+        for part in paths_in(value) if name in (*CHECKS, *MORE_PATHS) or name.endswith("_path") else ():
+            try:
+                Path(part).expanduser().exists()
+            except RuntimeError:
+                user = Path(part).parts[0]
+                found.append((f"--{name}", f"the home directory of {user} is not known; write the whole path"))
+            except (OSError, ValueError) as reason:
+                why = getattr(reason, "strerror", None) or reason
+                found.append((f"--{name}", f"{part[:100]} cannot be looked for: {why}"))
     return found
 
 
@@ -77,8 +99,9 @@ def paths_in(value: Any) -> list[str]:
         return []
     if isinstance(value, list):
         return [str(part) for part in value]
-    text = str(value)
-    is_one = "," not in text or Path(text).expanduser().exists()
+    text, is_one = str(value), "," not in str(value)
+    with suppress(OSError, RuntimeError):  # several, which together are too long for a name
+        is_one = is_one or Path(text).expanduser().exists()
     return [text] if is_one else [part.strip() for part in text.split(",") if part.strip()]
 
 

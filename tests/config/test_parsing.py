@@ -15,9 +15,11 @@ import pytest
 import yaml
 
 from onecard.config import parsing as cli
+from onecard.config.given_paths import paths_in
 from onecard.config.inference import ChatConfig, GenerateConfig, ServeConfig
 from onecard.config.training import FinetuneConfig
 from onecard.errors import ConfigError
+from onecard.programs.verify_server import VerifyServerConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRIES = ["finetune.py", "finetune_chat.py", "generate.py", "chat.py"]
@@ -232,6 +234,29 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
     assert not missing
     assert message.startswith(f"{len(expected)} settings cannot work:")
     assert len(message.splitlines()) == len(expected) + 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "words"),
+    [
+        ("data_path", "~nobody-here/rows.json", "the home directory of ~nobody-here is not known"),
+        ("output_path", "~nobody-here", "the home directory of ~nobody-here is not known"),
+        ("lora_path", "~nobody-here/a,outputs/b", "the home directory of ~nobody-here is not known"),
+        ("run", "~nobody-here/run", "the home directory of ~nobody-here is not known"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="~NAME is a folder beside one's own there")
+def test_a_path_that_the_system_cannot_look_for(flag: str, path: str, words: str) -> None:
+    kinds = {"lora_path": GenerateConfig, "run": VerifyServerConfig}
+    message = refusal(f"--{flag}", path, "--no_option", "1", config_class=kinds.get(flag, FinetuneConfig))
+    assert f"--{flag}: {words}" in message and "--no_option" in message
+
+
+def test_several_paths_may_be_longer_together_than_one() -> None:
+    runs = [f"run-{number}" for number in range(60)]
+    assert paths_in(",".join(runs)) == runs
+    message = refusal("--data_path", "m" * 300 + "/rows.json")
+    assert "--data_path: " in message and "m" * 100 in message
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,14 @@ window.onecard = (() => {
   // What was typed or chosen before the page was restored is not lost to the values that come then.
   const early = new Map();
   addEventListener("input", ({target}) => {
-    if (ready) early.delete(target);
-    else early.set(target, [target.value, target.checked]);
+    early.delete(target); // the newest last: of several radio buttons it wins
+    if (!ready) early.set(target, [target.value, target.checked]);
   }, true);
   const retype = () => {
     for (const [field, [value, checked]] of early) {
-      if (field.type === "checkbox" && field.checked !== checked) field.click();
-      if (field.type === "checkbox") continue;
+      if (field.checked !== checked) field.click();
       // A question that comes back is put in front of what was typed; a number is not.
-      if (field.type === "number" ? field.value === value : field.value.includes(value)) continue;
+      if (["number", "range"].includes(field.type) ? field.value === value : field.value.endsWith(value)) continue;
       field.value = value;
       for (const name of ["input", "change"]) field.dispatchEvent(new Event(name, {bubbles: true}));
     }
