@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """What the plan says beside the smallest memory in which a step runs, on a simulated card (tests/simcard/README.md).
 
-    python benchmarks/reserved_memory.py [--rows 0,3] [--split held_out]
+    python benchmarks/reserved_memory.py [--rows 0,3] [--split held_out] [--mode fixed]
     python benchmarks/reserved_memory.py --plan_only true      the limits of the file, beside what is planned today
 
 Each row loads a model of random weights as shapes, without and with expandable segments, in a process of its own, and
 halves the allocator's limit between what the tensors took and what was reserved until it knows the smallest one within
-0.8 %. A row is two of the largest micro-batches, forward and backward, over gradients that are there; rows of the file
-that say 1 were measured with one. The allocator's arithmetic is torch's; no figure is a measurement of a card. The
-state of a paged optimizer is planned on the card, and made there: pages of unified memory are none of the allocator's.
-Writes benchmarks/results/reserved_memory.json.
+0.8 %. A row is two of the largest micro-batches, forward and backward, over gradients that are there. The allocator's
+arithmetic is torch's; no figure is a measurement of a card. The state of a paged optimizer is planned on the card, and
+made there: pages of unified memory are none of the allocator's.
+Writes benchmarks/results/reserved_memory.json, in which rows that are not measured stay as they are.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class ReservedMemoryOptions:
     """fit, held_out, streamed or all."""
     row: int = -1
     """Inside the process of one row: its number."""
-    mode: str = "fixed"
-    """Inside the process of one row: fixed or expandable."""
+    mode: str = ""
+    """fixed or expandable; empty: both."""
     micro_batches: int = MICRO_BATCHES
     """How many a step has, with nothing given back between them. The plan has two."""
     plan_only: bool = False
@@ -112,15 +112,25 @@ def main(argv: list[str] | None = None) -> None:
         tell(again)
         return
     asked = [int(number) for number in options.rows.split(",") if number.strip()] or range(len(ROWS))
-    measured = []
+    output = Path(options.output)
+    rows = read_json(output)["rows"] if output.is_file() else []
     for number in asked:
-        for mode in MODES:
+        for mode in [options.mode] if options.mode else MODES:
             if options.split in (ROWS[number][0], "all"):
-                measured.append({"split": ROWS[number][0], "mode": mode,
-                                 **in_a_process(number, mode, options.micro_batches)})  # fmt: skip
-                result = {"rows": measured, "summary": summary(measured), "machine": machine("cpu")}
-                write_result(options.output, result)
-    tell(measured)
+                found = in_a_process(number, mode, options.micro_batches)
+                rows = in_order([*rows, {"split": ROWS[number][0], "mode": mode, **found}])
+                write_result(options.output, {"rows": rows, "summary": summary(rows), "machine": machine("cpu")})
+    tell(rows)
+
+
+def in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of `ROWS` in their order; of two of one row and mode the later one, none of any other row."""
+    by_place = {}
+    for row in found:
+        for number, (_, model, rows, length, rest) in enumerate(ROWS):
+            if {"model": model, "rows": rows, "length": length, **rest}.items() <= row.items():
+                by_place[number, MODES.index(row["mode"])] = row
+    return [row for _, row in sorted(by_place.items(), key=lambda entry: entry[0])]
 
 
 def in_a_process(number: int, mode: str, micro_batches: int = MICRO_BATCHES) -> dict[str, Any]:
