@@ -80,7 +80,7 @@ def verdict_lines(plan: Plan, longest: int | None = None) -> list[str]:
         )
     if ram > plan.card.ram_bytes:
         short.append(f"the RAM's {gib(plan.card.ram_bytes)} GiB are {_size(ram - plan.card.ram_bytes)} too few")
-    lines = _wrap(f"It does not fit: {' and '.join(short)}. What would help:")
+    lines = _wrap(f"It does not fit: {'; '.join(short)}. What would help:")
     return lines + [line for each in advice(plan, longest) for line in _wrap(f"- {translated(each)}", "  ")]
 
 

@@ -16,6 +16,7 @@ from onecard.model.memory.architecture import Architecture, architecture_of, kno
 from onecard.model.memory.estimate import GIB, MemoryComponent, MemoryConfig, MemoryEstimate
 from onecard.model.memory.plan import CardSpec, Plan, longest_context, make_plan
 from onecard.model.memory.techniques import PlannedSetting
+from onecard.translation import translated, use_language
 
 LLAMA = "Llama-3.1-8B"
 
@@ -352,3 +353,25 @@ def test_the_picture_is_a_png_of_readable_size(tmp_path: Path) -> None:
     assert head[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(head[16:20], "big") >= 1000
     with pytest.raises(OSError):
         plan_text.draw_curves({"a": [(256, 2.0), (1024, 9.0)]}, [], "title", tmp_path / "no" / "memory.png")
+
+
+PLANS = (
+    {}, {"cutoff_len": 16384}, {"micro_batch": 4, "gradient_checkpointing": "off"}, {"offload_activations": "on"},
+    {"bits": 16}, {"bits": 8, "lora_r": 64}, {"peft_method": "p_tuning"}, {"lora_target_modules": "q_proj,v_proj"},
+    {"optimizer": "adamw", "loss_chunk": 256, "head_bits": "16", "mlp_tile": 64, "offload_embeddings": "on"},
+    {"stream_layers": "on"}, {"rope_scaling": "yarn:4", "cutoff_len": 200_000},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", PLANS)
+@pytest.mark.parametrize(("gib", "ram_gib", "is_gpu"), [(11, 64, True), (24, 4, True), (4, 16, True), (80, 80, False)])
+def test_a_plan_is_told_in_chinese(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], gib: float, ram_gib: float, is_gpu: bool
+) -> None:
+    use_language("zh")
+    card = replace(card_of(gib, ram_gib), is_gpu=is_gpu, expandable_segments=gib == 11)
+    plan = make_plan(architecture_of(LLAMA), config_of(**changes), card)
+    told = translated("\n".join(plan_text.plan_lines(plan, longest=512)))
+    use_language("auto")
+    lines = [re.sub(r"Llama-\S+|a card of|of up to", "", line) for line in told.splitlines()]
+    assert not [line for line in lines if re.search(r"(?<![\w/.-])[A-Za-z]{2,} [a-z]{2,}", line)]
