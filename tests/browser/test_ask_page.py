@@ -111,20 +111,23 @@ def test_a_question_with_all_beams(open_page: Any, url: str, engine: Any) -> Non
 def test_what_is_typed_before_the_page_is_restored_stays(open_page: Any, url: str) -> None:
     page = open_page(url, locale="en-US")
     page.fill("#oc-instruction textarea", "of the last visit")
+    set_number(page, "top_k", 41)
     wait_until(lambda: "last visit" in page.evaluate("sessionStorage.getItem('onecard.question') || ''"))
     let_come = held_back(page, "**/queue/join*")
     page.reload()
     page.wait_for_selector("#oc-submit")
-    page.fill("#oc-instruction textarea", "of this one")
+    page.fill("#oc-instruction textarea", "last")  # a part of what comes back, as 4 is of 41
+    page.locator("#oc-top_k input[type=range]").fill("4")
     set_number(page, "num_beams", 3)
     page.check("#oc-show_beams input")
     page.wait_for_timeout(500)  # until all that a page asks when it opens is held
     let_come()
     page.wait_for_function("onecard.is_ready()")
-    wait_until(lambda: page.input_value("#oc-instruction textarea") == "of this one")
+    wait_until(lambda: page.input_value("#oc-instruction textarea") == "last")
+    assert page.input_value("#oc-top_k input[type=number]") == "4"
     assert page.input_value("#oc-num_beams input[type=number]") == "3"
     assert page.is_checked("#oc-show_beams input")
-    wait_until(lambda: "of this one" in page.evaluate("sessionStorage.getItem('onecard.question')"))
+    wait_until(lambda: '"last"' in page.evaluate("sessionStorage.getItem('onecard.question')"))
 
 
 @pytest.mark.parametrize("size", [(1366, 768), (1440, 900), (740, 360), (390, 844)])
