@@ -29,7 +29,9 @@ def dequantise_in_tiles(layer: nn.Module, *, tile_bytes: int = TILE_BYTES, at_mo
     class Tiled(type(layer)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             tiles = _tiles(self, x, tile_bytes)
-            return _Product.apply(x, self, tiles if at_most is None else [*tiles[: at_most - 1], *tiles[-1:]])
+            if at_most is not None:
+                del tiles[at_most - 1 : -1]
+            return _Product.apply(x, self, tiles)
 
     layer.__class__ = Tiled
 

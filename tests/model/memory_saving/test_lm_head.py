@@ -152,6 +152,19 @@ def test_rows_in_tiles_give_the_whole_layer(bits, width, as_on_a_card) -> None:
         assert tiled(x[:0]).shape == (0, 3, 1300)
 
 
+@pytest.mark.parametrize(("n_tiles", "computed"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (5, [0, 1, 4])])
+def test_of_many_tiles_a_plan_computes_three_and_none_twice(n_tiles: int, computed: list[int]) -> None:
+    layer = torch.nn.Linear(64, 256 * n_tiles, bias=False)
+    whole, tiled = (quantize_linear(layer, 8, torch.float32) for _ in range(2))
+    dequantise_in_tiles(tiled, tile_bytes=1, at_most=3)
+    x = torch.randn(5, 64, requires_grad=True)
+    direction = torch.zeros(5, n_tiles, 256)
+    direction[:, computed] = 1
+    (expected,) = torch.autograd.grad(whole(x), x, direction.flatten(1))
+    (gradient,) = torch.autograd.grad(tiled(x).sum(), x)
+    assert torch.allclose(gradient, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_one_tile_gives_the_bits_of_the_whole_layer(bits) -> None:
     layer = torch.nn.Linear(64, 96, bias=False)
