@@ -44,13 +44,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _work_of(verb: str) -> Callable[[Any], Any]:
-    """What a verb does, which is imported only now."""
+    """What a verb does. What works on rows is imported for those that do: numpy takes longer than a look at a list."""
+    catalogue: dict[str, Callable[[Any], Any]] = {"list": list_entries, "show": show_entry, "get": get_entry}
+    if verb in catalogue:
+        return catalogue[verb]
     from onecard.curation import convert
     from onecard.curation.clean.run import clean
     from onecard.curation.split import split
 
     works: dict[str, Callable[[Any], Any]] = {
-        "list": list_entries, "show": show_entry, "get": get_entry, "clean": clean, "split": split,
-        "documents": convert.convert_documents, "cot": convert.convert_cot, "extraction": convert.convert_extraction,
+        "clean": clean, "split": split, "documents": convert.convert_documents, "cot": convert.convert_cot,
+        "extraction": convert.convert_extraction,
     }  # fmt: skip
     return works[verb]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,12 @@ def test_every_collection_of_alpaca_cot_is_there_with_its_tags() -> None:
     tagged = [entry for entry in of_platform.values() if entry.generation]
     # The platform itself gives UltraChat and StackLLaMA no tags.
     assert len(tagged) == 33 and all(entry.language for entry in of_platform.values())
+
+
+def test_the_catalogue_is_listed_without_what_works_on_rows() -> None:
+    code = "import sys; from onecard.programs import data; data.main(['list']); print(int('numpy' in sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "alpaca" in ended.stdout and ended.stdout.split()[-1] == "0"
 
 
 def test_list_filters_by_tags_and_words(capsys: pytest.CaptureFixture[str]) -> None:
