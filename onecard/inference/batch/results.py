@@ -77,7 +77,9 @@ class AnswerFile:
 
     def _open(self) -> None:
         self.n_done, n_whole_bytes = whole_lines(self.path)
-        if self.n_done:
+        # Ours has its settings before the first byte; what has none, and no end of a line, is another program's.
+        is_foreign = not self.settings_path.exists() and self.path.exists() and self.path.stat().st_size > 0
+        if self.n_done or is_foreign:
             self._check_same_job()
             with self.path.open("r+b") as stream:
                 stream.truncate(n_whole_bytes)

@@ -60,10 +60,11 @@ def test_another_job_is_refused_and_what_differs_is_named(tmp_path: Path) -> Non
 
 def test_a_file_that_is_not_ours_is_refused_untouched(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    path.write_text("my notes\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="does not say what was asked"):
-        write(path, 1)
-    assert path.read_text(encoding="utf-8") == "my notes\n"
+    for notes in ('{"all": "in one line"}', "my notes\n"):
+        path.write_text(notes, encoding="utf-8")
+        with pytest.raises(ConfigError, match="does not say what was asked"):
+            write(path, 1)
+        assert path.read_text(encoding="utf-8") == notes
     (tmp_path / "answers.jsonl.settings.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"settings\.json is damaged"):
         write(path, 1)
