@@ -53,12 +53,15 @@ def read_keys(path: str | Path) -> dict[str, bytes]:
 def add_key(path: str | Path, name: str) -> str:
     """A new key under this name, whose hash is added to the file; the key itself is stored nowhere.
 
-    Raises ConfigError for a name that is taken or cannot be one, and for a file that cannot be written.
+    Raises ConfigError for a name that is taken or cannot be one, and for a file that cannot be read or written.
     """
     if not NAME.fullmatch(name):
         raise ConfigError("--new_key", f"{name!r}: use letters, digits, dots, dashes and underscores, at most 64")
     path = Path(path)
-    before = path.read_text(encoding="utf-8") if path.exists() else "# NAME SHA256-OF-THE-KEY, of onecard serve\n"
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else "# NAME SHA256-OF-THE-KEY, of onecard serve\n"
+    except (OSError, UnicodeDecodeError) as reason:
+        raise ConfigError(FLAG, f"{path} cannot be read: {reason}") from reason
     if any(line.split()[:1] == [name] for line in before.splitlines()):
         raise ConfigError("--new_key", f"{name} is in {path} already; delete its line there first")
     key = f"sk-{secrets.token_urlsafe(32)}"

@@ -60,6 +60,8 @@ def test_names_that_cannot_be_and_are_taken(tmp_path: Path) -> None:
     assert file.read_bytes() == before
     with pytest.raises(ConfigError, match="cannot be written"):
         add_key(tmp_path / "absent" / "keys", "alice")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        add_key(tmp_path, "alice")
 
 
 def test_other_machines_may_come_in_where_there_is_a_file_of_keys() -> None:
