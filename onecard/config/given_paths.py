@@ -25,8 +25,8 @@ DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 WRITTEN = ("output_path", "cache_path")
 # Beside those of CHECKS and what ends in _path.
 MORE_PATHS = (
-    "a", "b", "baseline", "file", "index", "output_root", "plot", "reports", "request_log", "run", "save_pairs",
-    "stages",
+    "a", "api_keys", "b", "baseline", "file", "index", "output_root", "plot", "reports", "request_log", "run",
+    "save_pairs", "stages",
 )  # fmt: skip
 OWN_FOLDERS = ("outputs", "sample", "field-recipes")  # of this kit: no owner on the Hub is meant
 SHIPPED_FOLDERS = ("sample", "config-sample", "field-recipes")
@@ -61,17 +61,31 @@ def path_problems(values: Mapping[str, Any]) -> list[Problem]:
 def impossible_paths(values: Mapping[str, Any]) -> list[Problem]:
     """What the system cannot even look for: the home of an unknown user, a name too long, a folder that is closed."""
     found: list[Problem] = []
-    for name, value in values.items():
-        for part in paths_in(value) if name in (*CHECKS, *MORE_PATHS) or name.endswith("_path") else ():
-            try:
-                Path(part).expanduser().exists()
-            except RuntimeError:
-                user = Path(part).parts[0]
-                found.append((f"--{name}", f"the home directory of {user} is not known; write the whole path"))
-            except (OSError, ValueError) as reason:
-                why = getattr(reason, "strerror", None) or reason
-                found.append((f"--{name}", f"{part[:100]} cannot be looked for: {why}"))
+    named = {name: paths_in(value) for name, value in values.items() if _names_paths(name)}
+    for name, part in ((name, part) for name, parts in named.items() for part in parts):
+        try:
+            Path(part).expanduser().exists()
+        except RuntimeError:
+            user = Path(part).parts[0]
+            found.append((f"--{name}", f"the home directory of {user} is not known; write the whole path"))
+        except (OSError, ValueError) as reason:
+            why = getattr(reason, "strerror", None) or reason
+            found.append((f"--{name}", f"{part[:100]} cannot be looked for: {why}"))
     return found
+
+
+def with_homes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the home directory for ~ in paths, which no shell writes behind = or in a file of settings."""
+    found = dict(values)
+    for name, value in values.items():
+        if _names_paths(name) and "~" in str(value):
+            parts = [str(Path(part).expanduser()) if part.startswith("~") else part for part in paths_in(value)]
+            found[name] = parts if isinstance(value, list) else ",".join(parts)
+    return found
+
+
+def _names_paths(option: str) -> bool:
+    return option in (*CHECKS, *MORE_PATHS) or option.endswith("_path")
 
 
 def with_shipped_files(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from onecard.config import old_names
-from onecard.config.given_paths import impossible_paths, path_problems, shipped_file, with_shipped_files
+from onecard.config.given_paths import impossible_paths, path_problems, shipped_file, with_homes, with_shipped_files
 from onecard.config.options import Option, as_typed, options_of
 from onecard.config.problems import Problem, problems_of, refuse
 from onecard.config.training import FinetuneConfig
@@ -82,6 +82,7 @@ def parse(
     flags = _checked(typed, options, problems)
     if impossible := impossible_paths({**from_files, **flags}):  # before anybody looks at them
         refuse(problems + impossible)
+    from_files, flags = with_homes(from_files), with_homes(flags)
     if stored is not None:
         values |= _checked(stored({**from_files, **flags}), options, problems)
     values |= _checked(from_files, options, problems)

@@ -252,6 +252,24 @@ def test_a_path_that_the_system_cannot_look_for(flag: str, path: str, words: str
     assert f"--{flag}: {words}" in message and "--no_option" in message
 
 
+def test_the_home_directory_stands_for_a_tilde_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "settings.yaml").write_text("output_path: ~/runs/a\nprompt_type: ~/mine.jinja\n", encoding="utf-8")
+    words = [
+        f"--config={tmp_path / 'settings.yaml'}",
+        "--data_path=~/rows.json",
+        "sample/rows.json",
+        "--wandb_project=~",
+    ]
+    config = finetune(*words, opens_files=False)
+    assert config.train.output_path == str(tmp_path / "runs" / "a")
+    assert config.data.prompt_type == str(tmp_path / "mine.jinja")
+    assert config.data.data_path == [str(tmp_path / "rows.json"), "sample/rows.json"]
+    assert config.train.wandb_project == "~"
+
+
 def test_several_paths_may_be_longer_together_than_one() -> None:
     runs = [f"run-{number}" for number in range(60)]
     assert paths_in(",".join(runs)) == runs
