@@ -381,7 +381,6 @@ def test_what_a_person_named_stays_as_it_was_named() -> None:
     for said, named in (
         ("--model_path: there is no directory training (did you mean text?)", ("training", "text")),
         ("there is already a run called training; choose another name", ("training",)),
-        ("taken back: ok", ("ok",)),
         ("tools: there is no such file or folder", ("tools",)),
     ):
         shown = translated(said, "zh")

@@ -28,6 +28,7 @@ from onecard.inference.history import ChatHistory, fit_history, prompt_budget
 from onecard.serve.terminal.commands import NAMES, check_command, help_text, parameter_value, split_command
 from onecard.serve.terminal.input import Keyboard, PipedInput, read_message, read_pipe, silent_keys
 from onecard.serve.terminal.screen import Screen
+from onecard.translation import translated
 
 WELCOME = "Type a message. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."
 TITLE_CHARS = 60
@@ -228,7 +229,7 @@ class TerminalChat:
     def do_undo(self, argument: str) -> None:
         self.session, text = self.session.undo()
         if not self.keyboard.prefill(text):
-            self.screen.say(f"taken back: {text}")
+            self.screen.quote("taken back:", text)
 
     def do_edit(self, argument: str) -> None:
         number, text = [*argument.split(maxsplit=1), "", ""][:2]
@@ -250,13 +251,13 @@ class TerminalChat:
     def do_system(self, argument: str) -> None:
         if argument.strip():
             self.session = self.session.with_system("" if argument.strip() == '""' else argument)
-        self.screen.say(f"system prompt: {self.session.system or '(none)'}")
+        self.screen.quote("system prompt:", self.session.system or translated("(none)"))
 
     def do_history(self, argument: str) -> None:
         if self.session.system.strip():
-            self.screen.say(f"system: {self.session.system}")
+            self.screen.quote("system:", self.session.system)
         for number, turn in enumerate(self.session.turns, 1):
-            self.screen.say(f"{number} {turn.role}: {turn.one_text()}")
+            self.screen.quote(f"{number} {turn.role}:", turn.one_text())
         if not self.session.turns:
             self.screen.note("(nothing was said yet)")
 

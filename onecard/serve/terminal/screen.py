@@ -68,10 +68,17 @@ class Screen:
         """A line that was asked for, such as what a command tells."""
         console.say(printable(text))
 
+    def quote(self, label: str, text: str) -> None:
+        """Words of a person or a model behind a label of ours, which alone is translated."""
+        console.say(console.escaped(printable(f"{translated(label)} {text}")), is_styled=True)
+
     def note(self, text: str) -> None:
         """A dim line beside the matter; nothing when quiet or not on a terminal."""
+        self._dim(translated(printable(text)))
+
+    def _dim(self, text: str) -> None:
         if not self.quiet and self.is_terminal:
-            self._console.print(Text(translated(printable(text)), style="dim"), soft_wrap=True)
+            self._console.print(Text(text, style="dim"), soft_wrap=True)
 
     def remark(self, text: str) -> None:
         """A dim line where a person sees it, else a warning: what changes the answer must be told to programs too."""
@@ -165,7 +172,7 @@ class Screen:
         if text:
             self._write((text.rstrip("\n") if self.is_terminal else text) + "\n")
         for number, text in enumerate(last.beams[1:], 2):
-            self.note(f"beam {number}: " + text.strip("\n").replace("\n", "\n        "))
+            self._dim(printable(f"beam {number}: " + text.strip("\n").replace("\n", "\n        ")))
 
     def _picture(self, chunk: Chunk) -> Text:
         """What is drawn of a chunk: the end of the best answer and, dim below it, of the other beams."""

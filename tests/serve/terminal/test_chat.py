@@ -26,6 +26,7 @@ from onecard.serve.terminal.chat import TerminalChat, chat_in_terminal
 from onecard.serve.terminal.commands import COMMANDS, help_text
 from onecard.serve.terminal.input import PipedInput
 from onecard.serve.terminal.screen import Screen
+from onecard.translation import use_language
 from tests.faults.fork_server import ForkServer
 from tests.serve.terminal.fake_terminal import (
     SEQUENCE,
@@ -97,6 +98,19 @@ class TestCommands:
     def test_history_numbers_the_messages(self, capsys) -> None:
         play(FakeEngine(), "/history", "/system Be kind.", "first", "/history")
         assert "system: Be kind.\n1 user: first\n2 assistant: first!\n" in capsys.readouterr().out
+
+    def test_what_was_said_is_shown_in_its_own_words(self, capsys) -> None:
+        said = "hello\nthe answer is empty\nok"  # the second line and the third are messages of ours, too
+        session = ChatHistory().ask(said).answer("yes").ask(said)
+        use_language("zh")
+        try:
+            play(FakeEngine(), "/system ok", "/system", "/history", "/undo", session=session)
+        finally:
+            use_language("auto")
+        assert capsys.readouterr().out == (
+            "系统提示： ok\n系统提示： ok\n"
+            f"system: ok\n1 user: {said}\n2 assistant: yes\n3 user: {said}\n已撤回： {said}\n"
+        )
 
     def test_parameters_are_set_shown_and_set_back(self, capsys) -> None:
         engine = FakeEngine()
