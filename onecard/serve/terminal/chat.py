@@ -323,7 +323,7 @@ class TerminalChat:
             value, first = getattr(self.sampling, option.name), getattr(self._first_sampling, option.name)
             self.screen.say(f"  {option.name:<22} {value}" + (f"   (at the start {first})" if value != first else ""))
         template = self.engine.template(self.adapter, self.prompt_type).name
-        self.screen.say(f"  {'adapter':<22} {self._adapter_name()}")
+        self.screen.quote(f"  {'adapter':<22}", self._adapter_name())
         self.screen.say(f"  {'prompt_type':<22} {template}")
         self.screen.say(f"  {'beams shown':<22} {'on' if self.show_beams else 'off'}")
         self.screen.say(f"  {'context':<22} {self.engine.context_limit} tokens")
@@ -335,7 +335,7 @@ class TerminalChat:
         if name:
             self.adapter = name
         for known in self.engine.names:
-            self.screen.say(f"{'*' if known == self._adapter_name() else ' '} {known}")
+            self.screen.quote("*" if known == self._adapter_name() else " ", known)
 
     def do_documents(self, argument: str) -> None:
         if argument.strip() not in ("", "on", "off"):
