@@ -52,7 +52,7 @@ def objects_in(text: str) -> list[dict[str, Any]]:
 
 def texts_in(item: dict[str, Any], *keys: str) -> list[str]:
     """The stripped texts under these keys; what is missing or no text is empty."""
-    return [str(item.get(key) or "").strip() if isinstance(item.get(key), str) else "" for key in keys]
+    return [value.strip() if isinstance(value := item.get(key), str) else "" for key in keys]
 
 
 def split_thought(text: str, apart: str = "") -> tuple[str, str]:

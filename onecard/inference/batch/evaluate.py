@@ -63,15 +63,10 @@ def read_cases(source: str | Source, bundle: ModelBundle, *, limit: int = 0) -> 
     for sample in read(source, report=ReadReport()):
         if limit and len(cases) == limit:
             break
-        encoded = None
-        if isinstance(sample, Conversation) and sample.turns[-1].learn:  # a bad answer is no reference
-            encoded = encode_sample(sample, bundle.template, bundle.tokenizer, settings, encoder=encoder)
-        if (
-            not isinstance(sample, Conversation)
-            or encoded is None
-            or isinstance(encoded, DroppedSample)
-            or encoded[0].cut
-        ):
+        if not isinstance(sample, Conversation) or not sample.turns[-1].learn:  # a bad answer is no reference
+            continue
+        encoded = encode_sample(sample, bundle.template, bundle.tokenizer, settings, encoder=encoder)
+        if isinstance(encoded, DroppedSample) or encoded[0].cut:
             continue
         prompt = prompt_for(sample.turns[:-1], bundle.template, bundle.tokenizer)
         n_answer = sum(label != IGNORE_INDEX for label in encoded[0].labels)
