@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from onecard.config.data import data_portions
-from onecard.config.given_paths import CHECKS, shipped_file
+from onecard.config.given_paths import CHECKS, paths_in, shipped_file
 from onecard.config.options import Option, as_typed, options_of
 from onecard.config.parsing import help_texts, parse, unknown_option
 from onecard.config.problems import Problem, refuse
@@ -107,8 +107,8 @@ def _words_of(context: StudioContext, option: Option, value: Any, options: Mappi
 
 def _readable(context: StudioContext, flag: str, text: str, *, may_be_list: bool = False) -> str:
     """A file or folder as an absolute path within the roots; names and ids of the Hub as they are."""
-    if may_be_list and "," in text and not Path(text).exists():
-        return ",".join(_readable(context, flag, part.strip()) for part in text.split(","))
+    if may_be_list and (parts := paths_in(text)) != [text]:
+        return ",".join(_readable(context, flag, part) for part in parts)
     text = shipped_file(text)
     try:
         path = Path(text).expanduser()

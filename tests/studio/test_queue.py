@@ -130,6 +130,8 @@ def test_options_are_checked_before_they_are_queued(ask: Client, tmp_path: Path)
     assert found["problems"] == [] and found["name"].startswith("rows-")
     assert " --output_path=" in found["command"] and "finetune" in found["command"]
     assert f"--data_path={tmp_path / 'data' / 'rows.jsonl'}" in found["command"] and "--num_epoch=1" in found["command"]
+    many = {"data_path": ", ".join(["rows.jsonl"] * 600)}  # together longer than a path may be
+    assert ask("POST", "/api/queue/check", {"options": many})[0] == 200
     status, content = ask("POST", "/api/queue", {"options": good, "name": "mine"})
     assert status == 201 and content["entries"][0]["state"] == "waiting"
     assert ask("POST", "/api/queue", {"options": good, "name": "mine"})[0] == 409
