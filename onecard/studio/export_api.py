@@ -69,8 +69,6 @@ class ExportApi:
             raise bad_request(
                 message if is_of_adapters else f"{source.path} is an export, and this takes a run", "source"
             )
-        if "," in str(self._context.output_root / source.path):
-            raise bad_request(f"{source.path}: a comma in a path separates adapters; rename the folder", "source")
         options = checked_options(kind, body.get("options", {}))
         if not kind.writes:
             options["url"] = server_address(body.get("url"))

@@ -13,6 +13,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from onecard.config.given_paths import paths_in
+from onecard.config.parsing import parse
+from onecard.programs.merge import MergeConfig
 from onecard.studio.context import StudioContext
 from onecard.studio.export_api import ExportApi
 from onecard.studio.export_kinds import KINDS
@@ -59,6 +62,15 @@ def test_a_job_is_started_told_and_listed_with_its_size(ask: Client, context: St
     ]  # fmt: skip
     status, refused = export(ask)
     assert status == 409 and refused["error"]["code"] == "exists", "nothing is overwritten"
+
+
+def test_a_run_whose_name_holds_a_comma_is_one_adapter(ask: Client, context: StudioContext, run: Path) -> None:
+    named = run.rename(run.with_name("one, two"))
+    status, job = export(ask, source=named.name)
+    assert status == 201 and job["command"][4:6] == ["--lora_path", str(named)]
+    assert ended(ask, job["id"])["state"] == "done"
+    config = parse(MergeConfig, job["command"][4:])
+    assert paths_in(config.merge.lora_path) == [str(named)]
 
 
 def test_a_failure_says_why_and_a_cancelled_one_leaves_nothing(ask: Client, context: StudioContext, run: Path) -> None:
