@@ -79,9 +79,14 @@ def with_homes(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     for name, value in values.items():
         if _names_paths(name) and "~" in str(value):
-            parts = [str(Path(part).expanduser()) if part.startswith("~") else part for part in paths_in(value)]
+            parts = [_with_home(part) for part in paths_in(value)]
             found[name] = parts if isinstance(value, list) else ",".join(parts)
     return found
+
+
+def _with_home(text: str) -> str:
+    """Earlier versions made a folder called ~ of it: what lies there stays in reach of the same command."""
+    return text if not text.startswith("~") or Path(text).exists() else str(Path(text).expanduser())
 
 
 def _names_paths(option: str) -> bool:

@@ -7,6 +7,7 @@ on and told, or refused by the name of its flag. Knows options and checkpoints; 
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -286,11 +287,14 @@ def _stored_options(run: Path) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal, also as paths: earlier versions stored them as they were typed."""
+    """Equal, also as paths: earlier versions stored them as they were typed, with ~ too."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
-    both_text = isinstance(one, str) and isinstance(other, str)
-    return one == other or (both_text and Path(one).resolve() == Path(other).resolve())
+    if not isinstance(one, str) or not isinstance(other, str):
+        return bool(one == other)
+    with suppress(RuntimeError):  # the home of nobody who is known here
+        one, other = (str(Path(each).expanduser().resolve()) for each in (one, other))
+    return one == other
 
 
 def _shown(value: Any) -> str:

@@ -268,6 +268,9 @@ def test_the_home_directory_stands_for_a_tilde_in_every_path(tmp_path: Path, mon
     assert config.data.prompt_type == str(tmp_path / "mine.jinja")
     assert config.data.data_path == [str(tmp_path / "rows.json"), "sample/rows.json"]
     assert config.train.wandb_project == "~"
+    (tmp_path / "~" / "runs" / "a").mkdir(parents=True)  # as earlier versions made
+    monkeypatch.chdir(tmp_path)
+    assert finetune(*words, opens_files=False).train.output_path == "~/runs/a"
 
 
 def test_several_paths_may_be_longer_together_than_one() -> None:

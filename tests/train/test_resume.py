@@ -15,6 +15,7 @@ from onecard.config.training import FinetuneConfig
 from onecard.errors import CheckpointError, ConfigError
 from onecard.recipes import finetune
 from onecard.train.optim import learning_rate_factor
+from onecard.train.resume import changed_options
 from onecard.train.state import read_state
 from onecard.train.trackers import read_log
 from tests import tiny
@@ -84,6 +85,17 @@ def test_a_run_from_an_adapter_goes_on_without_its_flag_and_not_from_another(
     finetune(tiny.config_for(tiny_base, instructions, tmp_path / "run", lora_r=4))
     assert [step for step, _ in tiny.losses_of(tmp_path / "run")] == [1, 2, 3]
     assert yaml.safe_load((tmp_path / "run" / "onecard.yaml").read_text())["init_adapter"] == str(moved)
+
+
+def test_a_path_that_an_earlier_version_stored_with_a_tilde_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    config = parse(FinetuneConfig, ["--init_adapter=~/mine", "--data_path=~/rows.json"], opens_files=False)
+    assert config.train.init_adapter == str(tmp_path / "mine")
+    then = {"init_adapter": "~/mine", "data_path": "~/others.json"}
+    assert changed_options(then, config) == [f"--data_path ~/others.json -> {tmp_path / 'rows.json'}"]
 
 
 def test_a_new_run_from_old_weights_is_resumed_at_its_own_step(
