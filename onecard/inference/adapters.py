@@ -1,8 +1,8 @@
 """One base model and its adapters, of which one at a time is active.
 
-Each adapter brings its own tokenizer and prompt template, so that it is asked in the words it was trained with. Knows
-run directories, and how an adapter is deactivated and another one activated. It does not know requests or queues:
-`engine.py` sees to it that nobody is talking while the adapter changes.
+Each adapter brings the tokenizer and the prompt template that it was trained with. Knows run directories, and how an
+adapter is deactivated and another one activated. It does not know requests or queues: `engine.py` sees to it that
+nobody is talking while the adapter changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onecard.data.built_in_templates import BUILT_IN
 from onecard.data.chat_template import Template, load_template
 from onecard.errors import ConfigError, ModelError
 from onecard.inference.call import ModelBundle
-from onecard.inference.load import base_path, load_bundle, load_words
+from onecard.inference.load import base_path, load_bundle, load_tokenizer_and_template
 from onecard.inference.run_files import adapters_in
 from onecard.inference.sampling import CacheOptions
 from onecard.inference.shared_adapters import SharedAdapters
@@ -33,7 +33,7 @@ from onecard.model.trained import load_trained
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter (None: the base alone) with the words it was trained with."""
+    """An adapter (None: the base alone) with the tokenizer and the template that it was trained with."""
 
     lora_path: str | None
     tokenizer: Any
@@ -87,9 +87,7 @@ class AdapterManager:
             raise ConfigError("--adapter", f"no adapter is called {name!r}{nearest(name, self.names)}; known: {known}")
         with self._lock:
             if name not in self._adapters:
-                path = self._paths[name]
-                words = load_words(self._options, path, self._prompt_type, self._thinking)
-                self._adapters[name] = ServedAdapter(path, *words)
+                self._adapters[name] = self._read(self._paths[name])
             served = self._adapters[name]
             return replace(served, template=self._template(name, prompt_type, served)) if prompt_type else served
 
@@ -99,15 +97,15 @@ class AdapterManager:
         served = self.get(name, prompt_type)
         if name != self._on:
             self._switch(name, served.lora_path)
-        return self.words(name, prompt_type)
+        return self.bundle(name, prompt_type)
 
     def add(self, name: str, path: str) -> None:
         """Let an adapter answer by this name. Raises ModelError where its files cannot be read."""
         read_adapter(path)
-        words = load_words(self._options, path, self._prompt_type, self._thinking)
+        served = self._read(path)
         with self._lock:
             self._paths[name] = path
-            self._adapters[name] = ServedAdapter(path, *words)
+            self._adapters[name] = served
             self._n_added[name] += 1
 
     def remove(self, name: str) -> None:
@@ -121,8 +119,8 @@ class AdapterManager:
             self._adapters.pop(name, None)
             self._templates = {key: one for key, one in self._templates.items() if key[0] != name}
 
-    def words(self, name: str = "", prompt_type: str = "") -> ModelBundle:
-        """The model as it is now, with what this adapter is asked in."""
+    def bundle(self, name: str = "", prompt_type: str = "") -> ModelBundle:
+        """The model as it is now, with the tokenizer and the template of this adapter."""
         served = self.get(name, prompt_type)
         key = f"{name or self.names[0]}#{self._n_added[name]}"
         return ModelBundle(self.model, served.tokenizer, served.template, self._cache, prefix_key=key)
@@ -135,6 +133,10 @@ class AdapterManager:
     def take_off(self) -> None:
         """Make the model the base alone."""
         self.model, self._on = remove_adapter(self.model), None
+
+    def _read(self, path: str | None) -> ServedAdapter:
+        tokenizer, template = load_tokenizer_and_template(self._options, path, self._prompt_type, self._thinking)
+        return ServedAdapter(path, tokenizer, template)
 
     def _switch(self, name: str, lora_path: str | None) -> None:
         before = self._on

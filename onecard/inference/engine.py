@@ -269,8 +269,8 @@ class InferenceEngine:
             turn = batch.turn() if batch else None
             yield replace(self._adapters.use(name, prompt_type), prefixes=self._prefixes, adapter=name, turn=turn)
         elif batch.adapters.is_plain(name):
-            words = self._adapters.words(name, prompt_type)
-            yield replace(words, prefixes=self._prefixes, adapter=name, turn=batch.turn(name))
+            bundle = self._adapters.bundle(name, prompt_type)
+            yield replace(bundle, prefixes=self._prefixes, adapter=name, turn=batch.turn(name))
         else:
             with batch.turn():  # the model itself is another one meanwhile
                 try:

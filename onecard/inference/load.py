@@ -43,7 +43,7 @@ def load_bundle(
     options = replace(options, model_path=base, gradient_checkpointing=False)
     if options.rope_scaling == "auto" and lora_path is not None:
         options = replace(options, rope_scaling=adapter_scaling(lora_path))
-    tokenizer, template = load_words(options, lora_path, prompt_type, thinking)
+    tokenizer, template = load_tokenizer_and_template(options, lora_path, prompt_type, thinking)
     hardware = detect(options.device)
     options = with_streaming(with_answer_bits(options, hardware, trained_bits(lora_path)), hardware)
     loaded = load_base(options, hardware, gptq=True)
@@ -69,7 +69,7 @@ def load_bundle(
     return ModelBundle(model, tokenizer, template, objective=trained_objective(lora_path)), depends_on
 
 
-def load_words(
+def load_tokenizer_and_template(
     options: ModelOptions, lora_path: str | None, prompt_type: str, thinking: str = "auto"
 ) -> tuple[Any, Template]:
     """The tokenizer and the template that go with an adapter, or with the base alone. Raises ConfigError."""

@@ -75,12 +75,12 @@ def main(words: list[str]) -> None:
 def command_of(config: LmEvalConfig) -> list[str]:
     """The harness's command line. Its model reads the same bits, and begins a text as the tokenizer does."""
     from onecard.data.special_tokens import beginning_ids
-    from onecard.inference.load import base_path, load_words
+    from onecard.inference.load import base_path, load_tokenizer_and_template
     from onecard.inference.run_files import has_tokenizer, run_directory
 
     options = config.lm_eval
     base = base_path(config.model.model_path, options.lora_path)
-    tokenizer, _ = load_words(replace(config.model, model_path=base), options.lora_path, "auto")
+    tokenizer, _ = load_tokenizer_and_template(replace(config.model, model_path=base), options.lora_path, "auto")
     # The harness leaves it out by default, of a server, too, which is sent ids; many models are far worse without.
     begins_with_bos = {"add_bos_token": str(bool(beginning_ids(tokenizer)))}
     if options.base_url:

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def verify(config: VerifyServerConfig) -> None:
     """Compare, say what was found. Raises NotTheSame, Undecided and what else keeps it from being found."""
-    from onecard.inference.load import load_words
+    from onecard.inference.load import load_tokenizer_and_template
     from onecard.serve.verify.client import ServerClient
     from onecard.serve.verify.compare import ServerComparison
     from onecard.serve.verify.make import check_of
@@ -100,7 +100,7 @@ def verify(config: VerifyServerConfig) -> None:
         client.model = options.model or chosen_model(known, run.name)
         check = check_of(run, config.model)
         base = replace(config.model, model_path=str(check.about.get("base", "")))
-        tokenizer, template = load_words(base, str(run), "auto")
+        tokenizer, template = load_tokenizer_and_template(base, str(run), "auto")
         client.start_clock()
         report = ServerComparison(client, check, template, tokenizer, options.max_kl).report()
     if options.json:

@@ -22,7 +22,7 @@ from onecard.export.gguf.export import export_gguf
 from onecard.export.gguf.options import ExportOptions, GgufType, OllamaOptions
 from onecard.export.io import output
 from onecard.export.merge.merge import merge_into
-from onecard.inference.load import base_path, load_words
+from onecard.inference.load import base_path, load_tokenizer_and_template
 from onecard.inference.run_files import run_directory, stored_options
 from onecard.model.files import locate, read_json
 from onecard.model.lora.formats import adapter_scaling, read_config
@@ -108,7 +108,7 @@ def read_run(run: Path, model_path: str = "auto", context: int = 0) -> tuple[Han
     stored = stored_options(str(run))
     named = str(stored.get("model_path", "auto")) if model_path == "auto" else model_path
     base = str(run.absolute()) if is_whole else base_path(named, str(run))
-    tokenizer, template = load_words(ModelOptions(model_path=base), str(run), "auto")
+    tokenizer, template = load_tokenizer_and_template(ModelOptions(model_path=base), str(run), "auto")
     raw = read_json(locate(base) / "config.json")
     limit, positions = _positions(raw, base, adapter_scaling(run))
     if context > limit:

@@ -59,9 +59,9 @@ def export_adapter(options: ExportOptions, for_ollama: OllamaOptions) -> Path:
     for note in files.notes:
         warn(note)
     base = locate(options.model_path)
-    has_words = any((files.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    has_tokenizer = any((files.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     scaling = adapter_scaling(files.directory)
-    source = open_source(base, options, files.directory if has_words else None, scaling)
+    source = open_source(base, options, files.directory if has_tokenizer else None, scaling)
     alpha, factors = adapter_factors(files, source.layout, options.adapter_scale)
     n_bytes = sum(tensor.numel() * 4 for tensor in factors.values())
     inputs = [base, files.directory]

@@ -98,19 +98,19 @@ def export_gguf(options: ExportOptions, for_ollama: OllamaOptions, also: Callabl
 
 
 def open_source(
-    directory: Path, options: ExportOptions, words: Path | None = None, rope_scaling: str = "none"
+    directory: Path, options: ExportOptions, tokenizer_from: Path | None = None, rope_scaling: str = "none"
 ) -> GgufSource:
     """Look at everything that an export needs, without reading a weight. Raises as `export_gguf` does.
 
-    words: where the tokenizer and its template are, if not in the directory. rope_scaling: of an adapter that is not
-    merged yet.
+    tokenizer_from: where the tokenizer and its template are, if not in the directory. rope_scaling: of an adapter that
+    is not merged yet.
     """
     layout = read_layout(directory, rope_scaling)
     weights = open_weights(directory)
     layout = with_own_head(layout, weights)
     names, left_out = check_tensors(directory, layout, weights)
     layout = replace(layout, notes=(*layout.notes, *left_out))
-    tokenizer = load_tokenizer(str(words or directory))
+    tokenizer = load_tokenizer(str(tokenizer_from or directory))
     template = _template(options.prompt_type, tokenizer)
     end_id = single_token(template.end_text(tokenizer), tokenizer) if template else None
     vocabulary = read_vocabulary(

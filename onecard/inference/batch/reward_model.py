@@ -18,7 +18,7 @@ from onecard.data.pairs import GoodOrBadEncoder
 from onecard.errors import ConfigError
 from onecard.inference.batch.evaluate import MICRO_TOKENS, UNLIMITED
 from onecard.inference.generate import longest_sequence
-from onecard.inference.load import adapter_fingerprint, base_path, load_words
+from onecard.inference.load import adapter_fingerprint, base_path, load_tokenizer_and_template
 from onecard.inference.run_files import stored_options, trained_bits, trained_objective
 from onecard.model.answer_bits import with_answer_bits
 from onecard.model.hardware import detect
@@ -40,7 +40,7 @@ class RewardModel:
         base = base_path(str(stored_options(run).get("model_path", "auto")), run)
         options = replace(options, model_path=base, gradient_checkpointing=False, stream_layers="off",
                           rope_scaling=adapter_scaling(run))  # fmt: skip
-        self._tokenizer, self._template = load_words(options, run, "auto")
+        self._tokenizer, self._template = load_tokenizer_and_template(options, run, "auto")
         hardware = detect(options.device)
         loaded = load_base(with_answer_bits(options, hardware, trained_bits(run)), hardware, gptq=True)
         adapter = load_adapter(loaded.model, Path(run).expanduser(), trainable=False, fingerprint=loaded.fingerprint,
