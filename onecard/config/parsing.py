@@ -326,6 +326,9 @@ def _checked(raw: Mapping[str, Any], options: Mapping[str, Option], problems: li
     good: dict[str, Any] = {}
     for name, value in raw.items():
         option = options[name]
+        may_be_none = type(None) in get_args(option.type)
+        if value is None and not may_be_none:  # `lora_r:` with nothing behind it in a file stands for the default
+            continue
         if isinstance(value, bool) and "on" in get_args(option.type):  # YAML 1.1 reads on and off as true and false
             value = "on" if value else "off"
         if option.is_text and isinstance(value, str):
@@ -345,7 +348,10 @@ def _checked(raw: Mapping[str, Any], options: Mapping[str, Option], problems: li
         try:
             parser = _parser_of(option.type)
             words = [f"--{VALUE}={value}"] if isinstance(value, str) else None
-            good[name] = (parser.parse_args(words) if words else parser.parse_object({VALUE: value}))[VALUE]
+            read = (parser.parse_args(words) if words else parser.parse_object({VALUE: value}))[VALUE]
+            if read is None and not may_be_none:  # --lora_r null
+                raise argparse.ArgumentError(None, "null")
+            good[name] = read
         except argparse.ArgumentError:
             wrong, advice = option.advice
             more = f"; {advice}" if wrong and re.fullmatch(wrong, str(value), re.IGNORECASE) else ""

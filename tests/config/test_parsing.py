@@ -300,6 +300,17 @@ def test_missing_and_empty_settings_files(tmp_path: Path) -> None:
     assert finetune("--config", str(empty)) == finetune()
 
 
+@pytest.mark.parametrize("config_class", [FinetuneConfig, GenerateConfig, ServeConfig])
+def test_a_line_without_a_value_stands_for_the_default(config_class: type, tmp_path: Path) -> None:
+    """As in the files of other kits, where most options stand with nothing behind them."""
+    path, names = tmp_path / "empty.yaml", list(cli.options_of(config_class))
+    path.write_text("".join(f"{name}:\n" for name in names), encoding="utf-8")
+    assert len(names) > 40
+    words = ["--config", str(path)] + (["--instruction", "a"] if config_class is GenerateConfig else [])
+    assert cli.parse(config_class, words) == cli.parse(config_class, words[2:])
+    assert "--num_beams: 'null' is not a whole number" in refusal("--num_beams", "null", config_class=GenerateConfig)
+
+
 def test_yaml_that_holds_objects_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "evil.yaml"
     marker = tmp_path / "marker"
