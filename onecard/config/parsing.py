@@ -296,9 +296,10 @@ def _texts(word: str) -> list[str]:
 def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem]) -> dict[str, Any]:
     """The settings of one YAML file; unknown keys become problems."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as reason:
-        raise ConfigError(f"--{CONFIG_FLAG}", f"cannot read {path}: {reason.strerror or reason}") from reason
+        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, RuntimeError) as reason:  # the latter: the home of nobody who is known here
+        why = getattr(reason, "strerror", None) or reason
+        raise ConfigError(f"--{CONFIG_FLAG}", f"cannot read {path}: {why}") from reason
     except (yaml.YAMLError, UnicodeDecodeError) as reason:
         raise ConfigError(f"--{CONFIG_FLAG}", f"{path} is not YAML: {reason}") from reason
     if content is None:

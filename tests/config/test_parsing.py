@@ -268,6 +268,7 @@ def test_the_home_directory_stands_for_a_tilde_in_every_path(tmp_path: Path, mon
     assert config.data.prompt_type == str(tmp_path / "mine.jinja")
     assert config.data.data_path == [str(tmp_path / "rows.json"), "sample/rows.json"]
     assert config.train.wandb_project == "~"
+    assert "cannot read ~nobody-here/a.yaml" in refusal("--config=~nobody-here/a.yaml")
     (tmp_path / "~" / "runs" / "a").mkdir(parents=True)  # as earlier versions made
     monkeypatch.chdir(tmp_path)
     assert finetune(*words, opens_files=False).train.output_path == "~/runs/a"
