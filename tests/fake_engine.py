@@ -44,6 +44,7 @@ TABLE = (
 class Script:
     """What the fake answers. A question with one of the words below gets what stands there; else `say`, word by word.
 
+    delay_seconds: between two words of the long answer; the others' words come three times as fast.
     hostile: HTML and images. long: 400 words. memory: OutOfMemory at the start. half: OutOfMemory in the middle.
     broken: an error nobody foresaw. code: a code block. formula: TeX. table: a wide one.
     """
@@ -109,6 +110,7 @@ class FakeEngine:
         if "broken" in question:
             raise ValueError("nobody foresaw this")
         text = self._text(question, request)
+        delay = self.script.delay_seconds / (1 if "long" in question else 3)
         pieces = text.split(" ")[: request.sampling.max_new_tokens]
         shown = ""
         for number in range(len(pieces)):
@@ -122,7 +124,7 @@ class FakeEngine:
             if self.gate is not None:
                 self.gate.acquire()
             else:
-                time.sleep(self.script.delay_seconds)
+                time.sleep(delay)
         reason = "length" if len(pieces) < len(text.split(" ")) else "stop"
         yield Chunk(shown, self._beams(request, shown), reason, Usage(prompt, len(pieces) + 1))
 

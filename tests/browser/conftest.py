@@ -1,4 +1,4 @@
-"""A real Chromium, and pages to open in it: one browser and one server per module, a context of its own per test.
+"""A real Chromium, and pages to open in it: one browser and one server per module, whose tests take over the tabs.
 
 `open_page` opens pages to chat and ask; `open_view` those of the studio that a module's fixture `studio` serves.
 
@@ -11,9 +11,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urljoin
 
 import pytest
 
@@ -40,58 +41,129 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         chromium.close()
 
 
+class Tabs:
+    """One context for each set of options, and the tab that the test before has left in it.
+
+    A new context fetches all scripts anew, and a new tab is a process that compiles them anew.
+    """
+
+    def __init__(self, browser: Any) -> None:
+        self._browser = browser
+        self._contexts: dict[str, Any] = {}
+
+    def take(self, taken: Sequence[Any], options: dict[str, Any]) -> Any:
+        """A tab that is none of these."""
+        key = repr(sorted(options.items()))
+        if key not in self._contexts:
+            self._contexts[key] = self._browser.new_context(**options)
+        free = [page for page in self._contexts[key].pages if page not in taken]
+        return free[0] if free else self._contexts[key].new_page()
+
+
 @pytest.fixture(scope="module")
-def shared_context(browser: Any) -> Any:
-    """One context for all tests that need no other, so that the page's scripts are fetched and compiled once."""
-    return browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US")
+def tabs(browser: Any) -> Tabs:
+    return Tabs(browser)
 
 
 class Opener:
-    """Opens pages, and remembers what they asked of foreign hosts and what went wrong in them."""
+    """Opens pages, remembers what went wrong in them, and leaves no trace of them.
 
-    def __init__(self, browser: Any, shared: Any) -> None:
-        self._browser, self._shared = browser, shared
+    errors: of scripts, and addresses of foreign hosts. questions: of dialogs, which are answered by `agree`.
+    """
+
+    def __init__(self, tabs: Tabs, **options: Any) -> None:
+        self._tabs, self._options = tabs, {"locale": "en-US", **options}
         self._pages: list[Any] = []
         self._urls: set[str] = set()
-        self.foreign: list[str] = []
+        self.agree = False
         self.errors: list[str] = []
+        self.questions: list[str] = []
+        self._listeners = {"request": self._requested, "pageerror": self._failed, "dialog": self._asked}
 
-    def __call__(self, url: str, *, ready: str = "#oc-submit", **options: Any) -> Any:
-        """A page that is ready; with options for a context of its own, else a tab of the shared one."""
-        viewport = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
-        context = self._browser.new_context(**(viewport | options)) if options else self._shared
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("request", lambda request: self.foreign.append(request.url) if is_foreign(request.url) else None)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+    def open(self, url: str, ready: str, options: dict[str, Any]) -> Any:
+        """A tab of the context of these options, when `ready` is in it."""
+        page = self._tabs.take(self._pages, self._options | options)
+        page.set_default_timeout(30_000)
+        for event, listener in self._listeners.items():
+            page.on(event, listener)
         self._pages.append(page)
         self._urls.add(url)
         page.goto(url)
         page.wait_for_selector(ready)
-        page.wait_for_function("window.onecard && onecard.is_ready()")
         return page
 
     def close(self) -> None:
-        """Close everything and forget what was stored; a tab of the next test would take up a chat of this one."""
-        for page in [*self._shared.pages, *self._pages]:
-            page.close()
-            if page.context is not self._shared:
-                page.context.close()
-        for url in self._urls:
-            page = self._shared.new_page()
-            page.route("**/*", lambda route: route.fulfill(body="", content_type="text/html"))
-            page.goto(url)
-            page.evaluate("localStorage.clear()")
-            page.close()
+        """Leave the pages, and forget what they stored: the next test would take up a chat of this one."""
+        from playwright.sync_api import Error
+
+        for context in {page.context for page in self._pages}:
+            kept, *others = context.pages or [context.new_page()]
+            for event, listener in self._listeners.items() if kept in self._pages else ():
+                kept.remove_listener(event, listener)
+            for page in others:
+                page.close()
+            context.clear_permissions()
+            kept.unroute_all(behavior="ignoreErrors")
+            for url in self._urls:
+                with suppress(Error):  # of a server that has ended
+                    kept.goto(urljoin(url, "/gradio_api/info"))  # refused by the chat, and unknown to the studio
+                    kept.evaluate("localStorage.clear(); sessionStorage.clear()")
+            kept.mouse.move(0, 0)
+
+    def _requested(self, request: Any) -> None:
+        if is_foreign(request.url):
+            self.errors.append(request.url)
+
+    def _failed(self, error: Any) -> None:
+        self.errors.append(str(error))
+
+    def _asked(self, dialog: Any) -> None:
+        self.questions.append(dialog.message)
+        dialog.accept() if self.agree else dialog.dismiss()
+
+
+class PageOpener(Opener):
+    """open_page(url) -> a page to chat, ask or vote, ready."""
+
+    def __call__(self, url: str, *, ready: str = "#oc-submit", **options: Any) -> Any:
+        page = self.open(url, ready, {"viewport": {"width": 1280, "height": 800}} | options)
+        page.wait_for_function("window.onecard && onecard.is_ready()")
+        return page
+
+
+class ViewOpener(Opener):
+    """open_view("runs") -> a view of the studio."""
+
+    def __init__(self, tabs: Tabs, address: str) -> None:
+        super().__init__(tabs, viewport={"width": 1366, "height": 768})
+        self._address = address
+        self._listeners["console"] = self._told
+
+    def __call__(self, view: str, *, with_policy: bool = False, **options: Any) -> Any:
+        # The page's own policy forbids `eval`, by which playwright waits for conditions and axe-core is brought in.
+        return self.open(f"{self._address}#{view}", "body[data-ready]", options | {"bypass_csp": not with_policy})
+
+    def _told(self, message: Any) -> None:
+        # That a question was refused (4xx) is told on the page, and by the browser as well.
+        if message.type in ("error", "warning") and "with a status of 4" not in message.text:
+            self.errors.append(message.text)
 
 
 @pytest.fixture
-def open_page(browser: Any, shared_context: Any) -> Iterator[Opener]:
-    """open_page(url) -> a page; foreign requests and errors in it fail the test."""
-    opener = Opener(browser, shared_context)
+def open_page(tabs: Tabs) -> Iterator[PageOpener]:
+    """Opens pages; foreign requests and errors in them fail the test."""
+    opener = PageOpener(tabs)
     yield opener
     opener.close()
-    assert opener.foreign == []
+    assert opener.errors == []
+
+
+@pytest.fixture
+def open_view(tabs: Tabs, studio: Studio) -> Iterator[ViewOpener]:
+    """Opens views; foreign requests and errors in them fail the test."""
+    opener = ViewOpener(tabs, studio.address)
+    yield opener
+    opener.close()
     assert opener.errors == []
 
 
@@ -162,37 +234,6 @@ def serving_studio(folder: Path, *, program: Sequence[str] = (), **options: Any)
     for job in context.jobs.all():  # of a test that failed
         if job["state"] in ALIVE:
             context.jobs.cancel(job["id"])
-
-
-@pytest.fixture
-def open_view(browser: Any, studio: Studio) -> Iterator[Any]:
-    """open_view("runs") -> a page; foreign requests and errors in it fail the test."""
-    contexts: list[Any] = []
-    errors: list[str] = []
-
-    def told(said: Any) -> None:
-        # That a question was refused (4xx) is told on the page, and by the browser as well.
-        if said.type in ("error", "warning") and "with a status of 4" not in said.text:
-            errors.append(said.text)
-
-    def opened(view: str, *, with_policy: bool = False, **options: Any) -> Any:
-        # The page's own policy forbids `eval`, by which playwright waits for conditions and axe-core is brought in.
-        viewport = {"viewport": {"width": 1366, "height": 768}, "locale": "en-US"}
-        context = browser.new_context(**(viewport | options), bypass_csp=not with_policy)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", told)
-        page.on("request", lambda asked: errors.append(asked.url) if is_foreign(asked.url) else None)
-        page.goto(f"{studio.address}#{view}")
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert errors == []
 
 
 def held_back(page: Any, pattern: str) -> Callable[[], None]:

@@ -172,12 +172,11 @@ def test_a_reload_and_an_example_leave_what_was_typed(open_page: Any, url: str) 
     page.reload()
     page.wait_for_function("window.onecard && onecard.is_ready()")
     assert {name: page.input_value(f"#oc-{name} textarea") for name in typed} == typed
-    questions: list[str] = []
-    page.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.dismiss()))
     page.click("text=Find the job in the text.")
     page.click("#oc-reset")
     page.wait_for_timeout(800)
     assert {name: page.input_value(f"#oc-{name} textarea") for name in typed} == typed
+    questions = open_page.questions
     assert len(questions) == 2 and "my words" in questions[0] and "You are a parrot" in questions[1]
 
 

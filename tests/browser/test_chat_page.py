@@ -25,6 +25,15 @@ new MutationObserver(() => {
   if (text !== "…" && text !== window.states.at(-1)) window.states.push(text);
 }).observe(document.querySelector("#oc-chat"), {subtree: true, childList: true, characterData: true});
 """
+# So many messages are kept, nothing is typed, and the end of the last one is drawn: markup and marks go, letters stay.
+ANSWERED = r"""(n) => {
+  const value = (name) => document.querySelector(`#oc-${name} textarea`).value, kept = value("kept-chat");
+  const messages = kept ? JSON.parse(kept).messages : [], submit = document.querySelector("#oc-submit");
+  if (messages.length !== n || value("box") || !submit || !submit.offsetParent) return false;
+  const letters = (text) => text.replace(/[^\p{L}\p{N}]/gu, "");
+  const shown = [...document.querySelectorAll("#oc-chat .message-row .message")].at(-1);
+  return Boolean(shown) && letters(shown.innerText).includes(letters(messages.at(-1).content).slice(-8));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +66,10 @@ def send(page: Any, text: str) -> None:
 
 def ask(page: Any, text: str) -> str:
     """Send, wait for the end, and return the last answer as it is shown."""
-    n_before = n_kept(page)
+    n_messages = n_kept(page) + 2
     send(page, text)
-    wait_until(lambda: n_kept(page) == n_before + 2, 15, f"an answer to {text!r}")
-    at_rest(page)
-    wait_until(lambda: page.input_value("#oc-box textarea") == "")
-    # What is kept is drawn a moment later: markup and marks go, letters and figures stay.
-    kept = json.loads(page.input_value("#oc-kept-chat textarea"))["messages"][-1]["content"]
-    wait_until(lambda: in_letters(kept)[-8:] in in_letters(bubbles(page)[-1]), 15, "the end is drawn")
+    page.wait_for_function(ANSWERED, arg=n_messages)
     return bubbles(page)[-1]
-
-
-def in_letters(text: str) -> str:
-    return "".join(filter(str.isalnum, text))
 
 
 def n_kept(page: Any) -> int:
@@ -257,13 +257,6 @@ def test_reload_keeps_the_chat_and_the_settings(open_page: Any, url: str) -> Non
     assert ask(page, "who are you") == "I am tiny-llama, told: First <\u200bone>"
 
 
-def answer_dialogs(page: Any, agree: bool) -> list[str]:
-    """What the page asks in dialogs from now on; each gets the same answer."""
-    asked: list[str] = []
-    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept() if agree else dialog.dismiss()))
-    return asked
-
-
 def fields(page: Any) -> tuple[str, str]:
     """What stands in the system text and in the box."""
     return page.input_value("#oc-system textarea"), page.input_value("#oc-box textarea")
@@ -275,13 +268,13 @@ def test_typed_text_is_replaced_only_when_the_person_agrees(
 ) -> None:
     page = open_page(url)
     example = "#oc-chat button:has-text('Show me code')"
-    questions = answer_dialogs(page, agree)
+    open_page.agree = agree
     page.click("#oc-reset")
     page.click("#oc-chat button:has-text('Say something')")
     wait_until(lambda: page.input_value("#oc-box textarea") == "Say something")
     page.click(example)
     wait_until(lambda: page.input_value("#oc-box textarea") == "Show me code", what="an example is no typed text")
-    assert questions == []
+    assert open_page.questions == []
     file = tmp_path / "chat.json"
     file.write_text('{"system": "A parrot", "messages": [{"role": "user", "content": "Hi"}]}', encoding="utf-8")
     steps = [("reset", lambda: page.click("#oc-reset")), ("example", lambda: page.click(example))]
@@ -289,14 +282,14 @@ def test_typed_text_is_replaced_only_when_the_person_agrees(
         page.fill("#oc-box textarea", "my words")
         page.fill("#oc-system textarea", "You are a pirate")
         step()
-        wait_until(lambda number=number: page.wait_for_timeout(100) or len(questions) == number, what=name)
+        wait_until(lambda number=number: page.wait_for_timeout(100) or len(open_page.questions) == number, what=name)
         replaced = {"reset": ("", "my words"), "example": ("You are a pirate", "Show me code")}
         wanted = replaced.get(name, ("A parrot", "my words")) if agree else ("You are a pirate", "my words")
         wait_until(lambda wanted=wanted: fields(page) == wanted, what=f"{name}: {wanted}")
         page.wait_for_timeout(400)
         assert fields(page) == wanted  # still
     wait_until(lambda: len(bubbles(page)) == agree)
-    assert ["my words" in question for question in questions] == [False, True, False]
+    assert ["my words" in question for question in open_page.questions] == [False, True, False]
 
 
 def test_what_comes_back_to_the_box_leaves_what_was_typed_there(open_page: Any, url: str) -> None:
@@ -393,9 +386,7 @@ def test_a_closed_page_cancels_within_a_second(open_page: Any, url: str, engine:
 
 def test_two_tabs_do_not_disturb_each_other(open_page: Any, url: str) -> None:
     one = open_page(url)
-    two = one.context.new_page()
-    two.goto(url)
-    two.wait_for_function("window.onecard && onecard.is_ready()")
+    two = open_page(url)
     assert bubbles(two) == []
     send(one, "a long one")
     wait_until(lambda: "word3" in str(bubbles(one)[-1:]))
@@ -410,8 +401,7 @@ def test_two_tabs_do_not_disturb_each_other(open_page: Any, url: str) -> None:
         assert len(bubbles(tab)) == 2
     kept = bubbles(two)
     two.close()
-    three = one.context.new_page()  # a tab that is opened anew takes up the chat that nobody has open
-    three.goto(url)
+    three = open_page(url)  # a tab that is opened anew takes up the chat that nobody has open
     wait_until(lambda: bubbles(three) == kept)
 
 
@@ -430,7 +420,8 @@ def test_what_a_model_says_is_never_run_or_fetched(open_page: Any, url: str) -> 
     page.evaluate("window.stopped = []; addEventListener('securitypolicyviolation', e => stopped.push(e.blockedURI))")
     page.evaluate("new Image().src = 'http://127.0.0.2:9/x.png'; fetch('http://127.0.0.2:9/y').catch(() => 0); 0")
     page.wait_for_function("stopped.length === 2")  # the policy stops it, wherever it came from
-    open_page.foreign.clear()
+    assert set(open_page.errors) <= {"http://127.0.0.2:9/x.png", "http://127.0.0.2:9/y"}
+    open_page.errors.clear()
 
 
 def test_code_is_shown_as_it_was_written(open_page: Any, url: str) -> None:
@@ -502,8 +493,8 @@ def test_chinese_and_dark(open_page: Any, url: str) -> None:
 
 
 def test_a_full_queue_loses_nothing(open_page: Any, url: str, engine: FakeEngine) -> None:
-    # Contexts of their own: a browser opens six connections to one server, and each page that listens takes two.
-    pages = [open_page(url, locale="en-US") for _ in range(4)]
+    # In two contexts: each opens six connections to one server, and each page that listens takes two.
+    pages = [open_page(url, color_scheme=scheme) for scheme in ("light", "dark") for _ in range(2)]
     for number, page in enumerate(pages[:3]):
         send(page, f"a long one {number}")
         wait_until(lambda page=page: page.is_visible("#oc-stop"))
@@ -553,10 +544,10 @@ def test_settings_reach_the_engine_and_can_be_reset(open_page: Any, url: str, en
     assert answer == "The quick brown fox jumps over"
     assert "cut at the longest length" in page.inner_text("#oc-status")
     assert page.locator("#oc-beams textarea:visible").count() == 3
-    questions = answer_dialogs(page, True)
+    open_page.agree = True
     page.click("#oc-reset")
     wait_until(lambda: page.input_value("#oc-temperature input[type=number]") == "0.7")
-    assert len(questions) == 1 and "END" in questions[0]
+    assert len(open_page.questions) == 1 and "END" in open_page.questions[0]
     ask(page, "Say something")
     assert engine.asked[-1].sampling.max_new_tokens == 512
     assert (engine.asked[-1].prompt_type, engine.asked[-1].sampling.stop) == ("", [])

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Studio, held_back, press_until, serving_studio, set_option, wait_until
-from tests.browser.test_accessibility import DESKTOP, PHONE, faults
-from tests.covering import every_pair_fast
+from tests.browser.test_accessibility import DESKTOP, LOOKS, PHONE, faults
 
 STUB = Path(__file__).resolve().parents[1] / "studio" / "stub_program.py"
 
@@ -269,9 +268,7 @@ def test_runs_are_compared_noted_deleted_and_restored(open_view: Any, studio: St
     (studio.context.output_root / "renamed").rename(studio.context.output_root / "second")
 
 
-@pytest.mark.parametrize(
-    ("device", "locale", "scheme"), every_pair_fast(["desktop", "phone"], ["en-US", "zh-CN"], ["light", "dark"])
-)
+@pytest.mark.parametrize(("device", "locale", "scheme"), LOOKS)
 def test_axe_finds_no_serious_fault_and_nothing_is_too_wide(
     open_view: Any, device: str, locale: str, scheme: str
 ) -> None:
