@@ -82,7 +82,9 @@ class Opener:
 
     def open(self, url: str, ready: str, options: dict[str, Any]) -> Any:
         """A tab of the context of these options, when `ready` is in it."""
-        page = self._tabs.take(self._pages, self._options | options)
+        options = self._options | options
+        page = self._tabs.take(self._pages, options)
+        page.set_viewport_size(options["viewport"])
         page.set_default_timeout(30_000)
         for event, listener in self._listeners.items():
             page.on(event, listener)
