@@ -127,14 +127,12 @@ class CachingAllocator:
 
     def serve(self, requests: Requests) -> None:
         """Serve a sequence of requests; what it never lets go of stays in use. Raises OutOfRoom."""
-        blocks: list[MemoryBlock | None] = [None] * len(requests.sizes)
+        sizes, blocks, allocate, free = requests.sizes, {}, self.allocate, self.free
         for event in requests.events:
             if event >= 0:
-                blocks[event] = self.allocate(requests.sizes[event])
+                blocks[event] = allocate(sizes[event])
             else:
-                block = blocks[~event]
-                assert block is not None
-                self.free(block)
+                free(blocks.pop(~event))
 
     def copy(self, limit: float) -> CachingAllocator:
         """An allocator in the same state, in which what is in use stays so for good."""

@@ -83,16 +83,17 @@ def _first_micro_batch(step: Requests, ends: list[int], first_product: int, grad
     for end, sizes in zip(ends, reversed(gradients[:-1]), strict=True):
         wanted = Counter(sizes)
         for event in step.events[begin:end]:
-            if event >= 0 and wanted[step.sizes[event]] > 0:
+            if event >= 0 and wanted.get(step.sizes[event], 0) > 0:
                 wanted[step.sizes[event]] -= 1
                 kept.add(event)
         made[end], begin = [*wanted.elements()], end
     made[ends[-1]] += gradients[-1]
     first = Requests([*step.sizes])
-    for place in range(len(step.events) + 1):
-        for n_bytes in [*[CUBLAS_WORKSPACE_BYTES] * (place == first_product), *made.get(place, ())]:
+    places = sorted({0, first_product, *made})
+    for begin, end in zip(places, [*places[1:], len(step.events)], strict=True):
+        for n_bytes in [*[CUBLAS_WORKSPACE_BYTES] * (begin == first_product), *made.get(begin, ())]:
             first.take(n_bytes)
-        first.events += [event for event in step.events[place : place + 1] if ~event not in kept]
+        first.events += [event for event in step.events[begin:end] if ~event not in kept]
     return first
 
 

@@ -142,9 +142,7 @@ class Recorder(TorchDispatchMode):
 
     def live(self) -> int:
         """Bytes alive now."""
-        expired = torch.UntypedStorage._expired
-        gone = [key for key, (ref, *_) in self._alive.items() if expired(ref.cdata)]
-        for key in gone:
+        for key in [*filter(torch.UntypedStorage._expired, self._alive)]:  # a weak reference is the storage's address
             _, n_bytes, block = self._alive.pop(key)
             self._live -= n_bytes
             if block >= 0:
