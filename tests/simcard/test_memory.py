@@ -221,6 +221,15 @@ def test_shapes_only_takes_memory_and_computes_nothing_large(card: Card) -> None
         assert torch.cuda.memory_allocated() - before >= 2 * a.numel() * 2
 
 
+@pytest.mark.parametrize(("n_bytes", "first"), [(MIB, 255), (64 * MIB, 1)])
+def test_shapes_only_leaves_large_pinned_memory_untouched(card: Card, n_bytes: int, first: int) -> None:
+    """The weights of a model that lie there take none of the machine's RAM."""
+    with card.behaving(garbage=True), card.shapes_only():
+        torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+        again = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+        assert int(again[0]) == first  # 255 is garbage
+
+
 @pytest.mark.parametrize(("rows", "length"), [(2, 32_768), (1, 57_984), (1, 200_000)])
 def test_shapes_only_computes_the_positions_of_long_rows(card: Card, rows: int, length: int) -> None:
     """By which transformers decides whether a row holds several texts; for those it makes a mask of length x length."""

@@ -93,8 +93,9 @@ inline void resize_storage(const Tensor& over, int64_t n_bytes) {
   const bool fill = std::exchange(fill_with_garbage, false);
   at::DataPtr data = n_bytes ? allocator.allocate(n_bytes) : at::DataPtr(nullptr, over.device());
   fill_with_garbage = fill;
-  if (kept) std::memcpy(data.get(), storage->data(), kept);
-  if (fill && static_cast<size_t>(n_bytes) > kept)
+  const bool is_computed = n_bytes <= computed_bytes;
+  if (kept && is_computed) std::memcpy(data.get(), storage->data(), kept);
+  if (fill && is_computed && static_cast<size_t>(n_bytes) > kept)
     std::memset(static_cast<char*>(data.get()) + kept, 0xFF, n_bytes - kept);
   storage->set_data_ptr_noswap(std::move(data));
   storage->set_nbytes(static_cast<size_t>(n_bytes));

@@ -27,7 +27,7 @@ class PinnedAllocator final : public c10::Allocator {
       reserved_ += size;
     }
     sizes_[address] = size;
-    if (fill_with_garbage) std::memset(address, 0xFF, n);
+    if (fill_with_garbage && static_cast<int64_t>(n) <= computed_bytes) std::memset(address, 0xFF, n);
     return {address, address, &PinnedAllocator::free_address, c10::Device(c10::kCPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &PinnedAllocator::free_address; }
