@@ -25,7 +25,7 @@ from onecard.model.quantization import NF4_BLOCK, NF4_SUPERBLOCK
 
 
 def loading(model: Architecture, setup: Any) -> Requests:
-    """The requests for the base in its bits; what is free behind them is given back."""
+    """The requests for the base in its bits."""
     requests = Requests()
     head = _beside_layers(requests, model, setup)
     if not setup.stream_layers:
@@ -43,11 +43,11 @@ def loading(model: Architecture, setup: Any) -> Requests:
 def preparing(model: Architecture, setup: Any) -> tuple[Requests, list[list[int]]]:
     """All further requests until the first step, and bytes of the gradients of each layer, those of no layer last."""
     requests, trained = Requests(), _trained(model, setup)
+    for _ in range(min(N_SLOTS, model.n_layers) if setup.stream_layers else 0):
+        requests.take(streamed_layer_bytes(model, setup))
     _attach(requests, trained[:-1], on_card=not setup.stream_layers, element_bytes=setup.element_bytes)
     for n_bytes in trained[-1]:
         requests.take(n_bytes)
-    for _ in range(min(N_SLOTS, model.n_layers) if setup.stream_layers else 0):
-        requests.take(streamed_layer_bytes(model, setup))
     for sizes in trained:
         for n_bytes in sizes:
             for state in state_sizes(n_bytes // FP32, setup.optimizer):
@@ -101,13 +101,15 @@ def _quantise(requests: Requests, n_in: int, n_out: int, bits: int, element_byte
     whole = requests.take(n_weights * element_bytes)
     if bits == 4:
         n_blocks = -(-n_weights // NF4_BLOCK)
+        scales = requests.take(n_blocks * FP32)
         requests.take(-(-n_weights // 2))
-        scales, centred = requests.take(n_blocks * FP32), requests.take(n_blocks * FP32)
-        requests.take(n_blocks)
-        requests.take(-(-n_blocks // NF4_SUPERBLOCK) * FP32)
-        requests.let_go(scales, centred)
-        for n_numbers in (1, 16, 256):
+        for n_numbers in (16, 1):  # the values of 4 bits, and the mean of the scales
             requests.take(n_numbers * FP32)
+        centred = requests.take(n_blocks * FP32)
+        requests.take(-(-n_blocks // NF4_SUPERBLOCK) * FP32)
+        requests.take(n_blocks)
+        requests.take(256 * FP32)  # the values of 8 bits
+        requests.let_go(centred, scales)
     elif bits == 8:
         again = requests.take(n_weights * element_bytes)  # it comes from the CPU a second time
         requests.take(n_out * FP32)

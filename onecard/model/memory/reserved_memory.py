@@ -102,9 +102,11 @@ def _made_ready(model: Architecture, setup: Any) -> tuple[CachingAllocator, int,
     """The allocator before the first step, bytes of all tensors that lie still then, and those of the gradients."""
     base, (beside, gradients) = loading(model, setup), preparing(model, setup)
     allocator = GrowingSegments() if setup.expandable_segments else CachingAllocator()
-    for requests in (base, beside):
-        allocator.serve(requests)
+    allocator.serve(base)
+    if setup.stream_layers:  # whose slots are taken after that
         allocator.give_back()
+    allocator.serve(beside)
+    allocator.give_back()
     return allocator, base.left() + beside.left() + sum(map(sum, gradients)), gradients
 
 

@@ -21,7 +21,9 @@ from onecard.model.memory.architecture import architecture_of
 from onecard.model.memory.caching_allocator import MIB, CachingAllocator, Requests
 from onecard.model.memory.estimate import CUDA_CONTEXT_BYTES, FIXED_SLACK, SLACK, MemoryConfig, account, held_bytes
 from onecard.model.memory.fake_kernels import FusedAttention
-from onecard.model.memory.loading import _attach, loading, preparing
+from onecard.model.memory.loading import _attach, _quantise, loading, preparing
+from onecard.model.memory.tensor_sizes import streamed_layer_bytes
+from onecard.model.memory_saving.streamed_layers import N_SLOTS
 
 SETUP = MemoryConfig(4, 2, 1, 600, loss_chunk=128, repeats_kv=True, expandable_segments=False)
 LLAMA = toy_config("llama", num_hidden_layers=6, hidden_size=256, vocab_size=4000)
@@ -128,6 +130,38 @@ def test_an_adapter_comes_in_16_bits_and_is_made_fp32_when_all_of_it_is_there() 
         4 * MIB, 8 * MIB, 4 * MIB, 8 * MIB, 8 * MIB, 8 * MIB
     ]  # fmt: skip
     assert requests.left() == 16 * MIB and requests.most_alive() == 20 * MIB
+
+
+def test_a_weight_is_quantised_by_requests_in_the_order_of_bitsandbytes() -> None:
+    """`functional.quantize_4bit`: scales, numbers, the scales without their mean, and these in 8 bits."""
+    requests, n_weights = Requests(), 64 * 256 * 256
+    _quantise(requests, 64 * 256, 256, 4, 2)
+    whole, scales, centred = 0, 1, 5
+    n_scales = n_weights // 64
+    assert requests.sizes == [2 * n_weights, 4 * n_scales, n_weights // 2, 64, 4,
+                              4 * n_scales, 4 * n_scales // 256, n_scales, 1024]  # fmt: skip
+    assert requests.events == [*range(9), ~centred, ~scales, ~whole]
+
+
+@pytest.mark.parametrize(("streams", "reserved"), [(False, 92), (True, 20)])
+def test_the_adapter_finds_room_in_what_loading_left(
+    monkeypatch: pytest.MonkeyPatch, streams: bool, reserved: int
+) -> None:
+    """Free segments are given back when all is there: 9 MiB lie in the 92 MiB in which a weight was quantised. Where
+    layers are streamed they are given back before their slots are taken, too."""
+    base, beside = Requests(), Requests()
+    base.let_go(base.take(92 * MIB))
+    beside.take(9 * MIB)
+    monkeypatch.setattr(reserved_memory, "loading", lambda *_: base)
+    monkeypatch.setattr(reserved_memory, "preparing", lambda *_: (beside, [[]]))
+    setup = replace(SETUP, stream_layers=streams)
+    allocator, still, _ = reserved_memory._made_ready.__wrapped__(architecture_of(LLAMA), setup)
+    assert allocator.reserved == reserved * MIB and still == 9 * MIB
+
+
+def test_the_slots_of_streamed_layers_are_taken_before_the_adapter() -> None:
+    model, setup = architecture_of(LLAMA), replace(SETUP, stream_layers=True)
+    assert preparing(model, setup)[0].sizes[:N_SLOTS] == [streamed_layer_bytes(model, setup)] * N_SLOTS
 
 
 def test_what_lies_still_is_what_the_plan_says() -> None:
