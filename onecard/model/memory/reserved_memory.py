@@ -63,8 +63,6 @@ def reserved_beyond_tensors(model: Architecture, setup: Any, moving: int, spare:
     allocator = ready.copy(math.inf)
     allocator.serve(_first_micro_batch(step, ends, first_product, gradients))
     allocator.give_back()
-    if isinstance(allocator, GrowingSegments):  # whose rests depend on the order in which a checkpoint is loaded
-        allocator.use_up()
     tensors = still + most_alive
     if spare is not None:
         return spare if _Replays(allocator, step).run(tensors + spare, tensors) else spare + 1
@@ -107,6 +105,8 @@ def _made_ready(model: Architecture, setup: Any) -> tuple[CachingAllocator, int,
         allocator.give_back()
     allocator.serve(beside)
     allocator.give_back()
+    if isinstance(allocator, GrowingSegments):  # whose rests depend on the order in which a checkpoint is loaded
+        allocator.use_up()
     return allocator, base.left() + beside.left() + sum(map(sum, gradients)), gradients
 
 

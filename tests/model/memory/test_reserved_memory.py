@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,24 @@ def test_the_adapter_finds_room_in_what_loading_left(
 def test_the_slots_of_streamed_layers_are_taken_before_the_adapter() -> None:
     model, setup = architecture_of(LLAMA), replace(SETUP, stream_layers=True)
     assert preparing(model, setup)[0].sizes[:N_SLOTS] == [streamed_layer_bytes(model, setup)] * N_SLOTS
+
+
+def test_where_segments_grow_the_rests_of_loading_are_used_up_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of 20 MiB: one with a weight of 3, of which nothing more is counted on; one with the gradient of 5, whose
+    other 15 hold 13 of a micro-batch; and one for its other 4."""
+    base, beside = Requests(), Requests()
+    base.take(3 * MIB)
+    step = Requests([5 * MIB, 8 * MIB, 4 * MIB], [0, 1, 2, ~2, ~1, ~0])
+    monkeypatch.setattr(reserved_memory, "loading", lambda *_: base)
+    monkeypatch.setattr(reserved_memory, "preparing", lambda *_: (beside, [[5 * MIB], []]))
+    known = SimpleNamespace(trace=SimpleNamespace(events=step.events), kinds=[0])
+    monkeypatch.setattr(reserved_memory, "_samples_with_requests", lambda *_: [known])
+    monkeypatch.setattr(reserved_memory, "requests_of_step", lambda *_: (step, [len(step.events)], -1))
+    reserved_memory._made_ready.cache_clear()
+    setup = replace(SETUP, expandable_segments=True)
+    found = reserved_memory.reserved_beyond_tensors.__wrapped__(architecture_of(LLAMA), setup, step.most_alive())
+    reserved_memory._made_ready.cache_clear()
+    assert found == (3 * 20 - 3 - 5 - 17) * MIB
 
 
 def test_what_lies_still_is_what_the_plan_says() -> None:
