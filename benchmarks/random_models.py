@@ -99,14 +99,17 @@ def _model_class(config: PretrainedConfig, bits: int) -> type[PreTrainedModel]:
 
 
 def _fill_the_rest(model: PreTrainedModel, linears: dict[str, nn.Module], device: torch.device) -> None:
-    """Give everything but the linear layers its memory and its values; rotary tables are no weights, but computed."""
-    for name, module in model.named_modules():
-        if name not in linears:
-            module.to_empty(device=device, recurse=False)
-    for name, module in model.named_modules():
-        if name not in linears:
-            # The hook that every family defines for values of its own; buffers that no file holds are among them.
-            model._init_weights(module)
+    """Give everything but the linear layers its memory and its values; rotary tables are no weights, but computed.
+
+    A tied head has none of its own, not even for a while: the segment would stay with what is put into it.
+    """
+    head = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    others = [module for name, module in model.named_modules() if name not in linears and module is not head]
+    for module in others:
+        module.to_empty(device=device, recurse=False)
+    for module in others:
+        # The hook that every family defines for values of its own; buffers that no file holds are among them.
+        model._init_weights(module)
 
 
 def _random_layer(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -97,10 +97,13 @@ def test_one_row_with_gradients_before_it_has_the_peak_of_two_steps_of_two(tmp_p
 
 
 @pytest.mark.shapes_only
-def test_a_random_base_never_lies_there_in_16_bits() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_random_base_never_lies_there_in_16_bits(tied: bool) -> None:
+    """Nor do the embeddings twice, where the head is tied to them: 128 MiB."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    config = TOY | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    config = TOY | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8,
+                    "tie_word_embeddings": tied, "vocab_size": 64_000}  # fmt: skip
     base = random_base(config, ModelOptions(bits=4), detect("cuda:0", pretend_turing=True))
     peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     in_16_bits = 2 * sum(module.in_features * module.out_features for module in linear_layers(base.model).values())
