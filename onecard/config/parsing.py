@@ -293,15 +293,19 @@ def _texts(word: str) -> list[str]:
     return [word.replace("\\n", "\n")]
 
 
+def yaml_content(path: Path, flag: str) -> Any:
+    """What a YAML file holds. Raises ConfigError, which names the flag that named the file."""
+    try:
+        return yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, RuntimeError) as reason:  # the latter: the home of nobody who is known here
+        raise ConfigError(flag, f"cannot read {path}: {getattr(reason, 'strerror', None) or reason}") from reason
+    except (yaml.YAMLError, UnicodeDecodeError) as reason:
+        raise ConfigError(flag, f"{path} is not YAML: {reason}") from reason
+
+
 def _read_yaml(path: Path, options: Mapping[str, Option], problems: list[Problem]) -> dict[str, Any]:
     """The settings of one YAML file; unknown keys become problems."""
-    try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError) as reason:  # the latter: the home of nobody who is known here
-        why = getattr(reason, "strerror", None) or reason
-        raise ConfigError(f"--{CONFIG_FLAG}", f"cannot read {path}: {why}") from reason
-    except (yaml.YAMLError, UnicodeDecodeError) as reason:
-        raise ConfigError(f"--{CONFIG_FLAG}", f"{path} is not YAML: {reason}") from reason
+    content = yaml_content(path, f"--{CONFIG_FLAG}")
     if content is None:
         return {}
     if not isinstance(content, dict):

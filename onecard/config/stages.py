@@ -13,10 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from onecard.config.options import Option, options_of
-from onecard.config.parsing import CONFIG_FLAG, PRINT_FLAG, parse, to_yaml, unknown_option
+from onecard.config.parsing import CONFIG_FLAG, PRINT_FLAG, parse, to_yaml, unknown_option, yaml_content
 from onecard.config.training import FinetuneConfig
 from onecard.console import say
 from onecard.errors import ConfigError
@@ -110,12 +108,7 @@ def _without(words: list[str]) -> tuple[str | None, list[str]]:
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Common options, and those of each stage with its name. Raises ConfigError for all that is no stages file."""
     flag = f"--{STAGES_FLAG}"
-    try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as reason:
-        raise ConfigError(flag, f"cannot read {path}: {reason.strerror or reason}") from reason
-    except (yaml.YAMLError, UnicodeDecodeError) as reason:
-        raise ConfigError(flag, f"{path} is not YAML: {reason}") from reason
+    content = yaml_content(path, flag)
     common = dict(content) if isinstance(content, dict) else {}
     listed = common.pop(LIST, None) if common else content
     if not isinstance(listed, list) or not listed or not all(isinstance(own, dict) for own in listed):
