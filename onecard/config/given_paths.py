@@ -6,6 +6,7 @@ whoever downloads it. Imports nothing heavy, and opens no weights.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ MORE_PATHS = (
     "a", "api_keys", "b", "baseline", "file", "index", "output_root", "plot", "reports", "request_log", "run",
     "save_pairs", "stages",
 )  # fmt: skip
+BLOCKED = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 OWN_FOLDERS = ("outputs", "sample", "field-recipes")  # of this kit: no owner on the Hub is meant
 SHIPPED_FOLDERS = ("sample", "config-sample", "field-recipes")
 SCORES = "SEQ_CLS"  # task_type of a reward model in adapter_config.json
@@ -59,18 +61,20 @@ def path_problems(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def impossible_paths(values: Mapping[str, Any]) -> list[Problem]:
-    """What the system cannot even look for: the home of an unknown user, a name too long, a folder that is closed."""
+    """What the system cannot even look for: the home of an unknown user, a name too long, a closed folder, a loop."""
     found: list[Problem] = []
     named = {name: paths_in(value) for name, value in values.items() if _names_paths(name)}
     for name, part in ((name, part) for name, parts in named.items() for part in parts):
         try:
-            Path(part).expanduser().exists()
+            Path(part).expanduser().stat()
         except RuntimeError:
             user = Path(part).parts[0]
             found.append((f"--{name}", f"the home directory of {user} is not known; write the whole path"))
-        except (OSError, ValueError) as reason:
-            why = getattr(reason, "strerror", None) or reason
-            found.append((f"--{name}", f"{part[:100]} cannot be looked for: {why}"))
+        except ValueError as reason:  # a NUL in it
+            found.append((f"--{name}", f"{part[:100]!r} cannot be looked for: {reason}"))
+        except OSError as reason:
+            if reason.errno in BLOCKED:  # whatever else is missing is told by whoever needs it
+                found.append((f"--{name}", f"{part[:100]} cannot be looked for: {reason.strerror}"))
     return found
 
 
