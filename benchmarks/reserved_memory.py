@@ -116,14 +116,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     asked = [int(number) for number in options.rows.split(",") if number.strip()] or range(len(ROWS))
     output = Path(options.output)
-    rows = read_json(output)["rows"] if output.is_file() else []
+    done = read_json(output)["rows"] if output.is_file() else []
     for number in asked:
         for mode in [options.mode] if options.mode else MODES:
             if options.split in (ROWS[number][0], "all"):
                 found = in_a_process(number, mode, options.micro_batches)
-                rows = in_order([*rows, {"split": ROWS[number][0], "mode": mode, **found}])
-                write_result(options.output, {"rows": rows, "summary": summary(rows), "machine": machine("cpu")})
-    tell(rows)
+                done = in_order([*done, {"split": ROWS[number][0], "mode": mode, **found}])
+                write_result(options.output, {"rows": done, "summary": summary(done), "machine": machine("cpu")})
+    tell(done)
 
 
 def in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
