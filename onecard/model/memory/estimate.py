@@ -311,13 +311,19 @@ def _activations(model: Architecture, setup: MemoryConfig) -> list[MemoryCompone
 
 
 def _stepping(model: Architecture, setup: MemoryConfig) -> int:
-    """What torch's AdamW takes on a CPU: two copies of a weight, while it still holds one of the weight before."""
-    if setup.on_gpu or "8bit" in setup.optimizer:
+    """What the optimizer's step takes beside its state on a CPU, where a step works on one weight after the other.
+
+    torch's AdamW makes two copies of a weight, while it still holds one of the weight before. That of bitsandbytes
+    in 8 bits has both moments, the gradient, a root and a quotient in fp32 (`backends/cpu/ops.py`, 0.50).
+    """
+    if setup.on_gpu:
         return 0
-    every = [size for linear, sizes in adapter_shapes(model, setup) for size in sizes * min(2, linear.count)]
-    every += whole_shapes(model, setup)
-    largest = sorted(every, reverse=True)
-    return FP32 * (2 * sum(largest[:1]) + sum(largest[1:2]))
+    adapter = [] if setup.only_vocabulary else adapter_shapes(model, setup)
+    every = [size for linear, sizes in adapter for size in sizes * min(2, linear.count)]
+    largest = sorted([*every, *whole_shapes(model, setup), 0, 0], reverse=True)
+    if "8bit" in setup.optimizer:
+        return FP32 * 5 * largest[0]
+    return FP32 * (2 * largest[0] + largest[1])
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "o_proj", "dense", "out_proj")
