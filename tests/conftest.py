@@ -34,6 +34,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 settings.register_profile("onecard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("onecard")
 
+# A slow test takes minutes of a core that is its own, and many times that of one that others use, too.
+SLOW_SECONDS = 3600
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for mark, package in (("gptq", "gptqmodel"), ("trl", "trl")):
@@ -42,6 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.get_closest_marker(mark):
                     item.add_marker(missing)
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -277,7 +277,6 @@ def test_all_bits_and_orders_load(base, tmp_path, words) -> None:
 
 @pytest.mark.gptq
 @pytest.mark.slow  # a trained model
-@pytest.mark.timeout(1500)
 def test_gptq_beats_rounding_on_the_trained_base(tmp_path, capsys) -> None:
     """The issue's bar: better than plain rounding, and within 4 % of 16 bits, at 4 bits in groups of 128.
 
