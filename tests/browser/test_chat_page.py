@@ -392,6 +392,7 @@ def test_two_tabs_do_not_disturb_each_other(open_page: Any, url: str) -> None:
     wait_until(lambda: "word3" in str(bubbles(one)[-1:]))
     send(two, "From the second tab")
     wait_until(lambda: "in front of you" in two.inner_text("#oc-status"), 5, "the place in the queue is shown")
+    one.bring_to_front()
     one.click("#oc-stop")
     wait_until(lambda: bubbles(two)[-1] == SAYS)
     at_rest(two)
@@ -504,6 +505,7 @@ def test_a_full_queue_loses_nothing(open_page: Any, url: str, engine: FakeEngine
     assert pages[3].input_value("#oc-box textarea") == "Am I too many?"
     assert bubbles(pages[3]) == []
     for page in pages[:3]:
+        page.bring_to_front()  # behind others a page is drawn once a second, and a click waits for two drawings
         page.click("#oc-stop")
     for page in pages[:3]:
         at_rest(page)
