@@ -41,7 +41,7 @@ def _with_late_compilation(exec_module: Callable[[ModuleType], None]) -> Callabl
             at_first_call = cache(lambda: compiled(function, **options))
             return lambda *args, **kwargs: at_first_call()(*args, **kwargs)
 
-        torch.compile = later  # type: ignore[assignment]
+        torch.compile = later
         try:
             exec_module(module)
         finally:
