@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What bitsandbytes computes on a CPU would be compiled at its first call, which takes a process seconds of a core.
+# bitsandbytes hands functions to torch.compile when it is imported, which costs each process 1.5 seconds of a core.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Where bytecode is not written, as in many containers, each process compiles the package anew, and each worker all
 # tests and their assertions: half of the 40 seconds of a core that collecting them takes.
