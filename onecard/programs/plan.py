@@ -8,6 +8,7 @@ Common models are known by name (--known); others are read from config.json alon
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -79,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program with these words, or those of the command line."""
     options = parse(PlanOptions, argv, description=__doc__ or "", opens_files=False)
 
+    # bitsandbytes hands functions to torch's compiler when it is imported: a second of a core, and a plan calls none.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Imported after the options are known to be good: these take seconds to load.
     from onecard.model.memory import report as plan_text
     from onecard.model.memory.architecture import architecture_of, known_models
