@@ -68,17 +68,22 @@ def test_formulas_tables_and_code_are_drawn(open_page: Any) -> None:
     from onecard.serve.web import app as web
     from tests.fake_engine import FORMULAS, FakeEngine
 
-    with serving(web.ask_page(FakeEngine(), SamplingOptions(), PageOptions())) as address:  # type: ignore[arg-type]
+    engine = FakeEngine()
+    with serving(web.ask_page(engine, SamplingOptions(), PageOptions())) as address:  # type: ignore[arg-type]
         page = open_page(address, locale="en-US")
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         answer = page.locator("#oc-answer")
         for question, drawn, n_drawn in (("formula", ".katex", 3), ("table", "td", 5), ("code", "pre code", 1)):
+            n_ended = len(engine.ended)
             page.fill("#oc-instruction textarea", question)
             page.click("#oc-submit")
-            page.wait_for_selector("#oc-stop")
-            finished(page)
-            assert answer.locator(drawn).count() == n_drawn, question
+            wait_until(lambda n_ended=n_ended: len(engine.ended) > n_ended)
+            parts = answer.locator(drawn)
+            wait_until(lambda parts=parts, n_drawn=n_drawn: parts.count() == n_drawn, what=question)
+            text = finished(page)
+            assert parts.count() == n_drawn, question
             if question == "formula":
+                assert text == FORMULAS
                 page.click("#oc-answer button[title='Copy the answer']")
                 assert page.evaluate("navigator.clipboard.readText()") == FORMULAS
                 wait_until(lambda: r"\frac{-b \pm \sqrt{b^2}}{2a}" in page.inner_text("#oc-live"))
