@@ -85,7 +85,7 @@ class Opener:
         options = self._options | options
         page = self._tabs.take(self._pages, options)
         page.set_viewport_size(options["viewport"])
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)  # the machine may be busy
         for event, listener in self._listeners.items():
             page.on(event, listener)
         self._pages.append(page)
