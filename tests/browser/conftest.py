@@ -193,7 +193,7 @@ def served(application: Any, end: Callable[[], None] = lambda: None) -> Iterator
 
     from onecard.serve.listen import open_socket
 
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=0.1))
     with open_socket("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

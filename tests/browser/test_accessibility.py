@@ -95,7 +95,7 @@ def test_axe_finds_no_serious_fault(
     page.check("#oc-show_beams input")
     page.fill("#oc-instruction textarea", "Say something")
     page.click("#oc-submit")
-    page.wait_for_selector("#oc-status:has-text('tokens/s')")
+    page.locator("#oc-beams textarea:visible").nth(3).wait_for()
     at_rest(page)
     page.wait_for_timeout(300)
     assert page.locator("#oc-beams textarea:visible").count() == 4
