@@ -404,11 +404,17 @@ def test_planned_bytes_are_those_of_a_real_step(vocabulary, tied, number) -> Non
     assert 0.99 <= planned_over_measured(setup, tied) <= 1.03
 
 
-@pytest.mark.parametrize(("vocabulary", "optimizer"), [
-    ({"n_new_tokens": 500}, "adamw"), ({"train_embeddings": True}, "adamw"),
-    ({"train_embeddings": True}, "adamw_8bit"),  # which has more than the backward pass
-])  # fmt: skip
-@TIED
+@pytest.mark.parametrize(
+    ("vocabulary", "optimizer", "tied"),
+    [
+        ({"n_new_tokens": 500}, "adamw", False),
+        ({"train_embeddings": True}, "adamw", True),
+        ({"train_embeddings": True}, "adamw_8bit", False),  # which has more than the backward pass
+        pytest.param({"n_new_tokens": 500}, "adamw", True, marks=pytest.mark.slow),
+        pytest.param({"train_embeddings": True}, "adamw", False, marks=pytest.mark.slow),
+        pytest.param({"train_embeddings": True}, "adamw_8bit", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_vocabulary_larger_than_the_rest_is_planned(vocabulary, optimizer, tied) -> None:
     setup = MemoryConfig(16, 2, 1, 32, rank=4, loss_chunk=8, optimizer=optimizer, on_gpu=False, **vocabulary)
     assert 0.99 <= planned_over_measured(setup, tied, vocab_size=8000) <= 1.03
