@@ -196,6 +196,7 @@ def test_a_plan_gives_way_to_a_question_and_is_asked_for_again():
     assert answers == ["tokens", "plan"]
 
 
+@pytest.mark.usefixtures("peaks_by_formula")
 def test_what_does_not_fit_says_what_would_help(page, question):
     _, found = page("POST", "/api/plan", {**question, "card": {"gib": 0.3}})
     assert not found["fits"]
