@@ -45,11 +45,12 @@ class RunRoutes:
     def __init__(self, runs: Runs, queue: RunQueue, events: EventHub) -> None:
         self.runs, self.queue, self.events, self.logs = runs, queue, events, RunLogs()
         self._seen: dict[str, tuple[Any, ...]] = {}
+        self._told: set[str] = set()  # runs of tables that were read since news were looked for
 
     def routes(self) -> list[BaseRoute]:
         """Those of the table, of one run and of the trash."""
         return [
-            route("/api/runs", lambda _: {"runs": self.runs.table()}),
+            route("/api/runs", self.table),
             route("/api/differences", self.differences),
             route("/api/runs/{id}", lambda request: self.runs.details(self._run(request))),
             json_route("/api/runs/{id}", self.change, method="PATCH"),
@@ -68,6 +69,7 @@ class RunRoutes:
         """`run`: a row that has changed; `gone`: a run that is not there any more; `rows`: what its log grew by."""
         if not self.events.n_pages:  # looking at a hundred runs takes a tenth of a second; a page that opens loads all
             return
+        told, self._told = self._told, set()
         found: dict[str, tuple[Any, ...]] = {}
         for run in self.runs.paths():
             run_id = self.runs.id_of(run)
@@ -77,9 +79,14 @@ class RunRoutes:
             yield "run", self.runs.row(run)
             for rows in self.logs.news(run):
                 yield "rows", {"id": run_id, **rows}
-        for run_id in self._seen.keys() - found.keys():
+        for run_id in (self._seen.keys() | told) - found.keys():
             yield "gone", {"id": run_id}
         self._seen = found
+
+    def table(self, _: Request) -> dict[str, Any]:
+        rows = self.runs.table()
+        self._told.update(row["id"] for row in rows)
+        return {"runs": rows}
 
     def differences(self, request: Request) -> dict[str, Any]:
         """The settings in which the runs of `id` (given several times) differ."""

@@ -148,6 +148,11 @@ def test_news_hold_what_was_added(context: StudioContext, ask: Client) -> None:
     assert found["run"]["step"] == 4 and found["rows"]["series"] == {"loss": ([4.0], [None])}
     run.rename(run.with_name("b"))
     assert news()["gone"] == {"id": "a"}
+    brief = make_run(context, "brief")
+    ask("GET", "/api/runs")  # a page shows it, though no news were looked for while it was there
+    brief.rename(brief.with_name("c"))
+    found = news()
+    assert found["gone"] == {"id": "brief"} and found["run"]["id"] == "c"
 
 
 def test_what_an_answer_took_in_is_told_to_the_pages_that_did_not_ask(context: StudioContext) -> None:
