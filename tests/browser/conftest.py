@@ -244,10 +244,11 @@ def held_back(page: Any, pattern: str) -> Callable[[], None]:
     is_open = False
 
     def keep(route: Any) -> None:
-        if is_open:
-            route.continue_()
+        answer = route.fetch()
+        if is_open:  # by now: while the server was asked, earlier ones may have been let through
+            route.fulfill(response=answer)
         else:
-            held.append((route, route.fetch()))
+            held.append((route, answer))
 
     def let_come() -> None:
         nonlocal is_open
