@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from onecard.config import parsing as cli
+from onecard.config.given_paths import names_paths
 from onecard.errors import ConfigError
 from tests.call_graph import FLAG, REPOSITORY, CallGraph, named_flags, reached
 
@@ -198,3 +199,21 @@ def test_kinds_that_only_llama_cpp_writes_are_answered_with_its_program(kind: st
     with pytest.raises(ConfigError) as refused:
         loaded(FOLDER / "gguf.py").main(["--gguf_type", "q9"])
     assert "llama-quantize" not in str(refused.value)
+
+
+# Options whose texts speak of files, and that name none: names, patterns, sizes, and KIND:PATH or NAME:PATH.
+NO_PATHS = {"accept_changes", "data", "exclude", "final_weights", "include", "max_shard_size", "model", "model_name",
+            "reward", "served_model", "suite"}  # fmt: skip
+
+
+def test_every_option_that_names_a_file_has_its_home_directory_put_in_and_is_looked_for() -> None:
+    """`given_paths.MORE_PATHS` is a list; ~ behind = in an option that it lacks would be a folder of that name."""
+    found = set()
+    for kind in {kind for program in PROGRAMS for kind in classes_of(program)}:
+        texts = cli.help_texts(kind)
+        for name, option in cli.options_of(kind).items():
+            is_text = option.is_text or option.takes_paths
+            if is_text and re.search(r"\b(files?|folders?|director(y|ies)|paths?)\b", texts.get(name, "")):
+                found.add(name)
+    assert {"questions", "embed_model", "models", "data_path"} <= found
+    assert {name for name in found if not names_paths(name)} <= NO_PATHS

@@ -26,8 +26,8 @@ DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 WRITTEN = ("output_path", "cache_path")
 # Beside those of CHECKS and what ends in _path.
 MORE_PATHS = (
-    "a", "api_keys", "b", "baseline", "file", "index", "output_root", "plot", "reports", "request_log", "run",
-    "save_pairs", "stages",
+    "a", "api_keys", "b", "baseline", "compare", "embed_model", "file", "index", "models", "output_root", "plot",
+    "questions", "reports", "request_log", "run", "save_pairs", "stages",
 )  # fmt: skip
 BLOCKED = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 OWN_FOLDERS = ("outputs", "sample", "field-recipes")  # of this kit: no owner on the Hub is meant
@@ -63,7 +63,7 @@ def path_problems(values: Mapping[str, Any]) -> list[Problem]:
 def impossible_paths(values: Mapping[str, Any]) -> list[Problem]:
     """What the system cannot even look for: the home of an unknown user, a name too long, a closed folder, a loop."""
     found: list[Problem] = []
-    named = {name: paths_in(value) for name, value in values.items() if _names_paths(name)}
+    named = {name: paths_in(value) for name, value in values.items() if names_paths(name)}
     for name, part in ((name, part) for name, parts in named.items() for part in parts):
         try:
             Path(part).expanduser().stat()
@@ -82,7 +82,7 @@ def with_homes(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with the home directory for ~ in paths, which no shell writes behind = or in a file of settings."""
     found = dict(values)
     for name, value in values.items():
-        if _names_paths(name) and "~" in str(value):
+        if names_paths(name) and "~" in str(value):
             parts = [_with_home(part) for part in paths_in(value)]
             found[name] = parts if isinstance(value, list) else ",".join(parts)
     return found
@@ -93,7 +93,8 @@ def _with_home(text: str) -> str:
     return text if not text.startswith("~") or Path(text).exists() else str(Path(text).expanduser())
 
 
-def _names_paths(option: str) -> bool:
+def names_paths(option: str) -> bool:
+    """Whether the values of an option of this name are files or folders, in any program."""
     return option in (*CHECKS, *MORE_PATHS) or option.endswith("_path")
 
 
